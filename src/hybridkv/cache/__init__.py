@@ -1,0 +1,15 @@
+"""What one model remembers: layer facts, specs, and the packed KV rows."""
+
+from hybridkv.cache.kv import KVLayer, LayerKernels, resolve
+from hybridkv.cache.spec import AttentionFacts, KVSpec, KVTypes, LayerFacts, StateFacts
+
+__all__ = [
+    "AttentionFacts",
+    "KVLayer",
+    "KVSpec",
+    "KVTypes",
+    "LayerFacts",
+    "LayerKernels",
+    "StateFacts",
+    "resolve",
+]

@@ -1,0 +1,147 @@
+"""What a model remembers, as frozen facts without tensors: the planner counts with them, the cache is built from them.
+
+A model is a tuple of `LayerFacts`, one per model layer. A layer may own a KV cache (`AttentionFacts`), a
+recurrent state (`StateFacts`), both (Falcon-H1, Zamba2) or neither. `KVSpec` adds the chosen types to a KV
+layer's facts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from hybridkv.formats import Scale, get_format
+from hybridkv.kernels import AttentionCase, Phase
+
+WINDOW_SLACK = 512
+"""Rows that a sliding-window layer holds beyond its window, so that old rows are dropped in bulk."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionFacts:
+    """What the model's config says of one KV layer.
+
+    Attributes
+    ----------
+    layer
+        Index among the model's layers.
+    n_heads, n_kv_heads
+        Query heads and KV heads.
+    head_dim_k, head_dim_v
+        Values per row and head.
+    window
+        Tokens that a query sees, itself included; None for all.
+    softcap, sinks
+        Whether scores are capped, and whether sink logits join the softmax.
+    """
+
+    layer: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim_k: int
+    head_dim_v: int
+    window: int | None = None
+    softcap: bool = False
+    sinks: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StateFacts:
+    """Shapes of one layer's fixed-size state, per sequence.
+
+    Attributes
+    ----------
+    conv
+        Shapes of the convolution states, held in the model's dtype: they are copies of recent inputs.
+    recurrent
+        Shapes of the recurrent states, always float32: they accumulate.
+    known
+        False for an architecture whose shapes are not known before it runs.
+    """
+
+    conv: tuple[tuple[int, ...], ...] = ()
+    recurrent: tuple[tuple[int, ...], ...] = ()
+    known: bool = True
+
+    def nbytes(self, batch: int = 1, conv_itemsize: int = 4) -> int:
+        """Bytes for `batch` sequences."""
+        conv = sum(prod(shape) for shape in self.conv) * conv_itemsize
+        return batch * (conv + 4 * sum(prod(shape) for shape in self.recurrent))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFacts:
+    """One model layer: its KV cache, its state, both, or neither."""
+
+    attention: AttentionFacts | None = None
+    state: StateFacts | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KVTypes:
+    """How one KV layer is stored.
+
+    Attributes
+    ----------
+    type_k, type_v
+        Names of formats.
+    rotate_k, rotate_v
+        Whether rows are rotated before they are quantized.
+    scale
+        Scale rule, or None for each format's own default.
+    """
+
+    type_k: str = "f16"
+    type_v: str = "f16"
+    rotate_k: bool = False
+    rotate_v: bool = False
+    scale: Scale | None = None
+
+    @property
+    def label(self) -> str:
+        """`q4_0` or `q8_0/q4_0`."""
+        return self.type_k if self.type_k == self.type_v else f"{self.type_k}/{self.type_v}"
+
+    def scale_for(self, type_name: str) -> Scale | None:
+        """The rule to encode `type_name` with: `scale` where the format has a choice, else None."""
+        return self.scale if get_format(type_name).symmetric else None
+
+
+@dataclass(frozen=True, slots=True)
+class KVSpec:
+    """One KV layer: what the model says and what was chosen."""
+
+    facts: AttentionFacts
+    types: KVTypes
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token of one sequence adds, padding of the last block included."""
+        row_k = get_format(self.types.type_k).row_bytes(self.facts.head_dim_k)
+        row_v = get_format(self.types.type_v).row_bytes(self.facts.head_dim_v)
+        return self.facts.n_kv_heads * (row_k + row_v)
+
+    def rows_at(self, n_ctx: int) -> int:
+        """Rows allocated for a context of `n_ctx` tokens."""
+        window = self.facts.window
+        return n_ctx if window is None else min(n_ctx, window - 1 + WINDOW_SLACK)
+
+    def bytes_at(self, n_ctx: int, batch: int = 1) -> int:
+        """Bytes allocated for `batch` sequences of `n_ctx` tokens."""
+        return batch * self.rows_at(n_ctx) * self.bytes_per_token
+
+    def case(self, device: str, phase: Phase) -> AttentionCase:
+        """What a kernel is asked for this layer."""
+        f = self.facts
+        return AttentionCase(
+            device=device,
+            type_k=self.types.type_k,
+            type_v=self.types.type_v,
+            head_dim_k=f.head_dim_k,
+            head_dim_v=f.head_dim_v,
+            group=f.n_heads // f.n_kv_heads,
+            phase=phase,
+            window=f.window is not None,
+            softcap=f.softcap,
+            sinks=f.sinks,
+        )

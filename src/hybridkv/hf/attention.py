@@ -1,0 +1,206 @@
+"""The attention function and the mask function that Transformers calls under `attn_implementation="hybridkv"`.
+
+Owns the way from a model's call to a kernel, and the guard's two measurements on it: the first prompt's output
+against float attention, and every output's finiteness. Stored rows are never expanded to tensors here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from hybridkv.errors import GuardError, ModelError
+from hybridkv.formats import FORMATS
+from hybridkv.hf.layers import LayerView
+from hybridkv.kernels import KERNELS, AttentionParams, Kernel, KVView, Phase, attend, select
+from hybridkv.kernels.reference import attend as reference_attend
+from hybridkv.policy import Evidence, Fallback, NonFiniteError, Stop
+
+IMPLEMENTATION = "hybridkv"
+
+SAMPLED_QUERIES = 16
+"""The guard compares at most this many queries of the first prompt, and at most 1 in 32."""
+
+
+def register() -> None:
+    """Make `attn_implementation="hybridkv"` known to Transformers, through its own registries."""
+    AttentionInterface.register(IMPLEMENTATION, attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, attention_mask)
+
+
+def attention_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """None for plain causal attention without padding, else bool `[B, 1, T, S]`, True where attended."""
+    causal = allow_is_causal_skip and local_size is None and q_offset + q_length == kv_offset + kv_length
+    if causal and (attention_mask is None or bool(attention_mask[:, kv_offset:].all())):
+        return None
+    mask: Tensor = sdpa_mask(
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=False,
+        **kwargs,
+    )
+    return mask
+
+
+def attention_forward(
+    module: Any,
+    query: Tensor,
+    key: LayerView | Tensor,
+    value: LayerView | Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of `query` `[B, Hq, T, D]` over packed rows, or over plain tensors where no cache is used.
+
+    Returns
+    -------
+    tuple
+        `[B, T, Hq, Dv]` in the query's dtype, and None (weights are not kept).
+
+    Raises
+    ------
+    ModelError
+        For what is not implemented: dropout, a position bias, a mask that is not boolean.
+    NonFiniteError
+        If the guard watches and the output is not finite.
+    """
+    del kwargs
+    if dropout or position_bias is not None:
+        asked = "dropout" if dropout else "a position bias"
+        raise ModelError(f"{type(module).__name__} asks for {asked}", hint="use attn_implementation='eager'")
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        attention_mask = attention_mask >= 0  # a model's own additive mask: 0 is attended, its minimum is not
+    params = AttentionParams(
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap,
+        sinks=s_aux,
+        mask=attention_mask,
+    )
+    if isinstance(key, LayerView):
+        out = _attend_stored(query, key, params)
+    else:
+        assert isinstance(value, Tensor)
+        out = reference_attend(query, _float_view(key, value), params)
+    return out.transpose(1, 2).contiguous().to(query.dtype), None
+
+
+def _attend_stored(query: Tensor, packed: LayerView, params: AttentionParams) -> Tensor:
+    watch = packed.watch
+    kernel = _kernel(query, packed, params)
+    out = attend(kernel, query, packed.view, params)
+    if watch.pending:
+        first_prompt = packed.view.length == query.shape[2] == packed.layer.n_seen
+        if watch.guard.measures and first_prompt:
+            out = _checked(query, packed, params, out)
+        watch.pending = False
+    if watch.guard.watches and not torch.isfinite(out).all():
+        raise NonFiniteError(
+            layer=packed.layer.spec.facts.layer,
+            types=packed.layer.types,
+            kernel=kernel.name,
+            n_tokens=packed.layer.n_seen,
+            source="cache" if _inputs_finite(query, packed) else "input",
+        )
+    return out
+
+
+def _kernel(query: Tensor, packed: LayerView, params: AttentionParams) -> Kernel:
+    """The layer's resolved kernel; chosen anew if the call differs from what the config said."""
+    phase: Phase = "decode" if query.shape[2] == 1 else "prefill"
+    facts = packed.layer.spec.facts
+    kernel = packed.layer.kernels.attend_for(phase)
+    if facts.softcap == (params.softcap is not None) and facts.sinks == (params.sinks is not None):
+        return kernel
+    case = packed.layer.spec.case(query.device.type, phase)
+    return select(replace(case, softcap=params.softcap is not None, sinks=params.sinks is not None), KERNELS)
+
+
+def _checked(query: Tensor, packed: LayerView, params: AttentionParams, out: Tensor) -> Tensor:
+    """Measure the layer's output; store it at the next types of the ladder until it holds."""
+    layer, watch = packed.layer, packed.watch
+    n_new = query.shape[2]
+    count = min(SAMPLED_QUERIES, max(1, n_new // 32))
+    rows = torch.linspace(0, n_new - 1, count + 1, device=query.device)[1:].round().long()
+    exact = reference_attend(
+        query[:, :, rows], _float_view(packed.fresh_k, packed.fresh_v), _at_rows(params, rows, n_new)
+    )
+    if not _inputs_finite(query, packed):
+        return out  # not the cache's doing; the finiteness watch reports it
+    while True:
+        watch.error = _relative_rmse(out[:, :, rows], exact)
+        verdict = watch.guard.judge(Evidence(layer.spec.facts.layer, layer.types, watch.error))
+        if isinstance(verdict, Stop):
+            raise GuardError(
+                f"the guard stopped at {verdict.reason}", hint="use a larger type, rotation (-khad), or --kv-guard check"
+            )
+        if not isinstance(verdict, Fallback):
+            return out
+        before = layer.nbytes
+        layer.reset()
+        layer.retype(replace(layer.spec, types=verdict.types))
+        view = layer.append(packed.fresh_k, packed.fresh_v)
+        watch.notify(
+            f"{verdict.reason}: stored as {verdict.types.label} instead, +{(layer.nbytes - before) / 2**10:.0f} KiB"
+        )
+        out = attend(layer.kernels.prefill, query, view, params)
+
+
+def _at_rows(params: AttentionParams, rows: Tensor, n_new: int) -> AttentionParams:
+    """The same call for some of its queries: their visibility as an explicit mask."""
+    if params.mask is not None:
+        return replace(params, mask=params.mask[:, :, rows])
+    causal = torch.arange(n_new, device=rows.device) <= rows.unsqueeze(-1)
+    return replace(params, mask=causal.view(1, 1, len(rows), n_new))
+
+
+def _relative_rmse(out: Tensor, exact: Tensor) -> float:
+    """Root mean square of the difference over that of `exact`; 0 if both are zero, inf if `out` is not finite."""
+    if not torch.isfinite(out).all():
+        return float("inf")
+    size = exact.square().mean().sqrt().item()
+    difference = (out - exact).square().mean().sqrt().item()
+    return difference / size if size > 0 else (0.0 if difference == 0 else float("inf"))
+
+
+def _inputs_finite(query: Tensor, packed: LayerView) -> bool:
+    return all(bool(torch.isfinite(x).all()) for x in (query, packed.fresh_k, packed.fresh_v))
+
+
+def _float_view(k: Tensor, v: Tensor) -> KVView:
+    """Plain tensors as a view of f32 rows, so that one attention serves stored and unstored rows."""
+    f32 = FORMATS["f32"]
+    return KVView(
+        k=f32.encode(k),
+        v=f32.encode(v),
+        format_k=f32,
+        format_v=f32,
+        head_dim_k=k.shape[-1],
+        head_dim_v=v.shape[-1],
+        start=0,
+        length=k.shape[2],
+    )
+

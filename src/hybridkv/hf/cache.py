@@ -1,0 +1,233 @@
+"""`ModelCache`: the `past_key_values` of a Transformers model, with packed KV layers and float32 states.
+
+Owns the list of layers and what the whole can do, which is what all its parts can do. `quantized_cache` builds
+one from a model in a line.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DummyLayer
+
+from hybridkv.cache import KVLayer, KVSpec, KVTypes, LayerFacts, LayerKernels, resolve
+from hybridkv.errors import ContextError
+from hybridkv.formats import Scale
+from hybridkv.hf.attention import IMPLEMENTATION, register
+from hybridkv.hf.facts import is_hybrid, kv_facts, layer_facts
+from hybridkv.hf.layers import LayerWatch, Notify, QuantizedAndStateLayer, QuantizedLayer, StateLayer
+from hybridkv.kernels import ENCODERS, KERNELS, Encoder, Kernel
+from hybridkv.policy import Guard, GuardMode, Policy, TypeOverride, parse_mode, parse_override
+
+_LOG = logging.getLogger("hybridkv")
+_PLAN_CONTEXT = 4096  # what the guard's warnings count bytes at when no context was given
+
+
+class ModelCache(Cache):  # type: ignore[misc]
+    """Everything a model remembers of its sequences.
+
+    Parameters
+    ----------
+    config
+        The model's Transformers config. Its `_attn_implementation` is read at each update: `hybridkv` gets
+        packed rows, any other gets dequantized tensors.
+    specs
+        One per KV layer, in order.
+    n_ctx
+        Tokens per sequence to reserve and not to exceed; None grows as needed.
+    guard
+        What is checked and what may be done about it.
+    notify
+        Where the guard reports; a logger's warning by default.
+    kernels, encoders
+        What may run; all that are built, by default.
+
+    Raises
+    ------
+    NoKernelError
+        If a layer has no kernel; nothing has been allocated then.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        specs: Sequence[KVSpec],
+        *,
+        device: str = "cpu",
+        n_ctx: int | None = None,
+        guard: Guard | None = None,
+        notify: Notify = _LOG.warning,
+        kernels: Sequence[Kernel] = KERNELS,
+        encoders: Sequence[Encoder] = ENCODERS,
+    ) -> None:
+        guard = Guard() if guard is None else guard
+        text = config.get_text_config(decoder=True)
+        facts = layer_facts(config)
+        specs_by_layer = {spec.facts.layer: spec for spec in specs}
+
+        def choose(spec: KVSpec) -> LayerKernels:
+            return resolve(spec, device, kernels, encoders)
+
+        def packed() -> bool:
+            return bool(text._attn_implementation == IMPLEMENTATION)
+
+        def build(index: int, layer: LayerFacts) -> Any:
+            n_states = getattr(text, "number_of_conv_states", 1)
+            if layer.attention is None:
+                return DummyLayer() if layer.state is None else StateLayer(number_of_states=n_states)
+            store = KVLayer(specs_by_layer[index], choose, n_ctx=n_ctx)
+            parts = (store, LayerWatch(guard, notify), packed)
+            if layer.state is None:
+                return QuantizedLayer(*parts)
+            return QuantizedAndStateLayer(*parts, number_of_states=n_states)
+
+        super().__init__(layers=[build(index, layer) for index, layer in enumerate(facts)])
+
+    @property
+    def kv_layers(self) -> tuple[KVLayer, ...]:
+        """The packed layers, in order."""
+        return tuple(layer.store for layer in self.layers if isinstance(layer, QuantizedLayer))
+
+    @property
+    def specs(self) -> tuple[KVSpec, ...]:
+        """What each KV layer is stored as now, fallbacks included."""
+        return tuple(layer.spec for layer in self.kv_layers)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes allocated for codes and scales."""
+        return sum(layer.nbytes for layer in self.kv_layers)
+
+    @property
+    def kv_bytes_used(self) -> int:
+        """Bytes of the rows held."""
+        return sum(layer.nbytes_used for layer in self.kv_layers)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes allocated for recurrent and convolution states."""
+        return sum(layer.nbytes for layer in self.layers if isinstance(layer, StateLayer))
+
+    @property
+    def errors(self) -> dict[int, float]:
+        """Model layer -> relative RMSE of its attention output, where the guard has measured it."""
+        watched = [layer for layer in self.layers if isinstance(layer, QuantizedLayer)]
+        return {w.store.spec.facts.layer: w.watch.error for w in watched if w.watch.error is not None}
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which layers have a state and no KV cache."""
+        return [isinstance(layer, StateLayer) and not isinstance(layer, QuantizedLayer) for layer in self.layers]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen; 0 for a model without any attention layer, which keeps no count."""
+        return 0 if not self.kv_layers else int(super().get_seq_length(layer_idx))
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Rows that the next call attends, and the position of the first."""
+        if not self.kv_layers:
+            return query_length, 0
+        length, offset = super().get_mask_sizes(query_length, layer_idx)
+        return length, offset
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """Whether a state layer (the last by default) has seen tokens; False if there is none."""
+        if layer_idx is None and not any(isinstance(layer, StateLayer) for layer in self.layers):
+            return False
+        return bool(super().has_previous_state(layer_idx, state_idx))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest `-tokens_to_remove` tokens from every layer, or from none.
+
+        Raises
+        ------
+        ContextError
+            If a layer cannot go back (a state, or a window that has let rows go), or for a positive number.
+        """
+        if tokens_to_remove > 0:
+            raise ContextError(
+                f"crop({tokens_to_remove}); allowed: 0 or a negative number of tokens to drop",
+                hint="crop(-n) drops the newest n tokens",
+            )
+        if tokens_to_remove and not self.is_croppable:
+            stuck = [i for i, layer in enumerate(self.layers) if not layer.is_croppable]
+            raise ContextError(
+                f"crop({tokens_to_remove}): layers {', '.join(map(str, stuck))} cannot go back to an earlier token",
+                hint="reset() the cache and process the shorter prompt again",
+            )
+        super().crop(tokens_to_remove)
+
+    def select_sequences(self, indices: Tensor) -> None:
+        """Keep the sequences `indices` (int64), in that order; repeats are allowed."""
+        self.batch_select_indices(indices)
+
+
+def quantized_cache(
+    model: Any,
+    *,
+    type_k: str = "q8_0",
+    type_v: str = "q8_0",
+    rotate_k: bool = False,
+    rotate_v: bool = False,
+    scale: Scale | None = None,
+    k_first: str | None = None,
+    k_last: str | None = None,
+    v_first: str | None = None,
+    v_last: str | None = None,
+    n_ctx: int | None = None,
+    guard: GuardMode | str = "check",
+    notify: Notify = _LOG.warning,
+) -> ModelCache:
+    """A quantized KV cache for a Transformers model, hybrid or not.
+
+    Parameters
+    ----------
+    model
+        A causal language model. Load it with `attn_implementation="hybridkv"` to attend packed rows; with any
+        other implementation the cache stores the same bytes and gives dequantized tensors.
+    type_k, type_v
+        `f32 f16 bf16 q8_0 q8_1 q8_KV q6_0 q5_0 q5_1 q4_0 q4_1 iq4_nl`, in any pair.
+    rotate_k, rotate_v
+        Hadamard rotation before quantizing.
+    scale
+        `absmax`, `refit`, or None for each type's own default.
+    k_first, k_last, v_first, v_last
+        `TYPE,N`: another type for the first or last N KV layers.
+    n_ctx
+        Tokens per sequence to reserve and not to exceed; None grows as needed.
+    guard
+        `check upgrade warn strict off`.
+
+    Returns
+    -------
+    ModelCache
+        Pass it as `past_key_values` to `model(...)` or `model.generate(...)`.
+
+    Examples
+    --------
+    >>> cache = quantized_cache(model, type_k="q4_0", type_v="q4_0", rotate_k=True)  # doctest: +SKIP
+    >>> model.generate(**inputs, past_key_values=cache)  # doctest: +SKIP
+    """
+    register()
+    facts = layer_facts(model.config)
+    policy = Policy(
+        types=KVTypes(type_k, type_v, rotate_k, rotate_v, scale),
+        k_first=_override(k_first, "k_first"),
+        k_last=_override(k_last, "k_last"),
+        v_first=_override(v_first, "v_first"),
+        v_last=_override(v_last, "v_last"),
+    )
+    watcher = Guard(mode=parse_mode(guard))
+    asked = policy.resolve(kv_facts(facts))
+    specs, warnings = watcher.before(asked, hybrid=is_hybrid(facts), n_ctx=n_ctx or _PLAN_CONTEXT)
+    for line in (*policy.notices(asked), *warnings):
+        notify(line)
+    device = next(model.parameters()).device.type
+    return ModelCache(model.config, specs, device=device, n_ctx=n_ctx, guard=watcher, notify=notify)
+
+
+def _override(text: str | None, option: str) -> TypeOverride | None:
+    return None if text is None else parse_override(text, option)

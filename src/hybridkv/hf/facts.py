@@ -1,0 +1,153 @@
+"""From a Transformers config to layer facts: which layers own a KV cache, which a state, and of what shape.
+
+Transformers itself says what kind of cache each layer needs (`get_layer_types_and_kwargs`); the shapes follow
+from the config. Read before any weight exists, so the planner and the kernel table need the config alone; the
+cache checks them against the real tensors at the first token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+from hybridkv.cache import AttentionFacts, LayerFacts, StateFacts
+from hybridkv.errors import ModelError
+
+_KV = ("full_attention", "sliding_attention", "hybrid", "hybrid_sliding")
+_STATE = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
+_NEITHER = ("dummy",)
+_SINKS = ("gpt_oss",)
+
+
+def _gated_delta(c: Any) -> StateFacts:
+    keys, values = c.linear_num_key_heads * c.linear_key_head_dim, c.linear_num_value_heads * c.linear_value_head_dim
+    return StateFacts(
+        conv=((2 * keys + values, c.linear_conv_kernel_dim),),
+        recurrent=((c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim),),
+    )
+
+
+def _mamba1(c: Any) -> StateFacts:
+    inner = c.mamba_expand * c.hidden_size
+    return StateFacts(conv=((inner, c.mamba_d_conv),), recurrent=((inner, c.mamba_d_state),))
+
+
+def _mamba2(heads: str, head_dim: str, groups: str, state: str, kernel: str) -> Callable[[Any], StateFacts]:
+    """Mamba-2 under the names that a config gives its five sizes."""
+
+    def shapes(c: Any) -> StateFacts:
+        n_heads, d_head, d_state = getattr(c, heads), getattr(c, head_dim), getattr(c, state)
+        channels = n_heads * d_head + 2 * getattr(c, groups) * d_state
+        return StateFacts(conv=((channels, getattr(c, kernel)),), recurrent=((n_heads, d_head, d_state),))
+
+    return shapes
+
+
+def _short_conv(c: Any) -> StateFacts:
+    return StateFacts(conv=((c.hidden_size, c.conv_L_cache),))
+
+
+_bamba = _mamba2("mamba_n_heads", "mamba_d_head", "mamba_n_groups", "mamba_d_state", "mamba_d_conv")
+
+STATE_SHAPES: dict[str, Callable[[Any], StateFacts]] = {
+    "qwen3_next": _gated_delta,
+    "qwen3_5_text": _gated_delta,
+    "qwen3_5_moe_text": _gated_delta,
+    "olmo_hybrid": _gated_delta,
+    "jamba": _mamba1,
+    "bamba": _bamba,
+    "falcon_h1": _bamba,
+    "granitemoehybrid": _bamba,
+    "zamba2": _mamba2("n_mamba_heads", "mamba_headdim", "mamba_ngroups", "mamba_d_state", "mamba_d_conv"),
+    "nemotron_h": _mamba2("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel"),
+    "lfm2": _short_conv,
+    "lfm2_moe": _short_conv,
+}
+"""State shapes by Transformers' `model_type`; a family that is not here runs, but its states are not planned."""
+
+
+def layer_facts(config: Any) -> tuple[LayerFacts, ...]:
+    """What each layer of a model remembers.
+
+    Parameters
+    ----------
+    config
+        A Transformers config; of a multimodal one the text decoder's part is read.
+
+    Raises
+    ------
+    ModelError
+        If the layer types are missing, contradictory, or of a kind that cannot be cached here.
+    """
+    text = config.get_text_config(decoder=True)
+    kinds, options = _layer_kinds(text)
+    shapes = STATE_SHAPES.get(text.model_type, lambda _: StateFacts(known=False))
+    facts = []
+    for index, (kind, kwargs, layer_config) in enumerate(zip(kinds, options, text.per_layer_config, strict=True)):
+        window = kwargs.get("sliding_window")
+        attention = _attention(index, layer_config, text, window) if kind in _KV else None
+        facts.append(LayerFacts(attention=attention, state=shapes(layer_config) if kind in _STATE else None))
+    return tuple(facts)
+
+
+def is_hybrid(facts: tuple[LayerFacts, ...]) -> bool:
+    """Whether a model has both KV caches and recurrent or convolution states."""
+    return any(f.attention for f in facts) and any(f.state for f in facts)
+
+
+def kv_facts(facts: tuple[LayerFacts, ...]) -> tuple[AttentionFacts, ...]:
+    """The KV layers, in order."""
+    return tuple(f.attention for f in facts if f.attention is not None)
+
+
+def _layer_kinds(text: Any) -> tuple[list[str], list[dict[str, Any]]]:
+    n_layers = text.num_hidden_layers
+    if not n_layers:
+        raise ModelError(f"the config has {n_layers} layers; at least 1 is needed")
+    try:
+        kinds, options = get_layer_types_and_kwargs(text)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"the config of {text.model_type!r} does not say what its layers are: {error}") from error
+    if len(kinds) != n_layers or len(options) != n_layers:
+        raise ModelError(
+            f"the config of {text.model_type!r} has {n_layers} layers and {len(kinds)} layer types",
+            hint="layer_types must name every layer",
+        )
+    if text.model_type in STATE_SHAPES and not getattr(text, "layer_types", None):
+        raise ModelError(
+            f"the config of {text.model_type!r} has no layer types, so attention and recurrent layers cannot "
+            "be told apart",
+            hint="add layer_types to config.json",
+        )
+    allowed = {*_KV, *_STATE, *_NEITHER}
+    for index, kind in enumerate(kinds):
+        if kind not in allowed:
+            raise ModelError(
+                f"layer {index} of {text.model_type!r} is of type {kind!r}; allowed: {', '.join(sorted(allowed))}",
+                hint="run this model with Transformers' own DynamicCache",
+            )
+    return kinds, options
+
+
+def _attention(index: int, layer_config: Any, text: Any, window: int | None) -> AttentionFacts:
+    n_heads = layer_config.num_attention_heads
+    n_kv_heads = getattr(layer_config, "num_key_value_heads", None) or n_heads
+    head_dim = (
+        getattr(layer_config, "attention_head_dim", None)
+        or getattr(layer_config, "head_dim", None)
+        or layer_config.hidden_size // n_heads
+    )
+    if n_heads % n_kv_heads:
+        raise ModelError(f"layer {index}: {n_heads} query heads do not divide into {n_kv_heads} KV heads")
+    return AttentionFacts(
+        layer=index,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim_k=head_dim,
+        head_dim_v=head_dim,
+        window=window,
+        softcap=getattr(text, "attn_logit_softcapping", None) is not None,
+        sinks=text.model_type in _SINKS,
+    )

@@ -1,0 +1,267 @@
+"""Transformers cache layers over packed rows and float32 states.
+
+`QuantizedLayer` wraps a `KVLayer`, `StateLayer` keeps convolution and recurrent states, and
+`QuantizedAndStateLayer` holds one of each. They are what `hybridkv.hf.cache.ModelCache` is a list of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
+
+from hybridkv.cache import KVLayer
+from hybridkv.errors import ContextError, ModelError
+from hybridkv.kernels import KVView
+from hybridkv.policy import Guard
+
+Notify = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class LayerWatch:
+    """What the guard wants of one KV layer.
+
+    Attributes
+    ----------
+    guard
+        Mode and limit.
+    notify
+        Where a fallback is reported.
+    pending
+        True until the first prompt has been measured.
+    error
+        The last measured relative RMSE, or None.
+    """
+
+    guard: Guard
+    notify: Notify
+    pending: bool = field(default=True)
+    error: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerView:
+    """What `update` hands to the attention function in place of tensors.
+
+    Attributes
+    ----------
+    layer
+        The packed rows' owner.
+    view
+        The rows that this call attends.
+    watch
+        The guard's part.
+    fresh_k, fresh_v
+        The new tokens before they were encoded, for this call only.
+    """
+
+    layer: KVLayer
+    view: KVView
+    watch: LayerWatch
+    fresh_k: Tensor
+    fresh_v: Tensor
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"packed K/V rows have no attribute {name!r}: this model handles K and V as tensors before attention. "
+            "hint: load it with attn_implementation='sdpa'; the same cache then gives dequantized tensors"
+        )
+
+
+class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """A Transformers cache layer that stores codes and scales.
+
+    Parameters
+    ----------
+    store
+        The packed rows.
+    watch
+        The guard's part.
+    packed
+        Says at each call whether the model attends packed rows (`attn_implementation="hybridkv"`); if not,
+        `update` gives dequantized tensors in the model's dtype.
+    """
+
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, store: KVLayer, watch: LayerWatch, packed: Callable[[], bool]) -> None:
+        super().__init__()
+        self.store = store
+        self.watch = watch
+        self.is_sliding = store.spec.facts.window is not None
+        self._packed = packed
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Memory is reserved by the first `update`."""
+        del value_states
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Store T new tokens `[B, Hkv, T, D]`; returns what the attention function reads."""
+        del args, kwargs
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        view = self.store.append(key_states, value_states)
+        if self._packed():
+            packed = LayerView(self.store, view, self.watch, key_states, value_states)
+            return packed, packed
+        k, v = self.store.decode(view.length)
+        return k.to(key_states.dtype), v.to(value_states.dtype)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Rows that the next call attends, and the position of the first."""
+        past = self.store.past_rows()
+        return past + query_length, self.store.n_seen - past
+
+    def get_seq_length(self) -> int:
+        """Tokens seen."""
+        return self.store.n_seen
+
+    def get_max_length(self) -> int:
+        """-1: no maximum that masks would have to know."""
+        return -1
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether the newest tokens can be dropped."""
+        return self.store.can_crop
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest `-tokens_to_remove` tokens (Transformers' sign)."""
+        self.store.crop(abs(tokens_to_remove))
+
+    def reset(self) -> None:
+        """Forget all tokens; a raised type stays raised, and the next prompt is measured again."""
+        self.store.reset()
+        self.watch.pending = True
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: sequence i continues from sequence `beam_idx[i]`."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence `repeats` times."""
+        self.batch_select_indices(torch.arange(self.store.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences `indices`."""
+        if self.store.batch:
+            self.store.select_sequences(indices)
+
+    def offload(self) -> None:
+        """Not offered: packed rows are read where they are."""
+        raise ModelError("a quantized cache cannot be offloaded", hint="drop offloading=True")
+
+    prefetch = offload
+
+
+class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
+    """Convolution and recurrent states of one layer; the recurrent ones in float32 whatever the model's dtype."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        states = (*self.conv_states.values(), *self.recurrent_states.values())
+        return sum(state.nbytes for state in states if state is not None)
+
+    def lazy_initialization(
+        self,
+        conv_states: Tensor | None = None,
+        recurrent_states: Tensor | None = None,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+    ) -> None:
+        """Allocate; an accumulating state takes float32."""
+        wide = None if recurrent_states is None else recurrent_states.float()
+        super().lazy_initialization(
+            conv_states=conv_states,
+            recurrent_states=wide,
+            state_idx=state_idx,
+            conv_kernel_size=conv_kernel_size,
+        )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """A state has no past to return to; 0 tokens is the only crop.
+
+        Raises
+        ------
+        ContextError
+            For any other count.
+        """
+        if tokens_to_remove:
+            raise ContextError(
+                f"{abs(tokens_to_remove)} tokens cannot be dropped: a recurrent or convolution state has no past",
+                hint="reset the cache and process the shorter prompt again",
+            )
+
+    @property
+    def is_croppable(self) -> bool:
+        """False: states cannot be rolled back."""
+        return False
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence `repeats` times."""
+        self._map(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences `indices`."""
+        self._map(lambda state: state.index_select(0, indices.to(state.device)))
+
+    def reset(self) -> None:
+        """Forget all tokens, and the batch size with them."""
+        LinearAttentionLayer.__init__(self, number_of_states=self.number_of_states)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        for states in (self.conv_states, self.recurrent_states):
+            for index, state in states.items():
+                if state is not None:
+                    states[index] = change(state)
+
+
+class QuantizedAndStateLayer(StateLayer, QuantizedLayer):  # type: ignore[misc]
+    """A layer that has both (Falcon-H1, Zamba2)."""
+
+    is_compileable = False
+
+    def __init__(
+        self, store: KVLayer, watch: LayerWatch, packed: Callable[[], bool], *, number_of_states: int = 1
+    ) -> None:
+        QuantizedLayer.__init__(self, store, watch, packed)
+        StateLayer.__init__(self, number_of_states=number_of_states)
+
+    def lazy_initialization(self, *args: Tensor, **kwargs: Any) -> None:
+        """Two positional tensors are K and V; keywords are states."""
+        if args:
+            QuantizedLayer.lazy_initialization(self, *args)
+        else:
+            StateLayer.lazy_initialization(self, **kwargs)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        StateLayer.reset(self)
+        QuantizedLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: sequence i continues from sequence `beam_idx[i]`."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence `repeats` times."""
+        StateLayer.batch_repeat_interleave(self, repeats)
+        QuantizedLayer.batch_repeat_interleave(self, repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences `indices`."""
+        StateLayer.batch_select_indices(self, indices)
+        QuantizedLayer.batch_select_indices(self, indices)
+
+    def get_max_length(self) -> int:
+        """-1: no maximum that masks would have to know."""
+        return -1

@@ -1,0 +1,113 @@
+"""What a kernel is asked: the static facts of an attention, the stored rows it reads, and the call's numbers.
+
+Plain frozen records. Nothing here runs; the registry matches cases to kernels, kernels read views.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from hybridkv.formats import KVFormat
+
+Phase = Literal["prefill", "decode"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCase:
+    """All that a kernel may base its refusal on. Hashable, no tensors.
+
+    Attributes
+    ----------
+    device
+        torch's device type: `cpu`, `cuda`.
+    type_k, type_v
+        Names of the stored formats.
+    head_dim_k, head_dim_v
+        Values per stored row of K and of V.
+    group
+        Query heads per KV head.
+    phase
+        `decode` is one new token per sequence, `prefill` is more.
+    window, softcap, sinks
+        Whether the layer attends a sliding window, caps its scores, or has sink logits.
+    """
+
+    device: str
+    type_k: str
+    type_v: str
+    head_dim_k: int
+    head_dim_v: int
+    group: int
+    phase: Phase
+    window: bool = False
+    softcap: bool = False
+    sinks: bool = False
+
+    def __str__(self) -> str:
+        extras = "".join(f", {n}" for n in ("window", "softcap", "sinks") if getattr(self, n))
+        dims = f"{self.head_dim_k}" if self.head_dim_k == self.head_dim_v else f"{self.head_dim_k}/{self.head_dim_v}"
+        return (
+            f"{self.phase} on {self.device}, K {self.type_k}, V {self.type_v}, head dim {dims}, "
+            f"{self.group} query heads per KV head{extras}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class KVView:
+    """The stored rows that one attention reads. Holds the cache's own memory, not a copy.
+
+    Attributes
+    ----------
+    k, v
+        One uint8 tensor `[B, Hkv, capacity, plane bytes]` per plane of the format.
+    format_k, format_v
+        What the planes hold.
+    head_dim_k, head_dim_v
+        Values per row.
+    start, length
+        Rows `[start, start + length)` are valid (S = length); everything else is stale and must not be read
+        into a result.
+    rotate_k, rotate_v
+        Whether the rows are stored rotated.
+    window
+        Tokens that a query sees, itself included, or None for all.
+    """
+
+    k: tuple[Tensor, ...]
+    v: tuple[Tensor, ...]
+    format_k: KVFormat
+    format_v: KVFormat
+    head_dim_k: int
+    head_dim_v: int
+    start: int
+    length: int
+    rotate_k: bool = False
+    rotate_v: bool = False
+    window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionParams:
+    """The numbers of one call.
+
+    Attributes
+    ----------
+    scale
+        Factor on the scores, usually head_dim ** -0.5.
+    softcap
+        `s -> softcap * tanh(s / softcap)` after the scale, or None.
+    sinks
+        float32 `[Hq]`: one logit per head that joins the softmax and carries no value, or None.
+    mask
+        bool `[B or 1, Hq or 1, T, S]`, True where a query attends; it then is the whole truth. None: causal,
+        the T queries being the last T of the S rows, with the view's window.
+    """
+
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    mask: Tensor | None = None

@@ -1,0 +1,213 @@
+"""Binding of the native CPU kernels: torch tensors in, addresses and strides out.
+
+Owns the checks that make the native code safe to call (shapes, dtypes, contiguity, bounds) and the choice of the
+instruction set. Knows no cases and no views: `hybridkv.kernels.cpu` adapts it to the registry.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from hybridkv.errors import UsageError
+from hybridkv.formats import Scale, get_format
+
+Isa = Literal["avx512", "avx2", "portable"]
+
+
+def _extension() -> ModuleType | ImportError:
+    try:
+        from hybridkv import _cpu
+    except ImportError as error:
+        return error
+    return cast(ModuleType, _cpu)
+
+
+def available() -> str | None:
+    """Why the native kernels cannot run; None if they can."""
+    module = _extension()
+    if isinstance(module, ImportError):
+        return f"the extension hybridkv._cpu is not built ({module})"
+    return None
+
+
+def isa() -> Isa:
+    """The instruction set that calls run on: the best one here, or `HYBRIDKV_ISA`.
+
+    Raises
+    ------
+    UsageError
+        `HYBRIDKV_ISA` names something that this processor or this build does not run.
+    """
+    offered = _native().isas()
+    wanted = os.environ.get("HYBRIDKV_ISA", offered[0])
+    if wanted not in offered:
+        raise UsageError(
+            f"HYBRIDKV_ISA={wanted} does not run here; allowed: {', '.join(offered)}",
+            hint="unset HYBRIDKV_ISA to take the best one",
+        )
+    return cast(Isa, wanted)
+
+
+def encode_into(
+    x: Tensor, fmt_name: str, scale: Scale | None, planes: Sequence[Tensor], start: int, *, n_threads: int = 1
+) -> None:
+    """Encode x into rows [start, start + T) of the planes, with the bytes of `KVFormat.encode`.
+
+    Parameters
+    ----------
+    x
+        float32, float16 or bfloat16 [B, Hkv, T, D], any outer strides.
+    planes
+        One uint8 tensor [B, Hkv, capacity, plane bytes] per plane, contiguous.
+
+    Raises
+    ------
+    UsageError
+        `refit` asked of a format to which it does not apply.
+    """
+    fmt = get_format(fmt_name)
+    scale = scale or fmt.default_scale
+    if scale == "refit" and not fmt.symmetric:
+        raise UsageError(f"{fmt_name} has no scale rule 'refit'; allowed: absmax")
+    n_batch, n_kv_heads, n_new, head_dim = x.shape
+    capacity = _check_planes(planes, fmt_name, head_dim, (n_batch, n_kv_heads))
+    assert 0 <= start and start + n_new <= capacity, (start, n_new, capacity)
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    _native().encode(
+        isa(),
+        x.data_ptr(),
+        {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}[x.dtype],
+        x.stride()[:3],
+        fmt_name,
+        scale == "refit",
+        [plane.data_ptr() for plane in planes],
+        n_batch,
+        n_kv_heads,
+        n_new,
+        head_dim,
+        capacity,
+        start,
+        n_threads,
+    )
+
+
+def attend(
+    q: Tensor,
+    k_planes: Sequence[Tensor],
+    type_k: str,
+    v_planes: Sequence[Tensor],
+    type_v: str,
+    head_dim_k: int,
+    head_dim_v: int,
+    start: int,
+    n_stored: int,
+    scale: float,
+    *,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    window: int | None = None,
+    mask: Tensor | None = None,
+    causal: bool = True,
+    seq_start: Tensor | None = None,
+    n_threads: int | None = None,
+) -> Tensor:
+    """Attention over the stored rows [start, start + n_stored) of the planes.
+
+    Query t stands at row n_stored - T + t and sees the rows up to its own (all of them with causal=False), of
+    those the last `window`, from `seq_start` of its sequence on, where `mask` is True. A query that sees no row
+    gives zeros.
+
+    Parameters
+    ----------
+    q
+        Any float dtype [B, Hq, T, D].
+    k_planes, v_planes
+        One uint8 tensor [B, Hkv, capacity, plane bytes] per plane, contiguous.
+    sinks
+        float32 [Hq]: a logit per head that joins the softmax and carries no value.
+    mask
+        bool [B or 1, Hq or 1, T, S], True where a query attends.
+    seq_start
+        int32 [B]: first valid row of each sequence, counted from `start` (left padding).
+    n_threads
+        None for torch's number.
+
+    Returns
+    -------
+    Tensor
+        float32 [B, Hq, T, Dv].
+    """
+    n_batch, n_heads, n_new, _ = q.shape
+    n_kv_heads = k_planes[0].shape[1]
+    capacity_k = _check_planes(k_planes, type_k, head_dim_k, (n_batch, n_kv_heads))
+    capacity_v = _check_planes(v_planes, type_v, head_dim_v, (n_batch, n_kv_heads))
+    assert q.shape[3] == head_dim_k and n_heads % n_kv_heads == 0, (q.shape, k_planes[0].shape, head_dim_k)
+    assert 0 <= start and n_new <= n_stored and start + n_stored <= min(capacity_k, capacity_v)
+    assert window is None or window > 0, window
+    if q.dtype != torch.float32 or q.stride(3) != 1:
+        q = q.float().contiguous()
+    sinks = None if sinks is None else sinks.float().contiguous()
+    assert sinks is None or sinks.shape == (n_heads,), sinks
+    seq_start = None if seq_start is None else seq_start.to(torch.int32).contiguous()
+    assert seq_start is None or seq_start.shape == (n_batch,), seq_start
+    mask_strides = (0, 0, 0)
+    if mask is not None:
+        assert mask.dtype == torch.bool, mask.dtype
+        mask = mask.expand(n_batch, n_heads, n_new, n_stored)
+        mask = mask if mask.stride(3) == 1 or n_stored == 1 else mask.contiguous()
+        mask_strides = cast(tuple[int, int, int], mask.stride()[:3])
+    out = torch.empty(n_batch, n_heads, n_new, head_dim_v, dtype=torch.float32)
+    _native().attend(
+        isa(),
+        q.data_ptr(),
+        q.stride()[:3],
+        type_k,
+        [plane.data_ptr() for plane in k_planes],
+        head_dim_k,
+        capacity_k,
+        type_v,
+        [plane.data_ptr() for plane in v_planes],
+        head_dim_v,
+        capacity_v,
+        n_batch,
+        n_heads,
+        n_kv_heads,
+        n_new,
+        start,
+        n_stored,
+        scale,
+        softcap or 0.0,
+        0 if sinks is None else sinks.data_ptr(),
+        window or 0,
+        0 if mask is None else mask.data_ptr(),
+        mask_strides,
+        causal,
+        0 if seq_start is None else seq_start.data_ptr(),
+        out.data_ptr(),
+        n_threads or torch.get_num_threads(),
+    )
+    return out
+
+
+def _native() -> ModuleType:
+    module = _extension()
+    if isinstance(module, ImportError):
+        raise module
+    return module
+
+
+def _check_planes(planes: Sequence[Tensor], fmt_name: str, head_dim: int, heads: tuple[int, int]) -> int:
+    """Assert that the native code may read the planes; their capacity in rows."""
+    sizes = get_format(fmt_name).plane_bytes(head_dim)
+    capacity = int(planes[0].shape[2])
+    for plane, size in zip(planes, sizes, strict=True):
+        assert plane.dtype == torch.uint8 and plane.is_contiguous() and plane.device.type == "cpu"
+        assert plane.shape == (*heads, capacity, size), (fmt_name, plane.shape, heads, capacity, size)
+    return capacity

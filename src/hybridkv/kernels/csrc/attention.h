@@ -1,0 +1,73 @@
+// The records that cross the border between the binding, the thread pool and the kernels of one ISA.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "formats.h"
+
+namespace hybridkv {
+
+// The packed cache of one tensor: per plane [B, Hkv, cap, row_bytes], contiguous.
+struct Stored {
+    const Format* format;
+    int64_t head_dim;
+    int64_t cap;
+    const uint8_t* planes[kMaxPlanes];
+};
+
+struct AttendParams {
+    const float* q;  // [B, Hq, T, D]: strides in elements, D contiguous
+    int64_t q_stride_b, q_stride_h, q_stride_t;
+    Stored k, v;
+    int64_t n_batch, n_heads, n_kv_heads, n_tokens;
+    int64_t start, n_stored;  // row j in 0..n_stored-1 lies at start + j of the planes
+    float scale;
+    float softcap;          // 0: none
+    const float* sinks;     // [Hq] or null
+    int64_t window;         // 0: none
+    const uint8_t* mask;    // bool, j contiguous, or null
+    int64_t mask_stride_b, mask_stride_h, mask_stride_t;
+    bool causal;
+    const int32_t* seq_start;  // [B] or null
+    float* out;                // [B, Hq, T, Dv] contiguous
+
+    int64_t group() const { return n_heads / n_kv_heads; }
+};
+
+// Query rows [r0, r1) of one KV head (row r is token r / group, head r % group of the group) over stored rows
+// [j0, j1). With `partial` set, the unnormalised result goes there: per row m, l, then Dv accumulators.
+struct AttendTask {
+    int64_t batch, kv_head, r0, r1, j0, j1;
+    float* partial;
+};
+
+constexpr int kMaxRows = 64;  // query rows in a task
+
+struct EncodeParams {
+    const void* x;  // [B, Hkv, T, D]: strides in elements, D contiguous
+    Code x_type;    // f32, f16 or bf16
+    int64_t x_stride_b, x_stride_h, x_stride_t;
+    const Format* format;
+    int64_t head_dim, cap, start;
+    int64_t n_kv_heads, n_tokens;
+    bool refit;
+    uint8_t* planes[kMaxPlanes];
+};
+
+// What one instruction set offers.
+struct Isa {
+    const char* name;
+    size_t (*scratch_bytes)(const AttendParams&);
+    void (*attend)(const AttendParams&, const AttendTask&, void* scratch);
+    // rows [r0, r1) of the B * Hkv * T rows of x
+    void (*encode)(const EncodeParams&, int64_t r0, int64_t r1);
+};
+
+extern const Isa kIsaPortable;
+#if defined(HYBRIDKV_X86)
+extern const Isa kIsaAvx2;
+extern const Isa kIsaAvx512;
+#endif
+
+}  // namespace hybridkv

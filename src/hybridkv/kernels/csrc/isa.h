@@ -1,0 +1,12 @@
+// The body of a translation unit of one instruction set: define HYBRIDKV_ISA_RECORD and HYBRIDKV_ISA_NAME, include
+// a simd_*.h, then this. Everything but the record has internal linkage, so that no code of one instruction set
+// can be merged with another's by the linker.
+#pragma once
+
+#include "attend.h"
+#include "encode.h"
+
+namespace hybridkv {
+extern const Isa HYBRIDKV_ISA_RECORD;
+const Isa HYBRIDKV_ISA_RECORD = {HYBRIDKV_ISA_NAME, scratch_bytes, attend, encode};
+}  // namespace hybridkv

@@ -1,0 +1,5 @@
+#include "simd_avx512.h"
+
+#define HYBRIDKV_ISA_RECORD kIsaAvx512
+#define HYBRIDKV_ISA_NAME "avx512"
+#include "isa.h"

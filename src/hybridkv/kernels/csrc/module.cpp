@@ -1,0 +1,150 @@
+// The extension module hybridkv._cpu: plain integers and addresses in, nothing of torch. cpu_native.py checks shapes,
+// dtypes and bounds before it calls; nothing here is for users.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "schedule.h"
+
+namespace nb = nanobind;
+using namespace hybridkv;
+
+namespace {
+
+using Address = uintptr_t;
+using Planes = std::vector<Address>;
+
+bool runs_avx2() {
+#if defined(HYBRIDKV_X86)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // F16C came before both
+#else
+    return false;
+#endif
+}
+
+bool runs_avx512() {
+#if defined(HYBRIDKV_X86)
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vnni");
+#else
+    return false;
+#endif
+}
+
+std::vector<const Isa*> offered() {
+    std::vector<const Isa*> all;
+#if defined(HYBRIDKV_X86)
+    if (runs_avx512()) all.push_back(&kIsaAvx512);
+    if (runs_avx2()) all.push_back(&kIsaAvx2);
+#endif
+    all.push_back(&kIsaPortable);
+    return all;
+}
+
+const Isa& isa_named(const std::string& name) {
+    for (const Isa* isa : offered()) {
+        if (name == isa->name) return *isa;
+    }
+    throw std::invalid_argument("this processor does not run " + name);
+}
+
+const Format& format_named(const std::string& name) {
+    for (const Format& f : kFormats) {
+        if (name == f.name) return f;
+    }
+    throw std::invalid_argument("no native kernel reads " + name);
+}
+
+Stored stored(const std::string& type, const Planes& planes, int64_t head_dim, int64_t cap) {
+    Stored s{&format_named(type), head_dim, cap, {}};
+    if (planes.size() != static_cast<size_t>(s.format->n_planes)) throw std::invalid_argument("planes of " + type);
+    for (size_t i = 0; i < planes.size(); ++i) s.planes[i] = reinterpret_cast<const uint8_t*>(planes[i]);
+    return s;
+}
+
+std::vector<std::string> isas() {
+    std::vector<std::string> names;
+    for (const Isa* isa : offered()) names.emplace_back(isa->name);
+    return names;
+}
+
+std::vector<int64_t> plane_bytes(const std::string& type, int64_t head_dim) {
+    const Format& f = format_named(type);
+    std::vector<int64_t> bytes;
+    for (int i = 0; i < f.n_planes; ++i) bytes.push_back(plane_row_bytes(f, i, head_dim));
+    return bytes;
+}
+
+using Strides = std::tuple<int64_t, int64_t, int64_t>;
+
+size_t attend(const std::string& isa, Address q, Strides q_strides, const std::string& type_k, const Planes& k,
+              int64_t head_dim_k, int64_t cap_k, const std::string& type_v, const Planes& v, int64_t head_dim_v,
+              int64_t cap_v, int64_t n_batch, int64_t n_heads, int64_t n_kv_heads, int64_t n_tokens, int64_t start,
+              int64_t n_stored, float scale, float softcap, Address sinks, int64_t window, Address mask,
+              Strides mask_strides, bool causal, Address seq_start, Address out, int n_threads) {
+    AttendParams a{};
+    a.q = reinterpret_cast<const float*>(q);
+    std::tie(a.q_stride_b, a.q_stride_h, a.q_stride_t) = q_strides;
+    a.k = stored(type_k, k, head_dim_k, cap_k);
+    a.v = stored(type_v, v, head_dim_v, cap_v);
+    a.n_batch = n_batch;
+    a.n_heads = n_heads;
+    a.n_kv_heads = n_kv_heads;
+    a.n_tokens = n_tokens;
+    a.start = start;
+    a.n_stored = n_stored;
+    a.scale = scale;
+    a.softcap = softcap;
+    a.sinks = reinterpret_cast<const float*>(sinks);
+    a.window = window;
+    a.mask = reinterpret_cast<const uint8_t*>(mask);
+    std::tie(a.mask_stride_b, a.mask_stride_h, a.mask_stride_t) = mask_strides;
+    a.causal = causal;
+    a.seq_start = reinterpret_cast<const int32_t*>(seq_start);
+    a.out = reinterpret_cast<float*>(out);
+    const Isa& record = isa_named(isa);
+    nb::gil_scoped_release unlocked;
+    run_attention(record, a, n_threads);
+    return attention_scratch_bytes(record, a, n_threads);
+}
+
+void encode(const std::string& isa, Address x, const std::string& x_type, Strides x_strides,
+            const std::string& type, bool refit, const Planes& planes, int64_t n_batch, int64_t n_kv_heads,
+            int64_t n_tokens, int64_t head_dim, int64_t cap, int64_t start, int n_threads) {
+    EncodeParams e{};
+    e.x = reinterpret_cast<const void*>(x);
+    e.x_type = format_named(x_type).code;
+    std::tie(e.x_stride_b, e.x_stride_h, e.x_stride_t) = x_strides;
+    e.format = &format_named(type);
+    e.head_dim = head_dim;
+    e.cap = cap;
+    e.start = start;
+    e.n_kv_heads = n_kv_heads;
+    e.n_tokens = n_tokens;
+    e.refit = refit;
+    if (planes.size() != static_cast<size_t>(e.format->n_planes)) throw std::invalid_argument("planes of " + type);
+    for (size_t i = 0; i < planes.size(); ++i) e.planes[i] = reinterpret_cast<uint8_t*>(planes[i]);
+    const Isa& record = isa_named(isa);
+    nb::gil_scoped_release unlocked;
+    run_encode(record, e, n_batch * n_kv_heads * n_tokens, n_threads);
+}
+
+}  // namespace
+
+NB_MODULE(_cpu, m) {
+    std::vector<std::string> formats;
+    for (const Format& f : kFormats) formats.emplace_back(f.name);
+    m.attr("FORMATS") = nb::cast(formats);
+    m.def("isas", &isas);
+    m.def("plane_bytes", &plane_bytes);
+    m.def("attend", &attend);
+    m.def("encode", &encode);
+}

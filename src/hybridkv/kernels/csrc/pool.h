@@ -1,0 +1,17 @@
+// A small thread pool: workers sleep between calls, the caller works along, a forked child starts afresh.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace hybridkv {
+
+// Calls work(task, worker) for every task in 0..n_tasks-1, tasks handed out one at a time; returns when all are
+// done. worker is in 0..n_threads-1 and no two tasks run at once with the same one. A second caller at the same
+// time runs its tasks alone.
+void parallel_for(int64_t n_tasks, int n_threads, const std::function<void(int64_t, int)>& work);
+
+// Memory of at least `bytes`, 64-byte aligned, kept by the calling thread until it asks for more or ends.
+void* thread_scratch(size_t bytes);
+
+}  // namespace hybridkv

@@ -1,0 +1,117 @@
+#include "schedule.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+
+#include "pool.h"
+
+namespace hybridkv {
+namespace {
+
+constexpr int64_t kTasksPerThread = 4;  // slack for threads of unequal speed
+constexpr int64_t kMinSplit = 256;      // stored rows below which a split costs more than it gives
+
+struct Cut {
+    int64_t all_rows, blocks, splits, split_rows;  // query rows of a KV head, blocks of them, parts of the cache
+    int64_t n_tasks, part_floats;
+};
+
+Cut cut(const AttendParams& a, int n_threads) {
+    Cut c;
+    c.all_rows = a.group() * a.n_tokens;
+    c.blocks = (c.all_rows + kMaxRows - 1) / kMaxRows;
+    const int64_t whole = a.n_batch * a.n_kv_heads * c.blocks;
+    const int64_t wanted = n_threads <= 1 ? 1 : (n_threads * kTasksPerThread + whole - 1) / whole;
+    const int64_t most = std::max<int64_t>(1, a.n_stored / kMinSplit);
+    c.splits = whole >= n_threads * kTasksPerThread ? 1 : std::min(wanted, most);
+    // Whole tiles, so that only the last split has a short one.
+    c.split_rows = std::max<int64_t>(64, ((a.n_stored + c.splits - 1) / c.splits + 63) / 64 * 64);
+    c.splits = std::max<int64_t>(1, (a.n_stored + c.split_rows - 1) / c.split_rows);
+    c.n_tasks = whole * c.splits;
+    c.part_floats = std::min<int64_t>(kMaxRows, c.all_rows) * (2 + a.v.head_dim);
+    return c;
+}
+
+// Range of stored rows that any of the query rows can see.
+void visible(const AttendParams& a, AttendTask& t) {
+    const int64_t first = a.n_stored - a.n_tokens + t.r0 / a.group();
+    const int64_t last = a.n_stored - a.n_tokens + (t.r1 - 1) / a.group();
+    int64_t lo = a.seq_start ? a.seq_start[t.batch] : 0;
+    if (a.window) lo = std::max(lo, first - a.window + 1);
+    const int64_t hi = a.causal ? last + 1 : a.n_stored;
+    t.j0 = std::max(t.j0, lo);
+    t.j1 = std::max(t.j0, std::min(t.j1, hi));
+}
+
+// One query row of `splits` parts: m, l and accumulators each.
+void merge(const AttendParams& a, const float* part, int64_t stride, int64_t splits, int64_t batch, int64_t head,
+           int64_t token) {
+    const int64_t dims = a.v.head_dim;
+    float top = -std::numeric_limits<float>::infinity();
+    for (int64_t i = 0; i < splits; ++i) top = std::max(top, part[i * stride]);
+    float* out = a.out + ((batch * a.n_heads + head) * a.n_tokens + token) * dims;
+    std::fill(out, out + dims, 0.f);
+    if (top == -std::numeric_limits<float>::infinity()) return;
+    if (a.sinks) top = std::max(top, a.sinks[head]);
+    float l = a.sinks ? std::exp(a.sinks[head] - top) : 0.f;
+    for (int64_t i = 0; i < splits; ++i) {
+        const float* p = part + i * stride;
+        if (p[1] == 0.f) continue;
+        const float weight = std::exp(p[0] - top);
+        l += p[1] * weight;
+        for (int64_t e = 0; e < dims; ++e) out[e] += p[2 + e] * weight;
+    }
+    const float factor = 1.f / l;
+    for (int64_t e = 0; e < dims; ++e) out[e] *= factor;
+}
+
+}  // namespace
+
+void run_attention(const Isa& isa, const AttendParams& a, int n_threads) {
+    const Cut c = cut(a, n_threads);
+    const size_t scratch = isa.scratch_bytes(a);
+    std::unique_ptr<float[]> parts;
+    if (c.splits > 1) parts.reset(new float[static_cast<size_t>(c.n_tasks * c.part_floats)]);
+    parallel_for(c.n_tasks, n_threads, [&](int64_t i, int) {
+        // The last blocks of rows see most of a causal cache: hand them out first.
+        const int64_t split = i % c.splits, block = c.blocks - 1 - i / c.splits % c.blocks;
+        const int64_t head = i / (c.splits * c.blocks);
+        AttendTask t;
+        t.batch = head / a.n_kv_heads;
+        t.kv_head = head % a.n_kv_heads;
+        t.r0 = block * kMaxRows;
+        t.r1 = std::min(c.all_rows, t.r0 + kMaxRows);
+        t.j0 = split * c.split_rows;
+        t.j1 = std::min(a.n_stored, t.j0 + c.split_rows);
+        visible(a, t);
+        t.partial = parts ? parts.get() + ((head * c.blocks + block) * c.splits + split) * c.part_floats : nullptr;
+        isa.attend(a, t, thread_scratch(scratch));
+    });
+    if (!parts) return;
+    for (int64_t head = 0; head < a.n_batch * a.n_kv_heads; ++head) {
+        for (int64_t row = 0; row < c.all_rows; ++row) {
+            const int64_t block = row / kMaxRows;
+            const float* part = parts.get() + (head * c.blocks + block) * c.splits * c.part_floats +
+                                row % kMaxRows * (2 + a.v.head_dim);
+            merge(a, part, c.part_floats, c.splits, head / a.n_kv_heads,
+                  head % a.n_kv_heads * a.group() + row % a.group(), row / a.group());
+        }
+    }
+}
+
+void run_encode(const Isa& isa, const EncodeParams& e, int64_t n_rows, int n_threads) {
+    constexpr int64_t kRows = 64;
+    parallel_for((n_rows + kRows - 1) / kRows, n_threads, [&](int64_t i, int) {
+        isa.encode(e, i * kRows, std::min(n_rows, (i + 1) * kRows));
+    });
+}
+
+size_t attention_scratch_bytes(const Isa& isa, const AttendParams& a, int n_threads) {
+    const Cut c = cut(a, n_threads);
+    const size_t parts = c.splits > 1 ? static_cast<size_t>(c.n_tasks * c.part_floats) * sizeof(float) : 0;
+    return isa.scratch_bytes(a) * static_cast<size_t>(std::max(1, n_threads)) + parts;
+}
+
+}  // namespace hybridkv

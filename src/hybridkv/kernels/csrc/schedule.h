@@ -1,0 +1,14 @@
+// Cuts an attention call into tasks, runs them on the pool, merges the parts of split rows.
+#pragma once
+
+#include "attention.h"
+
+namespace hybridkv {
+
+void run_attention(const Isa& isa, const AttendParams& a, int n_threads);
+void run_encode(const Isa& isa, const EncodeParams& e, int64_t n_rows, int n_threads);
+
+// Bytes of scratch that a call allocates: all threads' tiles and the parts of split rows.
+size_t attention_scratch_bytes(const Isa& isa, const AttendParams& a, int n_threads);
+
+}  // namespace hybridkv

@@ -1,0 +1,99 @@
+// Vectors of four lanes in the compiler's own vector extension: SSE2 or NEON, or scalar code elsewhere.
+// The operations are those that simd_avx2.h and simd_avx512.h offer; the kernels are written once over them.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct Simd {
+    static constexpr int lanes = 4;
+    static constexpr int rows_q = 4;   // query rows in a micro-kernel
+    static constexpr int cols = 2;     // vectors of stored rows in a micro-kernel of rows_q
+    typedef float F __attribute__((vector_size(16)));
+    typedef int32_t I __attribute__((vector_size(16)));
+
+    static F load(const float* p) { F v; std::memcpy(&v, p, sizeof v); return v; }
+    static void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
+    static F set1(float x) { return F{x, x, x, x}; }
+    static I loadi(const int32_t* p) { I v; std::memcpy(&v, p, sizeof v); return v; }
+    static void storei(int32_t* p, I v) { std::memcpy(p, &v, sizeof v); }
+    static I set1i(int32_t x) { return I{x, x, x, x}; }
+    static F fma(F a, F b, F c) { return a * b + c; }
+    static F add(F a, F b) { return a + b; }
+    static F sub(F a, F b) { return a - b; }
+    static F mul(F a, F b) { return a * b; }
+    static F div(F a, F b) { return a / b; }
+    static F max(F a, F b) { return a > b ? a : b; }  // b if either is NaN
+    static F abs(F a) { return (F)((I)a & 0x7fffffff); }
+    static F if_eq(F a, F b, F yes, F no) { return a == b ? yes : no; }
+    static I dot2(I acc, I a, I b) {  // acc + a.lo16 * b.lo16 + a.hi16 * b.hi16
+        return acc + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+    }
+    static F to_float(I a) { return __builtin_convertvector(a, F); }
+    static F round(F a) {  // to nearest even, |a| < 2^22
+        F magic = set1(12582912.f);
+        return (a + magic) - magic;
+    }
+    static I to_int(F a) { return __builtin_convertvector(round(a), I); }
+    static F pow2(F n) { return (F)((to_int(n) + 127) << 23); }  // n in [-127, 127]
+    static void store_i16(int16_t* p, I v) {
+        for (int i = 0; i < lanes; ++i) p[i] = static_cast<int16_t>(v[i]);
+    }
+    static float reduce_max(F a) {
+        float m = a[0];
+        for (int i = 1; i < lanes; ++i) m = a[i] > m ? a[i] : m;
+        return m;
+    }
+    static float reduce_add(F a) { return (a[0] + a[1]) + (a[2] + a[3]); }
+
+    static float half_to_float(uint16_t h) {
+        const uint32_t sign = (h & 0x8000u) << 16, body = (h & 0x7fffu) << 13;
+        uint32_t bits;
+        float scaled;
+        if (body >= 0x0f800000u) {  // infinity or NaN
+            bits = body | 0x7f800000u;
+        } else {
+            std::memcpy(&scaled, &body, 4);
+            scaled *= 5.192296858534828e33f;  // 2^112: exact, subnormals included
+            std::memcpy(&bits, &scaled, 4);
+        }
+        bits |= sign;
+        std::memcpy(&scaled, &bits, 4);
+        return scaled;
+    }
+    static void from_f16(const uint16_t* p, float* out) {
+        for (int i = 0; i < lanes; ++i) out[i] = half_to_float(p[i]);
+    }
+    static void from_bf16(const uint16_t* p, float* out) {
+        for (int i = 0; i < lanes; ++i) {
+            const uint32_t bits = static_cast<uint32_t>(p[i]) << 16;
+            std::memcpy(out + i, &bits, 4);
+        }
+    }
+    // dst[i][r] = src[r][i] for `lanes` rows r and 8 dwords i; strides in bytes and in dwords.
+    static void transpose8(const void* src, int64_t stride, int32_t* dst, int64_t dst_stride) {
+        for (int r = 0; r < lanes; ++r) {
+            int32_t row[8];
+            std::memcpy(row, static_cast<const char*>(src) + r * stride, 32);
+            for (int i = 0; i < 8; ++i) dst[i * dst_stride + r] = row[i];
+        }
+    }
+    // Codes of one dword to pairs: (0, 2) and (1, 3), each sign-extended to 16 bits.
+    static I even_codes(I x) { return pair(x, 0, 16); }
+    static I odd_codes(I x) { return pair(x, 8, 24); }
+    static I pair(I x, int lo, int hi) {
+        I a = (x << (24 - lo)) >> 24, b = (x << (24 - hi)) >> 24;
+        return (a & 0xffff) | (b << 16);
+    }
+    // out[i] = (a[i], b[i]) as 16-bit pairs for 32 codes
+    static void interleave(const int8_t* a, const int8_t* b, int32_t* out) {
+        for (int i = 0; i < 32; ++i) {
+            out[i] = (static_cast<int32_t>(a[i]) & 0xffff) | static_cast<int32_t>(static_cast<uint32_t>(b[i]) << 16);
+        }
+    }
+};
+
+}  // namespace

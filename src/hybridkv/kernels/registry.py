@@ -1,0 +1,109 @@
+"""Which kernel runs a case, and why the others do not.
+
+One meaning of "supported": a kernel resolves here. The command line, the planner, `hybridkv doctor` and the
+cache all ask this file, before any weight is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hybridkv.errors import NoKernelError
+from hybridkv.formats import KVFormat, Scale
+from hybridkv.kernels.case import AttentionCase, AttentionParams, KVView
+
+Attend = Callable[[Tensor, KVView, AttentionParams], Tensor]
+Write = Callable[[Tensor, KVFormat, Scale | None, Sequence[Tensor], int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One way to attend over stored rows.
+
+    Attributes
+    ----------
+    name
+        Printed wherever the choice is shown.
+    rank
+        Among kernels that accept a case, the highest rank runs.
+    tolerance
+        Relative RMSE against float64 attention over the decoded rows that it keeps, tested.
+    rejects
+        The reason why it cannot run a case, or None.
+    attend
+        `(q, view, params) -> out`: q any float dtype `[B, Hq, T, D]`, already rotated if the view is; out
+        float32 `[B, Hq, T, Dv]`, still rotated if the view is.
+    """
+
+    name: str
+    rank: int
+    tolerance: float
+    rejects: Callable[[AttentionCase], str | None]
+    attend: Attend
+
+
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """One way to store rows; all encoders write the same bytes.
+
+    Attributes
+    ----------
+    rejects
+        `(device type, format, head_dim) -> reason or None`.
+    write
+        `(x, format, scale rule, planes, row)`: encode x `[B, Hkv, T, D]`, any float dtype, into rows
+        `[row, row + T)` of the planes.
+    """
+
+    name: str
+    rank: int
+    rejects: Callable[[str, KVFormat, int], str | None]
+    write: Write
+
+
+def select(case: AttentionCase, kernels: Sequence[Kernel]) -> Kernel:
+    """The highest-ranked kernel that accepts `case`.
+
+    Raises
+    ------
+    NoKernelError
+        With the reason of every candidate.
+    """
+    reasons: list[tuple[str, str]] = []
+    for kernel in sorted(kernels, key=lambda k: -k.rank):
+        reason = kernel.rejects(case)
+        if reason is None:
+            return kernel
+        reasons.append((kernel.name, reason))
+    raise NoKernelError(
+        f"no kernel for {case}",
+        reasons=tuple(reasons),
+        hint="`hybridkv doctor` prints what runs here; head dims that are multiples of 16 take every type",
+    )
+
+
+def select_encoder(device: str, fmt: KVFormat, head_dim: int, encoders: Sequence[Encoder]) -> Encoder:
+    """The highest-ranked encoder for a format, a head dim and a device.
+
+    Raises
+    ------
+    NoKernelError
+        With the reason of every candidate.
+    """
+    reasons: list[tuple[str, str]] = []
+    for encoder in sorted(encoders, key=lambda e: -e.rank):
+        reason = encoder.rejects(device, fmt, head_dim)
+        if reason is None:
+            return encoder
+        reasons.append((encoder.name, reason))
+    raise NoKernelError(
+        f"no encoder for {fmt.name} rows of {head_dim} values on {device}", reasons=tuple(reasons)
+    )
+
+
+def explain(case: AttentionCase, kernels: Sequence[Kernel]) -> list[tuple[str, str | None]]:
+    """Every kernel's answer to `case`, best rank first: its name and its reason to refuse, or None."""
+    return [(k.name, k.rejects(case)) for k in sorted(kernels, key=lambda k: -k.rank)]

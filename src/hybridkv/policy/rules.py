@@ -1,0 +1,104 @@
+"""Which type each KV layer gets: the asked types, first and last layers, rotation, and what has no effect.
+
+Layers are counted among the *KV layers*, so `-ctk-first q8_0,2` means the first two layers that have a cache,
+wherever they stand in the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from hybridkv.cache import AttentionFacts, KVSpec, KVTypes
+from hybridkv.errors import UsageError
+from hybridkv.formats import get_format
+
+
+@dataclass(frozen=True, slots=True)
+class TypeOverride:
+    """A type for the first or the last `n_layers` KV layers."""
+
+    type_name: str
+    n_layers: int
+
+
+def parse_override(text: str, option: str) -> TypeOverride:
+    """`q8_0,2` as a `TypeOverride`.
+
+    Raises
+    ------
+    UsageError
+        If it is not a known type, a comma and a count of at least 1.
+    """
+    name, comma, count = text.partition(",")
+    if not comma or not count.isdigit() or int(count) < 1:
+        raise UsageError(
+            f"{option} {text!r}; allowed: TYPE,N with N at least 1", hint=f"for example {option} q8_0,2"
+        )
+    return TypeOverride(get_format(name).name, int(count))
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What was asked for the KV cache.
+
+    Attributes
+    ----------
+    types
+        The types of every KV layer, unless an override says otherwise.
+    k_first, k_last, v_first, v_last
+        Overrides of K's and V's type.
+    """
+
+    types: KVTypes = KVTypes()
+    k_first: TypeOverride | None = None
+    k_last: TypeOverride | None = None
+    v_first: TypeOverride | None = None
+    v_last: TypeOverride | None = None
+
+    def resolve(self, facts: Sequence[AttentionFacts]) -> tuple[KVSpec, ...]:
+        """The spec of every KV layer, in order.
+
+        Raises
+        ------
+        UsageError
+            If a type is unknown, or an override asks for more KV layers than there are.
+        """
+        for name in (self.types.type_k, self.types.type_v):
+            get_format(name)
+        n = len(facts)
+        k_types = _override([self.types.type_k] * n, self.k_first, self.k_last, "K")
+        v_types = _override([self.types.type_v] * n, self.v_first, self.v_last, "V")
+        return tuple(
+            KVSpec(f, replace(self.types, type_k=k, type_v=v))
+            for f, k, v in zip(facts, k_types, v_types, strict=True)
+        )
+
+    def notices(self, specs: Sequence[KVSpec]) -> list[str]:
+        """Options that change nothing for these layers: said, never silent."""
+        said = []
+        asked_scale = self.types.scale
+        used = {t for s in specs for t in (s.types.type_k, s.types.type_v)}
+        if asked_scale is not None and used and not any(get_format(t).symmetric for t in used):
+            said.append(f"--kv-scale {asked_scale} has no effect: {', '.join(sorted(used))} have no scale to fit")
+        if not specs and (self.types != KVTypes() or any((self.k_first, self.k_last, self.v_first, self.v_last))):
+            said.append("this model has no attention layer: the KV cache options have no effect")
+        return said
+
+
+def _override(
+    types: list[str], first: TypeOverride | None, last: TypeOverride | None, side: str
+) -> list[str]:
+    """`types` with the first and last entries replaced."""
+    for override, place in ((first, "first"), (last, "last")):
+        if override is None or not types:
+            continue
+        if override.n_layers > len(types):
+            raise UsageError(
+                f"{override.type_name} for the {place} {override.n_layers} {side} layers; "
+                f"this model has {len(types)} KV layers",
+                hint="layers are counted among the layers that have a KV cache",
+            )
+        span = slice(0, override.n_layers) if place == "first" else slice(len(types) - override.n_layers, None)
+        types[span] = [override.type_name] * override.n_layers
+    return types
