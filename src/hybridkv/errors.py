@@ -55,9 +55,7 @@ class NoKernelError(HybridKVError):
         One `(kernel name, reason)` per candidate.
     """
 
-    def __init__(
-        self, message: str, *, reasons: tuple[tuple[str, str], ...] = (), hint: str | None = None
-    ) -> None:
+    def __init__(self, message: str, *, reasons: tuple[tuple[str, str], ...] = (), hint: str | None = None) -> None:
         lines = [message, *(f"  {name}: {reason}" for name, reason in reasons)]
         super().__init__("\n".join(lines), hint=hint)
         self.reasons = reasons

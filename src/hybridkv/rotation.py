@@ -53,7 +53,8 @@ def rotate(x: Tensor) -> Tensor:
     block = rotation_block(head_dim)
     matrix = _hadamard(block, x.device)
     blocks = x.float().reshape(*x.shape[:-1], head_dim // block, block)
-    return (blocks @ matrix).reshape(x.shape)
+    rotated: Tensor = (blocks @ matrix).reshape(x.shape)
+    return rotated
 
 
 @lru_cache(maxsize=32)

@@ -86,9 +86,7 @@ class KVLayer:
         Tokens per sequence to reserve and not to exceed; None grows as needed.
     """
 
-    def __init__(
-        self, spec: KVSpec, choose: Callable[[KVSpec], LayerKernels], *, n_ctx: int | None = None
-    ) -> None:
+    def __init__(self, spec: KVSpec, choose: Callable[[KVSpec], LayerKernels], *, n_ctx: int | None = None) -> None:
         self._choose = choose
         self._n_ctx = n_ctx
         self.retype(spec)

@@ -147,10 +147,9 @@ class KVFormat:
         Returns
         -------
         tuple
-            One uint8 tensor [..., plane_bytes[i]] per plane; for plain values it may share memory with `x`.
-            A block with a NaN or an infinity, or with a scale too large for its plane, decodes to non-finite
-            values. The padding lanes are encoded as zeros or, in a format with a minimum, as copies of the
-            last value, and so never join a scale, a minimum or a sum.
+            One uint8 tensor [..., plane_bytes[i]] per plane. A block with a NaN or an infinity, or with a
+            scale too large for its plane, decodes to non-finite values. Padding lanes are encoded as zeros
+            or, in a format with a minimum, as copies of the last value: they join no scale, minimum or sum.
 
         Raises
         ------
@@ -216,9 +215,7 @@ class KVFormat:
         y = (x if low is None else x - low) * rules.inverse(d)
         book = self._book(x.device)
         codes = (
-            rules.to_codes(y, self.rounding, self.zero, *self.code_range)
-            if book is None
-            else rules.to_nearest(y, book)
+            rules.to_codes(y, self.rounding, self.zero, *self.code_range) if book is None else rules.to_nearest(y, book)
         )
         if scale == "refit" and self.refit == "pairs":
             d = rules.refit_pairs(x, self._values(codes), d)

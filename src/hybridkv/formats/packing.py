@@ -114,8 +114,10 @@ class Plane:
 
 
 def pack_number(plane: Plane, values: Tensor) -> Tensor:
-    """Pack numbers [..., n] into bytes, uint8 [..., n * itemsize]; may share memory with `values`."""
-    return values.to(NUMBERS[plane.kind].dtype).contiguous().view(torch.uint8)
+    """Pack numbers [..., n] into bytes, uint8 [..., n * itemsize], in memory of their own."""
+    # The copy also has canonical strides, without which an empty or one-wide tensor has no view as bytes.
+    dtype = NUMBERS[plane.kind].dtype
+    return values.to(dtype, copy=True, memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def unpack_number(plane: Plane, data: Tensor) -> Tensor:

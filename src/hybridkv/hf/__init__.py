@@ -9,4 +9,12 @@ from hybridkv.hf.facts import is_hybrid, kv_facts, layer_facts
 
 register()
 
-__all__ = ["IMPLEMENTATION", "ModelCache", "is_hybrid", "kv_facts", "layer_facts", "quantized_cache", "register"]
+__all__ = [
+    "IMPLEMENTATION",
+    "ModelCache",
+    "is_hybrid",
+    "kv_facts",
+    "layer_facts",
+    "quantized_cache",
+    "register",
+]

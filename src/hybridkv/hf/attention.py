@@ -120,7 +120,7 @@ def _attend_stored(query: Tensor, packed: LayerView, params: AttentionParams) ->
     if watch.guard.watches and not torch.isfinite(out).all():
         raise NonFiniteError(
             layer=packed.layer.spec.facts.layer,
-            types=packed.layer.types,
+            label=packed.layer.types.label,
             kernel=kernel.name,
             n_tokens=packed.layer.n_seen,
             source="cache" if _inputs_finite(query, packed) else "input",
@@ -155,7 +155,8 @@ def _checked(query: Tensor, packed: LayerView, params: AttentionParams, out: Ten
         verdict = watch.guard.judge(Evidence(layer.spec.facts.layer, layer.types, watch.error))
         if isinstance(verdict, Stop):
             raise GuardError(
-                f"the guard stopped at {verdict.reason}", hint="use a larger type, rotation (-khad), or --kv-guard check"
+                f"the guard stopped at {verdict.reason}",
+                hint="use a larger type, rotation (-khad), or --kv-guard check",
             )
         if not isinstance(verdict, Fallback):
             return out
@@ -203,4 +204,3 @@ def _float_view(k: Tensor, v: Tensor) -> KVView:
         start=0,
         length=k.shape[2],
     )
-

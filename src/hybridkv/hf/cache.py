@@ -20,7 +20,7 @@ from hybridkv.hf.attention import IMPLEMENTATION, register
 from hybridkv.hf.facts import is_hybrid, kv_facts, layer_facts
 from hybridkv.hf.layers import LayerWatch, Notify, QuantizedAndStateLayer, QuantizedLayer, StateLayer
 from hybridkv.kernels import ENCODERS, KERNELS, Encoder, Kernel
-from hybridkv.policy import Guard, GuardMode, Policy, TypeOverride, parse_mode, parse_override
+from hybridkv.policy import Guard, GuardMode, Policy, TypeOverride, parse_mode, parse_override, parse_scale
 
 _LOG = logging.getLogger("hybridkv")
 _PLAN_CONTEXT = 4096  # what the guard's warnings count bytes at when no context was given
@@ -172,7 +172,7 @@ def quantized_cache(
     type_v: str = "q8_0",
     rotate_k: bool = False,
     rotate_v: bool = False,
-    scale: Scale | None = None,
+    scale: Scale | str | None = None,
     k_first: str | None = None,
     k_last: str | None = None,
     v_first: str | None = None,
@@ -214,7 +214,7 @@ def quantized_cache(
     register()
     facts = layer_facts(model.config)
     policy = Policy(
-        types=KVTypes(type_k, type_v, rotate_k, rotate_v, scale),
+        types=KVTypes(type_k, type_v, rotate_k, rotate_v, None if scale is None else parse_scale(scale)),
         k_first=_override(k_first, "k_first"),
         k_last=_override(k_last, "k_last"),
         v_first=_override(v_first, "v_first"),

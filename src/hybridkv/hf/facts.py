@@ -22,7 +22,10 @@ _SINKS = ("gpt_oss",)
 
 
 def _gated_delta(c: Any) -> StateFacts:
-    keys, values = c.linear_num_key_heads * c.linear_key_head_dim, c.linear_num_value_heads * c.linear_value_head_dim
+    keys, values = (
+        c.linear_num_key_heads * c.linear_key_head_dim,
+        c.linear_num_value_heads * c.linear_value_head_dim,
+    )
     return StateFacts(
         conv=((2 * keys + values, c.linear_conv_kernel_dim),),
         recurrent=((c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim),),

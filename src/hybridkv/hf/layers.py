@@ -225,7 +225,7 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
                     states[index] = change(state)
 
 
-class QuantizedAndStateLayer(StateLayer, QuantizedLayer):  # type: ignore[misc]
+class QuantizedAndStateLayer(StateLayer, QuantizedLayer):
     """A layer that has both (Falcon-H1, Zamba2)."""
 
     is_compileable = False
@@ -234,9 +234,9 @@ class QuantizedAndStateLayer(StateLayer, QuantizedLayer):  # type: ignore[misc]
         self, store: KVLayer, watch: LayerWatch, packed: Callable[[], bool], *, number_of_states: int = 1
     ) -> None:
         QuantizedLayer.__init__(self, store, watch, packed)
-        StateLayer.__init__(self, number_of_states=number_of_states)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
 
-    def lazy_initialization(self, *args: Tensor, **kwargs: Any) -> None:
+    def lazy_initialization(self, *args: Tensor, **kwargs: Any) -> None:  # type: ignore[override]
         """Two positional tensors are K and V; keywords are states."""
         if args:
             QuantizedLayer.lazy_initialization(self, *args)

@@ -69,15 +69,15 @@ def encode_into(
     Raises
     ------
     UsageError
-        `refit` asked of a format to which it does not apply.
+        This format has no such scale rule.
     """
     fmt = get_format(fmt_name)
     scale = scale or fmt.default_scale
-    if scale == "refit" and not fmt.symmetric:
-        raise UsageError(f"{fmt_name} has no scale rule 'refit'; allowed: absmax")
+    if scale not in fmt.scales:
+        raise UsageError(f"{fmt_name} has no scale rule {scale!r}; allowed: {', '.join(fmt.scales)}")
     n_batch, n_kv_heads, n_new, head_dim = x.shape
     capacity = _check_planes(planes, fmt_name, head_dim, (n_batch, n_kv_heads))
-    assert 0 <= start and start + n_new <= capacity, (start, n_new, capacity)
+    assert start >= 0 and start + n_new <= capacity, (start, n_new, capacity)
     if x.stride(-1) != 1:
         x = x.contiguous()
     _native().encode(
@@ -149,7 +149,7 @@ def attend(
     capacity_k = _check_planes(k_planes, type_k, head_dim_k, (n_batch, n_kv_heads))
     capacity_v = _check_planes(v_planes, type_v, head_dim_v, (n_batch, n_kv_heads))
     assert q.shape[3] == head_dim_k and n_heads % n_kv_heads == 0, (q.shape, k_planes[0].shape, head_dim_k)
-    assert 0 <= start and n_new <= n_stored and start + n_stored <= min(capacity_k, capacity_v)
+    assert start >= 0 and n_new <= n_stored and start + n_stored <= min(capacity_k, capacity_v)
     assert window is None or window > 0, window
     if q.dtype != torch.float32 or q.stride(3) != 1:
         q = q.float().contiguous()

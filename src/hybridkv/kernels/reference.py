@@ -70,7 +70,8 @@ def _attend_queries(q: Tensor, view: KVView, params: AttentionParams, first: int
 
 def _weigh(weights: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     """Weights `[B, Hq, T, S]` times values `[B, Hkv, S, Dv]`, where a weight of an invisible row counts as
-    absent even if the value is NaN (0 * NaN would spread it)."""
+    absent even if the value is NaN (0 * NaN would spread it).
+    """
     batch, n_heads, n_queries, n_rows = weights.shape
     n_kv_heads = v.shape[1]
     stale = ~torch.isfinite(v).all(-1)
@@ -92,7 +93,7 @@ def _visible(
     n_rows: int,
     device: torch.device,
 ) -> Tensor:
-    """bool `[B or 1, Hq or 1, queries, rows]`: which rows of this tile the tile's queries attend."""
+    """Bool `[B or 1, Hq or 1, queries, rows]`: which rows of this tile the tile's queries attend."""
     if params.mask is not None:
         return params.mask[:, :, first : first + n_queries, row : row + n_rows]
     position = (view.length - n_new + first + torch.arange(n_queries, device=device)).unsqueeze(-1)

@@ -99,9 +99,7 @@ def select_encoder(device: str, fmt: KVFormat, head_dim: int, encoders: Sequence
         if reason is None:
             return encoder
         reasons.append((encoder.name, reason))
-    raise NoKernelError(
-        f"no encoder for {fmt.name} rows of {head_dim} values on {device}", reasons=tuple(reasons)
-    )
+    raise NoKernelError(f"no encoder for {fmt.name} rows of {head_dim} values on {device}", reasons=tuple(reasons))
 
 
 def explain(case: AttentionCase, kernels: Sequence[Kernel]) -> list[tuple[str, str | None]]:

@@ -15,7 +15,7 @@ from hybridkv.policy.guard import (
     next_types,
     parse_mode,
 )
-from hybridkv.policy.rules import Policy, TypeOverride, parse_override
+from hybridkv.policy.rules import Policy, TypeOverride, parse_override, parse_scale
 
 __all__ = [
     "ERROR_LIMIT",
@@ -34,4 +34,5 @@ __all__ = [
     "next_types",
     "parse_mode",
     "parse_override",
+    "parse_scale",
 ]

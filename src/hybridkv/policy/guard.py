@@ -1,9 +1,9 @@
-"""The guard: numbers in, verdict out. Arithmetic only; who measures and who acts is `hybridkv.hf` and the engine.
+"""The guard: numbers in, verdict out. Arithmetic only; `hybridkv.hf` measures, the engine acts.
 
-Three opinions exist on 4-bit caches under recurrent layers, and each is a mode: `upgrade` (a rule raises them to
-q8_0), `warn` (a rule warns), `check` (evidence decides, layer by layer). `strict` turns a fallback into an
-error, `off` does nothing. In every mode but `off` numbers that are not finite lead to a rebuild at the next
-rung of the ladder.
+Three opinions exist on 4-bit caches under recurrent layers, and each is a mode: `upgrade` (a rule raises them
+to q8_0), `warn` (a rule warns), `check` (evidence decides, layer by layer). `strict` turns a fallback into an
+error, `off` measures nothing. Numbers that are not finite lead to a rebuild at the next rung of the ladder;
+under `strict` and `off` they end the run, for no mode hands them to the sampler.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class Guard:
         if self.mode == "upgrade":
             return raised, [f"KV layers {layers} upgraded from {labels} to q8_0 on this hybrid model: +{cost}"]
         return specs, [
-            f"KV layers {layers} stay at {labels} (under 8 bits) on this hybrid model; q8_0 would cost {cost} more"
+            f"KV layers {layers} stay at {labels}, under 8 bits, on this hybrid model; q8_0 would cost +{cost}"
         ]
 
 
@@ -169,35 +169,32 @@ def _at_least_q8(types: KVTypes) -> KVTypes:
 
 
 class NonFiniteError(GuardError):
-    """An attention output that is not finite, caught where it arose.
+    """Numbers that are not finite, caught where they arose.
 
     Parameters
     ----------
     layer
-        Model layer.
-    types
+        Model layer whose attention output it was, or None for the logits.
+    label
         How the layer is stored.
     kernel
         Which kernel computed it.
     n_tokens
         Tokens in the cache at that moment.
     source
-        `cache` if the layer's inputs were finite, `input` if they were not.
+        `cache` if what went into the layer was finite, `input` if it was not.
     """
 
     def __init__(
-        self, *, layer: int, types: KVTypes, kernel: str, n_tokens: int, source: Literal["cache", "input"]
+        self, *, layer: int | None, label: str, kernel: str, n_tokens: int, source: Literal["cache", "input"]
     ) -> None:
-        where = "its inputs were finite" if source == "cache" else "its inputs were not finite either"
+        what = "the logits are" if layer is None else f"the attention output of layer {layer} is"
+        upstream = "" if source == "cache" else ", and so was what went into it"
         super().__init__(
-            f"layer {layer} gave numbers that are not finite at token {n_tokens} "
-            f"(KV {types.label}, kernel {kernel}; {where})",
-            hint="use larger types (-ctk f16 -ctv f16)"
-            if source == "cache"
-            else "the fault is before the cache: check the weights",
+            f"{what} not finite at token {n_tokens} (KV {label}, kernel {kernel}){upstream}",
+            hint="use larger types, for example -ctk f16 -ctv f16, or --kv-guard check",
         )
         self.layer = layer
-        self.types = types
         self.kernel = kernel
         self.n_tokens = n_tokens
         self.source = source

@@ -7,11 +7,12 @@ wherever they stand in the model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import get_args
 
 from hybridkv.cache import AttentionFacts, KVSpec, KVTypes
 from hybridkv.errors import UsageError
-from hybridkv.formats import get_format
+from hybridkv.formats import Scale, get_format
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +33,25 @@ def parse_override(text: str, option: str) -> TypeOverride:
     """
     name, comma, count = text.partition(",")
     if not comma or not count.isdigit() or int(count) < 1:
-        raise UsageError(
-            f"{option} {text!r}; allowed: TYPE,N with N at least 1", hint=f"for example {option} q8_0,2"
-        )
+        raise UsageError(f"{option} {text!r}; allowed: TYPE,N with N at least 1", hint=f"for example {option} q8_0,2")
     return TypeOverride(get_format(name).name, int(count))
+
+
+def parse_scale(text: str) -> Scale:
+    """The scale rule of that name.
+
+    Raises
+    ------
+    UsageError
+        Listing the rules.
+    """
+    for rule in get_args(Scale):
+        if rule == text:
+            return rule  # type: ignore[no-any-return]
+    raise UsageError(
+        f"unknown scale rule {text!r}; allowed: {', '.join(get_args(Scale))}",
+        hint="leave --kv-scale out for what measures better",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +66,7 @@ class Policy:
         Overrides of K's and V's type.
     """
 
-    types: KVTypes = KVTypes()
+    types: KVTypes = field(default_factory=KVTypes)
     k_first: TypeOverride | None = None
     k_last: TypeOverride | None = None
     v_first: TypeOverride | None = None
@@ -70,8 +86,7 @@ class Policy:
         k_types = _override([self.types.type_k] * n, self.k_first, self.k_last, "K")
         v_types = _override([self.types.type_v] * n, self.v_first, self.v_last, "V")
         return tuple(
-            KVSpec(f, replace(self.types, type_k=k, type_v=v))
-            for f, k, v in zip(facts, k_types, v_types, strict=True)
+            KVSpec(f, replace(self.types, type_k=k, type_v=v)) for f, k, v in zip(facts, k_types, v_types, strict=True)
         )
 
     def notices(self, specs: Sequence[KVSpec]) -> list[str]:
@@ -86,9 +101,7 @@ class Policy:
         return said
 
 
-def _override(
-    types: list[str], first: TypeOverride | None, last: TypeOverride | None, side: str
-) -> list[str]:
+def _override(types: list[str], first: TypeOverride | None, last: TypeOverride | None, side: str) -> list[str]:
     """`types` with the first and last entries replaced."""
     for override, place in ((first, "first"), (last, "last")):
         if override is None or not types:

@@ -17,7 +17,7 @@ constexpr float kPUnits = 32000.f;  // int16 units of the largest probability ti
 // Scratch of one task; every array is 64-byte aligned. Bytes depend on the head dims, never on the cache.
 struct Scratch {
     float *q, *q_unit, *q_sum, *scores, *alpha, *m, *l, *p_unit, *unit, *bias, *acc;
-    float *k, *k_d, *k_m, *v, *v_d, *v_m, *d_row, *d_block;
+    float *k, *k_d, *k_m, *v, *v_d, *v_m, *d_row, *d_block, *flat;
     int16_t* p16;
     int8_t* codes;
     int64_t *lo, *hi;
@@ -43,13 +43,14 @@ inline Scratch carve(const AttendParams& a, void* memory) {
     take(s.lo, rows);
     take(s.hi, rows);
     take(s.k, dk * kTile);
-    take(s.k_d, dk / kBlock * kTile);
-    take(s.k_m, dk / kBlock * kTile);
+    take(s.k_d, scale_blocks(dk / kBlock) * kTile);
+    take(s.k_m, scale_blocks(dk / kBlock) * kTile);
     take(s.v, kBlock * kTile);
-    take(s.v_d, dv / kBlock * kTile);
-    take(s.v_m, dv / kBlock * kTile);
+    take(s.v_d, scale_blocks(dv / kBlock) * kTile);
+    take(s.v_m, scale_blocks(dv / kBlock) * kTile);
     take(s.d_row, kTile);
     take(s.d_block, dv / kBlock);
+    take(s.flat, wide / kBlock * kTile + 8);
     take(s.codes, wide * kTile);
     s.bytes = used;
     return s;
@@ -103,7 +104,7 @@ struct Attend {
     }
 
     // int16 with one scale per row, in the order in which stage_k lays out pairs of codes.
-    void quantize_query(int r, const float* q) {
+    HYBRIDKV_PHASE void quantize_query(int r, const float* q) {
         const int64_t dims = a.k.head_dim;
         float top = 0.f;
         bool finite = true;
@@ -132,11 +133,11 @@ struct Attend {
         }
     }
 
-    void scores(int64_t j, int n) {
+    HYBRIDKV_PHASE void scores(int64_t j, int n) {
         const int64_t row = a.start + j;
         if (k_int) {
             const Codes codes = stage_codes(a.k, head, row, n, s.codes);
-            stage_scales(a.k, head, row, n, s.k_d, s.k_m);
+            stage_scales(a.k, head, row, n, s.flat, s.k_d, s.k_m);
             int32_t* pairs = reinterpret_cast<int32_t*>(s.k);
             for (int64_t b = 0; b < dk / kBlock; ++b) stage_k_pairs(codes, b, pairs + b * 16 * kTile);
             const auto dot = [&](auto group, int r) {
@@ -152,8 +153,10 @@ struct Attend {
             stage_values(a.k, head, row, n, e, s.v);
             for (int i = 0; i < kBlock; i += 8) {
                 for (int r = 0; r < kTile; r += L) {
-                    Simd::transpose8(s.v + r * kBlock + i, kBlock * sizeof(float),
-                                     reinterpret_cast<int32_t*>(s.k) + (e + i) * kTile + r, kTile);
+                    I dims[8];
+                    Simd::transpose8(s.v + r * kBlock + i, kBlock * sizeof(float), dims);
+                    int32_t* out = reinterpret_cast<int32_t*>(s.k) + (e + i) * kTile + r;
+                    for (int k = 0; k < 8; ++k) Simd::storei(out + k * kTile, dims[k]);
                 }
             }
         }
@@ -163,23 +166,20 @@ struct Attend {
     }
 
     // Block b of the tile's codes to [16 pairs of dims][kTile].
-    static void stage_k_pairs(const Codes& codes, int64_t b, int32_t* pairs) {
-        int32_t quads[8 * kTile];
-        for (int r = 0; r < kTile; r += L) {
-            Simd::transpose8(codes.row(r) + b * kBlock, codes.stride, quads + r, kTile);
-        }
-        for (int i = 0; i < 8; ++i, pairs += 2 * kTile) {
-            for (int r = 0; r < kTile; r += L) {
-                const I x = Simd::loadi(quads + i * kTile + r);
-                Simd::storei(pairs + r, Simd::even_codes(x));
-                Simd::storei(pairs + kTile + r, Simd::odd_codes(x));
+    HYBRIDKV_PHASE static void stage_k_pairs(const Codes& codes, int64_t b, int32_t* pairs) {
+        for (int r = 0; r < kTile; r += L, pairs += L) {
+            I quads[8];
+            Simd::transpose8(codes.row(r) + b * kBlock, codes.stride, quads);
+            for (int i = 0; i < 8; ++i) {
+                Simd::storei(pairs + 2 * i * kTile, Simd::even_codes(quads[i]));
+                Simd::storei(pairs + (2 * i + 1) * kTile, Simd::odd_codes(quads[i]));
             }
         }
     }
 
     // Scales of V over the largest of their block in this tile, and per row the largest of those.
-    void stage_v_scales(int64_t j, int n) {
-        stage_scales(a.v, head, a.start + j, n, s.v_d, s.v_m);
+    HYBRIDKV_PHASE void stage_v_scales(int64_t j, int n) {
+        stage_scales(a.v, head, a.start + j, n, s.flat, s.v_d, s.v_m);
         for (int r = 0; r < kTile; r += L) Simd::store(s.d_row + r, Simd::set1(0.f));
         for (int64_t b = 0; b < dv / kBlock; ++b) {
             float* d = s.v_d + b * kTile;
@@ -204,7 +204,7 @@ struct Attend {
     }
 
     // Scores of row r to probabilities relative to the running maximum; false if the row sees nothing here.
-    bool softmax(int r, int64_t j, int n) {
+    HYBRIDKV_PHASE bool softmax(int r, int64_t j, int n) {
         float* x = s.scores + r * kTile;
         const int64_t first = s.lo[r] - j > 0 ? s.lo[r] - j : 0, last = s.hi[r] - j < n ? s.hi[r] - j : n;
         float top = first < last ? mask_and_max(r, x, j, first, last) : -kInf;
@@ -231,7 +231,7 @@ struct Attend {
         return true;
     }
 
-    float mask_and_max(int r, float* x, int64_t j, int64_t first, int64_t last) {
+    HYBRIDKV_PHASE float mask_and_max(int r, float* x, int64_t j, int64_t first, int64_t last) {
         const F unit = Simd::set1(s.q_unit[r]);
         for (int i = 0; i < kTile; i += L) {
             F y = Simd::mul(Simd::load(x + i), unit);
@@ -260,13 +260,12 @@ struct Attend {
         return Simd::fma(Simd::div(Simd::set1(-2.f), e), Simd::set1(a.softcap), Simd::set1(a.softcap));
     }
 
-    void values(int64_t j, int n) {
+    HYBRIDKV_PHASE void values(int64_t j, int n) {
         const Codes codes = v_int ? stage_codes(a.v, head, a.start + j, n, s.codes) : Codes{};
         for (int64_t b = 0; b < dv / kBlock; ++b) {
             float* acc = s.acc + b * kBlock;
             if (!v_int) {
-                stage_values(a.v, head, a.start + j, n, b * kBlock, s.v);
-                if (!all_finite(s.v)) {
+                if (!stage_values(a.v, head, a.start + j, n, b * kBlock, s.v)) {
                     careful_values(acc);
                     continue;
                 }
@@ -296,7 +295,7 @@ struct Attend {
     }
 
     // p times the scale of block b, as int16 in units that make the row's largest one kPUnits.
-    void quantize_p(int r, int64_t b) {
+    HYBRIDKV_PHASE void quantize_p(int r, int64_t b) {
         const float unit = s.p_unit[r];
         const F inverse = Simd::set1(unit > 1e-37f ? 1.f / unit : 0.f);
         const float *p = s.scores + r * kTile, *d = s.v_d + b * kTile, *m = s.v_m + b * kTile;
@@ -312,12 +311,6 @@ struct Attend {
         s.bias[r] = Simd::reduce_add(sum);
     }
 
-    static bool all_finite(const float* v) {
-        F check = Simd::set1(0.f);
-        for (int i = 0; i < kTile * kBlock; i += L) check = Simd::fma(Simd::load(v + i), Simd::set1(0.f), check);
-        return Simd::reduce_add(check) == 0.f;
-    }
-
     // The tile holds a NaN or an infinity, perhaps under a mask: exclude by select, never by 0 * NaN.
     void careful_values(float* acc) {
         for (int r = 0; r < rows; ++r) {
@@ -331,7 +324,7 @@ struct Attend {
         }
     }
 
-    void finish_row(int r) {
+    HYBRIDKV_PHASE void finish_row(int r) {
         const int64_t dims = a.v.head_dim;
         const float* acc = s.acc + r * dv;
         if (task.partial) {

@@ -60,8 +60,8 @@ struct Isa {
     const char* name;
     size_t (*scratch_bytes)(const AttendParams&);
     void (*attend)(const AttendParams&, const AttendTask&, void* scratch);
-    // rows [r0, r1) of the B * Hkv * T rows of x
-    void (*encode)(const EncodeParams&, int64_t r0, int64_t r1);
+    // rows [r0, r1) of the B * Hkv * T rows of x; scratch for two rows of padded float32
+    void (*encode)(const EncodeParams&, int64_t r0, int64_t r1, void* scratch);
 };
 
 extern const Isa kIsaPortable;

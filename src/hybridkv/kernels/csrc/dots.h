@@ -32,7 +32,7 @@ inline void for_row_groups(int n, Fn&& f) {
 // scores[q][kTile] = sum_b d[b] * (q16 . codes of block b) + m[b] * qsum[b]
 // q: [q][q_stride] pairs of int16; k: [pair][kTile] pairs; d, m: [block][kTile]; qsum: [q][blocks]
 template <int NQ, bool HasMin>
-inline void k_codes(const int32_t* q, int64_t q_stride, const int32_t* k, const float* d, const float* m,
+HYBRIDKV_PHASE void k_codes(const int32_t* q, int64_t q_stride, const int32_t* k, const float* d, const float* m,
                     const float* qsum, int64_t blocks, float* scores) {
     constexpr int NV = NQ >= Simd::rows_q ? Simd::cols : 2 * Simd::cols;
     for (int v0 = 0; v0 < kTile; v0 += NV * L) {
@@ -67,7 +67,7 @@ inline void k_codes(const int32_t* q, int64_t q_stride, const int32_t* k, const 
 
 // scores[q][kTile] = q . k over `dims` float32 values; k: [dim][kTile]
 template <int NQ>
-inline void k_values(const float* q, int64_t q_stride, const float* k, int64_t dims, float* scores) {
+HYBRIDKV_PHASE void k_values(const float* q, int64_t q_stride, const float* k, int64_t dims, float* scores) {
     constexpr int NV = NQ >= Simd::rows_q ? Simd::cols : 2 * Simd::cols;
     for (int v0 = 0; v0 < kTile; v0 += NV * L) {
         F acc[NQ][NV];
@@ -90,7 +90,7 @@ inline void k_values(const float* q, int64_t q_stride, const float* k, int64_t d
 // acc[q][32] = acc * alpha[q] + unit[q] * (p16 . codes) + bias[q], for one block of 32 dims over a tile
 // p: [q][kTile] int16; v: [kTile / 2][32] pairs of int16
 template <int NQ>
-inline void v_codes(const int16_t* p, const int32_t* v, const float* alpha, const float* unit, const float* bias,
+HYBRIDKV_PHASE void v_codes(const int16_t* p, const int32_t* v, const float* alpha, const float* unit, const float* bias,
                     float* acc, int64_t acc_stride) {
     constexpr int NV = Simd::cols;
     for (int e = 0; e < kBlock; e += NV * L) {
@@ -118,7 +118,7 @@ inline void v_codes(const int16_t* p, const int32_t* v, const float* alpha, cons
 
 // acc[q][32] = acc * alpha[q] + p . v for 32 dims of float32 values; p: [q][kTile]; v: [kTile][32]
 template <int NQ>
-inline void v_values(const float* p, const float* v, const float* alpha, float* acc, int64_t acc_stride) {
+HYBRIDKV_PHASE void v_values(const float* p, const float* v, const float* alpha, float* acc, int64_t acc_stride) {
     constexpr int NV = Simd::cols;
     for (int e = 0; e < kBlock; e += NV * L) {
         F sum[NQ][NV];

@@ -74,6 +74,244 @@ inline void encode_values(const EncodeParams& e, const float* x, uint8_t* out) {
     }
 }
 
-void encode(const EncodeParams&, int64_t, int64_t) {}
+// float32 a * b + c with one rounding, as the torch encoder defines it: through float64.
+inline float fused(float a, float b, float c) {
+    return static_cast<float>(static_cast<double>(a) * static_cast<double>(b) + static_cast<double>(c));
+}
+
+inline float as_float(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+inline bool is_finite(float x) { return x - x == 0.f; }
+
+inline float inverse(float d) {
+    const float i = 1.f / d;
+    return is_finite(i) ? i : 0.f;
+}
+
+// The numbers of a block that are stored with its codes.
+struct Block {
+    float d, low, sum;
+};
+
+// Bits of the largest magnitude; a NaN's are above all others, so one NaN makes the scale NaN.
+inline __attribute__((always_inline)) uint32_t top_bits(const float* x, int64_t n) {
+    uint32_t top = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, x + i, 4);
+        bits &= 0x7fffffff;
+        top = bits > top ? bits : top;
+    }
+    return top;
+}
+
+inline __attribute__((always_inline)) float signed_top(const float* x, int64_t n) {
+    const uint32_t top = top_bits(x, n);
+    for (int64_t i = 0; i < n; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, x + i, 4);
+        if ((bits & 0x7fffffff) == top) return x[i];
+    }
+    return 0.f;
+}
+
+// Scaled values to codes. NaN becomes a code like any other.
+template <Rounding R>
+inline __attribute__((always_inline)) void to_codes(const float* y, int64_t n, float zero, float lowest, float highest,
+                                                    uint8_t* codes) {
+    for (int64_t i = 0; i < n; ++i) {
+        float c;
+        if (R == Rounding::away) c = y[i] + (y[i] < 0.f ? -0.49999997f : 0.49999997f);
+        if (R == Rounding::even) c = (y[i] + 12582912.f) - 12582912.f;
+        if (R == Rounding::up) c = y[i] + (zero + 0.5f);
+        c = c == c ? c : 0.f;
+        c = c > highest ? highest : c;
+        c = c < lowest ? lowest : c;
+        codes[i] = static_cast<uint8_t>(static_cast<int32_t>(c));
+    }
+}
+
+// Weighted least squares; lanes are summed in order, the two halves of the block side by side.
+inline __attribute__((always_inline)) float refit_pairs(const float* x, const float* q, int64_t n, float d) {
+    const float inv = inverse(d);
+    const int64_t half = (n + 1) / 2;
+    float sumqx = 0.f, sumq2 = 0.f;
+    const auto weight = [&](int64_t i) { return (x[i] * inv) * (x[i] * inv); };
+    constexpr int64_t kChunk = kBlock / 2;
+    float qx[kChunk], q2[kChunk];
+    for (int64_t at = 0; at < half; at += kChunk) {
+        const int64_t count = half - at < kChunk ? half - at : kChunk;
+        for (int64_t k = 0; k < count; ++k) {
+            const int64_t i = at + k, j = i + half;
+            const float w = weight(i);
+            float pair_qx = 0.f, pair_q2 = 0.f;
+            if (j < n) {
+                const float v = weight(j);
+                pair_qx = v * x[j] * q[j];
+                pair_q2 = v * q[j] * q[j];
+            }
+            qx[k] = fused(w * x[i], q[i], pair_qx);
+            q2[k] = fused(w * q[i], q[i], pair_q2);
+        }
+        for (int64_t k = 0; k < count; ++k) {
+            sumqx += qx[k];
+            sumq2 += q2[k];
+        }
+    }
+    const float fitted = sumqx / sumq2;
+    return is_finite(fitted) ? fitted : d;
+}
+
+// iq4_nl: fit, then move the code whose neighbour is nearest along the gradient, while that improves the fit.
+inline float refit_search(const float* x, uint8_t* codes, const int8_t* book, float d) {
+    float w[kBlock], sumqx = 0.f, sumq2 = 0.f;
+    for (int i = 0; i < kBlock; ++i) {
+        const float q = book[codes[i]];
+        w[i] = x[i] * x[i];
+        sumqx = fused(w[i] * q, x[i], sumqx);
+        sumq2 = fused(w[i] * q, q, sumq2);
+    }
+    const float fitted = sumqx / sumq2;
+    d = is_finite(fitted) ? fitted : d;
+    float best = d * sumqx;
+    for (int moves = 0; moves < 32 * kBlock; ++moves) {
+        float least = INFINITY;
+        int lane = -1, direction = 0;
+        for (int i = 0; i < kBlock; ++i) {
+            const int c = codes[i];
+            const float slope = (d * w[i]) * fused(-d, static_cast<float>(book[c]), x[i]);
+            const int step = slope > 0.f ? 1 : -1;
+            if (c + step < 0 || c + step > 15) continue;
+            const float distance = static_cast<float>(step * (book[c + step] - book[c])) / ::fabsf(slope);
+            if (distance < least) {
+                least = distance;
+                lane = i;
+                direction = step;
+            }
+        }
+        if (lane < 0) break;
+        const float from = book[codes[lane]], to = book[codes[lane] + direction];
+        const float new_qx = fused(w[lane] * x[lane], to - from, sumqx);
+        const float new_q2 = fused(w[lane], to * to - from * from, sumq2);
+        if (!(new_q2 > 0.f && new_qx * new_qx > best * new_q2)) break;
+        codes[lane] = static_cast<uint8_t>(codes[lane] + direction);
+        sumqx = new_qx;
+        sumq2 = new_q2;
+        d = sumqx / sumq2;
+        best = d * sumqx;
+    }
+    return d;
+}
+
+// The scale rule over n lanes: codes out (two's complement for abs_max), scale, minimum and sum of codes returned.
+inline __attribute__((always_inline)) Block encode_block(const Format& f, const float* x, int64_t n, bool refit,
+                                                         float* y, uint8_t* codes) {
+    Block b{};
+    const int bits = f.code == Code::nibbles_bits ? 5 : 4;
+    if (f.rule == Rule::abs_max) {
+        b.d = as_float(top_bits(x, n)) / 127.f;
+    } else if (f.rule == Rule::signed_max) {
+        b.d = signed_top(x, n) / (f.codebook ? f.codebook[0] : -static_cast<float>(f.zero));
+    } else {
+        float high = x[0];
+        b.low = x[0];
+        bool whole = true;
+        for (int64_t i = 0; i < n; ++i) {
+            b.low = x[i] < b.low ? x[i] : b.low;
+            high = x[i] > high ? x[i] : high;
+            whole &= x[i] == x[i];
+        }
+        if (!whole) b.low = NAN;
+        b.d = (high - b.low) / static_cast<float>((1 << bits) - 1);
+    }
+    const float inv = inverse(b.d);
+    for (int64_t i = 0; i < n; ++i) y[i] = (x[i] - b.low) * inv;
+    const float zero = f.zero;
+    if (f.codebook) {
+        for (int64_t i = 0; i < n; ++i) {
+            int c = 0;
+            for (int k = 0; k < 15; ++k) c += y[i] >= static_cast<float>(f.codebook[k] + f.codebook[k + 1]) / 2.f;
+            codes[i] = static_cast<uint8_t>(c);
+        }
+        if (refit) b.d = refit_search(x, codes, f.codebook, b.d);
+        return b;
+    }
+    const float highest = f.rule == Rule::min_max ? static_cast<float>((1 << bits) - 1) : 2.f * zero - 1.f;
+    if (f.rounding == Rounding::away) {
+        to_codes<Rounding::away>(y, n, 0.f, -127.f, 127.f, codes);
+    } else if (f.rounding == Rounding::even) {
+        to_codes<Rounding::even>(y, n, 0.f, -127.f, 127.f, codes);
+    } else {
+        to_codes<Rounding::up>(y, n, zero, 0.f, highest, codes);
+    }
+    if (!refit && f.plane_s < 0) return b;
+    int32_t sum = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        const int32_t q = f.rule == Rule::abs_max ? static_cast<int8_t>(codes[i]) : codes[i] - f.zero;
+        sum += q;
+        y[i] = static_cast<float>(q);
+    }
+    b.sum = static_cast<float>(sum);
+    if (refit) b.d = refit_pairs(x, y, n, b.d);
+    return b;
+}
+
+inline void put_codes(const Format& f, const uint8_t* c, int64_t block, uint8_t* const* rows) {
+    if (f.code == Code::bytes) {
+        std::memcpy(rows[f.plane_codes] + block * kBlock, c, kBlock);
+        return;
+    }
+    uint8_t* qs = rows[f.plane_codes] + block * 16;
+    for (int i = 0; i < 16; ++i) qs[i] = static_cast<uint8_t>((c[i] & 15) | c[i + 16] << 4);
+    if (f.code == Code::nibbles_bits) {
+        uint32_t bits = 0;
+        for (int i = 0; i < kBlock; ++i) bits |= static_cast<uint32_t>(c[i] >> 4) << i;
+        std::memcpy(rows[f.plane_high] + block * 4, &bits, 4);
+    } else if (f.code == Code::nibbles_pairs) {
+        uint8_t* high = rows[f.plane_high] + block * 8;
+        for (int i = 0; i < 8; ++i) {
+            high[i] = static_cast<uint8_t>(c[i] >> 4 | c[i + 16] >> 4 << 2 | c[i + 8] >> 4 << 4 | c[i + 24] >> 4 << 6);
+        }
+    }
+}
+
+inline void encode_row(const EncodeParams& e, const float* x, float* y, uint8_t* const* rows) {
+    const Format& f = *e.format;
+    if (!f.quantized()) return encode_values(e, x, rows[0]);
+    if (f.row_scale) {
+        const Block b = encode_block(f, x, e.head_dim, e.refit, y, rows[f.plane_codes]);
+        const int32_t sum = static_cast<int32_t>(b.sum);
+        std::memcpy(rows[f.plane_d], &b.d, 4);
+        std::memcpy(rows[f.plane_s], &sum, 4);
+        return;
+    }
+    alignas(64) uint8_t codes[kBlock];
+    for (int64_t i = 0; i < padded(e.head_dim) / kBlock; ++i) {
+        const Block b = encode_block(f, x + i * kBlock, kBlock, e.refit, y, codes);
+        put_f16(rows[f.plane_d] + 2 * i, b.d);
+        if (f.has_min()) put_f16(rows[f.plane_m] + 2 * i, b.low);
+        if (f.plane_s >= 0) put_f16(rows[f.plane_s] + 2 * i, b.sum * b.d);
+        put_codes(f, codes, i, rows);
+    }
+}
+
+// Rows [r0, r1) of the B * Hkv * T rows; `scratch` holds two rows of floats.
+void encode(const EncodeParams& e, int64_t r0, int64_t r1, void* scratch) {
+    const int64_t width = padded(e.head_dim);
+    float *x = static_cast<float*>(scratch), *y = x + width;
+    for (int64_t r = r0; r < r1; ++r) {
+        load_row(e, r, width, x);
+        const int64_t row = r / e.n_tokens * e.cap + e.start + r % e.n_tokens;
+        uint8_t* rows[kMaxPlanes] = {};
+        for (int p = 0; p < e.format->n_planes; ++p) {
+            rows[p] = e.planes[p] + row * plane_row_bytes(*e.format, p, e.head_dim);
+        }
+        encode_row(e, x, y, rows);
+    }
+}
 
 }  // namespace

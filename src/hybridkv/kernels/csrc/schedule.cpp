@@ -104,7 +104,8 @@ void run_attention(const Isa& isa, const AttendParams& a, int n_threads) {
 void run_encode(const Isa& isa, const EncodeParams& e, int64_t n_rows, int n_threads) {
     constexpr int64_t kRows = 64;
     parallel_for((n_rows + kRows - 1) / kRows, n_threads, [&](int64_t i, int) {
-        isa.encode(e, i * kRows, std::min(n_rows, (i + 1) * kRows));
+        void* scratch = thread_scratch(static_cast<size_t>(e.head_dim + kBlock) * 2 * sizeof(float));
+        isa.encode(e, i * kRows, std::min(n_rows, (i + 1) * kRows), scratch);
     });
 }
 

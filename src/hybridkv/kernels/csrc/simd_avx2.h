@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "unpack_x86.h"
+
 namespace {
 
 struct Simd {
@@ -58,7 +60,7 @@ struct Simd {
         const I wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
         _mm256_storeu_si256(reinterpret_cast<I*>(out), _mm256_slli_epi32(wide, 16));
     }
-    static void transpose8(const void* src, int64_t stride, int32_t* dst, int64_t dst_stride) {
+    static inline __attribute__((always_inline)) void transpose8(const void* src, int64_t stride, I (&out)[8]) {
         const char* p = static_cast<const char*>(src);
         I z[8], u[8];
         for (int r = 0; r < 8; ++r) z[r] = _mm256_loadu_si256(reinterpret_cast<const I*>(p + r * stride));
@@ -73,8 +75,8 @@ struct Simd {
             z[h + 3] = _mm256_unpackhi_epi64(u[h + 1], u[h + 3]);
         }
         for (int i = 0; i < 4; ++i) {
-            storei(dst + i * dst_stride, _mm256_permute2x128_si256(z[i], z[i + 4], 0x20));
-            storei(dst + (i + 4) * dst_stride, _mm256_permute2x128_si256(z[i], z[i + 4], 0x31));
+            out[i] = _mm256_permute2x128_si256(z[i], z[i + 4], 0x20);
+            out[i + 4] = _mm256_permute2x128_si256(z[i], z[i + 4], 0x31);
         }
     }
     static I even_codes(I x) { return _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8); }

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "unpack_x86.h"
+
 namespace {
 
 struct Simd {
@@ -54,7 +56,7 @@ struct Simd {
         return _mm512_inserti64x4(_mm512_castsi256_si512(low),
                                   _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)), 1);
     }
-    static void transpose8(const void* src, int64_t stride, int32_t* dst, int64_t dst_stride) {
+    static inline __attribute__((always_inline)) void transpose8(const void* src, int64_t stride, I (&out)[8]) {
         // Rows r and r + 4 share a register, so that after two unpack stages the four 128-bit lanes hold
         // rows 0-3 and 4-7 (first half of z) or 8-11 and 12-15 (second half), of dwords i and i + 4.
         const char* p = static_cast<const char*>(src);
@@ -74,8 +76,8 @@ struct Simd {
             z[h + 3] = _mm512_unpackhi_epi64(u[h + 1], u[h + 3]);
         }
         for (int i = 0; i < 4; ++i) {
-            _mm512_storeu_si512(dst + i * dst_stride, _mm512_shuffle_i64x2(z[i], z[i + 4], 0x88));
-            _mm512_storeu_si512(dst + (i + 4) * dst_stride, _mm512_shuffle_i64x2(z[i], z[i + 4], 0xdd));
+            out[i] = _mm512_shuffle_i64x2(z[i], z[i + 4], 0x88);
+            out[i + 4] = _mm512_shuffle_i64x2(z[i], z[i + 4], 0xdd);
         }
     }
     static I even_codes(I x) { return _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8); }

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "unpack_portable.h"
+
 namespace {
 
 struct Simd {
@@ -73,12 +75,12 @@ struct Simd {
             std::memcpy(out + i, &bits, 4);
         }
     }
-    // dst[i][r] = src[r][i] for `lanes` rows r and 8 dwords i; strides in bytes and in dwords.
-    static void transpose8(const void* src, int64_t stride, int32_t* dst, int64_t dst_stride) {
+    // out[i][r] = src[r][i] for `lanes` rows r and 8 dwords i; the stride in bytes.
+    static inline __attribute__((always_inline)) void transpose8(const void* src, int64_t stride, I (&out)[8]) {
         for (int r = 0; r < lanes; ++r) {
             int32_t row[8];
             std::memcpy(row, static_cast<const char*>(src) + r * stride, 32);
-            for (int i = 0; i < 8; ++i) dst[i * dst_stride + r] = row[i];
+            for (int i = 0; i < 8; ++i) out[i][r] = row[i];
         }
     }
     // Codes of one dword to pairs: (0, 2) and (1, 3), each sign-extended to 16 bits.

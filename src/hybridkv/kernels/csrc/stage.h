@@ -13,49 +13,13 @@ using namespace hybridkv;
 
 constexpr int kTile = 64;  // stored rows in a tile
 
+// A phase of a tile stays a function of its own: profiles show it by name, and nothing is gained by inlining.
+#define HYBRIDKV_PHASE __attribute__((noinline))
+
 inline int64_t padded(int64_t head_dim) { return (head_dim + kBlock - 1) / kBlock * kBlock; }
 
 inline const uint8_t* plane_row(const Stored& s, int plane, int64_t head, int64_t row) {
     return s.planes[plane] + (head * s.cap + row) * plane_row_bytes(*s.format, plane, s.head_dim);
-}
-
-inline void unpack_nibbles(const uint8_t* qs, int64_t blocks, int zero, int8_t* out) {
-    for (int64_t b = 0; b < blocks; ++b, qs += 16, out += 32) {
-        for (int i = 0; i < 16; ++i) out[i] = static_cast<int8_t>((qs[i] & 15) - zero);
-        for (int i = 0; i < 16; ++i) out[16 + i] = static_cast<int8_t>((qs[i] >> 4) - zero);
-    }
-}
-
-inline void unpack_codebook(const uint8_t* qs, int64_t blocks, const int8_t* book, int8_t* out) {
-    for (int64_t b = 0; b < blocks; ++b, qs += 16, out += 32) {
-        for (int i = 0; i < 16; ++i) {
-            out[i] = book[qs[i] & 15];
-            out[16 + i] = book[qs[i] >> 4];
-        }
-    }
-}
-
-inline void unpack_fifth_bits(const uint8_t* qs, const uint8_t* high, int64_t blocks, int zero, int8_t* out) {
-    for (int64_t b = 0; b < blocks; ++b, qs += 16, high += 4, out += 32) {
-        uint32_t bits;
-        std::memcpy(&bits, high, 4);
-        for (int i = 0; i < 16; ++i) {
-            out[i] = static_cast<int8_t>(((qs[i] & 15) | ((bits >> i) & 1) << 4) - zero);
-            out[16 + i] = static_cast<int8_t>(((qs[i] >> 4) | ((bits >> (16 + i)) & 1) << 4) - zero);
-        }
-    }
-}
-
-inline void unpack_upper_pairs(const uint8_t* qs, const uint8_t* high, int64_t blocks, int zero, int8_t* out) {
-    for (int64_t b = 0; b < blocks; ++b, qs += 16, high += 8, out += 32) {
-        for (int half = 0; half < 2; ++half) {  // byte j of `high`: lanes j, j + 16 and, 4 bits up, j + 8, j + 24
-            for (int i = 0; i < 8; ++i) {
-                const int h = high[i] >> 4 * half, q = qs[8 * half + i];
-                out[8 * half + i] = static_cast<int8_t>(((q & 15) | (h & 3) << 4) - zero);
-                out[16 + 8 * half + i] = static_cast<int8_t>(((q >> 4) | (h >> 2 & 3) << 4) - zero);
-            }
-        }
-    }
 }
 
 struct Codes {
@@ -65,7 +29,7 @@ struct Codes {
 };
 
 // Codes of `n` rows from `row` on, [kTile, padded(D)]; rows past `n` and lanes past D are finite, not meaningful.
-inline Codes stage_codes(const Stored& s, int64_t head, int64_t row, int n, int8_t* buffer) {
+HYBRIDKV_PHASE Codes stage_codes(const Stored& s, int64_t head, int64_t row, int n, int8_t* buffer) {
     const Format& f = *s.format;
     const int64_t width = padded(s.head_dim), blocks = n * (width / kBlock);
     const uint8_t* codes = plane_row(s, f.plane_codes, head, row);
@@ -78,37 +42,45 @@ inline Codes stage_codes(const Stored& s, int64_t head, int64_t row, int n, int8
             std::memset(buffer + r * width + stride, 0, static_cast<size_t>(width - stride));
         }
     } else if (f.codebook) {
-        unpack_codebook(codes, blocks, f.codebook, buffer);
+        for (int64_t b = 0; b < blocks; ++b) Unpack::codebook(codes + 16 * b, f.codebook, buffer + kBlock * b);
     } else if (f.code == Code::nibbles) {
-        unpack_nibbles(codes, blocks, f.zero, buffer);
+        for (int64_t b = 0; b < blocks; ++b) Unpack::plain(codes + 16 * b, f.zero, buffer + kBlock * b);
     } else if (f.code == Code::nibbles_bits) {
-        unpack_fifth_bits(codes, high, blocks, f.zero, buffer);
+        for (int64_t b = 0; b < blocks; ++b) {
+            Unpack::fifth_bits(codes + 16 * b, high + 4 * b, f.zero, buffer + kBlock * b);
+        }
     } else {
-        unpack_upper_pairs(codes, high, blocks, f.zero, buffer);
+        for (int64_t b = 0; b < blocks; ++b) {
+            Unpack::upper_pairs(codes + 16 * b, high + 8 * b, f.zero, buffer + kBlock * b);
+        }
     }
     std::memset(buffer + n * width, 0, static_cast<size_t>((kTile - n) * width));
     return {buffer, width};
 }
 
-// One float16 plane of `n` rows to float32, transposed: out[block][kTile]; zeros past `n`.
-inline void stage_halves(const uint8_t* plane, int n, int64_t blocks, float* out) {
+// Blocks that an array of scales has room for: transposing writes groups of eight.
+inline int64_t scale_blocks(int64_t blocks) { return (blocks + 7) / 8 * 8; }
+
+// One float16 plane of `n` rows to float32, transposed: out[block][kTile]; zeros past `n`. `flat` is scratch for
+// kTile * blocks + 8 floats.
+inline void stage_halves(const uint8_t* plane, int n, int64_t blocks, float* flat, float* out) {
     const uint16_t* p = reinterpret_cast<const uint16_t*>(plane);
-    float row[Simd::lanes];
-    for (int r = 0; r < n; ++r, p += blocks) {
-        int64_t b = 0;
-        for (; b + Simd::lanes <= blocks; b += Simd::lanes) {
-            Simd::from_f16(p + b, row);
-            for (int i = 0; i < Simd::lanes; ++i) out[(b + i) * kTile + r] = row[i];
+    const int64_t count = n * blocks, room = kTile * blocks + 8;
+    int64_t i = 0;
+    for (; i + Simd::lanes <= count; i += Simd::lanes) Simd::from_f16(p + i, flat + i);
+    for (; i < count; ++i) flat[i] = Simd::half_to_float(p[i]);
+    if (n < kTile) std::memset(flat + i, 0, static_cast<size_t>(room - i) * sizeof(float));
+    for (int64_t b = 0; b < blocks; b += 8) {
+        for (int r = 0; r < kTile; r += Simd::lanes) {
+            Simd::I rows[8];
+            Simd::transpose8(flat + r * blocks + b, blocks * static_cast<int64_t>(sizeof(float)), rows);
+            for (int k = 0; k < 8; ++k) Simd::storei(reinterpret_cast<int32_t*>(out) + (b + k) * kTile + r, rows[k]);
         }
-        for (; b < blocks; ++b) out[b * kTile + r] = Simd::half_to_float(p[b]);
-    }
-    for (int64_t b = 0; b < blocks; ++b) {
-        for (int r = n; r < kTile; ++r) out[b * kTile + r] = 0.f;
     }
 }
 
 // Scales, and minima where the format has them, of `n` rows: d and m are [blocks of 32][kTile]; zeros past `n`.
-inline void stage_scales(const Stored& s, int64_t head, int64_t row, int n, float* d, float* m) {
+HYBRIDKV_PHASE void stage_scales(const Stored& s, int64_t head, int64_t row, int n, float* flat, float* d, float* m) {
     const Format& f = *s.format;
     const int64_t blocks = padded(s.head_dim) / kBlock;
     const uint8_t* plane = plane_row(s, f.plane_d, head, row);
@@ -119,36 +91,43 @@ inline void stage_scales(const Stored& s, int64_t head, int64_t row, int n, floa
         }
         return;
     }
-    stage_halves(plane, n, blocks, d);
-    if (f.has_min()) stage_halves(plane_row(s, f.plane_m, head, row), n, blocks, m);
+    stage_halves(plane, n, blocks, flat, d);
+    if (f.has_min()) stage_halves(plane_row(s, f.plane_m, head, row), n, blocks, flat, m);
 }
 
-// Values dim0..dim0+31 of `n` rows of f32, f16 or bf16: out[kTile][32]; zeros past `n` and past D.
-inline void stage_values(const Stored& s, int64_t head, int64_t row, int n, int64_t dim0, float* out) {
-    const int64_t stride = plane_row_bytes(*s.format, 0, s.head_dim), dims = s.head_dim - dim0;
-    const int width = dims < kBlock ? static_cast<int>(dims) : kBlock;
-    const int size = s.format->plane_bytes[0];
-    const uint8_t* p = plane_row(s, 0, head, row) + dim0 * size;
+// Values dim0..dim0+31 of `n` rows of f32, f16 or bf16: out[kTile][32]; zeros past `n` and past D. True if all of
+// them are finite.
+template <Code C>
+inline bool stage_rows(const uint8_t* p, int64_t stride, int n, int width, float* out) {
+    constexpr int size = C == Code::f32 ? 4 : 2;
+    Simd::F check = Simd::set1(0.f);
     for (int r = 0; r < n; ++r, p += stride, out += kBlock) {
-        uint16_t narrow[kBlock];
-        const uint16_t* half = reinterpret_cast<const uint16_t*>(p);
+        alignas(64) uint8_t edge[kBlock * size];
+        const uint8_t* row = p;
         if (width < kBlock) {
-            std::memset(out, 0, kBlock * sizeof(float));
-            if (size == 2) {
-                std::memset(narrow, 0, sizeof narrow);
-                std::memcpy(narrow, p, static_cast<size_t>(width) * 2);
-                half = narrow;
-            }
+            std::memset(edge, 0, sizeof edge);
+            std::memcpy(edge, p, static_cast<size_t>(width * size));
+            row = edge;
         }
-        if (s.format->code == Code::f32) {
-            std::memcpy(out, p, static_cast<size_t>(width) * 4);
-        } else if (s.format->code == Code::f16) {
-            for (int i = 0; i < kBlock; i += Simd::lanes) Simd::from_f16(half + i, out + i);
-        } else {
-            for (int i = 0; i < kBlock; i += Simd::lanes) Simd::from_bf16(half + i, out + i);
+        for (int i = 0; i < kBlock; i += Simd::lanes) {
+            const uint16_t* half = reinterpret_cast<const uint16_t*>(row) + i;
+            if (C == Code::f32) Simd::store(out + i, Simd::load(reinterpret_cast<const float*>(row) + i));
+            if (C == Code::f16) Simd::from_f16(half, out + i);
+            if (C == Code::bf16) Simd::from_bf16(half, out + i);
+            check = Simd::fma(Simd::load(out + i), Simd::set1(0.f), check);
         }
     }
     std::memset(out, 0, static_cast<size_t>(kTile - n) * kBlock * sizeof(float));
+    return Simd::reduce_add(check) == 0.f;
+}
+
+HYBRIDKV_PHASE bool stage_values(const Stored& s, int64_t head, int64_t row, int n, int64_t dim0, float* out) {
+    const int64_t stride = plane_row_bytes(*s.format, 0, s.head_dim), dims = s.head_dim - dim0;
+    const int width = dims < kBlock ? static_cast<int>(dims) : kBlock;
+    const uint8_t* p = plane_row(s, 0, head, row) + dim0 * s.format->plane_bytes[0];
+    if (s.format->code == Code::f32) return stage_rows<Code::f32>(p, stride, n, width, out);
+    if (s.format->code == Code::f16) return stage_rows<Code::f16>(p, stride, n, width, out);
+    return stage_rows<Code::bf16>(p, stride, n, width, out);
 }
 
 }  // namespace

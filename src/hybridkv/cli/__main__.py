@@ -1,0 +1,7 @@
+"""`python -m hybridkv.cli`."""
+
+import sys
+
+from hybridkv.cli.main import main
+
+sys.exit(main())

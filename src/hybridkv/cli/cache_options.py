@@ -1,0 +1,76 @@
+"""The options that say how the KV cache is stored, in llama-cli's own spellings, and what they mean here."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hybridkv.policy import Policy
+
+DEFAULT_TYPE = "f16"
+
+
+def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `-ctk`, `-ctv`, rotation, first/last layers, scale rule and guard."""
+    group = parser.add_argument_group("KV cache")
+    for side, name in (("k", "K"), ("v", "V")):
+        group.add_argument(
+            f"-ct{side}",
+            f"--cache-type-{side}",
+            default=DEFAULT_TYPE,
+            metavar="TYPE",
+            help=f"type of {name}: f32 f16 bf16 q8_0 q8_1 q8_KV q6_0 q5_0 q5_1 q4_0 q4_1 iq4_nl "
+            f"(default {DEFAULT_TYPE})",
+        )
+        group.add_argument(
+            f"-{side}had",
+            f"--{side}-cache-hadamard",
+            action="store_true",
+            help=f"rotate {name} with a Hadamard transform before quantizing",
+        )
+        for place in ("first", "last"):
+            group.add_argument(
+                f"-ct{side}-{place}",
+                f"--cache-type-{side}-{place}",
+                metavar="TYPE,N",
+                help=f"another type of {name} for the {place} N layers, counted among the layers with a KV cache",
+            )
+    group.add_argument(
+        "--kv-scale", metavar="RULE", help="absmax or refit (default: what measures better for each type)"
+    )
+    group.add_argument(
+        "--kv-guard",
+        default="check",
+        metavar="MODE",
+        help="check (measure the first prompt, raise layers that fail), upgrade, warn, strict, off (default check)",
+    )
+
+
+def policy_from(arguments: argparse.Namespace) -> Policy:
+    """The policy that the options ask for.
+
+    Raises
+    ------
+    UsageError
+        For an unknown type, rule or count.
+    """
+    from hybridkv.cache import KVTypes
+    from hybridkv.formats import get_format
+    from hybridkv.policy import Policy, parse_override, parse_scale
+
+    a = arguments
+    overrides = {
+        f"{side}_{place}": parse_override(text, f"-ct{side}-{place}")
+        for side in "kv"
+        for place in ("first", "last")
+        if (text := getattr(a, f"cache_type_{side}_{place}")) is not None
+    }
+    types = KVTypes(
+        type_k=get_format(a.cache_type_k).name,
+        type_v=get_format(a.cache_type_v).name,
+        rotate_k=a.k_cache_hadamard,
+        rotate_v=a.v_cache_hadamard,
+        scale=None if a.kv_scale is None else parse_scale(a.kv_scale),
+    )
+    return Policy(types=types, **overrides)

@@ -1,0 +1,157 @@
+"""`hybridkv doctor`: what is installed, what this machine has, and which kernel runs every case."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hybridkv.cli.show import simple_table, stdout_console
+from hybridkv.errors import UsageError
+
+NAME = "doctor"
+HELP = "print versions, CPU features, devices and the kernel matrix with the reason for each refusal"
+
+HEAD_DIMS = (64, 80, 96, 112, 128, 160, 192, 256, 512)
+"""Head dims of released hybrid models."""
+
+_PACKAGES = ("hybridkv", "torch", "transformers", "gguf", "tokenizers", "numpy")
+_FEATURES = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+    "asimd",
+    "asimddp",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `hybridkv doctor`."""
+    parser.add_argument("--device", metavar="KIND", help="cpu or cuda (default: what torch finds)")
+    parser.add_argument("--head-dim", type=int, metavar="N", help="one head dim instead of the usual ones")
+    parser.add_argument("--full", action="store_true", help="one line per pair, head dim and phase, refusals included")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Look, resolve every case, print."""
+    import torch
+
+    a = arguments
+    if a.head_dim is not None and a.head_dim < 1:
+        raise UsageError(f"--head-dim {a.head_dim}; allowed: 1 or more")
+    if a.device not in (None, "cpu", "cuda"):
+        raise UsageError(f"--device {a.device!r}; allowed: cpu, cuda")
+    devices = [a.device] if a.device else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    dims = HEAD_DIMS if a.head_dim is None else (a.head_dim,)
+    versions = {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()}
+    features = _cpu_features()
+    matrix = [row for device in devices for row in _matrix(device, dims)]
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if a.json:
+        print(json.dumps({"versions": versions, "cpu": features, "cuda": gpus, "matrix": matrix}))
+        return 0
+    console = stdout_console()
+    console.print("versions    " + ", ".join(f"{name} {version}" for name, version in versions.items()), soft_wrap=True)
+    console.print(
+        f"cpu         {platform.machine()}, {os.cpu_count()} cores, {' '.join(features) or 'no known features'}"
+    )
+    console.print(f"cuda        {', '.join(gpus) or 'none that torch can use'}")
+    _print_full(matrix) if a.full else _print_summary(matrix)
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_features() -> list[str]:
+    """The SIMD features among those that matter, from the kernel's own list (Linux)."""
+    path = Path("/proc/cpuinfo")
+    words = set(path.read_text().split()) if path.is_file() else set()
+    return [feature for feature in _FEATURES if feature in words]
+
+
+def _matrix(device: str, dims: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Every pair x head dim x phase: the kernel that runs it, and every kernel's reason to refuse."""
+    from hybridkv.formats import FORMATS
+    from hybridkv.kernels import KERNELS, PHASES, AttentionCase, explain
+
+    rows = []
+    for dim in dims:
+        for phase in PHASES:
+            for k in FORMATS:
+                for v in FORMATS:
+                    case = AttentionCase(device, k, v, dim, dim, group=1, phase=phase)
+                    answers = explain(case, KERNELS)
+                    chosen = next((name for name, reason in answers if reason is None), None)
+                    refusals = {name: reason for name, reason in answers if reason is not None}
+                    rows.append(
+                        {
+                            "device": device,
+                            "type_k": k,
+                            "type_v": v,
+                            "head_dim": dim,
+                            "phase": phase,
+                            "kernel": chosen,
+                            "refusals": refusals,
+                        }
+                    )
+    return rows
+
+
+def _print_summary(matrix: list[dict[str, Any]]) -> None:
+    """One line per device, head dim and phase: pairs per kernel; then each distinct refusal with its count."""
+    table = simple_table(
+        "device", "head dim", "phase", "pairs per kernel", left=("device", "phase", "pairs per kernel")
+    )
+    keys = dict.fromkeys((row["device"], row["head_dim"], row["phase"]) for row in matrix)
+    for device, dim, phase in keys:
+        here = [r for r in matrix if (r["device"], r["head_dim"], r["phase"]) == (device, dim, phase)]
+        counts = Counter(row["kernel"] or "NO KERNEL" for row in here)
+        table.add_row(device, str(dim), phase, ", ".join(f"{name} {n}" for name, n in counts.items()))
+    console = stdout_console()
+    console.print(table)
+    refusals = Counter((name, reason) for row in matrix for name, reason in row["refusals"].items())
+    console.print("refusals" if refusals else "refusals    none")
+    for (name, reason), count in refusals.most_common():
+        console.print(f"  {name}: {reason} ({count} cases)")
+    console.print("`hybridkv doctor --full` prints a line per pair of types")
+
+
+def _print_full(matrix: list[dict[str, Any]]) -> None:
+    table = simple_table(
+        "device",
+        "head dim",
+        "phase",
+        "K",
+        "V",
+        "kernel",
+        "refused by",
+        left=("device", "phase", "K", "V", "kernel", "refused by"),
+    )
+    for row in matrix:
+        refusals = "; ".join(f"{name}: {reason}" for name, reason in row["refusals"].items())
+        table.add_row(
+            row["device"],
+            str(row["head_dim"]),
+            row["phase"],
+            row["type_k"],
+            row["type_v"],
+            row["kernel"] or "NONE",
+            refusals or "-",
+        )
+    stdout_console().print(table)

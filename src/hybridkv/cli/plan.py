@@ -1,0 +1,172 @@
+"""`hybridkv plan`: what a model will hold in memory, per pair of cache types, from its header alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybridkv.cli.show import notice, simple_table, size, stdout_console
+from hybridkv.errors import UsageError
+
+if TYPE_CHECKING:
+    from hybridkv.engine.load import Description
+
+NAME = "plan"
+HELP = "print KV, state and weight bytes for cache types, and the largest context that fits"
+
+_DEFAULT_TYPES = "f16,q8_0,q6_0,q5_0,q4_0"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `hybridkv plan`."""
+    parser.add_argument(
+        "-m",
+        "--model",
+        metavar="PATH",
+        help="GGUF file, model directory or config.json (default: the bundled model)",
+    )
+    parser.add_argument(
+        "-c",
+        "--ctx-size",
+        type=int,
+        default=0,
+        metavar="N",
+        help="tokens per sequence (default: what the model was trained for)",
+    )
+    parser.add_argument("-np", "--parallel", type=int, default=1, metavar="N", help="sequences (default 1)")
+    parser.add_argument(
+        "--types",
+        default=_DEFAULT_TYPES,
+        metavar="T,K/V,...",
+        help=f"types, or pairs K/V, or `all` (default {_DEFAULT_TYPES})",
+    )
+    parser.add_argument("--memory", metavar="SIZE", help="a budget such as 24GiB: prints the largest context that fits")
+    parser.add_argument(
+        "--dtype", default="bf16", choices=("f32", "bf16", "f16"), help="of the loaded weights (default bf16)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Describe, count, print."""
+    from hybridkv.engine.load import bundled_model, describe
+    from hybridkv.plan import parse_bytes, unknown_states
+
+    a = arguments
+    if a.ctx_size < 0 or a.parallel < 1:
+        raise UsageError(f"-c {a.ctx_size}, -np {a.parallel}; allowed: -c 0 or more, -np 1 or more")
+    pairs = _pairs(a.types)
+    budget = None if a.memory is None else parse_bytes(a.memory)
+    description = describe(bundled_model() if a.model is None else Path(a.model))
+    n_ctx = a.ctx_size or description.n_ctx_train
+    if not n_ctx:
+        raise UsageError("this model does not say what context it was trained for", hint="give -c N")
+    rows = _rows(description, pairs, n_ctx, a.parallel, a.dtype, budget)
+    if unknown_states(description.facts):
+        notice(f"the state shapes of {description.config.model_type!r} are not known: states are not counted")
+    if a.json:
+        print(json.dumps({"model": description.name, "n_ctx": n_ctx, "n_seqs": a.parallel, "plans": rows}))
+    else:
+        _print(description, rows, n_ctx, a.parallel, a.dtype, a.memory)
+    return 0
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    """`q8_0,q8_0/q4_0` as pairs of K and V types; `all` as every pair.
+
+    Raises
+    ------
+    UsageError
+        For an unknown type or an empty list.
+    """
+    from hybridkv.formats import FORMATS, get_format
+
+    if text == "all":
+        return [(k, v) for k in FORMATS for v in FORMATS]
+    pairs = []
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        k, _, v = item.partition("/")
+        pairs.append((get_format(k).name, get_format(v or k).name))
+    if not pairs:
+        raise UsageError("--types is empty; allowed: types or pairs K/V, separated by commas, or all")
+    return pairs
+
+
+def _rows(
+    description: Description,
+    pairs: list[tuple[str, str]],
+    n_ctx: int,
+    n_seqs: int,
+    dtype_name: str,
+    budget: int | None,
+) -> list[dict[str, Any]]:
+    """One object per pair, bytes as integers."""
+    import torch
+
+    from hybridkv.cache import KVTypes
+    from hybridkv.hf import kv_facts
+    from hybridkv.plan import largest_context, plan
+    from hybridkv.policy import Policy
+
+    dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[dtype_name]
+    weight_bytes = description.weight_bytes(dtype)
+    rows = []
+    for k, v in pairs:
+        specs = Policy(types=replace(KVTypes(), type_k=k, type_v=v)).resolve(kv_facts(description.facts))
+        counted = plan(
+            specs,
+            description.facts,
+            n_ctx=n_ctx,
+            n_seqs=n_seqs,
+            conv_itemsize=dtype.itemsize,
+            weight_bytes=weight_bytes,
+        )
+        row: dict[str, Any] = {
+            "type_k": k,
+            "type_v": v,
+            "bytes_per_token": sum(spec.bytes_per_token for spec in specs),
+            "kv_bytes": counted.kv_bytes,
+            "state_bytes": counted.state_bytes,
+            "weight_bytes": counted.weight_bytes,
+            "total_bytes": counted.total_bytes,
+        }
+        if budget is not None:
+            free = budget - counted.weight_bytes - counted.state_bytes
+            row["fits"] = counted.total_bytes <= budget
+            row["largest_n_ctx"] = largest_context(specs, free, n_seqs=n_seqs) if free >= 0 else 0
+        rows.append(row)
+    return rows
+
+
+def _print(
+    description: Description,
+    rows: list[dict[str, Any]],
+    n_ctx: int,
+    n_seqs: int,
+    dtype: str,
+    memory: str | None,
+) -> None:
+    n_kv = sum(f.attention is not None for f in description.facts)
+    n_states = sum(f.state is not None for f in description.facts)
+    columns = ["K", "V", "bytes/token", "KV", "states", f"weights {dtype}", "total"]
+    if memory is not None:
+        columns.append(f"largest context in {memory}")
+    table = simple_table(*columns, left=("K", "V"))
+    for row in rows:
+        cells = [row["type_k"], row["type_v"], str(row["bytes_per_token"])]
+        cells += [size(row[key]) for key in ("kv_bytes", "state_bytes", "weight_bytes", "total_bytes")]
+        if memory is not None:
+            most = row["largest_n_ctx"]
+            cells.append("no limit" if most is None else f"{most} tokens" if most else "does not fit")
+        table.add_row(*cells)
+    sequences = "1 sequence" if n_seqs == 1 else f"{n_seqs} sequences"
+    console = stdout_console()
+    console.print(
+        f"{description.name}: {len(description.facts)} layers, {n_kv} with a KV cache, {n_states} with a recurrent "
+        f"state; {sequences} of {n_ctx} tokens",
+        soft_wrap=True,
+    )
+    console.print(table)

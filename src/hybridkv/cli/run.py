@@ -1,0 +1,360 @@
+"""`hybridkv run`: answer a prompt with a model on a quantized KV cache."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybridkv.cli.cache_options import add_cache_arguments, policy_from
+from hybridkv.cli.show import layer_table, notice, size, stderr_console, warning
+from hybridkv.errors import UsageError
+
+if TYPE_CHECKING:
+    from hybridkv.cache import KVSpec, LayerKernels
+    from hybridkv.engine import Engine, SamplingParams
+    from hybridkv.engine.load import Description, Loaded
+    from hybridkv.policy import Guard
+
+NAME = "run"
+HELP = "answer a prompt with a model on a quantized KV cache"
+
+_DEFAULT_CTX = 4096
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `hybridkv run`, in llama-cli's spellings."""
+    parser.add_argument(
+        "-m", "--model", metavar="PATH", help="GGUF file or model directory (default: the bundled model)"
+    )
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt")
+    parser.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a UTF-8 file")
+    parser.add_argument("--ids", metavar="N,N,...", help="the prompt as token ids; the answer is ids too")
+    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    parser.add_argument(
+        "-n",
+        "--n-predict",
+        type=int,
+        default=64,
+        metavar="N",
+        help="tokens to generate; -1: until the context is full (default 64)",
+    )
+    parser.add_argument(
+        "-c",
+        "--ctx-size",
+        type=int,
+        default=_DEFAULT_CTX,
+        metavar="N",
+        help=f"tokens in the context; 0: the trained length (default {_DEFAULT_CTX}, or the trained length if less)",
+    )
+    parser.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads")
+    parser.add_argument(
+        "-np",
+        "--parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="sequences generated side by side from the prompt (default 1)",
+    )
+    parser.add_argument(
+        "-fa",
+        "--flash-attn",
+        nargs="?",
+        const="on",
+        default="auto",
+        metavar="on|off|auto",
+        help="accepted for llama-cli's sake: attention always reads the packed cache here",
+    )
+    parser.add_argument(
+        "-cuda", metavar="KEY=VALUE", help="accepted for ik_llama.cpp's sake; fa-offset is not needed here"
+    )
+    parser.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-text token")
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of text")
+    add_cache_arguments(parser)
+    group = parser.add_argument_group("sampling")
+    group.add_argument("-s", "--seed", type=int, metavar="N", help="seed of the draw (default: a fresh one)")
+    group.add_argument("--temp", type=float, default=0.8, metavar="X", help="temperature; 0 is greedy (default 0.8)")
+    group.add_argument(
+        "--top-k",
+        type=int,
+        default=40,
+        metavar="N",
+        help="keep the N most likely tokens; 0 keeps all (default 40)",
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        default=0.95,
+        metavar="X",
+        help="keep the likely tokens that together reach X; 1 keeps all (default 0.95)",
+    )
+    group.add_argument(
+        "--min-p",
+        type=float,
+        default=0.05,
+        metavar="X",
+        help="keep tokens of at least X of the best one's probability (default 0.05)",
+    )
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Check, resolve, print the table, load, generate, print the figures."""
+    from hybridkv.policy import Guard, parse_mode
+
+    a = arguments
+    _check(a)
+    policy = policy_from(a)
+    guard = Guard(mode=parse_mode(a.kv_guard))
+    sampling = _sampling(a)
+
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from hybridkv.engine.load import bundled_model, describe, load
+
+    transformers_logging.set_verbosity_error()  # its notes on missing speed packages are not this command's
+    transformers_logging.disable_progress_bar()
+    device = _device(a.device)
+    if a.threads is not None:
+        torch.set_num_threads(a.threads)
+    description = describe(bundled_model() if a.model is None else Path(a.model))
+    n_ctx = _context(a.ctx_size, description.n_ctx_train)
+    specs = _resolve(description, policy, guard, device, n_ctx)
+    dtype = torch.float32 if device.startswith("cpu") else torch.bfloat16
+    loaded = load(description, dtype=dtype, device=device)
+    for line in loaded.notices:
+        notice(line)
+    return _generate(a, loaded, specs, guard, sampling, n_ctx)
+
+
+def _check(a: argparse.Namespace) -> None:
+    """Everything that can be refused before anything heavy is imported."""
+    if a.flash_attn not in ("on", "off", "auto"):
+        raise UsageError(f"-fa {a.flash_attn!r}; allowed: on, off, auto")
+    if a.n_predict == 0 or a.n_predict < -1:
+        raise UsageError(f"-n {a.n_predict}; allowed: 1 or more, or -1 until the context is full", hint="try -n 64")
+    for option, value, least in (("-t", a.threads, 1), ("-np", a.parallel, 1), ("-c", a.ctx_size, 0)):
+        if value is not None and value < least:
+            raise UsageError(f"{option} {value}; allowed: {least} or more")
+    given = [option for option, value in (("-p", a.prompt), ("-f", a.file), ("--ids", a.ids)) if value is not None]
+    if len(given) != 1:
+        asked = "no prompt was given" if not given else f"{' and '.join(given)} were given together"
+        raise UsageError(f"{asked}; allowed: one of -p TEXT, -f FILE, --ids N,N,...", hint='try -p "Hello world"')
+    if a.chat and a.ids is not None:
+        raise UsageError("--chat and --ids were given together", hint="a chat template needs text: use -p")
+    if a.flash_attn == "off":
+        notice(
+            "-fa off changes nothing: in llama.cpp a quantized V needs flash attention, "
+            "here every kernel reads the packed cache directly and there is no other path"
+        )
+    if a.cuda is not None:
+        key = a.cuda.partition("=")[0]
+        if key != "fa-offset":
+            raise UsageError(f"-cuda {a.cuda!r}; allowed: fa-offset=X", hint="leave -cuda out")
+        notice(
+            f"-cuda {a.cuda} is not needed: scores, softmax and the value accumulator are float32 here, "
+            "so the overflow that the offset works around cannot happen"
+        )
+    if a.threads is not None and a.threads > (os.cpu_count() or 1):
+        notice(f"-t {a.threads} is more than this machine's {os.cpu_count()} cores")
+
+
+def _sampling(a: argparse.Namespace) -> SamplingParams:
+    from hybridkv.engine import SamplingParams
+
+    if a.temp == 0 and a.parallel > 1:
+        notice(f"--temp 0 is greedy: all {a.parallel} sequences will be the same")
+    return SamplingParams(temp=a.temp, top_k=a.top_k, top_p=a.top_p, min_p=a.min_p, seed=a.seed)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    known = kind in ("cpu", "cuda") and (not index or (kind == "cuda" and index.isdigit()))
+    if not known:
+        raise UsageError(f"--device {name!r}; allowed: auto, cpu, cuda, cuda:N")
+    if kind == "cuda" and (not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count()):
+        raise UsageError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices that torch can use",
+            hint="try --device cpu",
+        )
+    return name
+
+
+def _context(asked: int, trained: int | None) -> int:
+    """Tokens in the context: 0 asks for the trained length, the default never exceeds it."""
+    if asked == 0:
+        if trained is None:
+            raise UsageError("-c 0: this model does not say what it was trained for", hint="give -c N")
+        return trained
+    if trained is not None and asked > trained:
+        if asked == _DEFAULT_CTX:
+            return trained
+        notice(f"-c {asked} is more than the {trained} tokens that the model was trained for")
+    return asked
+
+
+def _resolve(description: Description, policy: Any, guard: Guard, device: str, n_ctx: int) -> tuple[KVSpec, ...]:
+    """Types and kernels of every KV layer, printed, before any weight is loaded."""
+    from hybridkv.cache import resolve
+    from hybridkv.hf import is_hybrid, kv_facts
+    from hybridkv.kernels import ENCODERS, KERNELS
+
+    facts = description.facts
+    asked = policy.resolve(kv_facts(facts))
+    specs, warnings = guard.before(asked, hybrid=is_hybrid(facts), n_ctx=n_ctx)
+    n_states = sum(f.state is not None for f in facts)
+    resolved: list[tuple[KVSpec, LayerKernels]] = [
+        (spec, resolve(spec, device.partition(":")[0], KERNELS, ENCODERS)) for spec in specs
+    ]
+    print(
+        f"{description.name}: {len(facts)} layers, {len(specs)} with a KV cache, {n_states} with a recurrent state",
+        file=sys.stderr,
+    )
+    if not specs:
+        notice("no layer has a KV cache: nothing grows with the context and nothing is quantized")
+    elif not n_states:
+        notice("this model is not a hybrid: it has no recurrent state, and its whole memory is the KV cache")
+    for line in policy.notices(asked):
+        notice(line)
+    for line in warnings:
+        warning(line)
+    if resolved:
+        stderr_console().print(layer_table(resolved))
+    return specs
+
+
+def _prompt_ids(a: argparse.Namespace, loaded: Loaded) -> tuple[str, list[int]]:
+    """The prompt's text and tokens."""
+    vocabulary = loaded.model.config.get_text_config(decoder=True).vocab_size
+    if a.ids is not None:
+        parts = [part.strip() for part in a.ids.split(",") if part.strip()]
+        if not all(part.isdigit() and int(part) < vocabulary for part in parts):
+            raise UsageError(f"--ids {a.ids!r}; allowed: token ids from 0 to {vocabulary - 1}, separated by commas")
+        return "", [int(part) for part in parts]
+    text = a.prompt if a.file is None else _read(Path(a.file))
+    if not text:
+        raise UsageError("the prompt is empty", hint="give text with -p or -f")
+    if loaded.tokenizer is None:
+        raise UsageError("this model has no tokenizer", hint="give the prompt as token ids with --ids")
+    if a.chat:
+        if not loaded.tokenizer.chat_template:
+            raise UsageError("--chat: this model has no chat template", hint="leave --chat out")
+        message = [{"role": "user", "content": text}]
+        text = loaded.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        return text, list(loaded.tokenizer.encode(text, add_special_tokens=False))
+    return text, list(loaded.tokenizer.encode(text))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").removesuffix("\n")
+    except OSError as error:
+        raise UsageError(f"-f {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"-f {path}: not UTF-8 text (byte {error.start})") from error
+
+
+def _generate(
+    a: argparse.Namespace,
+    loaded: Loaded,
+    specs: tuple[KVSpec, ...],
+    guard: Guard,
+    sampling: SamplingParams,
+    n_ctx: int,
+) -> int:
+    from hybridkv.cli.stream import Streams
+    from hybridkv.engine import Engine
+
+    text, ids = _prompt_ids(a, loaded)
+    engine = Engine(loaded.model, specs, n_ctx=n_ctx, guard=guard, notify=warning)
+    ends = set() if a.ignore_eos else _end_ids(loaded.model)
+    streams = Streams(loaded.tokenizer if a.ids is None else None, ids, a.parallel, ends, live=not a.json)
+    if not a.json:
+        streams.write(text)
+    stopped = "n"
+    try:
+        for tokens in engine.generate(ids, sampling, n_predict=a.n_predict, n_seqs=a.parallel):
+            streams.push(tokens)
+            if streams.all_ended:
+                stopped = "end of text"
+                break
+        else:
+            n_left = n_ctx - engine.history.shape[1]
+            stopped = "context full" if n_left <= 0 and a.n_predict != engine.timings.n_generated else "n"
+    except KeyboardInterrupt:
+        stopped = "interrupted"
+    streams.close()
+    if stopped == "context full":
+        notice(f"stopped: the context of {n_ctx} tokens is full")
+    if a.json:
+        print(json.dumps(_result(engine, loaded, streams, text, ids, stopped)))
+    else:
+        _print_figures(engine)
+    return 130 if stopped == "interrupted" else 0
+
+
+def _end_ids(model: Any) -> set[int]:
+    """Token ids that end a text."""
+    end = model.generation_config.eos_token_id
+    if end is None:
+        end = model.config.get_text_config(decoder=True).eos_token_id
+    return set() if end is None else {end} if isinstance(end, int) else set(end)
+
+
+def _print_figures(engine: Engine) -> None:
+    t, cache = engine.timings, engine.cache
+    lines = [
+        f"prompt:     {t.n_prompt} tokens, {t.prompt_tok_s:.1f} tokens/s",
+        f"generation: {t.n_generated} tokens, {t.generation_tok_s:.1f} tokens/s",
+        f"memory:     KV {size(cache.kv_bytes_used)} used of {size(cache.kv_bytes)}, states {size(cache.state_bytes)}",
+    ]
+    if cache.errors:
+        worst = max(cache.errors, key=lambda layer: cache.errors[layer])
+        lines.append(
+            f"guard:      first prompt's attention within {cache.errors[worst]:.3g} of float (worst: layer {worst})"
+        )
+    if t.n_rebuilds:
+        lines.append(f"rebuilds:   {t.n_rebuilds}")
+    print("\n" + "\n".join(lines), file=sys.stderr)
+
+
+def _result(engine: Engine, loaded: Loaded, streams: Any, text: str, ids: list[int], stopped: str) -> dict[str, Any]:
+    """The object that `--json` prints."""
+    t, cache = engine.timings, engine.cache
+    return {
+        "model": loaded.description.name,
+        "prompt": text,
+        "prompt_ids": ids,
+        "sequences": [{"text": s.text, "ids": s.ids} for s in streams.sequences],
+        "stopped": stopped,
+        "prompt_tokens": t.n_prompt,
+        "prompt_tok_s": t.prompt_tok_s,
+        "generated_tokens": t.n_generated,
+        "generation_tok_s": t.generation_tok_s,
+        "rebuilds": t.n_rebuilds,
+        "kv_bytes": cache.kv_bytes,
+        "kv_bytes_used": cache.kv_bytes_used,
+        "state_bytes": cache.state_bytes,
+        "layers": [
+            {
+                "layer": layer.spec.facts.layer,
+                "type_k": layer.types.type_k,
+                "type_v": layer.types.type_v,
+                "rotate_k": layer.types.rotate_k,
+                "rotate_v": layer.types.rotate_v,
+                "kernel_prefill": layer.kernels.prefill.name,
+                "kernel_decode": layer.kernels.decode.name,
+                "bytes_per_token": layer.spec.bytes_per_token,
+                "guard_error": cache.errors.get(layer.spec.facts.layer),
+            }
+            for layer in cache.kv_layers
+        ],
+    }

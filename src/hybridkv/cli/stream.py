@@ -1,0 +1,76 @@
+"""Tokens to text as they come: whole characters only, one live sequence, the others printed at the end."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One generated sequence: its ids (the end token left out) and its text so far."""
+
+    decoder: DecodeStream | None
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    ended: bool = False
+
+
+class Streams:
+    """The sequences of a run.
+
+    Parameters
+    ----------
+    tokenizer
+        A fast Transformers tokenizer; None prints token ids.
+    prompt_ids
+        What the sequences continue, so that the first word is spaced rightly.
+    end_ids
+        Tokens that end a sequence.
+    live
+        Whether the first sequence is written to stdout as it grows.
+    """
+
+    def __init__(
+        self, tokenizer: Any | None, prompt_ids: list[int], n_seqs: int, end_ids: set[int], *, live: bool
+    ) -> None:
+        self._backend: Any = None if tokenizer is None else tokenizer.backend_tokenizer
+        self._end_ids = end_ids
+        self._live = live
+        self.sequences = [
+            Sequence(None if tokenizer is None else DecodeStream(ids=prompt_ids, skip_special_tokens=True))
+            for _ in range(n_seqs)
+        ]
+
+    @property
+    def all_ended(self) -> bool:
+        """Whether every sequence has met its end token."""
+        return all(s.ended for s in self.sequences)
+
+    def write(self, text: str) -> None:
+        """Write to stdout at once."""
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def push(self, tokens: tuple[int, ...]) -> None:
+        """Add one token to each sequence that has not ended."""
+        for index, (sequence, token) in enumerate(zip(self.sequences, tokens, strict=True)):
+            if sequence.ended or token in self._end_ids:
+                sequence.ended = True
+                continue
+            sequence.ids.append(token)
+            piece = f"{token} " if sequence.decoder is None else sequence.decoder.step(self._backend, token) or ""
+            sequence.text += piece
+            if self._live and index == 0:
+                self.write(piece)
+
+    def close(self) -> None:
+        """End the live line and print the other sequences."""
+        if not self._live:
+            return
+        self.write("\n")
+        for index, sequence in enumerate(self.sequences[1:], start=2):
+            self.write(f"\n--- sequence {index} of {len(self.sequences)}\n{sequence.text}\n")

@@ -1,0 +1,224 @@
+"""The engine: token ids in, token ids out, and nothing non-finite in between.
+
+Owns the cache of a run, the token history, and the rebuild: if numbers stop being finite the cache is built
+again from the history at the next types of the ladder, and generation goes on without losing a token. Knows no
+text; `hybridkv.cli.run` turns tokens into words.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridkv.cache import KVSpec
+from hybridkv.engine.sampling import Sampler, SamplingParams
+from hybridkv.errors import ContextError, GuardError, ModelError, UsageError
+from hybridkv.hf import ModelCache
+from hybridkv.policy import Guard, NonFiniteError, next_types
+
+PREFILL_CHUNK = 512
+"""Prompt tokens per forward pass; bounds the activations' memory."""
+
+
+@dataclass(slots=True)
+class Timings:
+    """Wall time of a run, rebuilds counted where they happened."""
+
+    n_prompt: int = 0
+    prompt_s: float = 0.0
+    n_generated: int = 0
+    generation_s: float = 0.0
+    n_rebuilds: int = 0
+
+    @property
+    def prompt_tok_s(self) -> float:
+        """Prompt tokens per second."""
+        return self.n_prompt / self.prompt_s if self.prompt_s else 0.0
+
+    @property
+    def generation_tok_s(self) -> float:
+        """Generated tokens per second, all sequences together."""
+        return self.n_generated / self.generation_s if self.generation_s else 0.0
+
+
+CacheFactory = Callable[[Sequence[KVSpec]], ModelCache]
+
+
+class Engine:
+    """Runs one model over one batch of equally long sequences.
+
+    Parameters
+    ----------
+    model
+        A Transformers causal language model, loaded with `attn_implementation="hybridkv"`.
+    specs
+        How its KV layers are stored at first.
+    n_ctx
+        Tokens per sequence.
+    guard
+        What is watched.
+    notify
+        Where fallbacks and rebuilds are reported.
+    make_cache
+        Builds a cache for specs; `ModelCache` over all kernels by default.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        specs: Sequence[KVSpec],
+        *,
+        n_ctx: int,
+        guard: Guard,
+        notify: Callable[[str], None],
+        make_cache: CacheFactory | None = None,
+    ) -> None:
+        self._model = model
+        self._guard = guard
+        self._notify = notify
+        self._n_ctx = n_ctx
+        self._make_cache = make_cache or self._default_cache
+        parameters = inspect.signature(model.forward).parameters
+        # Mamba's own classes call the same thing by another name.
+        self._cache_argument = "past_key_values" if "past_key_values" in parameters else "cache_params"
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self.cache = self._make_cache(specs)
+        self.history = torch.empty(1, 0, dtype=torch.long)
+        self.timings = Timings()
+
+    def generate(
+        self, prompt: Sequence[int], params: SamplingParams, *, n_predict: int, n_seqs: int = 1
+    ) -> Iterator[tuple[int, ...]]:
+        """Process a prompt, then yield one token id per sequence and step, until `n_predict` or a full context.
+
+        Raises
+        ------
+        UsageError
+            For an empty prompt or a count of 0.
+        ContextError
+            For a prompt that does not fit.
+        GuardError
+            If no type of the ladder gives finite numbers, or the mode forbids a fallback.
+        """
+        self._check(prompt, n_predict, n_seqs)
+        sampler = Sampler(params)
+        start = time.perf_counter()
+        logits = self._advance(torch.tensor([list(prompt)], dtype=torch.long))
+        self.timings.n_prompt = len(prompt)
+        self.timings.prompt_s = time.perf_counter() - start
+        if n_seqs > 1:
+            self.cache.batch_repeat_interleave(n_seqs)
+            self.history = self.history.repeat(n_seqs, 1)
+            logits = logits.repeat(n_seqs, 1)
+        room = self._n_ctx - len(prompt)
+        n_steps = room if n_predict < 0 else min(n_predict, room)
+        for step in range(n_steps):
+            start = time.perf_counter()
+            tokens = sampler.draw(logits)
+            self.timings.n_generated += n_seqs
+            last = step + 1 == n_steps
+            if last:
+                self.history = torch.cat([self.history, tokens.unsqueeze(1)], dim=1)
+            else:
+                logits = self._advance(tokens.unsqueeze(1))
+            self.timings.generation_s += time.perf_counter() - start
+            yield tuple(tokens.tolist())
+
+    def _check(self, prompt: Sequence[int], n_predict: int, n_seqs: int) -> None:
+        if not prompt:
+            raise UsageError("the prompt is empty", hint="give text with -p or -f")
+        if n_predict == 0 or n_predict < -1:
+            raise UsageError(f"-n {n_predict}; allowed: 1 or more, or -1 until the context is full", hint="try -n 64")
+        if n_seqs < 1:
+            raise UsageError(f"-np {n_seqs}; allowed: 1 or more")
+        if len(prompt) >= self._n_ctx:
+            raise ContextError(
+                f"the prompt has {len(prompt)} tokens and the context holds {self._n_ctx}, answer included",
+                hint=f"try -c {2 * len(prompt)} or a shorter prompt",
+            )
+
+    def _default_cache(self, specs: Sequence[KVSpec]) -> ModelCache:
+        return ModelCache(
+            self._model.config,
+            specs,
+            device=next(self._model.parameters()).device.type,
+            n_ctx=self._n_ctx,
+            guard=self._guard,
+            notify=self._notify,
+        )
+
+    def _advance(self, tokens: Tensor) -> Tensor:
+        """Append tokens `[B, T]` to the history and give the logits after them, finite, `[B, V]`."""
+        self.history = torch.cat([self.history, tokens], dim=1)
+        try:
+            return self._forward(tokens)
+        except NonFiniteError as error:
+            return self._rebuild(error)
+
+    def _rebuild(self, error: NonFiniteError) -> Tensor:
+        """Climb the ladder: the whole history again at the next types, until its logits are finite."""
+        while True:
+            self._explain_weights()
+            specs = [replace(s, types=next_types(s.types) or s.types) for s in self.cache.specs]
+            climbed = any(new != old for new, old in zip(specs, self.cache.specs, strict=True))
+            if self._guard.mode in ("strict", "off") or not climbed:
+                why = "and no larger type is left" if not climbed else f"and the guard is {self._guard.mode!r}"
+                raise GuardError(f"{error.message}, {why}", hint=error.hint) from error
+            labels = ", ".join(dict.fromkeys(s.types.label for s in specs))
+            self._notify(f"{error.message}; rebuilding {self.history.shape[1]} tokens at {labels}")
+            self.timings.n_rebuilds += 1
+            self.cache = self._make_cache(specs)
+            try:
+                return self._forward(self.history)
+            except NonFiniteError as again:
+                error = again
+
+    @torch.inference_mode()
+    def _forward(self, tokens: Tensor) -> Tensor:
+        """Logits after `tokens`, float32 `[B, V]`.
+
+        Raises
+        ------
+        NonFiniteError
+            From the layer where it arose, or for the logits.
+        """
+        device = next(self._model.parameters()).device
+        for chunk in torch.split(tokens, PREFILL_CHUNK, dim=1):
+            output = self._model(
+                input_ids=chunk.to(device),
+                use_cache=True,
+                **self._last_only,
+                **{self._cache_argument: self.cache},
+            )
+        logits: Tensor = output.logits[:, -1].float()
+        if not torch.isfinite(logits).all():
+            layers = self.cache.kv_layers
+            raise NonFiniteError(
+                layer=None,
+                label=layers[0].types.label if layers else "none",
+                kernel=layers[0].kernels.label if layers else "none",
+                n_tokens=self.history.shape[1],
+                source="cache",
+            )
+        return logits
+
+    def _explain_weights(self) -> None:
+        """If the weights themselves are to blame, say which.
+
+        Raises
+        ------
+        ModelError
+            Naming the first tensor that is not finite.
+        """
+        for name, weight in self._model.named_parameters():
+            if not torch.isfinite(weight).all():
+                raise ModelError(
+                    f"the weights are not finite: {name} holds NaN or infinity",
+                    hint="the model file is damaged or was converted wrongly; no cache type can help",
+                )

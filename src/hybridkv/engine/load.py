@@ -1,0 +1,105 @@
+"""Find a model, say what it is from its header alone, and load it: GGUF files and Hugging Face directories.
+
+The one place that knows both kinds. `describe` reads no weights, so that types are resolved to kernels and
+memory is planned before anything large is touched; `load` then loads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hybridkv.cache import LayerFacts
+from hybridkv.errors import ModelFileError
+from hybridkv.gguf.load import config_from_gguf, load_gguf
+from hybridkv.gguf.reader import read_header
+from hybridkv.hf import IMPLEMENTATION, layer_facts
+from hybridkv.hf.load import count_parameters, load_config, load_tokenizer, load_weights
+
+BUNDLED = "reference-hybrid-q8_0.gguf"
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A model before its weights.
+
+    Attributes
+    ----------
+    path
+        The file or directory.
+    name
+        What to call it.
+    config
+        Its Transformers config.
+    facts
+        What its layers remember.
+    n_ctx_train
+        Tokens it was trained for, or None if it does not say.
+    """
+
+    path: Path
+    name: str
+    config: Any
+    facts: tuple[LayerFacts, ...]
+    n_ctx_train: int | None
+
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the loaded weights."""
+        return count_parameters(self.config) * dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model ready to run; `tokenizer` is None if it has none."""
+
+    description: Description
+    model: Any
+    tokenizer: Any | None
+    notices: tuple[str, ...] = ()
+
+
+def bundled_model() -> Path:
+    """The reference model that comes with the package: 29 M parameters, 3 attention and 9 recurrent layers."""
+    return Path(str(resources.files("hybridkv") / "models" / BUNDLED))
+
+
+def describe(path: Path) -> Description:
+    """What a model is, from its header or config alone.
+
+    Raises
+    ------
+    ModelFileError
+        If there is no model, or it is damaged or not understood.
+    ModelError
+        If its layers cannot be cached.
+    """
+    if not path.exists():
+        raise ModelFileError(f"no model at {path}", hint="leave -m out to run the bundled model")
+    if path.is_dir() or path.name == "config.json":
+        directory = path if path.is_dir() else path.parent
+        config, name = load_config(directory), directory.resolve().name
+        path = directory
+    else:
+        config, name = config_from_gguf(path), str(read_header(path).metadata.get("general.name", path.stem))
+    text = config.get_text_config(decoder=True)
+    n_ctx_train = getattr(text, "max_position_embeddings", None)
+    return Description(path, name, config, layer_facts(config), n_ctx_train)
+
+
+def load(description: Description, *, dtype: torch.dtype, device: str) -> Loaded:
+    """The model and its tokenizer.
+
+    Raises
+    ------
+    ModelFileError, ModelError
+        For whatever is wrong with the files.
+    """
+    if description.path.is_dir():
+        model = load_weights(description.path, dtype=dtype, device=device, attn_implementation=IMPLEMENTATION)
+        return Loaded(description, model, load_tokenizer(description.path))
+    gguf = load_gguf(description.path, dtype=dtype, device=device, attn_implementation=IMPLEMENTATION)
+    return Loaded(description, gguf.model, gguf.tokenizer, gguf.notices)

@@ -1,0 +1,65 @@
+"""From logits to the next token: Transformers' own warpers in llama-cli's order, and a seeded draw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hybridkv.errors import UsageError
+from hybridkv.hf.sampling import warp
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn. The defaults are llama-cli's.
+
+    Attributes
+    ----------
+    temp
+        0 takes the most likely token.
+    top_k
+        Keep the k most likely tokens; 0 keeps all.
+    top_p
+        Keep the most likely tokens that together reach this probability; 1 keeps all.
+    min_p
+        Keep tokens of at least this share of the most likely one's probability; 0 keeps all.
+    seed
+        Of the draw; None takes a fresh one.
+    """
+
+    temp: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("--temp", self.temp, self.temp >= 0, "0 or more"),
+            ("--top-k", self.top_k, self.top_k >= 0, "0 or more"),
+            ("--top-p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1"),
+            ("--min-p", self.min_p, 0 <= self.min_p <= 1, "0 to 1"),
+        )
+        for option, value, fine, allowed in checks:
+            if not fine:
+                raise UsageError(f"{option} {value}; allowed: {allowed}", hint="--temp 0 is greedy")
+
+
+class Sampler:
+    """Draws tokens. Holds the random generator's state; one per run."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.params = params
+        self._generator = torch.Generator()
+        self.seed = self._generator.seed() if params.seed is None else params.seed
+        self._generator.manual_seed(self.seed)
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """int64 `[B]` from finite float32 logits `[B, V]`."""
+        if self.params.temp == 0:
+            return logits.argmax(-1).cpu()
+        p = self.params
+        kept = warp(logits.float().cpu(), top_k=p.top_k, top_p=p.top_p, min_p=p.min_p, temp=p.temp)
+        return torch.multinomial(torch.softmax(kept, -1), 1, generator=self._generator).squeeze(-1)

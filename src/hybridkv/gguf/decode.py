@@ -1,0 +1,76 @@
+"""Tensor bytes into a Torch tensor: chunk by chunk, reordered and converted on the way.
+
+Owns the loop that keeps memory flat: rows are decoded a few megabytes at a time, straight into the
+tensor that the model keeps, so that loading needs the final weights and one chunk. Does not own block
+formats (gguf-py decodes them) or which orders and conversions a tensor needs (`architectures/`).
+Called by `load.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from gguf.quants import dequantize
+from numpy.typing import NDArray
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Floats = NDArray[np.float32]
+Order = NDArray[np.int64]
+
+CHUNK_VALUES = 1 << 20  # 4 MiB of float32; gguf-py needs a few times that while it decodes
+
+
+def is_decodable(type_: GGMLQuantizationType) -> bool:
+    """Whether gguf-py turns this tensor type into numbers: it is asked to, with one block of zeros."""
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[type_][1]), np.uint8), type_)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def decodable_types(types: Iterable[GGMLQuantizationType] = tuple(GGML_QUANT_SIZES)) -> list[str]:
+    """Return the names of those `types` that gguf-py decodes, in ggml's order."""
+    return [type_.name for type_ in sorted(types) if is_decodable(type_)]
+
+
+def decode_into(
+    target: Tensor,
+    raw: NDArray[np.uint8],
+    type_: GGMLQuantizationType,
+    *,
+    rows: Order | None = None,
+    cols: Order | None = None,
+    values: Callable[[Floats], Floats] | None = None,
+) -> None:
+    """Fill `target` from a tensor's bytes.
+
+    Parameters
+    ----------
+    target
+        `[n_rows, n_cols]`, any float dtype and device.
+    raw
+        uint8 `[n_rows, row_bytes]`, as in the file.
+    rows, cols
+        Where each row and column of `target` lies in the file, None for the file's own order.
+    values
+        Applied elementwise to the float32 numbers, before they are rounded to `target`'s dtype.
+    """
+    import torch
+
+    step = max(1, CHUNK_VALUES // target.shape[1])
+    # What is not finite in the file stays so: whether that matters is judged where it is used.
+    with np.errstate(all="ignore"), torch.no_grad():
+        for start in range(0, len(raw), step):
+            chunk = slice(start, start + step)
+            part: Floats = dequantize(raw[chunk] if rows is None else raw[rows[chunk]], type_)
+            part = part if cols is None else part[:, cols]
+            part = part if values is None else values(part)
+            # Torch warns about views of the read-only map, and needs aligned, contiguous memory.
+            target[chunk].copy_(torch.from_numpy(np.require(part, np.float32, ["C", "A", "W"])))

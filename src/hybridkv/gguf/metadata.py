@@ -1,0 +1,116 @@
+"""Typed access to GGUF metadata: every key that is missing, mistyped or out of range is a `ModelFileError`.
+
+Owns the ranges: a number that describes the model can exceed neither the largest tensor dimension nor
+the number of tensors, so that a damaged value is refused before a model is built from it. Does not own
+what keys an architecture has. Called by `architectures/`, `tokenizer.py` and `load.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NoReturn
+
+import numpy as np
+
+from hybridkv.errors import ModelFileError
+from hybridkv.gguf.reader import Header, TensorInfo
+
+_SHARED = ("general.", "tokenizer.", "split.")
+
+
+class Metadata:
+    """The keys of one header.
+
+    Names that do not start with `general.`, `tokenizer.` or `split.` belong to the architecture: in a
+    `qwen35` file, `block_count` is the key `qwen35.block_count`.
+    """
+
+    __slots__ = ("_tensors", "header", "largest_dim")
+
+    def __init__(self, header: Header) -> None:
+        self.header = header
+        self.largest_dim = max((dim for info in header.tensors for dim in info.shape), default=0)
+        self._tensors = {info.name: info for info in header.tensors}
+
+    def key(self, name: str) -> str:
+        """Return the key as it stands in the file."""
+        return name if name.startswith(_SHARED) else f"{self.header.architecture}.{name}"
+
+    def has(self, name: str) -> bool:
+        """Whether the file has this key."""
+        return self.key(name) in self.header.metadata
+
+    def fail(self, message: str, *, hint: str | None = None) -> NoReturn:
+        """Raise `ModelFileError` about this file."""
+        raise ModelFileError(f"{self.header.path}: {message}", hint=hint)
+
+    def expected(self, name: str, what: str) -> NoReturn:
+        """Raise the error of a key that is not what was expected."""
+        key = self.key(name)
+        if not self.has(name):
+            self.fail(f"metadata key {key!r} is missing; expected {what}")
+        shown = repr(self.header.metadata[key])
+        self.fail(f"metadata key {key!r} is {shown[:60]}; expected {what}")
+
+    def integer(self, name: str, *, low: int = 1, high: int | None = None) -> int:
+        """Return a whole number from `low` to `high` (the largest tensor dimension if not given)."""
+        high = self.largest_dim if high is None else high
+        value = self.header.metadata.get(self.key(name))
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            self.expected(name, f"a whole number from {low} to {high}")
+        return value
+
+    def integers(self, name: str, length: int) -> list[int]:
+        """Return an array of exactly `length` whole numbers, none negative."""
+        value = self.header.metadata.get(self.key(name))
+        is_whole = isinstance(value, np.ndarray) and value.dtype.kind in "iu"
+        if not isinstance(value, np.ndarray) or not is_whole or len(value) != length or (value < 0).any():
+            self.expected(name, f"{length} whole numbers")
+        return [int(number) for number in value]
+
+    def real(self, name: str) -> float:
+        """Return a finite number above zero."""
+        value = self.header.metadata.get(self.key(name))
+        if not isinstance(value, float) or not math.isfinite(value) or value <= 0:
+            self.expected(name, "a number above zero")
+        return value
+
+    def text(self, name: str) -> str:
+        """Return a string."""
+        value = self.header.metadata.get(self.key(name))
+        if not isinstance(value, str):
+            self.expected(name, "a text")
+        return value
+
+    def texts(self, name: str) -> list[str]:
+        """Return an array of strings."""
+        value = self.header.metadata.get(self.key(name))
+        if not isinstance(value, list):
+            self.expected(name, "an array of texts")
+        return value
+
+    def flag(self, name: str, *, default: bool) -> bool:
+        """Return a flag, `default` where the file has none."""
+        value = self.header.metadata.get(self.key(name), default)
+        if not isinstance(value, bool):
+            self.expected(name, "true or false")
+        return value
+
+    def is_array(self, name: str) -> bool:
+        """Whether a key holds an array of numbers."""
+        return isinstance(self.header.metadata.get(self.key(name)), np.ndarray)
+
+    def has_tensor(self, name: str) -> bool:
+        """Whether the file has this tensor."""
+        return name in self._tensors
+
+    def tensor(self, name: str) -> TensorInfo:
+        """Return a tensor's place in the file."""
+        if name not in self._tensors:
+            self.fail(f"tensor {name!r} is missing")
+        return self._tensors[name]
+
+    def token_id(self, role: str, n_tokens: int) -> int | None:
+        """Return the id of the `bos`, `eos`, `eot`, `padding`, ... token, None where the file has none."""
+        name = f"tokenizer.ggml.{role}_token_id"
+        return self.integer(name, low=0, high=n_tokens - 1) if self.has(name) else None

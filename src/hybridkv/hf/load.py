@@ -1,0 +1,94 @@
+"""Load a Hugging Face directory: config, safetensors weights, tokenizer. Local files only, no code from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from hybridkv.errors import ModelError, ModelFileError
+from hybridkv.hf.attention import register
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def load_config(directory: Path) -> Any:
+    """The Transformers config of a model directory.
+
+    Raises
+    ------
+    ModelFileError
+        If config.json is missing or not understood.
+    """
+    if not (directory / "config.json").is_file():
+        raise ModelFileError(
+            f"{directory} holds no config.json", hint="give a .gguf file or a Hugging Face model directory"
+        )
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelFileError(f"{directory / 'config.json'} cannot be read: {_first_line(error)}") from error
+    except Exception as error:
+        # huggingface_hub's strict dataclasses raise errors of their own kind for a bad config value.
+        if type(error).__module__.startswith("huggingface_hub"):
+            raise ModelFileError(f"{directory / 'config.json'} is not valid: {_first_line(error)}") from error
+        raise
+
+
+def load_weights(directory: Path, *, dtype: torch.dtype, device: str, attn_implementation: str) -> Any:
+    """The model of a directory, in eval mode.
+
+    Raises
+    ------
+    ModelFileError
+        If the weights are missing, damaged, or not safetensors.
+    ModelError
+        If weights that the model needs are not in the files.
+    """
+    register()
+    config = load_config(directory)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config.get_text_config(decoder=True),
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelFileError(f"the weights in {directory} cannot be loaded: {_first_line(error)}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        named = ", ".join(missing[:5]) + (" ..." if missing[5:] else "")
+        raise ModelError(
+            f"{len(missing)} tensors are missing in {directory}: {named}",
+            hint="the config and the weights do not belong together",
+        )
+    return model.to(device).eval()
+
+
+def load_tokenizer(directory: Path) -> Any | None:
+    """The tokenizer of a directory, or None if it has none."""
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelFileError(f"the tokenizer in {directory} cannot be loaded: {_first_line(error)}") from error
+
+
+def count_parameters(config: Any) -> int:
+    """Weights of a model with this config, tied ones once. Builds it without memory."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config.get_text_config(decoder=True))
+    return sum(p.numel() for p in model.parameters())
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,112 @@
+"""The memory planner: bytes of KV, states and weights, counted the way the cache allocates them.
+
+Arithmetic over specs and facts; reads no files. `hybridkv plan` prints it, tests hold it against the bytes of a
+real cache.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hybridkv.cache import KVSpec, LayerFacts
+from hybridkv.errors import UsageError
+
+_UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will hold, in bytes.
+
+    Attributes
+    ----------
+    n_ctx, n_seqs
+        Tokens per sequence, and sequences.
+    kv_bytes
+        Codes and scales of all KV layers.
+    state_bytes
+        Recurrent and convolution states.
+    weight_bytes
+        The loaded weights; 0 if not asked for.
+    """
+
+    n_ctx: int
+    n_seqs: int
+    kv_bytes: int
+    state_bytes: int
+    weight_bytes: int = 0
+
+    @property
+    def total_bytes(self) -> int:
+        """All three."""
+        return self.kv_bytes + self.state_bytes + self.weight_bytes
+
+
+def plan(
+    specs: Sequence[KVSpec],
+    facts: Sequence[LayerFacts],
+    *,
+    n_ctx: int,
+    n_seqs: int = 1,
+    conv_itemsize: int = 4,
+    weight_bytes: int = 0,
+) -> Plan:
+    """Count the bytes of `n_seqs` sequences of `n_ctx` tokens; `conv_itemsize` is that of the model's dtype."""
+    return Plan(
+        n_ctx=n_ctx,
+        n_seqs=n_seqs,
+        kv_bytes=sum(spec.bytes_at(n_ctx, n_seqs) for spec in specs),
+        state_bytes=sum(f.state.nbytes(n_seqs, conv_itemsize) for f in facts if f.state is not None),
+        weight_bytes=weight_bytes,
+    )
+
+
+def unknown_states(facts: Sequence[LayerFacts]) -> bool:
+    """Whether a layer has a state whose shape is not known, so that `Plan.state_bytes` is too small."""
+    return any(f.state is not None and not f.state.known for f in facts)
+
+
+def largest_context(specs: Sequence[KVSpec], free_bytes: int, *, n_seqs: int = 1) -> int | None:
+    """The most tokens per sequence whose KV rows fit `free_bytes`; None if no number of tokens could fill it.
+
+    0 means that not a single token fits.
+    """
+    growing = sum(s.bytes_per_token for s in specs if s.facts.window is None) * n_seqs
+    low, high = 0, 2**40
+    if not growing:
+        return None if sum(s.bytes_at(high, n_seqs) for s in specs) <= free_bytes else 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        if sum(s.bytes_at(middle, n_seqs) for s in specs) <= free_bytes:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def parse_bytes(text: str, option: str = "--memory") -> int:
+    """`24GiB`, `512MiB`, `8GB` or plain bytes.
+
+    Raises
+    ------
+    UsageError
+        If it is none of these.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+        raise UsageError(
+            f"{option} {text!r}; allowed: a positive number and one of KB MB GB KiB MiB GiB TiB",
+            hint=f"for example {option} 24GiB",
+        )
+    return int(float(match[1]) * _UNITS[match[2].upper()])
