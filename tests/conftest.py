@@ -1,0 +1,28 @@
+"""What every test runs under: no hub, quiet Transformers, few threads, and cache memory full of 0xFF."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from hybridkv.cache import kv
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh cache memory holds 0xFF: NaN as a float16 or float32 scale, so that reading it cannot go unnoticed."""
+
+    def allocate(shape: tuple[int, ...], device: torch.device) -> Tensor:
+        return torch.full(shape, 0xFF, dtype=torch.uint8, device=device)
+
+    monkeypatch.setattr(kv, "_allocate", allocate)

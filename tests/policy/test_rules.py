@@ -1,0 +1,63 @@
+"""Types per KV layer: counted among the layers that have a cache."""
+
+from __future__ import annotations
+
+import pytest
+
+from hybridkv.cache import AttentionFacts, KVTypes
+from hybridkv.errors import UsageError
+from hybridkv.policy import Policy, TypeOverride, parse_override, parse_scale
+
+FACTS = [AttentionFacts(layer=n, n_heads=4, n_kv_heads=2, head_dim_k=64, head_dim_v=64) for n in (3, 7, 11, 15)]
+
+
+def labels(policy: Policy) -> list[str]:
+    return [spec.types.label for spec in policy.resolve(FACTS)]
+
+
+def test_one_type_for_all() -> None:
+    assert labels(Policy(KVTypes("q4_0", "q8_0"))) == ["q4_0/q8_0"] * 4
+
+
+def test_first_and_last_count_kv_layers() -> None:
+    policy = Policy(
+        KVTypes("q4_0", "q4_0"),
+        k_first=TypeOverride("q8_0", 2),
+        k_last=TypeOverride("f16", 1),
+        v_last=TypeOverride("q6_0", 3),
+    )
+    assert labels(policy) == ["q8_0/q4_0", "q8_0/q6_0", "q4_0/q6_0", "f16/q6_0"]
+    first = Policy(KVTypes("q4_0", "q4_0"), v_first=TypeOverride("q6_0", 1))
+    assert labels(first) == ["q4_0/q6_0", "q4_0", "q4_0", "q4_0"]
+
+
+def test_more_layers_than_there_are() -> None:
+    with pytest.raises(UsageError, match="q8_0 for the first 5 K layers; this model has 4 KV layers"):
+        Policy(k_first=TypeOverride("q8_0", 5)).resolve(FACTS)
+
+
+@pytest.mark.parametrize("text", ["q8_0", "q8_0,", "q8_0,0", "q8_0,-1", "q8_0,x", ",3", "q8_0,2,3"])
+def test_bad_overrides(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_override(text, "-ctk-first")
+
+
+def test_good_override() -> None:
+    assert parse_override("q8_KV,3", "-ctk-first") == TypeOverride("q8_KV", 3)
+
+
+def test_unknown_types_and_rules() -> None:
+    with pytest.raises(UsageError, match="q3_0"):
+        Policy(KVTypes("q3_0", "f16")).resolve(FACTS)
+    with pytest.raises(UsageError, match="allowed: absmax, refit"):
+        parse_scale("mean")
+
+
+def test_options_without_effect_are_said() -> None:
+    plain = Policy(KVTypes("f16", "q4_1", scale="refit"))
+    assert plain.notices(plain.resolve(FACTS)) == [
+        "--kv-scale refit has no effect: f16, q4_1 have no scale to fit"
+    ]
+    useful = Policy(KVTypes("f16", "q4_0", scale="refit"))
+    assert useful.notices(useful.resolve(FACTS)) == []
+    assert Policy(KVTypes("q4_0", "q4_0")).notices(()) != []
