@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
 from hybridkv.cache import KVSpec, LayerFacts
 from hybridkv.errors import UsageError
@@ -78,17 +79,20 @@ def unknown_states(facts: Sequence[LayerFacts]) -> bool:
 
 
 def largest_context(specs: Sequence[KVSpec], free_bytes: int, *, n_seqs: int = 1) -> int | None:
-    """The most tokens per sequence whose KV rows fit `free_bytes`; None if no number of tokens could fill it.
+    """The most tokens per sequence whose KV rows fit `free_bytes`; None if 2**40 do: nothing grows, or too slowly.
 
     0 means that not a single token fits.
     """
-    growing = sum(s.bytes_per_token for s in specs if s.facts.window is None) * n_seqs
+
+    def fits(n_ctx: int) -> bool:
+        return sum(s.bytes_at(n_ctx, n_seqs) for s in specs) <= free_bytes
+
     low, high = 0, 2**40
-    if not growing:
-        return None if sum(s.bytes_at(high, n_seqs) for s in specs) <= free_bytes else 0
-    while low < high:
+    if fits(high):
+        return None
+    while low < high:  # windows make the sum bend, but it never falls
         middle = (low + high + 1) // 2
-        if sum(s.bytes_at(middle, n_seqs) for s in specs) <= free_bytes:
+        if fits(middle):
             low = middle
         else:
             high = middle - 1
@@ -104,9 +108,9 @@ def parse_bytes(text: str, option: str = "--memory") -> int:
         If it is none of these.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+    if match is None or match[2].upper() not in _UNITS or not Decimal(match[1]):
         raise UsageError(
             f"{option} {text!r}; allowed: a positive number and one of KB MB GB KiB MiB GiB TiB",
             hint=f"for example {option} 24GiB",
         )
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return int(Decimal(match[1]) * _UNITS[match[2].upper()])

@@ -9,6 +9,7 @@ Source: `-khad`/`-vhad` of ik_llama.cpp (1/sqrt(2) per stage); block rule widene
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -53,8 +54,7 @@ def rotate(x: Tensor) -> Tensor:
     block = rotation_block(head_dim)
     matrix = _hadamard(block, x.device)
     blocks = x.float().reshape(*x.shape[:-1], head_dim // block, block)
-    rotated: Tensor = (blocks @ matrix).reshape(x.shape)
-    return rotated
+    return (blocks @ matrix).reshape(x.shape)
 
 
 @lru_cache(maxsize=32)
@@ -63,4 +63,4 @@ def _hadamard(size: int, device: torch.device) -> Tensor:
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while matrix.shape[0] < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
-    return (matrix * size**-0.5).to(device=device, dtype=torch.float32)
+    return (matrix / math.sqrt(size)).to(device=device, dtype=torch.float32)

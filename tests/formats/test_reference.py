@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import gguf
-from hybridkv.formats import FORMATS, KVFormat, packing
+from hybridkv.formats import FORMATS, KVFormat, Scale, packing
 from tests.formats.rows import HEAD_DIM, ROWS, rows
 from tests.oracles import ik_ggml
 
@@ -120,7 +120,7 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize(("name", "symbol", "scale", "kind", "limit"), VARIANTS)
-def test_variants_stay_close(name: str, symbol: str, scale: str, kind: str, limit: float) -> None:
+def test_variants_stay_close(name: str, symbol: str, scale: Scale, kind: str, limit: float) -> None:
     fmt, x = FORMATS[name], rows(kind)
     theirs = ik_ggml.encode(name, x, fmt.row_bytes(HEAD_DIM), symbol=symbol)
     n_blocks, lanes = fmt.n_blocks(HEAD_DIM), fmt.lanes(HEAD_DIM)
@@ -133,9 +133,8 @@ def test_variants_stay_close(name: str, symbol: str, scale: str, kind: str, limi
     )
     for plane, ours, others in pairs:
         if plane.role == "codes":
-            a, b = (
-                packing.unpack_codes(plane, t.reshape(len(x) * n_blocks, -1), lanes) for t in (ours, others)
-            )
+            blocks = (data.reshape(len(x) * n_blocks, -1) for data in (ours, others))
+            a, b = (packing.unpack_codes(plane, data, lanes) for data in blocks)
             n_codes, n_different = a.numel(), n_different + int((a != b).sum())
     assert n_codes == x.size
     assert n_different <= limit * n_codes

@@ -13,6 +13,7 @@ from hybridkv.rotation import rotate
 from tests.kernels.stored import store
 from tests.oracles.attention import exact_attention, relative_rmse
 
+DIMS = [(16, 16), (48, 48), (80, 80), (96, 96), (112, 112), (128, 64), (160, 160), (192, 128), (256, 256), (512, 512)]
 KERNEL = pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.name)
 
 
@@ -68,7 +69,7 @@ def test_groups(kernel: Kernel, group: int) -> None:
 
 
 @KERNEL
-@pytest.mark.parametrize("dims", [(16, 16), (48, 48), (80, 80), (96, 96), (112, 112), (128, 64), (160, 160), (192, 128), (256, 256), (512, 512)], ids=str)
+@pytest.mark.parametrize("dims", DIMS, ids=str)
 def test_head_dims(kernel: Kernel, dims: tuple[int, int]) -> None:
     for n_new in (1, 4):
         check(kernel, head_dim_k=dims[0], head_dim_v=dims[1], n_new=n_new, type_k="q4_0", type_v="iq4_nl")

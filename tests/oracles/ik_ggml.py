@@ -1,6 +1,6 @@
 """Oracle: the C quantizers of ik_llama.cpp, as compiled into the ik-llama-cpp-python wheel, through ctypes.
 
-`functions()` skips the calling test, with the reason, where the wheel is not installed (it exists for x86-64
+Both functions skip the calling test, with the reason, where the wheel is not installed (it exists for x86-64
 Linux only). The compiler of that wheel contracts `a*b + c` within the reference functions to a fused
 multiply-add; see `tests/formats/test_reference.py` for where that shows.
 """

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from hybridkv import __version__
 from hybridkv.cli.show import simple_table, stdout_console
 from hybridkv.errors import UsageError
 
@@ -20,7 +21,7 @@ HELP = "print versions, CPU features, devices and the kernel matrix with the rea
 HEAD_DIMS = (64, 80, 96, 112, 128, 160, 192, 256, 512)
 """Head dims of released hybrid models."""
 
-_PACKAGES = ("hybridkv", "torch", "transformers", "gguf", "tokenizers", "numpy")
+_PACKAGES = ("torch", "transformers", "gguf", "tokenizers", "numpy")
 _FEATURES = (
     "avx2",
     "fma",
@@ -54,7 +55,8 @@ def main(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--device {a.device!r}; allowed: cpu, cuda")
     devices = [a.device] if a.device else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     dims = HEAD_DIMS if a.head_dim is None else (a.head_dim,)
-    versions = {name: _version(name) for name in _PACKAGES} | {"python": platform.python_version()}
+    versions = {"hybridkv": __version__, **{name: _version(name) for name in _PACKAGES}}
+    versions["python"] = platform.python_version()
     features = _cpu_features()
     matrix = [row for device in devices for row in _matrix(device, dims)]
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -62,7 +64,7 @@ def main(arguments: argparse.Namespace) -> int:
         print(json.dumps({"versions": versions, "cpu": features, "cuda": gpus, "matrix": matrix}))
         return 0
     console = stdout_console()
-    console.print("versions    " + ", ".join(f"{name} {version}" for name, version in versions.items()), soft_wrap=True)
+    console.print("versions    " + ", ".join(f"{name} {version}" for name, version in versions.items()))
     console.print(
         f"cpu         {platform.machine()}, {os.cpu_count()} cores, {' '.join(features) or 'no known features'}"
     )

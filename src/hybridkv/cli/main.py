@@ -6,8 +6,11 @@ Heavy imports happen inside the commands, so that help and a mistyped option ans
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import NoReturn
 
 from hybridkv import __version__
@@ -16,6 +19,10 @@ from hybridkv.errors import HybridKVError, UsageError
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
+
+_COMMANDS = (run, plan, doctor)
+_OPTION = re.compile(r"--?[A-Za-z][\w-]*")
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,30 +30,74 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Turn argparse's complaint into a `UsageError`."""
-        raise UsageError(message, hint=f"`{self.prog} --help` lists what there is")
+        raise UsageError(message, hint=_hint(message) or f"`{self.prog} --help` lists what there is")
+
+    def check_options(self, argv: Sequence[str]) -> None:
+        """Refuse unknown options by their own name; argparse reads `-ngl` as `-n gl`.
+
+        Raises
+        ------
+        UsageError
+            With the nearest option there is.
+        """
+        known = list(self._option_string_actions)
+        for argument in argv:
+            option = argument.partition("=")[0]
+            glued = len(option) > 2 and option[:2] in known and option[2].isdigit()
+            if _OPTION.fullmatch(option) and option not in known and not glued:
+                near = get_close_matches(option, known, n=1, cutoff=0.7)
+                hint = f"did you mean {near[0]!r}?" if near else f"`{self.prog} --help` lists what there is"
+                raise UsageError(f"unknown option {option!r}", hint=hint)
 
 
-def build_parser() -> Parser:
-    """The whole command line."""
+def _hint(message: str) -> str | None:
+    """What helps with one of argparse's complaints, where it is more than the list of options."""
+    if match := re.search(r"unrecognized arguments: (.*)", message):
+        return f'a prompt needs its option: -p "{match[1]}"'
+    if "expected one argument" in message:
+        return 'a value that begins with a dash takes an equals sign: -p="-like this"'
+    return None
+
+
+def _build_parser() -> tuple[Parser, dict[str, Parser]]:
+    """The whole command line, and each command's own parser."""
     parser = Parser(
         prog="hybridkv",
         description="Run hybrid recurrent/attention language models with a quantized KV cache.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"hybridkv {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for module in (run, plan, doctor):
-        command = commands.add_parser(module.NAME, help=module.HELP, description=module.HELP, allow_abbrev=False)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = {}
+    for module in _COMMANDS:
+        command = subparsers.add_parser(module.NAME, help=module.HELP, description=module.HELP, allow_abbrev=False)
         module.add_arguments(command)
         command.set_defaults(main=module.main)
-    return parser
+        commands[module.NAME] = command
+    return parser, commands
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser, commands = _build_parser()
+    names = ", ".join(commands)
+    if not argv:
+        raise UsageError(f"no command was given; allowed: {names}", hint='try hybridkv run -p "Hello world"')
+    name = argv[0]
+    if name in commands:
+        commands[name].check_options(argv[1:])
+    elif not (name.startswith("-") and name in parser._option_string_actions):
+        near = get_close_matches(name, commands, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else 'try hybridkv run -p "Hello world"'
+        raise UsageError(f"unknown command {name!r}; allowed: {names}", hint=hint)
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code."""
     try:
-        arguments = build_parser().parse_args(argv)
+        arguments = _parse(sys.argv[1:] if argv is None else argv)
         code: int = arguments.main(arguments)
+        sys.stdout.flush()
     except HybridKVError as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr)
@@ -54,4 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head -1`) has what it wanted. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
     return code

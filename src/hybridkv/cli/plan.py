@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridkv.cli.show import notice, simple_table, size, stdout_console
-from hybridkv.errors import UsageError
+from hybridkv.cli.show import MAX_CONTEXT, model_path, notice, simple_table, size, stdout_console
+from hybridkv.errors import NoKernelError, UsageError
 
 if TYPE_CHECKING:
+    from hybridkv.cache import KVSpec
     from hybridkv.engine.load import Description
 
 NAME = "plan"
@@ -45,7 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--memory", metavar="SIZE", help="a budget such as 24GiB: prints the largest context that fits")
     parser.add_argument(
-        "--dtype", default="bf16", choices=("f32", "bf16", "f16"), help="of the loaded weights (default bf16)"
+        "--dtype",
+        default="bf16",
+        choices=("f32", "bf16", "f16"),
+        help="of the loaded weights (default bf16, as on a GPU; `run` takes f32 on a CPU)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -56,15 +60,18 @@ def main(arguments: argparse.Namespace) -> int:
     from hybridkv.plan import parse_bytes, unknown_states
 
     a = arguments
-    if a.ctx_size < 0 or a.parallel < 1:
-        raise UsageError(f"-c {a.ctx_size}, -np {a.parallel}; allowed: -c 0 or more, -np 1 or more")
+    for option, value, least in (("-c", a.ctx_size, 0), ("-np", a.parallel, 1)):
+        if not least <= value <= MAX_CONTEXT:
+            raise UsageError(f"{option} {value}; allowed: {least} to {MAX_CONTEXT}")
     pairs = _pairs(a.types)
     budget = None if a.memory is None else parse_bytes(a.memory)
-    description = describe(bundled_model() if a.model is None else Path(a.model))
+    description = describe(bundled_model() if a.model is None else model_path(a.model))
     n_ctx = a.ctx_size or description.n_ctx_train
     if not n_ctx:
         raise UsageError("this model does not say what context it was trained for", hint="give -c N")
     rows = _rows(description, pairs, n_ctx, a.parallel, a.dtype, budget)
+    for reason in dict.fromkeys(row["refused"] for row in rows if row["refused"]):
+        notice(f"left out, no kernel: {reason}")
     if unknown_states(description.facts):
         notice(f"the state shapes of {description.config.model_type!r} are not known: states are not counted")
     if a.json:
@@ -127,6 +134,7 @@ def _rows(
         row: dict[str, Any] = {
             "type_k": k,
             "type_v": v,
+            "refused": _refusal(specs),
             "bytes_per_token": sum(spec.bytes_per_token for spec in specs),
             "kv_bytes": counted.kv_bytes,
             "state_bytes": counted.state_bytes,
@@ -139,6 +147,19 @@ def _rows(
             row["largest_n_ctx"] = largest_context(specs, free, n_seqs=n_seqs) if free >= 0 else 0
         rows.append(row)
     return rows
+
+
+def _refusal(specs: Sequence[KVSpec]) -> str | None:
+    """Why these types cannot run on this model; None if they can. The reference kernel's word: it takes most."""
+    from hybridkv.cache import resolve
+    from hybridkv.kernels import ENCODERS, KERNELS
+
+    for spec in {(s.facts.head_dim_k, s.facts.head_dim_v): s for s in specs}.values():
+        try:
+            resolve(spec, "cpu", KERNELS, ENCODERS)
+        except NoKernelError as error:
+            return "; ".join(dict.fromkeys(reason for _, reason in error.reasons))
+    return None
 
 
 def _print(
@@ -156,6 +177,8 @@ def _print(
         columns.append(f"largest context in {memory}")
     table = simple_table(*columns, left=("K", "V"))
     for row in rows:
+        if row["refused"]:
+            continue
         cells = [row["type_k"], row["type_v"], str(row["bytes_per_token"])]
         cells += [size(row[key]) for key in ("kv_bytes", "state_bytes", "weight_bytes", "total_bytes")]
         if memory is not None:
@@ -166,7 +189,6 @@ def _print(
     console = stdout_console()
     console.print(
         f"{description.name}: {len(description.facts)} layers, {n_kv} with a KV cache, {n_states} with a recurrent "
-        f"state; {sequences} of {n_ctx} tokens",
-        soft_wrap=True,
+        f"state; {sequences} of {n_ctx} tokens"
     )
     console.print(table)

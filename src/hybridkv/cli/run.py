@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import secrets
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridkv.cli.cache_options import add_cache_arguments, policy_from
-from hybridkv.cli.show import layer_table, notice, size, stderr_console, warning
-from hybridkv.errors import UsageError
+from hybridkv.cli.prompt import add_prompt_arguments, prompt_ids, read_prompt
+from hybridkv.cli.show import MAX_CONTEXT, layer_table, model_path, notice, size, stderr_console, warning
+from hybridkv.errors import ContextError, UsageError
 
 if TYPE_CHECKING:
     from hybridkv.cache import KVSpec, LayerKernels
+    from hybridkv.cli.stream import Streams
     from hybridkv.engine import Engine, SamplingParams
     from hybridkv.engine.load import Description, Loaded
     from hybridkv.policy import Guard
@@ -23,6 +26,7 @@ NAME = "run"
 HELP = "answer a prompt with a model on a quantized KV cache"
 
 _DEFAULT_CTX = 4096
+_LIMITS = (("-t", "threads", 1, 1024), ("-np", "parallel", 1, 1024), ("-c", "ctx_size", 0, MAX_CONTEXT))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,10 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-m", "--model", metavar="PATH", help="GGUF file or model directory (default: the bundled model)"
     )
-    parser.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt")
-    parser.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a UTF-8 file")
-    parser.add_argument("--ids", metavar="N,N,...", help="the prompt as token ids; the answer is ids too")
-    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    add_prompt_arguments(parser)
     parser.add_argument(
         "-n",
         "--n-predict",
@@ -46,7 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-c",
         "--ctx-size",
         type=int,
-        default=_DEFAULT_CTX,
         metavar="N",
         help=f"tokens in the context; 0: the trained length (default {_DEFAULT_CTX}, or the trained length if less)",
     )
@@ -75,27 +75,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of text")
     add_cache_arguments(parser)
+    _add_sampling_arguments(parser)
+
+
+def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
-    group.add_argument("-s", "--seed", type=int, metavar="N", help="seed of the draw (default: a fresh one)")
+    group.add_argument("-s", "--seed", type=int, metavar="N", help="seed of the draw; -1: a fresh one (default -1)")
     group.add_argument("--temp", type=float, default=0.8, metavar="X", help="temperature; 0 is greedy (default 0.8)")
-    group.add_argument(
-        "--top-k",
-        type=int,
-        default=40,
-        metavar="N",
-        help="keep the N most likely tokens; 0 keeps all (default 40)",
-    )
+    group.add_argument("--top-k", type=int, metavar="N", help="keep the N most likely tokens; 0 keeps all (default 40)")
     group.add_argument(
         "--top-p",
         type=float,
-        default=0.95,
         metavar="X",
         help="keep the likely tokens that together reach X; 1 keeps all (default 0.95)",
     )
     group.add_argument(
         "--min-p",
         type=float,
-        default=0.05,
         metavar="X",
         help="keep tokens of at least X of the best one's probability (default 0.05)",
     )
@@ -107,6 +103,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     a = arguments
     _check(a)
+    prompt = read_prompt(a)
     policy = policy_from(a)
     guard = Guard(mode=parse_mode(a.kv_guard))
     sampling = _sampling(a)
@@ -114,6 +111,7 @@ def main(arguments: argparse.Namespace) -> int:
     import torch
     from transformers.utils import logging as transformers_logging
 
+    from hybridkv.engine import Engine
     from hybridkv.engine.load import bundled_model, describe, load
 
     transformers_logging.set_verbosity_error()  # its notes on missing speed packages are not this command's
@@ -121,14 +119,33 @@ def main(arguments: argparse.Namespace) -> int:
     device = _device(a.device)
     if a.threads is not None:
         torch.set_num_threads(a.threads)
-    description = describe(bundled_model() if a.model is None else Path(a.model))
+    description = describe(bundled_model() if a.model is None else model_path(a.model))
     n_ctx = _context(a.ctx_size, description.n_ctx_train)
     specs = _resolve(description, policy, guard, device, n_ctx)
     dtype = torch.float32 if device.startswith("cpu") else torch.bfloat16
     loaded = load(description, dtype=dtype, device=device)
     for line in loaded.notices:
         notice(line)
-    return _generate(a, loaded, specs, guard, sampling, n_ctx)
+    text, ids = prompt_ids(prompt, loaded.model, loaded.tokenizer, chat=a.chat)
+    try:
+        return _generate(
+            a, loaded, Engine(loaded.model, specs, n_ctx=n_ctx, guard=guard, notify=warning), sampling, text, ids
+        )
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        needed = sum(spec.bytes_at(n_ctx, a.parallel) for spec in specs)
+        raise ContextError(
+            f"not enough memory: the KV cache of {a.parallel} x {n_ctx} tokens takes {size(needed)}",
+            hint="take a smaller -c, fewer sequences (-np) or smaller types (-ctk, -ctv); `hybridkv plan` counts them",
+        ) from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether torch or Python could not allocate; torch's CPU allocator has no error type of its own."""
+    import torch
+
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 def _check(a: argparse.Namespace) -> None:
@@ -137,15 +154,10 @@ def _check(a: argparse.Namespace) -> None:
         raise UsageError(f"-fa {a.flash_attn!r}; allowed: on, off, auto")
     if a.n_predict == 0 or a.n_predict < -1:
         raise UsageError(f"-n {a.n_predict}; allowed: 1 or more, or -1 until the context is full", hint="try -n 64")
-    for option, value, least in (("-t", a.threads, 1), ("-np", a.parallel, 1), ("-c", a.ctx_size, 0)):
-        if value is not None and value < least:
-            raise UsageError(f"{option} {value}; allowed: {least} or more")
-    given = [option for option, value in (("-p", a.prompt), ("-f", a.file), ("--ids", a.ids)) if value is not None]
-    if len(given) != 1:
-        asked = "no prompt was given" if not given else f"{' and '.join(given)} were given together"
-        raise UsageError(f"{asked}; allowed: one of -p TEXT, -f FILE, --ids N,N,...", hint='try -p "Hello world"')
-    if a.chat and a.ids is not None:
-        raise UsageError("--chat and --ids were given together", hint="a chat template needs text: use -p")
+    for option, name, least, most in _LIMITS:
+        value = getattr(a, name)
+        if value is not None and not least <= value <= most:
+            raise UsageError(f"{option} {value}; allowed: {least} to {most}")
     if a.flash_attn == "off":
         notice(
             "-fa off changes nothing: in llama.cpp a quantized V needs flash attention, "
@@ -166,9 +178,19 @@ def _check(a: argparse.Namespace) -> None:
 def _sampling(a: argparse.Namespace) -> SamplingParams:
     from hybridkv.engine import SamplingParams
 
-    if a.temp == 0 and a.parallel > 1:
-        notice(f"--temp 0 is greedy: all {a.parallel} sequences will be the same")
-    return SamplingParams(temp=a.temp, top_k=a.top_k, top_p=a.top_p, min_p=a.min_p, seed=a.seed)
+    if a.seed is not None and not -1 <= a.seed < 2**64:
+        raise UsageError(f"--seed {a.seed}; allowed: 0 to {2**64 - 1}, or -1 for a fresh one")
+    if not math.isfinite(a.temp):
+        raise UsageError(f"--temp {a.temp}; allowed: 0 or more", hint="--temp 0 is greedy")
+    filters = {name: getattr(a, name) for name in ("top_k", "top_p", "min_p") if getattr(a, name) is not None}
+    if a.temp == 0:
+        idle = [f"--{name.replace('_', '-')}" for name in filters] + ["--seed"] * (a.seed is not None)
+        if idle:
+            notice(f"--temp 0 takes the most likely token: {', '.join(idle)} changes nothing")
+        if a.parallel > 1:
+            notice(f"--temp 0 is greedy: all {a.parallel} sequences will be the same")
+    seed = secrets.randbits(32) if a.seed in (None, -1) else a.seed
+    return SamplingParams(temp=a.temp, seed=seed, **filters)
 
 
 def _device(name: str) -> str:
@@ -188,15 +210,15 @@ def _device(name: str) -> str:
     return name
 
 
-def _context(asked: int, trained: int | None) -> int:
+def _context(asked: int | None, trained: int | None) -> int:
     """Tokens in the context: 0 asks for the trained length, the default never exceeds it."""
+    if asked is None:
+        return _DEFAULT_CTX if trained is None else min(_DEFAULT_CTX, trained)
     if asked == 0:
         if trained is None:
             raise UsageError("-c 0: this model does not say what it was trained for", hint="give -c N")
         return trained
     if trained is not None and asked > trained:
-        if asked == _DEFAULT_CTX:
-            return trained
         notice(f"-c {asked} is more than the {trained} tokens that the model was trained for")
     return asked
 
@@ -231,54 +253,14 @@ def _resolve(description: Description, policy: Any, guard: Guard, device: str, n
     return specs
 
 
-def _prompt_ids(a: argparse.Namespace, loaded: Loaded) -> tuple[str, list[int]]:
-    """The prompt's text and tokens."""
-    vocabulary = loaded.model.config.get_text_config(decoder=True).vocab_size
-    if a.ids is not None:
-        parts = [part.strip() for part in a.ids.split(",") if part.strip()]
-        if not all(part.isdigit() and int(part) < vocabulary for part in parts):
-            raise UsageError(f"--ids {a.ids!r}; allowed: token ids from 0 to {vocabulary - 1}, separated by commas")
-        return "", [int(part) for part in parts]
-    text = a.prompt if a.file is None else _read(Path(a.file))
-    if not text:
-        raise UsageError("the prompt is empty", hint="give text with -p or -f")
-    if loaded.tokenizer is None:
-        raise UsageError("this model has no tokenizer", hint="give the prompt as token ids with --ids")
-    if a.chat:
-        if not loaded.tokenizer.chat_template:
-            raise UsageError("--chat: this model has no chat template", hint="leave --chat out")
-        message = [{"role": "user", "content": text}]
-        text = loaded.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        return text, list(loaded.tokenizer.encode(text, add_special_tokens=False))
-    return text, list(loaded.tokenizer.encode(text))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").removesuffix("\n")
-    except OSError as error:
-        raise UsageError(f"-f {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"-f {path}: not UTF-8 text (byte {error.start})") from error
-
-
 def _generate(
-    a: argparse.Namespace,
-    loaded: Loaded,
-    specs: tuple[KVSpec, ...],
-    guard: Guard,
-    sampling: SamplingParams,
-    n_ctx: int,
+    a: argparse.Namespace, loaded: Loaded, engine: Engine, sampling: SamplingParams, text: str, ids: list[int]
 ) -> int:
+    """Stream the answer, then print what it took. Nothing reaches stdout before the first token is there."""
     from hybridkv.cli.stream import Streams
-    from hybridkv.engine import Engine
 
-    text, ids = _prompt_ids(a, loaded)
-    engine = Engine(loaded.model, specs, n_ctx=n_ctx, guard=guard, notify=warning)
     ends = set() if a.ignore_eos else _end_ids(loaded.model)
-    streams = Streams(loaded.tokenizer if a.ids is None else None, ids, a.parallel, ends, live=not a.json)
-    if not a.json:
-        streams.write(text)
+    streams = Streams(loaded.tokenizer if a.ids is None else None, ids, a.parallel, ends, prompt=text, live=not a.json)
     stopped = "n"
     try:
         for tokens in engine.generate(ids, sampling, n_predict=a.n_predict, n_seqs=a.parallel):
@@ -287,17 +269,17 @@ def _generate(
                 stopped = "end of text"
                 break
         else:
-            n_left = n_ctx - engine.history.shape[1]
-            stopped = "context full" if n_left <= 0 and a.n_predict != engine.timings.n_generated else "n"
+            if engine.timings.n_generated != a.n_predict * a.parallel:
+                stopped = "context full"
     except KeyboardInterrupt:
         stopped = "interrupted"
     streams.close()
     if stopped == "context full":
-        notice(f"stopped: the context of {n_ctx} tokens is full")
+        notice(f"stopped: the context is full at {engine.history.shape[1]} tokens")
     if a.json:
-        print(json.dumps(_result(engine, loaded, streams, text, ids, stopped)))
+        print(json.dumps(_result(engine, loaded, streams, sampling, text, ids, stopped)))
     else:
-        _print_figures(engine)
+        _print_figures(engine, sampling)
     return 130 if stopped == "interrupted" else 0
 
 
@@ -309,7 +291,7 @@ def _end_ids(model: Any) -> set[int]:
     return set() if end is None else {end} if isinstance(end, int) else set(end)
 
 
-def _print_figures(engine: Engine) -> None:
+def _print_figures(engine: Engine, sampling: SamplingParams) -> None:
     t, cache = engine.timings, engine.cache
     lines = [
         f"prompt:     {t.n_prompt} tokens, {t.prompt_tok_s:.1f} tokens/s",
@@ -323,10 +305,20 @@ def _print_figures(engine: Engine) -> None:
         )
     if t.n_rebuilds:
         lines.append(f"rebuilds:   {t.n_rebuilds}")
+    if sampling.temp > 0:
+        lines.append(f"seed:       {sampling.seed}")
     print("\n" + "\n".join(lines), file=sys.stderr)
 
 
-def _result(engine: Engine, loaded: Loaded, streams: Any, text: str, ids: list[int], stopped: str) -> dict[str, Any]:
+def _result(
+    engine: Engine,
+    loaded: Loaded,
+    streams: Streams,
+    sampling: SamplingParams,
+    text: str,
+    ids: list[int],
+    stopped: str,
+) -> dict[str, Any]:
     """The object that `--json` prints."""
     t, cache = engine.timings, engine.cache
     return {
@@ -335,6 +327,7 @@ def _result(engine: Engine, loaded: Loaded, streams: Any, text: str, ids: list[i
         "prompt_ids": ids,
         "sequences": [{"text": s.text, "ids": s.ids} for s in streams.sequences],
         "stopped": stopped,
+        "seed": sampling.seed if sampling.temp > 0 else None,
         "prompt_tokens": t.n_prompt,
         "prompt_tok_s": t.prompt_tok_s,
         "generated_tokens": t.n_generated,

@@ -2,28 +2,50 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from hybridkv.errors import UsageError
+
 if TYPE_CHECKING:
     from hybridkv.cache import KVSpec, LayerKernels
 
-_MIN_WIDTH = 140  # what a pipe or a log gets: wide enough that no cell of ours is cut
+MAX_CONTEXT = 2**40
+"""Tokens; more are a slip of the finger."""
+
+_WIDTH = 1000  # wider than any table of ours: a narrow terminal wraps a line, but no number is ever cut
 
 
 def stderr_console() -> Console:
-    """A console on stderr, at least as wide as our tables when it is not a terminal."""
-    return Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else _MIN_WIDTH)
+    """A console on stderr. Model names are data: no markup, no emoji codes."""
+    return Console(stderr=True, highlight=False, markup=False, emoji=False, width=_WIDTH)
 
 
 def stdout_console() -> Console:
     """A console on stdout, likewise."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else _MIN_WIDTH)
+    return Console(highlight=False, markup=False, emoji=False, width=_WIDTH)
+
+
+def model_path(text: str) -> Path:
+    """The path after `-m`, `~` included.
+
+    Raises
+    ------
+    UsageError
+        If it is empty, as an unset shell variable leaves it.
+    """
+    if not text:
+        raise UsageError(
+            "-m is empty; allowed: a .gguf file or a model directory", hint="leave -m out for the bundled model"
+        )
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - Path.expanduser raises for an unknown user
 
 
 def notice(text: str) -> None:
@@ -43,7 +65,7 @@ def size(n_bytes: int) -> str:
         if abs(value) < 1024:
             return f"{n_bytes} B" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
-    return f"{value:.2f} GiB"
+    return f"{value:.2f} GiB" if value < 2**14 else f"{value / 1024:.1f} TiB"
 
 
 def simple_table(*columns: str, left: Sequence[str] = ()) -> Table:

@@ -28,6 +28,8 @@ class Streams:
         A fast Transformers tokenizer; None prints token ids.
     prompt_ids
         What the sequences continue, so that the first word is spaced rightly.
+    prompt
+        Their text, written before the first token.
     end_ids
         Tokens that end a sequence.
     live
@@ -35,11 +37,19 @@ class Streams:
     """
 
     def __init__(
-        self, tokenizer: Any | None, prompt_ids: list[int], n_seqs: int, end_ids: set[int], *, live: bool
+        self,
+        tokenizer: Any | None,
+        prompt_ids: list[int],
+        n_seqs: int,
+        end_ids: set[int],
+        *,
+        prompt: str,
+        live: bool,
     ) -> None:
         self._backend: Any = None if tokenizer is None else tokenizer.backend_tokenizer
         self._end_ids = end_ids
         self._live = live
+        self._prompt = prompt
         self.sequences = [
             Sequence(None if tokenizer is None else DecodeStream(ids=prompt_ids, skip_special_tokens=True))
             for _ in range(n_seqs)
@@ -55,8 +65,14 @@ class Streams:
         sys.stdout.write(text)
         sys.stdout.flush()
 
+    def _write_prompt(self) -> None:
+        if self._live and self._prompt:
+            self.write(self._prompt)
+            self._prompt = ""
+
     def push(self, tokens: tuple[int, ...]) -> None:
         """Add one token to each sequence that has not ended."""
+        self._write_prompt()
         for index, (sequence, token) in enumerate(zip(self.sequences, tokens, strict=True)):
             if sequence.ended or token in self._end_ids:
                 sequence.ended = True
@@ -71,6 +87,7 @@ class Streams:
         """End the live line and print the other sequences."""
         if not self._live:
             return
+        self._write_prompt()
         self.write("\n")
         for index, sequence in enumerate(self.sequences[1:], start=2):
             self.write(f"\n--- sequence {index} of {len(self.sequences)}\n{sequence.text}\n")

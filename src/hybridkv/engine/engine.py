@@ -19,7 +19,7 @@ from torch import Tensor
 from hybridkv.cache import KVSpec
 from hybridkv.engine.sampling import Sampler, SamplingParams
 from hybridkv.errors import ContextError, GuardError, ModelError, UsageError
-from hybridkv.hf import ModelCache
+from hybridkv.hf import ModelCache, takes_chunks
 from hybridkv.policy import Guard, NonFiniteError, next_types
 
 PREFILL_CHUNK = 512
@@ -87,7 +87,9 @@ class Engine:
         parameters = inspect.signature(model.forward).parameters
         # Mamba's own classes call the same thing by another name.
         self._cache_argument = "past_key_values" if "past_key_values" in parameters else "cache_params"
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._takes_positions = "position_ids" in parameters
+        self._takes_chunks = takes_chunks(model.config)
+        self._last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self.cache = self._make_cache(specs)
         self.history = torch.empty(1, 0, dtype=torch.long)
         self.timings = Timings()
@@ -109,7 +111,8 @@ class Engine:
         self._check(prompt, n_predict, n_seqs)
         sampler = Sampler(params)
         start = time.perf_counter()
-        logits = self._advance(torch.tensor([list(prompt)], dtype=torch.long))
+        self.history = torch.tensor([list(prompt)], dtype=torch.long)
+        logits = self._advance(self.history)
         self.timings.n_prompt = len(prompt)
         self.timings.prompt_s = time.perf_counter() - start
         if n_seqs > 1:
@@ -120,13 +123,11 @@ class Engine:
         n_steps = room if n_predict < 0 else min(n_predict, room)
         for step in range(n_steps):
             start = time.perf_counter()
+            if step > 0:
+                logits = self._advance(self.history[:, -1:])
             tokens = sampler.draw(logits)
+            self.history = torch.cat([self.history, tokens.unsqueeze(1)], dim=1)
             self.timings.n_generated += n_seqs
-            last = step + 1 == n_steps
-            if last:
-                self.history = torch.cat([self.history, tokens.unsqueeze(1)], dim=1)
-            else:
-                logits = self._advance(tokens.unsqueeze(1))
             self.timings.generation_s += time.perf_counter() - start
             yield tuple(tokens.tolist())
 
@@ -154,8 +155,7 @@ class Engine:
         )
 
     def _advance(self, tokens: Tensor) -> Tensor:
-        """Append tokens `[B, T]` to the history and give the logits after them, finite, `[B, V]`."""
-        self.history = torch.cat([self.history, tokens], dim=1)
+        """Process the newest tokens of the history, `[B, T]`; the logits after them, finite, `[B, V]`."""
         try:
             return self._forward(tokens)
         except NonFiniteError as error:
@@ -189,13 +189,15 @@ class Engine:
             From the layer where it arose, or for the logits.
         """
         device = next(self._model.parameters()).device
-        for chunk in torch.split(tokens, PREFILL_CHUNK, dim=1):
-            output = self._model(
-                input_ids=chunk.to(device),
-                use_cache=True,
-                **self._last_only,
-                **{self._cache_argument: self.cache},
-            )
+        position = self.history.shape[1] - tokens.shape[1]
+        for chunk in torch.split(tokens, PREFILL_CHUNK if self._takes_chunks else tokens.shape[1], dim=1):
+            arguments = {**self._last_only, self._cache_argument: self.cache}
+            if self._takes_positions:
+                # Not every model counts the past itself: Bamba would start each call at position 0.
+                positions = torch.arange(position, position + chunk.shape[1], device=device)
+                arguments["position_ids"] = positions.expand(chunk.shape)
+            output = self._model(input_ids=chunk.to(device), use_cache=True, **arguments)
+            position += chunk.shape[1]
         logits: Tensor = output.logits[:, -1].float()
         if not torch.isfinite(logits).all():
             layers = self.cache.kv_layers

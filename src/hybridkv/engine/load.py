@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from hybridkv.cache import LayerFacts
-from hybridkv.errors import ModelFileError
+from hybridkv.errors import ModelError, ModelFileError
 from hybridkv.gguf.load import config_from_gguf, load_gguf
 from hybridkv.gguf.reader import read_header
 from hybridkv.hf import IMPLEMENTATION, layer_facts
@@ -79,6 +79,8 @@ def describe(path: Path) -> Description:
     """
     if not path.exists():
         raise ModelFileError(f"no model at {path}", hint="leave -m out to run the bundled model")
+    if path.suffix == ".safetensors":
+        raise ModelFileError(f"{path} is a part of a model", hint=f"give its directory: -m {path.parent}")
     if path.is_dir() or path.name == "config.json":
         directory = path if path.is_dir() else path.parent
         config, name = load_config(directory), directory.resolve().name
@@ -87,7 +89,15 @@ def describe(path: Path) -> Description:
         config, name = config_from_gguf(path), str(read_header(path).metadata.get("general.name", path.stem))
     text = config.get_text_config(decoder=True)
     n_ctx_train = getattr(text, "max_position_embeddings", None)
-    return Description(path, name, config, layer_facts(config), n_ctx_train)
+    printable = "".join(c if c.isprintable() else "?" for c in name)  # a file's word, shown on a terminal
+    return Description(path, printable, config, _facts(config), n_ctx_train)
+
+
+def _facts(config: Any) -> tuple[LayerFacts, ...]:
+    try:
+        return layer_facts(config)
+    except (ArithmeticError, AttributeError, TypeError) as error:
+        raise ModelError(f"the config of {config.model_type!r} describes no model: {error}") from error
 
 
 def load(description: Description, *, dtype: torch.dtype, device: str) -> Loaded:

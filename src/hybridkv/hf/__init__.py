@@ -5,7 +5,7 @@ Importing this package registers `attn_implementation="hybridkv"` through Transf
 
 from hybridkv.hf.attention import IMPLEMENTATION, register
 from hybridkv.hf.cache import ModelCache, quantized_cache
-from hybridkv.hf.facts import is_hybrid, kv_facts, layer_facts
+from hybridkv.hf.facts import is_hybrid, kv_facts, layer_facts, takes_chunks
 
 register()
 
@@ -17,4 +17,5 @@ __all__ = [
     "layer_facts",
     "quantized_cache",
     "register",
+    "takes_chunks",
 ]

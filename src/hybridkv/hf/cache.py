@@ -17,7 +17,7 @@ from hybridkv.cache import KVLayer, KVSpec, KVTypes, LayerFacts, LayerKernels, r
 from hybridkv.errors import ContextError
 from hybridkv.formats import Scale
 from hybridkv.hf.attention import IMPLEMENTATION, register
-from hybridkv.hf.facts import is_hybrid, kv_facts, layer_facts
+from hybridkv.hf.facts import is_hybrid, kv_facts, layer_facts, takes_chunks
 from hybridkv.hf.layers import LayerWatch, Notify, QuantizedAndStateLayer, QuantizedLayer, StateLayer
 from hybridkv.kernels import ENCODERS, KERNELS, Encoder, Kernel
 from hybridkv.policy import Guard, GuardMode, Policy, TypeOverride, parse_mode, parse_override, parse_scale
@@ -75,14 +75,17 @@ class ModelCache(Cache):  # type: ignore[misc]
             return bool(text._attn_implementation == IMPLEMENTATION)
 
         def build(index: int, layer: LayerFacts) -> Any:
-            n_states = getattr(text, "number_of_conv_states", 1)
+            states: dict[str, Any] = {
+                "number_of_states": getattr(text, "number_of_conv_states", 1),
+                "takes_chunks": takes_chunks(config),
+            }
             if layer.attention is None:
-                return DummyLayer() if layer.state is None else StateLayer(number_of_states=n_states)
+                return DummyLayer() if layer.state is None else StateLayer(**states)
             store = KVLayer(specs_by_layer[index], choose, n_ctx=n_ctx)
             parts = (store, LayerWatch(guard, notify), packed)
             if layer.state is None:
                 return QuantizedLayer(*parts)
-            return QuantizedAndStateLayer(*parts, number_of_states=n_states)
+            return QuantizedAndStateLayer(*parts, **states)
 
         super().__init__(layers=[build(index, layer) for index, layer in enumerate(facts)])
 

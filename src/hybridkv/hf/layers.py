@@ -163,7 +163,17 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
-    """Convolution and recurrent states of one layer; the recurrent ones in float32 whatever the model's dtype."""
+    """Convolution and recurrent states of one layer; the recurrent ones in float32 whatever the model's dtype.
+
+    Parameters
+    ----------
+    takes_chunks
+        Whether the model's code continues a state over several tokens at once.
+    """
+
+    def __init__(self, number_of_states: int = 1, *, takes_chunks: bool = True) -> None:
+        super().__init__(number_of_states=number_of_states)
+        self.takes_chunks = takes_chunks
 
     @property
     def nbytes(self) -> int:
@@ -186,6 +196,23 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
             state_idx=state_idx,
             conv_kernel_size=conv_kernel_size,
         )
+
+    def update_conv_state(self, conv_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """Store the newest inputs `[B, channels, T]`; returns what the convolution reads.
+
+        Raises
+        ------
+        ContextError
+            If the model's code would start over from a zero state.
+        """
+        if not self.takes_chunks and self.has_previous_state[state_idx] and conv_states.shape[-1] > 1:
+            raise ContextError(
+                f"{conv_states.shape[-1]} tokens at once after the first prompt: this model's code would start them "
+                "from a zero state",
+                hint="give the whole prompt at once, then single tokens",
+            )
+        states: Tensor = super().update_conv_state(conv_states, state_idx, **kwargs)
+        return states
 
     def crop(self, tokens_to_remove: int) -> None:
         """A state has no past to return to; 0 tokens is the only crop.
@@ -216,7 +243,7 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forget all tokens, and the batch size with them."""
-        LinearAttentionLayer.__init__(self, number_of_states=self.number_of_states)
+        StateLayer.__init__(self, self.number_of_states, takes_chunks=self.takes_chunks)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         for states in (self.conv_states, self.recurrent_states):
@@ -231,10 +258,17 @@ class QuantizedAndStateLayer(StateLayer, QuantizedLayer):
     is_compileable = False
 
     def __init__(
-        self, store: KVLayer, watch: LayerWatch, packed: Callable[[], bool], *, number_of_states: int = 1
+        self,
+        store: KVLayer,
+        watch: LayerWatch,
+        packed: Callable[[], bool],
+        *,
+        number_of_states: int = 1,
+        takes_chunks: bool = True,
     ) -> None:
         QuantizedLayer.__init__(self, store, watch, packed)
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+        self.takes_chunks = takes_chunks
 
     def lazy_initialization(self, *args: Tensor, **kwargs: Any) -> None:  # type: ignore[override]
         """Two positional tensors are K and V; keywords are states."""
@@ -245,7 +279,7 @@ class QuantizedAndStateLayer(StateLayer, QuantizedLayer):
 
     def reset(self) -> None:
         """Forget all tokens."""
-        StateLayer.reset(self)
+        LinearAttentionLayer.__init__(self, number_of_states=self.number_of_states)
         QuantizedLayer.reset(self)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -12,6 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from hybridkv.errors import ModelError, ModelFileError
 from hybridkv.hf.attention import register
 
+_NONSENSE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
+"""What Transformers raises, here or there, for a config that describes no model."""
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -29,12 +32,12 @@ def load_config(directory: Path) -> Any:
         )
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelFileError(f"{directory / 'config.json'} cannot be read: {_first_line(error)}") from error
+    except (OSError, *_NONSENSE) as error:
+        raise ModelFileError(f"{directory / 'config.json'} cannot be read: {_one_line(error)}") from error
     except Exception as error:
         # huggingface_hub's strict dataclasses raise errors of their own kind for a bad config value.
         if type(error).__module__.startswith("huggingface_hub"):
-            raise ModelFileError(f"{directory / 'config.json'} is not valid: {_first_line(error)}") from error
+            raise ModelFileError(f"{directory / 'config.json'} is not valid: {_one_line(error)}") from error
         raise
 
 
@@ -60,16 +63,21 @@ def load_weights(directory: Path, *, dtype: torch.dtype, device: str, attn_imple
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report, and refused below by name
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelFileError(f"the weights in {directory} cannot be loaded: {_first_line(error)}") from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        named = ", ".join(missing[:5]) + (" ..." if missing[5:] else "")
-        raise ModelError(
-            f"{len(missing)} tensors are missing in {directory}: {named}",
-            hint="the config and the weights do not belong together",
-        )
+    except (OSError, SafetensorError, *_NONSENSE) as error:
+        raise ModelFileError(
+            f"the weights in {directory} cannot be loaded: {_one_line(error)}",
+            hint="a file is missing or damaged, or config.json is of another model",
+        ) from error
+    mismatched = [f"{name} {list(found)} for {list(asked)}" for name, found, asked in report["mismatched_keys"]]
+    for problem, names in (("are missing", report["missing_keys"]), ("have another shape", mismatched)):
+        if names:
+            named = ", ".join(sorted(names)[:5]) + (" ..." if len(names) > 5 else "")
+            raise ModelError(
+                f"{len(names)} tensors {problem} in {directory}: {named}",
+                hint="the config and the weights do not belong together",
+            )
     return model.to(device).eval()
 
 
@@ -79,16 +87,30 @@ def load_tokenizer(directory: Path) -> Any | None:
         return None
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelFileError(f"the tokenizer in {directory} cannot be loaded: {_first_line(error)}") from error
+    except (OSError, *_NONSENSE) as error:
+        raise ModelFileError(
+            f"the tokenizer in {directory} cannot be loaded: {_one_line(error)}",
+            hint="tokenizer.json or tokenizer_config.json is damaged, or of a kind that Transformers cannot load",
+        ) from error
 
 
 def count_parameters(config: Any) -> int:
-    """Weights of a model with this config, tied ones once. Builds it without memory."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config.get_text_config(decoder=True))
+    """Weights of a model with this config, tied ones once. Builds it without memory.
+
+    Raises
+    ------
+    ModelError
+        If the config describes no model.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config.get_text_config(decoder=True))
+    except _NONSENSE as error:
+        raise ModelError(f"the config of {config.model_type!r} describes no model: {_one_line(error)}") from error
     return sum(p.numel() for p in model.parameters())
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _one_line(error: BaseException) -> str:
+    """An error's text without its line breaks, cut where it becomes a report."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}" if not text else text if len(text) <= 300 else f"{text[:300]} ..."

@@ -1,0 +1,88 @@
+"""The prompt of `hybridkv run`: its text, read and checked before a model is touched, and then its tokens."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from hybridkv.errors import UsageError
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `-p`, `-f`, `--ids` and `--chat`."""
+    parser.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt")
+    parser.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a UTF-8 file")
+    parser.add_argument("--ids", metavar="N,N,...", help="the prompt as token ids; the answer is ids too")
+    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+
+
+def read_prompt(a: argparse.Namespace) -> str | list[int]:
+    """The prompt as given: text, or token ids.
+
+    Raises
+    ------
+    UsageError
+        If there is none, more than one, or one that cannot be read.
+    """
+    given = [option for option, value in (("-p", a.prompt), ("-f", a.file), ("--ids", a.ids)) if value is not None]
+    if len(given) != 1:
+        asked = "no prompt was given" if not given else f"{' and '.join(given)} were given together"
+        raise UsageError(f"{asked}; allowed: one of -p TEXT, -f FILE, --ids N,N,...", hint='try -p "Hello world"')
+    if a.chat and a.ids is not None:
+        raise UsageError("--chat and --ids were given together", hint="a chat template needs text: use -p")
+    prompt = _parse_ids(a.ids) if a.ids is not None else _read(Path(a.file)) if a.file is not None else a.prompt
+    if not prompt:
+        raise UsageError(f"{given[0]}: the prompt is empty", hint='give some text, for example -p "Hello world"')
+    if isinstance(prompt, str) and not prompt.isascii():
+        _check_text(prompt)
+    return prompt
+
+
+def prompt_ids(prompt: str | list[int], model: Any, tokenizer: Any | None, *, chat: bool) -> tuple[str, list[int]]:
+    """The text that the model sees ("" for ids) and its tokens.
+
+    Raises
+    ------
+    UsageError
+        If the model has no tokenizer, no chat template, or no such token ids.
+    """
+    if not isinstance(prompt, str):
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
+        if max(prompt) >= vocabulary:
+            raise UsageError(f"--ids: {max(prompt)}; this model's tokens are 0 to {vocabulary - 1}")
+        return "", prompt
+    if tokenizer is None:
+        raise UsageError("this model has no tokenizer", hint="give the prompt as token ids with --ids")
+    if chat:
+        if not tokenizer.chat_template:
+            raise UsageError("--chat: this model has no chat template", hint="leave --chat out")
+        message = [{"role": "user", "content": prompt}]
+        text: str = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        return text, list(tokenizer.encode(text, add_special_tokens=False))
+    return prompt, list(tokenizer.encode(prompt))
+
+
+def _parse_ids(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    # 18 digits fit 64 bits; Python refuses to parse numbers of thousands of digits.
+    if not all(part.isascii() and part.isdigit() and len(part) <= 18 for part in parts):
+        raise UsageError(f"--ids {text!r}; allowed: token ids, separated by commas", hint="try --ids 1,2,3")
+    return [int(part) for part in parts]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig").removesuffix("\n")  # an editor's byte order mark is no prompt
+    except OSError as error:
+        raise UsageError(f"-f {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"-f {path}: not UTF-8 text (byte {error.start})") from error
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # The shell hands over bytes; those that are no UTF-8 arrive as lone surrogates.
+        raise UsageError(f"-p: not UTF-8 text (character {error.start})") from error

@@ -1,0 +1,232 @@
+"""`ModelCache` as a whole: bytes, crop, reset, sequences, types per layer, and errors that help."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hybridkv import ContextError, ModelError, NoKernelError, UsageError, quantized_cache
+from hybridkv.formats import get_format
+from hybridkv.hf.layers import LayerView
+from tests.families import FAMILIES, build
+from tests.hf.test_families import change, run, tokens
+
+
+@pytest.fixture(scope="module")
+def hybrid() -> PreTrainedModel:
+    return build("qwen3_5_text", attention="hybridkv")
+
+
+@pytest.fixture(scope="module")
+def dense() -> PreTrainedModel:
+    return build("qwen3", attention="hybridkv")
+
+
+def live_bytes() -> int:
+    """Bytes of all tensor storages that are alive, each once."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Tensor):  # isinstance would ask lazy objects for their class
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def test_no_full_precision_copy_is_alive(dense: PreTrainedModel) -> None:
+    """Everything that a long prompt leaves in memory is codes and scales."""
+    ids = tokens(1, 400)
+    run(dense, quantized_cache(dense, type_k="q4_0", type_v="q4_0"), ids[:, :4], chunks=(4,))
+    before = live_bytes()
+    cache = quantized_cache(dense, type_k="q4_0", type_v="q4_0", n_ctx=400)
+    with torch.inference_mode():
+        dense(ids, past_key_values=cache, logits_to_keep=1)
+    grown = live_bytes() - before
+    rows = get_format("q4_0").row_bytes(48)
+    assert cache.kv_bytes == 2 * 2 * 2 * 400 * rows
+    assert cache.kv_bytes <= grown <= cache.kv_bytes + 4096
+    assert grown < 0.4 * 2 * 2 * 2 * 400 * 48 * 2  # of what float16 rows alone would take
+
+
+def test_bytes_by_type(hybrid: PreTrainedModel) -> None:
+    used = {}
+    for name in ("f32", "q8_0", "q4_0"):
+        cache = quantized_cache(hybrid, type_k=name, type_v=name)
+        run(hybrid, cache, tokens())
+        used[name] = cache.kv_bytes_used
+        assert cache.state_bytes == 2 * 2 * 4 * (160 * 4 + 6 * 16 * 16)
+    assert used["f32"] == 2 * 2 * 2 * 2 * 21 * 64 * 4
+    assert used["q8_0"] / used["f32"] == pytest.approx(8.5 / 32)
+    assert used["q4_0"] / used["f32"] == pytest.approx(4.5 / 32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reset_starts_over(family: str) -> None:
+    model = build(family, attention="hybridkv")
+    cache = quantized_cache(model)
+    first = run(model, cache, tokens())
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert torch.equal(run(model, cache, tokens(1)), run(model, quantized_cache(model), tokens(1)))
+    cache.reset()
+    assert torch.equal(run(model, cache, tokens()), first)
+
+
+def test_crop_goes_back_where_all_layers_can(dense: PreTrainedModel) -> None:
+    ids = tokens()
+    cache = quantized_cache(dense)
+    assert cache.is_croppable
+    whole = run(dense, cache, ids)
+    cache.crop(-5)
+    assert cache.get_seq_length() == 16
+    with torch.inference_mode():
+        again = dense(ids[:, 16:], past_key_values=cache).logits
+    assert change(again, whole[:, 16:]) <= 1e-5
+
+
+def test_crop_refuses_when_a_layer_cannot_and_changes_nothing(hybrid: PreTrainedModel) -> None:
+    cache = quantized_cache(hybrid)
+    run(hybrid, cache, tokens())
+    assert not cache.is_croppable
+    with pytest.raises(ContextError, match=r"crop\(-5\): layers 0, 2 cannot go back"):
+        cache.crop(-5)
+    assert cache.get_seq_length() == 21
+    cache.crop(0)
+    with pytest.raises(ContextError, match="allowed: 0 or a negative number"):
+        cache.crop(3)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "falcon_h1", "lfm2", "gemma3_text"])
+def test_sequences_can_be_repeated_and_selected(family: str) -> None:
+    model = build(family, attention="hybridkv")
+    ids = tokens(3)
+    exact = run(model, quantized_cache(model, type_k="f32", type_v="f32"), ids)
+    cache = quantized_cache(model, type_k="f32", type_v="f32")
+    run(model, cache, ids[:1, :15])
+    cache.batch_repeat_interleave(3)
+    with torch.inference_mode():
+        next_logits = model(ids[:1, 15:16].repeat(3, 1), past_key_values=cache).logits
+    assert change(next_logits, exact[:1, 15:16].repeat(3, 1, 1)) <= 1e-5
+    cache = quantized_cache(model, type_k="f32", type_v="f32")
+    run(model, cache, ids[:, :15])
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    with torch.inference_mode():
+        next_logits = model(ids[[2, 0], 15:16], past_key_values=cache).logits
+    assert change(next_logits, exact[[2, 0], 15:16]) <= 1e-5
+
+
+def test_first_and_last_layers_change_the_numbers(hybrid: PreTrainedModel) -> None:
+    def logits(**options: Any) -> Tensor:
+        return run(hybrid, quantized_cache(hybrid, type_k="q4_0", type_v="q4_0", guard="off", **options), tokens())
+
+    plain = logits()
+    seen = [plain]
+    for option in ("k_first", "k_last", "v_first", "v_last"):
+        changed = logits(**{option: "f32,1"})
+        assert all(not torch.equal(changed, other) for other in seen), option
+        seen.append(changed)
+    assert torch.equal(logits(k_first="q4_0,1"), plain)
+
+
+@pytest.mark.parametrize(
+    "option", [{"rotate_k": True}, {"rotate_v": True}, {"scale": "absmax"}, {"scale": "refit"}], ids=str
+)
+def test_each_option_changes_the_numbers(hybrid: PreTrainedModel, option: dict[str, Any]) -> None:
+    other = {"scale": "absmax" if option.get("scale") == "refit" else "refit"}
+    results = [
+        run(hybrid, quantized_cache(hybrid, type_k="q4_0", type_v="q4_0", guard="off", **o), tokens())
+        for o in (option, other)
+    ]
+    assert not torch.equal(*results)
+
+
+def test_context_limit(hybrid: PreTrainedModel) -> None:
+    cache = quantized_cache(hybrid, n_ctx=20)
+    with pytest.raises(ContextError, match="21 tokens do not fit a context of 20"):
+        run(hybrid, cache, tokens())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"type_k": "q3_9"}, "q3_9"),
+        ({"scale": "best"}, "allowed: absmax, refit"),
+        ({"guard": "maybe"}, "allowed: check, upgrade"),
+        ({"k_first": "q8_0"}, "TYPE,N"),
+        ({"v_last": "q8_0,3"}, "this model has 2 KV layers"),
+    ],
+)
+def test_bad_options(hybrid: PreTrainedModel, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        quantized_cache(hybrid, **options)
+
+
+def test_head_dim_that_no_block_fits(dense: PreTrainedModel) -> None:
+    config = build("qwen3").config
+    config.head_dim = 20
+    model = type(dense)(config)
+    with pytest.raises(NoKernelError, match="20"):
+        quantized_cache(model, type_k="q4_0")
+    cache = quantized_cache(model, type_k="f16", type_v="q8_KV")
+    run(model, cache, tokens())
+
+
+def test_a_model_without_attention_layers_runs() -> None:
+    config = build("qwen3_5_text").config
+    config.layer_types = ["linear_attention"] * 4
+    torch.manual_seed(0)
+    model = type(build("qwen3_5_text"))(config).eval()
+    with torch.inference_mode():  # DynamicCache itself cannot be used without an attention layer
+        exact = model(tokens(), use_cache=False).logits
+    cache = quantized_cache(model)
+    assert change(run(model, cache, tokens()), exact) <= 1e-4
+    assert cache.kv_bytes == 0
+    assert cache.state_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("change_config", "message"),
+    [
+        ({"layer_types": ["full_attention"] * 3}, "4 layers and 3 layer types"),
+        ({"layer_types": ["full_attention", "chunked_attention"] * 2, "attention_chunk_size": 8}, "chunked_attention"),
+        ({"num_hidden_layers": 0}, "0 layers"),
+        ({"layer_types": None}, "no layer types"),
+        ({"num_key_value_heads": 3}, "4 query heads do not divide into 3"),
+    ],
+)
+def test_configs_that_cannot_be_cached(change_config: dict[str, Any], message: str) -> None:
+    model = build("qwen3_5_text")
+    for name, value in change_config.items():
+        object.__setattr__(model.config, name, value)
+    with pytest.raises(ModelError, match=message):
+        quantized_cache(model)
+
+
+def test_a_model_that_looks_into_packed_rows_is_told_what_to_do(dense: PreTrainedModel) -> None:
+    cache = quantized_cache(dense)
+    view, _ = cache.update(torch.randn(1, 2, 3, 48), torch.randn(1, 2, 3, 48), 0)
+    assert isinstance(view, LayerView)
+    with pytest.raises(AttributeError, match="attn_implementation='sdpa'"):
+        view.shape  # noqa: B018
+
+
+def test_dropout_and_biases_are_refused(dense: PreTrainedModel) -> None:
+    from hybridkv.hf.attention import attention_forward
+
+    q = torch.randn(1, 4, 3, 48)
+    with pytest.raises(ModelError, match="dropout"):
+        attention_forward(dense, q, q, q, None, dropout=0.1)
+    with pytest.raises(ModelError, match="position bias"):
+        attention_forward(dense, q, q, q, None, position_bias=torch.zeros(1))
+
+
+def test_without_any_cache_attention_is_plain(hybrid: PreTrainedModel) -> None:
+    with torch.inference_mode():
+        plain = build("qwen3_5_text")(tokens(), use_cache=False).logits
+        ours = hybrid(tokens(), use_cache=False).logits
+    assert change(ours, plain) <= 1e-5

@@ -1,0 +1,154 @@
+"""Twelve hybrid families and four controls: the cache gives what Transformers' own DynamicCache gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from hybridkv import ContextError, quantized_cache
+from hybridkv.hf import ModelCache
+from hybridkv.hf.layers import StateLayer
+from tests.families import CONTROLS, FAMILIES, HYBRIDS, build
+
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
+EXACT = 1e-5
+Q8_BOUND = 0.05
+"""Relative change of the logits that q8_0 may cause in these small random models; measured: 0.003 to 0.026."""
+
+
+def tokens(batch: int = 2, length: int = 21) -> Tensor:
+    return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(4))
+
+
+@torch.inference_mode()
+def run(model: PreTrainedModel, cache: Cache, ids: Tensor, chunks: tuple[int, ...] = (11, 5)) -> Tensor:
+    """Logits of all positions: prefill in chunks, then token by token."""
+    if model.config.model_type == "jamba":
+        chunks = chunks[:1]  # its code starts every further chunk from a zero state
+    logits, first = [], 0
+    for size in (*chunks, *[1] * (ids.shape[1] - sum(chunks))):
+        chunk = ids[:, first : first + size]
+        positions = torch.arange(first, first + chunk.shape[1]).expand(chunk.shape)  # Bamba does not count the past
+        logits.append(model(chunk, position_ids=positions, past_key_values=cache).logits)
+        first += size
+    return torch.cat(logits, 1).float()
+
+
+def change(got: Tensor, exact: Tensor) -> float:
+    return float((got - exact).norm() / exact.norm())
+
+
+def packed(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return build(family, dtype=dtype, attention="hybridkv")
+
+
+@FAMILY
+def test_f32_rows_give_dynamic_caches_logits(family: str) -> None:
+    exact = run(build(family), DynamicCache(config=build(family).config), tokens())
+    model = packed(family)
+    for rotate in (False, True):
+        cache = quantized_cache(model, type_k="f32", type_v="f32", rotate_k=rotate, rotate_v=rotate)
+        assert change(run(model, cache, tokens()), exact) <= EXACT
+
+
+@FAMILY
+def test_q8_0_stays_within_its_bound(family: str) -> None:
+    exact = run(build(family), DynamicCache(config=build(family).config), tokens())
+    model = packed(family)
+    got = change(run(model, quantized_cache(model, type_k="q8_0", type_v="q8_0"), tokens()), exact)
+    assert EXACT < got <= Q8_BOUND
+
+
+@FAMILY
+def test_chunked_prefill_gives_the_same_logits(family: str) -> None:
+    model = packed(family)
+    whole = run(model, quantized_cache(model, type_k="f32", type_v="f32"), tokens(), chunks=(21,))
+    parts = run(model, quantized_cache(model, type_k="f32", type_v="f32"), tokens(), chunks=(2, 9, 1, 6))
+    assert change(parts, whole) <= 1e-4  # the scans themselves depend on chunk borders, by float32 rounding
+
+
+def test_a_chunk_that_would_start_from_a_zero_state_is_refused() -> None:
+    """Transformers' Jamba drops the recurrent state when several tokens follow a prompt; nothing says so there."""
+    model = build("jamba")
+    whole = run(model, DynamicCache(config=model.config), tokens())
+    with torch.inference_mode():
+        cache = DynamicCache(config=model.config)
+        model(tokens()[:, :11], past_key_values=cache)
+        assert change(model(tokens()[:, 11:], past_key_values=cache).logits, whole[:, 11:]) > 0.05
+        cache = quantized_cache(model)
+        model(tokens()[:, :11], past_key_values=cache)
+        with pytest.raises(ContextError, match="10 tokens at once after the first prompt"):
+            model(tokens()[:, 11:], past_key_values=cache)
+
+
+@FAMILY
+def test_other_attention_implementations_get_dequantized_tensors(family: str) -> None:
+    """The same bytes through eager attention: right answers, only slower."""
+    model = build(family)
+    exact = run(model, DynamicCache(config=model.config), tokens())
+    assert change(run(model, quantized_cache(model, type_k="f32", type_v="f32"), tokens()), exact) <= EXACT
+    eager = run(model, quantized_cache(model, type_k="q4_0", type_v="q5_1", rotate_k=True, guard="off"), tokens())
+    model = packed(family)
+    fused = run(model, quantized_cache(model, type_k="q4_0", type_v="q5_1", rotate_k=True, guard="off"), tokens())
+    # Rounding differences of 1e-7 tip single codes over; q4_0 itself changes the logits by 0.04 to 0.35.
+    assert change(fused, eager) <= 5e-3
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_bfloat16_models_keep_float32_states(family: str) -> None:
+    model = packed(family, torch.bfloat16)
+    cache = quantized_cache(model, type_k="q8_0", type_v="q8_0")
+    logits = run(model, cache, tokens())
+    states = [s for layer in cache.layers for s in getattr(layer, "recurrent_states", {}).values() if s is not None]
+    assert all(s.dtype == torch.float32 for s in states)
+    assert states or family.startswith("lfm2")
+    eager = build(family, dtype=torch.bfloat16)
+    reference = run(eager, DynamicCache(config=eager.config), tokens())
+    assert change(logits, reference) <= 0.1  # bfloat16 arithmetic, not the cache, sets this
+
+
+@FAMILY
+def test_left_padding_does_not_change_a_sequence(family: str) -> None:
+    """A batch of a short and a long prompt, padded on the left, against each prompt alone."""
+    model = packed(family)
+    ids = tokens(2, 14)
+    pad = 5
+    mask = torch.ones_like(ids)
+    mask[0, :pad] = 0
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+
+    def generate(ids: Tensor, mask: Tensor) -> Tensor:
+        cache = quantized_cache(model, type_k="f32", type_v="f32")
+        return model.generate(ids, attention_mask=mask, past_key_values=cache, **options)[:, ids.shape[1] :]
+
+    together = generate(ids, mask)
+    assert torch.equal(together[1:], generate(ids[1:], mask[1:]))
+    reference = build(family).generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :]
+    assert torch.equal(together, reference)
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_generate_with_beams(family: str) -> None:
+    options = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "eos_token_id": None}
+    ids = tokens(2, 9)
+    mask = torch.ones_like(ids)
+    reference = build(family)
+    exact = reference.generate(
+        ids, attention_mask=mask, past_key_values=DynamicCache(config=reference.config), **options
+    )
+    model = packed(family)
+    cache = quantized_cache(model, type_k="f32", type_v="f32")
+    assert torch.equal(model.generate(ids, attention_mask=mask, past_key_values=cache, **options), exact)
+
+
+def test_the_model_list_is_what_it_says() -> None:
+    assert len(HYBRIDS) >= 11
+    kinds = {name: quantized_cache(packed(name)) for name in FAMILIES}
+    assert all(isinstance(cache, ModelCache) and cache.kv_layers for cache in kinds.values())
+    assert all(any(isinstance(layer, StateLayer) for layer in kinds[name].layers) for name in HYBRIDS)
+    windows = {name for name, cache in kinds.items() if any(s.facts.window for s in cache.specs)}
+    assert windows == {"gemma2", "gemma3_text", "gpt_oss"}
+    assert {name for name in CONTROLS if kinds[name].specs[0].facts.sinks} == {"gpt_oss"}
+    assert {name for name in CONTROLS if kinds[name].specs[0].facts.softcap} == {"gemma2"}

@@ -1,0 +1,167 @@
+"""The guard at work in a model's attention: evidence on the first prompt, and numbers that are not finite."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hybridkv import GuardError, quantized_cache
+from hybridkv.cache import KVTypes
+from hybridkv.hf import ModelCache, kv_facts, layer_facts
+from hybridkv.kernels import KERNELS, AttentionParams, Kernel, KVView, reference
+from hybridkv.policy import Guard, NonFiniteError, Policy
+from tests.families import build
+from tests.hf.test_families import run, tokens
+
+
+def with_huge_keys(layer: int, factor: float) -> PreTrainedModel:
+    """A model whose K in one layer is `factor` times too large for a float16 scale, and whose Q makes up for it."""
+    model = build("qwen3_5_text", attention="hybridkv")
+    attention = model.model.layers[layer].self_attn
+    with torch.no_grad():
+        # The norms are zero-centred: weight + 1 is the factor.
+        attention.k_norm.weight.copy_((attention.k_norm.weight + 1) * factor - 1)
+        attention.q_norm.weight.copy_((attention.q_norm.weight + 1) / factor - 1)
+    return model
+
+
+def cache_for(model: PreTrainedModel, said: list[str], **options: Any) -> ModelCache:
+    return quantized_cache(model, notify=said.append, **options)
+
+
+def test_a_layer_with_huge_activations_is_raised_alone() -> None:
+    model = with_huge_keys(3, 1.2e6)
+    said: list[str] = []
+    cache = cache_for(model, said, type_k="q4_0", type_v="q4_0", guard="check")
+    logits = run(model, cache, tokens())
+    assert [s.types.label for s in cache.specs] == ["q4_0", "q8_0"]
+    assert len(said) == 2
+    assert said[0].startswith("layer 3: q4_0, output not finite, limit ")
+    assert "stored as q6_0 instead" in said[0]
+    assert "stored as q8_0 instead, +" in said[1]
+    from_the_start = quantized_cache(model, type_k="q4_0", type_v="q4_0", k_last="q8_0,1", v_last="q8_0,1")
+    assert torch.equal(run(model, from_the_start, tokens()), logits)
+
+
+def test_an_error_above_the_limit_is_evidence_too() -> None:
+    model = build("qwen3_5_text", attention="hybridkv")
+    said: list[str] = []
+    cache = ModelCache(
+        model.config,
+        Policy(KVTypes("q4_0", "q4_0")).resolve(kv_facts(layer_facts(model.config))),
+        guard=Guard(limit=0.02),
+        notify=said.append,
+    )
+    run(model, cache, tokens())
+    assert all(s.types.label in ("q6_0", "q8_0") for s in cache.specs)
+    assert all(error <= 0.02 for error in cache.errors.values())
+    assert said
+    assert all("error 0.0" in line or "error 0.1" in line for line in said)
+
+
+def test_types_that_measure_well_stay() -> None:
+    model = build("qwen3_5_text", attention="hybridkv")
+    said: list[str] = []
+    cache = cache_for(model, said, type_k="q4_0", type_v="q4_0")
+    run(model, cache, tokens())
+    assert [s.types.label for s in cache.specs] == ["q4_0", "q4_0"]
+    assert said == []
+    assert all(0.01 < error < 0.2 for error in cache.errors.values())
+
+
+def test_strict_is_an_error_instead() -> None:
+    model = with_huge_keys(3, 1.2e6)
+    with pytest.raises(GuardError, match="layer 3: q4_0, output not finite"):
+        run(model, quantized_cache(model, type_k="q4_0", type_v="q4_0", guard="strict"), tokens())
+
+
+@pytest.mark.parametrize("mode", ["check", "strict", "warn"])
+def test_beyond_float16_the_end_is_a_diagnosis(mode: str) -> None:
+    model = with_huge_keys(1, 1e10)
+    with pytest.raises(GuardError, match="layer 1"):
+        run(model, quantized_cache(model, type_k="q4_0", type_v="q4_0", guard=mode), tokens())
+
+
+def test_upgrade_and_warn_speak_before_anything_runs() -> None:
+    model = build("qwen3_5_text", attention="hybridkv")
+    said: list[str] = []
+    upgraded = cache_for(model, said, type_k="q4_0", type_v="f16", guard="upgrade")
+    assert [s.types.label for s in upgraded.specs] == ["q8_0/f16", "q8_0/f16"]
+    assert said[-1].startswith("KV layers 1, 3 upgraded from q4_0/f16 to q8_0")
+    warned = cache_for(model, said, type_k="q4_0", type_v="f16", guard="warn")
+    assert [s.types.label for s in warned.specs] == ["q4_0/f16", "q4_0/f16"]
+    assert "stay at q4_0/f16" in said[-1]
+
+
+def faulty(kernels: tuple[Kernel, ...], *, at_call: int) -> tuple[Kernel, ...]:
+    """The kernels, the `at_call`-th call of which gives one NaN."""
+    calls = 0
+
+    def wrap(kernel: Kernel) -> Kernel:
+        def attend(q: Tensor, view: KVView, params: AttentionParams) -> Tensor:
+            nonlocal calls
+            calls += 1
+            out = kernel.attend(q, view, params)
+            if calls == at_call:
+                out[0, 0, 0, 0] = torch.nan
+            return out
+
+        return replace(kernel, attend=attend)
+
+    return tuple(wrap(kernel) for kernel in kernels)
+
+
+def test_nan_from_a_kernel_is_caught_where_it_arose() -> None:
+    model = build("qwen3_5_text", attention="hybridkv")
+    specs = Policy(KVTypes("q8_0", "q8_0")).resolve(kv_facts(layer_facts(model.config)))
+    # Two KV layers, so call 2n is layer 3's n-th: prefill, prefill, then tokens.
+    cache = ModelCache(model.config, specs, kernels=faulty(reference.KERNELS, at_call=8))
+    with pytest.raises(NonFiniteError, match="attention output of layer 3 is not finite at token 18") as caught:
+        run(model, cache, tokens())
+    assert caught.value.layer == 3
+    assert caught.value.source == "cache"
+    assert caught.value.kernel == reference.KERNELS[0].name
+
+
+def test_nan_in_the_weights_is_not_blamed_on_the_cache() -> None:
+    model = build("qwen3_5_text", attention="hybridkv")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match="and so was what went into it") as caught:
+        run(model, quantized_cache(model), tokens())
+    assert caught.value.source == "input"
+
+
+def test_off_does_nothing() -> None:
+    model = with_huge_keys(3, 1.2e6)
+    cache = quantized_cache(model, type_k="q4_0", type_v="q4_0", guard="off")
+    assert not torch.isfinite(run(model, cache, tokens())).all()
+    assert cache.errors == {}
+
+
+def test_the_check_is_bounded() -> None:
+    """At most 1 query in 32 is attended a second time, and never more than 16."""
+    seen: list[int] = []
+    model = build("qwen3", attention="hybridkv")
+    from hybridkv.hf import attention
+
+    original = attention.reference_attend
+
+    def counting(q: Tensor, view: KVView, params: AttentionParams) -> Tensor:
+        seen.append(q.shape[2])
+        return original(q, view, params)
+
+    attention.reference_attend = counting
+    try:
+        run(model, quantized_cache(model, type_k="q4_0"), tokens(1, 1200), chunks=(64, 1136))
+        run(model, quantized_cache(model, type_k="q4_0"), tokens(1, 1200), chunks=(1200,))
+        run(model, quantized_cache(model, type_k="q4_0"), tokens(1, 2), chunks=(2,))
+    finally:
+        attention.reference_attend = original
+    assert seen == [2, 2, 16, 16, 1, 1]
+    assert KERNELS
