@@ -21,7 +21,9 @@ def choose(spec: KVSpec) -> LayerKernels:
     return resolve(spec, "cpu", KERNELS, ENCODERS)
 
 
-def layer(types: KVTypes | None = None, *, window: int | None = None, n_ctx: int | None = None, **facts: Any) -> KVLayer:
+def layer(
+    types: KVTypes | None = None, *, window: int | None = None, n_ctx: int | None = None, **facts: Any
+) -> KVLayer:
     sizes = {"n_heads": 4, "n_kv_heads": 2, "head_dim_k": 64, "head_dim_v": 48, **facts}
     spec = KVSpec(AttentionFacts(layer=5, window=window, **sizes), types or KVTypes("q8_0", "q4_0"))
     return KVLayer(spec, choose, n_ctx=n_ctx)

@@ -13,12 +13,12 @@ ik_llama.cpp fills its KV cache with SIMD variants, which round otherwise than i
 
 from __future__ import annotations
 
+import gguf
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 
-import gguf
 from hybridkv.formats import FORMATS, KVFormat, Scale, packing
 from tests.formats.rows import HEAD_DIM, ROWS, rows
 from tests.oracles import ik_ggml

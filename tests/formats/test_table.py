@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import gguf
 import pytest
 import torch
 
-import gguf
 from hybridkv.errors import UsageError
 from hybridkv.formats import FORMATS, KVFormat, Plane, get_format
 

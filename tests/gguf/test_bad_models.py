@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from gguf import GGMLQuantizationType, GGUFWriter
+
 from hybridkv.errors import ModelFileError
 from hybridkv.gguf.load import config_from_gguf, load_gguf
 from tests.gguf.write_qwen35 import Draft, Key, add_key, draft, tiny_model

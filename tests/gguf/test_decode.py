@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from hybridkv.gguf import decode
 
 DECODABLE = [type_ for type_ in GGML_QUANT_SIZES if decode.is_decodable(type_)]

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType as T
 from gguf.quants import dequantize, quantize
 from transformers import PreTrainedModel
 
-from gguf import GGMLQuantizationType as T
 from hybridkv.errors import UsageError
 from hybridkv.gguf.architectures.record import grouped
 from hybridkv.gguf.load import config_from_gguf, load_gguf

@@ -7,10 +7,10 @@ import time
 import tracemalloc
 from pathlib import Path
 
+import gguf as gguf_py
 import numpy as np
 import pytest
 
-import gguf as gguf_py
 from hybridkv.errors import ModelFileError
 from hybridkv.gguf.reader import Value, map_file, raw_rows, read_header
 from tests.gguf import raw

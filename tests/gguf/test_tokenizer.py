@@ -115,6 +115,10 @@ def test_splits_agree_with_ik_llama(tmp_path: Path, pre: str) -> None:
                 assert ours(text).input_ids == theirs.tokenize(text), text
 
 
+def test_no_pre_tokenizer_name_appears_twice() -> None:
+    assert sum(len(record.names) for record in set(PRE_TOKENIZERS.values())) == len(PRE_TOKENIZERS)
+
+
 def test_every_pre_tokenizer_splits_in_its_own_way(tmp_path: Path) -> None:
     """Else the comparison above could not tell them apart."""
     text = "".join(ODD) + heldout_text()

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, TokenType
 from gguf.quants import quantize
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, TokenType
 
 Key = int | float | bool | str | list[int] | list[str]
 

@@ -92,8 +92,8 @@ def test_other_attention_implementations_get_dequantized_tensors(family: str) ->
     eager = run(model, quantized_cache(model, type_k="q4_0", type_v="q5_1", rotate_k=True, guard="off"), tokens())
     model = packed(family)
     fused = run(model, quantized_cache(model, type_k="q4_0", type_v="q5_1", rotate_k=True, guard="off"), tokens())
-    # Rounding differences of 1e-7 tip single codes over; q4_0 itself changes the logits by 0.04 to 0.35.
-    assert change(fused, eager) <= 5e-3
+    # A kernel's rounding tips single codes of later layers over: far less than the types themselves change.
+    assert change(fused, eager) <= 0.15 * change(eager, exact)
 
 
 @pytest.mark.parametrize("family", HYBRIDS)

@@ -146,7 +146,9 @@ def test_every_pair(isa: str, type_k: str, type_v: str) -> None:
 
 
 @pytest.mark.parametrize("name", TYPES)
-@pytest.mark.parametrize("dims", [(16, 16), (64, 80), (80, 64), (96, 96), (112, 112), (192, 128), (256, 256), (512, 512), (576, 512)])
+@pytest.mark.parametrize(
+    "dims", [(16, 16), (64, 80), (80, 64), (96, 96), (112, 112), (192, 128), (256, 256), (512, 512), (576, 512)]
+)
 def test_head_dims(isa: str, name: str, dims: tuple[int, int]) -> None:
     assert error(Case(name, name, dk=dims[0], dv=dims[1], n_stored=70, n_new=2)) <= TOLERANCE
 
@@ -294,7 +296,11 @@ def test_encode_writes_the_bytes_of_the_torch_encoder(isa: str, name: str, scale
     fmt = FORMATS[name]
     generator = torch.Generator().manual_seed(11)
     for head_dim in (16, 64, 80, 256):
-        x = torch.randn(2, 70, 3, head_dim, generator=generator).exp2().mul_(torch.randn(2, 70, 3, 1, generator=generator))
+        x = (
+            torch.randn(2, 70, 3, head_dim, generator=generator)
+            .exp2()
+            .mul_(torch.randn(2, 70, 3, 1, generator=generator))
+        )
         x[0, :5] = 0.0
         x[0, 5, :, 1::2] = 0.0
         x[1, 6] *= 1e-30

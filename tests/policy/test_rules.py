@@ -55,9 +55,7 @@ def test_unknown_types_and_rules() -> None:
 
 def test_options_without_effect_are_said() -> None:
     plain = Policy(KVTypes("f16", "q4_1", scale="refit"))
-    assert plain.notices(plain.resolve(FACTS)) == [
-        "--kv-scale refit has no effect: f16, q4_1 have no scale to fit"
-    ]
+    assert plain.notices(plain.resolve(FACTS)) == ["--kv-scale refit has no effect: f16, q4_1 have no scale to fit"]
     useful = Policy(KVTypes("f16", "q4_0", scale="refit"))
     assert useful.notices(useful.resolve(FACTS)) == []
     assert Policy(KVTypes("q4_0", "q4_0")).notices(()) != []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import secrets
 import sys
@@ -180,13 +179,13 @@ def _sampling(a: argparse.Namespace) -> SamplingParams:
 
     if a.seed is not None and not -1 <= a.seed < 2**64:
         raise UsageError(f"--seed {a.seed}; allowed: 0 to {2**64 - 1}, or -1 for a fresh one")
-    if not math.isfinite(a.temp):
-        raise UsageError(f"--temp {a.temp}; allowed: 0 or more", hint="--temp 0 is greedy")
+    if a.temp != 0 and not 1e-3 <= a.temp <= 1e3:  # beyond, logits / temp leaves float32's range
+        raise UsageError(f"--temp {a.temp}; allowed: 0, or 0.001 to 1000", hint="--temp 0 is greedy")
     filters = {name: getattr(a, name) for name in ("top_k", "top_p", "min_p") if getattr(a, name) is not None}
     if a.temp == 0:
         idle = [f"--{name.replace('_', '-')}" for name in filters] + ["--seed"] * (a.seed is not None)
         if idle:
-            notice(f"--temp 0 takes the most likely token: {', '.join(idle)} changes nothing")
+            notice(f"--temp 0 takes the most likely token; no effect: {', '.join(idle)}")
         if a.parallel > 1:
             notice(f"--temp 0 is greedy: all {a.parallel} sequences will be the same")
     seed = secrets.randbits(32) if a.seed in (None, -1) else a.seed

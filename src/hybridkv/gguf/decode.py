@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
-
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 if TYPE_CHECKING:
     from torch import Tensor

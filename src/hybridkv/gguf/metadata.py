@@ -49,8 +49,10 @@ class Metadata:
         key = self.key(name)
         if not self.has(name):
             self.fail(f"metadata key {key!r} is missing; expected {what}")
-        shown = repr(self.header.metadata[key])
-        self.fail(f"metadata key {key!r} is {shown[:60]}; expected {what}")
+        value = self.header.metadata[key]
+        shown = value[:8].tolist() if isinstance(value, np.ndarray) else value
+        shown = shown[:8] if isinstance(shown, list) else shown
+        self.fail(f"metadata key {key!r} is {repr(shown)[:80]}; expected {what}")
 
     def integer(self, name: str, *, low: int = 1, high: int | None = None) -> int:
         """Return a whole number from `low` to `high` (the largest tensor dimension if not given)."""

@@ -24,9 +24,9 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 import numpy as np
+from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 from numpy.typing import NDArray
 
-from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 from hybridkv.errors import ModelFileError
 
 Value = int | float | bool | str | list[str] | NDArray[Any]

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from gguf import TokenType
+
 from hybridkv.gguf.metadata import Metadata
 from hybridkv.gguf.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hybridkv.kernels import reference
+from hybridkv.kernels import cpu, reference
 from hybridkv.kernels.case import PHASES, AttentionCase, AttentionParams, KVView, Phase
 from hybridkv.kernels.registry import Encoder, Kernel, explain, select, select_encoder
 from hybridkv.rotation import rotate
 
-KERNELS: tuple[Kernel, ...] = reference.KERNELS
-ENCODERS: tuple[Encoder, ...] = reference.ENCODERS
+KERNELS: tuple[Kernel, ...] = cpu.KERNELS + reference.KERNELS
+ENCODERS: tuple[Encoder, ...] = cpu.ENCODERS + reference.ENCODERS
 
 
 def attend(kernel: Kernel, q: Tensor, view: KVView, params: AttentionParams) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from hybridkv.errors import UsageError
 from hybridkv.formats import Scale, get_format
 
-Isa = Literal["avx512", "avx2", "portable"]
+Isa = Literal["amx", "avx512", "avx2", "portable"]
 
 
 def _extension() -> ModuleType | ImportError:
@@ -55,7 +55,7 @@ def isa() -> Isa:
 
 
 def encode_into(
-    x: Tensor, fmt_name: str, scale: Scale | None, planes: Sequence[Tensor], start: int, *, n_threads: int = 1
+    x: Tensor, fmt_name: str, scale: Scale | None, planes: Sequence[Tensor], start: int, *, n_threads: int | None = None
 ) -> None:
     """Encode x into rows [start, start + T) of the planes, with the bytes of `KVFormat.encode`.
 
@@ -94,7 +94,7 @@ def encode_into(
         head_dim,
         capacity,
         start,
-        n_threads,
+        n_threads or torch.get_num_threads(),
     )
 
 

@@ -8,11 +8,22 @@
 #include <type_traits>
 
 #include "dots.h"
+#if defined(HYBRIDKV_AMX)
+#include "amx.h"
+#endif
 
 namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kPUnits = 32000.f;  // int16 units of the largest probability times scale in a tile
+#if defined(HYBRIDKV_AMX)
+constexpr bool kAmx = true;
+constexpr float kQUnits = Amx::units;
+constexpr float kPUnits = 16000.f;
+#else
+constexpr bool kAmx = false;
+constexpr float kQUnits = 32767.f;  // integer units of a query row's largest value
+constexpr float kPUnits = 32000.f;  // and of the largest probability times scale of a query row in a tile
+#endif
 
 // Scratch of one task; every array is 64-byte aligned. Bytes depend on the head dims, never on the cache.
 struct Scratch {
@@ -26,7 +37,7 @@ struct Scratch {
 
 inline Scratch carve(const AttendParams& a, void* memory) {
     const int64_t dk = padded(a.k.head_dim), dv = padded(a.v.head_dim), wide = dk > dv ? dk : dv;
-    const int64_t all = a.group() * a.n_tokens, rows = all < kMaxRows ? all : kMaxRows;
+    const int64_t all = a.group() * a.n_tokens, rows = all < kMaxRows ? (all + 7) / 8 * 8 : kMaxRows;
     char* base = static_cast<char*>(memory);
     size_t used = 0;
     const auto take = [&](auto*& p, int64_t count) {
@@ -34,7 +45,7 @@ inline Scratch carve(const AttendParams& a, void* memory) {
         used += (static_cast<size_t>(count) * sizeof(*p) + 63) / 64 * 64;
     };
     Scratch s{};
-    take(s.q, rows * dk);
+    take(s.q, rows * dk);  // float32, or int16, or packed int8
     take(s.q_sum, rows * dk / kBlock);
     take(s.scores, rows * kTile);
     take(s.p16, rows * kTile);
@@ -74,6 +85,10 @@ struct Attend {
     int64_t q_head(int r) const { return task.kv_head * a.group() + (task.r0 + r) % a.group(); }
 
     void run() {
+#if defined(HYBRIDKV_AMX)
+        Amx::configure();
+        if (k_int) std::memset(s.q, 0, static_cast<size_t>((rows + 7) / 8 * 16 * dk));
+#endif
         for (int r = 0; r < rows; ++r) start_row(r);
         for (int64_t j = task.j0; j < task.j1; j += kTile) {
             const int n = task.j1 - j < kTile ? static_cast<int>(task.j1 - j) : kTile;
@@ -84,6 +99,9 @@ struct Attend {
             if (any) values(j, n);
         }
         for (int r = 0; r < rows; ++r) finish_row(r);
+#if defined(HYBRIDKV_AMX)
+        Amx::release();
+#endif
     }
 
     void start_row(int r) {
@@ -113,8 +131,14 @@ struct Attend {
             top = x > top ? x : top;
             finite &= x < kInf;
         }
-        const float units = finite && top > 0.f ? 32767.f / top : 0.f;
-        s.q_unit[r] = finite ? a.scale * (top / 32767.f) : std::numeric_limits<float>::quiet_NaN();
+        const float units = finite && top > 0.f ? kQUnits / top : 0.f;
+        s.q_unit[r] = finite ? a.scale * (top / kQUnits) : std::numeric_limits<float>::quiet_NaN();
+#if defined(HYBRIDKV_AMX)
+        for (int64_t e = 0; e < dims && units > 0.f; ++e) {
+            const int c = static_cast<int>(::lrintf(q[e] * units));
+            Amx::put_query(reinterpret_cast<int8_t*>(s.q), dk, r, e, c);
+        }
+#endif
         int16_t* out = reinterpret_cast<int16_t*>(s.q) + r * dk;
         const auto code = [&](int64_t e) {
             return e < dims && units > 0.f ? static_cast<int16_t>(::lrintf(q[e] * units)) : int16_t{0};
@@ -123,10 +147,12 @@ struct Attend {
             int32_t sum = 0;
             for (int64_t e = b * kBlock; e < (b + 1) * kBlock; e += 4, out += 4) {
                 const int16_t c[4] = {code(e), code(e + 1), code(e + 2), code(e + 3)};
-                out[0] = c[0];
-                out[1] = c[2];
-                out[2] = c[1];
-                out[3] = c[3];
+                if (!kAmx) {
+                    out[0] = c[0];
+                    out[1] = c[2];
+                    out[2] = c[1];
+                    out[3] = c[3];
+                }
                 sum += c[0] + c[1] + c[2] + c[3];
             }
             s.q_sum[r * (dk / kBlock) + b] = static_cast<float>(sum);
@@ -135,11 +161,25 @@ struct Attend {
 
     HYBRIDKV_PHASE void scores(int64_t j, int n) {
         const int64_t row = a.start + j;
+        Prefetch ahead(a.v, head, row, n, dk / kBlock);
         if (k_int) {
             const Codes codes = stage_codes(a.k, head, row, n, s.codes);
             stage_scales(a.k, head, row, n, s.flat, s.k_d, s.k_m);
+#if defined(HYBRIDKV_AMX)
+            for (int r = 0; r < rows; r += Amx::group) {
+                ahead.step();
+                const int count = rows - r < Amx::group ? rows - r : Amx::group;
+                const auto f = a.k.format->has_min() ? Amx::k_codes<true> : Amx::k_codes<false>;
+                f(reinterpret_cast<const int8_t*>(s.q) + r * dk * 2, codes, s.k_d, s.k_m, s.q_sum + r * (dk / kBlock),
+                  dk / kBlock, count, s.scores + r * kTile);
+            }
+            return;
+#endif
             int32_t* pairs = reinterpret_cast<int32_t*>(s.k);
-            for (int64_t b = 0; b < dk / kBlock; ++b) stage_k_pairs(codes, b, pairs + b * 16 * kTile);
+            for (int64_t b = 0; b < dk / kBlock; ++b) {
+                ahead.step();
+                stage_k_pairs(codes, b, pairs + b * 16 * kTile);
+            }
             const auto dot = [&](auto group, int r) {
                 constexpr int NQ = decltype(group)::count;
                 const int32_t* q = reinterpret_cast<const int32_t*>(s.q) + r * (dk / 2);
@@ -150,6 +190,7 @@ struct Attend {
             return;
         }
         for (int64_t e = 0; e < dk; e += kBlock) {
+            ahead.step();
             stage_values(a.k, head, row, n, e, s.v);
             for (int i = 0; i < kBlock; i += 8) {
                 for (int r = 0; r < kTile; r += L) {
@@ -209,13 +250,13 @@ struct Attend {
         const int64_t first = s.lo[r] - j > 0 ? s.lo[r] - j : 0, last = s.hi[r] - j < n ? s.hi[r] - j : n;
         float top = first < last ? mask_and_max(r, x, j, first, last) : -kInf;
         s.alpha[r] = 1.f;
-        s.p_unit[r] = 0.f;
+        s.p_unit[r] = v_int ? 0.f : 1.f;
         if (top == -kInf) {
             std::memset(x, 0, kTile * sizeof(float));
             return false;
         }
         top = top > s.m[r] ? top : s.m[r];
-        s.alpha[r] = ::expf(s.m[r] - top);
+        if (top != s.m[r]) s.alpha[r] = ::expf(s.m[r] - top);
         s.m[r] = top;
         F sum = Simd::set1(0.f), peak = Simd::set1(0.f);
         for (int i = 0; i < kTile; i += L) {
@@ -227,7 +268,12 @@ struct Attend {
             if (v_int) peak = Simd::max(Simd::mul(p, Simd::load(s.d_row + i)), peak);
         }
         s.l[r] = s.l[r] * s.alpha[r] + Simd::reduce_add(sum);
-        s.p_unit[r] = Simd::reduce_max(peak) / kPUnits;
+        if (!v_int) return true;
+        // From here on p counts in units that make the largest p times scale of the row kPUnits.
+        const float unit = Simd::reduce_max(peak) / kPUnits;
+        s.p_unit[r] = unit > 1e-37f ? unit : 1.f;
+        const F inverse = Simd::set1(1.f / s.p_unit[r]);
+        for (int i = 0; i < kTile; i += L) Simd::store(x + i, Simd::mul(Simd::load(x + i), inverse));
         return true;
     }
 
@@ -261,54 +307,106 @@ struct Attend {
     }
 
     HYBRIDKV_PHASE void values(int64_t j, int n) {
-        const Codes codes = v_int ? stage_codes(a.v, head, a.start + j, n, s.codes) : Codes{};
+        const int64_t next = j + kTile, left = task.j1 - next;
+        Prefetch ahead(a.k, head, a.start + next, left < kTile ? left : kTile, dv / kBlock);
+        if (v_int) {
+            value_codes(stage_codes(a.v, head, a.start + j, n, s.codes), ahead);
+            return;
+        }
         for (int64_t b = 0; b < dv / kBlock; ++b) {
             float* acc = s.acc + b * kBlock;
-            if (!v_int) {
-                if (!stage_values(a.v, head, a.start + j, n, b * kBlock, s.v)) {
-                    careful_values(acc);
-                    continue;
-                }
-                for_row_groups(rows, [&](auto group, int r) {
-                    v_values<decltype(group)::count>(s.scores + r * kTile, s.v, s.alpha + r, acc + r * dv, dv);
-                });
-                continue;
-            }
-            if (!(s.d_block[b] < kInf)) {
-                for (int i = 0; i < kTile; ++i) {
-                    const float d = s.v_d[b * kTile + i], m = a.v.format->has_min() ? s.v_m[b * kTile + i] : 0.f;
-                    for (int e = 0; e < kBlock; ++e) s.v[i * kBlock + e] = d * codes.row(i)[b * kBlock + e] + m;
-                }
+            ahead.step();
+            if (!stage_values(a.v, head, a.start + j, n, b * kBlock, s.v)) {
                 careful_values(acc);
                 continue;
             }
-            int32_t* pairs = reinterpret_cast<int32_t*>(s.v);
+            for_row_groups(rows, [&](auto group, int r) {
+                v_values<decltype(group)::count>(s.scores + r * kTile, s.v, s.alpha + r, acc + r * dv, dv);
+            });
+        }
+    }
+
+    // True, and done, if a scale of block b is not finite.
+    bool careful_block(const Codes& codes, int64_t b) {
+        if (s.d_block[b] < kInf) return false;
+        for (int i = 0; i < kTile; ++i) {
+            const float d = s.v_d[b * kTile + i], m = a.v.format->has_min() ? s.v_m[b * kTile + i] : 0.f;
+            for (int e = 0; e < kBlock; ++e) s.v[i * kBlock + e] = d * codes.row(i)[b * kBlock + e] + m;
+        }
+        careful_values(s.acc + b * kBlock);
+        return true;
+    }
+
+#if defined(HYBRIDKV_AMX)
+    // A product's operands are written one product ahead, and its sums read one product later: a tile does not load
+    // what is still on its way to memory.
+    void value_codes(const Codes& codes, Prefetch& ahead) {
+        alignas(64) int8_t operands[2][2048], p[2][2 * Amx::group * kTile] = {};
+        Amx::Product products[3];
+        const int64_t groups = (rows + Amx::group - 1) / Amx::group, items = dv / kBlock * groups;
+        const bool has_min = a.v.format->has_min();
+        const auto prepare = [&](int64_t item) {
+            const int64_t b = item / groups;
+            const int r = static_cast<int>(item % groups) * Amx::group;
+            Amx::Product& x = products[item % 3];
+            x.n = 0;
+            if (r == 0) {
+                ahead.step();
+                if (!careful_block(codes, b)) Amx::stage_v(codes, b, operands[b % 2]);
+            }
+            if (!(s.d_block[b] < kInf)) return;
+            x.n = rows - r < Amx::group ? rows - r : Amx::group;
+            x.alpha = s.alpha + r;
+            x.acc = s.acc + r * dv + b * kBlock;
+            for (int i = 0; i < x.n; ++i) {
+                Amx::pack_p(s.scores + (r + i) * kTile, s.v_d + b * kTile, p[item % 2] + i * kTile);
+                x.unit[i] = s.p_unit[r + i] * s.d_block[b];
+                x.bias[i] = has_min ? bias(r + i, b) : 0.f;
+            }
+        };
+        prepare(0);
+        for (int64_t item = 0; item < items; ++item) {
+            if (item + 1 < items) prepare(item + 1);
+            Amx::v_product(p[item % 2], operands[item / groups % 2], products[item % 3]);
+            if (item > 0) Amx::v_finish(products[(item - 1) % 3], dv);
+        }
+        Amx::v_finish(products[(items - 1) % 3], dv);
+    }
+#else
+    void value_codes(const Codes& codes, Prefetch& ahead) {
+        int32_t* pairs = reinterpret_cast<int32_t*>(s.v);
+        for (int64_t b = 0; b < dv / kBlock; ++b) {
+            ahead.step();
+            if (careful_block(codes, b)) continue;
             for (int i = 0; i < kTile; i += 2) {
                 Simd::interleave(codes.row(i) + b * kBlock, codes.row(i + 1) + b * kBlock, pairs + i / 2 * kBlock);
             }
             for (int r = 0; r < rows; ++r) quantize_p(r, b);
             for_row_groups(rows, [&](auto group, int r) {
                 v_codes<decltype(group)::count>(s.p16 + r * kTile, pairs, s.alpha + r, s.unit + r, s.bias + r,
-                                                acc + r * dv, dv);
+                                                s.acc + r * dv + b * kBlock, dv);
             });
         }
     }
 
     // p times the scale of block b, as int16 in units that make the row's largest one kPUnits.
     HYBRIDKV_PHASE void quantize_p(int r, int64_t b) {
-        const float unit = s.p_unit[r];
-        const F inverse = Simd::set1(unit > 1e-37f ? 1.f / unit : 0.f);
-        const float *p = s.scores + r * kTile, *d = s.v_d + b * kTile, *m = s.v_m + b * kTile;
+        const float *p = s.scores + r * kTile, *d = s.v_d + b * kTile;
         for (int i = 0; i < kTile; i += L) {
-            const F x = Simd::mul(Simd::mul(Simd::load(p + i), inverse), Simd::load(d + i));
-            Simd::store_i16(s.p16 + r * kTile + i, Simd::to_int(x));
+            Simd::store_i16(s.p16 + r * kTile + i, Simd::to_int(Simd::mul(Simd::load(p + i), Simd::load(d + i))));
         }
-        s.unit[r] = unit * s.d_block[b];
-        s.bias[r] = 0.f;
-        if (!a.v.format->has_min()) return;
+        s.unit[r] = s.p_unit[r] * s.d_block[b];
+        s.bias[r] = a.v.format->has_min() ? bias(r, b) : 0.f;
+    }
+#endif
+
+    // What the minima of block b add to each of its dims.
+    float bias(int r, int64_t b) const {
         F sum = Simd::set1(0.f);
-        for (int i = 0; i < kTile; i += L) sum = Simd::fma(Simd::load(p + i), Simd::load(m + i), sum);
-        s.bias[r] = Simd::reduce_add(sum);
+        for (int i = 0; i < kTile; i += L) {
+            sum = Simd::fma(Simd::load(s.scores + r * kTile + i), Simd::load(s.v_m + b * kTile + i), sum);
+        }
+        return Simd::reduce_add(sum) * s.p_unit[r];
     }
 
     // The tile holds a NaN or an infinity, perhaps under a mask: exclude by select, never by 0 * NaN.
@@ -317,7 +415,7 @@ struct Attend {
             float* out = acc + r * dv;
             for (int e = 0; e < kBlock; ++e) out[e] *= s.alpha[r];
             for (int i = 0; i < kTile; ++i) {
-                const float p = s.scores[r * kTile + i];
+                const float p = s.scores[r * kTile + i] * s.p_unit[r];
                 if (p == 0.f) continue;
                 for (int e = 0; e < kBlock; ++e) out[e] += p * s.v[i * kBlock + e];
             }

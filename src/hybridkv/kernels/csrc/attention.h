@@ -62,12 +62,19 @@ struct Isa {
     void (*attend)(const AttendParams&, const AttendTask&, void* scratch);
     // rows [r0, r1) of the B * Hkv * T rows of x; scratch for two rows of padded float32
     void (*encode)(const EncodeParams&, int64_t r0, int64_t r1, void* scratch);
+    // The ceilings of a benchmark: multiply-adds or bytes done in one call.
+    double (*probe_float)(int64_t rounds, float* sink);
+    double (*probe_integer)(int64_t rounds, float* sink);
+    double (*probe_read)(const float* data, int64_t count, float* sink);
 };
 
 extern const Isa kIsaPortable;
 #if defined(HYBRIDKV_X86)
 extern const Isa kIsaAvx2;
 extern const Isa kIsaAvx512;
+#endif
+#if defined(HYBRIDKV_HAS_AMX)
+extern const Isa kIsaAmx;
 #endif
 
 }  // namespace hybridkv

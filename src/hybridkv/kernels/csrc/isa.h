@@ -5,8 +5,10 @@
 
 #include "attend.h"
 #include "encode.h"
+#include "probe.h"
 
 namespace hybridkv {
 extern const Isa HYBRIDKV_ISA_RECORD;
-const Isa HYBRIDKV_ISA_RECORD = {HYBRIDKV_ISA_NAME, scratch_bytes, attend, encode};
+const Isa HYBRIDKV_ISA_RECORD = {HYBRIDKV_ISA_NAME, scratch_bytes, attend,     encode,
+                                 probe_float,         probe_integer, probe_read};
 }  // namespace hybridkv

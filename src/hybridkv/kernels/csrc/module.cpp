@@ -5,13 +5,21 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <cstdlib>
+#include <algorithm>
+#include <chrono>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "pool.h"
 #include "schedule.h"
+
+#if defined(HYBRIDKV_HAS_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace nb = nanobind;
 using namespace hybridkv;
@@ -39,13 +47,33 @@ bool runs_avx512() {
 #endif
 }
 
-std::vector<const Isa*> offered() {
-    std::vector<const Isa*> all;
-#if defined(HYBRIDKV_X86)
-    if (runs_avx512()) all.push_back(&kIsaAvx512);
-    if (runs_avx2()) all.push_back(&kIsaAvx2);
+// The kernel of the operating system hands out tiles on request.
+bool runs_amx() {
+#if defined(HYBRIDKV_HAS_AMX)
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!runs_avx512() || !__builtin_cpu_supports("avx512vbmi") || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    constexpr unsigned kTiles = 1u << 24, kInt8 = 1u << 25;
+    return (d & kTiles) && (d & kInt8) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
 #endif
-    all.push_back(&kIsaPortable);
+}
+
+// Asking the processor costs microseconds under a hypervisor: once.
+const std::vector<const Isa*>& offered() {
+    static const std::vector<const Isa*> all = [] {
+        std::vector<const Isa*> found;
+#if defined(HYBRIDKV_HAS_AMX)
+        if (runs_amx()) found.push_back(&kIsaAmx);
+#endif
+#if defined(HYBRIDKV_X86)
+        if (runs_avx512()) found.push_back(&kIsaAvx512);
+        if (runs_avx2()) found.push_back(&kIsaAvx2);
+#endif
+        found.push_back(&kIsaPortable);
+        return found;
+    }();
     return all;
 }
 
@@ -137,6 +165,31 @@ void encode(const std::string& isa, Address x, const std::string& x_type, Stride
     run_encode(record, e, n_batch * n_kv_heads * n_tokens, n_threads);
 }
 
+// Best of many short bursts, in multiply-adds or bytes per second: kind is "float", "integer" or "read".
+double probe(const std::string& isa, const std::string& kind, Address data, int64_t count, int n_threads) {
+    const Isa& record = isa_named(isa);
+    nb::gil_scoped_release unlocked;
+    double best = 0.;
+    for (int repeat = 0; repeat < (kind == "read" ? 12 : 60); ++repeat) {
+        std::vector<double> done(static_cast<size_t>(n_threads));
+        const auto begin = std::chrono::steady_clock::now();
+        parallel_for(n_threads, n_threads, [&](int64_t i, int) {
+            float sink[2] = {1e-3f, 1e-3f};
+            const int64_t share = count / n_threads;
+            const float* mine = reinterpret_cast<const float*>(data) + i * share;
+            double& out = done[static_cast<size_t>(i)];
+            if (kind == "read") out = record.probe_read(mine, share, sink);
+            if (kind == "float") out = record.probe_float(count, sink);
+            if (kind == "integer") out = record.probe_integer(count, sink);
+        });
+        const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+        double total = 0.;
+        for (const double d : done) total += d;
+        best = std::max(best, total / seconds);
+    }
+    return best;
+}
+
 }  // namespace
 
 NB_MODULE(_cpu, m) {
@@ -147,4 +200,5 @@ NB_MODULE(_cpu, m) {
     m.def("plane_bytes", &plane_bytes);
     m.def("attend", &attend);
     m.def("encode", &encode);
+    m.def("probe", &probe);
 }

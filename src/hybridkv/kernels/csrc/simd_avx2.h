@@ -10,6 +10,7 @@
 namespace {
 
 struct Simd {
+    using Codes32 = Unpack;
     static constexpr int lanes = 8;
     static constexpr int rows_q = 4;
     static constexpr int cols = 2;

@@ -5,11 +5,12 @@
 
 #include <cstdint>
 
-#include "unpack_x86.h"
+#include "unpack_avx512.h"
 
 namespace {
 
 struct Simd {
+    using Codes32 = UnpackWide;
     static constexpr int lanes = 16;
     static constexpr int rows_q = 8;
     static constexpr int cols = 2;

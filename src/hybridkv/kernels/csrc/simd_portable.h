@@ -11,6 +11,7 @@
 namespace {
 
 struct Simd {
+    using Codes32 = Unpack;
     static constexpr int lanes = 4;
     static constexpr int rows_q = 4;   // query rows in a micro-kernel
     static constexpr int cols = 2;     // vectors of stored rows in a micro-kernel of rows_q

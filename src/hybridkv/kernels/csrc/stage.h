@@ -22,6 +22,34 @@ inline const uint8_t* plane_row(const Stored& s, int plane, int64_t head, int64_
     return s.planes[plane] + (head * s.cap + row) * plane_row_bytes(*s.format, plane, s.head_dim);
 }
 
+// Asks for the bytes of a tile ahead of its use, a share at a time, so that the requests do not crowd out the loads
+// of the work in between: the phases alternate between K and V too fast for the hardware to follow both.
+struct Prefetch {
+    const uint8_t* p[kMaxPlanes];
+    int64_t left[kMaxPlanes];
+    int64_t share[kMaxPlanes];
+
+    Prefetch(const Stored& s, int64_t head, int64_t row, int64_t n, int64_t shares) {
+        for (int i = 0; i < kMaxPlanes; ++i) {
+            left[i] = 0;
+            if (i >= s.format->n_planes || n <= 0) continue;
+            p[i] = plane_row(s, i, head, row);
+            left[i] = n * plane_row_bytes(*s.format, i, s.head_dim);
+            share[i] = (left[i] / shares + 63) / 64 * 64 + 64;
+        }
+    }
+
+    void step() {
+        for (int i = 0; i < kMaxPlanes; ++i) {
+            const int64_t bytes = left[i] < share[i] ? left[i] : share[i];
+            if (left[i] <= 0) continue;
+            for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p[i] + at, 0, 2);
+            p[i] += bytes;
+            left[i] -= bytes;
+        }
+    }
+};
+
 struct Codes {
     const int8_t* data;
     int64_t stride;
@@ -42,17 +70,13 @@ HYBRIDKV_PHASE Codes stage_codes(const Stored& s, int64_t head, int64_t row, int
             std::memset(buffer + r * width + stride, 0, static_cast<size_t>(width - stride));
         }
     } else if (f.codebook) {
-        for (int64_t b = 0; b < blocks; ++b) Unpack::codebook(codes + 16 * b, f.codebook, buffer + kBlock * b);
+        Simd::Codes32::codebook(codes, blocks, f.codebook, buffer);
     } else if (f.code == Code::nibbles) {
-        for (int64_t b = 0; b < blocks; ++b) Unpack::plain(codes + 16 * b, f.zero, buffer + kBlock * b);
+        Simd::Codes32::plain(codes, blocks, f.zero, buffer);
     } else if (f.code == Code::nibbles_bits) {
-        for (int64_t b = 0; b < blocks; ++b) {
-            Unpack::fifth_bits(codes + 16 * b, high + 4 * b, f.zero, buffer + kBlock * b);
-        }
+        Simd::Codes32::fifth_bits(codes, high, blocks, f.zero, buffer);
     } else {
-        for (int64_t b = 0; b < blocks; ++b) {
-            Unpack::upper_pairs(codes + 16 * b, high + 8 * b, f.zero, buffer + kBlock * b);
-        }
+        Simd::Codes32::upper_pairs(codes, high, blocks, f.zero, buffer);
     }
     std::memset(buffer + n * width, 0, static_cast<size_t>((kTile - n) * width));
     return {buffer, width};

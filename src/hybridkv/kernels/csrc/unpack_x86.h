@@ -1,4 +1,4 @@
-// Codes of one block of 32, from its bytes to int8, in 256-bit registers: for AVX2 and AVX-512 alike.
+// Codes of blocks of 32, from their bytes to int8, in 256-bit registers.
 #pragma once
 
 #include <immintrin.h>
@@ -18,16 +18,7 @@ struct Unpack {
         return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(q, 4), q), _mm256_set1_epi8(15));
     }
 
-    static void plain(const uint8_t* qs, int8_t zero, int8_t* out) {
-        put(out, _mm256_sub_epi8(nibbles(qs), _mm256_set1_epi8(zero)));
-    }
-
-    static void codebook(const uint8_t* qs, const int8_t* book, int8_t* out) {
-        const __m256i table = _mm256_broadcastsi128_si256(load16(reinterpret_cast<const uint8_t*>(book)));
-        put(out, _mm256_shuffle_epi8(table, nibbles(qs)));
-    }
-
-    static void fifth_bits(const uint8_t* qs, const uint8_t* high, int8_t zero, int8_t* out) {
+    static __m256i fifth(const uint8_t* high) {
         int32_t bits;
         std::memcpy(&bits, high, 4);
         // Byte i of the word to lanes 8i..8i+7, then each lane tests its bit.
@@ -36,11 +27,10 @@ struct Unpack {
         const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201u));
         const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(bits), spread);
         const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
-        const __m256i upper = _mm256_and_si256(set, _mm256_set1_epi8(16));
-        put(out, _mm256_sub_epi8(_mm256_or_si256(nibbles(qs), upper), _mm256_set1_epi8(zero)));
+        return _mm256_and_si256(set, _mm256_set1_epi8(16));
     }
 
-    static void upper_pairs(const uint8_t* qs, const uint8_t* high, int8_t zero, int8_t* out) {
+    static __m256i pairs(const uint8_t* high) {
         int64_t word;
         std::memcpy(&word, high, 8);
         // Lanes 0-7, 8-15, 16-23, 24-31 take bits 0-1, 4-5, 2-3, 6-7 of the eight bytes, moved to bits 4-5. A shift
@@ -48,8 +38,31 @@ struct Unpack {
         const __m256i h = _mm256_set1_epi64x(word);
         const __m256i up = _mm256_sllv_epi64(h, _mm256_setr_epi64x(4, 0, 2, 64));
         const __m256i down = _mm256_srlv_epi64(h, _mm256_setr_epi64x(64, 64, 64, 2));
-        const __m256i upper = _mm256_and_si256(_mm256_or_si256(up, down), _mm256_set1_epi8(0x30));
-        put(out, _mm256_sub_epi8(_mm256_or_si256(nibbles(qs), upper), _mm256_set1_epi8(zero)));
+        return _mm256_and_si256(_mm256_or_si256(up, down), _mm256_set1_epi8(0x30));
+    }
+
+    static void plain(const uint8_t* qs, int64_t blocks, int8_t zero, int8_t* out) {
+        const __m256i z = _mm256_set1_epi8(zero);
+        for (; blocks > 0; --blocks, qs += 16, out += 32) put(out, _mm256_sub_epi8(nibbles(qs), z));
+    }
+
+    static void codebook(const uint8_t* qs, int64_t blocks, const int8_t* book, int8_t* out) {
+        const __m256i table = _mm256_broadcastsi128_si256(load16(reinterpret_cast<const uint8_t*>(book)));
+        for (; blocks > 0; --blocks, qs += 16, out += 32) put(out, _mm256_shuffle_epi8(table, nibbles(qs)));
+    }
+
+    static void fifth_bits(const uint8_t* qs, const uint8_t* high, int64_t blocks, int8_t zero, int8_t* out) {
+        const __m256i z = _mm256_set1_epi8(zero);
+        for (; blocks > 0; --blocks, qs += 16, high += 4, out += 32) {
+            put(out, _mm256_sub_epi8(_mm256_or_si256(nibbles(qs), fifth(high)), z));
+        }
+    }
+
+    static void upper_pairs(const uint8_t* qs, const uint8_t* high, int64_t blocks, int8_t zero, int8_t* out) {
+        const __m256i z = _mm256_set1_epi8(zero);
+        for (; blocks > 0; --blocks, qs += 16, high += 8, out += 32) {
+            put(out, _mm256_sub_epi8(_mm256_or_si256(nibbles(qs), pairs(high)), z));
+        }
     }
 };
 

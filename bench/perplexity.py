@@ -1,0 +1,131 @@
+"""Perplexity and divergence by cache type on held-out text, through the real prefill kernels.
+
+    python bench/perplexity.py                      # the README's table
+    python bench/perplexity.py --types f16,q4_0 --windows 1 --context 2048
+
+Each window of the text is processed with an f16 cache first; every other type sees the same tokens and is compared
+with it: perplexity, mean Kullback-Leibler divergence of the next-token distributions, and how often the most
+likely token is the same. `f32` against `f16` shows the noise floor. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from torch import Tensor
+
+import hybridkv
+from hybridkv.cache import KVTypes
+from hybridkv.cli.show import simple_table
+from hybridkv.engine.load import Loaded, bundled_model, describe, load
+from hybridkv.hf import ModelCache, kv_facts
+from hybridkv.policy import Guard, Policy
+
+TEXT = Path(__file__).parent / "data" / "heldout_long.txt"
+TYPES = "f32,bf16,q8_0,q8_1,q8_KV,q6_0,q5_1,q5_0,q4_1,q4_0,iq4_nl,q4_0+k,q4_0+kv,iq4_nl+kv,q8_0/q4_0,q4_0/q8_0"
+CHUNK = 512
+
+
+@dataclass
+class Score:
+    """Sums over all scored positions of one configuration."""
+
+    nll: float = 0.0
+    kld: float = 0.0
+    same_top: int = 0
+    n: int = 0
+
+    def add(self, log_probs: Tensor, reference: Tensor, targets: Tensor) -> None:
+        self.nll -= log_probs.gather(1, targets.unsqueeze(1)).double().sum().item()
+        self.kld += (reference.exp() * (reference - log_probs)).sum(1).double().sum().item()
+        self.same_top += int((reference.argmax(1) == log_probs.argmax(1)).sum())
+        self.n += len(targets)
+
+
+def parse(label: str) -> KVTypes:
+    """`q4_0`, `q8_0/q4_0`, `q4_0+k`, `q4_0+kv`: types and rotation."""
+    types, _, rotated = label.partition("+")
+    k, _, v = types.partition("/")
+    return KVTypes(k, v or k, rotate_k="k" in rotated, rotate_v="v" in rotated)
+
+
+@torch.inference_mode()
+def log_probs(loaded: Loaded, types: KVTypes, ids: Tensor, n_ctx: int) -> Any:
+    """Yield log probabilities `[chunk, V]` after each position of ids `[1, n_ctx]`, chunk by chunk."""
+    specs = Policy(types).resolve(kv_facts(loaded.description.facts))
+    cache = ModelCache(loaded.model.config, specs, n_ctx=n_ctx, guard=Guard(mode="off"))
+    for chunk in torch.split(ids, CHUNK, dim=1):
+        yield torch.log_softmax(loaded.model(chunk, past_key_values=cache).logits[0].float(), -1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("-m", "--model", type=Path, default=bundled_model())
+    parser.add_argument("-f", "--file", type=Path, default=TEXT)
+    parser.add_argument("--types", default=TYPES)
+    parser.add_argument("-c", "--context", type=int, default=8192)
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("-t", "--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(arguments.threads)
+    loaded = load(describe(arguments.model), dtype=torch.float32, device="cpu")
+    assert loaded.tokenizer is not None
+    n_ctx, n_windows = arguments.context, arguments.windows
+    text = arguments.file.read_text()[: 8 * n_ctx * n_windows]
+    ids = torch.tensor([loaded.tokenizer.encode(text)])
+    if ids.shape[1] < n_ctx * n_windows + 1:
+        sys.exit(f"{arguments.file} has {ids.shape[1]} tokens, {n_ctx * n_windows + 1} are needed")
+    labels = ["f16", *arguments.types.split(",")]
+    scores = {label: Score() for label in labels}
+    for window in range(n_windows):
+        part = ids[:, window * n_ctx : (window + 1) * n_ctx]
+        targets = ids[0, window * n_ctx + 1 : (window + 1) * n_ctx + 1]
+        reference = list(log_probs(loaded, parse("f16"), part, n_ctx))
+        for label in labels:
+            outputs = reference if label == "f16" else log_probs(loaded, parse(label), part, n_ctx)
+            for index, output in enumerate(outputs):
+                scores[label].add(output, reference[index], targets[index * CHUNK :][: len(output)])
+            print(f"window {window + 1}/{n_windows} {label}", file=sys.stderr, flush=True)
+    report(loaded, scores, arguments)
+    return 0
+
+
+def report(loaded: Loaded, scores: dict[str, Score], arguments: argparse.Namespace) -> None:
+    """The table for reading, then one line of JSON."""
+    facts = kv_facts(loaded.description.facts)
+    base = math.exp(scores["f16"].nll / scores["f16"].n)
+    table = simple_table("type", "bytes/token", "perplexity", "change", "mean KLD", "same top", left=("type",))
+    rows = []
+    for label, score in scores.items():
+        size = sum(spec.bytes_per_token for spec in Policy(parse(label)).resolve(facts))
+        ppl, kld, same = math.exp(score.nll / score.n), score.kld / score.n, score.same_top / score.n
+        rows.append({"type": label, "bytes_per_token": size, "perplexity": ppl, "mean_kld": kld, "same_top": same})
+        change = f"{100 * (ppl / base - 1):+.3f} %"
+        table.add_row(label, str(size), f"{ppl:.4f}", change, f"{kld:.2e}", f"{100 * same:.2f} %")
+    Console(width=120).print(table)
+    conditions = {
+        "model": loaded.description.name,
+        "text": arguments.file.name,
+        "context": arguments.context,
+        "tokens": scores["f16"].n,
+        "hybridkv": hybridkv.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": platform.machine(),
+    }
+    print(json.dumps({"conditions": conditions, "rows": rows}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
