@@ -29,7 +29,8 @@ from hybridkv.cache import KVTypes
 from hybridkv.cli.show import simple_table
 from hybridkv.engine.load import Loaded, bundled_model, describe, load
 from hybridkv.hf import ModelCache, kv_facts
-from hybridkv.policy import Guard, Policy
+from hybridkv.kernels import KERNELS
+from hybridkv.policy import Guard, Policy, parse_scale
 
 TEXT = Path(__file__).parent / "data" / "heldout_long.txt"
 TYPES = "f32,bf16,q8_0,q8_1,q8_KV,q6_0,q5_1,q5_0,q4_1,q4_0,iq4_nl,q4_0+k,q4_0+kv,iq4_nl+kv,q8_0/q4_0,q4_0/q8_0"
@@ -46,6 +47,7 @@ class Score:
     n: int = 0
 
     def add(self, log_probs: Tensor, reference: Tensor, targets: Tensor) -> None:
+        """Score positions: log probabilities and the reference's `[n, V]`, next tokens `[n]`."""
         self.nll -= log_probs.gather(1, targets.unsqueeze(1)).double().sum().item()
         self.kld += (reference.exp() * (reference - log_probs)).sum(1).double().sum().item()
         self.same_top += int((reference.argmax(1) == log_probs.argmax(1)).sum())
@@ -53,10 +55,12 @@ class Score:
 
 
 def parse(label: str) -> KVTypes:
-    """`q4_0`, `q8_0/q4_0`, `q4_0+k`, `q4_0+kv`: types and rotation."""
+    """`q4_0`, `q8_0/q4_0`, `q4_0+k`, `q4_0+kv`, `q4_0@absmax`: types, rotation, scale rule."""
+    label, _, rule = label.partition("@")
     types, _, rotated = label.partition("+")
     k, _, v = types.partition("/")
-    return KVTypes(k, v or k, rotate_k="k" in rotated, rotate_v="v" in rotated)
+    scale = parse_scale(rule) if rule else None
+    return KVTypes(k, v or k, rotate_k="k" in rotated, rotate_v="v" in rotated, scale=scale)
 
 
 @torch.inference_mode()
@@ -122,6 +126,7 @@ def report(loaded: Loaded, scores: dict[str, Score], arguments: argparse.Namespa
         "hybridkv": hybridkv.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "kernel": KERNELS[0].name,
         "machine": platform.machine(),
     }
     print(json.dumps({"conditions": conditions, "rows": rows}))

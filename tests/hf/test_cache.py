@@ -225,6 +225,17 @@ def test_dropout_and_biases_are_refused(dense: PreTrainedModel) -> None:
         attention_forward(dense, q, q, q, None, position_bias=torch.zeros(1))
 
 
+def test_masks_that_weigh_are_refused_and_masks_that_hide_are_not(dense: PreTrainedModel) -> None:
+    from hybridkv.hf.attention import attention_forward
+
+    q = torch.randn(1, 4, 3, 48)
+    hides = torch.zeros(1, 1, 3, 3).masked_fill(torch.ones(3, 3).triu(1).bool(), torch.finfo(torch.float32).min)
+    out, _ = attention_forward(dense, q, q, q, hides)
+    torch.testing.assert_close(out, attention_forward(dense, q, q, q, None)[0])
+    with pytest.raises(ModelError, match="adds a bias"):
+        attention_forward(dense, q, q, q, hides + 0.5)
+
+
 def test_without_any_cache_attention_is_plain(hybrid: PreTrainedModel) -> None:
     with torch.inference_mode():
         plain = build("qwen3_5_text")(tokens(), use_cache=False).logits

@@ -84,7 +84,7 @@ def attention_forward(
     Raises
     ------
     ModelError
-        For what is not implemented: dropout, a position bias, a mask that is not boolean.
+        For what is not implemented: dropout, a position bias, a mask that weighs instead of hiding.
     NonFiniteError
         If the guard watches and the output is not finite.
     """
@@ -92,13 +92,11 @@ def attention_forward(
     if dropout or position_bias is not None:
         asked = "dropout" if dropout else "a position bias"
         raise ModelError(f"{type(module).__name__} asks for {asked}", hint="use attn_implementation='eager'")
-    if attention_mask is not None and attention_mask.dtype != torch.bool:
-        attention_mask = attention_mask >= 0  # a model's own additive mask: 0 is attended, its minimum is not
     params = AttentionParams(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap,
         sinks=s_aux,
-        mask=attention_mask,
+        mask=None if attention_mask is None else _boolean(attention_mask, module),
     )
     if isinstance(key, LayerView):
         out = _attend_stored(query, key, params)
@@ -106,6 +104,19 @@ def attention_forward(
         assert isinstance(value, Tensor)
         out = reference_attend(query, _float_view(key, value), params)
     return out.transpose(1, 2).contiguous().to(query.dtype), None
+
+
+def _boolean(mask: Tensor, module: Any) -> Tensor:
+    """A model's own mask as bool: an additive one says 0 for attended and its dtype's minimum for not."""
+    if mask.dtype == torch.bool:
+        return mask
+    attended = mask == 0
+    if not (attended | (mask <= torch.finfo(mask.dtype).min / 2)).all():
+        raise ModelError(
+            f"{type(module).__name__} adds a bias to the scores through its mask",
+            hint="use attn_implementation='eager'; the same cache then gives dequantized tensors",
+        )
+    return attended
 
 
 def _attend_stored(query: Tensor, packed: LayerView, params: AttentionParams) -> Tensor:

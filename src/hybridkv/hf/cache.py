@@ -10,7 +10,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
 from transformers.cache_utils import Cache, DummyLayer
 
 from hybridkv.cache import KVLayer, KVSpec, KVTypes, LayerFacts, LayerKernels, resolve
@@ -162,10 +161,6 @@ class ModelCache(Cache):  # type: ignore[misc]
                 hint="reset() the cache and process the shorter prompt again",
             )
         super().crop(tokens_to_remove)
-
-    def select_sequences(self, indices: Tensor) -> None:
-        """Keep the sequences `indices` (int64), in that order; repeats are allowed."""
-        self.batch_select_indices(indices)
 
 
 def quantized_cache(

@@ -12,8 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from hybridkv.errors import ModelError, ModelFileError
 from hybridkv.hf.attention import register
 
-_NONSENSE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)
-"""What Transformers raises, here or there, for a config that describes no model."""
+_NO_MODEL = (ArithmeticError, AttributeError, LookupError, TypeError)
+"""What Transformers stumbles over, here or there, while it builds what a senseless config asks for."""
+
+_NONSENSE = (*_NO_MODEL, RuntimeError, ValueError)
+"""These, and what it raises on purpose."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -65,7 +68,9 @@ def load_weights(directory: Path, *, dtype: torch.dtype, device: str, attn_imple
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report, and refused below by name
         )
-    except (OSError, SafetensorError, *_NONSENSE) as error:
+    except _NO_MODEL as error:
+        raise _no_model(config, error) from error
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise ModelFileError(
             f"the weights in {directory} cannot be loaded: {_one_line(error)}",
             hint="a file is missing or damaged, or config.json is of another model",
@@ -106,8 +111,15 @@ def count_parameters(config: Any) -> int:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config.get_text_config(decoder=True))
     except _NONSENSE as error:
-        raise ModelError(f"the config of {config.model_type!r} describes no model: {_one_line(error)}") from error
+        raise _no_model(config, error) from error
     return sum(p.numel() for p in model.parameters())
+
+
+def _no_model(config: Any, error: BaseException) -> ModelError:
+    return ModelError(
+        f"the config of {config.model_type!r} describes no model: {_one_line(error)}",
+        hint="a number in config.json is wrong or missing",
+    )
 
 
 def _one_line(error: BaseException) -> str:

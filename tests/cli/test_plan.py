@@ -1,0 +1,130 @@
+"""`hybridkv plan`: the figures that people choose a cache type by."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybridkv.formats import FORMATS
+from tests.cli.conftest import Cli
+from tests.cli.models import ModelStore
+
+QWEN35_35B = Path(__file__).parents[1] / "data" / "qwen3.5-35b-a3b" / "config.json"
+MIB = 2**20
+
+
+def plans(cli: Cli, *options: object) -> dict[tuple[str, str], dict[str, Any]]:
+    done = cli("plan", "--json", *options)
+    assert done.code == 0, done.err
+    return {(row["type_k"], row["type_v"]): row for row in json.loads(done.out)["plans"]}
+
+
+def test_the_35b_model_at_131072_tokens(cli: Cli) -> None:
+    """From the config alone: 10 layers x 2 heads x 256 x (K and V) x 4 bits x 131072 tokens = 640 MiB."""
+    start = time.monotonic()
+    rows = plans(cli, "-m", QWEN35_35B, "-c", 131072)
+    assert time.monotonic() - start < 30
+    assert rows["q8_0", "q8_0"]["kv_bytes"] - rows["q4_0", "q4_0"]["kv_bytes"] == 640 * MIB
+    assert rows["f16", "f16"]["kv_bytes"] == 10 * 2 * 256 * 2 * 2 * 131072
+    # 30 layers: 32 heads of 128 x 128 in float32, and 4 inputs of 2 x 2048 + 4096 channels in bfloat16
+    assert rows["f16", "f16"]["state_bytes"] == 30 * (32 * 128 * 128 * 4 + 8192 * 4 * 2)
+    assert 34e9 < rows["f16", "f16"]["weight_bytes"] / 2 < 36e9
+
+
+def test_the_table_that_a_person_reads(cli: Cli) -> None:
+    done = cli("plan", "-m", QWEN35_35B.parent, "-c", 131072, "--types", "q8_0,q4_0,q8_0/q4_0", "--memory", "80GiB")
+    assert done.code == 0
+    assert done.err == ""
+    lines = done.out.splitlines()
+    assert lines[0] == (
+        "qwen3.5-35b-a3b: 40 layers, 10 with a KV cache, 30 with a recurrent state; 1 sequence of 131072 tokens"
+    )
+    rows = [re.split(r" {2,}", line.strip()) for line in lines if line.strip().startswith("q")][1:]
+    assert [row[:4] for row in rows] == [
+        ["q8_0", "q8_0", "10880", "1.33 GiB"],
+        ["q4_0", "q4_0", "5760", "720.0 MiB"],
+        ["q8_0", "q4_0", "8320", "1.02 GiB"],
+    ]
+    assert all(re.fullmatch(r"\d+ tokens", row[-1]) for row in rows)
+    assert "largest context in 80GiB" in done.out
+
+
+@pytest.mark.parametrize("model", [None, QWEN35_35B], ids=["bundled", "35b"])
+@pytest.mark.parametrize("n_seqs", [1, 3])
+def test_the_largest_context_fits_and_one_token_more_does_not(cli: Cli, model: Path | None, n_seqs: int) -> None:
+    base = ["-np", n_seqs, *([] if model is None else ["-m", model])]
+    memory = 80 * 2**30 if model else 100 * MIB
+    most = {pair: row["largest_n_ctx"] for pair, row in plans(cli, *base, "--memory", memory).items()}
+    assert len(set(most.values())) == len(most) == 5
+    for (k, v), n_ctx in most.items():
+        for tokens, fits in ((n_ctx, True), (n_ctx + 1, False)):
+            row = plans(cli, *base, "--memory", memory, "-c", tokens, "--types", f"{k}/{v}")[k, v]
+            assert row["fits"] is fits
+            assert (row["total_bytes"] <= memory) is fits
+
+
+def test_all_pairs_and_sequences(cli: Cli) -> None:
+    one, four = plans(cli, "--types", "all", "-c", 1000), plans(cli, "--types", "all", "-c", 1000, "-np", 4)
+    assert list(one) == [(k, v) for k in FORMATS for v in FORMATS]
+    for pair, row in one.items():
+        assert row["kv_bytes"] == 1000 * row["bytes_per_token"]
+        assert four[pair]["kv_bytes"] == 4 * row["kv_bytes"]
+        assert four[pair]["state_bytes"] == 4 * row["state_bytes"]
+        assert four[pair]["weight_bytes"] == row["weight_bytes"]
+        assert row["total_bytes"] == row["kv_bytes"] + row["state_bytes"] + row["weight_bytes"]
+
+
+def test_weights_follow_the_dtype_and_are_read_by_nobody(cli: Cli, gguf: Path, tmp_path: Path) -> None:
+    f32, bf16 = (plans(cli, "--dtype", dtype)["f16", "f16"]["weight_bytes"] for dtype in ("f32", "bf16"))
+    assert f32 == 2 * bf16
+    assert 28e6 < bf16 / 2 < 30e6
+    header = tmp_path / "config.json"
+    header.write_text(QWEN35_35B.read_text())
+    assert plans(cli, "-m", header, "-c", 10) == plans(cli, "-m", QWEN35_35B, "-c", 10)
+
+
+def test_too_little_memory_and_none_needed(cli: Cli, models: ModelStore) -> None:
+    done = cli("plan", "--memory", "1KiB")
+    assert done.code == 0
+    assert done.out.count("does not fit") == 5
+    linear = models.family("qwen3_5_text", layer_types=["linear_attention"] * 4)
+    done = cli("plan", "-m", linear, "--memory", "1GiB")
+    assert done.out.count("no limit") == 5
+
+
+def test_what_cannot_run_is_left_out_and_said(cli: Cli, models: ModelStore) -> None:
+    model = models.family("qwen3_5_text", head_dim=20)
+    done = cli("plan", "-m", model, "--types", "f16,q4_0")
+    assert [line.split()[0] for line in done.out.splitlines() if "iB" in line] == ["f16"]
+    assert done.err == "note: left out, no kernel: q4_0 needs a head dim that is a multiple of 16, not 20\n"
+    assert (
+        plans(cli, "-m", model)["q8_0", "q8_0"]["refused"] == "q8_0 needs a head dim that is a multiple of 16, not 20"
+    )
+
+
+def test_states_of_unknown_shape_are_said(cli: Cli, models: ModelStore) -> None:
+    done = cli("plan", "-m", models.mamba2())
+    assert done.code == 0
+    assert done.err == "note: the state shapes of 'mamba2' are not known: states are not counted\n"
+
+
+def test_names_from_files_are_shown_as_they_are(cli: Cli, models: ModelStore, tmp_path: Path) -> None:
+    odd = tmp_path / "[bold] :smile: [/x]"
+    odd.symlink_to(models.family("qwen3"))
+    odd.resolve()
+    named = tmp_path / "[red]x[/y]"
+    named.mkdir()
+    (named / "config.json").write_text((models.family("qwen3") / "config.json").read_text())
+    assert cli("plan", "-m", named).out.startswith("[red]x[/y]: 2 layers")
+
+
+def test_no_number_is_cut_on_a_narrow_terminal(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    done = cli("plan", "-m", QWEN35_35B, "-c", 131072, "--memory", "80GiB")
+    assert "…" not in done.out
+    assert len({len(line) for line in done.out.splitlines()[1:]}) == 1

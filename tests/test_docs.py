@@ -1,0 +1,85 @@
+"""The documentation is executed or generated: what it shows is what happens."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from hybridkv.cli.main import main
+from hybridkv.engine.load import bundled_model, describe, load
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_formats_page_is_the_table(generate: ModuleType) -> None:
+    assert (ROOT / "docs/formats.md").read_text() == generate.formats_page()
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse words its help differently in other versions")
+def test_cli_page_is_the_help(generate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")  # restored afterwards: the generator sets its own
+    assert (ROOT / "docs/cli.md").read_text() == generate.cli_page()
+
+
+def test_readme_tables_are_generated(generate: ModuleType) -> None:
+    assert generate.readme() == README
+
+
+def test_readmes_first_command_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    command = re.findall(r"```sh\n(.*?)\n```", README, re.DOTALL)[0]
+    words = shlex.split(command.split("hybridkv ", 1)[1])
+    assert words[0] == "run"
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("Hello world")
+    assert len(out.split()) > 20
+    assert "tokens/s" in err
+
+
+def test_readmes_python_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = load(describe(bundled_model()), dtype=torch.bfloat16, device="cpu")
+    loaded.model.save_pretrained(tmp_path)
+    loaded.tokenizer.save_pretrained(tmp_path)
+    code = re.findall(r"```python\n(.*?)\n```", README, re.DOTALL)[0]
+    exec(compile(code, "README.md", "exec"), {"path": str(tmp_path)})
+    out = capsys.readouterr().out
+    assert out.startswith("Hello world")
+    assert out.endswith(" bytes\n")
+
+
+def test_every_link_leads_somewhere() -> None:
+    pages = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), ROOT / "CONTRIBUTING.md"]
+    checked = 0
+    for page in pages:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+                checked += 1
+    assert checked > 10
+
+
+def test_nothing_names_where_it_was_made() -> None:
+    """Project files speak of the project alone."""
+    words = re.compile(r"/work/|\.\./shared|\bhelper-\d|/opt/(wheels|pypi)")
+    files = [p for d in ("src", "docs", "bench", "tests", ".ci") for p in (ROOT / d).rglob("*") if p.is_file()]
+    for path in [*files, ROOT / "README.md", ROOT / "pyproject.toml"]:
+        if path.suffix in (".py", ".md", ".toml", ".h", ".cpp", "") and path != Path(__file__).resolve():
+            assert not words.search(path.read_text(errors="ignore")), path
