@@ -148,8 +148,8 @@ class Ik:
             "ggml_graph_compute_with_ctx": ([pointer, pointer, ctypes.c_int], ctypes.c_int),
         }
         for name, (arguments, result) in signatures.items():
-            lib[name].argtypes, lib[name].restype = arguments, result
-            setattr(lib, name, lib[name])
+            function = getattr(lib, name)
+            function.argtypes, function.restype = arguments, result
 
     def tensor(self, context: int, ggml_type: int, sizes: tuple[int, int, int, int], data: Tensor) -> int:
         tensor = int(self.lib.ggml_new_tensor_4d(context, ggml_type, *sizes))

@@ -107,7 +107,7 @@ def parse_bytes(text: str, option: str = "--memory") -> int:
     UsageError
         If it is none of these.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip(), re.ASCII)
     if match is None or match[2].upper() not in _UNITS or not Decimal(match[1]):
         raise UsageError(
             f"{option} {text!r}; allowed: a positive number and one of KB MB GB KiB MiB GiB TiB",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from hybridkv.cache import KVTypes
+from hybridkv.cli.main import main
 from hybridkv.cli.stream import Streams
 from hybridkv.engine import Engine, SamplingParams
 from hybridkv.engine.load import Loaded, bundled_model, describe, load
@@ -389,3 +391,11 @@ def test_whole_characters_reach_stdout_as_they_come(gguf: Path, capfd: pytest.Ca
     assert "".join(pieces) == f"in{text}"
     assert "\ufffd" not in "".join(pieces)
     assert "" in pieces  # some byte had to wait
+
+
+def test_a_terminal_without_the_character_gets_a_question_mark(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    assert main(["run", "-m", str(gguf), "-p", "the ☃", "-n", "1", "--temp", "0"]) == 0
+    ascii_only.seek(0)
+    assert ascii_only.read().startswith("the ?")

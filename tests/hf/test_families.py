@@ -30,7 +30,9 @@ def run(model: PreTrainedModel, cache: Cache, ids: Tensor, chunks: tuple[int, ..
     logits, first = [], 0
     for size in (*chunks, *[1] * (ids.shape[1] - sum(chunks))):
         chunk = ids[:, first : first + size]
-        positions = torch.arange(first, first + chunk.shape[1]).expand(chunk.shape)  # Bamba does not count the past
+        positions = torch.arange(first, first + chunk.shape[1], device=ids.device).expand(
+            chunk.shape
+        )  # Bamba does not count the past
         logits.append(model(chunk, position_ids=positions, past_key_values=cache).logits)
         first += size
     return torch.cat(logits, 1).float()

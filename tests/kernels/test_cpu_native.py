@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -310,7 +311,8 @@ def test_encode_writes_the_bytes_of_the_torch_encoder(isa: str, name: str, scale
         cpu_native.encode_into(x, name, scale, planes, 4, n_threads=2)
         for plane, expected in zip(planes, fmt.encode(x, scale), strict=True):
             assert torch.equal(plane[:, :, 4:74], expected), head_dim
-            assert (plane[:, :, :4] == 0xAB).all() and (plane[:, :, 74:] == 0xAB).all()
+            assert (plane[:, :, :4] == 0xAB).all()
+            assert (plane[:, :, 74:] == 0xAB).all()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -342,7 +344,7 @@ if child == 0:
 _, status = os.waitpid(child, 0)
 raise SystemExit(os.waitstatus_to_exitcode(status))
 """
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
     assert subprocess.run([sys.executable, "-c", code], timeout=60, env=env, check=False).returncode == 0
 
 

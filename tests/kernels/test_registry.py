@@ -12,6 +12,7 @@ from hybridkv.kernels import (
     PHASES,
     AttentionCase,
     Kernel,
+    cpu_native,
     explain,
     reference,
     select,
@@ -54,3 +55,9 @@ def test_a_head_dim_no_block_fits_is_refused_with_reason() -> None:
     with pytest.raises(NoKernelError, match="20"):
         select_encoder("cpu", get_format("q4_0"), 20, ENCODERS)
     assert select(AttentionCase("cpu", "f16", "q8_KV", 20, 20, 1, "decode"), KERNELS)
+
+
+def test_the_native_kernels_are_built() -> None:
+    """An installed package has them; without a test, a failed build would only be slow."""
+    assert cpu_native.available() is None
+    assert select(CASE, KERNELS).name.startswith("cpu-")

@@ -6,6 +6,7 @@ Heavy imports happen inside the commands, so that help and a mistyped option ans
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import sys
@@ -94,6 +95,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no such character gets a question mark
     try:
         arguments = _parse(sys.argv[1:] if argv is None else argv)
         code: int = arguments.main(arguments)

@@ -124,7 +124,9 @@ HYBRIDKV_PHASE void stage_scales(const Stored& s, int64_t head, int64_t row, int
 template <Code C>
 inline bool stage_rows(const uint8_t* p, int64_t stride, int n, int width, float* out) {
     constexpr int size = C == Code::f32 ? 4 : 2;
-    Simd::F check = Simd::set1(0.f);
+    // One sum per column and parity of the row: a single one would wait for itself.
+    Simd::F check[2][kBlock / Simd::lanes];
+    for (auto& sums : check) for (Simd::F& sum : sums) sum = Simd::set1(0.f);
     for (int r = 0; r < n; ++r, p += stride, out += kBlock) {
         alignas(64) uint8_t edge[kBlock * size];
         const uint8_t* row = p;
@@ -138,11 +140,14 @@ inline bool stage_rows(const uint8_t* p, int64_t stride, int n, int width, float
             if (C == Code::f32) Simd::store(out + i, Simd::load(reinterpret_cast<const float*>(row) + i));
             if (C == Code::f16) Simd::from_f16(half, out + i);
             if (C == Code::bf16) Simd::from_bf16(half, out + i);
-            check = Simd::fma(Simd::load(out + i), Simd::set1(0.f), check);
+            Simd::F& sum = check[r % 2][i / Simd::lanes];
+            sum = Simd::fma(Simd::load(out + i), Simd::set1(0.f), sum);
         }
     }
     std::memset(out, 0, static_cast<size_t>(kTile - n) * kBlock * sizeof(float));
-    return Simd::reduce_add(check) == 0.f;
+    Simd::F all = Simd::set1(0.f);
+    for (const auto& sums : check) for (const Simd::F& sum : sums) all = Simd::add(all, sum);
+    return Simd::reduce_add(all) == 0.f;
 }
 
 HYBRIDKV_PHASE bool stage_values(const Stored& s, int64_t head, int64_t row, int n, int64_t dim0, float* out) {
