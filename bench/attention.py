@@ -152,6 +152,7 @@ class Ik:
             function.argtypes, function.restype = arguments, result
 
     def tensor(self, context: int, ggml_type: int, sizes: tuple[int, int, int, int], data: Tensor) -> int:
+        """A copy of `data` as a tensor of `context`."""
         tensor = int(self.lib.ggml_new_tensor_4d(context, ggml_type, *sizes))
         data = data.contiguous()
         n_bytes = data.numel() * data.element_size()

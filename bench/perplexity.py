@@ -13,7 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
+import re
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +108,19 @@ def main() -> int:
     return 0
 
 
+def cpu_name() -> str:
+    """The processor as Linux names it, or its architecture, with the number of cores."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.is_file() else []
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def commit() -> str:
+    """The checkout's commit, `-dirty` if the tree differs from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=9"]
+    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def report(loaded: Loaded, scores: dict[str, Score], arguments: argparse.Namespace) -> None:
     """The table for reading, then one line of JSON."""
     facts = kv_facts(loaded.description.facts)
@@ -127,7 +143,9 @@ def report(loaded: Loaded, scores: dict[str, Score], arguments: argparse.Namespa
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "kernel": KERNELS[0].name,
-        "machine": platform.machine(),
+        "cpu": cpu_name(),
+        "threads": arguments.threads,
+        "commit": commit(),
     }
     print(json.dumps({"conditions": conditions, "rows": rows}))
 

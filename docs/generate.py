@@ -53,9 +53,7 @@ def cli_page() -> str:
     from hybridkv.cli.main import build_parser
 
     os.environ["COLUMNS"] = str(WIDTH)
-    parser = build_parser()
-    commands = next(a for a in parser._actions if a.dest == "command").choices
-    assert isinstance(commands, dict)
+    _, commands = build_parser()
     parts = ["# The command line", "", "Written by `docs/generate.py` from the parsers."]
     for name, command in commands.items():
         parts += ["", f"## hybridkv {name}", "", "```text", command.format_help().rstrip(), "```"]
@@ -80,7 +78,7 @@ def perplexity_table(data: dict[str, Any]) -> str:
         "",
         f"`python bench/perplexity.py`: {c['model']}, weights as float32, {c['text']}, context {c['context']}, "
         f"{c['tokens']} tokens, prefill in chunks of 512, hybridkv {c['hybridkv']}, torch {c['torch']}, "
-        f"Transformers {c['transformers']}, kernel {c['kernel']}.",
+        f"Transformers {c['transformers']}, kernel {c['kernel']}, {c['cpu']}, commit {c['commit']}.",
     ]
     return "\n".join(lines)
 
@@ -89,7 +87,7 @@ def plan_block() -> str:
     """The README's example of `hybridkv plan`, run."""
     from hybridkv.cli.main import main as command
 
-    options = ["-c", "131072", "--types", "f16,q8_0,q6_0,q4_0", "--memory", "80GiB"]
+    options = ["-c", "131072", "--types", "f16,q8_0,q6_0,q4_0", "--dtype", "bf16", "--memory", "80GiB"]
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         code = command(["plan", "-m", str(ROOT / "tests/data/qwen3.5-35b-a3b/config.json"), *options])

@@ -117,7 +117,7 @@ class TestWindow:
         for _ in range(3):
             kv.append(*rows(WINDOW_SLACK))
         assert not kv.can_crop
-        with pytest.raises(ContextError, match="layer 5.*window of 10 tokens"):
+        with pytest.raises(ContextError, match=r"layer 5.*window of 10 tokens"):
             kv.crop(1)
 
 

@@ -81,13 +81,16 @@ USAGE: dict[str, tuple[list[object], str]] = {
     "seed that is a word": (["run", "-p", "x", "--seed", "x"], "-s/--seed: invalid int value: 'x'"),
     "seed beyond 64 bits": (["run", "-p", "x", "--seed", 2**64], "--seed 18446744073709551616; allowed: 0 to"),
     "negative seed": (["run", "-p", "x", "--seed", -2], "--seed -2; allowed: 0 to .*, or -1"),
-    "negative temperature": (["run", "-p", "x", "--temp", -1], "--temp -1.0; allowed: 0, or 0.001 to 1000"),
+    "negative temperature": (
+        ["run", "-p", "x", "--temp", -1],
+        "--temp -1.0; allowed: 0 \\(greedy\\), or 0.001 to 1000",
+    ),
     "no temperature": (["run", "-p", "x", "--temp", "nan"], "--temp nan; allowed: "),
     "boundless temperature": (["run", "-p", "x", "--temp", "inf"], "--temp inf; allowed: "),
     "temperature below float32": (["run", "-p", "x", "--temp", "1e-40"], "--temp 1e-40; allowed: "),
-    "top-k": (["run", "-p", "x", "--top-k", -1], "--top-k -1; allowed: 0 or more"),
+    "top-k": (["run", "-p", "x", "--top-k", -1], r"--top-k -1; allowed: 0 \(keeps all\) or more"),
     "top-p": (["run", "-p", "x", "--top-p", 0], "--top-p 0.0; allowed: more than 0, at most 1"),
-    "min-p": (["run", "-p", "x", "--min-p", 1.5], "--min-p 1.5; allowed: 0 to 1"),
+    "min-p": (["run", "-p", "x", "--min-p", 1.5], r"--min-p 1.5; allowed: 0 \(keeps all\) to 1"),
     "flash attention": (["run", "-p", "x", "-fa", "maybe"], "-fa 'maybe'; allowed: on, off, auto"),
     "cuda option": (["run", "-p", "x", "-cuda", "graphs=1"], "-cuda 'graphs=1'; allowed: fa-offset=X"),
     "plan: memory": (["plan", "--memory", "lots"], "--memory 'lots'; allowed: a positive number and one of KB MB"),
@@ -227,7 +230,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "no layers": (
         "qwen3_5_text",
         {"num_hidden_layers": 0, "layer_types": []},
-        "the config has 0 layers; at least 1 is needed",
+        "the config has 0 layers; allowed: 1 to 10000",
     ),
     "no layers, dense": ("qwen3", {"num_hidden_layers": 0, "layer_types": []}, "the config has 0 layers"),
     "no model type": ("qwen3", {"model_type": None}, "`model_type`"),
@@ -238,7 +241,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"layer_types": None, "full_attention_interval": 0},
         "config.json cannot be read",
     ),
-    "no heads": ("qwen3_5_text", {"num_attention_heads": 0}, "describes no model"),
+    "no heads": ("qwen3_5_text", {"num_attention_heads": 0}, "0 query heads, 2 KV heads"),
     "heads that do not divide": ("qwen3", {"num_key_value_heads": 4}, "6 query heads do not divide into 4 KV heads"),
 }
 

@@ -60,7 +60,7 @@ def _hint(message: str) -> str | None:
     return None
 
 
-def _build_parser() -> tuple[Parser, dict[str, Parser]]:
+def build_parser() -> tuple[Parser, dict[str, Parser]]:
     """The whole command line, and each command's own parser."""
     parser = Parser(
         prog="hybridkv",
@@ -79,7 +79,7 @@ def _build_parser() -> tuple[Parser, dict[str, Parser]]:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser, commands = _build_parser()
+    parser, commands = build_parser()
     names = ", ".join(commands)
     if not argv:
         raise UsageError(f"no command was given; allowed: {names}", hint='try hybridkv run -p "Hello world"')

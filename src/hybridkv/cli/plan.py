@@ -47,19 +47,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory", metavar="SIZE", help="a budget such as 24GiB: prints the largest context that fits")
     parser.add_argument(
         "--dtype",
-        default="bf16",
-        choices=("f32", "bf16", "f16"),
-        help="of the loaded weights (default bf16, as on a GPU; `run` takes f32 on a CPU)",
+        default="auto",
+        choices=("auto", "f32", "bf16", "f16"),
+        help="of the loaded weights; auto: what `run` loads here, bf16 with a GPU and f32 without (default auto)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Describe, count, print."""
+    import torch
+
     from hybridkv.engine.load import bundled_model, describe
     from hybridkv.plan import parse_bytes, unknown_states
 
     a = arguments
+    if a.dtype == "auto":
+        a.dtype = "bf16" if torch.cuda.is_available() else "f32"
     for option, value, least in (("-c", a.ctx_size, 0), ("-np", a.parallel, 1)):
         if not least <= value <= MAX_CONTEXT:
             raise UsageError(f"{option} {value}; allowed: {least} to {MAX_CONTEXT}")

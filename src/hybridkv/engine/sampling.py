@@ -36,15 +36,16 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        # Beyond these temperatures logits / temp leaves float32.
         checks = (
-            ("--temp", self.temp, self.temp >= 0, "0 or more"),
-            ("--top-k", self.top_k, self.top_k >= 0, "0 or more"),
-            ("--top-p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1"),
-            ("--min-p", self.min_p, 0 <= self.min_p <= 1, "0 to 1"),
+            ("--temp", self.temp, self.temp == 0 or 1e-3 <= self.temp <= 1e3, "0 (greedy), or 0.001 to 1000"),
+            ("--top-k", self.top_k, self.top_k >= 0, "0 (keeps all) or more"),
+            ("--top-p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1 (keeps all)"),
+            ("--min-p", self.min_p, 0 <= self.min_p <= 1, "0 (keeps all) to 1"),
         )
         for option, value, fine, allowed in checks:
             if not fine:
-                raise UsageError(f"{option} {value}; allowed: {allowed}", hint="--temp 0 is greedy")
+                raise UsageError(f"{option} {value}; allowed: {allowed}")
 
 
 class Sampler:

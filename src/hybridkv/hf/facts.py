@@ -19,6 +19,7 @@ _KV = ("full_attention", "sliding_attention", "hybrid", "hybrid_sliding")
 _STATE = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
 _NEITHER = ("dummy",)
 _SINKS = ("gpt_oss",)
+_MAX_LAYERS = 10_000  # Transformers copies the config per layer: a damaged number would take hours
 
 
 def _gated_delta(c: Any) -> StateFacts:
@@ -63,6 +64,10 @@ STATE_SHAPES: dict[str, Callable[[Any], StateFacts]] = {
     "bamba": _bamba,
     "falcon_h1": _bamba,
     "granitemoehybrid": _bamba,
+    "mamba": lambda c: StateFacts(
+        conv=((c.intermediate_size, c.conv_kernel),), recurrent=((c.intermediate_size, c.state_size),)
+    ),
+    "mamba2": _mamba2("num_heads", "head_dim", "n_groups", "state_size", "conv_kernel"),
     "zamba2": _mamba2("n_mamba_heads", "mamba_headdim", "mamba_ngroups", "mamba_d_state", "mamba_d_conv"),
     "nemotron_h": _mamba2("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel"),
     "lfm2": _short_conv,
@@ -120,8 +125,8 @@ def kv_facts(facts: tuple[LayerFacts, ...]) -> tuple[AttentionFacts, ...]:
 
 def _layer_kinds(text: Any) -> tuple[list[str], list[dict[str, Any]]]:
     n_layers = text.num_hidden_layers
-    if not n_layers:
-        raise ModelError(f"the config has {n_layers} layers; at least 1 is needed")
+    if not 1 <= n_layers <= _MAX_LAYERS:
+        raise ModelError(f"the config has {n_layers} layers; allowed: 1 to {_MAX_LAYERS}")
     try:
         kinds, options = get_layer_types_and_kwargs(text)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -149,12 +154,13 @@ def _layer_kinds(text: Any) -> tuple[list[str], list[dict[str, Any]]]:
 
 def _attention(index: int, layer_config: Any, text: Any, window: int | None) -> AttentionFacts:
     n_heads = layer_config.num_attention_heads
-    n_kv_heads = getattr(layer_config, "num_key_value_heads", None) or n_heads
-    head_dim = (
-        getattr(layer_config, "attention_head_dim", None)
-        or getattr(layer_config, "head_dim", None)
-        or layer_config.hidden_size // n_heads
-    )
+    n_kv_heads = _first_said(layer_config, "num_key_value_heads", otherwise=n_heads)
+    spread = layer_config.hidden_size // n_heads if n_heads else 0
+    head_dim = _first_said(layer_config, "attention_head_dim", "head_dim", otherwise=spread)
+    if min(n_heads, n_kv_heads, head_dim) < 1:
+        raise ModelError(
+            f"layer {index}: {n_heads} query heads, {n_kv_heads} KV heads, head dim {head_dim}; allowed: 1 or more"
+        )
     if n_heads % n_kv_heads:
         raise ModelError(f"layer {index}: {n_heads} query heads do not divide into {n_kv_heads} KV heads")
     return AttentionFacts(
@@ -167,3 +173,12 @@ def _attention(index: int, layer_config: Any, text: Any, window: int | None) -> 
         softcap=getattr(text, "attn_logit_softcapping", None) is not None,
         sinks=text.model_type in _SINKS,
     )
+
+
+def _first_said(config: Any, *names: str, otherwise: int) -> int:
+    """The first of these sizes that a config gives; 0 is given, None is not."""
+    for name in names:
+        value = getattr(config, name, None)
+        if value is not None:
+            return int(value)
+    return otherwise

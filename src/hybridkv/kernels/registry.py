@@ -81,7 +81,7 @@ def select(case: AttentionCase, kernels: Sequence[Kernel]) -> Kernel:
     raise NoKernelError(
         f"no kernel for {case}",
         reasons=tuple(reasons),
-        hint="`hybridkv doctor` prints what runs here; head dims that are multiples of 16 take every type",
+        hint="f16, f32 and q8_KV take any head dim (-ctk f16 -ctv f16); `hybridkv doctor` prints what runs here",
     )
 
 

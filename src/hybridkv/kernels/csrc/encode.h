@@ -48,14 +48,13 @@ inline void load_row(const EncodeParams& e, int64_t r, int64_t width, float* out
     } else {
         const uint16_t* x = static_cast<const uint16_t*>(e.x) + at;
         int64_t i = 0;
-        for (; i + Simd::lanes <= dims; i += Simd::lanes) {
-            e.x_type == Code::f16 ? Simd::from_f16(x + i, out + i) : Simd::from_bf16(x + i, out + i);
-        }
+        const auto wide = [&](const uint16_t* p) { return e.x_type == Code::f16 ? Simd::f16(p) : Simd::bf16(p); };
+        for (; i + Simd::lanes <= dims; i += Simd::lanes) Simd::store(out + i, wide(x + i));
         for (; i < dims; ++i) {
-            uint16_t lanes[Simd::lanes] = {x[i]};
-            float wide[Simd::lanes];
-            e.x_type == Code::f16 ? Simd::from_f16(lanes, wide) : Simd::from_bf16(lanes, wide);
-            out[i] = wide[0];
+            const uint16_t lanes[Simd::lanes] = {x[i]};
+            float values[Simd::lanes];
+            Simd::store(values, wide(lanes));
+            out[i] = values[0];
         }
     }
     const float fill = e.format->has_min() ? out[dims - 1] : 0.f;

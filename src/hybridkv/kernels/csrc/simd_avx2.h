@@ -54,12 +54,10 @@ struct Simd {
     }
 
     static float half_to_float(uint16_t h) { return _cvtsh_ss(h); }
-    static void from_f16(const uint16_t* p, float* out) {
-        store(out, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-    }
-    static void from_bf16(const uint16_t* p, float* out) {
+    static F f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+    static F bf16(const uint16_t* p) {
         const I wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-        _mm256_storeu_si256(reinterpret_cast<I*>(out), _mm256_slli_epi32(wide, 16));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
     }
     static inline __attribute__((always_inline)) void transpose8(const void* src, int64_t stride, I (&out)[8]) {
         const char* p = static_cast<const char*>(src);

@@ -45,12 +45,12 @@ struct Simd {
     static float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
 
     static float half_to_float(uint16_t h) { return _cvtsh_ss(h); }
-    static void from_f16(const uint16_t* p, float* out) {
-        store(out, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+    static F f16(const uint16_t* p) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     }
-    static void from_bf16(const uint16_t* p, float* out) {
+    static F bf16(const uint16_t* p) {
         const I wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-        _mm512_storeu_si512(out, _mm512_slli_epi32(wide, 16));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
     }
     static I two_rows(const char* a, const char* b) {
         const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a));

@@ -67,15 +67,10 @@ struct Simd {
         std::memcpy(&scaled, &bits, 4);
         return scaled;
     }
-    static void from_f16(const uint16_t* p, float* out) {
-        for (int i = 0; i < lanes; ++i) out[i] = half_to_float(p[i]);
+    static F f16(const uint16_t* p) {
+        return F{half_to_float(p[0]), half_to_float(p[1]), half_to_float(p[2]), half_to_float(p[3])};
     }
-    static void from_bf16(const uint16_t* p, float* out) {
-        for (int i = 0; i < lanes; ++i) {
-            const uint32_t bits = static_cast<uint32_t>(p[i]) << 16;
-            std::memcpy(out + i, &bits, 4);
-        }
-    }
+    static F bf16(const uint16_t* p) { return (F)(I{p[0], p[1], p[2], p[3]} << 16); }
     // out[i][r] = src[r][i] for `lanes` rows r and 8 dwords i; the stride in bytes.
     static inline __attribute__((always_inline)) void transpose8(const void* src, int64_t stride, I (&out)[8]) {
         for (int r = 0; r < lanes; ++r) {

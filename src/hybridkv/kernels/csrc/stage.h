@@ -91,7 +91,7 @@ inline void stage_halves(const uint8_t* plane, int n, int64_t blocks, float* fla
     const uint16_t* p = reinterpret_cast<const uint16_t*>(plane);
     const int64_t count = n * blocks, room = kTile * blocks + 8;
     int64_t i = 0;
-    for (; i + Simd::lanes <= count; i += Simd::lanes) Simd::from_f16(p + i, flat + i);
+    for (; i + Simd::lanes <= count; i += Simd::lanes) Simd::store(flat + i, Simd::f16(p + i));
     for (; i < count; ++i) flat[i] = Simd::half_to_float(p[i]);
     if (n < kTile) std::memset(flat + i, 0, static_cast<size_t>(room - i) * sizeof(float));
     for (int64_t b = 0; b < blocks; b += 8) {
@@ -122,32 +122,40 @@ HYBRIDKV_PHASE void stage_scales(const Stored& s, int64_t head, int64_t row, int
 // Values dim0..dim0+31 of `n` rows of f32, f16 or bf16: out[kTile][32]; zeros past `n` and past D. True if all of
 // them are finite.
 template <Code C>
+inline __attribute__((always_inline)) void stage_row(const uint8_t* row, float* out, Simd::F& check) {
+    Simd::F sum = check;
+    for (int i = 0; i < kBlock; i += Simd::lanes) {
+        const uint16_t* half = reinterpret_cast<const uint16_t*>(row) + i;
+        Simd::F x;
+        if (C == Code::f32) x = Simd::load(reinterpret_cast<const float*>(row) + i);
+        if (C == Code::f16) x = Simd::f16(half);
+        if (C == Code::bf16) x = Simd::bf16(half);
+        Simd::store(out + i, x);
+        sum = Simd::fma(x, Simd::set1(0.f), sum);
+    }
+    check = sum;
+}
+
+template <Code C>
 inline bool stage_rows(const uint8_t* p, int64_t stride, int n, int width, float* out) {
     constexpr int size = C == Code::f32 ? 4 : 2;
-    // One sum per column and parity of the row: a single one would wait for itself.
-    Simd::F check[2][kBlock / Simd::lanes];
-    for (auto& sums : check) for (Simd::F& sum : sums) sum = Simd::set1(0.f);
-    for (int r = 0; r < n; ++r, p += stride, out += kBlock) {
-        alignas(64) uint8_t edge[kBlock * size];
-        const uint8_t* row = p;
-        if (width < kBlock) {
-            std::memset(edge, 0, sizeof edge);
-            std::memcpy(edge, p, static_cast<size_t>(width * size));
-            row = edge;
-        }
-        for (int i = 0; i < kBlock; i += Simd::lanes) {
-            const uint16_t* half = reinterpret_cast<const uint16_t*>(row) + i;
-            if (C == Code::f32) Simd::store(out + i, Simd::load(reinterpret_cast<const float*>(row) + i));
-            if (C == Code::f16) Simd::from_f16(half, out + i);
-            if (C == Code::bf16) Simd::from_bf16(half, out + i);
-            Simd::F& sum = check[r % 2][i / Simd::lanes];
-            sum = Simd::fma(Simd::load(out + i), Simd::set1(0.f), sum);
+    Simd::F c0 = Simd::set1(0.f), c1 = c0, c2 = c0, c3 = c0;  // one sum would wait for itself
+    int r = 0;
+    if (width == kBlock) {
+        for (; r + 4 <= n; r += 4, p += 4 * stride, out += 4 * kBlock) {
+            stage_row<C>(p, out, c0);
+            stage_row<C>(p + stride, out + kBlock, c1);
+            stage_row<C>(p + 2 * stride, out + 2 * kBlock, c2);
+            stage_row<C>(p + 3 * stride, out + 3 * kBlock, c3);
         }
     }
+    for (; r < n; ++r, p += stride, out += kBlock) {
+        alignas(64) uint8_t edge[kBlock * size] = {};
+        std::memcpy(edge, p, static_cast<size_t>(width * size));
+        stage_row<C>(edge, out, c0);
+    }
     std::memset(out, 0, static_cast<size_t>(kTile - n) * kBlock * sizeof(float));
-    Simd::F all = Simd::set1(0.f);
-    for (const auto& sums : check) for (const Simd::F& sum : sums) all = Simd::add(all, sum);
-    return Simd::reduce_add(all) == 0.f;
+    return Simd::reduce_add(Simd::add(Simd::add(c0, c1), Simd::add(c2, c3))) == 0.f;
 }
 
 HYBRIDKV_PHASE bool stage_values(const Stored& s, int64_t head, int64_t row, int n, int64_t dim0, float* out) {
