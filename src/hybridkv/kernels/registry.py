@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -64,6 +65,9 @@ class Encoder:
     write: Write
 
 
+C = TypeVar("C", Kernel, Encoder)
+
+
 def select(case: AttentionCase, kernels: Sequence[Kernel]) -> Kernel:
     """The highest-ranked kernel that accepts `case`.
 
@@ -72,16 +76,11 @@ def select(case: AttentionCase, kernels: Sequence[Kernel]) -> Kernel:
     NoKernelError
         With the reason of every candidate.
     """
-    reasons: list[tuple[str, str]] = []
-    for kernel in sorted(kernels, key=lambda k: -k.rank):
-        reason = kernel.rejects(case)
-        if reason is None:
-            return kernel
-        reasons.append((kernel.name, reason))
-    raise NoKernelError(
+    return _highest(
+        kernels,
+        lambda kernel: kernel.rejects(case),
         f"no kernel for {case}",
-        reasons=tuple(reasons),
-        hint="f16, f32 and q8_KV take any head dim (-ctk f16 -ctv f16); `hybridkv doctor` prints what runs here",
+        "f16, f32 and q8_KV take any head dim (-ctk f16 -ctv f16); `hybridkv doctor` prints what runs here",
     )
 
 
@@ -93,15 +92,25 @@ def select_encoder(device: str, fmt: KVFormat, head_dim: int, encoders: Sequence
     NoKernelError
         With the reason of every candidate.
     """
-    reasons: list[tuple[str, str]] = []
-    for encoder in sorted(encoders, key=lambda e: -e.rank):
-        reason = encoder.rejects(device, fmt, head_dim)
-        if reason is None:
-            return encoder
-        reasons.append((encoder.name, reason))
-    raise NoKernelError(f"no encoder for {fmt.name} rows of {head_dim} values on {device}", reasons=tuple(reasons))
+    return _highest(
+        encoders,
+        lambda encoder: encoder.rejects(device, fmt, head_dim),
+        f"no encoder for {fmt.name} rows of {head_dim} values on {device}",
+        None,
+    )
 
 
 def explain(case: AttentionCase, kernels: Sequence[Kernel]) -> list[tuple[str, str | None]]:
     """Every kernel's answer to `case`, best rank first: its name and its reason to refuse, or None."""
     return [(k.name, k.rejects(case)) for k in sorted(kernels, key=lambda k: -k.rank)]
+
+
+def _highest(candidates: Sequence[C], reason: Callable[[C], str | None], refusal: str, hint: str | None) -> C:
+    """The highest-ranked candidate without a reason to refuse."""
+    reasons: list[tuple[str, str]] = []
+    for candidate in sorted(candidates, key=lambda c: -c.rank):
+        why = reason(candidate)
+        if why is None:
+            return candidate
+        reasons.append((candidate.name, why))
+    raise NoKernelError(refusal, reasons=tuple(reasons), hint=hint)

@@ -5,9 +5,9 @@
 
 #include <cmath>
 #include <limits>
-#include <type_traits>
 
 #include "dots.h"
+#include "scratch.h"
 #if defined(HYBRIDKV_AMX)
 #include "amx.h"
 #endif
@@ -24,48 +24,6 @@ constexpr bool kAmx = false;
 constexpr float kQUnits = 32767.f;  // integer units of a query row's largest value
 constexpr float kPUnits = 32000.f;  // and of the largest probability times scale of a query row in a tile
 #endif
-
-// Scratch of one task; every array is 64-byte aligned. Bytes depend on the head dims, never on the cache.
-struct Scratch {
-    float *q, *q_unit, *q_sum, *scores, *alpha, *m, *l, *p_unit, *unit, *bias, *acc;
-    float *k, *k_d, *k_m, *v, *v_d, *v_m, *d_row, *d_block, *flat;
-    int16_t* p16;
-    int8_t* codes;
-    int64_t *lo, *hi;
-    size_t bytes;
-};
-
-inline Scratch carve(const AttendParams& a, void* memory) {
-    const int64_t dk = padded(a.k.head_dim), dv = padded(a.v.head_dim), wide = dk > dv ? dk : dv;
-    const int64_t all = a.group() * a.n_tokens, rows = all < kMaxRows ? (all + 7) / 8 * 8 : kMaxRows;
-    char* base = static_cast<char*>(memory);
-    size_t used = 0;
-    const auto take = [&](auto*& p, int64_t count) {
-        if (base) p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(base + used);
-        used += (static_cast<size_t>(count) * sizeof(*p) + 63) / 64 * 64;
-    };
-    Scratch s{};
-    take(s.q, rows * dk);  // float32, or int16, or packed int8
-    take(s.q_sum, rows * dk / kBlock);
-    take(s.scores, rows * kTile);
-    take(s.p16, rows * kTile);
-    take(s.acc, rows * dv);
-    for (float** p : {&s.q_unit, &s.alpha, &s.m, &s.l, &s.p_unit, &s.unit, &s.bias}) take(*p, rows);
-    take(s.lo, rows);
-    take(s.hi, rows);
-    take(s.k, dk * kTile);
-    take(s.k_d, scale_blocks(dk / kBlock) * kTile);
-    take(s.k_m, scale_blocks(dk / kBlock) * kTile);
-    take(s.v, kBlock * kTile);
-    take(s.v_d, scale_blocks(dv / kBlock) * kTile);
-    take(s.v_m, scale_blocks(dv / kBlock) * kTile);
-    take(s.d_row, kTile);
-    take(s.d_block, dv / kBlock);
-    take(s.flat, wide / kBlock * kTile + 8);
-    take(s.codes, wide * kTile);
-    s.bytes = used;
-    return s;
-}
 
 struct Attend {
     const AttendParams& a;
