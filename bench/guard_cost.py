@@ -13,12 +13,12 @@ import time
 
 import torch
 import transformers
-from perplexity import TEXT, commit, cpu_name
 
 from hybridkv.cache import KVTypes
 from hybridkv.engine.load import bundled_model, describe, load
 from hybridkv.hf import ModelCache, kv_facts
 from hybridkv.policy import Guard, GuardMode, Policy
+from perplexity import TEXT, commit, cpu_name
 
 
 @torch.inference_mode()

@@ -84,6 +84,7 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("-t", "--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
+    measured = commit()  # now: the checkout may move on while this runs
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(arguments.threads)
     loaded = load(describe(arguments.model), dtype=torch.float32, device="cpu")
@@ -104,7 +105,7 @@ def main() -> int:
             for index, output in enumerate(outputs):
                 scores[label].add(output, reference[index], targets[index * CHUNK :][: len(output)])
             print(f"window {window + 1}/{n_windows} {label}", file=sys.stderr, flush=True)
-    report(loaded, scores, arguments)
+    report(loaded, scores, arguments, measured)
     return 0
 
 
@@ -121,8 +122,8 @@ def commit() -> str:
     return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def report(loaded: Loaded, scores: dict[str, Score], arguments: argparse.Namespace) -> None:
-    """The table for reading, then one line of JSON."""
+def report(loaded: Loaded, scores: dict[str, Score], arguments: argparse.Namespace, measured: str) -> None:
+    """The table for reading, then one line of JSON; `measured` is the commit."""
     facts = kv_facts(loaded.description.facts)
     base = math.exp(scores["f16"].nll / scores["f16"].n)
     table = simple_table("type", "bytes/token", "perplexity", "change", "mean KLD", "same top", left=("type",))
@@ -145,7 +146,7 @@ def report(loaded: Loaded, scores: dict[str, Score], arguments: argparse.Namespa
         "kernel": KERNELS[0].name,
         "cpu": cpu_name(),
         "threads": arguments.threads,
-        "commit": commit(),
+        "commit": measured,
     }
     print(json.dumps({"conditions": conditions, "rows": rows}))
 
