@@ -62,7 +62,7 @@ def cli_page() -> str:
 
 def perplexity_table(data: dict[str, Any]) -> str:
     """The README's table by cache type, from the bench's JSON."""
-    rows = data["rows"]
+    rows = [row for row in data["rows"] if "@" not in row["type"]]  # scale rules: docs/decisions/scale-refit.md
     base = rows[0]["perplexity"]
     lines = [
         "| K/V type | bytes per token | perplexity | change | mean KLD from f16 | same top token |",

@@ -110,6 +110,14 @@ def test_what_cannot_run_is_left_out_and_said(cli: Cli, models: ModelStore) -> N
     )
 
 
+def test_the_default_dtype_is_what_run_loads(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    for has_gpu, dtype in ((False, "f32"), (True, "bf16")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda has_gpu=has_gpu: has_gpu)
+        asked = cli("plan", "--types", "q8_0", "--dtype", dtype)
+        assert cli("plan", "--types", "q8_0").out == asked.out
+        assert f"weights {dtype}" in asked.out
+
+
 def test_states_of_unknown_shape_are_said(cli: Cli, models: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(facts.STATE_SHAPES, "mamba2")
     done = cli("plan", "-m", models.mamba2(), "-c", 100)

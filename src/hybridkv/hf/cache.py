@@ -10,14 +10,14 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from transformers.cache_utils import Cache, DummyLayer
+from transformers.cache_utils import Cache
 
 from hybridkv.cache import KVLayer, KVSpec, KVTypes, LayerFacts, LayerKernels, resolve
 from hybridkv.errors import ContextError
 from hybridkv.formats import Scale
 from hybridkv.hf.attention import IMPLEMENTATION, register
 from hybridkv.hf.facts import is_hybrid, kv_facts, layer_facts, takes_chunks
-from hybridkv.hf.layers import LayerWatch, Notify, QuantizedAndStateLayer, QuantizedLayer, StateLayer
+from hybridkv.hf.layers import EmptyLayer, LayerWatch, Notify, QuantizedAndStateLayer, QuantizedLayer, StateLayer
 from hybridkv.kernels import ENCODERS, KERNELS, Encoder, Kernel
 from hybridkv.policy import Guard, GuardMode, Policy, TypeOverride, parse_mode, parse_override, parse_scale
 
@@ -79,7 +79,7 @@ class ModelCache(Cache):  # type: ignore[misc]
                 "takes_chunks": takes_chunks(config),
             }
             if layer.attention is None:
-                return DummyLayer() if layer.state is None else StateLayer(**states)
+                return EmptyLayer() if layer.state is None else StateLayer(**states)
             store = KVLayer(specs_by_layer[index], choose, n_ctx=n_ctx)
             parts = (store, LayerWatch(guard, notify), packed)
             if layer.state is None:
@@ -123,6 +123,11 @@ class ModelCache(Cache):  # type: ignore[misc]
     def is_linear(self) -> list[bool]:
         """Which layers have a state and no KV cache."""
         return [isinstance(layer, StateLayer) and not isinstance(layer, QuantizedLayer) for layer in self.layers]
+
+    @property
+    def is_dummy(self) -> list[bool]:
+        """Which layers remember nothing."""
+        return [isinstance(layer, EmptyLayer) for layer in self.layers]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen; 0 for a model without any attention layer, which keeps no count."""

@@ -1,8 +1,8 @@
 """From a Transformers config to layer facts: which layers own a KV cache, which a state, and of what shape.
 
-Transformers itself says what kind of cache each layer needs (`get_layer_types_and_kwargs`); the shapes follow
-from the config. Read before any weight exists, so the planner and the kernel table need the config alone; the
-cache checks them against the real tensors at the first token.
+The config's `layer_types` say what kind of cache each layer needs; the shapes follow from its sizes. Read before
+any weight exists, so the planner and the kernel table need the config alone; the cache checks them against the real
+tensors at the first token.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from transformers.cache_utils import get_layer_types_and_kwargs
-
 from hybridkv.cache import AttentionFacts, LayerFacts, StateFacts
 from hybridkv.errors import ModelError
 
 _KV = ("full_attention", "sliding_attention", "hybrid", "hybrid_sliding")
 _STATE = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
-_NEITHER = ("dummy",)
+_WINDOWED = ("sliding_attention", "hybrid_sliding")
+_NEITHER = ("dummy", "moe", "mlp")
 _SINKS = ("gpt_oss",)
 _MAX_LAYERS = 10_000  # Transformers copies the config per layer: a damaged number would take hours
 
@@ -103,11 +102,11 @@ def layer_facts(config: Any) -> tuple[LayerFacts, ...]:
         If the layer types are missing, contradictory, or of a kind that cannot be cached here.
     """
     text = config.get_text_config(decoder=True)
-    kinds, options = _layer_kinds(text)
+    kinds = _layer_kinds(text)
     shapes = STATE_SHAPES.get(text.model_type, lambda _: StateFacts(known=False))
     facts = []
-    for index, (kind, kwargs, layer_config) in enumerate(zip(kinds, options, text.per_layer_config, strict=True)):
-        window = kwargs.get("sliding_window")
+    for index, (kind, layer_config) in enumerate(zip(kinds, _layer_configs(text), strict=True)):
+        window = layer_config.sliding_window if kind in _WINDOWED else None
         attention = _attention(index, layer_config, text, window) if kind in _KV else None
         facts.append(LayerFacts(attention=attention, state=shapes(layer_config) if kind in _STATE else None))
     return tuple(facts)
@@ -123,25 +122,27 @@ def kv_facts(facts: tuple[LayerFacts, ...]) -> tuple[AttentionFacts, ...]:
     return tuple(f.attention for f in facts if f.attention is not None)
 
 
-def _layer_kinds(text: Any) -> tuple[list[str], list[dict[str, Any]]]:
+def _layer_kinds(text: Any) -> list[str]:
+    """What each layer is, in Transformers' words, checked."""
     n_layers = text.num_hidden_layers
     if not 1 <= n_layers <= _MAX_LAYERS:
         raise ModelError(f"the config has {n_layers} layers; allowed: 1 to {_MAX_LAYERS}")
-    try:
-        kinds, options = get_layer_types_and_kwargs(text)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"the config of {text.model_type!r} does not say what its layers are: {error}") from error
-    if len(kinds) != n_layers or len(options) != n_layers:
-        raise ModelError(
-            f"the config of {text.model_type!r} has {n_layers} layers and {len(kinds)} layer types",
-            hint="layer_types must name every layer",
-        )
-    if text.model_type in STATE_SHAPES and not getattr(text, "layer_types", None):
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None and text.model_type in STATE_SHAPES:
         raise ModelError(
             f"the config of {text.model_type!r} has no layer types, so attention and recurrent layers cannot "
             "be told apart",
             hint="add layer_types to config.json",
         )
+    if kinds is None:
+        kinds = [_kind_of(layer_config) for layer_config in _layer_configs(text)]
+    if len(kinds) != n_layers:
+        raise ModelError(
+            f"the config of {text.model_type!r} has {n_layers} layers and {len(kinds)} layer types",
+            hint="layer_types must name every layer",
+        )
+    shared = getattr(text, "kv_sharing_modes", None) or [None] * n_layers
+    kinds = ["dummy" if mode == "reuse" else kind for kind, mode in zip(kinds, shared, strict=True)]
     allowed = {*_KV, *_STATE, *_NEITHER}
     for index, kind in enumerate(kinds):
         if kind not in allowed:
@@ -149,7 +150,22 @@ def _layer_kinds(text: Any) -> tuple[list[str], list[dict[str, Any]]]:
                 f"layer {index} of {text.model_type!r} is of type {kind!r}; allowed: {', '.join(sorted(allowed))}",
                 hint="run this model with Transformers' own DynamicCache",
             )
-    return kinds, options
+    return kinds
+
+
+def _kind_of(layer_config: Any) -> str:
+    """The kind of a layer whose config names none."""
+    if getattr(layer_config, "sliding_window", None) is not None:
+        return "sliding_attention"
+    chunked = getattr(layer_config, "attention_chunk_size", None) is not None
+    return "chunked_attention" if chunked else "full_attention"
+
+
+def _layer_configs(text: Any) -> list[Any]:
+    """A config per layer; in older Transformers (5.17) all layers share one."""
+    views = getattr(text, "per_layer_config", None)
+    n_layers = text.num_hidden_layers
+    return [text] * n_layers if views is None or isinstance(views, dict) else list(views)
 
 
 def _attention(index: int, layer_config: Any, text: Any, window: int | None) -> AttentionFacts:

@@ -162,6 +162,34 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
     prefetch = offload
 
 
+class EmptyLayer:
+    """A layer that remembers nothing: only experts or an MLP, or one that reads another layer's KV cache."""
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Nothing to drop."""
+
+    def reset(self) -> None:
+        """Nothing to forget."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Nothing to reorder."""
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Nothing to repeat."""
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Nothing to select."""
+
+    def get_max_length(self) -> int:
+        """-1: no maximum that masks would have to know."""
+        return -1
+
+
 class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
     """Convolution and recurrent states of one layer; the recurrent ones in float32 whatever the model's dtype.
 
