@@ -41,7 +41,7 @@ def formats_page() -> str:
         )
     lines += [
         "",
-        "The default scale rule is in bold; `absmax` or `refit` as the C reference has it gives ggml's bytes:",
+        "The default scale rule is in bold. The rule with which the bytes equal the C reference, and that reference:",
         "",
     ]
     lines += [f"- `{f.name}`: {f.reference_scale}. Source: {f.source}" for f in FORMATS.values() if f.is_quantized]
@@ -70,9 +70,13 @@ def perplexity_table(data: dict[str, Any]) -> str:
     ]
     for row in rows:
         name = row["type"].replace("+kv", " -khad -vhad").replace("+k", " -khad")
-        change = f"{100 * (row['perplexity'] / base - 1):+.3f} %"
-        kld, same = ("", "") if row is rows[0] else (f"{row['mean_kld']:.1e}", f"{100 * row['same_top']:.2f} %")
-        lines.append(f"| {name} | {row['bytes_per_token']} | {row['perplexity']:.4f} | {change} | {kld} | {same} |")
+        cells = [name, row["bytes_per_token"], f"{row['perplexity']:.4f}"]
+        if row is rows[0]:
+            cells += ["", "", ""]
+        else:
+            change = f"{100 * (row['perplexity'] / base - 1):+.3f} %"
+            cells += [change, f"{row['mean_kld']:.1e}", f"{100 * row['same_top']:.2f} %"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     c = data["conditions"]
     lines += [
         "",
