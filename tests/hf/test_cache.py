@@ -236,6 +236,24 @@ def test_masks_that_weigh_are_refused_and_masks_that_hide_are_not(dense: PreTrai
         attention_forward(dense, q, q, q, hides + 0.5)
 
 
+def test_only_causal_masks_are_left_out() -> None:
+    from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+    from hybridkv.hf.attention import attention_mask
+
+    sizes = {"batch_size": 1, "q_length": 3, "kv_length": 3}
+    assert attention_mask(**sizes, mask_function=causal_mask_function, allow_is_causal_skip=True) is None
+    both = attention_mask(**sizes, mask_function=bidirectional_mask_function, allow_is_bidirectional_skip=True)
+    assert both is not None
+    assert both.all()
+    padded = torch.tensor([[0, 1, 1]]).bool()
+    causal = attention_mask(
+        **sizes, mask_function=causal_mask_function, allow_is_causal_skip=True, attention_mask=padded
+    )
+    assert causal is not None
+    assert causal[0, 0].tolist() == [[False, False, False], [False, True, False], [False, True, True]]
+
+
 def test_without_any_cache_attention_is_plain(hybrid: PreTrainedModel) -> None:
     with torch.inference_mode():
         plain = build("qwen3_5_text")(tokens(), use_cache=False).logits

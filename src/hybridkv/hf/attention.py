@@ -41,10 +41,15 @@ def attention_mask(
     kv_offset: int = 0,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
+    allow_is_causal_skip: bool = False,
+    allow_is_bidirectional_skip: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
-    """None for plain causal attention without padding, else bool `[B, 1, T, S]`, True where attended."""
+    """None for plain causal attention without padding, else bool `[B, 1, T, S]`, True where attended.
+
+    Only causal masks may be left out: None means causal to the kernels, never "everything".
+    """
+    del allow_is_bidirectional_skip
     causal = allow_is_causal_skip and local_size is None and q_offset + q_length == kv_offset + kv_length
     if causal and (attention_mask is None or bool(attention_mask[:, kv_offset:].all())):
         return None
