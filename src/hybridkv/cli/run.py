@@ -98,9 +98,11 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Check, resolve, print the table, load, generate, print the figures."""
-    # Before torch is imported: its threads spin while they wait for each other, and where another program wants
-    # the cores too, a token took 300 to 500 ms that way and 23 ms this way (29 M parameters, 2 cores, load 3).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch is imported: its threads spin while they wait for each other, by default so long that another
+    # program's load stalls them. Tokens/s on 2 cores, idle and beside two busy processes: 63 and 4-12 by default,
+    # 60 and 13-23 with this, 25 and 20-30 without any spinning (docs/log.md).
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     from hybridkv.policy import Guard, parse_mode
 
     a = arguments
