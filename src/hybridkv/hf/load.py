@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -35,13 +36,8 @@ def load_config(directory: Path) -> Any:
         )
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, *_NONSENSE) as error:
+    except (OSError, StrictDataclassError, *_NONSENSE) as error:
         raise ModelFileError(f"{directory / 'config.json'} cannot be read: {_one_line(error)}") from error
-    except Exception as error:
-        # huggingface_hub's strict dataclasses raise errors of their own kind for a bad config value.
-        if type(error).__module__.startswith("huggingface_hub"):
-            raise ModelFileError(f"{directory / 'config.json'} is not valid: {_one_line(error)}") from error
-        raise
 
 
 def load_weights(directory: Path, *, dtype: torch.dtype, device: str, attn_implementation: str) -> Any:
