@@ -236,6 +236,24 @@ def test_masks_that_weigh_are_refused_and_masks_that_hide_are_not(dense: PreTrai
         attention_forward(dense, q, q, q, hides + 0.5)
 
 
+def test_attention_that_is_not_causal_sees_everything(dense: PreTrainedModel) -> None:
+    from hybridkv.hf.attention import attention_forward
+
+    q, k = torch.randn(1, 4, 3, 48), torch.randn(1, 4, 5, 48)
+    out, _ = attention_forward(dense, q, k, k, None, is_causal=False)
+    exact = torch.nn.functional.scaled_dot_product_attention(q, k, k)
+    torch.testing.assert_close(out.transpose(1, 2), exact)
+
+
+def test_training_is_refused_rather_than_without_gradient() -> None:
+    model = build("qwen3", attention="hybridkv").train()
+    with pytest.raises(ModelError, match="is being trained; this attention has no gradient"):
+        model(tokens(), use_cache=False)
+    model.eval()(tokens(), use_cache=False)
+    with torch.no_grad():
+        model.train()(tokens(), use_cache=False)
+
+
 def test_only_causal_masks_are_left_out() -> None:
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 

@@ -77,6 +77,7 @@ def attention_forward(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of `query` `[B, Hq, T, D]` over packed rows, or over plain tensors where no cache is used.
@@ -89,7 +90,7 @@ def attention_forward(
     Raises
     ------
     ModelError
-        For what is not implemented: dropout, a position bias, a mask that weighs instead of hiding.
+        For what is not implemented: training, dropout, a position bias, a mask that weighs instead of hiding.
     NonFiniteError
         If the guard watches and the output is not finite.
     """
@@ -97,6 +98,15 @@ def attention_forward(
     if dropout or position_bias is not None:
         asked = "dropout" if dropout else "a position bias"
         raise ModelError(f"{type(module).__name__} asks for {asked}", hint="use attn_implementation='eager'")
+    if getattr(module, "training", False) and torch.is_grad_enabled() and query.requires_grad:
+        raise ModelError(
+            f"{type(module).__name__} is being trained; this attention has no gradient",
+            hint="call model.eval(), or train with attn_implementation='sdpa' and without a quantized cache",
+        )
+    n_rows = key.view.length if isinstance(key, LayerView) else key.shape[2]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is None and not causal:  # encoders and vision towers: None means everything
+        attention_mask = torch.ones(1, 1, query.shape[2], n_rows, dtype=torch.bool, device=query.device)
     params = AttentionParams(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap,
