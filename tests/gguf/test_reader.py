@@ -270,9 +270,9 @@ def test_the_header_is_read_without_the_weights(tmp_path: Path) -> None:
     start = path.stat().st_size
     with path.open("r+b") as file:
         file.truncate(start + 4 * n)
-    started = time.perf_counter()
+    started = time.process_time()
     header = read_header(path)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     assert header.tensors[0].nbytes == 4 * n
 
 
@@ -291,9 +291,9 @@ def test_a_vocabulary_of_150_thousand_tokens_is_quick(tmp_path: Path) -> None:
     tokens = b"".join(raw.text(f"Ġtoken{index}") for index in range(n))
     path = tmp_path / "x.gguf"
     path.write_bytes(raw.gguf([raw.key("tokens", raw.ARRAY, raw.array(raw.STRING, n, tokens))]))
-    started = time.perf_counter()
+    started = time.process_time()
     values = read_header(path).metadata["tokens"]
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     assert isinstance(values, list)
     assert values[-1] == f"Ġtoken{n - 1}"
 
