@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hybridkv import GuardError, quantized_cache
 from hybridkv.cache import KVTypes
 from hybridkv.hf import ModelCache, kv_facts, layer_facts
-from hybridkv.kernels import KERNELS, AttentionParams, Kernel, KVView, reference
+from hybridkv.kernels import AttentionParams, Kernel, KVView, reference
 from hybridkv.policy import Guard, NonFiniteError, Policy
 from tests.families import build
 from tests.hf.test_families import run, tokens
@@ -46,6 +46,22 @@ def test_a_layer_with_huge_activations_is_raised_alone() -> None:
     assert "stored as q8_0 instead, +" in said[1]
     from_the_start = quantized_cache(model, type_k="q4_0", type_v="q4_0", k_last="q8_0,1", v_last="q8_0,1")
     assert torch.equal(run(model, from_the_start, tokens()), logits)
+
+
+def test_a_fallback_runs_the_kernel_of_its_phase() -> None:
+    """A prompt of one token is a decode: the kernel that refuses decode must not run, before or after a fallback."""
+    model = with_huge_keys(3, 1.2e6)
+    prefill_only = replace(
+        reference.KERNELS[0],
+        name="prefill-only",
+        rank=9,
+        rejects=lambda case: None if case.phase == "prefill" else "prefill alone",
+        attend=lambda *_: pytest.fail("ran a decode"),
+    )
+    specs = Policy(KVTypes("q4_0", "q4_0")).resolve(kv_facts(layer_facts(model.config)))
+    cache = ModelCache(model.config, specs, kernels=(prefill_only, *reference.KERNELS), notify=lambda _: None)
+    run(model, cache, tokens()[:, :1], chunks=(1,))
+    assert [s.types.label for s in cache.specs] == ["q4_0", "q8_0"]
 
 
 def test_an_error_above_the_limit_is_evidence_too() -> None:
@@ -164,4 +180,3 @@ def test_the_check_is_bounded() -> None:
     finally:
         attention.reference_attend = original
     assert seen == [2, 2, 16, 16, 1, 1]
-    assert KERNELS

@@ -193,7 +193,7 @@ def _checked(query: Tensor, packed: LayerView, params: AttentionParams, out: Ten
         watch.notify(
             f"{verdict.reason}: stored as {verdict.types.label} instead, +{(layer.nbytes - before) / 2**10:.0f} KiB"
         )
-        out = attend(layer.kernels.prefill, query, view, params)
+        out = attend(_kernel(query, packed, params), query, view, params)
 
 
 def _at_rows(params: AttentionParams, rows: Tensor, n_new: int) -> AttentionParams:
