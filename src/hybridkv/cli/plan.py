@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from hybridkv.cli.show import MAX_CONTEXT, model_path, notice, simple_table, size, stdout_console
+from hybridkv.cli.show import MAX_CONTEXT, model_path, notice, simple_table, size, stdout_console, summary
 from hybridkv.errors import NoKernelError, UsageError
 
 if TYPE_CHECKING:
@@ -126,7 +125,7 @@ def _rows(
     weight_bytes = description.weight_bytes(dtype)
     rows = []
     for k, v in pairs:
-        specs = Policy(types=replace(KVTypes(), type_k=k, type_v=v)).resolve(kv_facts(description.facts))
+        specs = Policy(types=KVTypes(k, v)).resolve(kv_facts(description.facts))
         counted = plan(
             specs,
             description.facts,
@@ -174,8 +173,6 @@ def _print(
     dtype: str,
     memory: str | None,
 ) -> None:
-    n_kv = sum(f.attention is not None for f in description.facts)
-    n_states = sum(f.state is not None for f in description.facts)
     columns = ["K", "V", "bytes/token", "KV", "states", f"weights {dtype}", "total"]
     if memory is not None:
         columns.append(f"largest context in {memory}")
@@ -191,8 +188,5 @@ def _print(
         table.add_row(*cells)
     sequences = "1 sequence" if n_seqs == 1 else f"{n_seqs} sequences"
     console = stdout_console()
-    console.print(
-        f"{description.name}: {len(description.facts)} layers, {n_kv} with a KV cache, {n_states} with a recurrent "
-        f"state; {sequences} of {n_ctx} tokens"
-    )
+    console.print(f"{summary(description)}; {sequences} of {n_ctx} tokens")
     console.print(table)

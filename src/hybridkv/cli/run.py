@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridkv.cli.cache_options import add_cache_arguments, policy_from
 from hybridkv.cli.prompt import add_prompt_arguments, prompt_ids, read_prompt
-from hybridkv.cli.show import MAX_CONTEXT, layer_table, model_path, notice, size, stderr_console, warning
+from hybridkv.cli.show import MAX_CONTEXT, layer_table, model_path, notice, size, stderr_console, summary, warning
 from hybridkv.errors import ContextError, UsageError
 
 if TYPE_CHECKING:
@@ -234,17 +234,13 @@ def _resolve(description: Description, policy: Any, guard: Guard, device: str, n
     facts = description.facts
     asked = policy.resolve(kv_facts(facts))
     specs, warnings = guard.before(asked, hybrid=is_hybrid(facts), n_ctx=n_ctx)
-    n_states = sum(f.state is not None for f in facts)
     resolved: list[tuple[KVSpec, LayerKernels]] = [
         (spec, resolve(spec, device.partition(":")[0], KERNELS, ENCODERS)) for spec in specs
     ]
-    print(
-        f"{description.name}: {len(facts)} layers, {len(specs)} with a KV cache, {n_states} with a recurrent state",
-        file=sys.stderr,
-    )
+    print(summary(description), file=sys.stderr)
     if not specs:
         notice("no layer has a KV cache: nothing grows with the context and nothing is quantized")
-    elif not n_states:
+    elif not any(f.state for f in facts):
         notice("this model is not a hybrid: it has no recurrent state, and its whole memory is the KV cache")
     for line in policy.notices(asked):
         notice(line)

@@ -16,6 +16,7 @@ from hybridkv.errors import UsageError
 
 if TYPE_CHECKING:
     from hybridkv.cache import KVSpec, LayerKernels
+    from hybridkv.engine.load import Description
 
 MAX_CONTEXT = 2**40
 """Tokens; more are a slip of the finger."""
@@ -66,6 +67,13 @@ def size(n_bytes: int) -> str:
             return f"{n_bytes} B" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.2f} GiB" if value < 2**14 else f"{value / 1024:.1f} TiB"
+
+
+def summary(description: Description) -> str:
+    """A model in a sentence: its layers, and what they remember."""
+    facts = description.facts
+    n_kv, n_states = sum(f.attention is not None for f in facts), sum(f.state is not None for f in facts)
+    return f"{description.name}: {len(facts)} layers, {n_kv} with a KV cache, {n_states} with a recurrent state"
 
 
 def simple_table(*columns: str, left: Sequence[str] = ()) -> Table:

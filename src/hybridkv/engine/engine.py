@@ -163,8 +163,8 @@ class Engine:
 
     def _rebuild(self, error: NonFiniteError) -> Tensor:
         """Climb the ladder: the whole history again at the next types, until its logits are finite."""
+        self._explain_weights()
         while True:
-            self._explain_weights()
             specs = [replace(s, types=next_types(s.types) or s.types) for s in self.cache.specs]
             climbed = any(new != old for new, old in zip(specs, self.cache.specs, strict=True))
             if self._guard.mode in ("strict", "off") or not climbed:

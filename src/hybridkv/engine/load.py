@@ -15,8 +15,7 @@ import torch
 
 from hybridkv.cache import LayerFacts
 from hybridkv.errors import ModelError, ModelFileError
-from hybridkv.gguf.load import config_from_gguf, load_gguf
-from hybridkv.gguf.reader import read_header
+from hybridkv.gguf.load import describe_gguf, load_gguf
 from hybridkv.hf import IMPLEMENTATION, layer_facts
 from hybridkv.hf.load import count_parameters, load_config, load_tokenizer, load_weights
 
@@ -86,7 +85,7 @@ def describe(path: Path) -> Description:
         config, name = load_config(directory), directory.resolve().name
         path = directory
     else:
-        config, name = config_from_gguf(path), str(read_header(path).metadata.get("general.name", path.stem))
+        name, config = describe_gguf(path)
     text = config.get_text_config(decoder=True)
     n_ctx_train = getattr(text, "max_position_embeddings", None)
     printable = "".join(c if c.isprintable() else "?" for c in name)  # a file's word, shown on a terminal

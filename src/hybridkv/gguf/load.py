@@ -52,8 +52,8 @@ class _Source:
     rule: TensorRule
 
 
-def config_from_gguf(path: str | Path) -> PreTrainedConfig:
-    """Return a file's Transformers config, from the header alone.
+def describe_gguf(path: str | Path) -> tuple[str, PreTrainedConfig]:
+    """Return a model's name and Transformers config, from the header alone.
 
     Raises
     ------
@@ -62,7 +62,12 @@ def config_from_gguf(path: str | Path) -> PreTrainedConfig:
     """
     meta = Metadata(read_header(path))
     architecture = get_architecture(meta.header)
-    return _config(architecture, _fields(meta, architecture))
+    return _name(meta), _config(architecture, _fields(meta, architecture))
+
+
+def config_from_gguf(path: str | Path) -> PreTrainedConfig:
+    """Return a file's Transformers config alone; see `describe_gguf`."""
+    return describe_gguf(path)[1]
 
 
 def load_gguf(
@@ -107,8 +112,11 @@ def load_gguf(
     if ends := end_ids(meta, fields["vocab_size"]):
         model.generation_config.eos_token_id = ends
     notices = (f"{len(skipped)} tensors of multi-token prediction blocks were skipped",) if skipped else ()
-    name = meta.text("general.name") if meta.has("general.name") else meta.header.path.stem
-    return LoadedModel(name, model, tokenizer, notices)
+    return LoadedModel(_name(meta), model, tokenizer, notices)
+
+
+def _name(meta: Metadata) -> str:
+    return meta.text("general.name") if meta.has("general.name") else meta.header.path.stem
 
 
 def _fields(meta: Metadata, architecture: Architecture) -> Fields:

@@ -73,11 +73,12 @@ class ModelCache(Cache):  # type: ignore[misc]
         def packed() -> bool:
             return bool(text._attn_implementation == IMPLEMENTATION)
 
+        states: dict[str, Any] = {
+            "number_of_states": getattr(text, "number_of_conv_states", 1),
+            "takes_chunks": takes_chunks(config),
+        }
+
         def build(index: int, layer: LayerFacts) -> Any:
-            states: dict[str, Any] = {
-                "number_of_states": getattr(text, "number_of_conv_states", 1),
-                "takes_chunks": takes_chunks(config),
-            }
             if layer.attention is None:
                 return EmptyLayer() if layer.state is None else StateLayer(**states)
             store = KVLayer(specs_by_layer[index], choose, n_ctx=n_ctx)

@@ -295,8 +295,7 @@ class QuantizedAndStateLayer(StateLayer, QuantizedLayer):
         takes_chunks: bool = True,
     ) -> None:
         QuantizedLayer.__init__(self, store, watch, packed)
-        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
-        self.takes_chunks = takes_chunks
+        StateLayer.__init__(self, number_of_states, takes_chunks=takes_chunks)
 
     def lazy_initialization(self, *args: Tensor, **kwargs: Any) -> None:  # type: ignore[override]
         """Two positional tensors are K and V; keywords are states."""
@@ -307,7 +306,7 @@ class QuantizedAndStateLayer(StateLayer, QuantizedLayer):
 
     def reset(self) -> None:
         """Forget all tokens."""
-        LinearAttentionLayer.__init__(self, number_of_states=self.number_of_states)
+        StateLayer.reset(self)
         QuantizedLayer.reset(self)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -72,15 +72,9 @@ Verdict = Ok | Fallback | Stop
 
 def next_types(types: KVTypes) -> KVTypes | None:
     """`types` at the next rung of the ladder, K and V raised to at least that rung; None past its end."""
-    bits = {rung: get_format(rung).bits_per_value(256) for rung in LADDER}
-    k_bits, v_bits = (get_format(t).bits_per_value(256) for t in (types.type_k, types.type_v))
     for rung in LADDER:
-        if bits[rung] > min(k_bits, v_bits):
-            return replace(
-                types,
-                type_k=rung if k_bits < bits[rung] else types.type_k,
-                type_v=rung if v_bits < bits[rung] else types.type_v,
-            )
+        if _bits(rung) > min(_bits(types.type_k), _bits(types.type_v)):
+            return _raised(types, to=rung, below=_bits(rung))
     return None
 
 
@@ -142,12 +136,12 @@ class Guard:
         tuple
             The specs to use and the warnings to print. They name layers and bytes at `n_ctx` tokens.
         """
-        low = [s for s in specs if _bits(s.types) < _RULE_BITS]
+        low = [s for s in specs if min(_bits(s.types.type_k), _bits(s.types.type_v)) < _RULE_BITS]
         if not hybrid or not low or self.mode not in ("upgrade", "warn"):
             return specs, []
         layers = ", ".join(str(s.facts.layer) for s in low)
         labels = ", ".join(sorted({s.types.label for s in low}))
-        raised = tuple(replace(s, types=_at_least_q8(s.types)) if s in low else s for s in specs)
+        raised = tuple(replace(s, types=_raised(s.types, to="q8_0", below=_RULE_BITS)) for s in specs)
         added = sum(r.bytes_at(n_ctx) - s.bytes_at(n_ctx) for r, s in zip(raised, specs, strict=True))
         cost = f"{added / 2**20:.1f} MiB at {n_ctx} tokens"
         if self.mode == "upgrade":
@@ -157,15 +151,15 @@ class Guard:
         ]
 
 
-def _bits(types: KVTypes) -> float:
-    return min(get_format(t).bits_per_value(256) for t in (types.type_k, types.type_v))
+def _bits(type_name: str) -> float:
+    """Bits per value at an ordinary head dim, to compare types by."""
+    return get_format(type_name).bits_per_value(256)
 
 
-def _at_least_q8(types: KVTypes) -> KVTypes:
-    def up(name: str) -> str:
-        return "q8_0" if get_format(name).bits_per_value(256) < _RULE_BITS else name
-
-    return replace(types, type_k=up(types.type_k), type_v=up(types.type_v))
+def _raised(types: KVTypes, *, to: str, below: float) -> KVTypes:
+    """`types` with what has fewer than `below` bits raised to the type `to`."""
+    k, v = (to if _bits(name) < below else name for name in (types.type_k, types.type_v))
+    return replace(types, type_k=k, type_v=v)
 
 
 class NonFiniteError(GuardError):
