@@ -1,6 +1,7 @@
 #include "pool.h"
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <memory>
@@ -18,18 +19,22 @@ namespace hybridkv {
 namespace {
 
 using Work = std::function<void(int64_t, int)>;
+using Clock = std::chrono::steady_clock;
+
+// How long a worker looks for the next call before it sleeps. Waking a sleeper takes as long as a short attention
+// (30 to 100 us); the calls of one decode step follow each other faster than this.
+constexpr auto kLinger = std::chrono::microseconds(100);
+
+inline void relax() {
+#if defined(HYBRIDKV_X86)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
 
 class Pool {
 public:
-    ~Pool() {
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            stop_ = true;
-        }
-        wake_.notify_all();
-        for (std::thread& t : threads_) t.join();
-    }
-
     void run(int64_t n_tasks, int n_threads, const Work& work) {
         std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
         if (!turn.owns_lock() || n_threads <= 1 || n_tasks <= 1) {
@@ -37,25 +42,29 @@ public:
             return;
         }
         const int helpers = static_cast<int>(n_tasks < n_threads ? n_tasks : n_threads) - 1;
-        {
-            std::lock_guard<std::mutex> lock(mutex_);
-            while (static_cast<int>(threads_.size()) < helpers) {
-                const int worker = static_cast<int>(threads_.size()) + 1;
-                threads_.emplace_back([this, worker] { serve(worker); });
-            }
-            work_ = &work;
-            n_tasks_ = n_tasks;
-            next_.store(0, std::memory_order_relaxed);
-            wanted_ = helpers;
-            ++round_;
+        while (static_cast<int>(threads_.size()) < helpers) {
+            const int worker = static_cast<int>(threads_.size()) + 1;
+            threads_.emplace_back([this, worker] { serve(worker); });
         }
-        wake_.notify_all();
+        work_ = &work;
+        n_tasks_ = n_tasks;
+        wanted_ = helpers;
+        next_.store(0, std::memory_order_relaxed);
+        round_.fetch_add(1);  // odd: open
+        if (sleeping_.load() > 0) {
+            { std::lock_guard<std::mutex> lock(mutex_); }  // nobody is between his last look and his sleep
+            wake_.notify_all();
+        }
         drain(work, n_tasks, 0);
-        // A worker that has not woken up by now finds nothing wanted and goes on sleeping.
-        std::unique_lock<std::mutex> lock(mutex_);
-        wanted_ = 0;
-        done_.wait(lock, [this] { return running_ == 0; });
-        work_ = nullptr;
+        // Closed: a worker that comes too late finds nothing and is not waited for.
+        round_.fetch_add(1);
+        for (int i = 0; running_.load() != 0; ++i) {
+            if (i < 4096) {
+                relax();
+            } else {
+                std::this_thread::yield();  // he has lost his core
+            }
+        }
     }
 
 private:
@@ -63,32 +72,49 @@ private:
         for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < n_tasks;) work(i, worker);
     }
 
-    void serve(int worker) {
-        uint64_t seen = 0;
-        std::unique_lock<std::mutex> lock(mutex_);
-        for (;;) {
-            wake_.wait(lock, [&] { return stop_ || (round_ != seen && worker <= wanted_); });
-            if (stop_) return;
-            seen = round_;
-            ++running_;
-            const Work& work = *work_;
-            const int64_t n_tasks = n_tasks_;
-            lock.unlock();
-            drain(work, n_tasks, worker);
-            lock.lock();
-            if (--running_ == 0) done_.notify_one();
+    [[noreturn]] void serve(int worker) {
+        for (uint64_t seen = 0;;) {
+            const uint64_t round = await(seen);
+            // Whoever is counted in `running_` before he sees the round still open holds it open: run() changes
+            // nothing that belongs to a round before `running_` is 0.
+            running_.fetch_add(1);
+            if (round_.load() == round && worker <= wanted_) drain(*work_, n_tasks_, worker);
+            running_.fetch_sub(1);
+            seen = round;
         }
     }
 
+    // The next open round.
+    uint64_t await(uint64_t seen) {
+        const auto news = [&] {
+            const uint64_t round = round_.load();
+            return round % 2 == 1 && round != seen ? round : 0;
+        };
+        const Clock::time_point end = Clock::now() + kLinger;
+        do {
+            for (int i = 0; i < 32; ++i) {
+                if (const uint64_t round = news()) return round;
+                relax();
+            }
+        } while (Clock::now() < end);
+        std::unique_lock<std::mutex> lock(mutex_);
+        ++sleeping_;
+        uint64_t round = 0;
+        wake_.wait(lock, [&] { return (round = news()) != 0; });
+        --sleeping_;
+        return round;
+    }
+
     std::mutex turn_, mutex_;
-    std::condition_variable wake_, done_;
+    std::condition_variable wake_;
     std::vector<std::thread> threads_;
     const Work* work_ = nullptr;
     int64_t n_tasks_ = 0;
-    std::atomic<int64_t> next_{0};
-    int wanted_ = 0, running_ = 0;
-    uint64_t round_ = 0;
-    bool stop_ = false;
+    int wanted_ = 0;
+    alignas(64) std::atomic<uint64_t> round_{0};
+    alignas(64) std::atomic<int64_t> next_{0};
+    alignas(64) std::atomic<int> running_{0};
+    std::atomic<int> sleeping_{0};
 };
 
 // Never destroyed at exit: the interpreter may still have threads in a call then.

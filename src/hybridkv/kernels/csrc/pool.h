@@ -1,4 +1,5 @@
-// A small thread pool: workers sleep between calls, the caller works along, a forked child starts afresh.
+// A small thread pool: the caller works along, workers look for the next call for 100 us and then sleep, a forked child
+// starts afresh.
 #pragma once
 
 #include <cstdint>
