@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "module.h"
 #include "pool.h"
 #include "schedule.h"
 
@@ -75,20 +76,6 @@ const std::vector<const Isa*>& offered() {
         return found;
     }();
     return all;
-}
-
-const Isa& isa_named(const std::string& name) {
-    for (const Isa* isa : offered()) {
-        if (name == isa->name) return *isa;
-    }
-    throw std::invalid_argument("this processor does not run " + name);
-}
-
-const Format& format_named(const std::string& name) {
-    for (const Format& f : kFormats) {
-        if (name == f.name) return f;
-    }
-    throw std::invalid_argument("no native kernel reads " + name);
 }
 
 Stored stored(const std::string& type, const Planes& planes, int64_t head_dim, int64_t cap) {
@@ -192,6 +179,24 @@ double probe(const std::string& isa, const std::string& kind, Address data, int6
 
 }  // namespace
 
+namespace hybridkv {
+
+const Isa& isa_named(const std::string& name) {
+    for (const Isa* isa : offered()) {
+        if (name == isa->name) return *isa;
+    }
+    throw std::invalid_argument("this processor does not run " + name);
+}
+
+const Format& format_named(const std::string& name) {
+    for (const Format& f : kFormats) {
+        if (name == f.name) return f;
+    }
+    throw std::invalid_argument("no native kernel reads " + name);
+}
+
+}  // namespace hybridkv
+
 NB_MODULE(_cpu, m) {
     std::vector<std::string> formats;
     for (const Format& f : kFormats) formats.emplace_back(f.name);
@@ -201,4 +206,5 @@ NB_MODULE(_cpu, m) {
     m.def("attend", &attend);
     m.def("encode", &encode);
     m.def("probe", &probe);
+    bind_step(m);
 }
