@@ -200,7 +200,7 @@ def test_tokens_are_those_of_generate(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["qwen3_5_text", "bamba", "jamba", "lfm2"])
 def test_prefill_in_chunks(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hybridkv.engine.engine.PREFILL_CHUNK", 4)
+    monkeypatch.setattr("hybridkv.hf.step.eager.PREFILL_CHUNK", 4)
     test_tokens_are_those_of_generate(family)
 
 

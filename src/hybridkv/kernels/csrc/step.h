@@ -89,8 +89,8 @@ struct StepKernels {
     // Rows [r0, r1). Widths need not be multiples of anything.
     void (*norm)(const NormOp& op, int64_t r0, int64_t r1);
     void (*gate)(const GateOp& op, int64_t r0, int64_t r1);
-    // cos, sin: [row][n_rotated / 2]
-    void (*rope)(const RopeOp& op, const float* cos, const float* sin, int64_t r0, int64_t r1);
+    // cos, sin: [token of the call][n_rotated / 2]
+    void (*rope)(const RopeOp& op, const float* cos, const float* sin, int64_t n_tokens, int64_t r0, int64_t r1);
     void (*decay)(const DecayOp& op, int64_t r0, int64_t r1);
     // Channels [c0, c1) of the tokens [row0, row0 + n_tokens) of one sequence; state: of that sequence.
     void (*conv)(const ConvOp& op, float* state, int64_t row0, int64_t n_tokens, int64_t c0, int64_t c1);

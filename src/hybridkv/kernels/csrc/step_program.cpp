@@ -34,7 +34,7 @@ public:
     }
     void operator()(const RopeOp& op) const {
         by_rows(rows_, op.x.groups * op.n_rotated, run_.n_threads,
-                [&](int64_t a, int64_t b) { step_.rope(op, run_.cos, run_.sin, a, b); });
+                [&](int64_t a, int64_t b) { step_.rope(op, run_.cos, run_.sin, run_.n_tokens, a, b); });
     }
     void operator()(const DecayOp& op) const {
         by_rows(rows_, op.a.width * 32, run_.n_threads, [&](int64_t a, int64_t b) { step_.decay(op, a, b); });

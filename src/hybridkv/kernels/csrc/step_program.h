@@ -27,7 +27,7 @@ using Op = std::variant<LinearOp, NormOp, GateOp, RopeOp, ConvOp, DecayOp, Delta
 struct StepRun {
     const Isa& isa;
     int64_t n_seqs, n_tokens;
-    const float *cos, *sin;      // [row][half of the rotated dims], where a RopeOp runs
+    const float *cos, *sin;      // [token][half of the rotated dims], where a RopeOp runs
     std::vector<float*> states;  // by the operations' indices, all sequences
     int n_threads;
 };
