@@ -5,10 +5,15 @@
 
 #include "attend.h"
 #include "encode.h"
+#include "linear.h"
 #include "probe.h"
+
+namespace {
+const StepKernels kStep = {prepared_bytes, prepare, linear_scratch_bytes, linear};
+}
 
 namespace hybridkv {
 extern const Isa HYBRIDKV_ISA_RECORD;
 const Isa HYBRIDKV_ISA_RECORD = {HYBRIDKV_ISA_NAME, scratch_bytes, attend,     encode,
-                                 probe_float,         probe_integer, probe_read};
+                                 probe_float,         probe_integer, probe_read, &kStep};
 }  // namespace hybridkv
