@@ -27,7 +27,6 @@ using namespace hybridkv;
 
 namespace {
 
-using Address = uintptr_t;
 using Planes = std::vector<Address>;
 
 bool runs_avx2() {
@@ -54,8 +53,8 @@ bool runs_amx() {
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
     unsigned a = 0, b = 0, c = 0, d = 0;
     if (!runs_avx512() || !__builtin_cpu_supports("avx512vbmi") || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    constexpr unsigned kTiles = 1u << 24, kInt8 = 1u << 25;
-    return (d & kTiles) && (d & kInt8) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    constexpr unsigned kTiles = 1u << 24, kInt8 = 1u << 25, kBf16 = 1u << 22;
+    return (d & kTiles) && (d & kInt8) && (d & kBf16) && __builtin_cpu_supports("avx512bf16") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
     return false;
 #endif
@@ -206,5 +205,6 @@ NB_MODULE(_cpu, m) {
     m.def("attend", &attend);
     m.def("encode", &encode);
     m.def("probe", &probe);
+    bind_linear(m);
     bind_step(m);
 }

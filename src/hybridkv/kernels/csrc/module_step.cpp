@@ -17,7 +17,6 @@ namespace nb = nanobind;
 namespace hybridkv {
 namespace {
 
-using Address = uintptr_t;
 // data, row stride, group stride, groups, width
 using Columns = std::tuple<Address, int64_t, int64_t, int64_t, int64_t>;
 // type, n_out, n_in, panels, destination, its row stride, whether to add
