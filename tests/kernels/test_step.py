@@ -141,7 +141,9 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, sta
     return out, state
 
 
-@pytest.mark.parametrize(("n_key", "n_value", "d", "dv"), [(1, 1, 2, 16), (2, 4, 24, 48), (2, 2, 128, 128), (1, 3, 32, 80)])
+@pytest.mark.parametrize(
+    ("n_key", "n_value", "d", "dv"), [(1, 1, 2, 16), (2, 4, 24, 48), (2, 2, 128, 128), (1, 3, 32, 80)]
+)
 @pytest.mark.parametrize(("n_seqs", "n_tokens"), [(1, 1), (2, 1), (2, 9)])
 def test_delta(n_key: int, n_value: int, d: int, dv: int, n_seqs: int, n_tokens: int) -> None:
     """Heads strided as they leave the convolution; the state goes on."""

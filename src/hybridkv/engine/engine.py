@@ -21,6 +21,7 @@ from hybridkv.errors import ContextError, GuardError, ModelError, UsageError
 from hybridkv.hf import ModelCache, Step, resolve_step
 from hybridkv.policy import Guard, NonFiniteError, next_types
 
+
 @dataclass(slots=True)
 class Timings:
     """Wall time of a run, rebuilds counted where they happened."""

@@ -70,7 +70,9 @@ def pack(weight: Tensor, type: WeightType) -> PackedWeight:
     """
     n_out, n_in = weight.shape
     if type == "q8_0" and n_in % _BLOCK:
-        raise UsageError(f"q8_0 needs a multiple of {_BLOCK} inputs, not {n_in}", hint="pack this weight as bf16 or f32")
+        raise UsageError(
+            f"q8_0 needs a multiple of {_BLOCK} inputs, not {n_in}", hint="pack this weight as bf16 or f32"
+        )
     data = torch.empty(_native().packed_bytes(type, n_out, n_in), dtype=torch.uint8)
     panels = data.view(-(-n_out // _PANEL), -1)
     done = 0
