@@ -98,7 +98,7 @@ def rows(weight: PackedWeight, ids: Tensor, *, n_threads: int | None = None) -> 
     """
     ids = ids.to(torch.int64).contiguous()
     assert ids.dim() == 1, ids.shape
-    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < weight.n_out):
+    if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < weight.n_out):
         raise UsageError(f"row ids {int(ids.min())}..{int(ids.max())} of a matrix of {weight.n_out} rows")
     out = torch.empty(ids.numel(), weight.n_in, dtype=torch.float32)
     _native().unpack_rows(
@@ -121,7 +121,7 @@ def linear(
     into: Literal["write", "add"] = "write",
     n_threads: int | None = None,
 ) -> Tensor:
-    """x W^T in float32.
+    """X W^T in float32.
 
     Parameters
     ----------

@@ -83,13 +83,14 @@ class NativeStep:
 
     def forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence; see `Step.forward`."""
-        n_seqs, n_tokens = tokens.shape
+        n_seqs = len(tokens)
         most = max(1, MAX_ROWS // n_seqs)
         for part in torch.split(tokens, most, dim=1):
             self._run(part, cache, position)
             position += part.shape[1]
         x, logits = self._builder.buffer("x"), self._builder.buffer("logits")
-        x[:n_seqs] = x[: n_seqs * part.shape[1]].unflatten(0, part.shape)[:, -1].clone()
+        if part.shape[1] > 1:
+            x[:n_seqs] = x[: part.numel()].view(*part.shape, -1)[:, -1].clone()
         program = self._builder.program
         program.run(self._builder.head, len(program), n_seqs, 1, states=self._states)
         return logits[:n_seqs].clone()
@@ -150,4 +151,4 @@ class NativeStep:
 
 def _heads_first(x: Tensor, n_seqs: int, n_tokens: int) -> Tensor:
     """A buffer's first rows `[B * T, heads, D]` as `[B, heads, T, D]`, without a copy."""
-    return x[: n_seqs * n_tokens].unflatten(0, (n_seqs, n_tokens)).transpose(1, 2)
+    return x[: n_seqs * n_tokens].view(n_seqs, n_tokens, *x.shape[1:]).transpose(1, 2)

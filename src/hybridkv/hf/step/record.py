@@ -90,7 +90,7 @@ class Builder:
         self.program = StepProgram()
         self.calls: list[AttentionCall] = []
         self.state_layers: list[int] = []
-        self.state_shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+        self.state_shapes: list[tuple[tuple[int, int], tuple[int, ...]]] = []
         self.head = 0
         self.n_rows = rows
         self._pack = pack
