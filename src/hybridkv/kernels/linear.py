@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hybridkv.errors import UsageError
 from hybridkv.formats import get_format
-from hybridkv.kernels.cpu_native import _native, encode_into, isa
+from hybridkv.kernels.cpu_native import _native, allocate, encode_into, isa
 
 WeightType = Literal["f32", "bf16", "q8_0"]
 
@@ -73,7 +73,7 @@ def pack(weight: Tensor, type: WeightType) -> PackedWeight:
         raise UsageError(
             f"q8_0 needs a multiple of {_BLOCK} inputs, not {n_in}", hint="pack this weight as bf16 or f32"
         )
-    data = torch.empty(_native().packed_bytes(type, n_out, n_in), dtype=torch.uint8)
+    data = allocate((_native().packed_bytes(type, n_out, n_in),))
     panels = data.view(-(-n_out // _PANEL), -1)
     done = 0
     for chunk in _row_chunks(weight):
