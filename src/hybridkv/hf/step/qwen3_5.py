@@ -23,7 +23,13 @@ def _rejects(config: Any) -> str | None:
         return f"RoPE of type {config.rope_parameters['rope_type']!r}, not default"
     if config.attention_bias:
         return "attention projections with a bias"
+    if _n_rotated(config) % 2:
+        return f"a rotated part of {_n_rotated(config)} dims, which is odd"
     return delta_rejects(config.linear_key_head_dim, config.linear_value_head_dim)
+
+
+def _n_rotated(config: Any) -> int:
+    return int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
 
 
 def _build(model: Any, b: Builder) -> None:
@@ -76,7 +82,7 @@ def _attention(b: Builder, index: int, config: Any, attention: Any, normed: Tens
     b.linear(normed, (attention.q_proj, both), (attention.k_proj, k), (attention.v_proj, v))
     q, gate = both.unflatten(1, (n_heads, 2 * d)).split(d, dim=2)
     k, v, heads = k.unflatten(1, (n_kv, d)), v.unflatten(1, (n_kv, d)), out.unflatten(1, (n_heads, d))
-    n_rotated = int(d * config.rope_parameters.get("partial_rotary_factor", 1.0))
+    n_rotated = _n_rotated(config)
     for part, norm in ((q, attention.q_norm), (k, attention.k_norm)):
         _norm(b, part, part, norm)
         b.program.rope(part, n_rotated)
