@@ -167,19 +167,19 @@ def test_nan_logits_alone_are_caught(reference: Loaded, monkeypatch: pytest.Monk
     """Numbers can go wrong after the last attention layer too."""
     said: list[str] = []
     run = engine(reference, KVTypes("q8_0", "q8_0"), said=said)
-    original = reference.model.forward
+    original = run.step.forward
     calls = 0
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: Any) -> Tensor:
         nonlocal calls
         calls += 1
-        output = original(*args, **kwargs)
+        logits = original(*args)
         if calls == 3:
-            output.logits[..., 7] = torch.inf
-        return output
+            logits[..., 7] = torch.inf
+        return logits
 
     with monkeypatch.context() as patch:
-        patch.setattr(reference.model, "forward", forward)
+        patch.setattr(run.step, "forward", forward)
         tokens = [t[0] for t in run.generate([5, 6, 7], GREEDY, n_predict=6)]
     assert run.timings.n_rebuilds == 1
     assert said[0].startswith("the logits are not finite at token 5")
@@ -200,7 +200,7 @@ def test_tokens_are_those_of_generate(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["qwen3_5_text", "bamba", "jamba", "lfm2"])
 def test_prefill_in_chunks(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hybridkv.engine.engine.PREFILL_CHUNK", 4)
+    monkeypatch.setattr("hybridkv.hf.step.eager.PREFILL_CHUNK", 4)
     test_tokens_are_those_of_generate(family)
 
 

@@ -20,6 +20,7 @@ from hybridkv.kernels import (
     Kernel,
     KVView,
     Phase,
+    cpu_native,
     select,
     select_encoder,
 )
@@ -286,4 +287,6 @@ def _moved(
 
 def _allocate(shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Memory with whatever bytes were there: nothing may read a row that was not written."""
+    if device.type == "cpu":
+        return cpu_native.allocate(shape)
     return torch.empty(shape, dtype=torch.uint8, device=device)

@@ -72,6 +72,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-text token")
     parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
+    parser.add_argument(
+        "--engine",
+        default="auto",
+        metavar="auto|native|eager",
+        help="what runs the layers outside of attention: native code where it knows the model, or Transformers' own "
+        "forward pass (default auto)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of text")
     add_cache_arguments(parser)
     _add_sampling_arguments(parser)
@@ -117,7 +124,9 @@ def main(arguments: argparse.Namespace) -> int:
 
     from hybridkv.engine import Engine
     from hybridkv.engine.load import bundled_model, describe, load
+    from hybridkv.hf import parse_step, resolve_step
 
+    kind = parse_step(a.engine)
     transformers_logging.set_verbosity_error()  # its notes on missing speed packages are not this command's
     transformers_logging.disable_progress_bar()
     device = _device(a.device)
@@ -125,16 +134,19 @@ def main(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(a.threads)
     description = describe(bundled_model() if a.model is None else model_path(a.model))
     n_ctx = _context(a.ctx_size, description.n_ctx_train)
+    make_step = resolve_step(description.config, device.partition(":")[0], kind)
     specs = _resolve(description, policy, guard, device, n_ctx)
     dtype = torch.float32 if device.startswith("cpu") else torch.bfloat16
     loaded = load(description, dtype=dtype, device=device)
     for line in loaded.notices:
         notice(line)
     text, ids = prompt_ids(prompt, loaded.model, loaded.tokenizer, chat=a.chat)
+    step = make_step(loaded.model)
+    step.release_weights()
+    print(f"engine: {step.name}", file=sys.stderr)
     try:
-        return _generate(
-            a, loaded, Engine(loaded.model, specs, n_ctx=n_ctx, guard=guard, notify=warning), sampling, text, ids
-        )
+        engine = Engine(loaded.model, specs, n_ctx=n_ctx, guard=guard, notify=warning, step=step)
+        return _generate(a, loaded, engine, sampling, text, ids)
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
@@ -326,6 +338,7 @@ def _result(
         "sequences": [{"text": s.text, "ids": s.ids} for s in streams.sequences],
         "stopped": stopped,
         "seed": sampling.seed if sampling.temp > 0 else None,
+        "engine": engine.step.name,
         "prompt_tokens": t.n_prompt,
         "prompt_tok_s": t.prompt_tok_s,
         "generated_tokens": t.n_generated,

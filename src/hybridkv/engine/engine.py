@@ -7,7 +7,6 @@ text; `hybridkv.cli.run` turns tokens into words.
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,11 +18,8 @@ from torch import Tensor
 from hybridkv.cache import KVSpec
 from hybridkv.engine.sampling import Sampler, SamplingParams
 from hybridkv.errors import ContextError, GuardError, ModelError, UsageError
-from hybridkv.hf import ModelCache, takes_chunks
+from hybridkv.hf import ModelCache, Step, resolve_step
 from hybridkv.policy import Guard, NonFiniteError, next_types
-
-PREFILL_CHUNK = 512
-"""Prompt tokens per forward pass; bounds the activations' memory."""
 
 
 @dataclass(slots=True)
@@ -65,6 +61,8 @@ class Engine:
         What is watched.
     notify
         Where fallbacks and rebuilds are reported.
+    step
+        Runs the model over new tokens; the best that runs it by default.
     make_cache
         Builds a cache for specs; `ModelCache` over all kernels by default.
     """
@@ -77,6 +75,7 @@ class Engine:
         n_ctx: int,
         guard: Guard,
         notify: Callable[[str], None],
+        step: Step | None = None,
         make_cache: CacheFactory | None = None,
     ) -> None:
         self._model = model
@@ -84,12 +83,8 @@ class Engine:
         self._notify = notify
         self._n_ctx = n_ctx
         self._make_cache = make_cache or self._default_cache
-        parameters = inspect.signature(model.forward).parameters
-        # Mamba's own classes call the same thing by another name.
-        self._cache_argument = "past_key_values" if "past_key_values" in parameters else "cache_params"
-        self._takes_positions = "position_ids" in parameters
-        self._takes_chunks = takes_chunks(model.config)
-        self._last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._device = next(model.parameters()).device
+        self.step = resolve_step(model.config, self._device.type)(model) if step is None else step
         self.cache = self._make_cache(specs)
         self.history = torch.empty(1, 0, dtype=torch.long)
         self.timings = Timings()
@@ -148,7 +143,7 @@ class Engine:
         return ModelCache(
             self._model.config,
             specs,
-            device=next(self._model.parameters()).device.type,
+            device=self._device.type,
             n_ctx=self._n_ctx,
             guard=self._guard,
             notify=self._notify,
@@ -188,17 +183,7 @@ class Engine:
         NonFiniteError
             From the layer where it arose, or for the logits.
         """
-        device = next(self._model.parameters()).device
-        position = self.history.shape[1] - tokens.shape[1]
-        for chunk in torch.split(tokens, PREFILL_CHUNK if self._takes_chunks else tokens.shape[1], dim=1):
-            arguments = {**self._last_only, self._cache_argument: self.cache}
-            if self._takes_positions:
-                # Not every model counts the past itself: Bamba would start each call at position 0.
-                positions = torch.arange(position, position + chunk.shape[1], device=device)
-                arguments["position_ids"] = positions.expand(chunk.shape)
-            output = self._model(input_ids=chunk.to(device), use_cache=True, **arguments)
-            position += chunk.shape[1]
-        logits: Tensor = output.logits[:, -1].float()
+        logits = self.step.forward(tokens, self.cache, self.history.shape[1] - tokens.shape[1])
         if not torch.isfinite(logits).all():
             layers = self.cache.kv_layers
             raise NonFiniteError(
@@ -218,9 +203,8 @@ class Engine:
         ModelError
             Naming the first tensor that is not finite.
         """
-        for name, weight in self._model.named_parameters():
-            if not torch.isfinite(weight).all():
-                raise ModelError(
-                    f"the weights are not finite: {name} holds NaN or infinity",
-                    hint="the model file is damaged or was converted wrongly; no cache type can help",
-                )
+        if (name := self.step.damaged_weight) is not None:
+            raise ModelError(
+                f"the weights are not finite: {name} holds NaN or infinity",
+                hint="the model file is damaged or was converted wrongly; no cache type can help",
+            )

@@ -6,16 +6,23 @@ Importing this package registers `attn_implementation="hybridkv"` through Transf
 from hybridkv.hf.attention import IMPLEMENTATION, register
 from hybridkv.hf.cache import ModelCache, quantized_cache
 from hybridkv.hf.facts import is_hybrid, kv_facts, layer_facts, takes_chunks
+from hybridkv.hf.step import EagerStep, NativeStep, Step, StepKind, parse_step, resolve_step
 
 register()
 
 __all__ = [
     "IMPLEMENTATION",
+    "EagerStep",
     "ModelCache",
+    "NativeStep",
+    "Step",
+    "StepKind",
     "is_hybrid",
     "kv_facts",
     "layer_facts",
+    "parse_step",
     "quantized_cache",
     "register",
+    "resolve_step",
     "takes_chunks",
 ]

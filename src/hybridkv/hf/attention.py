@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 from hybridkv.errors import GuardError, ModelError
 from hybridkv.formats import FORMATS
-from hybridkv.hf.layers import LayerView
+from hybridkv.hf.layers import LayerView, QuantizedLayer
 from hybridkv.kernels import KERNELS, AttentionParams, Kernel, KVView, Phase, attend, select
 from hybridkv.kernels.reference import attend as reference_attend
 from hybridkv.policy import Evidence, Fallback, NonFiniteError, Stop
@@ -119,6 +119,17 @@ def attention_forward(
         assert isinstance(value, Tensor)
         out = reference_attend(query, _float_view(key, value), params)
     return out.transpose(1, 2).contiguous().to(query.dtype), None
+
+
+def attend_new(layer: QuantizedLayer, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
+    """Store the new tokens k and v `[B, Hkv, T, D]` and attend q `[B, Hq, T, D]`: float32 `[B, Hq, T, Dv]`.
+
+    Raises
+    ------
+    NonFiniteError
+        If the guard watches and the output is not finite.
+    """
+    return _attend_stored(q, layer.store_new(k, v), params)
 
 
 def _boolean(mask: Tensor, module: Any) -> Tensor:

@@ -106,14 +106,17 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Store T new tokens `[B, Hkv, T, D]`; returns what the attention function reads."""
         del args, kwargs
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        view = self.store.append(key_states, value_states)
+        packed = self.store_new(key_states, value_states)
         if self._packed():
-            packed = LayerView(self.store, view, self.watch, key_states, value_states)
             return packed, packed
-        k, v = self.store.decode(view.length)
+        k, v = self.store.decode(packed.view.length)
         return k.to(key_states.dtype), v.to(value_states.dtype)
+
+    def store_new(self, k: Tensor, v: Tensor) -> LayerView:
+        """Store T new tokens `[B, Hkv, T, D]`; what an attention over the packed rows reads."""
+        if not self.is_initialized:
+            self.lazy_initialization(k, v)
+        return LayerView(self.store, self.store.append(k, v), self.watch, k, v)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Rows that the next call attends, and the position of the first."""
@@ -241,6 +244,24 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
             )
         states: Tensor = super().update_conv_state(conv_states, state_idx, **kwargs)
         return states
+
+    def native_states(self, batch: int, conv: tuple[int, int], recurrent: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Convolution state `[B, kernel, channels]` and recurrent state, float32 and contiguous, to continue in place.
+
+        Transformers keeps the former as `[B, channels, kernel]`; here its memory has the channels innermost, and what
+        a Transformers forward pass left otherwise is brought into that order.
+        """
+        if not self.has_previous_state[0]:
+            kernel, channels = conv
+            self.lazy_initialization(
+                conv_states=torch.zeros(batch, channels, kernel), recurrent_states=torch.zeros(batch, *recurrent)
+            )
+            self.has_previous_state[0] = True
+        wide = self.conv_states[0].transpose(1, 2)
+        if not wide.is_contiguous():
+            wide = wide.contiguous()
+            self.conv_states[0] = wide.transpose(1, 2)
+        return wide, self.recurrent_states[0]
 
     def crop(self, tokens_to_remove: int) -> None:
         """A state has no past to return to; 0 tokens is the only crop.

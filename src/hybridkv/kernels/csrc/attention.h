@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "formats.h"
+#include "step.h"
 
 namespace hybridkv {
 
@@ -66,6 +67,7 @@ struct Isa {
     double (*probe_float)(int64_t rounds, float* sink);
     double (*probe_integer)(int64_t rounds, float* sink);
     double (*probe_read)(const float* data, int64_t count, float* sink);
+    const StepKernels* step;
 };
 
 extern const Isa kIsaPortable;

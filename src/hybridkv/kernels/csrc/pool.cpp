@@ -141,6 +141,17 @@ struct Aligned {
     void* memory = nullptr;
     size_t bytes = 0;
     ~Aligned() { ::operator delete(memory, std::align_val_t{64}); }
+
+    void* at_least(size_t wanted) {
+        if (bytes < wanted) {
+            ::operator delete(memory, std::align_val_t{64});
+            memory = nullptr;
+            bytes = 0;
+            memory = ::operator new(wanted, std::align_val_t{64});
+            bytes = wanted;
+        }
+        return memory;
+    }
 };
 
 }  // namespace
@@ -149,14 +160,12 @@ void parallel_for(int64_t n_tasks, int n_threads, const Work& work) { pool().run
 
 void* thread_scratch(size_t bytes) {
     thread_local Aligned kept;
-    if (kept.bytes < bytes) {
-        ::operator delete(kept.memory, std::align_val_t{64});
-        kept.memory = nullptr;
-        kept.bytes = 0;
-        kept.memory = ::operator new(bytes, std::align_val_t{64});
-        kept.bytes = bytes;
-    }
-    return kept.memory;
+    return kept.at_least(bytes);
+}
+
+void* call_memory(size_t bytes) {
+    thread_local Aligned kept;
+    return kept.at_least(bytes);
 }
 
 }  // namespace hybridkv

@@ -15,4 +15,7 @@ void parallel_for(int64_t n_tasks, int n_threads, const std::function<void(int64
 // Memory of at least `bytes`, 64-byte aligned, kept by the calling thread until it asks for more or ends.
 void* thread_scratch(size_t bytes);
 
+// The same, apart from it: for what a caller shares with the threads that work for it.
+void* call_memory(size_t bytes);
+
 }  // namespace hybridkv

@@ -1,9 +1,12 @@
-// The records of a model's step outside of attention: weights in the kernels' own layout, and what one instruction set
-// does with them. Knows no SIMD; step_program.cpp runs them in order, module_step.cpp binds them.
+// The records of a model's step outside of attention: weights in the kernels' own layout, operations on buffers, and
+// what one instruction set does with them. Knows no SIMD; step_program.cpp runs operations in order.
+//
+// A buffer holds one row per token: row `sequence * n_tokens + token`. All values are float32.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "formats.h"
 
@@ -20,6 +23,57 @@ struct Weight {
     int64_t n_panels() const { return (n_out + kPanel - 1) / kPanel; }
 };
 
+// Columns of a buffer, in groups (heads) of `width` contiguous values.
+struct View {
+    float* data;
+    int64_t row_stride, group_stride, groups, width;
+
+    float* at(int64_t row, int64_t group) const { return data + row * row_stride + group * group_stride; }
+};
+
+// dst = x * weight / sqrt(sum(x^2) * factor + eps), per group. RMSNorm: factor 1 / width. L2 norm: factor 1.
+struct NormOp {
+    View x, dst;
+    std::vector<float> weight;  // [width]
+    float factor, eps;
+};
+
+enum class Gate : uint8_t { sigmoid, silu };
+
+// dst = x * gate(g)
+struct GateOp {
+    View x, g, dst;
+    Gate gate;
+};
+
+// The first `n_rotated` values of each group, in halves: (i, i + n_rotated / 2) turn by the row's angle i.
+struct RopeOp {
+    View x;
+    int64_t n_rotated;
+};
+
+// Causal depthwise convolution with SiLU. The state [sequence][kernel][channel] holds the newest inputs, oldest first.
+struct ConvOp {
+    View x, dst;  // one group
+    std::vector<float> weight, bias;  // [kernel][channel]; [channel] or empty
+    int64_t kernel, state;
+};
+
+// decay = exp(rate * softplus(a + bias)), beta = sigmoid(b), per value head
+struct DecayOp {
+    View a, b, decay, beta;  // one group
+    std::vector<float> rate, bias;
+};
+
+// Gated delta rule: S = decay * S; S += k (beta * (v - S^T k))^T; dst = S^T q. Source: Gated Delta Networks,
+// arXiv 2412.06464, equation 10. The state is [sequence][value head][key dim][value dim].
+struct DeltaOp {
+    View q, k, v, decay, beta, dst;
+    int64_t state;
+
+    int64_t head_floats() const { return k.width * v.width; }
+};
+
 struct StepKernels {
     // y = W x in two steps: inputs are brought once into the form that all weights of one code and n_in take, then
     // panels are multiplied. `n_rows` is the whole call's in both, and decides the form.
@@ -31,6 +85,18 @@ struct StepKernels {
     // y[n_rows][16 * panel0 .. 16 * panel1), cut at n_out; added to what is there if `add`
     void (*linear)(const Weight& w, const void* prepared, int64_t n_rows, int64_t panel0, int64_t panel1, float* y,
                    int64_t y_stride, bool add, void* scratch);
+
+    // Rows [r0, r1). Widths need not be multiples of anything.
+    void (*norm)(const NormOp& op, int64_t r0, int64_t r1);
+    void (*gate)(const GateOp& op, int64_t r0, int64_t r1);
+    // cos, sin: [token of the call][n_rotated / 2]
+    void (*rope)(const RopeOp& op, const float* cos, const float* sin, int64_t n_tokens, int64_t r0, int64_t r1);
+    void (*decay)(const DecayOp& op, int64_t r0, int64_t r1);
+    // Channels [c0, c1) of the tokens [row0, row0 + n_tokens) of one sequence; state: of that sequence.
+    void (*conv)(const ConvOp& op, float* state, int64_t row0, int64_t n_tokens, int64_t c0, int64_t c1);
+    // Value dims [d0, d1) of one head of one sequence; state: of that head.
+    void (*delta)(const DeltaOp& op, float* state, int64_t row0, int64_t n_tokens, int64_t head, int64_t d0,
+                  int64_t d1);
 };
 
 }  // namespace hybridkv

@@ -1,0 +1,154 @@
+"""The native step: a model's layers as native operations on packed weights, and attention through the cache.
+
+Owns the packed weights and the buffers. A model's class stays the source of what is computed: its family's file reads
+the modules, and tests compare each result with theirs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybridkv.hf.attention import attend_new
+from hybridkv.hf.cache import ModelCache
+from hybridkv.hf.layers import QuantizedLayer, StateLayer
+from hybridkv.hf.step import qwen3_5
+from hybridkv.hf.step.record import Builder, Family
+from hybridkv.kernels import AttentionParams, cpu_native
+from hybridkv.kernels.linear import PackedWeight, exact_type, pack, rows
+
+FAMILIES = {family.model_type: family for family in (qwen3_5.FAMILY,)}
+
+MAX_ROWS = 512
+"""Tokens of all sequences in one run; more go in several. Bounds the buffers."""
+
+
+def rejects(config: Any, device: str) -> str | None:
+    """Why the native step cannot run a model of this config on this type of device; None if it can."""
+    if (missing := cpu_native.available()) is not None:
+        return missing
+    if device != "cpu":
+        return f"runs on cpu, not on {device}"
+    text = config.get_text_config(decoder=True)
+    family = FAMILIES.get(text.model_type)
+    if family is None:
+        return f"knows no {text.model_type} layers; it knows {', '.join(FAMILIES)}"
+    return family.rejects(text)
+
+
+class NativeStep:
+    """Runs a model's layers natively; `rejects` must have said None.
+
+    Every linear weight is packed at the smallest type that holds it without any change: q8_0 for what came from a
+    q8_0 file, else bf16 or f32.
+
+    Parameters
+    ----------
+    model
+        A Transformers causal language model on the CPU.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._family: Family = FAMILIES[model.config.get_text_config(decoder=True).model_type]
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._damaged: str | None = None
+        self._packed: dict[int, tuple[Tensor, PackedWeight]] = {}
+        self._embedding = self._pack(model.get_input_embeddings().weight)
+        self._angles: tuple[Tensor, Tensor] | None = None
+        self._build(1)
+
+    @property
+    def name(self) -> str:
+        """With the instruction set and the weights' types."""
+        types = dict.fromkeys(packed.type for _, packed in self._packed.values())
+        return f"native-{cpu_native.isa()}, weights {' + '.join(types)}"
+
+    @property
+    def damaged_weight(self) -> str | None:
+        """Name of a packed weight that was not finite, or None."""
+        return self._damaged
+
+    def release_weights(self) -> None:
+        """Free the model's own copy of what is packed; the model itself cannot run afterwards."""
+        for weight, _ in self._packed.values():
+            weight.data = weight.data.new_empty(0)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the packed weights."""
+        return sum(packed.nbytes for _, packed in self._packed.values())
+
+    def forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
+        """Continue every sequence; see `Step.forward`."""
+        n_seqs = len(tokens)
+        most = max(1, MAX_ROWS // n_seqs)
+        for part in torch.split(tokens, most, dim=1):
+            self._run(part, cache, position)
+            position += part.shape[1]
+        x, logits = self._builder.buffer("x"), self._builder.buffer("logits")
+        if part.shape[1] > 1:
+            x[:n_seqs] = x[: part.numel()].view(*part.shape, -1)[:, -1].clone()
+        program = self._builder.program
+        program.run(self._builder.head, len(program), n_seqs, 1, states=self._states)
+        return logits[:n_seqs].clone()
+
+    def _run(self, tokens: Tensor, cache: ModelCache, position: int) -> None:
+        """All layers over `tokens` `[B, T]`; the hidden states are left in buffer `x`."""
+        n_seqs, n_tokens = tokens.shape
+        if n_seqs * n_tokens > self._builder.n_rows:
+            self._build(n_seqs * n_tokens)
+        builder, program = self._builder, self._builder.program
+        builder.buffer("x")[: n_seqs * n_tokens] = rows(self._embedding, tokens.flatten())
+        self._states = program.addresses(self._cache_states(cache, n_seqs), n_seqs)
+        angles = self._turns(position, n_tokens)
+        begin = 0
+        for call in builder.calls:
+            program.run(begin, call.end, n_seqs, n_tokens, angles=angles, states=self._states)
+            q, k, v = (_heads_first(x, n_seqs, n_tokens) for x in (call.q, call.k, call.v))
+            layer = cache.layers[call.layer]
+            assert isinstance(layer, QuantizedLayer)
+            out = attend_new(layer, q, k, v, AttentionParams(scale=call.scale))
+            _heads_first(call.out, n_seqs, n_tokens).copy_(out)
+            begin = call.end
+        program.run(begin, builder.head, n_seqs, n_tokens, angles=angles, states=self._states)
+
+    def _cache_states(self, cache: ModelCache, n_seqs: int) -> list[Tensor]:
+        """Convolution and recurrent state of every layer that has them, in the operations' order."""
+        states: list[Tensor] = []
+        for index, shapes in zip(self._builder.state_layers, self._builder.state_shapes, strict=True):
+            layer = cache.layers[index]
+            assert isinstance(layer, StateLayer)
+            states += layer.native_states(n_seqs, *shapes)
+        return states
+
+    def _turns(self, position: int, n_tokens: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the positions from `position` on, `[T, n_rotated / 2]`; the model's own, kept."""
+        end = position + n_tokens
+        if self._angles is None or self._angles[0].shape[0] < end:
+            positions = torch.arange(max(1024, end + end // 2)).unsqueeze(0)
+            cos, sin = self._model.model.rotary_emb(torch.empty(0), positions)
+            half = cos.shape[-1] // 2
+            self._angles = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+        cos, sin = self._angles
+        return cos[position:end], sin[position:end]
+
+    def _build(self, n_rows: int) -> None:
+        """Write the operations down for buffers of `n_rows` rows."""
+        self._builder = Builder(n_rows, self._pack)
+        self._family.build(self._model, self._builder)
+
+    def _pack(self, weight: Tensor) -> PackedWeight:
+        """A weight, packed once however often it is used."""
+        if id(weight) not in self._packed:
+            if self._damaged is None and not torch.isfinite(weight).all():
+                self._damaged = self._names[id(weight)]
+            self._packed[id(weight)] = weight, pack(weight, exact_type(weight))
+        return self._packed[id(weight)][1]
+
+
+def _heads_first(x: Tensor, n_seqs: int, n_tokens: int) -> Tensor:
+    """A buffer's first rows `[B * T, heads, D]` as `[B, heads, T, D]`, without a copy."""
+    return x[: n_seqs * n_tokens].view(n_seqs, n_tokens, *x.shape[1:]).transpose(1, 2)

@@ -1,0 +1,151 @@
+"""What a step is, and how a family of models writes itself down as native operations.
+
+Owns `Step`, the one interface that the engine calls, and `Builder`, in which a family's file reads like its model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hybridkv.hf.cache import ModelCache
+from hybridkv.kernels.linear import PackedWeight
+from hybridkv.kernels.step import StepProgram, Target
+
+
+class Step(Protocol):
+    """One way to run a model over new tokens."""
+
+    @property
+    def name(self) -> str:
+        """Printed wherever the choice is shown."""
+        ...
+
+    @property
+    def damaged_weight(self) -> str | None:
+        """Name of a weight that is not finite, or None."""
+        ...
+
+    def release_weights(self) -> None:
+        """Free what the model holds and this step does not read; the model itself cannot run afterwards."""
+        ...
+
+    def forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
+        """Continue every sequence of the cache, which holds `position` tokens each.
+
+        Parameters
+        ----------
+        tokens
+            int64 `[B, T]`.
+
+        Returns
+        -------
+        Tensor
+            float32 `[B, V]`: the logits after the last token.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """A place in the operations where attention runs, through the cache and its resolved kernel.
+
+    Attributes
+    ----------
+    layer
+        Index of the model's layer.
+    end
+        Operations that come before.
+    q, k, v, out
+        Buffers `[rows, heads, head dim]`.
+    scale
+        Factor on the scores.
+    """
+
+    layer: int
+    end: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    scale: float
+
+
+class Builder:
+    """Writes a model's layers into a `StepProgram`.
+
+    Parameters
+    ----------
+    rows
+        Rows of every buffer.
+    pack
+        Gives a parameter as a packed weight, the same object each time.
+    """
+
+    def __init__(self, rows: int, pack: Callable[[Tensor], PackedWeight]) -> None:
+        self.program = StepProgram()
+        self.calls: list[AttentionCall] = []
+        self.state_layers: list[int] = []
+        self.state_shapes: list[tuple[tuple[int, int], tuple[int, ...]]] = []
+        self.head = 0
+        self.n_rows = rows
+        self._pack = pack
+        self._buffers: dict[str, Tensor] = {}
+
+    def buffer(self, name: str, width: int | None = None) -> Tensor:
+        """The buffer of a name, float32 `[rows, width]`; layers share it. Without a width it must exist."""
+        if width is not None and name not in self._buffers:
+            # Poisoned, so that an operation that reads what none has written shows.
+            self._buffers[name] = torch.full((self.n_rows, width), torch.nan)
+        found = self._buffers[name]
+        assert width is None or found.shape[1] == width, (name, found.shape, width)
+        return found
+
+    def linear(self, x: Tensor, *targets: tuple[Any, Tensor], add: bool = False) -> None:
+        """`dst = module(x)` for linear modules that read the same x; `dst += module(x)` with `add`."""
+        self.program.linear(x, *(Target(self._pack(module.weight), dst, add) for module, dst in targets))
+
+    def rms_norm(self, x: Tensor, dst: Tensor, weight: Tensor, eps: float) -> None:
+        """RMSNorm over the last dim."""
+        self.program.norm(x, dst, weight, factor=1 / x.shape[-1], eps=eps)
+
+    def l2_norm(self, x: Tensor, eps: float, scale: float = 1.0) -> None:
+        """L2 norm over the last dim, in place, times a scale."""
+        self.program.norm(x, x, torch.full(x.shape[-1:], scale), factor=1.0, eps=eps)
+
+    def new_states(self, layer: int, conv: tuple[int, int], recurrent: tuple[int, ...]) -> tuple[int, int]:
+        """Indices of a layer's convolution state `[B, kernel, channels]` and recurrent state, by their shapes."""
+        self.state_layers.append(layer)
+        self.state_shapes.append((conv, recurrent))
+        return 2 * len(self.state_layers) - 2, 2 * len(self.state_layers) - 1
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> None:
+        """Store k and v, and attend."""
+        self.calls.append(AttentionCall(layer, len(self.program), q, k, v, out, scale))
+
+    def begin_head(self) -> None:
+        """What follows runs on the last tokens alone: buffer `x` gives them."""
+        self.head = len(self.program)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Models that one file writes down.
+
+    Attributes
+    ----------
+    model_type
+        Of the text config.
+    rejects
+        Why a model of this text config cannot be written down, or None.
+    build
+        Writes the layers and the head; `x` is the buffer of hidden states, `logits` that of the result.
+    """
+
+    model_type: str
+    rejects: Callable[[Any], str | None]
+    build: Callable[[Any, Builder], None]

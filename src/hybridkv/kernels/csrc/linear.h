@@ -1,0 +1,288 @@
+// Linear layers, y = W x: activations in the form that a weight's type takes, and panels times rows of them. Included
+// once per instruction set. pack.h has the layout of a weight.
+//
+// q8_0: activations become integers with a scale per block of 32 (Dots says how many bits: far more than the weights
+// have), products and sums of a block are exact. f32 and bf16: float32. With AMX and many rows: linear_amx.h.
+#pragma once
+
+#include <limits>
+
+#include "pack.h"
+#if defined(HYBRIDKV_AMX)
+#include "linear_amx.h"
+#endif
+#if defined(__AVX512VNNI__)
+#include "linear_vnni.h"
+#else
+#include "linear_words.h"
+#endif
+
+namespace {
+
+// Sixteen outputs of `n` rows, of which `width` exist, to y.
+inline void put_panel(const float* sums, int n, int64_t width, bool add, float* y, int64_t y_stride) {
+    for (int q = 0; q < n; ++q, sums += kPanel, y += y_stride) {
+        if (width >= kPanel) {
+            for (int i = 0; i < kPanel; i += L) {
+                const F sum = Simd::load(sums + i);
+                Simd::store(y + i, add ? Simd::add(Simd::load(y + i), sum) : sum);
+            }
+        } else {
+            for (int64_t i = 0; i < width; ++i) y[i] = add ? y[i] + sums[i] : sums[i];
+        }
+    }
+}
+
+// ---- Activations as integers: rows of [block][64 bytes of Dots], [block] Unit.
+
+struct Unit {
+    float d;
+    int32_t offset;  // what 128 in every code adds, to be taken off
+};
+
+inline int64_t integers_stride(int64_t n_in) {
+    const int64_t blocks = packed_inputs(Code::bytes, n_in) / 32;
+    return (blocks * (64 + static_cast<int64_t>(sizeof(Unit))) + 63) / 64 * 64;
+}
+
+// One block of 32. A block with a NaN or an infinity gets a NaN for its scale.
+inline Unit put_integers(const float* x, uint8_t* out) {
+    constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    constexpr uint32_t kInfinity = 0x7f800000u;
+    uint32_t bits[32], top = 0;
+    int32_t c[32] = {};
+    std::memcpy(bits, x, sizeof bits);
+    for (const uint32_t b : bits) top = (b & 0x7fffffffu) > top ? b & 0x7fffffffu : top;
+    float largest;
+    std::memcpy(&largest, &top, 4);
+    Unit unit{largest / Dots::units, 0};
+    if (top >= kInfinity) unit.d = std::numeric_limits<float>::quiet_NaN();
+    if (largest < 1e-30f) unit.d = 0.f;  // its inverse may be infinite
+    if (unit.d > 0.f) {
+        const float inverse = Dots::units / largest;
+        int32_t sum = 0;
+        for (int i = 0; i < 32; ++i) {
+            const float y = x[i] * inverse + kMagic;
+            std::memcpy(&c[i], &y, 4);
+            c[i] -= 0x4b400000;
+            sum += c[i];
+        }
+        unit.offset = -128 * sum;
+    }
+    Dots::put(c, out);
+    return unit;
+}
+
+HYBRIDKV_PHASE void prepare_integers(const float* x, int64_t n_in, uint8_t* out) {
+    const int64_t blocks = packed_inputs(Code::bytes, n_in) / 32;
+    for (int64_t b = 0; b < blocks; ++b) {
+        constexpr float kZeros[32] = {};
+        const Unit unit = put_integers(b * 32 < n_in ? x + b * 32 : kZeros, out + b * 64);
+        std::memcpy(out + blocks * 64 + b * static_cast<int64_t>(sizeof unit), &unit, sizeof unit);
+    }
+}
+
+// sums[NQ][16], of which NV vectors of output rows from `lane` on are written
+template <int NQ, int NV>
+HYBRIDKV_PHASE void panel_integers(const uint8_t* panel, int64_t blocks, const uint8_t* x, int64_t x_stride, int lane,
+                                   float* sums) {
+    F acc[NQ][NV];
+#pragma GCC unroll 8
+    for (auto& row : acc) for (F& a : row) a = Simd::set1(0.f);
+    for (int64_t b = 0; b < blocks; b += 2, panel += kPairBytes) {
+#pragma GCC unroll 2
+        for (int64_t half = 0; half < 2; ++half) {
+            Unit unit[NQ];
+            I block[NQ][NV];
+#pragma GCC unroll 8
+            for (int q = 0; q < NQ; ++q) {
+                std::memcpy(&unit[q], x + q * x_stride + blocks * 64 + (b + half) * 8, sizeof unit[q]);
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; ++v) block[q][v] = Simd::set1i(unit[q].offset);
+            }
+            Dots::block<NQ, NV>(panel + kPairScales + half * 512 + lane * 4, x + (b + half) * 64, x_stride, block);
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) {
+                const F d = Simd::f16(reinterpret_cast<const uint16_t*>(panel) + half * kPanel + lane + v * L);
+#pragma GCC unroll 8
+                for (int q = 0; q < NQ; ++q) {
+                    acc[q][v] = Simd::fma(Simd::to_float(block[q][v]), Simd::mul(d, Simd::set1(unit[q].d)), acc[q][v]);
+                }
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int q = 0; q < NQ; ++q) {
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) Simd::store(sums + q * kPanel + lane + v * L, acc[q][v]);
+    }
+}
+
+// ---- Activations as float32: rows of [packed inputs], a cache line apart from a power of two.
+
+inline int64_t floats_stride(Code code, int64_t n_in) {
+    return ((packed_inputs(code, n_in) + 15) / 16 * 16 + 16) * static_cast<int64_t>(sizeof(float));
+}
+
+inline void prepare_floats(Code code, const float* x, int64_t n_in, uint8_t* out) {
+    std::memcpy(out, x, static_cast<size_t>(n_in) * sizeof(float));
+    std::memset(out + n_in * 4, 0, static_cast<size_t>(packed_inputs(code, n_in) - n_in) * sizeof(float));
+}
+
+// One step of the inputs, one of f32 or two of bf16: acc[q] += w x[q]
+template <Code C, int NQ, int NV>
+inline __attribute__((always_inline)) void step_floats(const uint8_t* w, const uint8_t* x, int64_t x_stride,
+                                                       F (&acc)[NQ][NV]) {
+    typedef uint32_t Bits __attribute__((vector_size(sizeof(F))));
+    constexpr int inputs = C == Code::f32 ? 1 : 2;
+#pragma GCC unroll 2
+    for (int k = 0; k < inputs; ++k) {
+        F wv[NV];
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) {
+            const F pair = Simd::load(reinterpret_cast<const float*>(w) + v * L);
+            wv[v] = C == Code::f32 ? pair : k ? (F)((Bits)pair & 0xffff0000u) : (F)((Bits)pair << 16);
+        }
+#pragma GCC unroll 8
+        for (int q = 0; q < NQ; ++q) {
+            float value;
+            std::memcpy(&value, x + q * x_stride + k * 4, 4);
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) acc[q][v] = Simd::fma(wv[v], Simd::set1(value), acc[q][v]);
+        }
+    }
+}
+
+// As panel_integers; `steps` as of step_floats.
+template <Code C, int NQ, int NV>
+HYBRIDKV_PHASE void panel_floats(const uint8_t* panel, int64_t steps, const uint8_t* x, int64_t x_stride, int lane,
+                                 float* sums) {
+    constexpr int chains = NQ * NV >= 8 ? 1 : 8 / (NQ * NV) > 4 ? 4 : 8 / (NQ * NV);  // hide the latency of a sum
+    constexpr int x_step = C == Code::f32 ? 4 : 8, w_step = kPanel * 4;
+    F acc[chains][NQ][NV];
+#pragma GCC unroll 4
+    for (auto& chain : acc) for (auto& row : chain) for (F& a : row) a = Simd::set1(0.f);
+    const uint8_t* w = panel + lane * 4;
+    int64_t s = 0;
+    for (; s + chains <= steps; s += chains) {
+#pragma GCC unroll 4
+        for (int i = 0; i < chains; ++i) step_floats<C>(w + (s + i) * w_step, x + (s + i) * x_step, x_stride, acc[i]);
+    }
+    for (; s < steps; ++s) step_floats<C>(w + s * w_step, x + s * x_step, x_stride, acc[0]);
+#pragma GCC unroll 8
+    for (int q = 0; q < NQ; ++q) {
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) {
+            F sum = acc[0][q][v];
+            for (int i = 1; i < chains; ++i) sum = Simd::add(sum, acc[i][q][v]);
+            Simd::store(sums + q * kPanel + lane + v * L, sum);
+        }
+    }
+}
+
+// ---- The four functions of StepKernels.
+
+enum class Form { floats, integers, tiles };
+
+inline Form form_of(Code code, int64_t n_rows) {
+#if defined(HYBRIDKV_AMX)
+    if (code != Code::f32 && n_rows >= Tiles::min_rows) return Form::tiles;
+#endif
+    (void)n_rows;
+    return code == Code::bytes ? Form::integers : Form::floats;
+}
+
+size_t prepared_bytes(Code code, int64_t n_in, int64_t n_rows) {
+    switch (form_of(code, n_rows)) {
+#if defined(HYBRIDKV_AMX)
+        case Form::tiles: return static_cast<size_t>(Tiles::prepared_bytes(packed_inputs(code, n_in), n_rows));
+#endif
+        case Form::integers: return static_cast<size_t>(n_rows * integers_stride(n_in));
+        default: return static_cast<size_t>(n_rows * floats_stride(code, n_in));
+    }
+}
+
+void prepare(Code code, const float* x, int64_t x_stride, int64_t n_in, int64_t n_rows, int64_t r0, int64_t r1,
+             void* prepared) {
+    uint8_t* out = static_cast<uint8_t*>(prepared);
+    const Form form = form_of(code, n_rows);
+    for (int64_t r = r0; r < r1; ++r) {
+        const float* row = x + r * x_stride;
+#if defined(HYBRIDKV_AMX)
+        if (form == Form::tiles) Tiles::prepare(row, n_in, packed_inputs(code, n_in), r, out);
+#endif
+        if (form == Form::integers) prepare_integers(row, n_in, out + r * integers_stride(n_in));
+        if (form == Form::floats) prepare_floats(code, row, n_in, out + r * floats_stride(code, n_in));
+    }
+}
+
+size_t linear_scratch_bytes(Code code, int64_t n_in, int64_t n_rows) {
+#if defined(HYBRIDKV_AMX)
+    if (form_of(code, n_rows) == Form::tiles) return Tiles::scratch_bytes(n_rows);
+#endif
+    (void)code, (void)n_in, (void)n_rows;
+    return 0;
+}
+
+// Vectors of a panel that a micro-kernel of NQ rows takes at once: four sums or more are under way.
+template <int NQ>
+constexpr int vectors() {
+    constexpr int all = kPanel / L, most = NQ >= 4 ? 1 : 4 / NQ;
+    return all < most ? all : most;
+}
+
+template <class Kernel>
+inline void for_panels(const Weight& w, int64_t n_rows, int64_t panel0, int64_t panel1, float* y, int64_t y_stride,
+                       bool add, Kernel&& kernel) {
+    const int64_t bytes = panel_bytes(w.code, w.n_in);
+    for (int64_t p = panel0; p < panel1; ++p) {
+        for_row_groups(static_cast<int>(n_rows), [&](auto group, int r) {
+            constexpr int n = decltype(group)::count;
+            alignas(64) float sums[n * kPanel];
+            for (int lane = 0; lane < kPanel; lane += vectors<n>() * L) kernel(group, w.data + p * bytes, r, lane, sums);
+            put_panel(sums, n, w.n_out - p * kPanel, add, y + r * y_stride + p * kPanel, y_stride);
+        });
+    }
+}
+
+template <Code C>
+void linear_floats(const Weight& w, const uint8_t* x, int64_t n_rows, int64_t panel0, int64_t panel1, float* y,
+                   int64_t y_stride, bool add) {
+    const int64_t stride = floats_stride(C, w.n_in), steps = C == Code::f32 ? w.n_in : packed_inputs(C, w.n_in) / 2;
+    for_panels(w, n_rows, panel0, panel1, y, y_stride, add,
+               [&](auto group, const uint8_t* panel, int r, int lane, float* sums) {
+                   constexpr int n = decltype(group)::count;
+                   panel_floats<C, n, vectors<n>()>(panel, steps, x + r * stride, stride, lane, sums);
+               });
+}
+
+void linear_integers(const Weight& w, const uint8_t* x, int64_t n_rows, int64_t panel0, int64_t panel1, float* y,
+                     int64_t y_stride, bool add) {
+    const int64_t stride = integers_stride(w.n_in), blocks = packed_inputs(w.code, w.n_in) / 32;
+    for_panels(w, n_rows, panel0, panel1, y, y_stride, add,
+               [&](auto group, const uint8_t* panel, int r, int lane, float* sums) {
+                   constexpr int n = decltype(group)::count;
+                   panel_integers<n, vectors<n>()>(panel, blocks, x + r * stride, stride, lane, sums);
+               });
+}
+
+void linear(const Weight& w, const void* prepared, int64_t n_rows, int64_t panel0, int64_t panel1, float* y,
+            int64_t y_stride, bool add, void* scratch) {
+    const uint8_t* x = static_cast<const uint8_t*>(prepared);
+    switch (form_of(w.code, n_rows)) {
+#if defined(HYBRIDKV_AMX)
+        case Form::tiles:
+            Tiles::linear(w, x, n_rows, panel0, panel1, scratch, [&](const float* sums, int n, int64_t r, int64_t p) {
+                put_panel(sums, n, w.n_out - p * kPanel, add, y + r * y_stride + p * kPanel, y_stride);
+            });
+            return;
+#endif
+        case Form::integers: return linear_integers(w, x, n_rows, panel0, panel1, y, y_stride, add);
+        default: break;
+    }
+    (void)scratch;
+    if (w.code == Code::f32) return linear_floats<Code::f32>(w, x, n_rows, panel0, panel1, y, y_stride, add);
+    linear_floats<Code::bf16>(w, x, n_rows, panel0, panel1, y, y_stride, add);
+}
+
+}  // namespace

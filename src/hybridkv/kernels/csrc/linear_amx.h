@@ -1,0 +1,153 @@
+// Linear layers of many rows in bfloat16 tiles: 32 rows times 32 outputs at a time, summed in float32. q8_0 is brought
+// to bfloat16 once per panel and kDepth inputs, bf16 is read as it lies.
+//
+// A tile of activations is [16 rows][32 inputs], of weights [16 pairs of inputs][16 outputs][2]: 1024 bytes each.
+#pragma once
+
+#include "dots.h"
+#include "pack.h"
+
+namespace {
+
+struct Tiles {
+    static constexpr int64_t min_rows = 16;  // below, bringing a panel to bfloat16 costs more than tiles save
+    static constexpr int64_t kTileBytes = 1024, kRows = 16, kInputs = 32;
+    static constexpr int64_t kDepth = 512;     // inputs whose two panels stay in the first cache
+    static constexpr int64_t kMaxRows = 512;   // rows that share a dequantized panel
+
+    static int64_t row_tiles(int64_t n_rows) { return (n_rows + kRows - 1) / kRows; }
+    static int64_t prepared_bytes(int64_t n_in, int64_t n_rows) { return row_tiles(n_rows) * (n_in / kInputs) * kTileBytes; }
+    static size_t scratch_bytes(int64_t n_rows) {
+        const int64_t rows = n_rows < kMaxRows ? n_rows : kMaxRows;
+        return static_cast<size_t>(2 * kDepth / kInputs * kTileBytes + (row_tiles(rows) + 1) * 2 * kTileBytes);
+    }
+
+    // Row r of x to its place in tiles [row tile][input tile]; n_in is x's, `padded` the packed weight's. Rows past
+    // the last stay as they are: their sums are never read.
+    static void prepare(const float* x, int64_t n_in, int64_t padded, int64_t r, uint8_t* out) {
+        uint8_t* tile = out + r / kRows * (padded / kInputs) * kTileBytes + r % kRows * 64;
+        for (int64_t k = 0; k < padded; k += kInputs, tile += kTileBytes) {
+            const auto part = [&](int64_t from) {
+                const int64_t left = n_in - from;
+                const __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1 << left) - 1);
+                return _mm512_maskz_loadu_ps(mask, x + from);
+            };
+            const __m512bh pair = _mm512_cvtne2ps_pbh(part(k + 16), part(k));
+            std::memcpy(tile, &pair, sizeof pair);
+        }
+    }
+
+    // `pairs` pairs of blocks of a panel of q8_0 as tiles.
+    static HYBRIDKV_PHASE void dequantize(const uint8_t* panel, int64_t pairs, uint8_t* out) {
+        alignas(64) uint16_t order[32];
+        for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
+        const I interleave = _mm512_load_si512(order), byte = Simd::set1i(0xff);
+        for (int64_t p = 0; p < pairs; ++p, panel += kPairBytes) {
+            for (int half = 0; half < 2; ++half) {
+                const F d = Simd::f16(reinterpret_cast<const uint16_t*>(panel) + half * kPanel);
+                const F offset = Simd::mul(d, Simd::set1(-128.f));
+                const uint8_t* codes = panel + kPairScales + half * 512;
+                for (int quad = 0; quad < 8; ++quad, out += 128) {
+                    const I w = _mm512_load_si512(codes + 64 * quad);
+                    const auto value = [&](I c) { return Simd::fma(Simd::to_float(c), d, offset); };
+                    const F a = value(_mm512_and_si512(w, byte)), b = value(_mm512_and_si512(_mm512_srli_epi32(w, 8), byte));
+                    const F c = value(_mm512_and_si512(_mm512_srli_epi32(w, 16), byte)), e = value(_mm512_srli_epi32(w, 24));
+                    _mm512_store_si512(out, _mm512_permutexvar_epi16(interleave, (I)_mm512_cvtne2ps_pbh(b, a)));
+                    _mm512_store_si512(out + 64, _mm512_permutexvar_epi16(interleave, (I)_mm512_cvtne2ps_pbh(e, c)));
+                }
+            }
+        }
+    }
+
+    static void configure() {
+        struct alignas(64) {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+        } const config;
+        _tile_loadconfig(&config);
+    }
+
+    // NA row tiles from `a` on, `a_stride` bytes apart, times NB panels, over `depth` tiles of inputs: to c, [NA][NB]
+    // tiles of float32, added to what is there if `add`.
+    template <int NA, int NB>
+    static HYBRIDKV_PHASE void multiply(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t b_stride,
+                                        int64_t depth, bool add, float* c) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        if (add) {
+            _tile_loadd(0, c, 64);
+            if constexpr (NB > 1) _tile_loadd(1, c + 256, 64);
+            if constexpr (NA > 1) _tile_loadd(2, c + NB * 256, 64);
+            if constexpr (NA > 1 && NB > 1) _tile_loadd(3, c + 768, 64);
+        }
+        for (int64_t k = 0; k < depth; ++k, a += kTileBytes, b += kTileBytes) {
+            _tile_loadd(4, a, 64);
+            _tile_loadd(6, b, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            if constexpr (NB > 1) {
+                _tile_loadd(7, b + b_stride, 64);
+                _tile_dpbf16ps(1, 4, 7);
+            }
+            if constexpr (NA > 1) {
+                _tile_loadd(5, a + a_stride, 64);
+                _tile_dpbf16ps(2, 5, 6);
+                if constexpr (NB > 1) _tile_dpbf16ps(3, 5, 7);
+            }
+        }
+        _tile_stored(0, c, 64);
+        if constexpr (NB > 1) _tile_stored(1, c + 256, 64);
+        if constexpr (NA > 1) _tile_stored(2, c + NB * 256, 64);
+        if constexpr (NA > 1 && NB > 1) _tile_stored(3, c + 768, 64);
+    }
+
+    // NB panels from p on times rows [r0, r1): put(sums, n, row, panel) gets 16 outputs of up to 16 rows.
+    template <int NB, class Put>
+    static void panels(const Weight& w, const uint8_t* x, int64_t r0, int64_t r1, int64_t p, uint8_t* scratch, Put&& put) {
+        const int64_t n_in = packed_inputs(w.code, w.n_in), bytes = panel_bytes(w.code, w.n_in);
+        const int64_t a_stride = n_in / kInputs * kTileBytes;
+        float* sums = reinterpret_cast<float*>(scratch + 2 * kDepth / kInputs * kTileBytes);
+        for (int64_t k = 0; k < n_in; k += kDepth) {
+            const int64_t inputs = n_in - k < kDepth ? n_in - k : kDepth, depth = inputs / kInputs;
+            const uint8_t* b = w.data + p * bytes + k * kPanel * 2;
+            int64_t b_stride = bytes;
+            if (w.code == Code::bytes) {
+                b_stride = depth * kTileBytes;
+                for (int i = 0; i < NB; ++i) {
+                    dequantize(w.data + (p + i) * bytes + k / 64 * kPairBytes, inputs / 64, scratch + i * b_stride);
+                }
+                b = scratch;
+            }
+            for (int64_t r = r0; r < r1; r += 2 * kRows) {
+                float* c = sums + (r - r0) / kRows * NB * 256;
+                const uint8_t* a = x + r / kRows * a_stride + k / kInputs * kTileBytes;
+                const bool two = r + kRows < r1;
+                if (two) multiply<2, NB>(a, a_stride, b, b_stride, depth, k > 0, c);
+                if (!two) multiply<1, NB>(a, a_stride, b, b_stride, depth, k > 0, c);
+                if (k + kDepth < n_in) continue;
+                for (int64_t row = r; row < r1 && row < r + 2 * kRows; row += kRows) {
+                    const int n = static_cast<int>(r1 - row < kRows ? r1 - row : kRows);
+                    for (int i = 0; i < NB; ++i) put(c + ((row - r) / kRows * NB + i) * 256, n, row, p + i);
+                }
+            }
+        }
+    }
+
+    template <class Put>
+    static void linear(const Weight& w, const uint8_t* x, int64_t n_rows, int64_t panel0, int64_t panel1, void* scratch,
+                       Put&& put) {
+        uint8_t* memory = static_cast<uint8_t*>(scratch);
+        configure();
+        for (int64_t r0 = 0; r0 < n_rows; r0 += kMaxRows) {
+            const int64_t r1 = n_rows < r0 + kMaxRows ? n_rows : r0 + kMaxRows;
+            int64_t p = panel0;
+            for (; p + 2 <= panel1; p += 2) panels<2>(w, x, r0, r1, p, memory, put);
+            if (p < panel1) panels<1>(w, x, r0, r1, p, memory, put);
+        }
+        _tile_release();
+    }
+};
+
+}  // namespace

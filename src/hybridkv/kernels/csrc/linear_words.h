@@ -1,0 +1,46 @@
+// Sums of products of a block of codes where there are no products of bytes: pairs of int16, over the vector
+// operations of simd_avx2.h and simd_portable.h. Activations are int16.
+#pragma once
+
+#include "dots.h"
+
+namespace {
+
+struct Dots {
+    static constexpr float units = 32767.f;
+
+    // One block of activations: inputs 0, 2, 1, 3 of each quad, as the codes are split into even and odd bytes.
+    static void put(const int32_t* c, uint8_t* out) {
+        int16_t words[32];
+        for (int i = 0; i < 32; ++i) words[i] = static_cast<int16_t>(c[i / 4 * 4 + i % 2 * 2 + i % 4 / 2]);
+        std::memcpy(out, words, sizeof words);
+    }
+
+    // sums[q][v] += sum over the block of code * activation, for NV vectors of rows; rows of x are `stride` apart
+    template <int NQ, int NV>
+    static inline __attribute__((always_inline)) void block(const uint8_t* codes, const uint8_t* x, int64_t stride,
+                                                            I (&sums)[NQ][NV]) {
+        typedef uint16_t Words __attribute__((vector_size(sizeof(I))));
+        for (int quad = 0; quad < 8; ++quad) {
+            I even[NV], odd[NV];
+#pragma GCC unroll 4
+            for (int v = 0; v < NV; ++v) {
+                const Words w = (Words)Simd::loadi(reinterpret_cast<const int32_t*>(codes + 64 * quad) + v * L);
+                even[v] = (I)(w & 0xff);
+                odd[v] = (I)(w >> 8);
+            }
+#pragma GCC unroll 4
+            for (int q = 0; q < NQ; ++q) {
+                int32_t pair[2];
+                std::memcpy(pair, x + q * stride + 8 * quad, 8);
+#pragma GCC unroll 4
+                for (int v = 0; v < NV; ++v) {
+                    sums[q][v] = Simd::dot2(sums[q][v], even[v], Simd::set1i(pair[0]));
+                    sums[q][v] = Simd::dot2(sums[q][v], odd[v], Simd::set1i(pair[1]));
+                }
+            }
+        }
+    }
+};
+
+}  // namespace

@@ -1,0 +1,93 @@
+// The step program as a Python class: addresses and strides in. hybridkv/kernels/step.py checks them and keeps the
+// memory alive.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "module.h"
+#include "step_program.h"
+
+namespace nb = nanobind;
+
+namespace hybridkv {
+namespace {
+
+// data, row stride, group stride, groups, width
+using Columns = std::tuple<Address, int64_t, int64_t, int64_t, int64_t>;
+// type, n_out, n_in, panels, destination, its row stride, whether to add
+using Target = std::tuple<std::string, int64_t, int64_t, Address, Address, int64_t, bool>;
+using Values = std::vector<float>;
+
+View view(const Columns& c) {
+    return {reinterpret_cast<float*>(std::get<0>(c)), std::get<1>(c), std::get<2>(c), std::get<3>(c), std::get<4>(c)};
+}
+
+class Program {
+public:
+    void linear(const Columns& x, const std::vector<Target>& targets) {
+        LinearOp op{view(x), {}};
+        for (const auto& [type, n_out, n_in, data, dst, stride, add] : targets) {
+            const Weight weight{format_named(type).code, n_out, n_in, reinterpret_cast<const uint8_t*>(data)};
+            op.targets.push_back({weight, reinterpret_cast<float*>(dst), stride, add});
+        }
+        ops_.emplace_back(std::move(op));
+    }
+    void norm(const Columns& x, const Columns& dst, const Values& weight, float factor, float eps) {
+        ops_.emplace_back(NormOp{view(x), view(dst), weight, factor, eps});
+    }
+    void gate(const Columns& x, const Columns& g, const Columns& dst, const std::string& kind) {
+        if (kind != "silu" && kind != "sigmoid") throw std::invalid_argument("no gate " + kind);
+        ops_.emplace_back(GateOp{view(x), view(g), view(dst), kind == "silu" ? Gate::silu : Gate::sigmoid});
+    }
+    void rope(const Columns& x, int64_t n_rotated) { ops_.emplace_back(RopeOp{view(x), n_rotated}); }
+    void conv(const Columns& x, const Columns& dst, const Values& weight, const Values& bias, int64_t kernel,
+              int64_t state) {
+        ops_.emplace_back(ConvOp{view(x), view(dst), weight, bias, kernel, state});
+    }
+    void decay(const Columns& a, const Columns& b, const Columns& decay, const Columns& beta, const Values& rate,
+               const Values& bias) {
+        ops_.emplace_back(DecayOp{view(a), view(b), view(decay), view(beta), rate, bias});
+    }
+    void delta(const Columns& q, const Columns& k, const Columns& v, const Columns& decay, const Columns& beta,
+               const Columns& dst, int64_t state) {
+        ops_.emplace_back(DeltaOp{view(q), view(k), view(v), view(decay), view(beta), view(dst), state});
+    }
+
+    size_t size() const { return ops_.size(); }
+
+    void run(const std::string& isa, size_t begin, size_t end, int64_t n_seqs, int64_t n_tokens, Address cos,
+             Address sin, const std::vector<Address>& states, int n_threads) const {
+        if (begin > end || end > ops_.size()) throw std::out_of_range("operations of a step");
+        StepRun run{isa_named(isa), n_seqs, n_tokens, reinterpret_cast<const float*>(cos),
+                    reinterpret_cast<const float*>(sin), {}, n_threads};
+        for (const Address state : states) run.states.push_back(reinterpret_cast<float*>(state));
+        nb::gil_scoped_release unlocked;
+        run_step(ops_, begin, end, run);
+    }
+
+private:
+    std::vector<Op> ops_;
+};
+
+}  // namespace
+
+void bind_step(nb::module_& m) {
+    nb::class_<Program>(m, "Program")
+        .def(nb::init<>())
+        .def("linear", &Program::linear)
+        .def("norm", &Program::norm)
+        .def("gate", &Program::gate)
+        .def("rope", &Program::rope)
+        .def("conv", &Program::conv)
+        .def("decay", &Program::decay)
+        .def("delta", &Program::delta)
+        .def("run", &Program::run)
+        .def("__len__", &Program::size);
+}
+
+}  // namespace hybridkv

@@ -1,0 +1,174 @@
+// A step's operations between its matrix products: norms, gates, rotary positions, short convolutions and the gated
+// delta rule. Included once per instruction set.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "dots.h"
+#include "step.h"
+
+namespace {
+
+inline float sigmoid(float x) { return 1.f / (1.f + ::expf(-x)); }
+
+inline F sigmoid(F x) {
+    const F e = exp(Simd::sub(Simd::set1(0.f), Simd::max(Simd::set1(-80.f), x)));
+    return Simd::div(Simd::set1(1.f), Simd::add(e, Simd::set1(1.f)));
+}
+
+inline void norm_group(const float* x, const float* weight, float factor, float eps, int64_t width, float* out) {
+    F sums[4];
+    for (F& s : sums) s = Simd::set1(0.f);
+    int64_t i = 0;
+    for (; i + 4 * L <= width; i += 4 * L) {
+        for (int k = 0; k < 4; ++k) {
+            const F v = Simd::load(x + i + k * L);
+            sums[k] = Simd::fma(v, v, sums[k]);
+        }
+    }
+    float sum = Simd::reduce_add(Simd::add(Simd::add(sums[0], sums[1]), Simd::add(sums[2], sums[3])));
+    for (; i < width; ++i) sum += x[i] * x[i];
+    const float scale = 1.f / std::sqrt(sum * factor + eps);
+    for (i = 0; i + L <= width; i += L) {
+        Simd::store(out + i, Simd::mul(Simd::mul(Simd::load(x + i), Simd::set1(scale)), Simd::load(weight + i)));
+    }
+    for (; i < width; ++i) out[i] = x[i] * scale * weight[i];
+}
+
+void norm_rows(const NormOp& op, int64_t r0, int64_t r1) {
+    for (int64_t r = r0; r < r1; ++r) {
+        for (int64_t g = 0; g < op.x.groups; ++g) {
+            norm_group(op.x.at(r, g), op.weight.data(), op.factor, op.eps, op.x.width, op.dst.at(r, g));
+        }
+    }
+}
+
+template <Gate G>
+inline void gate_group(const float* x, const float* g, int64_t width, float* out) {
+    int64_t i = 0;
+    for (; i + L <= width; i += L) {
+        const F gate = Simd::load(g + i);
+        F y = Simd::mul(Simd::load(x + i), sigmoid(gate));
+        if (G == Gate::silu) y = Simd::mul(y, gate);
+        Simd::store(out + i, y);
+    }
+    for (; i < width; ++i) out[i] = x[i] * sigmoid(g[i]) * (G == Gate::silu ? g[i] : 1.f);
+}
+
+void gate_rows(const GateOp& op, int64_t r0, int64_t r1) {
+    const auto run = op.gate == Gate::silu ? gate_group<Gate::silu> : gate_group<Gate::sigmoid>;
+    for (int64_t r = r0; r < r1; ++r) {
+        for (int64_t g = 0; g < op.x.groups; ++g) run(op.x.at(r, g), op.g.at(r, g), op.x.width, op.dst.at(r, g));
+    }
+}
+
+void rope_rows(const RopeOp& op, const float* cos, const float* sin, int64_t n_tokens, int64_t r0, int64_t r1) {
+    const int64_t half = op.n_rotated / 2;
+    for (int64_t r = r0; r < r1; ++r) {
+        const float *c = cos + r % n_tokens * half, *s = sin + r % n_tokens * half;
+        for (int64_t g = 0; g < op.x.groups; ++g) {
+            float *a = op.x.at(r, g), *b = a + half;
+            for (int64_t i = 0; i < half; ++i) {
+                const float x = a[i], y = b[i];
+                a[i] = x * c[i] - y * s[i];
+                b[i] = y * c[i] + x * s[i];
+            }
+        }
+    }
+}
+
+void decay_rows(const DecayOp& op, int64_t r0, int64_t r1) {
+    for (int64_t r = r0; r < r1; ++r) {
+        const float *a = op.a.at(r, 0), *b = op.b.at(r, 0);
+        float *decay = op.decay.at(r, 0), *beta = op.beta.at(r, 0);
+        for (int64_t h = 0; h < op.a.width; ++h) {
+            const float x = a[h] + op.bias[h];
+            const float softplus = x > 20.f ? x : std::log1p(::expf(x));
+            decay[h] = ::expf(op.rate[h] * softplus);
+            beta[h] = sigmoid(b[h]);
+        }
+    }
+}
+
+// The input `back` tokens before token t of the call, or the state's.
+inline const float* conv_input(const ConvOp& op, const float* state, int64_t row0, int64_t t, int64_t back) {
+    return t >= back ? op.x.at(row0 + t - back, 0) : state + (op.kernel + t - back) * op.x.width;
+}
+
+void conv_channels(const ConvOp& op, float* state, int64_t row0, int64_t n_tokens, int64_t c0, int64_t c1) {
+    const int64_t channels = op.x.width, taps = op.kernel;
+    const float* bias = op.bias.empty() ? nullptr : op.bias.data();
+    for (int64_t t = 0; t < n_tokens; ++t) {
+        float* out = op.dst.at(row0 + t, 0);
+        int64_t c = c0;
+        for (; c + L <= c1; c += L) {
+            F sum = bias ? Simd::load(bias + c) : Simd::set1(0.f);
+            for (int64_t j = 0; j < taps; ++j) {
+                const float* x = conv_input(op, state, row0, t, taps - 1 - j);
+                sum = Simd::fma(Simd::load(op.weight.data() + j * channels + c), Simd::load(x + c), sum);
+            }
+            Simd::store(out + c, Simd::mul(sum, sigmoid(sum)));
+        }
+        for (; c < c1; ++c) {
+            float sum = bias ? bias[c] : 0.f;
+            for (int64_t j = 0; j < taps; ++j) {
+                sum += op.weight[static_cast<size_t>(j * channels + c)] *
+                       conv_input(op, state, row0, t, taps - 1 - j)[c];
+            }
+            out[c] = sum * sigmoid(sum);
+        }
+    }
+    // Oldest first, so that a row is read before it is overwritten.
+    for (int64_t j = 0; j < taps; ++j) {
+        const float* x = conv_input(op, state, row0, n_tokens - 1, taps - 1 - j);
+        std::copy(x + c0, x + c1, state + j * channels + c0);
+    }
+}
+
+// NV vectors of value dims from d0 on. Two rows of the state at a time: enough sums to hide a multiply-add's latency.
+template <int NV>
+HYBRIDKV_PHASE void delta_columns(const DeltaOp& op, float* state, int64_t row0, int64_t n_tokens, int64_t head,
+                                  int64_t d0) {
+    const int64_t key_head = head * op.k.groups / op.v.groups, rows = op.k.width, stride = op.v.width;
+    for (int64_t r = row0; r < row0 + n_tokens; ++r) {
+        const float *q = op.q.at(r, key_head), *k = op.k.at(r, key_head), *v = op.v.at(r, head) + d0;
+        const F decay = Simd::set1(op.decay.at(r, 0)[head]), beta = Simd::set1(op.beta.at(r, 0)[head]);
+        F sums[2][NV], change[NV];
+        for (auto& half : sums) for (F& s : half) s = Simd::set1(0.f);
+        float* s = state + d0;
+        for (int64_t i = 0; i < rows; i += 2, s += 2 * stride) {
+            const F k0 = Simd::set1(k[i]), k1 = Simd::set1(k[i + 1]);
+            for (int n = 0; n < NV; ++n) {
+                sums[0][n] = Simd::fma(Simd::load(s + n * L), k0, sums[0][n]);
+                sums[1][n] = Simd::fma(Simd::load(s + stride + n * L), k1, sums[1][n]);
+            }
+        }
+        for (int n = 0; n < NV; ++n) {
+            const F known = Simd::mul(Simd::add(sums[0][n], sums[1][n]), decay);
+            change[n] = Simd::mul(beta, Simd::sub(Simd::load(v + n * L), known));
+            sums[0][n] = sums[1][n] = Simd::set1(0.f);
+        }
+        s = state + d0;
+        for (int64_t i = 0; i < rows; i += 2, s += 2 * stride) {
+            const F k0 = Simd::set1(k[i]), k1 = Simd::set1(k[i + 1]), q0 = Simd::set1(q[i]), q1 = Simd::set1(q[i + 1]);
+            for (int n = 0; n < NV; ++n) {
+                const F a = Simd::fma(k0, change[n], Simd::mul(decay, Simd::load(s + n * L)));
+                const F b = Simd::fma(k1, change[n], Simd::mul(decay, Simd::load(s + stride + n * L)));
+                Simd::store(s + n * L, a);
+                Simd::store(s + stride + n * L, b);
+                sums[0][n] = Simd::fma(a, q0, sums[0][n]);
+                sums[1][n] = Simd::fma(b, q1, sums[1][n]);
+            }
+        }
+        float* out = op.dst.at(r, head) + d0;
+        for (int n = 0; n < NV; ++n) Simd::store(out + n * L, Simd::add(sums[0][n], sums[1][n]));
+    }
+}
+
+void delta_head(const DeltaOp& op, float* state, int64_t row0, int64_t n_tokens, int64_t head, int64_t d0, int64_t d1) {
+    for (; d0 + 4 * L <= d1; d0 += 4 * L) delta_columns<4>(op, state, row0, n_tokens, head, d0);
+    for (; d0 < d1; d0 += L) delta_columns<1>(op, state, row0, n_tokens, head, d0);
+}
+
+}  // namespace

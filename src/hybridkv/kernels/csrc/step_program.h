@@ -1,0 +1,37 @@
+// A step's operations in order, over buffers of its caller. Addresses of states come with each run and are never kept:
+// a program that remembered them would one day run a sequence on another's state.
+#pragma once
+
+#include <variant>
+
+#include "attention.h"
+#include "step.h"
+
+namespace hybridkv {
+
+// dst = W x for weights that share their input, added to what is there if `add`.
+struct LinearOp {
+    struct Target {
+        Weight weight;
+        float* dst;
+        int64_t dst_stride;
+        bool add;
+    };
+    View x;  // one group
+    std::vector<Target> targets;
+};
+
+using Op = std::variant<LinearOp, NormOp, GateOp, RopeOp, ConvOp, DecayOp, DeltaOp>;
+
+// What changes from run to run: rows are sequences times tokens.
+struct StepRun {
+    const Isa& isa;
+    int64_t n_seqs, n_tokens;
+    const float *cos, *sin;      // [token][half of the rotated dims], where a RopeOp runs
+    std::vector<float*> states;  // by the operations' indices, all sequences
+    int n_threads;
+};
+
+void run_step(const std::vector<Op>& ops, size_t begin, size_t end, const StepRun& run);
+
+}  // namespace hybridkv

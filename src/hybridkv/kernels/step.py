@@ -1,0 +1,173 @@
+"""A model's step outside of attention: native operations on buffers, run in order.
+
+Owns the checks that make the native code safe to call, and keeps the memory that its operations point to. Knows no
+models: `hybridkv.hf.step` writes a model down as operations. Addresses of states come with each run and are never
+kept: a program that remembered them would one day run a sequence on another's state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hybridkv.kernels import cpu_native
+from hybridkv.kernels.linear import PackedWeight
+
+Columns = tuple[int, int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where the product with one weight goes: float32 `[rows, n_out]`, added to what is there if `add`."""
+
+    weight: PackedWeight
+    dst: Tensor
+    add: bool = False
+
+
+class StepProgram:
+    """Operations on float32 buffers `[rows, width]`; a view `[rows, heads, width]` names heads within a buffer.
+
+    A run works on the first B * T rows; row `b * T + t` is token t of sequence b. All buffers have the same number
+    of rows, the most that a run may have.
+    """
+
+    def __init__(self) -> None:
+        self._native = cpu_native._native().Program()
+        self._keep: list[Any] = []
+        self._rows: int | None = None
+        self._states: dict[int, tuple[int, ...]] = {}
+
+    def __len__(self) -> int:
+        """Operations so far; a place to begin or end a run."""
+        return len(self._native)
+
+    def linear(self, x: Tensor, *targets: Target) -> None:
+        """Products of x `[rows, n_in]` with weights; those of one type share the preparation of x."""
+        for kind in dict.fromkeys(t.weight.type for t in targets):
+            packed = []
+            for t in targets:
+                if t.weight.type != kind:
+                    continue
+                assert t.dst.dim() == 2 and t.dst.shape[1] == t.weight.n_out, (t.dst.shape, t.weight.n_out)
+                assert x.dim() == 2 and x.shape[1] == t.weight.n_in, (x.shape, t.weight.n_in)
+                address, row_stride, *_ = self._columns(t.dst)
+                data = t.weight.data
+                packed.append((kind, t.weight.n_out, t.weight.n_in, data.data_ptr(), address, row_stride, t.add))
+                self._keep.append(data)
+            self._native.linear(self._columns(x), packed)
+
+    def norm(self, x: Tensor, dst: Tensor, weight: Tensor, *, factor: float, eps: float) -> None:
+        """`x * weight / sqrt(sum(x^2) * factor + eps)` per head: RMSNorm with factor 1 / width, L2 norm with 1."""
+        assert x.shape == dst.shape and weight.shape == x.shape[-1:], (x.shape, dst.shape, weight.shape)
+        self._native.norm(self._columns(x), self._columns(dst), _floats(weight), factor, eps)
+
+    def gate(self, x: Tensor, by: Tensor, dst: Tensor, kind: Literal["silu", "sigmoid"]) -> None:
+        """`x * silu(by)` or `x * sigmoid(by)`."""
+        assert x.shape == by.shape == dst.shape, (x.shape, by.shape, dst.shape)
+        self._native.gate(self._columns(x), self._columns(by), self._columns(dst), kind)
+
+    def rope(self, x: Tensor, n_rotated: int) -> None:
+        """Turn the first `n_rotated` values of each head by the run's angles, in halves (NeoX), in place."""
+        assert 0 < n_rotated <= x.shape[-1] and n_rotated % 2 == 0, (n_rotated, x.shape)
+        self._native.rope(self._columns(x), n_rotated)
+
+    def conv(self, x: Tensor, dst: Tensor, weight: Tensor, bias: Tensor | None, state: int) -> None:
+        """Causal depthwise convolution with SiLU; weight `[channels, kernel]`, state float32 `[B, kernel, channels]`."""
+        channels, kernel = weight.shape
+        assert x.shape == dst.shape and x.dim() == 2 and x.shape[1] == channels, (x.shape, dst.shape, weight.shape)
+        assert x.data_ptr() != dst.data_ptr(), "a convolution cannot run in place"
+        assert bias is None or bias.shape == (channels,), bias
+        self._expect(state, (kernel, channels))
+        taps, offsets = _floats(weight.T), [] if bias is None else _floats(bias)
+        self._native.conv(self._columns(x), self._columns(dst), taps, offsets, kernel, state)
+
+    def decay(self, a: Tensor, b: Tensor, decay: Tensor, beta: Tensor, rate: Tensor, bias: Tensor) -> None:
+        """`decay = exp(rate * softplus(a + bias))` and `beta = sigmoid(b)`, per value head."""
+        assert a.shape == b.shape == decay.shape == beta.shape and rate.shape == bias.shape == a.shape[1:], a.shape
+        columns = (self._columns(x) for x in (a, b, decay, beta))
+        self._native.decay(*columns, _floats(rate), _floats(bias))
+
+    def delta(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, dst: Tensor, state: int) -> None:
+        """Gated delta rule; q and k `[rows, key heads, D]`, v and dst `[rows, value heads, Dv]`.
+
+        State float32 `[B, value heads, D, Dv]`. Value head h uses key head `h // (value heads / key heads)`.
+        """
+        (_, n_key, d), (_, n_value, dv) = k.shape, v.shape
+        assert q.shape == k.shape and dst.shape == v.shape and n_value % n_key == 0, (q.shape, v.shape)
+        assert decay.shape == beta.shape == (v.shape[0], n_value), (decay.shape, v.shape)
+        assert delta_rejects(d, dv) is None
+        self._expect(state, (n_value, d, dv))
+        self._native.delta(*(self._columns(x) for x in (q, k, v, decay, beta, dst)), state)
+
+    def addresses(self, states: Sequence[Tensor], n_seqs: int) -> list[int]:
+        """States by the operations' indices, checked, as a run takes them; valid while the tensors live."""
+        for index, shape in self._states.items():
+            state = states[index]
+            assert state.shape == (n_seqs, *shape) and state.dtype == torch.float32 and state.is_contiguous(), index
+        return [state.data_ptr() for state in states]
+
+    def run(
+        self,
+        begin: int,
+        end: int,
+        n_seqs: int,
+        n_tokens: int,
+        *,
+        angles: tuple[Tensor, Tensor] | None = None,
+        states: Sequence[int] = (),
+        n_threads: int | None = None,
+    ) -> None:
+        """Run the operations `[begin, end)` on the first `n_seqs * n_tokens` rows.
+
+        Parameters
+        ----------
+        angles
+            Cosines and sines, float32 `[T, n_rotated / 2]` each.
+        states
+            Of `addresses`; continued in place.
+        """
+        assert self._rows is None or 0 < n_seqs * n_tokens <= self._rows, (n_seqs, n_tokens, self._rows)
+        assert not self._states or len(states) > max(self._states), (len(states), self._states)
+        cos, sin = angles or (None, None)
+        for x in (cos, sin):
+            assert x is None or (x.dtype == torch.float32 and x.is_contiguous() and x.shape[0] == n_tokens), x
+        self._native.run(
+            cpu_native.isa(),
+            begin,
+            end,
+            n_seqs,
+            n_tokens,
+            0 if cos is None else cos.data_ptr(),
+            0 if sin is None else sin.data_ptr(),
+            states,
+            n_threads or torch.get_num_threads(),
+        )
+
+    def _expect(self, state: int, shape: tuple[int, ...]) -> None:
+        assert self._states.setdefault(state, shape) == shape, (state, shape)
+
+    def _columns(self, x: Tensor) -> Columns:
+        """Address and strides of a buffer's columns; the buffer is kept."""
+        assert x.dtype == torch.float32 and x.device.type == "cpu" and x.stride(-1) == 1, (x.dtype, x.stride())
+        assert self._rows in (None, x.shape[0]), (self._rows, x.shape)
+        self._rows = x.shape[0]
+        self._keep.append(x)
+        groups, group_stride = (1, 0) if x.dim() == 2 else (x.shape[1], x.stride(1))
+        return x.data_ptr(), x.stride(0), group_stride, groups, x.shape[-1]
+
+
+def delta_rejects(head_dim_k: int, head_dim_v: int) -> str | None:
+    """Why the native gated delta rule cannot run these head dims; None if it can."""
+    if head_dim_k % 2 or head_dim_v % 16:
+        return f"gated delta rule of key dim {head_dim_k} and value dim {head_dim_v}: multiples of 2 and 16 are needed"
+    return None
+
+
+def _floats(x: Tensor) -> list[float]:
+    values: list[float] = x.detach().float().flatten().tolist()
+    return values

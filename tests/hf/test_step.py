@@ -1,0 +1,185 @@
+"""The native step against Transformers' own forward pass in float64, and the choice between the two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from hybridkv.cache import KVTypes
+from hybridkv.errors import UsageError
+from hybridkv.formats import FORMATS
+from hybridkv.hf import EagerStep, ModelCache, NativeStep, kv_facts, layer_facts, parse_step, resolve_step
+from hybridkv.hf.step.native import MAX_ROWS
+from hybridkv.kernels import cpu_native
+from hybridkv.policy import Guard, Policy
+from tests.families import HYBRIDS, build
+
+NATIVE = ("qwen3_5_text",)
+needs_native = pytest.mark.skipif(cpu_native.available() is not None, reason="the native extension is not built")
+pytestmark = [needs_native, pytest.mark.usefixtures("_inference")]
+
+
+@pytest.fixture
+def _inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def cache_for(model: PreTrainedModel, types: KVTypes | None = None) -> ModelCache:
+    specs = Policy(types or KVTypes("f32", "f32")).resolve(kv_facts(layer_facts(model.config)))
+    return ModelCache(model.config, specs, guard=Guard())
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def round_weights(model: PreTrainedModel) -> None:
+    """Give every matrix the values of its q8_0 form, as a model from a q8_0 file has them."""
+    q8_0 = FORMATS["q8_0"]
+    for weight in model.parameters():
+        if weight.dim() == 2 and weight.shape[1] % 32 == 0:
+            planes = q8_0.encode(weight.data.unsqueeze(0).unsqueeze(0), "absmax")
+            weight.data.copy_(q8_0.decode(planes, weight.shape[1])[0, 0])
+
+
+def transformers_logits(
+    family: str, rounded: bool, pieces: Sequence[Tensor], dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """DynamicCache, eager attention; the logits after each piece."""
+    model = build(family)
+    if rounded:
+        round_weights(model)
+    model = model.to(dtype)
+    cache = DynamicCache(config=model.config)
+    return [model(input_ids=p, past_key_values=cache, use_cache=True).logits[:, -1] for p in pieces]
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    assert torch.isfinite(got).all()
+    return float((got.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+
+@pytest.mark.parametrize("isa", ["best", "portable"])
+@pytest.mark.parametrize("family", NATIVE)
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (3, 1, 2), (70, 1, 33, 1)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_logits(
+    family: str,
+    batch: int,
+    lengths: tuple[int, ...],
+    rounded: bool,
+    isa: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Float32 weights stay float32; q8_0 ones are multiplied as integers, or as bf16 where AMX has many rows.
+
+    The latter is compared with Transformers in bfloat16, which rounds as often: the error of a small random model is
+    a matter of chance, so up to twice that.
+    """
+    if isa != "best":
+        monkeypatch.setenv("HYBRIDKV_ISA", isa)
+    pieces = [tokens(batch, n, seed) for seed, n in enumerate(lengths)]
+    model = build(family, attention="hybridkv")
+    if rounded:
+        round_weights(model)
+    step, cache, position = NativeStep(model), cache_for(model), 0
+    assert ("q8_0" in step.name) == rounded
+    coarse = transformers_logits(family, rounded, pieces, torch.bfloat16)
+    for i, exact in enumerate(transformers_logits(family, rounded, pieces)):
+        got = step.forward(pieces[i], cache, position)
+        assert got.dtype == torch.float32
+        as_bf16 = rounded and cpu_native.isa() == "amx" and max(lengths[: i + 1]) * batch >= 16
+        assert error(got, exact) < (2 * error(coarse[i], exact) if as_bf16 else 5e-4 if rounded else 2e-5)
+        position += pieces[i].shape[1]
+
+
+def test_a_prompt_longer_than_the_buffers() -> None:
+    pieces = [tokens(2, MAX_ROWS // 2 + 77), tokens(2, 1, seed=1)]
+    model = build("qwen3_5_text", attention="hybridkv")
+    step, cache, position = NativeStep(model), cache_for(model), 0
+    for piece, exact in zip(pieces, transformers_logits("qwen3_5_text", False, pieces), strict=True):
+        assert error(step.forward(piece, cache, position), exact) < 5e-5
+        position += piece.shape[1]
+
+
+@pytest.mark.parametrize("order", ["native first", "eager first"])
+def test_both_steps_continue_the_same_cache(order: str) -> None:
+    model = build("qwen3_5_text", attention="hybridkv")
+    steps = [NativeStep(model), EagerStep(model)]
+    if order == "eager first":
+        steps.reverse()
+    pieces = [tokens(2, 9), tokens(2, 1, seed=1), tokens(2, 4, seed=2), tokens(2, 1, seed=3)]
+    cache, position = cache_for(model), 0
+    for i, (piece, exact) in enumerate(zip(pieces, transformers_logits("qwen3_5_text", False, pieces), strict=True)):
+        assert error(steps[i % 2].forward(piece, cache, position), exact) < 2e-5
+        position += piece.shape[1]
+
+
+def test_cache_operations_between_steps() -> None:
+    """Repeating, selecting and forgetting sequences: each goes on as if it were alone."""
+    model = build("qwen3_5_text", attention="hybridkv")
+    step, prompt, then = NativeStep(model), tokens(1, 7), tokens(3, 1, seed=1)
+    alone = []
+    for token in then:
+        cache = cache_for(model)
+        step.forward(prompt, cache, 0)
+        alone.append(step.forward(token.unsqueeze(0), cache, 7))
+    cache = cache_for(model)
+    step.forward(prompt, cache, 0)
+    cache.batch_repeat_interleave(3)
+    assert torch.allclose(step.forward(then, cache, 7), torch.cat(alone), atol=1e-5)
+    cache.batch_select_indices(torch.tensor([2]))
+    last = step.forward(then[:1], cache, 8)
+    assert last.shape == (1, 97)
+    cache.reset()
+    step.forward(prompt, cache, 0)
+    assert torch.allclose(step.forward(then[:1], cache, 7), alone[0], atol=1e-5)
+
+
+def test_released_weights_are_not_missed() -> None:
+    model = build("qwen3_5_text", attention="hybridkv")
+    step = NativeStep(model)
+    before = step.forward(tokens(1, 5), cache_for(model), 0)
+    step.release_weights()
+    assert model.lm_head.weight.numel() == 0
+    assert torch.equal(step.forward(tokens(1, 5), cache_for(model), 0), before)
+    step.forward(tokens(1, 200), cache_for(model), 0)  # larger buffers are written down anew
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_what_resolves_runs_and_what_does_not_says_why(family: str) -> None:
+    config = build(family).config
+    chosen = resolve_step(config, "cpu")
+    assert chosen is (NativeStep if family in NATIVE else EagerStep)
+    assert resolve_step(config, "cpu", "eager") is EagerStep
+    assert resolve_step(config, "cuda") is EagerStep
+    if family not in NATIVE:
+        with pytest.raises(UsageError, match=f"cannot run this model: knows no {family} layers"):
+            resolve_step(config, "cpu", "native")
+
+
+def test_configs_that_the_family_refuses() -> None:
+    config = build("qwen3_5_text").config
+    config.hidden_act = "gelu"
+    with pytest.raises(UsageError, match="activation 'gelu', not silu"):
+        resolve_step(config, "cpu", "native")
+    assert resolve_step(config, "cpu") is EagerStep
+
+
+def test_unknown_step() -> None:
+    with pytest.raises(UsageError, match="no step 'fast'; allowed: auto, native, eager"):
+        parse_step("fast")
+
+
+@pytest.mark.parametrize("step_class", [NativeStep, EagerStep])
+def test_a_damaged_weight_is_named(step_class: type[NativeStep | EagerStep]) -> None:
+    model = build("qwen3_5_text", attention="hybridkv")
+    assert step_class(model).damaged_weight is None
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan
+    assert step_class(model).damaged_weight == "model.layers.1.mlp.up_proj.weight"

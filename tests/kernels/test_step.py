@@ -1,0 +1,185 @@
+"""The native operations of a step against float64 torch: odd sizes, poisoned memory, every instruction set."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hybridkv.kernels import cpu_native
+from hybridkv.kernels.step import StepProgram, delta_rejects
+
+if cpu_native.available() is not None:
+    pytest.skip("the native extension is not built", allow_module_level=True)
+
+ISAS = tuple(cpu_native._native().isas())
+pytestmark = pytest.mark.parametrize("isa", ISAS)
+TOLERANCE = 3e-6
+
+
+@pytest.fixture(autouse=True)
+def _isa(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYBRIDKV_ISA", isa)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def buffer(*shape: int) -> Tensor:
+    """Memory that shows what was not written."""
+    return torch.full(shape, torch.nan)
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    assert torch.isfinite(got).all()
+    return float((got.double() - exact).abs().max() / exact.abs().max())
+
+
+@pytest.mark.parametrize(("heads", "width"), [(1, 1), (1, 31), (3, 33), (2, 128), (1, 384)])
+def test_norm(heads: int, width: int) -> None:
+    x, out, weight = normal(5, heads, width), buffer(5, heads, width), normal(width, seed=1)
+    program = StepProgram()
+    program.norm(x, out, weight, factor=1 / width, eps=1e-6)
+    program.run(0, 1, 1, 4)
+    x64 = x[:4].double()
+    exact = x64 * torch.rsqrt(x64.square().mean(-1, keepdim=True) + 1e-6) * weight
+    assert error(out[:4], exact) < TOLERANCE
+    assert out[4].isnan().all()
+
+
+@pytest.mark.parametrize("kind", ["silu", "sigmoid"])
+@pytest.mark.parametrize("width", [1, 17, 64, 257])
+def test_gate(kind: str, width: int) -> None:
+    """Heads strided as queries and gates are: side by side within a row."""
+    both, out = normal(3, 2, 2 * width), buffer(3, 2, width)
+    both[0, 0, width:] = torch.linspace(-200, 200, width)
+    x, by = both.split(width, dim=2)
+    program = StepProgram()
+    program.gate(x, by, out, kind)  # type: ignore[arg-type]
+    program.run(0, 1, 3, 1)
+    g = by.double()
+    exact = x.double() * (torch.nn.functional.silu(g) if kind == "silu" else g.sigmoid())
+    assert error(out, exact) < TOLERANCE
+
+
+def test_gate_in_place_on_many_rows() -> None:
+    x, g = normal(700, 96), normal(700, 96, seed=1)
+    exact = x.double() * torch.nn.functional.silu(g.double())
+    program = StepProgram()
+    program.gate(x, g, x, "silu")
+    program.run(0, 1, 7, 100, n_threads=3)
+    assert error(x, exact) < TOLERANCE
+
+
+@pytest.mark.parametrize(("n_seqs", "n_tokens"), [(1, 1), (1, 5), (3, 4)])
+def test_rope(n_seqs: int, n_tokens: int) -> None:
+    """Every sequence takes the angles of its own tokens; what is behind the rotated part stays."""
+    x = normal(n_seqs * n_tokens, 3, 20)
+    angles = normal(n_tokens, 6, seed=1)
+    before = x.clone()
+    program = StepProgram()
+    program.rope(x, 12)
+    program.run(0, 1, n_seqs, n_tokens, angles=(angles.cos(), angles.sin()))
+    a, b, rest = before.double().view(n_seqs, n_tokens, 3, 20).split([6, 6, 8], dim=-1)
+    c, s = angles.double().cos().view(1, n_tokens, 1, 6), angles.double().sin().view(1, n_tokens, 1, 6)
+    exact = torch.cat([a * c - b * s, b * c + a * s, rest], dim=-1)
+    assert error(x.view_as(exact), exact) < TOLERANCE
+
+
+@pytest.mark.parametrize("channels", [1, 19, 300])
+@pytest.mark.parametrize("chunks", [(1,), (2, 1, 1), (7, 3), (1, 1, 1, 1, 1, 9)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_conv_continues_its_state(channels: int, chunks: tuple[int, ...], with_bias: bool) -> None:
+    """In whatever pieces two sequences come, the result is that of one convolution over each."""
+    kernel, total = 4, sum(chunks)
+    x = normal(2, total, channels)
+    weight, bias = normal(channels, kernel, seed=1), normal(channels, seed=2) if with_bias else None
+    raw, out = buffer(2 * total, channels), buffer(2 * total, channels)
+    state = torch.zeros(2, kernel, channels)
+    program = StepProgram()
+    program.conv(raw, out, weight, bias, 0)
+    got, done = [], 0
+    for n in chunks:
+        raw[: 2 * n] = x[:, done : done + n].reshape(2 * n, channels)
+        program.run(0, 1, 2, n, states=program.addresses([state], 2))
+        got.append(out[: 2 * n].view(2, n, channels).clone())
+        done += n
+    padded = torch.nn.functional.pad(x.double().transpose(1, 2), (kernel - 1, 0))
+    exact = torch.nn.functional.conv1d(
+        padded, weight.double().unsqueeze(1), None if bias is None else bias.double(), groups=channels
+    )
+    exact = torch.nn.functional.silu(exact).transpose(1, 2)
+    assert error(torch.cat(got, dim=1), exact) < TOLERANCE
+    newest = torch.cat([torch.zeros(2, kernel, channels), x], dim=1)[:, -kernel:]
+    assert torch.equal(state, newest)
+
+
+def test_decay() -> None:
+    a, b = normal(6, 5) * 30, normal(6, 5, seed=1) * 30
+    rate, bias = -normal(5, seed=2).exp(), normal(5, seed=3)
+    decay, beta = buffer(6, 5), buffer(6, 5)
+    program = StepProgram()
+    program.decay(a, b, decay, beta, rate, bias)
+    program.run(0, 1, 2, 3)
+    exact = (rate.double() * torch.nn.functional.softplus(a.double() + bias)).exp()
+    assert torch.allclose(decay.double(), exact, rtol=2e-5, atol=1e-30)
+    assert error(beta, b.double().sigmoid()) < TOLERANCE
+
+
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Float64, token by token: `[B, T, heads, D]`, state `[B, heads, D, Dv]`."""
+    group = v.shape[2] // k.shape[2]
+    q, k = (x.double().repeat_interleave(group, dim=2) for x in (q, k))
+    state, out = state.double(), torch.empty(v.shape, dtype=torch.float64)
+    for t in range(v.shape[1]):
+        state = state * decay[:, t].double()[..., None, None]
+        known = torch.einsum("bhdv,bhd->bhv", state, k[:, t])
+        change = beta[:, t].double().unsqueeze(-1) * (v[:, t].double() - known)
+        state = state + torch.einsum("bhd,bhv->bhdv", k[:, t], change)
+        out[:, t] = torch.einsum("bhdv,bhd->bhv", state, q[:, t])
+    return out, state
+
+
+@pytest.mark.parametrize(
+    ("n_key", "n_value", "d", "dv"), [(1, 1, 2, 16), (2, 4, 24, 48), (2, 2, 128, 128), (1, 3, 32, 80)]
+)
+@pytest.mark.parametrize(("n_seqs", "n_tokens"), [(1, 1), (2, 1), (2, 9)])
+def test_delta(n_key: int, n_value: int, d: int, dv: int, n_seqs: int, n_tokens: int) -> None:
+    """Heads strided as they leave the convolution; the state goes on."""
+    rows = n_seqs * n_tokens
+    mixed = normal(rows, 2 * n_key * d + n_value * dv) / d**0.5
+    q, k, v = mixed.split([n_key * d, n_key * d, n_value * dv], dim=1)
+    q, k, v = q.unflatten(1, (n_key, d)), k.unflatten(1, (n_key, d)), v.unflatten(1, (n_value, dv))
+    decay, beta = normal(rows, n_value, seed=1).sigmoid(), normal(rows, n_value, seed=2).sigmoid()
+    state, out = normal(n_seqs, n_value, d, dv, seed=3), buffer(rows, n_value, dv)
+    lifted = (x.unflatten(0, (n_seqs, n_tokens)) for x in (q, k, v, decay, beta))
+    exact, exact_state = delta_rule(*lifted, state)
+    program = StepProgram()
+    program.delta(q, k, v, decay, beta, out, 0)
+    program.run(0, 1, n_seqs, n_tokens, states=program.addresses([state], n_seqs), n_threads=2)
+    assert error(out.view(exact.shape), exact) < TOLERANCE
+    assert error(state, exact_state) < TOLERANCE
+
+
+def test_delta_refuses_what_it_cannot_run(isa: str) -> None:
+    assert isa
+    assert delta_rejects(128, 128) is None
+    assert delta_rejects(3, 16) is not None
+    assert delta_rejects(4, 24) is not None
+
+
+def test_a_run_takes_its_states_from_its_caller() -> None:
+    """Two caches on one program: neither sees the other."""
+    x, out = normal(1, 8), buffer(1, 8)
+    program = StepProgram()
+    program.conv(x, out, torch.ones(8, 2), None, 0)
+    first, second = torch.zeros(1, 2, 8), torch.zeros(1, 2, 8)
+    program.run(0, 1, 1, 1, states=program.addresses([first], 1))
+    program.run(0, 1, 1, 1, states=program.addresses([first], 1))
+    alone = out.clone()
+    program.run(0, 1, 1, 1, states=program.addresses([second], 1))
+    assert not torch.equal(out, alone)
+    assert torch.equal(second[:, 0], torch.zeros(1, 8))
+    with pytest.raises(AssertionError):
+        program.addresses([first.repeat(2, 1, 1)], 1)
