@@ -35,14 +35,14 @@ struct AmxCodes {
     }
 
     // scores[count][n of kTile] of one group of packed queries; d, m: [block][kTile]; qsum: [8][blocks]. `sums` is room
-    // for 2 * (blocks + 1) tiles: the products of sixteen rows are read while the next sixteen are computed.
+    // for blocks + 3 tiles: the products of sixteen rows are read while the next sixteen are computed.
     template <bool HasMin, int Group>
     static HYBRIDKV_PHASE void scores(const int8_t* q, const Codes& codes, const float* d, const float* m,
                                       const float* qsum, int64_t blocks, int n, int count, int32_t* sums, float* scores,
                                       Prefetch& ahead) {
         constexpr int tiles = Group / 4;
         const int parts = (n + 15) / 16, pairs = static_cast<int>(blocks + 1) / 2, products = parts * pairs;
-        const auto at = [&](int product) { return sums + product % (2 * pairs) * tiles * 256; };
+        const auto at = [&](int product) { return sums + product % (pairs + 1) * tiles * 256; };
         int next = 0;
         for (int part = 0; part <= parts; ++part) {
             F acc[16];

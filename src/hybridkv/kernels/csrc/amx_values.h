@@ -42,13 +42,6 @@ struct AmxValues {
         }
     }
 
-    template <Code C>
-    static inline __attribute__((always_inline)) F load(const uint8_t* row, int64_t e) {
-        if (C == Code::f32) return Simd::load(reinterpret_cast<const float*>(row) + e);
-        const uint16_t* half = reinterpret_cast<const uint16_t*>(row) + e;
-        return C == Code::f16 ? Simd::f16(half) : Simd::bf16(half);
-    }
-
     // Sixteen rows of K from `row` on, of which n are there: [block][terms][16][32]. Returns the number of terms.
     static HYBRIDKV_PHASE int stage_k(const Stored& k, int64_t head, int64_t row, int n, float* edge, uint16_t* out,
                                       Prefetch& ahead) {
@@ -71,7 +64,7 @@ struct AmxValues {
     static inline int stage_rows(const uint8_t* p, int64_t stride, int64_t blocks, uint16_t* out) {
         for (int r = 0; r < 16; ++r, p += stride) {
             for (int64_t b = 0; b < blocks; ++b) {
-                F x[2] = {load<C>(p, b * kBlock), load<C>(p, b * kBlock + 16)};
+                F x[2] = {load_values<C>(p, b * kBlock), load_values<C>(p, b * kBlock + 16)};
                 for (int t = 0; t < Terms; ++t) _mm512_store_si512(out + (b * Terms + t) * 512 + r * 32, take_term(x));
             }
         }
@@ -157,7 +150,7 @@ struct AmxValues {
             for (int c = 0; c < chunks; ++c, p += 32 * stride) {
                 for (int i = 0; i < 16; ++i) {
                     for (int half = 0; half < 2; ++half) {
-                        F x[2] = {load<C>(p + i * stride, half * 16), load<C>(p + (16 + i) * stride, half * 16)};
+                        F x[2] = {load_values<C>(p + i * stride, half * 16), load_values<C>(p + (16 + i) * stride, half * 16)};
                         for (int k = 0; k < Terms; ++k) _mm512_store_si512(out[c][half][k] + i * 32, take_term(x));
                     }
                 }

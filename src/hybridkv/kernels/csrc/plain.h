@@ -1,7 +1,7 @@
 // The two products of a tile over the plain vector operations: every instruction set but AMX, which has amx.h.
 #pragma once
 
-#include "task.h"
+#include "few_rows.h"
 
 namespace {
 
@@ -9,6 +9,8 @@ struct Products : Task {
     static constexpr float q_units = 32767.f;  // integer units of a query row's largest value
     static constexpr float p_units = 32767.f;  // and of the largest probability times scale of a row in a tile
     static constexpr float d_units = 32767.f;  // and of the largest scale of a block and row of V
+
+    const bool k_few = !k_int && FewRows::takes(a.k, rows), v_few = !v_int && FewRows::takes(a.v, rows);
 
     using Task::Task;
 
@@ -30,6 +32,7 @@ struct Products : Task {
 
     void scores(int64_t j, int n) {
         Prefetch ahead = ahead_of_v(j, n);
+        if (k_few) return FewRows::all_scores(*this, a.start + j, n, ahead);
         return k_int ? score_codes(a.start + j, n, ahead) : score_values(a.start + j, n, ahead);
     }
 
@@ -82,6 +85,7 @@ struct Products : Task {
 
     void values(int64_t j, int n) {
         Prefetch ahead = ahead_of_k(j);
+        if (v_few) return FewRows::all_weigh(*this, a.start + j, n, ahead);
         return v_int ? weigh_codes(a.start + j, n, ahead) : weigh_values(a.start + j, n, ahead);
     }
 

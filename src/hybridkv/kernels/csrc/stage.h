@@ -128,17 +128,22 @@ HYBRIDKV_PHASE void stage_scales(const Stored& s, int64_t head, int64_t row, int
     if (f.has_min()) stage_halves(plane_row(s, f.plane_m, head, row), n, blocks, flat, m);
 }
 
+// `lanes` values of a row of f32, f16 or bf16.
+template <Code C>
+inline __attribute__((always_inline)) Simd::F load_values(const uint8_t* row, int64_t e) {
+    const uint16_t* half = reinterpret_cast<const uint16_t*>(row) + e;
+    if constexpr (C == Code::f32) return Simd::load(reinterpret_cast<const float*>(row) + e);
+    if constexpr (C == Code::f16) return Simd::f16(half);
+    return Simd::bf16(half);
+}
+
 // Values dim0..dim0+31 of `n` rows of f32, f16 or bf16: out[rows][32]; zeros past `n` and past D. True if all of them
 // are finite.
 template <Code C>
 inline __attribute__((always_inline)) void stage_row(const uint8_t* row, float* out, Simd::F& check) {
     Simd::F sum = check;
     for (int i = 0; i < kBlock; i += Simd::lanes) {
-        const uint16_t* half = reinterpret_cast<const uint16_t*>(row) + i;
-        Simd::F x;
-        if (C == Code::f32) x = Simd::load(reinterpret_cast<const float*>(row) + i);
-        if (C == Code::f16) x = Simd::f16(half);
-        if (C == Code::bf16) x = Simd::bf16(half);
+        const Simd::F x = load_values<C>(row, i);
         Simd::store(out + i, x);
         sum = Simd::fma(x, Simd::set1(0.f), sum);
     }
