@@ -47,18 +47,18 @@ struct Products : Task {
 
     HYBRIDKV_PHASE void scores(int64_t j, int n) {
         Prefetch ahead = ahead_of_v(j, n);
-        const int64_t row = a.start + j, blocks = dk / kBlock;
+        const int64_t row = a.start + j;
         if (k_few) return FewRows::all_scores(*this, row, n, ahead);
         if (!k_int) return score_values(row, n, ahead);
-        const Codes codes = stage_codes(a.k, head, row, n, s.codes);
         stage_scales(a.k, head, row, n, s.flat, s.k_d, s.k_m);
-        const bool has_min = a.k.format->has_min();
-        const auto f = rows <= 4 ? (has_min ? AmxCodes::scores<true, 4> : AmxCodes::scores<false, 4>)
-                                 : (has_min ? AmxCodes::scores<true, 8> : AmxCodes::scores<false, 8>);
-        for (int r = 0; r < rows; r += Amx::group) {
-            f(reinterpret_cast<const int8_t*>(s.q) + r / Amx::group * AmxCodes::query_bytes(dk), codes, s.k_d, s.k_m,
-              s.q_sum + r * blocks, blocks, n, in_group(r), reinterpret_cast<int32_t*>(s.k), s.scores + r * kTile, ahead);
-        }
+        if (a.k.format->has_min()) return score_codes<true>(row, n, ahead);
+        score_codes<false>(row, n, ahead);
+    }
+
+    template <bool HasMin>
+    void score_codes(int64_t row, int n, Prefetch& ahead) {
+        if (rows <= 4) return AmxCodes::scores<HasMin, 4>(*this, row, n, ahead);
+        AmxCodes::scores<HasMin, 8>(*this, row, n, ahead);
     }
 
     void score_values(int64_t row, int n, Prefetch& ahead) {

@@ -34,33 +34,47 @@ struct AmxCodes {
         }
     }
 
-    // scores[count][n of kTile] of one group of packed queries; d, m: [block][kTile]; qsum: [8][blocks]. `sums` is room
-    // for blocks + 3 tiles: the products of sixteen rows are read while the next sixteen are computed.
+    // Scores of all query rows over n stored rows, sixteen at a time; their products are read while those of the next
+    // sixteen are computed.
     template <bool HasMin, int Group>
-    static HYBRIDKV_PHASE void scores(const int8_t* q, const Codes& codes, const float* d, const float* m,
-                                      const float* qsum, int64_t blocks, int n, int count, int32_t* sums, float* scores,
-                                      Prefetch& ahead) {
+    static HYBRIDKV_PHASE void scores(Task& t, int64_t row, int n, Prefetch& ahead) {
         constexpr int tiles = Group / 4;
-        const int parts = (n + 15) / 16, pairs = static_cast<int>(blocks + 1) / 2, products = parts * pairs;
+        const int blocks = static_cast<int>(t.dk / kBlock), pairs = (blocks + 1) / 2;
+        const int groups = (t.rows + Amx::group - 1) / Amx::group, items = (n + 15) / 16 * groups;
+        int32_t* sums = reinterpret_cast<int32_t*>(t.s.k);
         const auto at = [&](int product) { return sums + product % (pairs + 1) * tiles * 256; };
+        Codes codes{};
         int next = 0;
-        for (int part = 0; part <= parts; ++part) {
+        for (int item = 0, part = 0, g = 0, last_part = 0, last_g = 0; item <= items; ++item) {
+            if (g == 0 && item < items) {
+                const int left = n - part * 16, count = left < 16 ? left : 16;
+                codes = stage_codes(t.a.k, t.head, row + part * 16, count, t.s.codes + part % 2 * 16 * t.dk, 16);
+                ahead.step();
+            }
+            const int8_t* q = reinterpret_cast<const int8_t*>(t.s.q) + g * query_bytes(t.dk);
+            const float* d = t.s.k_d + last_part * 16;
             F acc[16];
 #pragma GCC unroll 16
             for (int i = 0; i < 16; ++i) acc[i] = Simd::set1(0.f);
+            Amx::written();
             for (int pair = 0; pair < pairs; ++pair, ++next) {
-                if (next <= products) {
-                    const int8_t* k = next < products ? codes.row(part * 16) + pair * 64 : nullptr;
+                if (item < items || pair == 0) {
+                    const int8_t* k = item < items ? codes.data + pair * 64 : nullptr;
                     product<Group>(next % 2, k, codes.stride, q + pair * tiles * 1024, next > 0 ? at(next - 1) : nullptr);
                 }
-                if (part == 0) continue;
-                const float* d0 = d + 2 * pair * kTile + (part - 1) * 16;
-                add<Group>(at(next - pairs), d0, 2 * pair + 1 < blocks ? d0 + kTile : d0, acc);
+                if (item == 0) continue;
+                const float* even = d + 2 * pair * kTile;
+                add<Group>(at(next - pairs), even, 2 * pair + 1 < blocks ? even + kTile : even, acc);
             }
-            ahead.step();
-            if (part > 0) {
-                finish<HasMin, Group>(acc, m + (part - 1) * 16, qsum, blocks, count, scores + (part - 1) * 16);
+            if (item > 0) {
+                const int r = last_g * Amx::group, count = t.rows - r < Amx::group ? t.rows - r : Amx::group;
+                finish<HasMin, Group>(acc, t.s.k_m + last_part * 16, t.s.q_sum + r * blocks, blocks, count,
+                                      t.s.scores + r * kTile + last_part * 16);
             }
+            last_part = part;
+            last_g = g;
+            g = g + 1 < groups ? g + 1 : 0;
+            part += g == 0;
         }
     }
 
@@ -139,6 +153,20 @@ struct AmxCodes {
         }
     }
 
+    // The same from nibbles as they are stored, 16 bytes a row; a table says what each stands for.
+    static HYBRIDKV_PHASE void stage_nibbles(const uint8_t* bytes, int64_t stride, const int8_t* book, int8_t* out) {
+        const I index = _mm512_load_si512(kInterleave.byte), mask = _mm512_set1_epi8(15);
+        const I table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(book)));
+        for (int k = 0; k < 16; ++k) {
+            const int8_t* p = reinterpret_cast<const int8_t*>(bytes) + 2 * k * stride;
+            const I rows = four_rows(p, p + 32 * stride, p + stride, p + 33 * stride);
+            const I x = _mm512_permutexvar_epi8(index, rows);
+            _mm512_store_si512(out + k * 64, _mm512_shuffle_epi8(table, _mm512_and_si512(x, mask)));
+            const I upper = _mm512_and_si512(_mm512_srli_epi16(x, 4), mask);
+            _mm512_store_si512(out + 1024 + k * 64, _mm512_shuffle_epi8(table, upper));
+        }
+    }
+
     static inline I four_rows(const int8_t* p0, const int8_t* p1, const int8_t* p2, const int8_t* p3) {
         const auto lane = [](const int8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
         I x = _mm512_castsi128_si512(lane(p0));
@@ -171,15 +199,36 @@ struct AmxCodes {
         };
 
         Task& t;
-        Codes codes;
+        int64_t row;
+        int n;
+        bool direct;  // nibbles go to the operands without a stop as codes
+        Codes codes{};
+        int8_t book[16];
 
-        Weigh(Task& task, int64_t row, int n) : t(task), codes(stage_codes(task.a.v, task.head, row, n, task.s.codes)) {}
+        Weigh(Task& task, int64_t first, int count) : t(task), row(first), n(count) {
+            const Format& f = *t.a.v.format;
+            direct = f.code == Code::nibbles && n == kTile;
+            if (!direct) codes = stage_codes(t.a.v, t.head, row, n, t.s.codes);
+            for (int i = 0; i < 16; ++i) book[i] = f.codebook ? f.codebook[i] : static_cast<int8_t>(i - f.zero);
+        }
+
+        void stage(int b, int8_t (&out)[chunks][2048]) {
+            if (!(t.s.d_block[b] < kInf)) {
+                if (direct) codes = stage_codes(t.a.v, t.head, row, n, t.s.codes);
+                return t.careful_block(codes, b);
+            }
+            const Format& f = *t.a.v.format;
+            const int64_t stride = plane_row_bytes(f, f.plane_codes, t.a.v.head_dim);
+            const uint8_t* bytes = direct ? plane_row(t.a.v, f.plane_codes, t.head, row) + b * 16 : nullptr;
+            for (int c = 0; c < chunks; ++c) {
+                if (direct) stage_nibbles(bytes + c * 64 * stride, stride, book, out[c]);
+                else stage_v(codes.row(c * 64) + b * kBlock, codes.stride, out[c]);
+            }
+        }
 
         void prepare(int b, int r, int count, int item, Operands& o, Product& x) {
             x.count = 0;
-            if (r == 0 && !t.careful_block(codes, b)) {
-                for (int c = 0; c < chunks; ++c) stage_v(codes.row(c * 64) + b * kBlock, codes.stride, o.v[b % 2][c]);
-            }
+            if (r == 0) stage(b, o.v[b % 2]);
             if (!(t.s.d_block[b] < kInf)) return;
             x.count = count;
             x.acc = t.s.acc + r * t.dv + b * kBlock;

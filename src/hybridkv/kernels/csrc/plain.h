@@ -108,7 +108,10 @@ struct Products : Task {
         int32_t* pairs = reinterpret_cast<int32_t*>(s.v);
         for (int64_t b = 0; b < dv / kBlock; ++b) {
             ahead.step();
-            if (careful_block(codes, b)) continue;
+            if (!(s.d_block[b] < kInf)) {
+                careful_block(codes, b);
+                continue;
+            }
             for (int i = 0; i < kTile; i += 2) {
                 Simd::interleave(codes.row(i) + b * kBlock, codes.row(i + 1) + b * kBlock, pairs + i / 2 * kBlock);
             }

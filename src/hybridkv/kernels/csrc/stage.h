@@ -65,15 +65,15 @@ struct Codes {
     const int8_t* row(int64_t r) const { return data + r * stride; }
 };
 
-// Codes of `n` rows from `row` on, [kTile, padded(D)]; rows past `n` and lanes past D are finite, not meaningful.
-HYBRIDKV_PHASE Codes stage_codes(const Stored& s, int64_t head, int64_t row, int n, int8_t* buffer) {
+// Codes of `n` rows from `row` on, [rows, padded(D)]; rows past `n` and lanes past D are finite, not meaningful.
+HYBRIDKV_PHASE Codes stage_codes(const Stored& s, int64_t head, int64_t row, int n, int8_t* buffer, int rows = kTile) {
     const Format& f = *s.format;
     const int64_t width = padded(s.head_dim), blocks = n * (width / kBlock);
     const uint8_t* codes = plane_row(s, f.plane_codes, head, row);
     const uint8_t* high = f.plane_high < 0 ? nullptr : plane_row(s, f.plane_high, head, row);
     if (f.code == Code::bytes) {
         const int64_t stride = plane_row_bytes(f, f.plane_codes, s.head_dim);
-        if (n == kTile && stride == width && width % kWidth == 0) return {reinterpret_cast<const int8_t*>(codes), width};
+        if (n == rows && stride == width && width % kWidth == 0) return {reinterpret_cast<const int8_t*>(codes), width};
         for (int r = 0; r < n; ++r) {
             std::memcpy(buffer + r * width, codes + r * stride, static_cast<size_t>(stride));
             std::memset(buffer + r * width + stride, 0, static_cast<size_t>(width - stride));
@@ -87,7 +87,7 @@ HYBRIDKV_PHASE Codes stage_codes(const Stored& s, int64_t head, int64_t row, int
     } else {
         Simd::Codes32::upper_pairs(codes, high, blocks, f.zero, buffer);
     }
-    std::memset(buffer + n * width, 0, static_cast<size_t>((kTile - n) * width));
+    std::memset(buffer + n * width, 0, static_cast<size_t>((rows - n) * width));
     return {buffer, width};
 }
 

@@ -58,15 +58,13 @@ struct Task {
         }
     }
 
-    // True, and done, if a scale of block b is not finite.
-    bool careful_block(const Codes& codes, int64_t b) {
-        if (s.d_block[b] < kInf) return false;
+    // The same for a block of codes with a scale that is not finite.
+    void careful_block(const Codes& codes, int64_t b) {
         for (int i = 0; i < kTile; ++i) {
             const float d = s.v_d[b * kTile + i], m = a.v.format->has_min() ? s.v_m[b * kTile + i] : 0.f;
             for (int e = 0; e < kBlock; ++e) s.v[i * kBlock + e] = d * codes.row(i)[b * kBlock + e] + m;
         }
         careful_values(b, 0, rows);
-        return true;
     }
 };
 
