@@ -46,7 +46,8 @@ struct Products : Task {
     }
 
     HYBRIDKV_PHASE void scores(int64_t j, int n) {
-        Prefetch ahead = ahead_of_v(j, n);
+        const int64_t pairs = (dk / kBlock + 1) / 2;
+        Prefetch ahead = ahead_of_v(j, n, kTile / 16 * (k_int ? pairs : 4));
         const int64_t row = a.start + j;
         if (k_few) return FewRows::all_scores(*this, row, n, ahead);
         if (!k_int) return score_values(row, n, ahead);
@@ -76,7 +77,7 @@ struct Products : Task {
     // on its way to memory, and neither does a vector.
     template <class Kind>
     HYBRIDKV_PHASE void weigh(int64_t j, int n) {
-        Prefetch ahead = ahead_of_k(j);
+        Prefetch ahead = ahead_of_k(j, dv / kBlock * Kind::steps);
         Kind kind(*this, a.start + j, n);
         typename Kind::Product products[3];
         typename Kind::Operands operands;
@@ -84,8 +85,7 @@ struct Products : Task {
         const auto prepare = [&](int item) {
             if (item >= items) return;
             const int b = item / n_groups, g = item % n_groups, r = g * Amx::group;
-            if (r == 0) ahead.step();
-            kind.prepare(b, r, in_group(r), item, operands, products[item % 3]);
+            kind.prepare(b, r, in_group(r), item, operands, products[item % 3], ahead);
         };
         prepare(0);
         for (int item = 0; item < items; ++item) {
@@ -100,7 +100,7 @@ struct Products : Task {
 
     void values(int64_t j, int n) {
         if (v_few) {
-            Prefetch ahead = ahead_of_k(j);
+            Prefetch ahead = ahead_of_k(j, dv / kBlock);
             return FewRows::all_weigh(*this, a.start + j, n, ahead);
         }
         return v_int ? weigh<AmxCodes::Weigh>(j, n) : weigh<AmxValues::Weigh>(j, n);

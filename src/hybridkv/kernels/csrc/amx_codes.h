@@ -49,7 +49,6 @@ struct AmxCodes {
             if (g == 0 && item < items) {
                 const int left = n - part * 16, count = left < 16 ? left : 16;
                 codes = stage_codes(t.a.k, t.head, row + part * 16, count, t.s.codes + part % 2 * 16 * t.dk, 16);
-                ahead.step();
             }
             const int8_t* q = reinterpret_cast<const int8_t*>(t.s.q) + g * query_bytes(t.dk);
             const float* d = t.s.k_d + last_part * 16;
@@ -58,6 +57,7 @@ struct AmxCodes {
             for (int i = 0; i < 16; ++i) acc[i] = Simd::set1(0.f);
             Amx::written();
             for (int pair = 0; pair < pairs; ++pair, ++next) {
+                if (last_g == groups - 1) ahead.step();
                 if (item < items || pair == 0) {
                     const int8_t* k = item < items ? codes.data + pair * 64 : nullptr;
                     product<Group>(next % 2, k, codes.stride, q + pair * tiles * 1024, next > 0 ? at(next - 1) : nullptr);
@@ -186,7 +186,7 @@ struct AmxCodes {
     }
 
     struct Weigh {
-        static constexpr int chunks = kTile / 64;
+        static constexpr int chunks = kTile / 64, steps = chunks;
         struct Operands {
             alignas(64) int8_t v[2][chunks][2048];
             alignas(64) int8_t p[2][chunks][1024];
@@ -212,7 +212,7 @@ struct AmxCodes {
             for (int i = 0; i < 16; ++i) book[i] = f.codebook ? f.codebook[i] : static_cast<int8_t>(i - f.zero);
         }
 
-        void stage(int b, int8_t (&out)[chunks][2048]) {
+        void stage(int b, int8_t (&out)[chunks][2048], Prefetch& ahead) {
             if (!(t.s.d_block[b] < kInf)) {
                 if (direct) codes = stage_codes(t.a.v, t.head, row, n, t.s.codes);
                 return t.careful_block(codes, b);
@@ -221,14 +221,15 @@ struct AmxCodes {
             const int64_t stride = plane_row_bytes(f, f.plane_codes, t.a.v.head_dim);
             const uint8_t* bytes = direct ? plane_row(t.a.v, f.plane_codes, t.head, row) + b * 16 : nullptr;
             for (int c = 0; c < chunks; ++c) {
+                ahead.step();
                 if (direct) stage_nibbles(bytes + c * 64 * stride, stride, book, out[c]);
                 else stage_v(codes.row(c * 64) + b * kBlock, codes.stride, out[c]);
             }
         }
 
-        void prepare(int b, int r, int count, int item, Operands& o, Product& x) {
+        void prepare(int b, int r, int count, int item, Operands& o, Product& x, Prefetch& ahead) {
             x.count = 0;
-            if (r == 0) stage(b, o.v[b % 2]);
+            if (r == 0) stage(b, o.v[b % 2], ahead);
             if (!(t.s.d_block[b] < kInf)) return;
             x.count = count;
             x.acc = t.s.acc + r * t.dv + b * kBlock;

@@ -14,6 +14,8 @@ struct FewRows {
     static constexpr int most = 8;
 #endif
 
+    static constexpr int step = 4;  // stored rows between two requests ahead
+
     // Whole vectors in every block: the others go the way of prefill.
     static bool takes(const Stored& s, int rows) { return rows <= most && s.head_dim % kBlock == 0; }
 
@@ -93,11 +95,11 @@ struct FewRows {
         const uint8_t* k = plane_row(t.a.k, 0, t.head, row);
         const int64_t stride = plane_row_bytes(*t.a.k.format, 0, t.a.k.head_dim);
         for_code(t.a.k.format->code, [&](auto code) {
-            for (int j = 0; j < n; j += 16, k += 16 * stride) {
+            for (int j = 0; j < n; j += step, k += step * stride) {
                 ahead.step();
                 for_row_groups(t.rows, [&](auto group, int r) {
                     scores<decltype(code)::value, decltype(group)::count>(t.s.q + r * t.dk, k, stride, t.dk,
-                                                                          n - j < 16 ? n - j : 16, t.s.scores + r * kTile + j);
+                                                                          n - j < step ? n - j : step, t.s.scores + r * kTile + j);
                 });
             }
         });

@@ -31,7 +31,7 @@ struct Products : Task {
     void put_values(int r, const float* q) { std::memcpy(s.q + r * dk, q, static_cast<size_t>(dk) * sizeof(float)); }
 
     void scores(int64_t j, int n) {
-        Prefetch ahead = ahead_of_v(j, n);
+        Prefetch ahead = ahead_of_v(j, n, k_few ? kTile / FewRows::step : dk / kBlock);
         if (k_few) return FewRows::all_scores(*this, a.start + j, n, ahead);
         return k_int ? score_codes(a.start + j, n, ahead) : score_values(a.start + j, n, ahead);
     }
@@ -84,7 +84,7 @@ struct Products : Task {
     }
 
     void values(int64_t j, int n) {
-        Prefetch ahead = ahead_of_k(j);
+        Prefetch ahead = ahead_of_k(j, dv / kBlock);
         if (v_few) return FewRows::all_weigh(*this, a.start + j, n, ahead);
         return v_int ? weigh_codes(a.start + j, n, ahead) : weigh_values(a.start + j, n, ahead);
     }

@@ -43,7 +43,7 @@ struct Prefetch {
             if (i >= s.format->n_planes || n <= 0) continue;
             p[i] = plane_row(s, i, head, row);
             left[i] = n * plane_row_bytes(*s.format, i, s.head_dim);
-            share[i] = (left[i] / shares + 63) / 64 * 64 + 64;
+            share[i] = (left[i] / shares + 63) / 64 * 64;
         }
     }
 

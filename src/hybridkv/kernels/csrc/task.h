@@ -30,10 +30,10 @@ struct Task {
     int64_t q_head(int r) const { return task.kv_head * a.group() + (task.r0 + r) % a.group(); }
 
     // Bytes that the phase of K has time to ask for: this tile's V; and the phase of V: the next tile's K.
-    Prefetch ahead_of_v(int64_t j, int n) const { return Prefetch(a.v, head, a.start + j, n, dk < 2 * kTile ? dk / kBlock : kTile / 16); }
-    Prefetch ahead_of_k(int64_t j) const {
+    Prefetch ahead_of_v(int64_t j, int n, int64_t steps) const { return Prefetch(a.v, head, a.start + j, n, steps); }
+    Prefetch ahead_of_k(int64_t j, int64_t steps) const {
         const int64_t next = j + kTile, left = task.j1 - next;
-        return Prefetch(a.k, head, a.start + next, left < kTile ? left : kTile, dv / kBlock);
+        return Prefetch(a.k, head, a.start + next, left < kTile ? left : kTile, steps);
     }
 
     // What the minima of block b add to each of its dims.
