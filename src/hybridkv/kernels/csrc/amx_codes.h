@@ -18,6 +18,15 @@ struct Interleave {
 };
 constexpr Interleave kInterleave;
 
+// Byte i % 8 of qword t to byte 4 * i + t.
+struct InterleaveHigh {
+    alignas(64) uint8_t byte[64];
+    constexpr InterleaveHigh() : byte() {
+        for (int i = 0; i < 64; ++i) byte[i] = static_cast<uint8_t>(i % 4 * 8 + i / 4 % 8);
+    }
+};
+constexpr InterleaveHigh kInterleaveHigh;
+
 struct AmxCodes {
     static int64_t query_bytes(int64_t dk) { return (dk + kBlock) / 64 * 2048; }
 
@@ -26,11 +35,18 @@ struct AmxCodes {
     // column is 0.
     static void put_query(int8_t* q, int64_t dk, int r, int group, const int32_t* codes) {
         const int low_at = group == 8 ? 1024 : 16;
-        for (int64_t e = 0; e < dk; ++e) {
-            int8_t* p = q + e / 64 * (group == 8 ? 2048 : 1024) + e % 64 / 4 * 64 + e % 64 / 32 * 32 + r * 4 + e % 4;
-            const int high = (codes[e] + 64) >> 7;
-            p[0] = static_cast<int8_t>(high);
-            p[low_at] = static_cast<int8_t>(codes[e] - high * 128);
+        alignas(64) int8_t terms[2][kBlock];
+        for (int64_t b = 0; b < dk / kBlock; ++b, codes += kBlock) {
+            for (int i = 0; i < kBlock; ++i) {
+                const int high = (codes[i] + 64) >> 7;
+                terms[0][i] = static_cast<int8_t>(high);
+                terms[1][i] = static_cast<int8_t>(codes[i] - high * 128);
+            }
+            int8_t* out = q + b / 2 * (group == 8 ? 2048 : 1024) + b % 2 * (512 + 32) + r * 4;
+            for (int i = 0; i < kBlock; i += 4) {
+                std::memcpy(out + i * 16, terms[0] + i, 4);
+                std::memcpy(out + i * 16 + low_at, terms[1] + i, 4);
+            }
         }
     }
 
@@ -153,17 +169,29 @@ struct AmxCodes {
         }
     }
 
-    // The same from nibbles as they are stored, 16 bytes a row; a table says what each stands for.
-    static HYBRIDKV_PHASE void stage_nibbles(const uint8_t* bytes, int64_t stride, const int8_t* book, int8_t* out) {
-        const I index = _mm512_load_si512(kInterleave.byte), mask = _mm512_set1_epi8(15);
+    // The same from nibbles as they are stored, 16 bytes a row; a table says what each stands for. `high` is null or the
+    // upper bits of q6_0's codes, 8 bytes a row: in a byte, those of dims i, 16 + i, 8 + i and 24 + i.
+    static HYBRIDKV_PHASE void stage_nibbles(const uint8_t* bytes, int64_t stride, const uint8_t* high, int64_t high_stride,
+                                             const int8_t* book, int8_t* out) {
+        const I index = _mm512_load_si512(kInterleave.byte), mask = _mm512_set1_epi8(15), pair = _mm512_set1_epi8(0x30);
         const I table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(book)));
+        const I high_index = _mm512_load_si512(kInterleaveHigh.byte);
+        const I turn[2] = {_mm512_setr_epi64(4, 4, 4, 4, 0, 0, 0, 0), _mm512_setr_epi64(2, 2, 2, 2, 62, 62, 62, 62)};
         for (int k = 0; k < 16; ++k) {
             const int8_t* p = reinterpret_cast<const int8_t*>(bytes) + 2 * k * stride;
             const I rows = four_rows(p, p + 32 * stride, p + stride, p + 33 * stride);
-            const I x = _mm512_permutexvar_epi8(index, rows);
-            _mm512_store_si512(out + k * 64, _mm512_shuffle_epi8(table, _mm512_and_si512(x, mask)));
-            const I upper = _mm512_and_si512(_mm512_srli_epi16(x, 4), mask);
-            _mm512_store_si512(out + 1024 + k * 64, _mm512_shuffle_epi8(table, upper));
+            I x = _mm512_permutexvar_epi8(index, rows), y = _mm512_setzero_si512();
+            if (high) {
+                int64_t h[4];
+                for (int t = 0; t < 4; ++t) std::memcpy(h + t, high + (2 * k + t % 2 * 32 + t / 2) * high_stride, 8);
+                y = _mm512_castsi256_si512(_mm256_setr_epi64x(h[0], h[1], h[2], h[3]));
+                y = _mm512_permutexvar_epi8(high_index, y);
+            }
+            for (int half = 0; half < 2; ++half, x = _mm512_srli_epi16(x, 4)) {
+                I code = _mm512_shuffle_epi8(table, _mm512_and_si512(x, mask));
+                if (high) code = _mm512_add_epi8(code, _mm512_and_si512(_mm512_rolv_epi64(y, turn[half]), pair));
+                _mm512_store_si512(out + half * 1024 + k * 64, code);
+            }
         }
     }
 
@@ -207,7 +235,7 @@ struct AmxCodes {
 
         Weigh(Task& task, int64_t first, int count) : t(task), row(first), n(count) {
             const Format& f = *t.a.v.format;
-            direct = f.code == Code::nibbles && n == kTile;
+            direct = (f.code == Code::nibbles || f.code == Code::nibbles_pairs) && n == kTile;
             if (!direct) codes = stage_codes(t.a.v, t.head, row, n, t.s.codes);
             for (int i = 0; i < 16; ++i) book[i] = f.codebook ? f.codebook[i] : static_cast<int8_t>(i - f.zero);
         }
@@ -220,10 +248,17 @@ struct AmxCodes {
             const Format& f = *t.a.v.format;
             const int64_t stride = plane_row_bytes(f, f.plane_codes, t.a.v.head_dim);
             const uint8_t* bytes = direct ? plane_row(t.a.v, f.plane_codes, t.head, row) + b * 16 : nullptr;
+            const bool two_planes = direct && f.plane_high >= 0;
+            const int64_t high_stride = two_planes ? plane_row_bytes(f, f.plane_high, t.a.v.head_dim) : 0;
+            const uint8_t* high = two_planes ? plane_row(t.a.v, f.plane_high, t.head, row) + b * 8 : nullptr;
             for (int c = 0; c < chunks; ++c) {
                 ahead.step();
-                if (direct) stage_nibbles(bytes + c * 64 * stride, stride, book, out[c]);
-                else stage_v(codes.row(c * 64) + b * kBlock, codes.stride, out[c]);
+                if (!direct) {
+                    stage_v(codes.row(c * 64) + b * kBlock, codes.stride, out[c]);
+                    continue;
+                }
+                const uint8_t* upper = high ? high + c * 64 * high_stride : nullptr;
+                stage_nibbles(bytes + c * 64 * stride, stride, upper, high_stride, book, out[c]);
             }
         }
 
