@@ -91,6 +91,17 @@ HYBRIDKV_PHASE void prepare_integers(const float* x, int64_t n_in, uint8_t* out)
     }
 }
 
+// Asks for the pairs of blocks to come, across the end of a panel. Few rows of work hide nothing of the memory's latency,
+// and processors look ahead too little: measured 5 % from the third cache, 10 % (one row) to 40 % (four) from memory.
+inline void expect_pair(const uint8_t* pair) {
+    constexpr int kNear = 2 * kPairBytes, kFar = 16 * kPairBytes;
+#pragma GCC unroll 17
+    for (int i = 0; i < kPairBytes; i += 64) {
+        __builtin_prefetch(pair + kNear + i, 0, 3);
+        __builtin_prefetch(pair + kFar + i, 0, 2);
+    }
+}
+
 // sums[NQ][16], of which NV vectors of output rows from `lane` on are written
 template <int NQ, int NV>
 HYBRIDKV_PHASE void panel_integers(const uint8_t* panel, int64_t blocks, const uint8_t* x, int64_t x_stride, int lane,
@@ -99,6 +110,7 @@ HYBRIDKV_PHASE void panel_integers(const uint8_t* panel, int64_t blocks, const u
 #pragma GCC unroll 8
     for (auto& row : acc) for (F& a : row) a = Simd::set1(0.f);
     for (int64_t b = 0; b < blocks; b += 2, panel += kPairBytes) {
+        if constexpr (NQ <= 4) expect_pair(panel);
 #pragma GCC unroll 2
         for (int64_t half = 0; half < 2; ++half) {
             Unit unit[NQ];
