@@ -18,9 +18,12 @@ struct Tiles {
     static constexpr int64_t kWeightBytes = 2 * kDepth / kInputs * kTileBytes;
 
     static int64_t row_tiles(int64_t n_rows) { return (n_rows + kRows - 1) / kRows; }
-    static int64_t prepared_bytes(int64_t n_in, int64_t n_rows) { return row_tiles(n_rows) * (n_in / kInputs) * kTileBytes; }
+    static int64_t prepared_bytes(int64_t n_in, int64_t n_rows) {
+        return row_tiles(n_rows) * (n_in / kInputs) * kTileBytes;
+    }
     static size_t scratch_bytes(int64_t n_rows) {
-        return static_cast<size_t>(kWeightBytes + row_tiles(n_rows < kMaxRows ? n_rows : kMaxRows) * kPanels * kTileBytes);
+        const int64_t tiles = row_tiles(n_rows < kMaxRows ? n_rows : kMaxRows) * kPanels;
+        return static_cast<size_t>(kWeightBytes + tiles * kTileBytes);
     }
 
     // Row r of x to its place in tiles [row tile][input tile]; n_in is x's, `padded` the packed weight's. Rows past
@@ -51,10 +54,13 @@ struct Tiles {
                 for (int quad = 0; quad < 8; ++quad, out += 128) {
                     const I w = _mm512_load_si512(codes + 64 * quad);
                     const auto value = [&](I c) { return Simd::fma(Simd::to_float(c), d, offset); };
-                    const F a = value(_mm512_and_si512(w, byte)), b = value(_mm512_and_si512(_mm512_srli_epi32(w, 8), byte));
-                    const F c = value(_mm512_and_si512(_mm512_srli_epi32(w, 16), byte)), e = value(_mm512_srli_epi32(w, 24));
-                    _mm512_store_si512(out, _mm512_permutexvar_epi16(interleave, (I)_mm512_cvtne2ps_pbh(b, a)));
-                    _mm512_store_si512(out + 64, _mm512_permutexvar_epi16(interleave, (I)_mm512_cvtne2ps_pbh(e, c)));
+                    const F k0 = value(_mm512_and_si512(w, byte));
+                    const F k1 = value(_mm512_and_si512(_mm512_srli_epi32(w, 8), byte));
+                    const F k2 = value(_mm512_and_si512(_mm512_srli_epi32(w, 16), byte));
+                    const F k3 = value(_mm512_srli_epi32(w, 24));
+                    const I low = (I)_mm512_cvtne2ps_pbh(k1, k0), high = (I)_mm512_cvtne2ps_pbh(k3, k2);
+                    _mm512_store_si512(out, _mm512_permutexvar_epi16(interleave, low));
+                    _mm512_store_si512(out + 64, _mm512_permutexvar_epi16(interleave, high));
                 }
             }
         }

@@ -29,7 +29,8 @@ constexpr int64_t panel_bytes(Code code, int64_t n_in) {
 inline int64_t panels_per_task(const Weight& w, int64_t n_rows, int n_threads) {
     constexpr int64_t kLeastBytes = 16 << 10;
     const int64_t tasks = n_threads * (n_rows < kPanel ? 16 : 4);
-    const int64_t least = (kLeastBytes - 1) / panel_bytes(w.code, w.n_in) + 1, share = (w.n_panels() + tasks - 1) / tasks;
+    const int64_t least = (kLeastBytes - 1) / panel_bytes(w.code, w.n_in) + 1;
+    const int64_t share = (w.n_panels() + tasks - 1) / tasks;
     const int64_t panels = least > share ? least : share;
     return panels > 8 ? (panels + 7) / 8 * 8 : (panels + 1) / 2 * 2;
 }
