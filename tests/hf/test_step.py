@@ -90,13 +90,17 @@ def test_logits(
         round_weights(model)
     step, cache, position = NativeStep(model), cache_for(model), 0
     assert ("q8_0" in step.name) == rounded
-    coarse = transformers_logits(family, rounded, pieces, torch.bfloat16)
-    for i, exact in enumerate(transformers_logits(family, rounded, pieces)):
-        got = step.forward(pieces[i], cache, position)
-        assert got.dtype == torch.float32
-        as_bf16 = rounded and cpu_native.isa() == "amx" and max(lengths[: i + 1]) * batch >= 16
-        assert error(got, exact) < (2 * error(coarse[i], exact) if as_bf16 else 5e-4 if rounded else 2e-5)
-        position += pieces[i].shape[1]
+    got = []
+    for piece in pieces:
+        got.append(step.forward(piece, cache, position))
+        position += piece.shape[1]
+    exact = torch.cat(transformers_logits(family, rounded, pieces))
+    if rounded and cpu_native.isa() == "amx" and max(lengths) * batch >= 16:
+        tolerance = 2 * error(torch.cat(transformers_logits(family, rounded, pieces, torch.bfloat16)), exact)
+    else:
+        tolerance = 5e-4 if rounded else 2e-5
+    assert got[0].dtype == torch.float32
+    assert error(torch.cat(got), exact) < tolerance
 
 
 def test_a_prompt_longer_than_the_buffers() -> None:

@@ -77,7 +77,10 @@ class StepProgram:
         self._native.rope(self._columns(x), n_rotated)
 
     def conv(self, x: Tensor, dst: Tensor, weight: Tensor, bias: Tensor | None, state: int) -> None:
-        """Causal depthwise convolution with SiLU; weight `[channels, kernel]`, state float32 `[B, kernel, channels]`."""
+        """Causal depthwise convolution with SiLU.
+
+        Weight `[channels, kernel]`; state float32 `[B, kernel, channels]`, the newest inputs, oldest first.
+        """
         channels, kernel = weight.shape
         assert x.shape == dst.shape and x.dim() == 2 and x.shape[1] == channels, (x.shape, dst.shape, weight.shape)
         assert x.data_ptr() != dst.data_ptr(), "a convolution cannot run in place"

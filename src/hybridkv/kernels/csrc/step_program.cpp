@@ -2,12 +2,12 @@
 
 #include <algorithm>
 
+#include "pack.h"
 #include "pool.h"
 
 namespace hybridkv {
 namespace {
 
-constexpr int64_t kTaskBytes = 16 << 10;     // of weights: less is not worth handing out
 constexpr int64_t kTaskValues = 16 << 10;    // of elementwise work
 constexpr int64_t kConvChannels = 256;       // of one sequence in a task
 constexpr int64_t kDeltaDims = 64;           // value dims of one head in a task
@@ -73,10 +73,7 @@ public:
         };
         std::vector<Part> parts;
         for (const LinearOp::Target& t : op.targets) {
-            const int64_t panel_bytes = kPanel * n_in * (t.weight.code == Code::f32 ? 4 : t.weight.code == Code::bf16 ? 2 : 1);
-            // Two panels at least where many rows share the work of unpacking a weight.
-            const int64_t least = rows_ >= kPanel ? 2 : 1, n = t.weight.n_panels();
-            const int64_t step = std::max(least, (kTaskBytes + panel_bytes - 1) / panel_bytes);
+            const int64_t n = t.weight.n_panels(), step = panels_per_task(t.weight, rows_, run_.n_threads);
             for (int64_t p = 0; p < n; p += step) parts.push_back({&t, p, std::min(n, p + step)});
         }
         const size_t scratch = step_.linear_scratch_bytes(code, n_in, rows_);
