@@ -87,11 +87,10 @@ HYBRIDKV_PHASE void k_values(const float* q, int64_t q_stride, const float* k, i
     }
 }
 
-// acc[q][32] = acc * alpha[q] + unit[q] * (p16 . codes) + bias[q], for one block of 32 dims over a tile
+// acc[q][32] += unit[q] * (p16 . codes) + bias[q], for one block of 32 dims over a tile
 // p: [q][kTile] int16; v: [kTile / 2][32] pairs of int16
 template <int NQ>
-HYBRIDKV_PHASE void v_codes(const int16_t* p, const int32_t* v, const float* alpha, const float* unit, const float* bias,
-                    float* acc, int64_t acc_stride) {
+HYBRIDKV_PHASE void v_codes(const int16_t* p, const int32_t* v, const float* unit, const float* bias, float* acc, int64_t acc_stride) {
     constexpr int NV = Simd::cols;
     for (int e = 0; e < kBlock; e += NV * L) {
         I sum[NQ][NV];
@@ -109,22 +108,22 @@ HYBRIDKV_PHASE void v_codes(const int16_t* p, const int32_t* v, const float* alp
         for (int i = 0; i < NQ; ++i) {
             for (int c = 0; c < NV; ++c) {
                 float* a = acc + i * acc_stride + e + c * L;
-                const F old = Simd::fma(Simd::load(a), Simd::set1(alpha[i]), Simd::set1(bias[i]));
+                const F old = Simd::add(Simd::load(a), Simd::set1(bias[i]));
                 Simd::store(a, Simd::fma(Simd::to_float(sum[i][c]), Simd::set1(unit[i]), old));
             }
         }
     }
 }
 
-// acc[q][32] = acc * alpha[q] + p . v for 32 dims of float32 values; p: [q][kTile]; v: [kTile][32]
+// acc[q][32] += p . v for 32 dims of float32 values; p: [q][kTile]; v: [kTile][32]
 template <int NQ>
-HYBRIDKV_PHASE void v_values(const float* p, const float* v, const float* alpha, float* acc, int64_t acc_stride) {
+HYBRIDKV_PHASE void v_values(const float* p, const float* v, float* acc, int64_t acc_stride) {
     constexpr int NV = Simd::cols;
     for (int e = 0; e < kBlock; e += NV * L) {
         F sum[NQ][NV];
         for (int i = 0; i < NQ; ++i) {
             for (int c = 0; c < NV; ++c) {
-                sum[i][c] = Simd::mul(Simd::load(acc + i * acc_stride + e + c * L), Simd::set1(alpha[i]));
+                sum[i][c] = Simd::load(acc + i * acc_stride + e + c * L);
             }
         }
         for (int j = 0; j < kTile; ++j) {

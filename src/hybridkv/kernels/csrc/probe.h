@@ -27,7 +27,8 @@ double probe_integer(int64_t rounds, float* sink) {
     alignas(64) int8_t ones[1024];
     alignas(64) int32_t sums[256];
     std::memset(ones, sink[0] > 0.f, sizeof ones);
-    Amx::configure_square();
+    Amx::configure();
+    Amx::written();
     _tile_loadd(4, ones, 64);
     _tile_loadd(5, ones, 64);
     _tile_zero(0);

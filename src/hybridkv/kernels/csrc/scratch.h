@@ -10,9 +10,9 @@ namespace {
 
 // Scratch of one task; every array is 64-byte aligned. Bytes depend on the head dims, never on the cache.
 struct Scratch {
-    float *q, *q_unit, *q_sum, *scores, *alpha, *m, *l, *p_unit, *unit, *bias, *acc;
-    float *k, *k_d, *k_m, *v, *v_d, *v_m, *d_row, *d_block, *flat;
-    int16_t* p16;
+    float *q, *q_unit, *q_sum, *scores, *top, *alpha, *m, *l, *sum, *peak, *p_unit, *unit, *bias, *acc;
+    float *k, *k_d, *k_m, *v, *v_d, *v_m, *d_row, *d_block, *d_inverse, *flat;
+    int16_t *p16, *d16, *pd16;
     int8_t* codes;
     int64_t *lo, *hi;
     size_t bytes;
@@ -28,24 +28,29 @@ inline Scratch carve(const AttendParams& a, void* memory) {
         used += (static_cast<size_t>(count) * sizeof(*p) + 63) / 64 * 64;
     };
     Scratch s{};
-    take(s.q, rows * dk);  // float32, or int16, or packed int8
+    take(s.q, rows * (dk + kBlock));  // float32, or int16, or packed terms
     take(s.q_sum, rows * dk / kBlock);
     take(s.scores, rows * kTile);
     take(s.p16, rows * kTile);
+    take(s.pd16, rows * kTile);
     take(s.acc, rows * dv);
-    for (float** p : {&s.q_unit, &s.alpha, &s.m, &s.l, &s.p_unit, &s.unit, &s.bias}) take(*p, rows);
+    for (float** p : {&s.q_unit, &s.top, &s.alpha, &s.m, &s.l, &s.sum, &s.peak, &s.p_unit, &s.unit, &s.bias}) {
+        take(*p, rows + 16);  // whole vectors
+    }
     take(s.lo, rows);
     take(s.hi, rows);
-    take(s.k, dk * kTile);
+    take(s.k, (dk + kBlock) * kStagedK);
     take(s.k_d, scale_blocks(dk / kBlock) * kTile);
     take(s.k_m, scale_blocks(dk / kBlock) * kTile);
     take(s.v, kBlock * kTile);
     take(s.v_d, scale_blocks(dv / kBlock) * kTile);
     take(s.v_m, scale_blocks(dv / kBlock) * kTile);
     take(s.d_row, kTile);
+    take(s.d16, dv / kBlock * kTile);
     take(s.d_block, dv / kBlock);
+    take(s.d_inverse, dv / kBlock);
     take(s.flat, wide / kBlock * kTile + 8);
-    take(s.codes, wide * kTile);
+    take(s.codes, wide * kTile + 64);
     s.bytes = used;
     return s;
 }

@@ -32,6 +32,7 @@ struct Simd {
     static F abs(F a) { return _mm256_andnot_ps(set1(-0.f), a); }
     static F if_eq(F a, F b, F yes, F no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
     static I dot2(I acc, I a, I b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
+    static I mul_q15(I a, I b) { return _mm256_mulhrs_epi16(a, b); }
     static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
     static F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     static I to_int(F a) { return _mm256_cvtps_epi32(a); }

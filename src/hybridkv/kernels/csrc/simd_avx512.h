@@ -34,6 +34,7 @@ struct Simd {
         return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), no, yes);
     }
     static I dot2(I acc, I a, I b) { return _mm512_dpwssd_epi32(acc, a, b); }
+    static I mul_q15(I a, I b) { return _mm512_mulhrs_epi16(a, b); }
     static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
     static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     static I to_int(F a) { return _mm512_cvtps_epi32(a); }

@@ -35,6 +35,10 @@ struct Simd {
     static I dot2(I acc, I a, I b) {  // acc + a.lo16 * b.lo16 + a.hi16 * b.hi16
         return acc + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
     }
+    static I mul_q15(I a, I b) {  // int16 lanes: a * b / 2^15, rounded
+        I lo = (((a << 16) >> 16) * ((b << 16) >> 16) + 0x4000) >> 15, hi = ((a >> 16) * (b >> 16) + 0x4000) >> 15;
+        return (lo & 0xffff) | (hi << 16);
+    }
     static F to_float(I a) { return __builtin_convertvector(a, F); }
     static F round(F a) {  // to nearest even, |a| < 2^22
         F magic = set1(12582912.f);

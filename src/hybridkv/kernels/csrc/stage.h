@@ -11,7 +11,15 @@ namespace {
 
 using namespace hybridkv;
 
-constexpr int kTile = 64;  // stored rows in a tile
+#if defined(HYBRIDKV_AMX)
+constexpr int kTile = 128;     // stored rows in a tile
+constexpr int kStagedK = 16;   // of them, rows of K staged at a time
+constexpr int kWidth = 64;     // bytes that a product takes of a row of codes
+#else
+constexpr int kTile = 64;
+constexpr int kStagedK = kTile;
+constexpr int kWidth = kBlock;
+#endif
 
 // A phase of a tile stays a function of its own: profiles show it by name, and nothing is gained by inlining.
 #define HYBRIDKV_PHASE __attribute__((noinline))
@@ -43,6 +51,7 @@ struct Prefetch {
         for (int i = 0; i < kMaxPlanes; ++i) {
             const int64_t bytes = left[i] < share[i] ? left[i] : share[i];
             if (left[i] <= 0) continue;
+#pragma GCC unroll 4
             for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p[i] + at, 0, 2);
             p[i] += bytes;
             left[i] -= bytes;
@@ -64,7 +73,7 @@ HYBRIDKV_PHASE Codes stage_codes(const Stored& s, int64_t head, int64_t row, int
     const uint8_t* high = f.plane_high < 0 ? nullptr : plane_row(s, f.plane_high, head, row);
     if (f.code == Code::bytes) {
         const int64_t stride = plane_row_bytes(f, f.plane_codes, s.head_dim);
-        if (n == kTile && stride == width) return {reinterpret_cast<const int8_t*>(codes), width};
+        if (n == kTile && stride == width && width % kWidth == 0) return {reinterpret_cast<const int8_t*>(codes), width};
         for (int r = 0; r < n; ++r) {
             std::memcpy(buffer + r * width, codes + r * stride, static_cast<size_t>(stride));
             std::memset(buffer + r * width + stride, 0, static_cast<size_t>(width - stride));
@@ -119,8 +128,8 @@ HYBRIDKV_PHASE void stage_scales(const Stored& s, int64_t head, int64_t row, int
     if (f.has_min()) stage_halves(plane_row(s, f.plane_m, head, row), n, blocks, flat, m);
 }
 
-// Values dim0..dim0+31 of `n` rows of f32, f16 or bf16: out[kTile][32]; zeros past `n` and past D. True if all of
-// them are finite.
+// Values dim0..dim0+31 of `n` rows of f32, f16 or bf16: out[rows][32]; zeros past `n` and past D. True if all of them
+// are finite.
 template <Code C>
 inline __attribute__((always_inline)) void stage_row(const uint8_t* row, float* out, Simd::F& check) {
     Simd::F sum = check;
@@ -137,7 +146,7 @@ inline __attribute__((always_inline)) void stage_row(const uint8_t* row, float* 
 }
 
 template <Code C>
-inline bool stage_rows(const uint8_t* p, int64_t stride, int n, int width, float* out) {
+inline bool stage_rows(const uint8_t* p, int64_t stride, int n, int width, float* out, int rows) {
     constexpr int size = C == Code::f32 ? 4 : 2;
     Simd::F c0 = Simd::set1(0.f), c1 = c0, c2 = c0, c3 = c0;  // one sum would wait for itself
     int r = 0;
@@ -154,17 +163,18 @@ inline bool stage_rows(const uint8_t* p, int64_t stride, int n, int width, float
         std::memcpy(edge, p, static_cast<size_t>(width * size));
         stage_row<C>(edge, out, c0);
     }
-    std::memset(out, 0, static_cast<size_t>(kTile - n) * kBlock * sizeof(float));
+    std::memset(out, 0, static_cast<size_t>(rows - n) * kBlock * sizeof(float));
     return Simd::reduce_add(Simd::add(Simd::add(c0, c1), Simd::add(c2, c3))) == 0.f;
 }
 
-HYBRIDKV_PHASE bool stage_values(const Stored& s, int64_t head, int64_t row, int n, int64_t dim0, float* out) {
+HYBRIDKV_PHASE bool stage_values(const Stored& s, int64_t head, int64_t row, int n, int64_t dim0, float* out,
+                                 int rows) {
     const int64_t stride = plane_row_bytes(*s.format, 0, s.head_dim), dims = s.head_dim - dim0;
     const int width = dims < kBlock ? static_cast<int>(dims) : kBlock;
     const uint8_t* p = plane_row(s, 0, head, row) + dim0 * s.format->plane_bytes[0];
-    if (s.format->code == Code::f32) return stage_rows<Code::f32>(p, stride, n, width, out);
-    if (s.format->code == Code::f16) return stage_rows<Code::f16>(p, stride, n, width, out);
-    return stage_rows<Code::bf16>(p, stride, n, width, out);
+    if (s.format->code == Code::f32) return stage_rows<Code::f32>(p, stride, n, width, out, rows);
+    if (s.format->code == Code::f16) return stage_rows<Code::f16>(p, stride, n, width, out, rows);
+    return stage_rows<Code::bf16>(p, stride, n, width, out, rows);
 }
 
 }  // namespace

@@ -1,0 +1,73 @@
+// What the phases of one attention task share: its numbers, its scratch, and the careful way around values that are
+// not finite. Included once per instruction set.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "dots.h"
+#include "scratch.h"
+
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+struct Task {
+    const AttendParams& a;
+    const AttendTask& task;
+    Scratch s;
+    int rows;            // query rows
+    int64_t head;        // b * Hkv + h, as the planes count
+    int64_t dk, dv;      // padded
+    bool k_int, v_int;
+
+    Task(const AttendParams& params, const AttendTask& t, void* memory)
+        : a(params), task(t), s(carve(params, memory)), rows(static_cast<int>(t.r1 - t.r0)),
+          head(t.batch * params.n_kv_heads + t.kv_head), dk(padded(params.k.head_dim)),
+          dv(padded(params.v.head_dim)), k_int(params.k.format->quantized()), v_int(params.v.format->quantized()) {}
+
+    int64_t token(int r) const { return (task.r0 + r) / a.group(); }
+    int64_t q_head(int r) const { return task.kv_head * a.group() + (task.r0 + r) % a.group(); }
+
+    // Bytes that the phase of K has time to ask for: this tile's V; and the phase of V: the next tile's K.
+    Prefetch ahead_of_v(int64_t j, int n) const { return Prefetch(a.v, head, a.start + j, n, dk / kBlock); }
+    Prefetch ahead_of_k(int64_t j) const {
+        const int64_t next = j + kTile, left = task.j1 - next;
+        return Prefetch(a.k, head, a.start + next, left < kTile ? left : kTile, dv / kBlock);
+    }
+
+    // What the minima of block b add to each of its dims.
+    float bias(int r, int64_t b) const {
+        F sum = Simd::set1(0.f);
+        for (int i = 0; i < kTile; i += L) {
+            sum = Simd::fma(Simd::load(s.scores + r * kTile + i), Simd::load(s.v_m + b * kTile + i), sum);
+        }
+        return Simd::reduce_add(sum);
+    }
+
+    // The tile holds a NaN or an infinity in block b, perhaps under a mask: exclude by select, never by 0 * NaN. The
+    // values are in s.v.
+    void careful_values(int64_t b, int first, int count) {
+        for (int r = first; r < first + count; ++r) {
+            float* out = s.acc + r * dv + b * kBlock;
+            for (int i = 0; i < kTile; ++i) {
+                const float p = s.scores[r * kTile + i];
+                if (p == 0.f) continue;
+                for (int e = 0; e < kBlock; ++e) out[e] += p * s.v[i * kBlock + e];
+            }
+        }
+    }
+
+    // True, and done, if a scale of block b is not finite.
+    bool careful_block(const Codes& codes, int64_t b) {
+        if (s.d_block[b] < kInf) return false;
+        for (int i = 0; i < kTile; ++i) {
+            const float d = s.v_d[b * kTile + i], m = a.v.format->has_min() ? s.v_m[b * kTile + i] : 0.f;
+            for (int e = 0; e < kBlock; ++e) s.v[i * kBlock + e] = d * codes.row(i)[b * kBlock + e] + m;
+        }
+        careful_values(b, 0, rows);
+        return true;
+    }
+};
+
+}  // namespace
