@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hybridkv.kernels import cpu_native
-from hybridkv.kernels.linear import PackedWeight, WeightType, linear, pack, rows
+from hybridkv.kernels.linear import PackedWeight, WeightType, gather, linear, pack
 
 # Few rows keep far more bits than the weights have; many rows on AMX are bfloat16 products.
 TOLERANCE = 4e-3
@@ -80,7 +80,7 @@ def weight_of(n_out: int, n_in: int, weight_type: WeightType) -> PackedWeight:
 def error_of(packed: PackedWeight, x: Tensor, out: Tensor) -> float:
     """Relative RMSE of at most 64 rows and 4096 outputs: float64 products of more would dominate the run."""
     some = torch.arange(min(packed.n_out, 4096)) * (packed.n_out // min(packed.n_out, 4096))
-    exact = x[:64].double() @ rows(packed, some).double().T
+    exact = x[:64].double() @ gather(packed, some).double().T
     return float((out[:64, some] - exact).square().mean().sqrt() / exact.square().mean().sqrt())
 
 

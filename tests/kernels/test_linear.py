@@ -11,7 +11,7 @@ from torch import Tensor
 from hybridkv.errors import UsageError
 from hybridkv.formats import FORMATS
 from hybridkv.kernels import cpu_native, linear
-from hybridkv.kernels.linear import WEIGHT_TYPES, PackedWeight, WeightType, exact_type, pack, rows, unpack
+from hybridkv.kernels.linear import WEIGHT_TYPES, PackedWeight, WeightType, exact_type, gather, pack, unpack
 
 pytestmark = pytest.mark.skipif(cpu_native.available() is not None, reason=f"{cpu_native.available()}")
 
@@ -91,9 +91,9 @@ def test_rows_takes_any_ids() -> None:
     weight = normal(100, 96)
     ids = torch.tensor([99, 0, 17, 17, 3])
     for weight_type in WEIGHT_TYPES:
-        assert torch.equal(rows(pack(weight, weight_type), ids), stored(weight, weight_type)[ids])
+        assert torch.equal(gather(pack(weight, weight_type), ids), stored(weight, weight_type)[ids])
     with pytest.raises(UsageError, match="100 rows"):
-        rows(pack(weight, "f32"), torch.tensor([100]))
+        gather(pack(weight, "f32"), torch.tensor([100]))
 
 
 def test_exact_type_is_the_smallest_that_changes_nothing() -> None:

@@ -7,13 +7,14 @@ against float attention, and every output's finiteness. Stored rows are never ex
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from hybridkv.cache import KVLayer
 from hybridkv.errors import GuardError, ModelError
 from hybridkv.formats import FORMATS
 from hybridkv.hf.layers import LayerView, QuantizedLayer
@@ -155,14 +156,19 @@ def _attend_stored(query: Tensor, packed: LayerView, params: AttentionParams) ->
             out = _checked(query, packed, params, out)
         watch.pending = False
     if watch.guard.watches and not _finite(out):
-        raise NonFiniteError(
-            layer=packed.layer.spec.facts.layer,
-            label=packed.layer.types.label,
-            kernel=kernel.name,
-            n_tokens=packed.layer.n_seen,
-            source="cache" if _inputs_finite(query, packed) else "input",
-        )
+        raise non_finite(packed.layer, kernel, "cache" if _inputs_finite(query, packed) else "input")
     return out
+
+
+def non_finite(layer: KVLayer, kernel: Kernel, source: Literal["cache", "input"]) -> NonFiniteError:
+    """What to raise for a layer whose attention output is not finite."""
+    return NonFiniteError(
+        layer=layer.spec.facts.layer,
+        label=layer.types.label,
+        kernel=kernel.name,
+        n_tokens=layer.n_seen,
+        source=source,
+    )
 
 
 def _kernel(query: Tensor, packed: LayerView, params: AttentionParams) -> Kernel:

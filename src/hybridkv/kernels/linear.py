@@ -2,7 +2,7 @@
 
 Owns packing and unpacking, the choice of the smallest type that holds a weight unchanged, and the binding of the native
 linear layer. The layout is described in csrc/pack.h. Knows no models. A model's native step takes `PackedWeight`
-records and multiplies them itself; `linear` is for tests and benches, `rows` for an embedding.
+records and multiplies them itself; `linear` is for tests and benches, `gather` for an embedding.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def pack(weight: Tensor, weight_type: WeightType) -> PackedWeight:
     return PackedWeight(weight_type, n_out, n_in, data)
 
 
-def rows(weight: PackedWeight, ids: Tensor, *, n_threads: int | None = None) -> Tensor:
+def gather(weight: PackedWeight, ids: Tensor, *, n_threads: int | None = None) -> Tensor:
     """Rows of the matrix.
 
     Parameters
@@ -110,7 +110,7 @@ def rows(weight: PackedWeight, ids: Tensor, *, n_threads: int | None = None) -> 
 
 def unpack(weight: PackedWeight) -> Tensor:
     """The whole matrix, float32 [n_out, n_in]."""
-    return rows(weight, torch.arange(weight.n_out))
+    return gather(weight, torch.arange(weight.n_out))
 
 
 def linear(

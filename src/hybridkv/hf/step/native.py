@@ -6,18 +6,20 @@ the modules, and tests compare each result with theirs.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from hybridkv.hf.attention import attend_new
+from hybridkv.hf.attention import attend_new, non_finite
 from hybridkv.hf.cache import ModelCache
 from hybridkv.hf.layers import QuantizedLayer, StateLayer
 from hybridkv.hf.step import qwen3_5
 from hybridkv.hf.step.record import Builder, Family
-from hybridkv.kernels import AttentionParams, cpu_native
-from hybridkv.kernels.linear import PackedWeight, exact_type, pack, rows
+from hybridkv.kernels import AttentionParams, cpu, cpu_native
+from hybridkv.kernels.linear import PackedWeight, exact_type, gather, pack
+from hybridkv.kernels.step import Rows
 
 FAMILIES = {family.model_type: family for family in (qwen3_5.FAMILY,)}
 
@@ -101,19 +103,37 @@ class NativeStep:
         if n_seqs * n_tokens > self._builder.n_rows:
             self._build(n_seqs * n_tokens)
         builder, program = self._builder, self._builder.program
-        builder.buffer("x")[: n_seqs * n_tokens] = rows(self._embedding, tokens.flatten())
+        builder.buffer("x")[: n_seqs * n_tokens] = gather(self._embedding, tokens.flatten())
         self._states = program.addresses(self._cache_states(cache, n_seqs), n_seqs)
         angles = self._turns(position, n_tokens)
+        layers = [cache.layers[call.layer] for call in builder.calls]
+        if n_tokens == 1 and all(_direct(layer) for layer in layers):
+            self._decode(layers, n_seqs, angles)
+            return
         begin = 0
-        for call in builder.calls:
-            program.run(begin, call.end, n_seqs, n_tokens, angles=angles, states=self._states)
+        for call, layer in zip(builder.calls, layers, strict=True):
+            program.run(begin, call.index, n_seqs, n_tokens, angles=angles, states=self._states)
             q, k, v = (_heads_first(x, n_seqs, n_tokens) for x in (call.q, call.k, call.v))
-            layer = cache.layers[call.layer]
-            assert isinstance(layer, QuantizedLayer)
             out = attend_new(layer, q, k, v, AttentionParams(scale=call.scale))
             _heads_first(call.out, n_seqs, n_tokens).copy_(out)
-            begin = call.end
+            begin = call.index + 1
         program.run(begin, builder.head, n_seqs, n_tokens, angles=angles, states=self._states)
+
+    def _decode(self, layers: Sequence[QuantizedLayer], n_seqs: int, angles: tuple[Tensor, Tensor]) -> None:
+        """All layers over one token per sequence in a single run, attention included.
+
+        Raises
+        ------
+        NonFiniteError
+            For the first layer whose attention output is not finite, if the guard watches.
+        """
+        rows = [_new_rows(layer, n_seqs) for layer in layers]
+        builder = self._builder
+        health = builder.program.run(0, builder.head, n_seqs, 1, angles=angles, states=self._states, rows=rows)
+        for layer, found in zip(layers, health, strict=True):
+            if found != "finite" and layer.watch.guard.watches:
+                source: Literal["cache", "input"] = "cache" if found == "bad output" else "input"
+                raise non_finite(layer.store, layer.store.kernels.decode, source)
 
     def _cache_states(self, cache: ModelCache, n_seqs: int) -> list[Tensor]:
         """Convolution and recurrent state of every layer that has them, in the operations' order."""
@@ -147,6 +167,21 @@ class NativeStep:
                 self._damaged = self._names[id(weight)]
             self._packed[id(weight)] = weight, pack(weight, exact_type(weight))
         return self._packed[id(weight)][1]
+
+
+def _direct(layer: Any) -> bool:
+    """Whether one new token of this layer is stored and attended by the native code, with nothing to measure."""
+    assert isinstance(layer, QuantizedLayer)
+    kernels = layer.store.kernels
+    native = kernels.decode in cpu.KERNELS and kernels.write_k in cpu.ENCODERS and kernels.write_v in cpu.ENCODERS
+    return native and not layer.watch.pending
+
+
+def _new_rows(layer: QuantizedLayer, n_seqs: int) -> Rows:
+    view, types = layer.store.admit(n_seqs, 1, torch.device("cpu")), layer.store.types
+    scale_k = types.scale_for(types.type_k) or view.format_k.default_scale
+    scale_v = types.scale_for(types.type_v) or view.format_v.default_scale
+    return Rows(view, refit_k=scale_k == "refit", refit_v=scale_v == "refit")
 
 
 def _heads_first(x: Tensor, n_seqs: int, n_tokens: int) -> Tensor:

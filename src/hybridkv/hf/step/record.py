@@ -52,14 +52,14 @@ class Step(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """A place in the operations where attention runs, through the cache and its resolved kernel.
+    """A place in the operations where attention runs, over the cache.
 
     Attributes
     ----------
     layer
         Index of the model's layer.
-    end
-        Operations that come before.
+    index
+        Of the operation that does it natively.
     q, k, v, out
         Buffers `[rows, heads, head dim]`.
     scale
@@ -67,7 +67,7 @@ class AttentionCall:
     """
 
     layer: int
-    end: int
+    index: int
     q: Tensor
     k: Tensor
     v: Tensor
@@ -126,6 +126,7 @@ class Builder:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> None:
         """Store k and v, and attend."""
         self.calls.append(AttentionCall(layer, len(self.program), q, k, v, out, scale))
+        self.program.attend(q, k, v, out, scale)
 
     def begin_head(self) -> None:
         """What follows runs on the last tokens alone: buffer `x` gives them."""

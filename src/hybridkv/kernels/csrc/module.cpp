@@ -81,13 +81,6 @@ const std::vector<const Isa*>& offered() {
     return all;
 }
 
-Stored stored(const std::string& type, const Planes& planes, int64_t head_dim, int64_t cap) {
-    Stored s{&format_named(type), head_dim, cap, {}};
-    if (planes.size() != static_cast<size_t>(s.format->n_planes)) throw std::invalid_argument("planes of " + type);
-    for (size_t i = 0; i < planes.size(); ++i) s.planes[i] = reinterpret_cast<const uint8_t*>(planes[i]);
-    return s;
-}
-
 std::vector<std::string> isas() {
     std::vector<std::string> names;
     for (const Isa* isa : offered()) names.emplace_back(isa->name);
@@ -208,6 +201,13 @@ const Format& format_named(const std::string& name) {
         if (name == f.name) return f;
     }
     throw std::invalid_argument("no native kernel reads " + name);
+}
+
+Stored stored(const std::string& type, const std::vector<Address>& planes, int64_t head_dim, int64_t cap) {
+    Stored s{&format_named(type), head_dim, cap, {}};
+    if (planes.size() != static_cast<size_t>(s.format->n_planes)) throw std::invalid_argument("planes of " + type);
+    for (size_t i = 0; i < planes.size(); ++i) s.planes[i] = reinterpret_cast<const uint8_t*>(planes[i]);
+    return s;
 }
 
 }  // namespace hybridkv
