@@ -3,7 +3,7 @@
 Importing this package registers `attn_implementation="hybridkv"` through Transformers' own registries.
 """
 
-from hybridkv.hf.attention import IMPLEMENTATION, register
+from hybridkv.hf.attention import IMPLEMENTATION, is_finite, register
 from hybridkv.hf.cache import ModelCache, quantized_cache
 from hybridkv.hf.facts import is_hybrid, kv_facts, layer_facts, takes_chunks
 from hybridkv.hf.step import EagerStep, NativeStep, Step, StepKind, parse_step, resolve_step
@@ -17,6 +17,7 @@ __all__ = [
     "NativeStep",
     "Step",
     "StepKind",
+    "is_finite",
     "is_hybrid",
     "kv_facts",
     "layer_facts",

@@ -155,7 +155,7 @@ def _attend_stored(query: Tensor, packed: LayerView, params: AttentionParams) ->
         if watch.guard.measures and first_prompt:
             out = _checked(query, packed, params, out)
         watch.pending = False
-    if watch.guard.watches and not _finite(out):
+    if watch.guard.watches and not is_finite(out):
         raise non_finite(packed.layer, kernel, "cache" if _inputs_finite(query, packed) else "input")
     return out
 
@@ -191,7 +191,7 @@ def _checked(query: Tensor, packed: LayerView, params: AttentionParams, out: Ten
     exact = reference_attend(
         query[:, :, rows], _float_view(packed.fresh_k, packed.fresh_v), _at_rows(params, rows, n_new)
     )
-    if not _finite(exact):
+    if not is_finite(exact):
         return out  # not the cache's doing; the finiteness watch reports it
     while True:
         watch.error = _relative_rmse(out[:, :, rows], exact)
@@ -223,7 +223,7 @@ def _at_rows(params: AttentionParams, rows: Tensor, n_new: int) -> AttentionPara
 
 def _relative_rmse(out: Tensor, exact: Tensor) -> float:
     """Root mean square of the difference over that of `exact`; 0 if both are zero, inf if `out` is not finite."""
-    if not _finite(out):
+    if not is_finite(out):
         return float("inf")
     size = exact.square().mean().sqrt().item()
     difference = (out - exact).square().mean().sqrt().item()
@@ -231,10 +231,10 @@ def _relative_rmse(out: Tensor, exact: Tensor) -> float:
 
 
 def _inputs_finite(query: Tensor, packed: LayerView) -> bool:
-    return all(_finite(x) for x in (query, packed.fresh_k, packed.fresh_v))
+    return all(is_finite(x) for x in (query, packed.fresh_k, packed.fresh_v))
 
 
-def _finite(x: Tensor) -> bool:
+def is_finite(x: Tensor) -> bool:
     """Whether all of `x` is finite: one pass over it, and a second only if the sum is not."""
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
