@@ -47,9 +47,13 @@ def _build(model: Any, b: Builder) -> None:
         b.linear(normed, (layer.mlp.gate_proj, gate), (layer.mlp.up_proj, up))
         b.program.gate(up, gate, up, "silu")  # silu(gate) is gate times its sigmoid: up * silu(gate)
         b.linear(up, (layer.mlp.down_proj, x), add=True)
-    b.begin_head()
-    _norm(b, x, normed, model.model.norm)
-    b.linear(normed, (model.lm_head, b.buffer("logits", config.vocab_size)))
+
+
+def _build_head(model: Any, b: Builder) -> None:
+    config = model.config.get_text_config(decoder=True)
+    x = b.buffer("x", config.hidden_size)
+    _norm(b, x, x, model.model.norm)
+    b.linear(x, (model.lm_head, b.buffer("logits", config.vocab_size)))
 
 
 def _norm(b: Builder, x: Tensor, dst: Tensor, norm: Any) -> None:
@@ -97,4 +101,4 @@ def _heads(x: Tensor, n_heads: int) -> Tensor:
     return torch.unflatten(x, 1, (n_heads, -1))
 
 
-FAMILY = Family(model_type="qwen3_5_text", rejects=_rejects, build=_build)
+FAMILY = Family(model_type="qwen3_5_text", rejects=_rejects, build=_build, build_head=_build_head)
