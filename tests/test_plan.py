@@ -12,7 +12,7 @@ from hybridkv.cache.spec import WINDOW_SLACK
 from hybridkv.engine import Engine, SamplingParams
 from hybridkv.errors import UsageError
 from hybridkv.formats import FORMATS
-from hybridkv.hf import IMPLEMENTATION, kv_facts, layer_facts
+from hybridkv.hf import IMPLEMENTATION, NativeStep, kv_facts, layer_facts
 from hybridkv.plan import largest_context, parse_bytes, plan, unknown_states
 from hybridkv.policy import Guard, Policy
 from tests.families import FAMILIES, build
@@ -28,8 +28,9 @@ def test_planned_bytes_are_the_bytes_of_a_real_cache(family: str, dtype: torch.d
     assert not unknown_states(facts)
     for (k, v), n_ctx, n_seqs in zip(PAIRS, (7, 300, 2 * WINDOW_SLACK), (1, 2, 3), strict=True):
         specs = Policy(KVTypes(k, v)).resolve(kv_facts(facts))
-        counted = plan(specs, facts, n_ctx=n_ctx, n_seqs=n_seqs, conv_itemsize=dtype.itemsize)
         engine = Engine(model, specs, n_ctx=n_ctx, guard=Guard("off"), notify=print)
+        itemsize = 4 if isinstance(engine.step, NativeStep) else dtype.itemsize
+        counted = plan(specs, facts, n_ctx=n_ctx, n_seqs=n_seqs, conv_itemsize=itemsize)
         for _ in engine.generate([3, 4, 5], SamplingParams(temp=0), n_predict=2, n_seqs=n_seqs):
             pass
         assert counted.kv_bytes == engine.cache.kv_bytes, (k, v)

@@ -63,7 +63,10 @@ def plan(
     conv_itemsize: int = 4,
     weight_bytes: int = 0,
 ) -> Plan:
-    """Count the bytes of `n_seqs` sequences of `n_ctx` tokens; `conv_itemsize` is that of the model's dtype."""
+    """Count the bytes of `n_seqs` sequences of `n_ctx` tokens.
+
+    `conv_itemsize` is that of the convolution states: the model's dtype, float32 in the native step.
+    """
     return Plan(
         n_ctx=n_ctx,
         n_seqs=n_seqs,

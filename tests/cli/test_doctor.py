@@ -40,7 +40,8 @@ def test_a_head_dim_that_blocks_do_not_divide(cli: Cli) -> None:
 def test_json_is_the_truth_about_every_case(cli: Cli) -> None:
     done = cli("doctor", "--json", "--device", "cpu")
     answer = json.loads(done.out)
-    assert answer.keys() == {"versions", "cpu", "cuda", "matrix"}
+    assert answer.keys() == {"versions", "cpu", "cuda", "engines", "matrix"}
+    assert "qwen3_5_text" in answer["engines"]["native"]
     assert answer["versions"]["hybridkv"] == hybridkv.__version__
     assert {"torch", "transformers", "gguf", "tokenizers", "numpy", "python"} < answer["versions"].keys()
     keys = {"device", "type_k", "type_v", "head_dim", "phase", "kernel", "refusals"}

@@ -399,3 +399,27 @@ def test_a_terminal_without_the_character_gets_a_question_mark(gguf: Path, monke
     assert main(["run", "-m", str(gguf), "-p", "the ☃", "-n", "1", "--temp", "0"]) == 0
     ascii_only.seek(0)
     assert ascii_only.read().startswith("the ?")
+
+
+@pytest.mark.parametrize("engine", ["native", "eager"])
+def test_both_engines_say_the_same(cli: Cli, engine: str) -> None:
+    done = cli("run", "--ids", "83,260,7", "-n", 12, "--temp", 0, "--engine", engine, "--json")
+    answer = json.loads(done.out)
+    assert answer["engine"].startswith(engine)
+    assert f"engine: {answer['engine']}" in done.err
+    automatic = json.loads(cli("run", "--ids", "83,260,7", "-n", 12, "--temp", 0, "--json").out)
+    assert answer["sequences"] == automatic["sequences"]
+
+
+def test_the_native_engine_refuses_what_it_does_not_know(cli: Cli, models: ModelStore) -> None:
+    done = cli("run", "-m", models.family("lfm2"), "--ids", "3,4", "-n", 1, "--engine", "native")
+    assert done.code == 2
+    assert "error: the native step cannot run this model: knows no lfm2 layers; it knows qwen3_5_text" in done.err
+    assert "hint: use --engine eager, or auto" in done.err
+    assert cli("run", "-m", models.family("lfm2"), "--ids", "3,4", "-n", 1).code == 0
+
+
+def test_unknown_engine(cli: Cli) -> None:
+    done = cli("run", "--ids", "3", "-n", 1, "--engine", "fast")
+    assert done.code == 2
+    assert "allowed: auto, native, eager" in done.err

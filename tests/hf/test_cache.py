@@ -86,7 +86,7 @@ def test_crop_goes_back_where_all_layers_can(dense: PreTrainedModel) -> None:
     assert cache.get_seq_length() == 16
     with torch.inference_mode():
         again = dense(ids[:, 16:], past_key_values=cache).logits
-    assert change(again, whole[:, 16:]) <= 1e-5
+    assert change(again, whole[:, 16:]) <= 1e-4
 
 
 def test_crop_refuses_when_a_layer_cannot_and_changes_nothing(hybrid: PreTrainedModel) -> None:
@@ -111,13 +111,13 @@ def test_sequences_can_be_repeated_and_selected(family: str) -> None:
     cache.batch_repeat_interleave(3)
     with torch.inference_mode():
         next_logits = model(ids[:1, 15:16].repeat(3, 1), past_key_values=cache).logits
-    assert change(next_logits, exact[:1, 15:16].repeat(3, 1, 1)) <= 1e-5
+    assert change(next_logits, exact[:1, 15:16].repeat(3, 1, 1)) <= 1e-4
     cache = quantized_cache(model, type_k="f32", type_v="f32")
     run(model, cache, ids[:, :15])
     cache.batch_select_indices(torch.tensor([2, 0]))
     with torch.inference_mode():
         next_logits = model(ids[[2, 0], 15:16], past_key_values=cache).logits
-    assert change(next_logits, exact[[2, 0], 15:16]) <= 1e-5
+    assert change(next_logits, exact[[2, 0], 15:16]) <= 1e-4
 
 
 def test_first_and_last_layers_change_the_numbers(hybrid: PreTrainedModel) -> None:
@@ -276,4 +276,4 @@ def test_without_any_cache_attention_is_plain(hybrid: PreTrainedModel) -> None:
     with torch.inference_mode():
         plain = build("qwen3_5_text")(tokens(), use_cache=False).logits
         ours = hybrid(tokens(), use_cache=False).logits
-    assert change(ours, plain) <= 1e-5
+    assert change(ours, plain) <= 1e-4

@@ -13,7 +13,7 @@ from hybridkv.hf.layers import StateLayer
 from tests.families import CONTROLS, FAMILIES, HYBRIDS, build
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
-EXACT = 1e-5
+EXACT = 1e-4  # with AMX a query is two bfloat16 terms: 16 bits
 Q8_BOUND = 0.08
 """Relative change of the logits that q8_0 may cause in these small random models; measured: 0.003 to 0.026 on
 Transformers 5.23, up to 0.06 on 5.17, where other random weights make an expert change."""

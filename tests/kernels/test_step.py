@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hybridkv.kernels import cpu_native
-from hybridkv.kernels.step import StepProgram, delta_rejects
+from hybridkv.formats import FORMATS
+from hybridkv.kernels import KVView, cpu_native
+from hybridkv.kernels.step import Rows, StepProgram, delta_rejects
+from hybridkv.rotation import rotate, rotation_block
 
 if cpu_native.available() is not None:
     pytest.skip("the native extension is not built", allow_module_level=True)
@@ -167,6 +169,52 @@ def test_delta_refuses_what_it_cannot_run(isa: str) -> None:
     assert delta_rejects(128, 128) is None
     assert delta_rejects(3, 16) is not None
     assert delta_rejects(4, 24) is not None
+
+
+@pytest.mark.parametrize(("head_dim", "block"), [(16, 16), (48, 16), (128, 128), (192, 64)])
+def test_attend_rotates_stores_and_attends(head_dim: int, block: int) -> None:
+    """Against float64 attention over what the planes then hold; a rotated row mixes its whole block."""
+    q8_0 = FORMATS["q8_0"]
+    assert rotation_block(head_dim) == block
+    planes = [
+        tuple(torch.full((2, 2, 9, n), 0xFF, dtype=torch.uint8) for n in q8_0.plane_bytes(head_dim)) for _ in "kv"
+    ]
+    past = normal(2, 2, 5, head_dim, seed=4)
+    for side in planes:
+        cpu_native.encode_into(rotate(past), "q8_0", "refit", side, 2)
+    q, k, v, out = (
+        normal(2, 6, head_dim),
+        normal(2, 2, head_dim, seed=1),
+        normal(2, 2, head_dim, seed=2),
+        buffer(2, 6, head_dim),
+    )
+    exact_q, new_k, new_v = rotate(q).double(), rotate(k), rotate(v)
+    view = KVView(*planes, q8_0, q8_0, head_dim, head_dim, 3, 5, rotate_k=True, rotate_v=True)
+    program = StepProgram()
+    program.attend(q, k, v, out, head_dim**-0.5)
+    assert program.run(0, 1, 2, 1, rows=[Rows(view, refit_k=True, refit_v=True)]) == ["finite"]
+    stored = [q8_0.decode([p[:, :, 3:8] for p in side], head_dim) for side in planes]
+    for rows, new in zip(stored, (new_k, new_v), strict=True):
+        assert error(rows[:, :, -1], new.double()) < 0.02
+    keys, values = (x.double().repeat_interleave(3, dim=1) for x in stored)
+    weights = torch.softmax(torch.einsum("bhd,bhsd->bhs", exact_q, keys) * head_dim**-0.5, dim=-1)
+    exact = rotate(torch.einsum("bhs,bhsd->bhd", weights, values).float()).double()
+    assert error(out, exact) < 2e-3
+
+
+@pytest.mark.parametrize(("where", "found"), [("cache", "bad output"), ("q", "bad input"), ("v", "bad input")])
+def test_attend_says_what_is_not_finite(where: str, found: str) -> None:
+    f16 = FORMATS["f16"]
+    planes = [f16.encode(normal(1, 1, 4, 16)) for _ in "kv"]
+    q, k, v, out = normal(1, 2, 16), normal(1, 1, 16), normal(1, 1, 16), buffer(1, 2, 16)
+    if where == "cache":
+        planes[1][0][:, :, 1] = 0xFF
+    else:
+        {"q": q, "v": v}[where][0, 0, 3] = torch.inf
+    program = StepProgram()
+    program.attend(q, k, v, out, 0.25)
+    view = KVView(*planes, f16, f16, 16, 16, 0, 4)
+    assert program.run(0, 1, 1, 1, rows=[Rows(view, refit_k=False, refit_v=False)]) == [found]
 
 
 def test_a_run_takes_its_states_from_its_caller() -> None:

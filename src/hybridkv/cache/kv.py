@@ -164,14 +164,32 @@ class KVLayer:
         """
         self._check(k, v)
         n_new = k.shape[2]
-        visible = self.past_rows() + n_new
-        self._reserve(k, n_new)
-        row = self._start + self._length
+        view = self.admit(k.shape[0], n_new, k.device)
+        row = view.start + view.length - n_new
         types = self.spec.types
         k_rows = rotate(k) if types.rotate_k else k
         v_rows = rotate(v) if types.rotate_v else v
         self.kernels.write_k.write(k_rows, self._k_format, types.scale_for(types.type_k), self._k, row)
         self.kernels.write_v.write(v_rows, self._v_format, types.scale_for(types.type_v), self._v, row)
+        return view
+
+    def admit(self, batch: int, n_new: int, device: torch.device) -> KVView:
+        """Count T new tokens, whose rows the caller writes: the last T of the rows returned, which they attend.
+
+        Raises
+        ------
+        ModelError
+            If the layer holds another number of sequences.
+        ContextError
+            If the context is full.
+        """
+        if self._k and batch != self.batch:
+            raise ModelError(
+                f"layer {self.spec.facts.layer} holds {self.batch} sequences and was given {batch}",
+                hint="use one cache per batch, or reset() it first",
+            )
+        visible = self.past_rows() + n_new
+        self._reserve(batch, n_new, device)
         self._length += n_new
         self.n_seen += n_new
         return self.view(visible)
@@ -235,13 +253,8 @@ class KVLayer:
                 f"its config says {want[0]} x {want[1]} and {want[2]} x {want[3]}",
                 hint="this architecture's layer facts are wrong or unknown; please report the model type",
             )
-        if self._k and k.shape[0] != self.batch:
-            raise ModelError(
-                f"layer {f.layer} holds {self.batch} sequences and was given {k.shape[0]}",
-                hint="use one cache per batch, or reset() it first",
-            )
 
-    def _reserve(self, like: Tensor, n_new: int) -> None:
+    def _reserve(self, batch: int, n_new: int, device: torch.device) -> None:
         """Make room for `n_new` rows: in place, by letting old window rows go, or in larger memory."""
         if self._n_ctx is not None and self.n_seen + n_new > self._n_ctx:
             raise ContextError(
@@ -254,10 +267,10 @@ class KVLayer:
         target = self._target_rows(keep + n_new)
         rows = slice(self._start + self._length - keep, self._start + self._length)
         f = self.spec.facts
-        shape = (like.shape[0], f.n_kv_heads, target)
+        shape = (batch, f.n_kv_heads, target)
         k_bytes, v_bytes = self._k_format.plane_bytes(f.head_dim_k), self._v_format.plane_bytes(f.head_dim_v)
-        self._k = _moved(self._k, rows, shape, k_bytes, like.device)
-        self._v = _moved(self._v, rows, shape, v_bytes, like.device)
+        self._k = _moved(self._k, rows, shape, k_bytes, device)
+        self._v = _moved(self._v, rows, shape, v_bytes, device)
         self._start, self._length = 0, keep
 
     def _target_rows(self, needed: int) -> int:

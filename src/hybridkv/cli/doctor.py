@@ -59,9 +59,10 @@ def main(arguments: argparse.Namespace) -> int:
     versions["python"] = platform.python_version()
     features = _cpu_features()
     matrix = [row for device in devices for row in _matrix(device, dims)]
+    engines = _engines()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     if a.json:
-        print(json.dumps({"versions": versions, "cpu": features, "cuda": gpus, "matrix": matrix}))
+        print(json.dumps({"versions": versions, "cpu": features, "cuda": gpus, "engines": engines, "matrix": matrix}))
         return 0
     console = stdout_console()
     console.print("versions    " + ", ".join(f"{name} {version}" for name, version in versions.items()))
@@ -69,6 +70,7 @@ def main(arguments: argparse.Namespace) -> int:
         f"cpu         {platform.machine()}, {os.cpu_count()} cores, {' '.join(features) or 'no known features'}"
     )
     console.print(f"cuda        {', '.join(gpus) or 'none that torch can use'}")
+    console.print("engines     " + "; ".join(f"{name}: {models}" for name, models in engines.items()))
     _print_full(matrix) if a.full else _print_summary(matrix)
     return 0
 
@@ -85,6 +87,16 @@ def _cpu_features() -> list[str]:
     path = Path("/proc/cpuinfo")
     words = set(path.read_text().split()) if path.is_file() else set()
     return [feature for feature in _FEATURES if feature in words]
+
+
+def _engines() -> dict[str, str]:
+    """What runs the layers outside of attention, and which models each engine takes."""
+    from hybridkv.hf.step.native import FAMILIES
+    from hybridkv.kernels import cpu_native
+
+    missing = cpu_native.available()
+    native = f"cannot run, {missing}" if missing else f"{', '.join(FAMILIES)} on cpu-{cpu_native.isa()}"
+    return {"native": native, "eager": "whatever Transformers runs"}
 
 
 def _matrix(device: str, dims: tuple[int, ...]) -> list[dict[str, Any]]:

@@ -124,7 +124,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     from hybridkv.engine import Engine
     from hybridkv.engine.load import bundled_model, describe, load
-    from hybridkv.hf import parse_step, resolve_step
+    from hybridkv.hf import EagerStep, NativeStep, PackedWeights, parse_step, resolve_step
 
     kind = parse_step(a.engine)
     transformers_logging.set_verbosity_error()  # its notes on missing speed packages are not this command's
@@ -137,12 +137,12 @@ def main(arguments: argparse.Namespace) -> int:
     make_step = resolve_step(description.config, device.partition(":")[0], kind)
     specs = _resolve(description, policy, guard, device, n_ctx)
     dtype = torch.float32 if device.startswith("cpu") else torch.bfloat16
-    loaded = load(description, dtype=dtype, device=device)
+    weights = PackedWeights() if make_step is NativeStep else None
+    loaded = load(description, dtype=dtype, device=device, weights=weights)
     for line in loaded.notices:
         notice(line)
     text, ids = prompt_ids(prompt, loaded.model, loaded.tokenizer, chat=a.chat)
-    step = make_step(loaded.model)
-    step.release_weights()
+    step = EagerStep(loaded.model) if weights is None else NativeStep(loaded.model, weights)
     print(f"engine: {step.name}", file=sys.stderr)
     try:
         engine = Engine(loaded.model, specs, n_ctx=n_ctx, guard=guard, notify=warning, step=step)

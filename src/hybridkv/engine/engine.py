@@ -18,7 +18,7 @@ from torch import Tensor
 from hybridkv.cache import KVSpec
 from hybridkv.engine.sampling import Sampler, SamplingParams
 from hybridkv.errors import ContextError, GuardError, ModelError, UsageError
-from hybridkv.hf import ModelCache, Step, resolve_step
+from hybridkv.hf import ModelCache, Step, is_finite, resolve_step
 from hybridkv.policy import Guard, NonFiniteError, next_types
 
 
@@ -184,7 +184,7 @@ class Engine:
             From the layer where it arose, or for the logits.
         """
         logits = self.step.forward(tokens, self.cache, self.history.shape[1] - tokens.shape[1])
-        if not torch.isfinite(logits).all():
+        if not is_finite(logits):
             layers = self.cache.kv_layers
             raise NonFiniteError(
                 layer=None,

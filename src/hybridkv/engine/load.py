@@ -16,7 +16,7 @@ import torch
 from hybridkv.cache import LayerFacts
 from hybridkv.errors import ModelError, ModelFileError
 from hybridkv.gguf.load import describe_gguf, load_gguf
-from hybridkv.hf import IMPLEMENTATION, layer_facts
+from hybridkv.hf import IMPLEMENTATION, PackedWeights, layer_facts
 from hybridkv.hf.load import count_parameters, load_config, load_tokenizer, load_weights
 
 BUNDLED = "reference-hybrid-q8_0.gguf"
@@ -99,16 +99,25 @@ def _facts(config: Any) -> tuple[LayerFacts, ...]:
         raise ModelError(f"the config of {config.model_type!r} describes no model: {error}") from error
 
 
-def load(description: Description, *, dtype: torch.dtype, device: str) -> Loaded:
+def load(description: Description, *, dtype: torch.dtype, device: str, weights: PackedWeights | None = None) -> Loaded:
     """The model and its tokenizer.
+
+    Parameters
+    ----------
+    weights
+        Takes each matrix as it is read, for a native step; the model itself cannot run then.
 
     Raises
     ------
     ModelFileError, ModelError
         For whatever is wrong with the files.
     """
+    take = None if weights is None else weights.take
     if description.path.is_dir():
         model = load_weights(description.path, dtype=dtype, device=device, attn_implementation=IMPLEMENTATION)
+        if take is not None:
+            for name, parameter in model.named_parameters():
+                take(name, parameter)
         return Loaded(description, model, load_tokenizer(description.path))
-    gguf = load_gguf(description.path, dtype=dtype, device=device, attn_implementation=IMPLEMENTATION)
+    gguf = load_gguf(description.path, dtype=dtype, device=device, attn_implementation=IMPLEMENTATION, take=take)
     return Loaded(description, gguf.model, gguf.tokenizer, gguf.notices)

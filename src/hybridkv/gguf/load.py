@@ -10,7 +10,7 @@ Memory: the final weights plus one decoded chunk (`decode.CHUNK_VALUES`); the fi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +75,7 @@ def load_gguf(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     attn_implementation: str = "sdpa",
+    take: Callable[[str, torch.nn.Parameter], None] | None = None,
 ) -> LoadedModel:
     """Load a model with its tokenizer.
 
@@ -88,6 +89,8 @@ def load_gguf(
         Where the weights go.
     attn_implementation
         Any name that Transformers knows, registered ones included.
+    take
+        Called with each parameter's name and the parameter once it is filled, and may free it.
 
     Raises
     ------
@@ -107,7 +110,7 @@ def load_gguf(
     tokenizer = load_tokenizer(meta)
     model = _skeleton(_config(architecture, fields), dtype, attn_implementation)
     _check_shapes(meta, model, sources)
-    _fill(meta, model, sources, fields, torch.device(device))
+    _fill(meta, model, sources, fields, torch.device(device), take)
     model.eval()
     if ends := end_ids(meta, fields["vocab_size"]):
         model.generation_config.eos_token_id = ends
@@ -217,6 +220,7 @@ def _fill(
     sources: Mapping[str, _Source],
     fields: Fields,
     device: torch.device,
+    take: Callable[[str, torch.nn.Parameter], None] | None,
 ) -> None:
     """Replace every meta tensor of the model: what the file holds, then the buffers that it does not."""
     import torch
@@ -238,6 +242,8 @@ def _fill(
         loaded: Any = torch.nn.Parameter(value, requires_grad=False) if is_parameter else value
         loaded._is_hf_initialized = True
         _assign(model, name, loaded)
+        if take is not None and is_parameter:
+            take(name, loaded)
     for name, buffer in list(model.named_non_persistent_buffers()):
         _assign(model, name, torch.empty_like(buffer, device=device))
     # As in `from_pretrained`: what is loaded is marked as done, so that this computes the other buffers

@@ -3,10 +3,20 @@
 Importing this package registers `attn_implementation="hybridkv"` through Transformers' own registries.
 """
 
-from hybridkv.hf.attention import IMPLEMENTATION, register
+from hybridkv.hf.attention import IMPLEMENTATION, is_finite, register
 from hybridkv.hf.cache import ModelCache, quantized_cache
 from hybridkv.hf.facts import is_hybrid, kv_facts, layer_facts, takes_chunks
-from hybridkv.hf.step import EagerStep, NativeStep, Step, StepKind, parse_step, resolve_step
+from hybridkv.hf.step import (
+    EagerStep,
+    NativeStep,
+    PackedWeights,
+    Step,
+    StepKind,
+    WeightKind,
+    parse_step,
+    parse_weights,
+    resolve_step,
+)
 
 register()
 
@@ -15,12 +25,16 @@ __all__ = [
     "EagerStep",
     "ModelCache",
     "NativeStep",
+    "PackedWeights",
     "Step",
     "StepKind",
+    "WeightKind",
+    "is_finite",
     "is_hybrid",
     "kv_facts",
     "layer_facts",
     "parse_step",
+    "parse_weights",
     "quantized_cache",
     "register",
     "resolve_step",

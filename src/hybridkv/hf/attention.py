@@ -7,13 +7,14 @@ against float attention, and every output's finiteness. Stored rows are never ex
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from hybridkv.cache import KVLayer
 from hybridkv.errors import GuardError, ModelError
 from hybridkv.formats import FORMATS
 from hybridkv.hf.layers import LayerView, QuantizedLayer
@@ -154,15 +155,20 @@ def _attend_stored(query: Tensor, packed: LayerView, params: AttentionParams) ->
         if watch.guard.measures and first_prompt:
             out = _checked(query, packed, params, out)
         watch.pending = False
-    if watch.guard.watches and not _finite(out):
-        raise NonFiniteError(
-            layer=packed.layer.spec.facts.layer,
-            label=packed.layer.types.label,
-            kernel=kernel.name,
-            n_tokens=packed.layer.n_seen,
-            source="cache" if _inputs_finite(query, packed) else "input",
-        )
+    if watch.guard.watches and not is_finite(out):
+        raise non_finite(packed.layer, kernel, "cache" if _inputs_finite(query, packed) else "input")
     return out
+
+
+def non_finite(layer: KVLayer, kernel: Kernel, source: Literal["cache", "input"]) -> NonFiniteError:
+    """What to raise for a layer whose attention output is not finite."""
+    return NonFiniteError(
+        layer=layer.spec.facts.layer,
+        label=layer.types.label,
+        kernel=kernel.name,
+        n_tokens=layer.n_seen,
+        source=source,
+    )
 
 
 def _kernel(query: Tensor, packed: LayerView, params: AttentionParams) -> Kernel:
@@ -185,7 +191,7 @@ def _checked(query: Tensor, packed: LayerView, params: AttentionParams, out: Ten
     exact = reference_attend(
         query[:, :, rows], _float_view(packed.fresh_k, packed.fresh_v), _at_rows(params, rows, n_new)
     )
-    if not _finite(exact):
+    if not is_finite(exact):
         return out  # not the cache's doing; the finiteness watch reports it
     while True:
         watch.error = _relative_rmse(out[:, :, rows], exact)
@@ -217,7 +223,7 @@ def _at_rows(params: AttentionParams, rows: Tensor, n_new: int) -> AttentionPara
 
 def _relative_rmse(out: Tensor, exact: Tensor) -> float:
     """Root mean square of the difference over that of `exact`; 0 if both are zero, inf if `out` is not finite."""
-    if not _finite(out):
+    if not is_finite(out):
         return float("inf")
     size = exact.square().mean().sqrt().item()
     difference = (out - exact).square().mean().sqrt().item()
@@ -225,10 +231,10 @@ def _relative_rmse(out: Tensor, exact: Tensor) -> float:
 
 
 def _inputs_finite(query: Tensor, packed: LayerView) -> bool:
-    return all(_finite(x) for x in (query, packed.fresh_k, packed.fresh_v))
+    return all(is_finite(x) for x in (query, packed.fresh_k, packed.fresh_v))
 
 
-def _finite(x: Tensor) -> bool:
+def is_finite(x: Tensor) -> bool:
     """Whether all of `x` is finite: one pass over it, and a second only if the sum is not."""
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 

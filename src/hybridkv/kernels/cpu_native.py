@@ -90,7 +90,7 @@ def encode_into(
     if scale not in fmt.scales:
         raise UsageError(f"{fmt_name} has no scale rule {scale!r}; allowed: {', '.join(fmt.scales)}")
     n_batch, n_kv_heads, n_new, head_dim = x.shape
-    capacity = _check_planes(planes, fmt_name, head_dim, (n_batch, n_kv_heads))
+    capacity = check_planes(planes, fmt_name, head_dim, (n_batch, n_kv_heads))
     assert start >= 0 and start + n_new <= capacity, (start, n_new, capacity)
     if x.stride(-1) != 1:
         x = x.contiguous()
@@ -160,8 +160,8 @@ def attend(
     """
     n_batch, n_heads, n_new, _ = q.shape
     n_kv_heads = k_planes[0].shape[1]
-    capacity_k = _check_planes(k_planes, type_k, head_dim_k, (n_batch, n_kv_heads))
-    capacity_v = _check_planes(v_planes, type_v, head_dim_v, (n_batch, n_kv_heads))
+    capacity_k = check_planes(k_planes, type_k, head_dim_k, (n_batch, n_kv_heads))
+    capacity_v = check_planes(v_planes, type_v, head_dim_v, (n_batch, n_kv_heads))
     assert q.shape[3] == head_dim_k and n_heads % n_kv_heads == 0, (q.shape, k_planes[0].shape, head_dim_k)
     assert start >= 0 and n_new <= n_stored and start + n_stored <= min(capacity_k, capacity_v)
     assert window is None or window > 0, window
@@ -218,7 +218,7 @@ def _native() -> ModuleType:
     return module
 
 
-def _check_planes(planes: Sequence[Tensor], fmt_name: str, head_dim: int, heads: tuple[int, int]) -> int:
+def check_planes(planes: Sequence[Tensor], fmt_name: str, head_dim: int, heads: tuple[int, int]) -> int:
     """Assert that the native code may read the planes; their capacity in rows."""
     sizes = _plane_bytes(fmt_name, head_dim)
     capacity = int(planes[0].shape[2])

@@ -2,7 +2,7 @@
 
 Owns packing and unpacking, the choice of the smallest type that holds a weight unchanged, and the binding of the native
 linear layer. The layout is described in csrc/pack.h. Knows no models. A model's native step takes `PackedWeight`
-records and multiplies them itself; `linear` is for tests and benches, `rows` for an embedding.
+records and multiplies them itself; `linear` is for tests and benches, `gather` for an embedding.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def exact_type(weight: Tensor) -> WeightType:
     return kinds[0]
 
 
-def pack(weight: Tensor, type: WeightType) -> PackedWeight:
-    """Pack a matrix, float32, float16 or bfloat16 [n_out, n_in], rounding its values to `type`.
+def pack(weight: Tensor, weight_type: WeightType) -> PackedWeight:
+    """Pack a matrix, float32, float16 or bfloat16 [n_out, n_in], rounding its values to `weight_type`.
 
     Raises
     ------
@@ -69,21 +69,21 @@ def pack(weight: Tensor, type: WeightType) -> PackedWeight:
         q8_0 and n_in is no multiple of 32.
     """
     n_out, n_in = weight.shape
-    if type == "q8_0" and n_in % _BLOCK:
+    if weight_type == "q8_0" and n_in % _BLOCK:
         raise UsageError(
             f"q8_0 needs a multiple of {_BLOCK} inputs, not {n_in}", hint="pack this weight as bf16 or f32"
         )
-    data = allocate((_native().packed_bytes(type, n_out, n_in),))
+    data = allocate((_native().packed_bytes(weight_type, n_out, n_in),))
     panels = data.view(-(-n_out // _PANEL), -1)
     done = 0
     for chunk in _row_chunks(weight):
         here = -(-chunk.shape[0] // _PANEL)
-        _PACK[type](chunk, panels[done : done + here])
+        _PACK[weight_type](chunk, panels[done : done + here])
         done += here
-    return PackedWeight(type, n_out, n_in, data)
+    return PackedWeight(weight_type, n_out, n_in, data)
 
 
-def rows(weight: PackedWeight, ids: Tensor, *, n_threads: int | None = None) -> Tensor:
+def gather(weight: PackedWeight, ids: Tensor, *, n_threads: int | None = None) -> Tensor:
     """Rows of the matrix.
 
     Parameters
@@ -110,7 +110,7 @@ def rows(weight: PackedWeight, ids: Tensor, *, n_threads: int | None = None) -> 
 
 def unpack(weight: PackedWeight) -> Tensor:
     """The whole matrix, float32 [n_out, n_in]."""
-    return rows(weight, torch.arange(weight.n_out))
+    return gather(weight, torch.arange(weight.n_out))
 
 
 def linear(
@@ -159,7 +159,7 @@ def _address(weight: PackedWeight) -> int:
 def _row_chunks(weight: Tensor) -> tuple[Tensor, ...]:
     """Whole panels of rows, so few that temporaries stay small."""
     step = max(1, _CHUNK_VALUES // weight.shape[1] // _PANEL) * _PANEL
-    return weight.split(step)
+    return torch.split(weight, step)
 
 
 def _rounded(x: Tensor, kind: WeightType) -> Tensor:

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from hybridkv.kernels import cpu_native
+from hybridkv.kernels.case import KVView
 from hybridkv.kernels.linear import PackedWeight
+from hybridkv.rotation import rotation_block
 
 Columns = tuple[int, int, int, int, int]
+Health = Literal["finite", "bad output", "bad input"]
+_HEALTH: tuple[Health, ...] = get_args(Health)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,40 @@ class Target:
     weight: PackedWeight
     dst: Tensor
     add: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Where one layer's new token goes and what it attends: the cache's memory, for one run.
+
+    Attributes
+    ----------
+    view
+        The rows attended; the last of them is the new token's.
+    refit_k, refit_v
+        Whether scales are refitted when it is stored.
+    """
+
+    view: KVView
+    refit_k: bool
+    refit_v: bool
+
+    def native(self, n_seqs: int, n_kv_heads: int, head_dim_k: int, head_dim_v: int) -> tuple[object, ...]:
+        """As the native code takes it, checked against the shapes that its operation was written for."""
+        view = self.view
+        assert (view.head_dim_k, view.head_dim_v) == (head_dim_k, head_dim_v), view
+        sides = (
+            (view.k, view.format_k.name, head_dim_k, self.refit_k, view.rotate_k),
+            (view.v, view.format_v.name, head_dim_v, self.refit_v, view.rotate_v),
+        )
+        row = view.start + view.length - 1
+        packed = []
+        for planes, name, head_dim, refit, rotated in sides:
+            capacity = cpu_native.check_planes(planes, name, head_dim, (n_seqs, n_kv_heads))
+            assert 0 <= view.start <= row < capacity, (view.start, view.length, capacity)
+            block = rotation_block(head_dim) if rotated else 0
+            packed.append((name, [plane.data_ptr() for plane in planes], head_dim, capacity, refit, block))
+        return (*packed, row, view.start, view.length, view.window or 0)
 
 
 class StepProgram:
@@ -41,6 +79,7 @@ class StepProgram:
         self._keep: list[Any] = []
         self._rows: int | None = None
         self._states: dict[int, tuple[int, ...]] = {}
+        self._calls: list[tuple[int, int, int]] = []
 
     def __len__(self) -> int:
         """Operations so far; a place to begin or end a run."""
@@ -77,7 +116,10 @@ class StepProgram:
         self._native.rope(self._columns(x), n_rotated)
 
     def conv(self, x: Tensor, dst: Tensor, weight: Tensor, bias: Tensor | None, state: int) -> None:
-        """Causal depthwise convolution with SiLU; weight `[channels, kernel]`, state float32 `[B, kernel, channels]`."""
+        """Causal depthwise convolution with SiLU.
+
+        Weight `[channels, kernel]`; state float32 `[B, kernel, channels]`, the newest inputs, oldest first.
+        """
         channels, kernel = weight.shape
         assert x.shape == dst.shape and x.dim() == 2 and x.shape[1] == channels, (x.shape, dst.shape, weight.shape)
         assert x.data_ptr() != dst.data_ptr(), "a convolution cannot run in place"
@@ -104,6 +146,17 @@ class StepProgram:
         self._expect(state, (n_value, d, dv))
         self._native.delta(*(self._columns(x) for x in (q, k, v, decay, beta, dst)), state)
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, dst: Tensor, scale: float) -> None:
+        """Store k and v, one new token per sequence, and attend q; all `[rows, heads, D]`, dst contiguous.
+
+        Where the rows lie comes with each run, as its next `Rows`.
+        """
+        assert q.shape[2] == k.shape[2] and v.shape[:2] == k.shape[:2] and q.shape[1] % k.shape[1] == 0, q.shape
+        assert dst.shape == (*q.shape[:2], v.shape[2]) and dst.is_contiguous(), dst.shape
+        columns = (self._columns(x) for x in (q, k, v, dst))
+        self._native.attend(*columns, scale, len(self._calls))
+        self._calls.append((k.shape[1], k.shape[2], v.shape[2]))
+
     def addresses(self, states: Sequence[Tensor], n_seqs: int) -> list[int]:
         """States by the operations' indices, checked, as a run takes them; valid while the tensors live."""
         for index, shape in self._states.items():
@@ -120,8 +173,9 @@ class StepProgram:
         *,
         angles: tuple[Tensor, Tensor] | None = None,
         states: Sequence[int] = (),
+        rows: Sequence[Rows] = (),
         n_threads: int | None = None,
-    ) -> None:
+    ) -> list[Health]:
         """Run the operations `[begin, end)` on the first `n_seqs * n_tokens` rows.
 
         Parameters
@@ -130,13 +184,22 @@ class StepProgram:
             Cosines and sines, float32 `[T, n_rotated / 2]` each.
         states
             Of `addresses`; continued in place.
+        rows
+            One per `attend`, where one runs.
+
+        Returns
+        -------
+        list
+            For each of `rows`, whether the attention's output was finite, and if not, whether its inputs were.
         """
+        assert not rows or n_tokens == 1, n_tokens
         assert self._rows is None or 0 < n_seqs * n_tokens <= self._rows, (n_seqs, n_tokens, self._rows)
         assert not self._states or len(states) > max(self._states), (len(states), self._states)
         cos, sin = angles or (None, None)
         for x in (cos, sin):
             assert x is None or (x.dtype == torch.float32 and x.is_contiguous() and x.shape[0] == n_tokens), x
-        self._native.run(
+        calls = [r.native(n_seqs, *shape) for r, shape in zip(rows, self._calls, strict=True)] if rows else []
+        health = self._native.run(
             cpu_native.isa(),
             begin,
             end,
@@ -145,8 +208,10 @@ class StepProgram:
             0 if cos is None else cos.data_ptr(),
             0 if sin is None else sin.data_ptr(),
             states,
+            calls,
             n_threads or torch.get_num_threads(),
         )
+        return [_HEALTH[code] for code in health]
 
     def _expect(self, state: int, shape: tuple[int, ...]) -> None:
         assert self._states.setdefault(state, shape) == shape, (state, shape)

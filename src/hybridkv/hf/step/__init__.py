@@ -12,6 +12,7 @@ from hybridkv.hf.step import native
 from hybridkv.hf.step.eager import EagerStep
 from hybridkv.hf.step.native import NativeStep
 from hybridkv.hf.step.record import Step
+from hybridkv.hf.step.weights import PackedWeights, WeightKind, parse_weights
 
 StepKind = Literal["auto", "native", "eager"]
 
@@ -51,4 +52,14 @@ def resolve_step(config: Any, device: str, kind: StepKind = "auto") -> type[Eage
     return EagerStep
 
 
-__all__ = ["EagerStep", "NativeStep", "Step", "StepKind", "parse_step", "resolve_step"]
+__all__ = [
+    "EagerStep",
+    "NativeStep",
+    "PackedWeights",
+    "Step",
+    "StepKind",
+    "WeightKind",
+    "parse_step",
+    "parse_weights",
+    "resolve_step",
+]

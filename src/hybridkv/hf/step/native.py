@@ -6,18 +6,21 @@ the modules, and tests compare each result with theirs.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from hybridkv.hf.attention import attend_new
+from hybridkv.hf.attention import attend_new, non_finite
 from hybridkv.hf.cache import ModelCache
 from hybridkv.hf.layers import QuantizedLayer, StateLayer
 from hybridkv.hf.step import qwen3_5
-from hybridkv.hf.step.record import Builder, Family
-from hybridkv.kernels import AttentionParams, cpu_native
-from hybridkv.kernels.linear import PackedWeight, exact_type, pack, rows
+from hybridkv.hf.step.record import Build, Builder, Family
+from hybridkv.hf.step.weights import PackedWeights
+from hybridkv.kernels import AttentionParams, cpu, cpu_native
+from hybridkv.kernels.linear import PackedWeight, gather
+from hybridkv.kernels.step import Rows
 
 FAMILIES = {family.model_type: family for family in (qwen3_5.FAMILY,)}
 
@@ -41,45 +44,37 @@ def rejects(config: Any, device: str) -> str | None:
 class NativeStep:
     """Runs a model's layers natively; `rejects` must have said None.
 
-    Every linear weight is packed at the smallest type that holds it without any change: q8_0 for what came from a
-    q8_0 file, else bf16 or f32.
-
     Parameters
     ----------
     model
         A Transformers causal language model on the CPU.
+    weights
+        Its packed matrices, those that were packed while it was loaded included; packed now by default.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, weights: PackedWeights | None = None) -> None:
         self._model = model
         self._family: Family = FAMILIES[model.config.get_text_config(decoder=True).model_type]
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._damaged: str | None = None
-        self._packed: dict[int, tuple[Tensor, PackedWeight]] = {}
+        self._weights = PackedWeights() if weights is None else weights
         self._embedding = self._pack(model.get_input_embeddings().weight)
         self._angles: tuple[Tensor, Tensor] | None = None
-        self._build(1)
+        self._layers = self._write(self._family.build, 1)
+        self._head = self._write(self._family.build_head, 1)
 
     @property
     def name(self) -> str:
         """With the instruction set and the weights' types."""
-        types = dict.fromkeys(packed.type for _, packed in self._packed.values())
-        return f"native-{cpu_native.isa()}, weights {' + '.join(types)}"
+        return f"native-{cpu_native.isa()}, weights {' + '.join(self._weights.types)}"
 
     @property
     def damaged_weight(self) -> str | None:
         """Name of a packed weight that was not finite, or None."""
-        return self._damaged
+        return self._weights.damaged
 
     def release_weights(self) -> None:
         """Free the model's own copy of what is packed; the model itself cannot run afterwards."""
-        for weight, _ in self._packed.values():
-            weight.data = weight.data.new_empty(0)
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the packed weights."""
-        return sum(packed.nbytes for _, packed in self._packed.values())
+        self._weights.release()
 
     def forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence; see `Step.forward`."""
@@ -88,37 +83,57 @@ class NativeStep:
         for part in torch.split(tokens, most, dim=1):
             self._run(part, cache, position)
             position += part.shape[1]
-        x, logits = self._builder.buffer("x"), self._builder.buffer("logits")
-        if part.shape[1] > 1:
-            x[:n_seqs] = x[: part.numel()].view(*part.shape, -1)[:, -1].clone()
-        program = self._builder.program
-        program.run(self._builder.head, len(program), n_seqs, 1, states=self._states)
-        return logits[:n_seqs].clone()
+        if self._head.n_rows < n_seqs:
+            self._head = self._write(self._family.build_head, n_seqs)
+        hidden = self._layers.buffer("x")[: part.numel()].view(*part.shape, -1)
+        self._head.buffer("x")[:n_seqs] = hidden[:, -1]
+        self._head.program.run(0, len(self._head.program), n_seqs, 1)
+        return self._head.buffer("logits")[:n_seqs].clone()
 
     def _run(self, tokens: Tensor, cache: ModelCache, position: int) -> None:
         """All layers over `tokens` `[B, T]`; the hidden states are left in buffer `x`."""
         n_seqs, n_tokens = tokens.shape
-        if n_seqs * n_tokens > self._builder.n_rows:
-            self._build(n_seqs * n_tokens)
-        builder, program = self._builder, self._builder.program
-        builder.buffer("x")[: n_seqs * n_tokens] = rows(self._embedding, tokens.flatten())
-        self._states = program.addresses(self._cache_states(cache, n_seqs), n_seqs)
+        if self._layers.n_rows < n_seqs * n_tokens:
+            self._layers = self._write(self._family.build, n_seqs * n_tokens)
+        builder, program = self._layers, self._layers.program
+        builder.buffer("x")[: n_seqs * n_tokens] = gather(self._embedding, tokens.flatten())
+        states = program.addresses(self._cache_states(cache, n_seqs), n_seqs)
         angles = self._turns(position, n_tokens)
+        layers = [cache.layers[call.layer] for call in builder.calls]
+        if n_tokens == 1 and all(_direct(layer) for layer in layers):
+            self._decode(layers, n_seqs, angles, states)
+            return
         begin = 0
-        for call in builder.calls:
-            program.run(begin, call.end, n_seqs, n_tokens, angles=angles, states=self._states)
+        for call, layer in zip(builder.calls, layers, strict=True):
+            program.run(begin, call.index, n_seqs, n_tokens, angles=angles, states=states)
             q, k, v = (_heads_first(x, n_seqs, n_tokens) for x in (call.q, call.k, call.v))
-            layer = cache.layers[call.layer]
-            assert isinstance(layer, QuantizedLayer)
             out = attend_new(layer, q, k, v, AttentionParams(scale=call.scale))
             _heads_first(call.out, n_seqs, n_tokens).copy_(out)
-            begin = call.end
-        program.run(begin, builder.head, n_seqs, n_tokens, angles=angles, states=self._states)
+            begin = call.index + 1
+        program.run(begin, len(program), n_seqs, n_tokens, angles=angles, states=states)
+
+    def _decode(
+        self, layers: Sequence[QuantizedLayer], n_seqs: int, angles: tuple[Tensor, Tensor], states: list[int]
+    ) -> None:
+        """All layers over one token per sequence in a single run, attention included.
+
+        Raises
+        ------
+        NonFiniteError
+            For the first layer whose attention output is not finite, if the guard watches.
+        """
+        rows = [_new_rows(layer, n_seqs) for layer in layers]
+        program = self._layers.program
+        health = program.run(0, len(program), n_seqs, 1, angles=angles, states=states, rows=rows)
+        for layer, found in zip(layers, health, strict=True):
+            if found != "finite" and layer.watch.guard.watches:
+                source: Literal["cache", "input"] = "cache" if found == "bad output" else "input"
+                raise non_finite(layer.store, layer.store.kernels.decode, source)
 
     def _cache_states(self, cache: ModelCache, n_seqs: int) -> list[Tensor]:
         """Convolution and recurrent state of every layer that has them, in the operations' order."""
         states: list[Tensor] = []
-        for index, shapes in zip(self._builder.state_layers, self._builder.state_shapes, strict=True):
+        for index, shapes in zip(self._layers.state_layers, self._layers.state_shapes, strict=True):
             layer = cache.layers[index]
             assert isinstance(layer, StateLayer)
             states += layer.native_states(n_seqs, *shapes)
@@ -135,18 +150,29 @@ class NativeStep:
         cos, sin = self._angles
         return cos[position:end], sin[position:end]
 
-    def _build(self, n_rows: int) -> None:
-        """Write the operations down for buffers of `n_rows` rows."""
-        self._builder = Builder(n_rows, self._pack)
-        self._family.build(self._model, self._builder)
+    def _write(self, build: Build, n_rows: int) -> Builder:
+        """Write operations down for buffers of `n_rows` rows."""
+        builder = Builder(n_rows, self._pack)
+        build(self._model, builder)
+        return builder
 
     def _pack(self, weight: Tensor) -> PackedWeight:
-        """A weight, packed once however often it is used."""
-        if id(weight) not in self._packed:
-            if self._damaged is None and not torch.isfinite(weight).all():
-                self._damaged = self._names[id(weight)]
-            self._packed[id(weight)] = weight, pack(weight, exact_type(weight))
-        return self._packed[id(weight)][1]
+        return self._weights.of(weight, self._names[id(weight)])
+
+
+def _direct(layer: Any) -> bool:
+    """Whether one new token of this layer is stored and attended by the native code, with nothing to measure."""
+    assert isinstance(layer, QuantizedLayer)
+    kernels = layer.store.kernels
+    native = kernels.decode in cpu.KERNELS and kernels.write_k in cpu.ENCODERS and kernels.write_v in cpu.ENCODERS
+    return native and not layer.watch.pending
+
+
+def _new_rows(layer: QuantizedLayer, n_seqs: int) -> Rows:
+    view, types = layer.store.admit(n_seqs, 1, torch.device("cpu")), layer.store.types
+    scale_k = types.scale_for(types.type_k) or view.format_k.default_scale
+    scale_v = types.scale_for(types.type_v) or view.format_v.default_scale
+    return Rows(view, refit_k=scale_k == "refit", refit_v=scale_v == "refit")
 
 
 def _heads_first(x: Tensor, n_seqs: int, n_tokens: int) -> Tensor:

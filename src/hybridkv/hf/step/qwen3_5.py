@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hybridkv.hf.step.record import Builder, Family
@@ -46,9 +47,13 @@ def _build(model: Any, b: Builder) -> None:
         b.linear(normed, (layer.mlp.gate_proj, gate), (layer.mlp.up_proj, up))
         b.program.gate(up, gate, up, "silu")  # silu(gate) is gate times its sigmoid: up * silu(gate)
         b.linear(up, (layer.mlp.down_proj, x), add=True)
-    b.begin_head()
-    _norm(b, x, normed, model.model.norm)
-    b.linear(normed, (model.lm_head, b.buffer("logits", config.vocab_size)))
+
+
+def _build_head(model: Any, b: Builder) -> None:
+    config = model.config.get_text_config(decoder=True)
+    x = b.buffer("x", config.hidden_size)
+    _norm(b, x, x, model.model.norm)
+    b.linear(x, (model.lm_head, b.buffer("logits", config.vocab_size)))
 
 
 def _norm(b: Builder, x: Tensor, dst: Tensor, norm: Any) -> None:
@@ -63,12 +68,12 @@ def _delta_net(b: Builder, index: int, net: Any, normed: Tensor, x: Tensor) -> N
     conv_state, state = b.new_states(index, (net.conv_kernel_size, net.conv_dim), (n_value, d, dv))
     b.linear(normed, (net.in_proj_qkv, raw), (net.in_proj_z, z), (net.in_proj_a, alpha), (net.in_proj_b, beta))
     b.program.conv(raw, mixed, net.conv1d.weight.squeeze(1), net.conv1d.bias, conv_state)
-    q, k, v = mixed.split([net.key_dim, net.key_dim, net.value_dim], dim=1)
-    q, k, v = q.unflatten(1, (n_key, d)), k.unflatten(1, (n_key, d)), v.unflatten(1, (n_value, dv))
+    q, k, v = torch.split(mixed, [net.key_dim, net.key_dim, net.value_dim], dim=1)
+    q, k, v = _heads(q, n_key), _heads(k, n_key), _heads(v, n_value)
     b.l2_norm(q, _L2_EPS, d**-0.5)
     b.l2_norm(k, _L2_EPS)
     b.program.decay(alpha, beta, alpha, beta, -net.A_log.float().exp(), net.dt_bias.float())
-    heads = out.unflatten(1, (n_value, dv))
+    heads = _heads(out, n_value)
     b.program.delta(q, k, v, alpha, beta, heads, state)
     b.rms_norm(heads, heads, net.norm.weight, net.norm.variance_epsilon)
     b.program.gate(out, z, out, "silu")
@@ -80,8 +85,8 @@ def _attention(b: Builder, index: int, config: Any, attention: Any, normed: Tens
     both = b.buffer("attention_q", 2 * n_heads * d)
     k, v, out = (b.buffer(f"attention_{n}", w * d) for n, w in (("k", n_kv), ("v", n_kv), ("out", n_heads)))
     b.linear(normed, (attention.q_proj, both), (attention.k_proj, k), (attention.v_proj, v))
-    q, gate = both.unflatten(1, (n_heads, 2 * d)).split(d, dim=2)
-    k, v, heads = k.unflatten(1, (n_kv, d)), v.unflatten(1, (n_kv, d)), out.unflatten(1, (n_heads, d))
+    q, gate = torch.split(_heads(both, n_heads), d, dim=2)
+    k, v, heads = _heads(k, n_kv), _heads(v, n_kv), _heads(out, n_heads)
     n_rotated = _n_rotated(config)
     for part, norm in ((q, attention.q_norm), (k, attention.k_norm)):
         _norm(b, part, part, norm)
@@ -91,4 +96,9 @@ def _attention(b: Builder, index: int, config: Any, attention: Any, normed: Tens
     b.linear(out, (attention.o_proj, x), add=True)
 
 
-FAMILY = Family(model_type="qwen3_5_text", rejects=_rejects, build=_build)
+def _heads(x: Tensor, n_heads: int) -> Tensor:
+    """A buffer's columns `[rows, heads * D]` as `[rows, heads, D]`, without a copy."""
+    return torch.unflatten(x, 1, (n_heads, -1))
+
+
+FAMILY = Family(model_type="qwen3_5_text", rejects=_rejects, build=_build, build_head=_build_head)

@@ -52,14 +52,14 @@ class Step(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """A place in the operations where attention runs, through the cache and its resolved kernel.
+    """A place in the operations where attention runs, over the cache.
 
     Attributes
     ----------
     layer
         Index of the model's layer.
-    end
-        Operations that come before.
+    index
+        Of the operation that does it natively.
     q, k, v, out
         Buffers `[rows, heads, head dim]`.
     scale
@@ -67,7 +67,7 @@ class AttentionCall:
     """
 
     layer: int
-    end: int
+    index: int
     q: Tensor
     k: Tensor
     v: Tensor
@@ -91,7 +91,6 @@ class Builder:
         self.calls: list[AttentionCall] = []
         self.state_layers: list[int] = []
         self.state_shapes: list[tuple[tuple[int, int], tuple[int, ...]]] = []
-        self.head = 0
         self.n_rows = rows
         self._pack = pack
         self._buffers: dict[str, Tensor] = {}
@@ -126,10 +125,10 @@ class Builder:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> None:
         """Store k and v, and attend."""
         self.calls.append(AttentionCall(layer, len(self.program), q, k, v, out, scale))
+        self.program.attend(q, k, v, out, scale)
 
-    def begin_head(self) -> None:
-        """What follows runs on the last tokens alone: buffer `x` gives them."""
-        self.head = len(self.program)
+
+Build = Callable[[Any, Builder], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +142,12 @@ class Family:
     rejects
         Why a model of this text config cannot be written down, or None.
     build
-        Writes the layers and the head; `x` is the buffer of hidden states, `logits` that of the result.
+        Writes the layers: embedded tokens come in buffer `x`, hidden states are left there.
+    build_head
+        Writes what follows, for the last token of each sequence alone: from buffer `x` to buffer `logits`.
     """
 
     model_type: str
     rejects: Callable[[Any], str | None]
-    build: Callable[[Any, Builder], None]
+    build: Build
+    build_head: Build

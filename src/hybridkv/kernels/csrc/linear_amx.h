@@ -12,14 +12,18 @@ namespace {
 struct Tiles {
     static constexpr int64_t min_rows = 16;  // below, bringing a panel to bfloat16 costs more than tiles save
     static constexpr int64_t kTileBytes = 1024, kRows = 16, kInputs = 32;
-    static constexpr int64_t kDepth = 512;     // inputs whose two panels stay in the first cache
+    static constexpr int64_t kDepth = 256;     // inputs: two panels of them stay in the first cache
     static constexpr int64_t kMaxRows = 512;   // rows that share a dequantized panel
+    static constexpr int64_t kPanels = 8;      // panels that share activations in the second cache
+    static constexpr int64_t kWeightBytes = 2 * kDepth / kInputs * kTileBytes;
 
     static int64_t row_tiles(int64_t n_rows) { return (n_rows + kRows - 1) / kRows; }
-    static int64_t prepared_bytes(int64_t n_in, int64_t n_rows) { return row_tiles(n_rows) * (n_in / kInputs) * kTileBytes; }
+    static int64_t prepared_bytes(int64_t n_in, int64_t n_rows) {
+        return row_tiles(n_rows) * (n_in / kInputs) * kTileBytes;
+    }
     static size_t scratch_bytes(int64_t n_rows) {
-        const int64_t rows = n_rows < kMaxRows ? n_rows : kMaxRows;
-        return static_cast<size_t>(2 * kDepth / kInputs * kTileBytes + (row_tiles(rows) + 1) * 2 * kTileBytes);
+        const int64_t tiles = row_tiles(n_rows < kMaxRows ? n_rows : kMaxRows) * kPanels;
+        return static_cast<size_t>(kWeightBytes + tiles * kTileBytes);
     }
 
     // Row r of x to its place in tiles [row tile][input tile]; n_in is x's, `padded` the packed weight's. Rows past
@@ -50,10 +54,13 @@ struct Tiles {
                 for (int quad = 0; quad < 8; ++quad, out += 128) {
                     const I w = _mm512_load_si512(codes + 64 * quad);
                     const auto value = [&](I c) { return Simd::fma(Simd::to_float(c), d, offset); };
-                    const F a = value(_mm512_and_si512(w, byte)), b = value(_mm512_and_si512(_mm512_srli_epi32(w, 8), byte));
-                    const F c = value(_mm512_and_si512(_mm512_srli_epi32(w, 16), byte)), e = value(_mm512_srli_epi32(w, 24));
-                    _mm512_store_si512(out, _mm512_permutexvar_epi16(interleave, (I)_mm512_cvtne2ps_pbh(b, a)));
-                    _mm512_store_si512(out + 64, _mm512_permutexvar_epi16(interleave, (I)_mm512_cvtne2ps_pbh(e, c)));
+                    const F k0 = value(_mm512_and_si512(w, byte));
+                    const F k1 = value(_mm512_and_si512(_mm512_srli_epi32(w, 8), byte));
+                    const F k2 = value(_mm512_and_si512(_mm512_srli_epi32(w, 16), byte));
+                    const F k3 = value(_mm512_srli_epi32(w, 24));
+                    const I low = (I)_mm512_cvtne2ps_pbh(k1, k0), high = (I)_mm512_cvtne2ps_pbh(k3, k2);
+                    _mm512_store_si512(out, _mm512_permutexvar_epi16(interleave, low));
+                    _mm512_store_si512(out + 64, _mm512_permutexvar_epi16(interleave, high));
                 }
             }
         }
@@ -103,48 +110,60 @@ struct Tiles {
         if constexpr (NA > 1 && NB > 1) _tile_stored(3, c + 768, 64);
     }
 
-    // NB panels from p on times rows [r0, r1): put(sums, n, row, panel) gets 16 outputs of up to 16 rows.
-    template <int NB, class Put>
-    static void panels(const Weight& w, const uint8_t* x, int64_t r0, int64_t r1, int64_t p, uint8_t* scratch, Put&& put) {
+    // NB panels from p on times rows [r0, r1), inputs from k on: sums of row tile t to c + t * NB * 256.
+    template <int NB>
+    static void block(const Weight& w, const uint8_t* x, int64_t r0, int64_t r1, int64_t p, int64_t k, uint8_t* tiles,
+                      float* c) {
         const int64_t n_in = packed_inputs(w.code, w.n_in), bytes = panel_bytes(w.code, w.n_in);
+        const int64_t inputs = n_in - k < kDepth ? n_in - k : kDepth, depth = inputs / kInputs;
         const int64_t a_stride = n_in / kInputs * kTileBytes;
-        float* sums = reinterpret_cast<float*>(scratch + 2 * kDepth / kInputs * kTileBytes);
-        for (int64_t k = 0; k < n_in; k += kDepth) {
-            const int64_t inputs = n_in - k < kDepth ? n_in - k : kDepth, depth = inputs / kInputs;
-            const uint8_t* b = w.data + p * bytes + k * kPanel * 2;
-            int64_t b_stride = bytes;
-            if (w.code == Code::bytes) {
-                b_stride = depth * kTileBytes;
-                for (int i = 0; i < NB; ++i) {
-                    dequantize(w.data + (p + i) * bytes + k / 64 * kPairBytes, inputs / 64, scratch + i * b_stride);
-                }
-                b = scratch;
+        const uint8_t* b = w.data + p * bytes + k * kPanel * 2;
+        int64_t b_stride = bytes;
+        if (w.code == Code::bytes) {
+            b = tiles;
+            b_stride = depth * kTileBytes;
+            for (int i = 0; i < NB; ++i) {
+                dequantize(w.data + (p + i) * bytes + k / 64 * kPairBytes, inputs / 64, tiles + i * b_stride);
             }
-            for (int64_t r = r0; r < r1; r += 2 * kRows) {
-                float* c = sums + (r - r0) / kRows * NB * 256;
-                const uint8_t* a = x + r / kRows * a_stride + k / kInputs * kTileBytes;
-                const bool two = r + kRows < r1;
-                if (two) multiply<2, NB>(a, a_stride, b, b_stride, depth, k > 0, c);
-                if (!two) multiply<1, NB>(a, a_stride, b, b_stride, depth, k > 0, c);
-                if (k + kDepth < n_in) continue;
-                for (int64_t row = r; row < r1 && row < r + 2 * kRows; row += kRows) {
-                    const int n = static_cast<int>(r1 - row < kRows ? r1 - row : kRows);
-                    for (int i = 0; i < NB; ++i) put(c + ((row - r) / kRows * NB + i) * 256, n, row, p + i);
-                }
+        }
+        const uint8_t* a = x + r0 / kRows * a_stride + k / kInputs * kTileBytes;
+        for (int64_t r = r0; r < r1; r += 2 * kRows, a += 2 * a_stride, c += 2 * NB * 256) {
+            if (r + kRows < r1) multiply<2, NB>(a, a_stride, b, b_stride, depth, k > 0, c);
+            else multiply<1, NB>(a, a_stride, b, b_stride, depth, k > 0, c);
+        }
+    }
+
+    // All panels of a group at once: their outputs are neighbours, and rows of y lie in different pages.
+    template <class Out>
+    static HYBRIDKV_PHASE void put(const float* sums, int64_t r0, int64_t r1, int64_t p0, int64_t p1, const Out& out) {
+        for (int64_t r = r0; r < r1; r += kRows) {
+            const int n = static_cast<int>(r1 - r < kRows ? r1 - r : kRows);
+            for (int64_t p = p0; p < p1; ++p) {
+                const int64_t pair = (p - p0) / 2 * 2, width = p1 - p0 - pair < 2 ? 1 : 2;
+                out.put(sums + (pair * row_tiles(r1 - r0) + (r - r0) / kRows * width + (p - p0 - pair)) * 256, n, r, p);
             }
         }
     }
 
-    template <class Put>
+    template <class Out>
     static void linear(const Weight& w, const uint8_t* x, int64_t n_rows, int64_t panel0, int64_t panel1, void* scratch,
-                       Put&& put) {
-        uint8_t* memory = static_cast<uint8_t*>(scratch);
+                       const Out& out) {
+        uint8_t* tiles = static_cast<uint8_t*>(scratch);
+        float* sums = reinterpret_cast<float*>(tiles + kWeightBytes);
         configure();
         for (int64_t r0 = 0; r0 < n_rows; r0 += kMaxRows) {
             const int64_t r1 = n_rows < r0 + kMaxRows ? n_rows : r0 + kMaxRows;
-            int64_t p = panel0;
-            for (; p + 2 <= panel1; p += 2) panels<2>(w, x, r0, r1, p, memory, put);
-            if (p < panel1) panels<1>(w, x, r0, r1, p, memory, put);
+            for (int64_t p0 = panel0; p0 < panel1; p0 += kPanels) {
+                const int64_t p1 = panel1 < p0 + kPanels ? panel1 : p0 + kPanels;
+                for (int64_t k = 0; k < w.n_in; k += kDepth) {
+                    for (int64_t p = p0; p < p1; p += 2) {
+                        float* c = sums + (p - p0) * row_tiles(r1 - r0) * 256;
+                        if (p + 1 < p1) block<2>(w, x, r0, r1, p, k, tiles, c);
+                        else block<1>(w, x, r0, r1, p, k, tiles, c);
+                    }
+                }
+                put(sums, r0, r1, p0, p1, out);
+            }
         }
         _tile_release();
     }

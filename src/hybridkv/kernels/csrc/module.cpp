@@ -57,7 +57,8 @@ bool runs_amx() {
     unsigned a = 0, b = 0, c = 0, d = 0;
     if (!runs_avx512() || !__builtin_cpu_supports("avx512vbmi") || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
     constexpr unsigned kTiles = 1u << 24, kInt8 = 1u << 25, kBf16 = 1u << 22;
-    return (d & kTiles) && (d & kInt8) && (d & kBf16) && __builtin_cpu_supports("avx512bf16") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    return (d & kTiles) && (d & kInt8) && (d & kBf16) && __builtin_cpu_supports("avx512bf16") &&
+           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
     return false;
 #endif
@@ -78,13 +79,6 @@ const std::vector<const Isa*>& offered() {
         return found;
     }();
     return all;
-}
-
-Stored stored(const std::string& type, const Planes& planes, int64_t head_dim, int64_t cap) {
-    Stored s{&format_named(type), head_dim, cap, {}};
-    if (planes.size() != static_cast<size_t>(s.format->n_planes)) throw std::invalid_argument("planes of " + type);
-    for (size_t i = 0; i < planes.size(); ++i) s.planes[i] = reinterpret_cast<const uint8_t*>(planes[i]);
-    return s;
 }
 
 std::vector<std::string> isas() {
@@ -207,6 +201,13 @@ const Format& format_named(const std::string& name) {
         if (name == f.name) return f;
     }
     throw std::invalid_argument("no native kernel reads " + name);
+}
+
+Stored stored(const std::string& type, const std::vector<Address>& planes, int64_t head_dim, int64_t cap) {
+    Stored s{&format_named(type), head_dim, cap, {}};
+    if (planes.size() != static_cast<size_t>(s.format->n_planes)) throw std::invalid_argument("planes of " + type);
+    for (size_t i = 0; i < planes.size(); ++i) s.planes[i] = reinterpret_cast<const uint8_t*>(planes[i]);
+    return s;
 }
 
 }  // namespace hybridkv

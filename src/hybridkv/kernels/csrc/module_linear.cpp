@@ -49,7 +49,7 @@ void linear(const std::string& isa, const std::string& type, int64_t n_out, int6
         kernels.prepare(w.code, reinterpret_cast<const float*>(x), x_stride, n_in, n_rows, task * kRowsPerTask,
                         std::min(n_rows, (task + 1) * kRowsPerTask), prepared.get());
     });
-    const int64_t panels = panels_per_task(w, n_threads);
+    const int64_t panels = panels_per_task(w, n_rows, n_threads);
     const size_t scratch = kernels.linear_scratch_bytes(w.code, n_in, n_rows);
     parallel_for((w.n_panels() + panels - 1) / panels, n_threads, [&](int64_t task, int) {
         kernels.linear(w, prepared.get(), n_rows, task * panels, std::min(w.n_panels(), (task + 1) * panels),

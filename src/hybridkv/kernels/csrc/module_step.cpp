@@ -22,6 +22,21 @@ using Columns = std::tuple<Address, int64_t, int64_t, int64_t, int64_t>;
 // type, n_out, n_in, panels, destination, its row stride, whether to add
 using Target = std::tuple<std::string, int64_t, int64_t, Address, Address, int64_t, bool>;
 using Values = std::vector<float>;
+using Planes = std::vector<Address>;
+// per side of K and V: type, planes, head dim, capacity, whether to refit, rotation block; then the new row, the first
+// row attended, their number, the window
+using Side = std::tuple<std::string, Planes, int64_t, int64_t, bool, int64_t>;
+using Call = std::tuple<Side, Side, int64_t, int64_t, int64_t, int64_t>;
+
+Stored rows_of(const Side& side) {
+    return stored(std::get<0>(side), std::get<1>(side), std::get<2>(side), std::get<3>(side));
+}
+
+AttendCall attend_call(const Call& c) {
+    const auto& [k, v, row, start, n_stored, window] = c;
+    return {rows_of(k),     rows_of(v),     row,            start,          n_stored,      window,
+            std::get<4>(k), std::get<4>(v), std::get<5>(k), std::get<5>(v), Health::finite};
+}
 
 View view(const Columns& c) {
     return {reinterpret_cast<float*>(std::get<0>(c)), std::get<1>(c), std::get<2>(c), std::get<3>(c), std::get<4>(c)};
@@ -58,16 +73,29 @@ public:
         ops_.emplace_back(DeltaOp{view(q), view(k), view(v), view(decay), view(beta), view(dst), state});
     }
 
+    void attend(const Columns& q, const Columns& k, const Columns& v, const Columns& dst, float scale, int64_t call) {
+        ops_.emplace_back(AttendOp{view(q), view(k), view(v), view(dst), scale, call});
+    }
+
     size_t size() const { return ops_.size(); }
 
-    void run(const std::string& isa, size_t begin, size_t end, int64_t n_seqs, int64_t n_tokens, Address cos,
-             Address sin, const std::vector<Address>& states, int n_threads) const {
+    // The health of each call's output, as Health counts.
+    std::vector<int> run(const std::string& isa, size_t begin, size_t end, int64_t n_seqs, int64_t n_tokens, Address cos,
+                         Address sin, const std::vector<Address>& states, const std::vector<Call>& calls,
+                         int n_threads) const {
         if (begin > end || end > ops_.size()) throw std::out_of_range("operations of a step");
+        std::vector<AttendCall> attended;
+        for (const Call& call : calls) attended.push_back(attend_call(call));
         StepRun run{isa_named(isa), n_seqs, n_tokens, reinterpret_cast<const float*>(cos),
-                    reinterpret_cast<const float*>(sin), {}, n_threads};
+                    reinterpret_cast<const float*>(sin), {}, attended, n_threads};
         for (const Address state : states) run.states.push_back(reinterpret_cast<float*>(state));
-        nb::gil_scoped_release unlocked;
-        run_step(ops_, begin, end, run);
+        {
+            nb::gil_scoped_release unlocked;
+            run_step(ops_, begin, end, run);
+        }
+        std::vector<int> health;
+        for (const AttendCall& call : attended) health.push_back(static_cast<int>(call.health));
+        return health;
     }
 
 private:
@@ -86,6 +114,7 @@ void bind_step(nb::module_& m) {
         .def("conv", &Program::conv)
         .def("decay", &Program::decay)
         .def("delta", &Program::delta)
+        .def("attend", &Program::attend)
         .def("run", &Program::run)
         .def("__len__", &Program::size);
 }

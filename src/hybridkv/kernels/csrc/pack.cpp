@@ -15,7 +15,7 @@ T read(const uint8_t* p) {
 
 float half_to_float(uint16_t h) {
     const int exponent = h >> 10 & 31, mantissa = h & 1023;
-    float x = exponent ? std::ldexp(static_cast<float>(1024 + mantissa), exponent - 25) : std::ldexp(static_cast<float>(mantissa), -24);
+    float x = std::ldexp(static_cast<float>(exponent ? 1024 + mantissa : mantissa), exponent ? exponent - 25 : -24);
     if (exponent == 31) x = mantissa ? NAN : INFINITY;
     return h & 0x8000 ? -x : x;
 }

@@ -24,12 +24,15 @@ constexpr int64_t panel_bytes(Code code, int64_t n_in) {
     return code == Code::f32 ? k * kPanel * 4 : code == Code::bf16 ? k * kPanel * 2 : k / 64 * kPairBytes;
 }
 
-// Panels in a task: so many that handing it out costs nothing, and few enough that threads end together. Even, as tiles
-// take two panels at a time.
-inline int64_t panels_per_task(const Weight& w, int n_threads) {
-    constexpr int64_t kLeastBytes = 16 << 10, kTasksPerThread = 16;
-    const int64_t least = kLeastBytes / panel_bytes(w.code, w.n_in), share = w.n_panels() / (n_threads * kTasksPerThread);
-    return ((least > share ? least : share) + 2) / 2 * 2;
+// Panels in a task: so many that handing it out costs nothing, and few enough that threads end together. Many rows take
+// panels by eights.
+inline int64_t panels_per_task(const Weight& w, int64_t n_rows, int n_threads) {
+    constexpr int64_t kLeastBytes = 16 << 10;
+    const int64_t tasks = n_threads * (n_rows < kPanel ? 16 : 4);
+    const int64_t least = (kLeastBytes - 1) / panel_bytes(w.code, w.n_in) + 1;
+    const int64_t share = (w.n_panels() + tasks - 1) / tasks;
+    const int64_t panels = least > share ? least : share;
+    return panels > 8 ? (panels + 7) / 8 * 8 : (panels + 1) / 2 * 2;
 }
 
 // Row `row` of the matrix as n_in floats.

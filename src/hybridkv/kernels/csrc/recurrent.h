@@ -91,6 +91,31 @@ void decay_rows(const DecayOp& op, int64_t r0, int64_t r1) {
     }
 }
 
+void rotate_rows(const View& x, int64_t block, int64_t r0, int64_t r1) {
+    const float factor = 1.f / std::sqrt(static_cast<float>(block));
+    for (int64_t r = r0; r < r1; ++r) {
+        for (int64_t g = 0; g < x.groups; ++g) {
+            float* p = x.at(r, g);
+            for (int64_t half = 1; half < block; half *= 2) {
+                for (int64_t i = 0; i < x.width; i += 2 * half) {
+                    int64_t j = i;
+                    for (; half >= L && j < i + half; j += L) {
+                        const F a = Simd::load(p + j), b = Simd::load(p + j + half);
+                        Simd::store(p + j, Simd::add(a, b));
+                        Simd::store(p + j + half, Simd::sub(a, b));
+                    }
+                    for (; j < i + half; ++j) {
+                        const float a = p[j], b = p[j + half];
+                        p[j] = a + b;
+                        p[j + half] = a - b;
+                    }
+                }
+            }
+            for (int64_t i = 0; i < x.width; ++i) p[i] *= factor;
+        }
+    }
+}
+
 // The input `back` tokens before token t of the call, or the state's.
 inline const float* conv_input(const ConvOp& op, const float* state, int64_t row0, int64_t t, int64_t back) {
     return t >= back ? op.x.at(row0 + t - back, 0) : state + (op.kernel + t - back) * op.x.width;

@@ -74,6 +74,14 @@ struct DeltaOp {
     int64_t head_floats() const { return k.width * v.width; }
 };
 
+// Attention of one layer for one new token per sequence: k and v are stored, q attends. Where the rows lie comes with
+// each run: `call` is an index into its calls.
+struct AttendOp {
+    View q, k, v, dst;
+    float scale;
+    int64_t call;
+};
+
 struct StepKernels {
     // y = W x in two steps: inputs are brought once into the form that all weights of one code and n_in take, then
     // panels are multiplied. `n_rows` is the whole call's in both, and decides the form.
@@ -92,6 +100,8 @@ struct StepKernels {
     // cos, sin: [token of the call][n_rotated / 2]
     void (*rope)(const RopeOp& op, const float* cos, const float* sin, int64_t n_tokens, int64_t r0, int64_t r1);
     void (*decay)(const DecayOp& op, int64_t r0, int64_t r1);
+    // Orthonormal Walsh-Hadamard transform of blocks of `block` values (a power of two), in place.
+    void (*rotate)(const View& x, int64_t block, int64_t r0, int64_t r1);
     // Channels [c0, c1) of the tokens [row0, row0 + n_tokens) of one sequence; state: of that sequence.
     void (*conv)(const ConvOp& op, float* state, int64_t row0, int64_t n_tokens, int64_t c0, int64_t c1);
     // Value dims [d0, d1) of one head of one sequence; state: of that head.

@@ -1,13 +1,15 @@
 #include "step_program.h"
 
 #include <algorithm>
+#include <cstring>
 
+#include "pack.h"
 #include "pool.h"
+#include "schedule.h"
 
 namespace hybridkv {
 namespace {
 
-constexpr int64_t kTaskBytes = 16 << 10;     // of weights: less is not worth handing out
 constexpr int64_t kTaskValues = 16 << 10;    // of elementwise work
 constexpr int64_t kConvChannels = 256;       // of one sequence in a task
 constexpr int64_t kDeltaDims = 64;           // value dims of one head in a task
@@ -60,6 +62,38 @@ public:
         });
     }
 
+    void operator()(const AttendOp& op) const {
+        AttendCall& call = run_.calls[static_cast<size_t>(op.call)];
+        if (call.block_k) {
+            step_.rotate(op.q, call.block_k, 0, rows_);
+            step_.rotate(op.k, call.block_k, 0, rows_);
+        }
+        if (call.block_v) step_.rotate(op.v, call.block_v, 0, rows_);
+        store(op.k, call.k, call.row, call.refit_k);
+        store(op.v, call.v, call.row, call.refit_v);
+        AttendParams a{};
+        a.q = op.q.data;
+        a.q_stride_b = op.q.row_stride;
+        a.q_stride_h = op.q.group_stride;
+        a.k = call.k;
+        a.v = call.v;
+        a.n_batch = rows_;
+        a.n_heads = op.q.groups;
+        a.n_kv_heads = op.k.groups;
+        a.n_tokens = 1;
+        a.start = call.start;
+        a.n_stored = call.n_stored;
+        a.scale = op.scale;
+        a.window = call.window;
+        a.causal = true;
+        a.out = op.dst.data;
+        run_attention(run_.isa, a, run_.n_threads);
+        if (call.block_v) step_.rotate(op.dst, call.block_v, 0, rows_);
+        if (!finite(op.dst)) {
+            call.health = finite(op.q) && finite(op.k) && finite(op.v) ? Health::bad_output : Health::bad_input;
+        }
+    }
+
     void operator()(const LinearOp& op) const {
         const Code code = op.targets[0].weight.code;
         const int64_t n_in = op.x.width;
@@ -73,10 +107,7 @@ public:
         };
         std::vector<Part> parts;
         for (const LinearOp::Target& t : op.targets) {
-            const int64_t panel_bytes = kPanel * n_in * (t.weight.code == Code::f32 ? 4 : t.weight.code == Code::bf16 ? 2 : 1);
-            // Two panels at least where many rows share the work of unpacking a weight.
-            const int64_t least = rows_ >= kPanel ? 2 : 1, n = t.weight.n_panels();
-            const int64_t step = std::max(least, (kTaskBytes + panel_bytes - 1) / panel_bytes);
+            const int64_t n = t.weight.n_panels(), step = panels_per_task(t.weight, rows_, run_.n_threads);
             for (int64_t p = 0; p < n; p += step) parts.push_back({&t, p, std::min(n, p + step)});
         }
         const size_t scratch = step_.linear_scratch_bytes(code, n_in, rows_);
@@ -89,6 +120,39 @@ public:
     }
 
 private:
+    void store(const View& x, const Stored& to, int64_t row, bool refit) const {
+        EncodeParams e{};
+        e.x = x.data;
+        e.x_type = Code::f32;
+        e.x_stride_b = x.row_stride;
+        e.x_stride_h = x.group_stride;
+        e.format = to.format;
+        e.head_dim = to.head_dim;
+        e.cap = to.cap;
+        e.start = row;
+        e.n_kv_heads = x.groups;
+        e.n_tokens = 1;
+        e.refit = refit;
+        for (int i = 0; i < to.format->n_planes; ++i) e.planes[i] = const_cast<uint8_t*>(to.planes[i]);
+        run_encode(run_.isa, e, rows_ * x.groups, run_.n_threads);
+    }
+
+    bool finite(const View& x) const {
+        constexpr uint32_t kExponent = 0x7f800000u;
+        uint32_t found = 0;
+        for (int64_t r = 0; r < rows_; ++r) {
+            for (int64_t g = 0; g < x.groups; ++g) {
+                const float* p = x.at(r, g);
+                for (int64_t i = 0; i < x.width; ++i) {
+                    uint32_t bits;
+                    std::memcpy(&bits, p + i, 4);
+                    found |= (bits & kExponent) == kExponent;
+                }
+            }
+        }
+        return found == 0;
+    }
+
     const StepRun& run_;
     const StepKernels& step_;
     const int64_t rows_;

@@ -21,7 +21,20 @@ struct LinearOp {
     std::vector<Target> targets;
 };
 
-using Op = std::variant<LinearOp, NormOp, GateOp, RopeOp, ConvOp, DecayOp, DeltaOp>;
+using Op = std::variant<LinearOp, NormOp, GateOp, RopeOp, ConvOp, DecayOp, DeltaOp, AttendOp>;
+
+enum class Health : int8_t { finite, bad_output, bad_input };
+
+// One layer's cache in a run.
+struct AttendCall {
+    Stored k, v;
+    int64_t row;                 // of the planes: where the new token goes
+    int64_t start, n_stored;     // rows that it attends, itself included
+    int64_t window;              // 0: none
+    bool refit_k, refit_v;
+    int64_t block_k, block_v;    // of the rotation; 0: none
+    Health health;               // of the output, set by the run
+};
 
 // What changes from run to run: rows are sequences times tokens.
 struct StepRun {
@@ -29,6 +42,7 @@ struct StepRun {
     int64_t n_seqs, n_tokens;
     const float *cos, *sin;      // [token][half of the rotated dims], where a RopeOp runs
     std::vector<float*> states;  // by the operations' indices, all sequences
+    std::vector<AttendCall>& calls;
     int n_threads;
 };
 
