@@ -203,8 +203,9 @@ class Engine:
         ModelError
             Naming the first tensor that is not finite.
         """
-        if (name := self.step.damaged_weight) is not None:
-            raise ModelError(
-                f"the weights are not finite: {name} holds NaN or infinity",
-                hint="the model file is damaged or was converted wrongly; no cache type can help",
-            )
+        for name, weight in self._model.named_parameters():
+            if not torch.isfinite(weight).all():
+                raise ModelError(
+                    f"the weights are not finite: {name} holds NaN or infinity",
+                    hint="the model file is damaged or was converted wrongly; no cache type can help",
+                )

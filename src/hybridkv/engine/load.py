@@ -7,6 +7,7 @@ memory is planned before anything large is touched; `load` then loads.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from hybridkv.cache import LayerFacts
 from hybridkv.errors import ModelError, ModelFileError
 from hybridkv.gguf.load import describe_gguf, load_gguf
-from hybridkv.hf import IMPLEMENTATION, PackedWeights, layer_facts
+from hybridkv.hf import IMPLEMENTATION, WeightKind, layer_facts, pack_model, packed_parameter
 from hybridkv.hf.load import count_parameters, load_config, load_tokenizer, load_weights
 
 BUNDLED = "reference-hybrid-q8_0.gguf"
@@ -99,25 +100,24 @@ def _facts(config: Any) -> tuple[LayerFacts, ...]:
         raise ModelError(f"the config of {config.model_type!r} describes no model: {error}") from error
 
 
-def load(description: Description, *, dtype: torch.dtype, device: str, weights: PackedWeights | None = None) -> Loaded:
+def load(description: Description, *, dtype: torch.dtype, device: str, weights: WeightKind = "plain") -> Loaded:
     """The model and its tokenizer.
 
     Parameters
     ----------
     weights
-        Takes each matrix as it is read, for a native step; the model itself cannot run then.
+        How matrices are held; packed one by one as they are read, so that no more than one is ever held twice.
 
     Raises
     ------
     ModelFileError, ModelError
         For whatever is wrong with the files.
     """
-    take = None if weights is None else weights.take
     if description.path.is_dir():
         model = load_weights(description.path, dtype=dtype, device=device, attn_implementation=IMPLEMENTATION)
-        if take is not None:
-            for name, parameter in model.named_parameters():
-                take(name, parameter)
+        if weights != "plain":
+            pack_model(model, weights)
         return Loaded(description, model, load_tokenizer(description.path))
-    gguf = load_gguf(description.path, dtype=dtype, device=device, attn_implementation=IMPLEMENTATION, take=take)
+    replace = None if weights == "plain" else partial(packed_parameter, kind=weights)
+    gguf = load_gguf(description.path, dtype=dtype, device=device, attn_implementation=IMPLEMENTATION, replace=replace)
     return Loaded(description, gguf.model, gguf.tokenizer, gguf.notices)

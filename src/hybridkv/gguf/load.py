@@ -75,7 +75,7 @@ def load_gguf(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     attn_implementation: str = "sdpa",
-    take: Callable[[str, torch.nn.Parameter], None] | None = None,
+    replace: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> LoadedModel:
     """Load a model with its tokenizer.
 
@@ -89,8 +89,8 @@ def load_gguf(
         Where the weights go.
     attn_implementation
         Any name that Transformers knows, registered ones included.
-    take
-        Called with each parameter's name and the parameter once it is filled, and may free it.
+    replace
+        Gives what takes a filled parameter's place in the model; the parameter is then free.
 
     Raises
     ------
@@ -110,7 +110,7 @@ def load_gguf(
     tokenizer = load_tokenizer(meta)
     model = _skeleton(_config(architecture, fields), dtype, attn_implementation)
     _check_shapes(meta, model, sources)
-    _fill(meta, model, sources, fields, torch.device(device), take)
+    _fill(meta, model, sources, fields, torch.device(device), replace)
     model.eval()
     if ends := end_ids(meta, fields["vocab_size"]):
         model.generation_config.eos_token_id = ends
@@ -220,7 +220,7 @@ def _fill(
     sources: Mapping[str, _Source],
     fields: Fields,
     device: torch.device,
-    take: Callable[[str, torch.nn.Parameter], None] | None,
+    replace: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> None:
     """Replace every meta tensor of the model: what the file holds, then the buffers that it does not."""
     import torch
@@ -241,9 +241,10 @@ def _fill(
         is_parameter = isinstance(tensor, torch.nn.Parameter)
         loaded: Any = torch.nn.Parameter(value, requires_grad=False) if is_parameter else value
         loaded._is_hf_initialized = True
+        if replace is not None and is_parameter:
+            loaded = replace(loaded)
+            loaded._is_hf_initialized = True
         _assign(model, name, loaded)
-        if take is not None and is_parameter:
-            take(name, loaded)
     for name, buffer in list(model.named_non_persistent_buffers()):
         _assign(model, name, torch.empty_like(buffer, device=device))
     # As in `from_pretrained`: what is loaded is marked as done, so that this computes the other buffers
