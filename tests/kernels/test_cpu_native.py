@@ -151,7 +151,8 @@ def test_every_pair(isa: str, type_k: str, type_v: str) -> None:
     "dims", [(16, 16), (64, 80), (80, 64), (96, 96), (112, 112), (192, 128), (256, 256), (512, 512), (576, 512)]
 )
 def test_head_dims(isa: str, name: str, dims: tuple[int, int]) -> None:
-    assert error(Case(name, name, dk=dims[0], dv=dims[1], n_stored=70, n_new=2)) <= TOLERANCE
+    for n_new, n_stored in ((2, 70), (1, 140)):
+        assert error(Case(name, name, dk=dims[0], dv=dims[1], n_stored=n_stored, n_new=n_new)) <= TOLERANCE, n_new
 
 
 @pytest.mark.parametrize("name", ["f32", "f16", "bf16", "q8_KV"])
@@ -212,20 +213,23 @@ def poison(planes: tuple[Tensor, ...], name: str, rows: slice, batch: int) -> No
 @pytest.mark.parametrize("type_v", TYPES)
 @pytest.mark.parametrize("type_k", ["f16", "q8_0", "q4_1"])
 def test_masked_rows_never_leak(isa: str, type_k: str, type_v: str) -> None:
-    case = Case(type_k, type_v, n_batch=2, n_new=3, n_stored=150, seq_start=torch.tensor([0, 40], dtype=torch.int32))
-    q, k, v = case.query(), case.store(type_k, 64, 1), case.store(type_v, 64, 2)
-    clean = run(case, q, k, v)
-    for planes, name in ((k, type_k), (v, type_v)):
-        poison(planes, name, slice(case.start, case.start + 40), batch=1)
-    torch.testing.assert_close(run(case, q, k, v), clean, rtol=0, atol=0)
+    seq_start = torch.tensor([0, 40], dtype=torch.int32)
+    for n_new in (1, 3):
+        case = Case(type_k, type_v, n_batch=2, n_new=n_new, n_stored=150, seq_start=seq_start)
+        q, k, v = case.query(), case.store(type_k, 64, 1), case.store(type_v, 64, 2)
+        clean = run(case, q, k, v)
+        for planes, name in ((k, type_k), (v, type_v)):
+            poison(planes, name, slice(case.start, case.start + 40), batch=1)
+        torch.testing.assert_close(run(case, q, k, v), clean, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("n_new", [1, 3])
 @pytest.mark.parametrize("type_v", TYPES)
-def test_rows_masked_for_some_queries_never_leak_to_them(isa: str, type_v: str) -> None:
-    mask = torch.rand(1, 8, 3, 150, generator=torch.Generator().manual_seed(3)) < 0.7
+def test_rows_masked_for_some_queries_never_leak_to_them(isa: str, type_v: str, n_new: int) -> None:
+    mask = torch.rand(1, 8, n_new, 150, generator=torch.Generator().manual_seed(3)) < 0.7
     mask[:, ::2, :, 60] = False
     mask[:, 1::2, :, 60] = True
-    case = Case(type_v, type_v, n_new=3, n_stored=150, mask=mask)
+    case = Case(type_v, type_v, n_new=n_new, n_stored=150, mask=mask)
     q, k, v = case.query(), case.store(type_v, 64, 1), case.store(type_v, 64, 2)
     clean = run(case, q, k, v)
     expected = oracle(case, q, k, v)
@@ -235,6 +239,17 @@ def test_rows_masked_for_some_queries_never_leak_to_them(isa: str, type_v: str) 
     got = run(case, q, k, v)
     torch.testing.assert_close(got[:, ::2], clean[:, ::2], rtol=2e-3, atol=2e-3)
     assert got[:, 1::2].isnan().any(-1).all()  # and a NaN that is attended shows
+
+
+@pytest.mark.parametrize("name", ["f16", "q8_0", "q4_0"])
+def test_whole_tiles_under_a_mask(isa: str, name: str) -> None:
+    """Left padding and a gap, wider than any tile: neither read nor missed."""
+    for n_new in (1, 40):
+        mask = torch.ones(2, 1, n_new, 900, dtype=torch.bool).tril(900 - n_new)
+        mask[0, :, :, :391] = False
+        mask[1, :, :, 200:601] = False
+        case = Case(name, name, n_batch=2, n_new=n_new, n_stored=900, mask=mask, options={"causal": False})
+        assert error(case) <= TOLERANCE, n_new
 
 
 def test_mask_broadcasts(isa: str) -> None:

@@ -5,6 +5,7 @@
 
 #include "amx_codes.h"
 #include "amx_values.h"
+#include "few_rows.h"
 
 namespace {
 
@@ -13,17 +14,25 @@ struct Products : Task {
     static constexpr float p_units = 32767.f;
     static constexpr float d_units = 127 * 128;  // so is a probability times a scale
 
+    const bool k_few = !k_int && FewRows::takes(a.k, rows), v_few = !v_int && FewRows::takes(a.v, rows);
+
     using Task::Task;
 
     int groups() const { return (rows + Amx::group - 1) / Amx::group; }
     int in_group(int r) const { return rows - r < Amx::group ? rows - r : Amx::group; }
 
+    // Tiles slow the vectors beside them down: none where none are used.
+    bool tiles() const { return !k_few || !v_few; }
+
     void start() {
+        if (!tiles()) return;
         Amx::configure();
         const int64_t bytes = k_int ? AmxCodes::query_bytes(dk) : AmxValues::query_bytes(dk);
         std::memset(s.q, 0, static_cast<size_t>(groups() * bytes));
     }
-    void end() { Amx::release(); }
+    void end() {
+        if (tiles()) Amx::release();
+    }
 
     void put_codes(int r, const int32_t* codes) {
         AmxCodes::put_query(reinterpret_cast<int8_t*>(s.q) + r / Amx::group * AmxCodes::query_bytes(dk), dk,
@@ -31,23 +40,26 @@ struct Products : Task {
     }
 
     void put_values(int r, const float* q) {
+        if (k_few) return static_cast<void>(std::memcpy(s.q + r * dk, q, static_cast<size_t>(dk) * sizeof(float)));
         AmxValues::put_query(reinterpret_cast<uint16_t*>(s.q) + r / Amx::group * AmxValues::query_bytes(dk) / 2, dk,
                              r % Amx::group, q);
     }
 
     HYBRIDKV_PHASE void scores(int64_t j, int n) {
-        Prefetch ahead = ahead_of_v(j, n);
-        const int64_t row = a.start + j, blocks = dk / kBlock;
+        const int64_t pairs = (dk / kBlock + 1) / 2;
+        Prefetch ahead = ahead_of_v(j, n, kTile / 16 * (k_int ? pairs : 4));
+        const int64_t row = a.start + j;
+        if (k_few) return FewRows::all_scores(*this, row, n, ahead);
         if (!k_int) return score_values(row, n, ahead);
-        const Codes codes = stage_codes(a.k, head, row, n, s.codes);
         stage_scales(a.k, head, row, n, s.flat, s.k_d, s.k_m);
-        const bool has_min = a.k.format->has_min();
-        const auto f = rows <= 4 ? (has_min ? AmxCodes::scores<true, 4> : AmxCodes::scores<false, 4>)
-                                 : (has_min ? AmxCodes::scores<true, 8> : AmxCodes::scores<false, 8>);
-        for (int r = 0; r < rows; r += Amx::group) {
-            f(reinterpret_cast<const int8_t*>(s.q) + r / Amx::group * AmxCodes::query_bytes(dk), codes, s.k_d, s.k_m,
-              s.q_sum + r * blocks, blocks, n, in_group(r), reinterpret_cast<int32_t*>(s.k), s.scores + r * kTile, ahead);
-        }
+        if (a.k.format->has_min()) return score_codes<true>(row, n, ahead);
+        score_codes<false>(row, n, ahead);
+    }
+
+    template <bool HasMin>
+    void score_codes(int64_t row, int n, Prefetch& ahead) {
+        if (rows <= 4) return AmxCodes::scores<HasMin, 4>(*this, row, n, ahead);
+        AmxCodes::scores<HasMin, 8>(*this, row, n, ahead);
     }
 
     void score_values(int64_t row, int n, Prefetch& ahead) {
@@ -65,7 +77,7 @@ struct Products : Task {
     // on its way to memory, and neither does a vector.
     template <class Kind>
     HYBRIDKV_PHASE void weigh(int64_t j, int n) {
-        Prefetch ahead = ahead_of_k(j);
+        Prefetch ahead = ahead_of_k(j, dv / kBlock * Kind::steps);
         Kind kind(*this, a.start + j, n);
         typename Kind::Product products[3];
         typename Kind::Operands operands;
@@ -73,8 +85,7 @@ struct Products : Task {
         const auto prepare = [&](int item) {
             if (item >= items) return;
             const int b = item / n_groups, g = item % n_groups, r = g * Amx::group;
-            if (r == 0) ahead.step();
-            kind.prepare(b, r, in_group(r), item, operands, products[item % 3]);
+            kind.prepare(b, r, in_group(r), item, operands, products[item % 3], ahead);
         };
         prepare(0);
         for (int item = 0; item < items; ++item) {
@@ -87,7 +98,13 @@ struct Products : Task {
         kind.finish(products[(items - 1) % 3]);
     }
 
-    void values(int64_t j, int n) { return v_int ? weigh<AmxCodes::Weigh>(j, n) : weigh<AmxValues::Weigh>(j, n); }
+    void values(int64_t j, int n) {
+        if (v_few) {
+            Prefetch ahead = ahead_of_k(j, dv / kBlock);
+            return FewRows::all_weigh(*this, a.start + j, n, ahead);
+        }
+        return v_int ? weigh<AmxCodes::Weigh>(j, n) : weigh<AmxValues::Weigh>(j, n);
+    }
 };
 
 }  // namespace

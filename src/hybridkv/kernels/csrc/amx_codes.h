@@ -18,6 +18,15 @@ struct Interleave {
 };
 constexpr Interleave kInterleave;
 
+// Byte i % 8 of qword t to byte 4 * i + t.
+struct InterleaveHigh {
+    alignas(64) uint8_t byte[64];
+    constexpr InterleaveHigh() : byte() {
+        for (int i = 0; i < 64; ++i) byte[i] = static_cast<uint8_t>(i % 4 * 8 + i / 4 % 8);
+    }
+};
+constexpr InterleaveHigh kInterleaveHigh;
+
 struct AmxCodes {
     static int64_t query_bytes(int64_t dk) { return (dk + kBlock) / 64 * 2048; }
 
@@ -26,41 +35,62 @@ struct AmxCodes {
     // column is 0.
     static void put_query(int8_t* q, int64_t dk, int r, int group, const int32_t* codes) {
         const int low_at = group == 8 ? 1024 : 16;
-        for (int64_t e = 0; e < dk; ++e) {
-            int8_t* p = q + e / 64 * (group == 8 ? 2048 : 1024) + e % 64 / 4 * 64 + e % 64 / 32 * 32 + r * 4 + e % 4;
-            const int high = (codes[e] + 64) >> 7;
-            p[0] = static_cast<int8_t>(high);
-            p[low_at] = static_cast<int8_t>(codes[e] - high * 128);
+        alignas(64) int8_t terms[2][kBlock];
+        for (int64_t b = 0; b < dk / kBlock; ++b, codes += kBlock) {
+            for (int i = 0; i < kBlock; ++i) {
+                const int high = (codes[i] + 64) >> 7;
+                terms[0][i] = static_cast<int8_t>(high);
+                terms[1][i] = static_cast<int8_t>(codes[i] - high * 128);
+            }
+            int8_t* out = q + b / 2 * (group == 8 ? 2048 : 1024) + b % 2 * (512 + 32) + r * 4;
+            for (int i = 0; i < kBlock; i += 4) {
+                std::memcpy(out + i * 16, terms[0] + i, 4);
+                std::memcpy(out + i * 16 + low_at, terms[1] + i, 4);
+            }
         }
     }
 
-    // scores[count][n of kTile] of one group of packed queries; d, m: [block][kTile]; qsum: [8][blocks]. `sums` is room
-    // for 2 * (blocks + 1) tiles: the products of sixteen rows are read while the next sixteen are computed.
+    // Scores of all query rows over n stored rows, sixteen at a time; their products are read while those of the next
+    // sixteen are computed.
     template <bool HasMin, int Group>
-    static HYBRIDKV_PHASE void scores(const int8_t* q, const Codes& codes, const float* d, const float* m,
-                                      const float* qsum, int64_t blocks, int n, int count, int32_t* sums, float* scores,
-                                      Prefetch& ahead) {
+    static HYBRIDKV_PHASE void scores(Task& t, int64_t row, int n, Prefetch& ahead) {
         constexpr int tiles = Group / 4;
-        const int parts = (n + 15) / 16, pairs = static_cast<int>(blocks + 1) / 2, products = parts * pairs;
-        const auto at = [&](int product) { return sums + product % (2 * pairs) * tiles * 256; };
+        const int blocks = static_cast<int>(t.dk / kBlock), pairs = (blocks + 1) / 2;
+        const int groups = (t.rows + Amx::group - 1) / Amx::group, items = (n + 15) / 16 * groups;
+        int32_t* sums = reinterpret_cast<int32_t*>(t.s.k);
+        const auto at = [&](int product) { return sums + product % (pairs + 1) * tiles * 256; };
+        Codes codes{};
         int next = 0;
-        for (int part = 0; part <= parts; ++part) {
+        for (int item = 0, part = 0, g = 0, last_part = 0, last_g = 0; item <= items; ++item) {
+            if (g == 0 && item < items) {
+                const int left = n - part * 16, count = left < 16 ? left : 16;
+                codes = stage_codes(t.a.k, t.head, row + part * 16, count, t.s.codes + part % 2 * 16 * t.dk, 16);
+            }
+            const int8_t* q = reinterpret_cast<const int8_t*>(t.s.q) + g * query_bytes(t.dk);
+            const float* d = t.s.k_d + last_part * 16;
             F acc[16];
 #pragma GCC unroll 16
             for (int i = 0; i < 16; ++i) acc[i] = Simd::set1(0.f);
+            Amx::written();
             for (int pair = 0; pair < pairs; ++pair, ++next) {
-                if (next <= products) {
-                    const int8_t* k = next < products ? codes.row(part * 16) + pair * 64 : nullptr;
+                if (last_g == groups - 1) ahead.step();
+                if (item < items || pair == 0) {
+                    const int8_t* k = item < items ? codes.data + pair * 64 : nullptr;
                     product<Group>(next % 2, k, codes.stride, q + pair * tiles * 1024, next > 0 ? at(next - 1) : nullptr);
                 }
-                if (part == 0) continue;
-                const float* d0 = d + 2 * pair * kTile + (part - 1) * 16;
-                add<Group>(at(next - pairs), d0, 2 * pair + 1 < blocks ? d0 + kTile : d0, acc);
+                if (item == 0) continue;
+                const float* even = d + 2 * pair * kTile;
+                add<Group>(at(next - pairs), even, 2 * pair + 1 < blocks ? even + kTile : even, acc);
             }
-            ahead.step();
-            if (part > 0) {
-                finish<HasMin, Group>(acc, m + (part - 1) * 16, qsum, blocks, count, scores + (part - 1) * 16);
+            if (item > 0) {
+                const int r = last_g * Amx::group, count = t.rows - r < Amx::group ? t.rows - r : Amx::group;
+                finish<HasMin, Group>(acc, t.s.k_m + last_part * 16, t.s.q_sum + r * blocks, blocks, count,
+                                      t.s.scores + r * kTile + last_part * 16);
             }
+            last_part = part;
+            last_g = g;
+            g = g + 1 < groups ? g + 1 : 0;
+            part += g == 0;
         }
     }
 
@@ -139,6 +169,32 @@ struct AmxCodes {
         }
     }
 
+    // The same from nibbles as they are stored, 16 bytes a row; a table says what each stands for. `high` is null or the
+    // upper bits of q6_0's codes, 8 bytes a row: in a byte, those of dims i, 16 + i, 8 + i and 24 + i.
+    static HYBRIDKV_PHASE void stage_nibbles(const uint8_t* bytes, int64_t stride, const uint8_t* high, int64_t high_stride,
+                                             const int8_t* book, int8_t* out) {
+        const I index = _mm512_load_si512(kInterleave.byte), mask = _mm512_set1_epi8(15), pair = _mm512_set1_epi8(0x30);
+        const I table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(book)));
+        const I high_index = _mm512_load_si512(kInterleaveHigh.byte);
+        const I turn[2] = {_mm512_setr_epi64(4, 4, 4, 4, 0, 0, 0, 0), _mm512_setr_epi64(2, 2, 2, 2, 62, 62, 62, 62)};
+        for (int k = 0; k < 16; ++k) {
+            const int8_t* p = reinterpret_cast<const int8_t*>(bytes) + 2 * k * stride;
+            const I rows = four_rows(p, p + 32 * stride, p + stride, p + 33 * stride);
+            I x = _mm512_permutexvar_epi8(index, rows), y = _mm512_setzero_si512();
+            if (high) {
+                int64_t h[4];
+                for (int t = 0; t < 4; ++t) std::memcpy(h + t, high + (2 * k + t % 2 * 32 + t / 2) * high_stride, 8);
+                y = _mm512_castsi256_si512(_mm256_setr_epi64x(h[0], h[1], h[2], h[3]));
+                y = _mm512_permutexvar_epi8(high_index, y);
+            }
+            for (int half = 0; half < 2; ++half, x = _mm512_srli_epi16(x, 4)) {
+                I code = _mm512_shuffle_epi8(table, _mm512_and_si512(x, mask));
+                if (high) code = _mm512_add_epi8(code, _mm512_and_si512(_mm512_rolv_epi64(y, turn[half]), pair));
+                _mm512_store_si512(out + half * 1024 + k * 64, code);
+            }
+        }
+    }
+
     static inline I four_rows(const int8_t* p0, const int8_t* p1, const int8_t* p2, const int8_t* p3) {
         const auto lane = [](const int8_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
         I x = _mm512_castsi128_si512(lane(p0));
@@ -158,7 +214,7 @@ struct AmxCodes {
     }
 
     struct Weigh {
-        static constexpr int chunks = kTile / 64;
+        static constexpr int chunks = kTile / 64, steps = chunks;
         struct Operands {
             alignas(64) int8_t v[2][chunks][2048];
             alignas(64) int8_t p[2][chunks][1024];
@@ -171,15 +227,44 @@ struct AmxCodes {
         };
 
         Task& t;
-        Codes codes;
+        int64_t row;
+        int n;
+        bool direct;  // nibbles go to the operands without a stop as codes
+        Codes codes{};
+        int8_t book[16];
 
-        Weigh(Task& task, int64_t row, int n) : t(task), codes(stage_codes(task.a.v, task.head, row, n, task.s.codes)) {}
+        Weigh(Task& task, int64_t first, int count) : t(task), row(first), n(count) {
+            const Format& f = *t.a.v.format;
+            direct = (f.code == Code::nibbles || f.code == Code::nibbles_pairs) && n == kTile;
+            if (!direct) codes = stage_codes(t.a.v, t.head, row, n, t.s.codes);
+            for (int i = 0; i < 16; ++i) book[i] = f.codebook ? f.codebook[i] : static_cast<int8_t>(i - f.zero);
+        }
 
-        void prepare(int b, int r, int count, int item, Operands& o, Product& x) {
-            x.count = 0;
-            if (r == 0 && !t.careful_block(codes, b)) {
-                for (int c = 0; c < chunks; ++c) stage_v(codes.row(c * 64) + b * kBlock, codes.stride, o.v[b % 2][c]);
+        void stage(int b, int8_t (&out)[chunks][2048], Prefetch& ahead) {
+            if (!(t.s.d_block[b] < kInf)) {
+                if (direct) codes = stage_codes(t.a.v, t.head, row, n, t.s.codes);
+                return t.careful_block(codes, b);
             }
+            const Format& f = *t.a.v.format;
+            const int64_t stride = plane_row_bytes(f, f.plane_codes, t.a.v.head_dim);
+            const uint8_t* bytes = direct ? plane_row(t.a.v, f.plane_codes, t.head, row) + b * 16 : nullptr;
+            const bool two_planes = direct && f.plane_high >= 0;
+            const int64_t high_stride = two_planes ? plane_row_bytes(f, f.plane_high, t.a.v.head_dim) : 0;
+            const uint8_t* high = two_planes ? plane_row(t.a.v, f.plane_high, t.head, row) + b * 8 : nullptr;
+            for (int c = 0; c < chunks; ++c) {
+                ahead.step();
+                if (!direct) {
+                    stage_v(codes.row(c * 64) + b * kBlock, codes.stride, out[c]);
+                    continue;
+                }
+                const uint8_t* upper = high ? high + c * 64 * high_stride : nullptr;
+                stage_nibbles(bytes + c * 64 * stride, stride, upper, high_stride, book, out[c]);
+            }
+        }
+
+        void prepare(int b, int r, int count, int item, Operands& o, Product& x, Prefetch& ahead) {
+            x.count = 0;
+            if (r == 0) stage(b, o.v[b % 2], ahead);
             if (!(t.s.d_block[b] < kInf)) return;
             x.count = count;
             x.acc = t.s.acc + r * t.dv + b * kBlock;

@@ -42,13 +42,6 @@ struct AmxValues {
         }
     }
 
-    template <Code C>
-    static inline __attribute__((always_inline)) F load(const uint8_t* row, int64_t e) {
-        if (C == Code::f32) return Simd::load(reinterpret_cast<const float*>(row) + e);
-        const uint16_t* half = reinterpret_cast<const uint16_t*>(row) + e;
-        return C == Code::f16 ? Simd::f16(half) : Simd::bf16(half);
-    }
-
     // Sixteen rows of K from `row` on, of which n are there: [block][terms][16][32]. Returns the number of terms.
     static HYBRIDKV_PHASE int stage_k(const Stored& k, int64_t head, int64_t row, int n, float* edge, uint16_t* out,
                                       Prefetch& ahead) {
@@ -56,22 +49,22 @@ struct AmxValues {
         if (n < 16 || k.head_dim % kBlock) {
             for (int64_t b = 0; b < blocks; ++b, out += 2 * 512) {
                 stage_values(k, head, row, n < 16 ? n : 16, b * kBlock, edge, 16);
-                stage_rows<Code::f32, 2>(reinterpret_cast<const uint8_t*>(edge), kBlock * 4, 1, out);
+                stage_rows<Code::f32, 2>(reinterpret_cast<const uint8_t*>(edge), kBlock * 4, 1, out, ahead);
             }
             return 2;
         }
         const uint8_t* p = plane_row(k, 0, head, row);
-        for (int i = 0; i < 2; ++i) ahead.step();
-        if (k.format->code == Code::f32) return stage_rows<Code::f32, 2>(p, stride, blocks, out);
-        if (k.format->code == Code::f16) return stage_rows<Code::f16, 2>(p, stride, blocks, out);
-        return stage_rows<Code::bf16, 1>(p, stride, blocks, out);
+                if (k.format->code == Code::f32) return stage_rows<Code::f32, 2>(p, stride, blocks, out, ahead);
+        if (k.format->code == Code::f16) return stage_rows<Code::f16, 2>(p, stride, blocks, out, ahead);
+        return stage_rows<Code::bf16, 1>(p, stride, blocks, out, ahead);
     }
 
     template <Code C, int Terms>
-    static inline int stage_rows(const uint8_t* p, int64_t stride, int64_t blocks, uint16_t* out) {
+    static inline int stage_rows(const uint8_t* p, int64_t stride, int64_t blocks, uint16_t* out, Prefetch& ahead) {
         for (int r = 0; r < 16; ++r, p += stride) {
+            if (r % 4 == 0) ahead.step();
             for (int64_t b = 0; b < blocks; ++b) {
-                F x[2] = {load<C>(p, b * kBlock), load<C>(p, b * kBlock + 16)};
+                F x[2] = {load_values<C>(p, b * kBlock), load_values<C>(p, b * kBlock + 16)};
                 for (int t = 0; t < Terms; ++t) _mm512_store_si512(out + (b * Terms + t) * 512 + r * 32, take_term(x));
             }
         }
@@ -101,7 +94,7 @@ struct AmxValues {
     }
 
     struct Weigh {
-        static constexpr int chunks = kTile / 32;  // a product sums over 32 stored rows
+        static constexpr int chunks = kTile / 32, steps = chunks;  // a product sums over 32 stored rows
         struct Operands {
             alignas(64) uint16_t v[2][chunks][2][2][512];  // [half of the dims][terms][16 pairs of rows][16 dims][2]
             alignas(64) uint16_t p[kMaxRows / Amx::group][chunks][512];
@@ -120,8 +113,8 @@ struct AmxValues {
         Weigh(Task& task, int64_t first, int count)
             : t(task), row(first), n(count), terms(task.a.v.format->code == Code::bf16 ? 1 : 2) {}
 
-        void prepare(int b, int r, int count, int, Operands& o, Product& x) {
-            if (r == 0) stage(b, o.v[b % 2]);
+        void prepare(int b, int r, int count, int, Operands& o, Product& x, Prefetch& ahead) {
+            if (r == 0) stage(b, o.v[b % 2], ahead);
             if (b == 0) {
                 for (int i = 0; i < count; ++i) pack_p(t.s.scores + (r + i) * kTile, o.p[r / Amx::group], i);
             }
@@ -139,25 +132,27 @@ struct AmxValues {
             }
         }
 
-        HYBRIDKV_PHASE void stage(int64_t b, uint16_t (&out)[chunks][2][2][512]) {
+        HYBRIDKV_PHASE void stage(int64_t b, uint16_t (&out)[chunks][2][2][512], Prefetch& ahead) {
             const Stored& v = t.a.v;
             const uint8_t* p = plane_row(v, 0, t.head, row) + b * kBlock * v.format->plane_bytes[0];
             const int64_t stride = plane_row_bytes(*v.format, 0, v.head_dim);
             if (n < kTile || v.head_dim % kBlock) {
                 stage_values(v, t.head, row, n, b * kBlock, t.s.v, kTile);
-                return stage_pairs<Code::f32, 2>(reinterpret_cast<const uint8_t*>(t.s.v), kBlock * 4, out);
+                return stage_pairs<Code::f32, 2>(reinterpret_cast<const uint8_t*>(t.s.v), kBlock * 4, out, ahead);
             }
-            if (v.format->code == Code::f32) return stage_pairs<Code::f32, 2>(p, stride, out);
-            if (v.format->code == Code::f16) return stage_pairs<Code::f16, 2>(p, stride, out);
-            return stage_pairs<Code::bf16, 1>(p, stride, out);
+            if (v.format->code == Code::f32) return stage_pairs<Code::f32, 2>(p, stride, out, ahead);
+            if (v.format->code == Code::f16) return stage_pairs<Code::f16, 2>(p, stride, out, ahead);
+            return stage_pairs<Code::bf16, 1>(p, stride, out, ahead);
         }
 
         template <Code C, int Terms>
-        static inline void stage_pairs(const uint8_t* p, int64_t stride, uint16_t (&out)[chunks][2][2][512]) {
+        static inline void stage_pairs(const uint8_t* p, int64_t stride, uint16_t (&out)[chunks][2][2][512],
+                                       Prefetch& ahead) {
             for (int c = 0; c < chunks; ++c, p += 32 * stride) {
+                ahead.step();
                 for (int i = 0; i < 16; ++i) {
                     for (int half = 0; half < 2; ++half) {
-                        F x[2] = {load<C>(p + i * stride, half * 16), load<C>(p + (16 + i) * stride, half * 16)};
+                        F x[2] = {load_values<C>(p + i * stride, half * 16), load_values<C>(p + (16 + i) * stride, half * 16)};
                         for (int k = 0; k < Terms; ++k) _mm512_store_si512(out[c][half][k] + i * 32, take_term(x));
                     }
                 }

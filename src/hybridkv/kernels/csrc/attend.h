@@ -19,12 +19,28 @@ struct Attend : Products {
         for (int r = 0; r < rows; ++r) start_row(r);
         for (int64_t j = task.j0; j < task.j1; j += kTile) {
             const int n = task.j1 - j < kTile ? static_cast<int>(task.j1 - j) : kTile;
+            if (a.mask && !seen(j, n)) continue;
             scores(j, n);
             if (v_int) stage_v_scales(j, n);
             if (softmax(j, n)) values(j, n);
         }
         for (int r = 0; r < rows; ++r) finish_row(r);
         end();
+    }
+
+    const uint8_t* mask_row(int r) const {
+        return a.mask + task.batch * a.mask_stride_b + q_head(r) * a.mask_stride_h + token(r) * a.mask_stride_t;
+    }
+
+    // Whether the mask shows any row of a tile to any query: padding, and what lies after the queries, is skipped.
+    bool seen(int64_t j, int n) const {
+        const uint8_t* before = nullptr;
+        for (int r = 0; r < rows; ++r) {
+            const uint8_t* keep = mask_row(r) + j;
+            if (keep != before && std::memchr(keep, 1, static_cast<size_t>(n))) return true;
+            before = keep;
+        }
+        return false;
     }
 
     void start_row(int r) {
@@ -178,8 +194,7 @@ struct Attend : Products {
         for (int64_t i = 0; i < first && i < kTile; ++i) x[i] = -kInf;
         for (int64_t i = last > 0 ? last : 0; i < kTile; ++i) x[i] = -kInf;
         if (a.mask) {
-            const uint8_t* keep = a.mask + task.batch * a.mask_stride_b + q_head(r) * a.mask_stride_h +
-                                  token(r) * a.mask_stride_t + j;
+            const uint8_t* keep = mask_row(r) + j;
             for (int64_t i = first; i < last; ++i) x[i] = keep[i] ? x[i] : -kInf;
         }
         F top = Simd::set1(-kInf);

@@ -165,39 +165,80 @@ inline __attribute__((always_inline)) float refit_pairs(const float* x, const fl
     return is_finite(fitted) ? fitted : d;
 }
 
-// iq4_nl: fit, then move the code whose neighbour is nearest along the gradient, while that improves the fit.
-inline float refit_search(const float* x, uint8_t* codes, const int8_t* book, float d) {
-    float w[kBlock], sumqx = 0.f, sumq2 = 0.f;
+// iq4_nl: fit, then move the code whose neighbour is nearest along the gradient, while that improves the fit. Values and
+// their neighbours in the codebook lie in arrays, which the compiler turns into vectors; beyond the ends lies infinity.
+struct CodeSearch {
+    float w[kBlock], q[kBlock], up[kBlock], down[kBlock], distance[kBlock];
+
+    void look_up(const float* book, int i, int c) {  // book[-1] and book[16] are infinite
+        q[i] = book[c];
+        up[i] = book[c + 1];
+        down[i] = book[c - 1];
+    }
+
+    // The lane whose code is nearest to its neighbour, in units of the slope towards it; -1 if there is none.
+    int nearest(const float* x, float d) {
+        for (int i = 0; i < kBlock; ++i) {
+            const float slope = (d * w[i]) * fused(-d, q[i], x[i]);
+            distance[i] = (slope > 0.f ? up[i] - q[i] : q[i] - down[i]) / ::fabsf(slope);
+        }
+        Simd::F least = Simd::set1(-INFINITY);  // of the negated distances: the largest; a NaN is passed over
+        for (int i = 0; i < kBlock; i += Simd::lanes) {
+            least = Simd::max(Simd::sub(Simd::set1(0.f), Simd::load(distance + i)), least);
+        }
+        const float top = -Simd::reduce_max(least);
+        for (int i = 0; i < kBlock && top < INFINITY; ++i) {
+            if (distance[i] == top) return i;
+        }
+        return -1;
+    }
+};
+
+// Sums of w q x and w q q over each of eight blocks, one rounding after another in the order of the lanes: eight at a time,
+// because one alone would wait for every rounding.
+constexpr int kFits = 8;
+struct FitSums {
+    float qx[kFits], q2[kFits];
+};
+
+inline FitSums fit_sums(const float* x, const uint8_t* codes, const int8_t* book, int64_t blocks) {
+    alignas(64) float lanes_x[kBlock][kFits] = {}, lanes_q[kBlock][kFits] = {};
+    for (int64_t b = 0; b < blocks; ++b) {
+        for (int i = 0; i < kBlock; ++i) {
+            lanes_x[i][b] = x[b * kBlock + i];
+            lanes_q[i][b] = book[codes[b * kBlock + i]];
+        }
+    }
+    FitSums s{};
     for (int i = 0; i < kBlock; ++i) {
-        const float q = book[codes[i]];
-        w[i] = x[i] * x[i];
-        sumqx = fused(w[i] * q, x[i], sumqx);
-        sumq2 = fused(w[i] * q, q, sumq2);
+        const float *v = lanes_x[i], *q = lanes_q[i];
+#pragma GCC unroll 1
+        for (int b = 0; b < kFits; ++b) s.qx[b] = fused(v[b] * v[b] * q[b], v[b], s.qx[b]);
+#pragma GCC unroll 1
+        for (int b = 0; b < kFits; ++b) s.q2[b] = fused(v[b] * v[b] * q[b], q[b], s.q2[b]);
+    }
+    return s;
+}
+
+inline float refit_search(const float* x, uint8_t* codes, const float* book, float d, float sumqx, float sumq2) {
+    CodeSearch s;
+    for (int i = 0; i < kBlock; ++i) {
+        s.look_up(book, i, codes[i]);
+        s.w[i] = x[i] * x[i];
     }
     const float fitted = sumqx / sumq2;
     d = is_finite(fitted) ? fitted : d;
     float best = d * sumqx;
     for (int moves = 0; moves < 32 * kBlock; ++moves) {
-        float least = INFINITY;
-        int lane = -1, direction = 0;
-        for (int i = 0; i < kBlock; ++i) {
-            const int c = codes[i];
-            const float slope = (d * w[i]) * fused(-d, static_cast<float>(book[c]), x[i]);
-            const int step = slope > 0.f ? 1 : -1;
-            if (c + step < 0 || c + step > 15) continue;
-            const float distance = static_cast<float>(step * (book[c + step] - book[c])) / ::fabsf(slope);
-            if (distance < least) {
-                least = distance;
-                lane = i;
-                direction = step;
-            }
-        }
-        if (lane < 0) break;
-        const float from = book[codes[lane]], to = book[codes[lane] + direction];
-        const float new_qx = fused(w[lane] * x[lane], to - from, sumqx);
-        const float new_q2 = fused(w[lane], to * to - from * from, sumq2);
+        const int i = s.nearest(x, d);
+        if (i < 0) break;
+        const bool rises = (d * s.w[i]) * fused(-d, s.q[i], x[i]) > 0.f;
+        const float from = s.q[i], to = rises ? s.up[i] : s.down[i];
+        const float new_qx = fused(s.w[i] * x[i], to - from, sumqx);
+        const float new_q2 = fused(s.w[i], to * to - from * from, sumq2);
         if (!(new_q2 > 0.f && new_qx * new_qx > best * new_q2)) break;
-        codes[lane] = static_cast<uint8_t>(codes[lane] + direction);
+        codes[i] = static_cast<uint8_t>(rises ? codes[i] + 1 : codes[i] - 1);
+        s.look_up(book, i, codes[i]);
         sumqx = new_qx;
         sumq2 = new_q2;
         d = sumqx / sumq2;
@@ -236,8 +277,7 @@ inline __attribute__((always_inline)) Block encode_block(const Format& f, const 
             for (int k = 0; k < 15; ++k) c += y[i] >= static_cast<float>(f.codebook[k] + f.codebook[k + 1]) / 2.f;
             codes[i] = static_cast<uint8_t>(c);
         }
-        if (refit) b.d = refit_search(x, codes, f.codebook, b.d);
-        return b;
+        return b;  // refit: by encode_searched
     }
     const float highest = f.rule == Rule::min_max ? static_cast<float>((1 << bits) - 1) : 2.f * zero - 1.f;
     if (f.rounding == Rounding::away) {
@@ -278,6 +318,26 @@ inline void put_codes(const Format& f, const uint8_t* c, int64_t block, uint8_t*
     }
 }
 
+// A row of a format with a codebook and a refit, kFits blocks at a time.
+inline void encode_searched(const Format& f, const float* x, int64_t blocks, float* y, uint8_t* const* rows) {
+    alignas(64) uint8_t codes[kFits * kBlock];
+    float book[18] = {-INFINITY};
+    for (int c = 0; c < 16; ++c) book[c + 1] = f.codebook[c];
+    book[17] = INFINITY;
+    for (int64_t first = 0; first < blocks; first += kFits, x += kFits * kBlock) {
+        const int64_t n = blocks - first < kFits ? blocks - first : kFits;
+        float d[kFits];
+        for (int64_t b = 0; b < n; ++b) d[b] = encode_block(f, x + b * kBlock, kBlock, true, y, codes + b * kBlock).d;
+        const FitSums sums = fit_sums(x, codes, f.codebook, n);
+        for (int64_t b = 0; b < n; ++b) {
+            uint8_t* c = codes + b * kBlock;
+            put_f16(rows[f.plane_d] + 2 * (first + b),
+                    refit_search(x + b * kBlock, c, book + 1, d[b], sums.qx[b], sums.q2[b]));
+            put_codes(f, c, first + b, rows);
+        }
+    }
+}
+
 inline void encode_row(const EncodeParams& e, const float* x, float* y, uint8_t* const* rows) {
     const Format& f = *e.format;
     if (!f.quantized()) return encode_values(e, x, rows[0]);
@@ -288,6 +348,7 @@ inline void encode_row(const EncodeParams& e, const float* x, float* y, uint8_t*
         std::memcpy(rows[f.plane_s], &sum, 4);
         return;
     }
+    if (f.codebook && e.refit) return encode_searched(f, x, padded(e.head_dim) / kBlock, y, rows);
     alignas(64) uint8_t codes[kBlock];
     for (int64_t i = 0; i < padded(e.head_dim) / kBlock; ++i) {
         const Block b = encode_block(f, x + i * kBlock, kBlock, e.refit, y, codes);

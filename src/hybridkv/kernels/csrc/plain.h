@@ -1,7 +1,7 @@
 // The two products of a tile over the plain vector operations: every instruction set but AMX, which has amx.h.
 #pragma once
 
-#include "task.h"
+#include "few_rows.h"
 
 namespace {
 
@@ -9,6 +9,8 @@ struct Products : Task {
     static constexpr float q_units = 32767.f;  // integer units of a query row's largest value
     static constexpr float p_units = 32767.f;  // and of the largest probability times scale of a row in a tile
     static constexpr float d_units = 32767.f;  // and of the largest scale of a block and row of V
+
+    const bool k_few = !k_int && FewRows::takes(a.k, rows), v_few = !v_int && FewRows::takes(a.v, rows);
 
     using Task::Task;
 
@@ -29,7 +31,8 @@ struct Products : Task {
     void put_values(int r, const float* q) { std::memcpy(s.q + r * dk, q, static_cast<size_t>(dk) * sizeof(float)); }
 
     void scores(int64_t j, int n) {
-        Prefetch ahead = ahead_of_v(j, n);
+        Prefetch ahead = ahead_of_v(j, n, k_few ? kTile / FewRows::step : dk / kBlock);
+        if (k_few) return FewRows::all_scores(*this, a.start + j, n, ahead);
         return k_int ? score_codes(a.start + j, n, ahead) : score_values(a.start + j, n, ahead);
     }
 
@@ -81,7 +84,8 @@ struct Products : Task {
     }
 
     void values(int64_t j, int n) {
-        Prefetch ahead = ahead_of_k(j);
+        Prefetch ahead = ahead_of_k(j, dv / kBlock);
+        if (v_few) return FewRows::all_weigh(*this, a.start + j, n, ahead);
         return v_int ? weigh_codes(a.start + j, n, ahead) : weigh_values(a.start + j, n, ahead);
     }
 
@@ -104,7 +108,10 @@ struct Products : Task {
         int32_t* pairs = reinterpret_cast<int32_t*>(s.v);
         for (int64_t b = 0; b < dv / kBlock; ++b) {
             ahead.step();
-            if (careful_block(codes, b)) continue;
+            if (!(s.d_block[b] < kInf)) {
+                careful_block(codes, b);
+                continue;
+            }
             for (int i = 0; i < kTile; i += 2) {
                 Simd::interleave(codes.row(i) + b * kBlock, codes.row(i + 1) + b * kBlock, pairs + i / 2 * kBlock);
             }

@@ -45,6 +45,20 @@ struct Simd {
     static float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
     static float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
 
+    // Each vector's sum to one lane, in order.
+    static F reduce_all(const F (&v)[16]) {
+        F s[8], t[4];
+        for (int i = 0; i < 8; ++i) {
+            s[i] = add(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+        }
+        for (int i = 0; i < 4; ++i) {
+            const __m512d a = _mm512_castps_pd(s[2 * i]), b = _mm512_castps_pd(s[2 * i + 1]);
+            t[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+        }
+        const auto lanes = [](F a, F b) { return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); };
+        return lanes(lanes(t[0], t[1]), lanes(t[2], t[3]));
+    }
+
     static float half_to_float(uint16_t h) { return _cvtsh_ss(h); }
     static F f16(const uint16_t* p) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

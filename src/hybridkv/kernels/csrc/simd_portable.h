@@ -56,6 +56,10 @@ struct Simd {
     }
     static float reduce_add(F a) { return (a[0] + a[1]) + (a[2] + a[3]); }
 
+    static F reduce_all(const F (&v)[4]) {  // each vector's sum to one lane, in order
+        return F{reduce_add(v[0]), reduce_add(v[1]), reduce_add(v[2]), reduce_add(v[3])};
+    }
+
     static float half_to_float(uint16_t h) {
         const uint32_t sign = (h & 0x8000u) << 16, body = (h & 0x7fffu) << 13;
         uint32_t bits;

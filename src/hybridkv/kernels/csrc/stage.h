@@ -43,7 +43,7 @@ struct Prefetch {
             if (i >= s.format->n_planes || n <= 0) continue;
             p[i] = plane_row(s, i, head, row);
             left[i] = n * plane_row_bytes(*s.format, i, s.head_dim);
-            share[i] = (left[i] / shares + 63) / 64 * 64 + 64;
+            share[i] = (left[i] / shares + 63) / 64 * 64;
         }
     }
 
@@ -65,15 +65,15 @@ struct Codes {
     const int8_t* row(int64_t r) const { return data + r * stride; }
 };
 
-// Codes of `n` rows from `row` on, [kTile, padded(D)]; rows past `n` and lanes past D are finite, not meaningful.
-HYBRIDKV_PHASE Codes stage_codes(const Stored& s, int64_t head, int64_t row, int n, int8_t* buffer) {
+// Codes of `n` rows from `row` on, [rows, padded(D)]; rows past `n` and lanes past D are finite, not meaningful.
+HYBRIDKV_PHASE Codes stage_codes(const Stored& s, int64_t head, int64_t row, int n, int8_t* buffer, int rows = kTile) {
     const Format& f = *s.format;
     const int64_t width = padded(s.head_dim), blocks = n * (width / kBlock);
     const uint8_t* codes = plane_row(s, f.plane_codes, head, row);
     const uint8_t* high = f.plane_high < 0 ? nullptr : plane_row(s, f.plane_high, head, row);
     if (f.code == Code::bytes) {
         const int64_t stride = plane_row_bytes(f, f.plane_codes, s.head_dim);
-        if (n == kTile && stride == width && width % kWidth == 0) return {reinterpret_cast<const int8_t*>(codes), width};
+        if (n == rows && stride == width && width % kWidth == 0) return {reinterpret_cast<const int8_t*>(codes), width};
         for (int r = 0; r < n; ++r) {
             std::memcpy(buffer + r * width, codes + r * stride, static_cast<size_t>(stride));
             std::memset(buffer + r * width + stride, 0, static_cast<size_t>(width - stride));
@@ -87,7 +87,7 @@ HYBRIDKV_PHASE Codes stage_codes(const Stored& s, int64_t head, int64_t row, int
     } else {
         Simd::Codes32::upper_pairs(codes, high, blocks, f.zero, buffer);
     }
-    std::memset(buffer + n * width, 0, static_cast<size_t>((kTile - n) * width));
+    std::memset(buffer + n * width, 0, static_cast<size_t>((rows - n) * width));
     return {buffer, width};
 }
 
@@ -128,17 +128,22 @@ HYBRIDKV_PHASE void stage_scales(const Stored& s, int64_t head, int64_t row, int
     if (f.has_min()) stage_halves(plane_row(s, f.plane_m, head, row), n, blocks, flat, m);
 }
 
+// `lanes` values of a row of f32, f16 or bf16.
+template <Code C>
+inline __attribute__((always_inline)) Simd::F load_values(const uint8_t* row, int64_t e) {
+    const uint16_t* half = reinterpret_cast<const uint16_t*>(row) + e;
+    if constexpr (C == Code::f32) return Simd::load(reinterpret_cast<const float*>(row) + e);
+    if constexpr (C == Code::f16) return Simd::f16(half);
+    return Simd::bf16(half);
+}
+
 // Values dim0..dim0+31 of `n` rows of f32, f16 or bf16: out[rows][32]; zeros past `n` and past D. True if all of them
 // are finite.
 template <Code C>
 inline __attribute__((always_inline)) void stage_row(const uint8_t* row, float* out, Simd::F& check) {
     Simd::F sum = check;
     for (int i = 0; i < kBlock; i += Simd::lanes) {
-        const uint16_t* half = reinterpret_cast<const uint16_t*>(row) + i;
-        Simd::F x;
-        if (C == Code::f32) x = Simd::load(reinterpret_cast<const float*>(row) + i);
-        if (C == Code::f16) x = Simd::f16(half);
-        if (C == Code::bf16) x = Simd::bf16(half);
+        const Simd::F x = load_values<C>(row, i);
         Simd::store(out + i, x);
         sum = Simd::fma(x, Simd::set1(0.f), sum);
     }

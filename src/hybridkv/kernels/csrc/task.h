@@ -30,10 +30,10 @@ struct Task {
     int64_t q_head(int r) const { return task.kv_head * a.group() + (task.r0 + r) % a.group(); }
 
     // Bytes that the phase of K has time to ask for: this tile's V; and the phase of V: the next tile's K.
-    Prefetch ahead_of_v(int64_t j, int n) const { return Prefetch(a.v, head, a.start + j, n, dk / kBlock); }
-    Prefetch ahead_of_k(int64_t j) const {
+    Prefetch ahead_of_v(int64_t j, int n, int64_t steps) const { return Prefetch(a.v, head, a.start + j, n, steps); }
+    Prefetch ahead_of_k(int64_t j, int64_t steps) const {
         const int64_t next = j + kTile, left = task.j1 - next;
-        return Prefetch(a.k, head, a.start + next, left < kTile ? left : kTile, dv / kBlock);
+        return Prefetch(a.k, head, a.start + next, left < kTile ? left : kTile, steps);
     }
 
     // What the minima of block b add to each of its dims.
@@ -58,15 +58,13 @@ struct Task {
         }
     }
 
-    // True, and done, if a scale of block b is not finite.
-    bool careful_block(const Codes& codes, int64_t b) {
-        if (s.d_block[b] < kInf) return false;
+    // The same for a block of codes with a scale that is not finite.
+    void careful_block(const Codes& codes, int64_t b) {
         for (int i = 0; i < kTile; ++i) {
             const float d = s.v_d[b * kTile + i], m = a.v.format->has_min() ? s.v_m[b * kTile + i] : 0.f;
             for (int e = 0; e < kBlock; ++e) s.v[i * kBlock + e] = d * codes.row(i)[b * kBlock + e] + m;
         }
         careful_values(b, 0, rows);
-        return true;
     }
 };
 
