@@ -7,6 +7,7 @@
 namespace {
 
 struct Dots {
+    static constexpr bool bytes = false;
     static constexpr float units = 32767.f;
 
     // One block of activations: inputs 0, 2, 1, 3 of each quad, as the codes are split into even and odd bytes.
