@@ -103,15 +103,17 @@ inline void expect_pair(const uint8_t* pair) {
     }
 }
 
-// sums[NQ][16], of which NV vectors of output rows from `lane` on are written
+// NV vectors of output rows from `lane` on, of NQ rows: they lie side by side in a panel, or are whole panels that lie
+// `bytes` apart. sums[panel][NQ][16]
 template <int NQ, int NV>
-HYBRIDKV_PHASE void panel_integers(const uint8_t* panel, int64_t blocks, const uint8_t* x, int64_t x_stride, int lane,
-                                   float* sums) {
+HYBRIDKV_PHASE void panel_integers(const uint8_t* panel, int64_t bytes, int64_t blocks, const uint8_t* x,
+                                   int64_t x_stride, int lane, float* sums) {
+    constexpr bool whole = L == kPanel;
     F acc[NQ][NV];
 #pragma GCC unroll 8
     for (auto& row : acc) for (F& a : row) a = Simd::set1(0.f);
     for (int64_t b = 0; b < blocks; b += 2, panel += kPairBytes) {
-        if constexpr (NQ <= 4) expect_pair(panel);
+        if constexpr (NQ <= 4 && !(whole && NV > 1)) expect_pair(panel);
 #pragma GCC unroll 2
         for (int64_t half = 0; half < 2; ++half) {
             Unit unit[NQ];
@@ -122,10 +124,12 @@ HYBRIDKV_PHASE void panel_integers(const uint8_t* panel, int64_t blocks, const u
 #pragma GCC unroll 4
                 for (int v = 0; v < NV; ++v) block[q][v] = Simd::set1i(unit[q].offset);
             }
-            Dots::block<NQ, NV>(panel + kPairScales + half * 512 + lane * 4, x + (b + half) * 64, x_stride, block);
+            const uint8_t* codes = panel + kPairScales + half * 512 + lane * 4;
+            Dots::block<NQ, NV>(codes, whole ? bytes : L * 4, x + (b + half) * 64, x_stride, block);
 #pragma GCC unroll 4
             for (int v = 0; v < NV; ++v) {
-                const F d = Simd::f16(reinterpret_cast<const uint16_t*>(panel) + half * kPanel + lane + v * L);
+                const uint8_t* scales = panel + (half * kPanel + lane) * 2 + v * (whole ? bytes : L * 2);
+                const F d = Simd::f16(reinterpret_cast<const uint16_t*>(scales));
 #pragma GCC unroll 8
                 for (int q = 0; q < NQ; ++q) {
                     acc[q][v] = Simd::fma(Simd::to_float(block[q][v]), Simd::mul(d, Simd::set1(unit[q].d)), acc[q][v]);
@@ -136,7 +140,9 @@ HYBRIDKV_PHASE void panel_integers(const uint8_t* panel, int64_t blocks, const u
 #pragma GCC unroll 8
     for (int q = 0; q < NQ; ++q) {
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) Simd::store(sums + q * kPanel + lane + v * L, acc[q][v]);
+        for (int v = 0; v < NV; ++v) {
+            Simd::store(sums + (whole ? v * NQ + q : q) * kPanel + lane + (whole ? 0 : v * L), acc[q][v]);
+        }
     }
 }
 
@@ -221,9 +227,21 @@ void linear_floats(const Weight& w, const uint8_t* x, int64_t n_rows, int64_t pa
 void linear_integers(const Weight& w, const uint8_t* x, int64_t n_rows, int64_t panel0, int64_t panel1,
                      const Output& out) {
     const int64_t stride = integers_stride(w.n_in), blocks = packed_inputs(w.code, w.n_in) / 32;
+    const int64_t bytes = panel_bytes(w.code, w.n_in);
+    if constexpr (L == kPanel) {  // two panels at once: one broadcast for two products
+        for (; n_rows >= 32 && panel0 + 2 <= panel1; panel0 += 2) {
+            Blocks::for_rows<4>(n_rows, [&](auto group, int64_t r) {
+                constexpr int n = decltype(group)::count;
+                alignas(64) float sums[2 * n * kPanel];
+                panel_integers<n, 2>(w.data + panel0 * bytes, bytes, blocks, x + r * stride, stride, 0, sums);
+                out.put(sums, n, r, panel0);
+                out.put(sums + n * kPanel, n, r, panel0 + 1);
+            });
+        }
+    }
     for_panels(w, n_rows, panel0, panel1, out, [&](auto group, const uint8_t* panel, int r, int lane, float* sums) {
         constexpr int n = decltype(group)::count;
-        panel_integers<n, vectors<n>()>(panel, blocks, x + r * stride, stride, lane, sums);
+        panel_integers<n, vectors<n>()>(panel, bytes, blocks, x + r * stride, stride, lane, sums);
     });
 }
 
