@@ -20,7 +20,7 @@ import torch
 from hybridkv.cache import KVTypes
 from hybridkv.engine import Engine
 from hybridkv.engine.load import Description, Loaded, load
-from hybridkv.hf import Step, StepKind, kv_facts, resolve_step
+from hybridkv.hf import Step, StepKind, WeightKind, kv_facts, packing_rejects, resolve_step
 from hybridkv.lab.peers import Found, ik_library
 from hybridkv.lab.peers.ik_model import Logits, ik_context, ik_model, runs
 from hybridkv.lab.timing import Spread, spread
@@ -208,9 +208,10 @@ def run_decode_bench(
     found = tuple(_find(name, description) for name in peers)
     make_step = resolve_step(description.config, "cpu", plan.kind)
     progress(f"load {description.name}")
-    loaded = load(description, dtype=torch.float32, device="cpu")
+    # As `hybridkv run` does: an engine that is asked to be Transformers' own has its plain weights.
+    weights: WeightKind = "plain" if plan.kind == "eager" or packing_rejects("cpu") else "auto"
+    loaded = load(description, dtype=torch.float32, device="cpu", weights=weights)
     step = make_step(loaded.model)
-    step.release_weights()
     gates: list[Gate] = []
     prompts: list[Speed] = []
     steps: list[Speed] = []
