@@ -15,14 +15,14 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 from hybridkv import __version__
-from hybridkv.cli import doctor, plan, run
+from hybridkv.cli import convert, doctor, plan, run
 from hybridkv.errors import HybridKVError, UsageError
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
-_COMMANDS = (run, plan, doctor)
+_COMMANDS = (run, plan, convert, doctor)
 _OPTION = re.compile(r"--?[A-Za-z][\w-]*")
 
 

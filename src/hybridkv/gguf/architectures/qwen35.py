@@ -50,22 +50,26 @@ REALS = {"rms_norm_eps": "attention.layer_norm_rms_epsilon"}
 
 def fields(meta: Metadata) -> Fields:
     """Return what `SIZES` cannot say of `Qwen3_5TextConfig`."""
+    return {**layer_fields(meta), "rope_parameters": rope(meta, meta.integer("attention.key_length"))}
+
+
+def layer_fields(meta: Metadata, interval: int | None = None) -> Fields:
+    """Return heads and layer types; every `interval`-th layer attends if the file does not say."""
     n_key, n_value = meta.integer("ssm.group_count"), meta.integer("ssm.time_step_rank")
     inner_size = meta.integer("ssm.inner_size")
     if n_value % n_key or inner_size % n_value:
         meta.fail(f"{n_value} value heads: a multiple of {n_key} key heads must divide {inner_size} values")
-    size = meta.integer("attention.key_length")
-    n_kv_heads, attends = attending(meta)
+    meta.integer("attention.key_length")
+    n_kv_heads, attends = _attending(meta, interval)
     return {
         "head_dim": head_dim(meta),
         "layer_types": [_layer_type(each) for each in attends],
         "num_key_value_heads": n_kv_heads,
         "linear_value_head_dim": inner_size // n_value,
-        "rope_parameters": rope(meta, size),
     }
 
 
-def attending(meta: Metadata) -> tuple[int, list[bool]]:
+def _attending(meta: Metadata, interval: int | None) -> tuple[int, list[bool]]:
     """Return the number of KV heads, and which layers attend.
 
     A file says which either by an interval or, like other hybrids, by a KV head count per layer that is zero
@@ -74,15 +78,16 @@ def attending(meta: Metadata) -> tuple[int, list[bool]]:
     if meta.is_array("attention.head_count_kv"):
         return kv_heads_per_layer(meta)
     n_kv_heads = checked_heads(meta, meta.integer("attention.head_count"), meta.integer("attention.head_count_kv"))
-    blocks, layers = n_blocks(meta)
-    if not meta.has("full_attention_interval"):
+    blocks, n_layers = n_blocks(meta)
+    if meta.has("full_attention_interval"):
+        interval = meta.integer("full_attention_interval", high=blocks + 1)
+    if interval is None:
         meta.fail(
-            f"nothing says which of the {layers} layers are attention layers: neither "
+            f"nothing says which of the {n_layers} layers are attention layers: neither "
             f"{meta.key('full_attention_interval')!r} nor a KV head count per layer is there",
             hint="convert the model again with a current converter",
         )
-    interval = meta.integer("full_attention_interval", high=blocks + 1)
-    return n_kv_heads, [(layer + 1) % interval == 0 for layer in range(layers)]
+    return n_kv_heads, [(layer + 1) % interval == 0 for layer in range(n_layers)]
 
 
 def _layer_type(attends: bool) -> str:
@@ -105,14 +110,23 @@ def rope(meta: Metadata, size: int) -> Fields:
 
 def keys(config: Config) -> Keys:
     """Return the metadata that `SIZES` leaves out."""
-    types = config.layer_types
-    interval = types.index("full_attention") + 1
-    regular = all((kind == "full_attention") == ((i + 1) % interval == 0) for i, kind in enumerate(types))
+    # Transformers' own sections where a config names none.
+    sections = config.rope_parameters.get("mrope_section", [11, 11, 10])
     return {
-        **head_keys(config, None if regular else [kind == "full_attention" for kind in types]),
-        **({"full_attention_interval": interval} if regular else {}),
+        **layer_keys(config),
         **rope_keys(config, config.head_dim),
-        "rope.dimension_sections": [*config.rope_parameters["mrope_section"], 0],
+        "rope.dimension_sections": [*sections, 0],
+    }
+
+
+def layer_keys(config: Config) -> Keys:
+    """Return the keys of heads and layer types."""
+    attends = [kind == "full_attention" for kind in config.layer_types]
+    interval = attends.index(True) + 1
+    regular = all(each == ((layer + 1) % interval == 0) for layer, each in enumerate(attends))
+    return {
+        **head_keys(config, None if regular else attends),
+        **({"full_attention_interval": interval} if regular else {}),
         "ssm.inner_size": config.linear_num_value_heads * config.linear_value_head_dim,
     }
 
