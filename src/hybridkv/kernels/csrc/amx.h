@@ -67,8 +67,8 @@ struct Products : Task {
         for (int first = 0; first < n; first += 16) {
             const int terms = AmxValues::stage_k(a.k, head, row + first, n - first, s.v, staged, ahead);
             for (int r = 0; r < rows; r += Amx::group) {
-                AmxValues::scores(reinterpret_cast<const uint16_t*>(s.q) + r / Amx::group * AmxValues::query_bytes(dk) / 2,
-                                  staged, terms, dk / kBlock, in_group(r), s.scores + r * kTile + first);
+                const int64_t query = r / Amx::group * AmxValues::query_bytes(dk) / 2;
+                AmxValues::scores(reinterpret_cast<const uint16_t*>(s.q) + query, staged, terms, dk / kBlock, in_group(r), s.scores + r * kTile + first);
             }
         }
     }

@@ -76,7 +76,8 @@ struct AmxCodes {
                 if (last_g == groups - 1) ahead.step();
                 if (item < items || pair == 0) {
                     const int8_t* k = item < items ? codes.data + pair * 64 : nullptr;
-                    product<Group>(next % 2, k, codes.stride, q + pair * tiles * 1024, next > 0 ? at(next - 1) : nullptr);
+                    product<Group>(next % 2, k, codes.stride, q + pair * tiles * 1024,
+                                   next > 0 ? at(next - 1) : nullptr);
                 }
                 if (item == 0) continue;
                 const float* even = d + 2 * pair * kTile;
@@ -145,8 +146,10 @@ struct AmxCodes {
         Simd::transpose8(rows, 64, even);
         Simd::transpose8(rows + 8, 64, odd);
         for (int i = 0; i < count; ++i) {
-            const auto both = [&](int k) { return Simd::add(_mm512_castsi512_ps(even[k]), _mm512_castsi512_ps(odd[k])); };
-            F x = Group == 8 ? both(i) : Simd::fma(both(i), Simd::set1(128.f), both(i + 4 & 7));
+            const auto both = [&](int k) {
+                return Simd::add(_mm512_castsi512_ps(even[k]), _mm512_castsi512_ps(odd[k]));
+            };
+            F x = Group == 8 ? both(i) : Simd::fma(both(i), Simd::set1(128.f), both((i + 4) % 8));
             if constexpr (HasMin) {
                 for (int64_t b = 0; b < blocks; ++b) {
                     x = Simd::fma(Simd::load(m + b * kTile), Simd::set1(qsum[i * blocks + b]), x);
@@ -169,10 +172,10 @@ struct AmxCodes {
         }
     }
 
-    // The same from nibbles as they are stored, 16 bytes a row; a table says what each stands for. `high` is null or the
-    // upper bits of q6_0's codes, 8 bytes a row: in a byte, those of dims i, 16 + i, 8 + i and 24 + i.
-    static HYBRIDKV_PHASE void stage_nibbles(const uint8_t* bytes, int64_t stride, const uint8_t* high, int64_t high_stride,
-                                             const int8_t* book, int8_t* out) {
+    // The same from nibbles as they are stored, 16 bytes a row; a table says what each stands for. `high` is null or
+    // the upper bits of q6_0's codes, 8 bytes a row: in a byte, those of dims i, 16 + i, 8 + i and 24 + i.
+    static HYBRIDKV_PHASE void stage_nibbles(const uint8_t* bytes, int64_t stride, const uint8_t* high,
+                                             int64_t high_stride, const int8_t* book, int8_t* out) {
         const I index = _mm512_load_si512(kInterleave.byte), mask = _mm512_set1_epi8(15), pair = _mm512_set1_epi8(0x30);
         const I table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(book)));
         const I high_index = _mm512_load_si512(kInterleaveHigh.byte);
@@ -203,10 +206,11 @@ struct AmxCodes {
         return _mm512_mask_broadcast_i32x4(x, 0xf000, lane(p3));
     }
 
-    // p * d of one query row and 64 stored rows as two int8 terms, 128 * high + low with low in 0..127: high to row i, low
-    // to row 8 + i of the left operand.
+    // p * d of one query row and 64 stored rows as two int8 terms, 128 * high + low with low in 0..127: high to row i,
+    // low to row 8 + i of the left operand.
     static inline __attribute__((always_inline)) void pack_p(const int16_t* p, const I (&d)[2], int8_t* high_row) {
-        const I a = _mm512_mulhrs_epi16(_mm512_load_si512(p), d[0]), b = _mm512_mulhrs_epi16(_mm512_load_si512(p + 32), d[1]);
+        const I a = _mm512_mulhrs_epi16(_mm512_load_si512(p), d[0]);
+        const I b = _mm512_mulhrs_epi16(_mm512_load_si512(p + 32), d[1]);
         constexpr __mmask64 odd = 0xaaaaaaaaaaaaaaaa;
         _mm512_store_si512(high_row, _mm512_mask_blend_epi8(odd, _mm512_srli_epi16(a, 7), _mm512_slli_epi16(b, 1)));
         const I low = _mm512_mask_blend_epi8(odd, a, _mm512_slli_epi16(b, 8));
@@ -299,7 +303,8 @@ struct AmxCodes {
             for (int half = 0; half < 2; ++half) {
                 for (int i = 0; i < x.count; ++i) {
                     const int32_t* c = x.sums[half] + 16 * i;
-                    const I sum = _mm512_add_epi32(_mm512_slli_epi32(Simd::loadi(c), 7), Simd::loadi(c + 16 * Amx::group));
+                    const I high = _mm512_slli_epi32(Simd::loadi(c), 7), low = Simd::loadi(c + 16 * Amx::group);
+                    const I sum = _mm512_add_epi32(high, low);
                     float* a = x.acc + i * t.dv + 16 * half;
                     const F old = Simd::add(Simd::load(a), Simd::set1(x.bias[i]));
                     Simd::store(a, Simd::fma(Simd::to_float(sum), Simd::set1(x.unit[i]), old));

@@ -18,8 +18,8 @@ struct AmxValues {
         return bits;
     }
 
-    // Pairs of a block are dims i and 16 + i: a term of two vectors in one register, without a shuffle. The rest of x is
-    // left in it.
+    // Pairs of a block are dims i and 16 + i: a term of two vectors in one register, without a shuffle. The rest of x
+    // is left in it.
     static inline __attribute__((always_inline)) I take_term(F (&x)[2]) {
         const I upper = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000));
         const I a = _mm512_castps_si512(x[0]), b = _mm512_castps_si512(x[1]);
@@ -152,7 +152,8 @@ struct AmxValues {
                 ahead.step();
                 for (int i = 0; i < 16; ++i) {
                     for (int half = 0; half < 2; ++half) {
-                        F x[2] = {load_values<C>(p + i * stride, half * 16), load_values<C>(p + (16 + i) * stride, half * 16)};
+                        const uint8_t* at = p + i * stride;
+                        F x[2] = {load_values<C>(at, half * 16), load_values<C>(at + 16 * stride, half * 16)};
                         for (int k = 0; k < Terms; ++k) _mm512_store_si512(out[c][half][k] + i * 32, take_term(x));
                     }
                 }
@@ -174,8 +175,8 @@ struct AmxValues {
             }
         }
 
-        // acc[count][32] += p . v; a NaN or an infinity in the tile's values shows in every sum, and is left
-        // to careful_values.
+        // acc[count][32] += p . v; a NaN or an infinity in the tile's values shows in every sum, and is left to
+        // careful_values.
         void finish(const Product& x) {
             F check = Simd::set1(0.f);
             for (int half = 0; half < 2; ++half) {

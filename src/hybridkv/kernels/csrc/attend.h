@@ -87,8 +87,8 @@ struct Attend : Products {
         put_codes(r, codes);
     }
 
-    // Scales of V in units of 1 / d_units: over the largest of their block in this tile (d_block), and of these, over the
-    // largest of the row (d_row), so that neither a block nor a row of large values costs the others precision.
+    // Scales of V in units of 1 / d_units: over the largest of their block in this tile (d_block), and of these, over
+    // the largest of the row (d_row), so that neither a block nor a row of large values costs the others precision.
     HYBRIDKV_PHASE void stage_v_scales(int64_t j, int n) {
         stage_scales(a.v, head, a.start + j, n, s.flat, s.v_d, s.v_m);
         const int64_t blocks = dv / kBlock;
@@ -162,7 +162,7 @@ struct Attend : Products {
         for (int r = 0; r < rows; ++r) {
             const F alpha = Simd::set1(s.alpha[r]);
             if (s.alpha[r] == 1.f) continue;
-            for (int64_t e = r * dv; e < (r + 1) * dv; e += L) Simd::store(s.acc + e, Simd::mul(Simd::load(s.acc + e), alpha));
+            for (float* x = s.acc + r * dv; x < s.acc + (r + 1) * dv; x += L) Simd::store(x, Simd::mul(Simd::load(x), alpha));
         }
     }
 

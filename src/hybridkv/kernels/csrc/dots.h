@@ -90,7 +90,8 @@ HYBRIDKV_PHASE void k_values(const float* q, int64_t q_stride, const float* k, i
 // acc[q][32] += unit[q] * (p16 . codes) + bias[q], for one block of 32 dims over a tile
 // p: [q][kTile] int16; v: [kTile / 2][32] pairs of int16
 template <int NQ>
-HYBRIDKV_PHASE void v_codes(const int16_t* p, const int32_t* v, const float* unit, const float* bias, float* acc, int64_t acc_stride) {
+HYBRIDKV_PHASE void v_codes(const int16_t* p, const int32_t* v, const float* unit, const float* bias, float* acc,
+                            int64_t acc_stride) {
     constexpr int NV = Simd::cols;
     for (int e = 0; e < kBlock; e += NV * L) {
         I sum[NQ][NV];

@@ -165,8 +165,9 @@ inline __attribute__((always_inline)) float refit_pairs(const float* x, const fl
     return is_finite(fitted) ? fitted : d;
 }
 
-// iq4_nl: fit, then move the code whose neighbour is nearest along the gradient, while that improves the fit. Values and
-// their neighbours in the codebook lie in arrays, which the compiler turns into vectors; beyond the ends lies infinity.
+// iq4_nl: fit, then move the code whose neighbour is nearest along the gradient, while that improves the fit. Values
+// and their neighbours in the codebook lie in arrays, which the compiler turns into vectors; beyond the ends lies
+// infinity.
 struct CodeSearch {
     float w[kBlock], q[kBlock], up[kBlock], down[kBlock], distance[kBlock];
 
@@ -194,8 +195,8 @@ struct CodeSearch {
     }
 };
 
-// Sums of w q x and w q q over each of eight blocks, one rounding after another in the order of the lanes: eight at a time,
-// because one alone would wait for every rounding.
+// Sums of w q x and w q q over each of eight blocks, one rounding after another in the order of the lanes: eight at a
+// time, because one alone would wait for every rounding.
 constexpr int kFits = 8;
 struct FitSums {
     float qx[kFits], q2[kFits];

@@ -21,7 +21,8 @@ struct FewRows {
 
     // scores[NQ][kTile] of n rows of K; q: [NQ][dims].
     template <Code C, int NQ>
-    static HYBRIDKV_PHASE void scores(const float* q, const uint8_t* k, int64_t stride, int64_t dims, int n, float* scores) {
+    static HYBRIDKV_PHASE void scores(const float* q, const uint8_t* k, int64_t stride, int64_t dims, int n,
+                                      float* scores) {
         constexpr int NR = NQ < 4 ? 4 : (L == 16 ? 16 : 8) / NQ;  // stored rows that share a load of the queries
         constexpr int sums = NQ * NR < L ? L : NQ * NR;
         for (int j = 0; j < n; j += NR) {
@@ -51,7 +52,8 @@ struct FewRows {
 
     // acc[NQ][32] += p . v of n rows; false, and nothing added, if a sum is not finite. p: [NQ][kTile]
     template <Code C, int NQ>
-    static HYBRIDKV_PHASE bool weigh(const float* p, const uint8_t* v, int64_t stride, int n, float* acc, int64_t acc_stride) {
+    static HYBRIDKV_PHASE bool weigh(const float* p, const uint8_t* v, int64_t stride, int n, float* acc,
+                                     int64_t acc_stride) {
         constexpr int NV = Simd::cols;
         float kept[NQ * kBlock];
         F check = Simd::set1(0.f);
@@ -96,10 +98,11 @@ struct FewRows {
         const int64_t stride = plane_row_bytes(*t.a.k.format, 0, t.a.k.head_dim);
         for_code(t.a.k.format->code, [&](auto code) {
             for (int j = 0; j < n; j += step, k += step * stride) {
+                const int count = n - j < step ? n - j : step;
                 ahead.step();
                 for_row_groups(t.rows, [&](auto group, int r) {
-                    scores<decltype(code)::value, decltype(group)::count>(t.s.q + r * t.dk, k, stride, t.dk,
-                                                                          n - j < step ? n - j : step, t.s.scores + r * kTile + j);
+                    scores<decltype(code)::value, decltype(group)::count>(t.s.q + r * t.dk, k, stride, t.dk, count,
+                                                                          t.s.scores + r * kTile + j);
                 });
             }
         });
