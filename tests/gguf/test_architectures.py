@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from gguf import MODEL_ARCH_NAMES, MODEL_TENSORS, TENSOR_NAMES, get_tensor_name_map
 from transformers import PreTrainedModel
 
 from hybridkv.cli.main import main
@@ -15,6 +17,7 @@ from hybridkv.engine.convert import convert
 from hybridkv.gguf.architectures import ARCHITECTURES
 from hybridkv.gguf.architectures.record import rotary_halves
 from hybridkv.gguf.load import load_gguf
+from hybridkv.gguf.pairing import pair
 from hybridkv.gguf.reader import read_header
 from tests.families import build
 
@@ -148,17 +151,38 @@ def test_half_precision_is_kept_to_the_bit(tmp_path: Path, architecture: str) ->
 def test_run(tmp_path: Path, architecture: str, capsys: pytest.CaptureFixture[str]) -> None:
     family, changes = VARIANTS[architecture][0]
     model = stirred(family, **changes)
-    model.generation_config.eos_token_id = None
     path = tmp_path / "x.gguf"
     assert main(["convert", str(saved(model, tmp_path / "model")), "-o", str(path), "--type", "f32"]) == 0
     assert "--ids" in capsys.readouterr().err
-    code = main(["run", "-m", str(path), "--ids", "5,7,11,13", "--temp", "0", "-n", "4", "-ctk", "f32", "-ctv", "f32"])
+    greedy = ["--temp", "0", "-n", "4", "--ignore-eos", "-ctk", "f32", "-ctv", "f32"]
+    code = main(["run", "-m", str(path), "--ids", "5,7,11,13", *greedy])
     out = capsys.readouterr()
     assert code == 0, out.err
     expected = model.generate(torch.tensor([[5, 7, 11, 13]]), max_new_tokens=4, do_sample=False, eos_token_id=None)
-    ids = [int(word) for word in out.out.replace(",", " ").split()]
-    assert ids == expected[0, 4:].tolist()[: len(ids)]
-    assert ids
+    assert [int(word) for word in out.out.replace(",", " ").split()] == expected[0, 4:].tolist()
+
+
+@pytest.mark.parametrize(("architecture", "family", "changes"), CASES)
+def test_names_are_gguf_pys(tmp_path: Path, architecture: str, family: str, changes: dict[str, Any]) -> None:
+    """Every tensor is one that gguf-py lists for the architecture, and the one that it maps the parameter to."""
+    model = build(family, **changes)
+    kind = next(each for each, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    listed = {TENSOR_NAMES[tensor].replace("{bid}", "0") for tensor in MODEL_TENSORS[kind]}
+    oracle = get_tensor_name_map(kind, model.config.num_hidden_layers)
+    n_known = 0
+    for pairing in pair(ARCHITECTURES[architecture], model.config, model, ()):
+        for name in pairing.names:
+            bare = re.sub(r"^blk\.\d+\.", "blk.0.", name)
+            assert bare.removesuffix(".weight").removesuffix(".bias") in listed, name
+        # The converters rename these before they ask; Granite's shared feed-forward they name themselves.
+        param = pairing.param.replace("dt_bias", "dt_proj.bias")
+        params = (param, param.replace("model.", "backbone."))
+        known = next(filter(None, (oracle.get_name(each, try_suffixes=(".weight", ".bias")) for each in params)), None)
+        if known is not None and len(pairing.names) == 1 and "shared_mlp" not in param:
+            n_known += 1
+            # Stacks of experts and their biases have no suffix in Transformers.
+            assert re.sub(r"\.(weight|bias)$", "", known) == re.sub(r"\.(weight|bias)$", "", pairing.names[0]), param
+    assert n_known > 0.4 * len(model.state_dict())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])

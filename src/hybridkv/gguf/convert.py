@@ -84,7 +84,7 @@ def write_gguf(
         Key of `TYPES`, for matrices; vectors, norms, convolutions and routers stay float32, and rows that do not
         fill q8_0 blocks are float16.
     tokenizer
-        Its metadata, or nothing.
+        Its metadata; without a tokenizer, special ids at most, and the file says that it has none.
 
     Returns
     -------
@@ -105,7 +105,7 @@ def write_gguf(
         with Checkpoint(directory, model) as checkpoint, _replacing(output) as temporary:
             writer = GGUFWriter(temporary, architecture.name)
             keys = {"general.name": name, "general.file_type": int(TYPES[type_][1]), **_keys(architecture, config)}
-            for key, value in {**keys, **tokenizer}.items():
+            for key, value in {**keys, "tokenizer.ggml.model": "none", **tokenizer}.items():
                 _add_key(writer, key if key.startswith(_SHARED) else f"{architecture.name}.{key}", value)
             _write(writer, pairings, settings, checkpoint, TYPES[type_][0])
             return architecture, checkpoint.unused
@@ -133,6 +133,7 @@ def _keys(architecture: Architecture, config: Config) -> Keys:
     return {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
         **{key: getattr(config, field) for field, key in architecture.sizes.items()},
         **{key: float(getattr(config, field)) for field, key in architecture.reals.items()},
         **architecture.keys(config),

@@ -107,13 +107,19 @@ def load_gguf(
     model = _skeleton(meta, config, dtype, attn_implementation)
     pairings = pair(architecture, config, model, {info.name for info in meta.header.tensors})
     _check(meta, architecture, pairings, skipped)
-    tokenizer = load_tokenizer(meta)
+    tokenizer = None if _says_none(meta) else load_tokenizer(meta)
     _fill(meta, model, pairings, torch.device(device), replace)
     model.eval()
     if ends := end_ids(meta, config.vocab_size):
         model.generation_config.eos_token_id = ends
     notices = (f"{len(skipped)} tensors of multi-token prediction blocks were skipped",) if skipped else ()
     return LoadedModel(_name(meta), model, tokenizer, notices)
+
+
+def _says_none(meta: Metadata) -> bool:
+    """Whether a file says that it has no tokenizer, in the two words that llama.cpp knows for it."""
+    key = "tokenizer.ggml.model"
+    return meta.has(key) and meta.text(key) in ("none", "no_vocab")
 
 
 def _name(meta: Metadata) -> str:
