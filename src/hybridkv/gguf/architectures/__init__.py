@@ -9,11 +9,15 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from hybridkv.errors import ModelFileError
+from hybridkv.gguf.architectures.gemma3 import ARCHITECTURE as GEMMA3
+from hybridkv.gguf.architectures.llama import ARCHITECTURE as LLAMA
 from hybridkv.gguf.architectures.qwen35 import ARCHITECTURE as QWEN35
 from hybridkv.gguf.architectures.record import Architecture
 from hybridkv.gguf.reader import Header
 
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({record.name: record for record in (QWEN35,)})
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
+    {record.name: record for record in (QWEN35, LLAMA, GEMMA3)}
+)
 
 
 def get_architecture(header: Header) -> Architecture:
