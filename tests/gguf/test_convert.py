@@ -17,7 +17,7 @@ from hybridkv.cli.main import main
 from hybridkv.engine.convert import convert
 from hybridkv.errors import HybridKVError, ModelError
 from hybridkv.gguf.load import load_gguf
-from hybridkv.gguf.vocabulary import tokenizer_keys
+from hybridkv.gguf.tokenizer_keys import tokenizer_keys
 from tests.families import build
 from tests.gguf.reference import REFERENCE, heldout_text, original_tokenizer_json
 from tests.gguf.test_architectures import stirred

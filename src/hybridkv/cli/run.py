@@ -34,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-m", "--model", metavar="PATH", help="GGUF file or model directory (default: the bundled model)"
     )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that a model directory brings along"
+    )
     add_prompt_arguments(parser)
     parser.add_argument(
         "-n",
@@ -140,7 +143,10 @@ def main(arguments: argparse.Namespace) -> int:
     device = _device(a.device)
     if a.threads is not None:
         torch.set_num_threads(a.threads)
-    description = describe(bundled_model() if a.model is None else model_path(a.model))
+    path = bundled_model() if a.model is None else model_path(a.model)
+    description = describe(path, remote_code="trusted" if a.trust_remote_code else "refused")
+    if a.trust_remote_code and path.is_file():
+        notice("--trust-remote-code changes nothing: there is no code in this model")
     n_ctx = _context(a.ctx_size, description.n_ctx_train)
     make_step = resolve_step(description.config, device.partition(":")[0], kind)
     specs = _resolve(description, policy, guard, device, n_ctx)

@@ -9,7 +9,7 @@ from typing import Any
 
 from hybridkv.errors import ModelFileError, UsageError
 from hybridkv.gguf.convert import TYPES, find_architecture, write_gguf
-from hybridkv.gguf.vocabulary import tokenizer_keys
+from hybridkv.gguf.tokenizer_keys import tokenizer_keys
 from hybridkv.hf.load import load_config, load_tokenizer
 
 DTYPES = tuple(TYPES)

@@ -18,7 +18,7 @@ from hybridkv.cache import LayerFacts
 from hybridkv.errors import ModelError, ModelFileError
 from hybridkv.gguf.load import describe_gguf, load_gguf
 from hybridkv.hf import IMPLEMENTATION, WeightKind, layer_facts, pack_model, packed_parameter
-from hybridkv.hf.load import count_parameters, load_config, load_tokenizer, load_weights
+from hybridkv.hf.load import RemoteCode, count_parameters, load_config, load_tokenizer, load_weights
 
 BUNDLED = "reference-hybrid-q8_0.gguf"
 
@@ -39,6 +39,8 @@ class Description:
         What its layers remember.
     n_ctx_train
         Tokens it was trained for, or None if it does not say.
+    remote_code
+        Whether Python code in its directory may run.
     """
 
     path: Path
@@ -46,10 +48,11 @@ class Description:
     config: Any
     facts: tuple[LayerFacts, ...]
     n_ctx_train: int | None
+    remote_code: RemoteCode = "refused"
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the loaded weights."""
-        return count_parameters(self.config) * dtype.itemsize
+        return count_parameters(self.config, remote_code=self.remote_code) * dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ def bundled_model() -> Path:
     return Path(str(resources.files("hybridkv") / "models" / BUNDLED))
 
 
-def describe(path: Path) -> Description:
+def describe(path: Path, *, remote_code: RemoteCode = "refused") -> Description:
     """What a model is, from its header or config alone.
 
     Raises
@@ -83,14 +86,14 @@ def describe(path: Path) -> Description:
         raise ModelFileError(f"{path} is a part of a model", hint=f"give its directory: -m {path.parent}")
     if path.is_dir() or path.name == "config.json":
         directory = path if path.is_dir() else path.parent
-        config, name = load_config(directory), directory.resolve().name
+        config, name = load_config(directory, remote_code=remote_code), directory.resolve().name
         path = directory
     else:
         name, config = describe_gguf(path)
     text = config.get_text_config(decoder=True)
     n_ctx_train = getattr(text, "max_position_embeddings", None)
     printable = "".join(c if c.isprintable() else "?" for c in name)  # a file's word, shown on a terminal
-    return Description(path, printable, config, _facts(config), n_ctx_train)
+    return Description(path, printable, config, _facts(config), n_ctx_train, remote_code)
 
 
 def _facts(config: Any) -> tuple[LayerFacts, ...]:
@@ -114,10 +117,13 @@ def load(description: Description, *, dtype: torch.dtype, device: str, weights: 
         For whatever is wrong with the files.
     """
     if description.path.is_dir():
-        model = load_weights(description.path, dtype=dtype, device=device, attn_implementation=IMPLEMENTATION)
+        code = description.remote_code
+        model = load_weights(
+            description.path, dtype=dtype, device=device, attn_implementation=IMPLEMENTATION, remote_code=code
+        )
         if weights != "plain":
             pack_model(model, weights)
-        return Loaded(description, model, load_tokenizer(description.path))
+        return Loaded(description, model, load_tokenizer(description.path, remote_code=code))
     replace = None if weights == "plain" else partial(packed_parameter, kind=weights)
     gguf = load_gguf(description.path, dtype=dtype, device=device, attn_implementation=IMPLEMENTATION, replace=replace)
     return Loaded(description, gguf.model, gguf.tokenizer, gguf.notices)

@@ -78,6 +78,18 @@ class Metadata:
             self.expected(name, "a number above zero")
         return value
 
+    def reals(self, name: str, length: int) -> list[float]:
+        """Return an array of exactly `length` numbers, none NaN."""
+        value = self.header.metadata.get(self.key(name))
+        if (
+            not isinstance(value, np.ndarray)
+            or value.dtype.kind != "f"
+            or len(value) != length
+            or np.isnan(value).any()
+        ):
+            self.expected(name, f"{length} numbers")
+        return [float(number) for number in value]
+
     def flags(self, name: str, length: int) -> list[bool]:
         """Return an array of exactly `length` flags."""
         value = self.header.metadata.get(self.key(name))

@@ -1,84 +1,103 @@
-"""The metadata of a byte-level BPE tokenizer, the inverse of `tokenizer.py`.
+"""What all kinds of vocabulary share: tokens with their types, tokens matched whole, begin and end of text.
 
-Owns which keys a tokenizer becomes. Called by `engine/convert.py` with the JSON that the `tokenizers` library writes.
+Owns the reading of `tokenizer.ggml.tokens`, `token_type` and the `add_*_token` flags. Does not own how
+text becomes tokens (`bpe.py`, `spm.py`), which call it.
+
+Token types, source: gguf-py `TokenType`. Control tokens become special tokens, user-defined ones plain
+added tokens; both are matched whole in the text. Unused ones stay out of the vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from gguf import TokenType
 
-from hybridkv.errors import ModelError
-from hybridkv.gguf.architectures.record import Keys
-from hybridkv.gguf.pretokenizers import PRE_TOKENIZERS
+from hybridkv.gguf.metadata import Metadata
 
-_GPT2 = PRE_TOKENIZERS["gpt-2"].splits[0]
-_HINT = "leave the tokenizer out with --no-tokenizer; the file then runs with --ids"
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer, processors
 
 
-def tokenizer_keys(tokenizer: dict[str, Any], n_tokens: int) -> Keys:
-    """Return tokens, types, merges and the pre-tokenizer's name.
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The tokens of a file.
 
     Parameters
     ----------
-    tokenizer
-        What tokenizer.json holds.
-    n_tokens
-        Rows of the embedding, which may be more than there are tokens.
+    tokens
+        All of them, by id.
+    types
+        Their `TokenType` numbers, by id.
+    ids
+        Ids of those in use, by text.
+    """
+
+    tokens: Sequence[str]
+    types: Sequence[int]
+    ids: Mapping[str, int]
+
+    def of_type(self, type_: TokenType) -> list[str]:
+        """Return the tokens in use that have this type, in order of their ids."""
+        return [token for token, index in self.ids.items() if self.types[index] == type_]
+
+
+def read_vocabulary(meta: Metadata) -> Vocabulary:
+    """Read the tokens.
 
     Raises
     ------
-    ModelError
-        For a tokenizer that is not byte-level BPE, splits text in a way that has no name, or has more tokens than
-        the model.
+    ModelFileError
+        If they are missing, do not fit their types, or if two have one text.
     """
-    model = tokenizer["model"]
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        raise ModelError(f"the tokenizer is of type {model.get('type')!r}; allowed: byte-level BPE", hint=_HINT)
-    tokens: dict[int, str] = {index: token for token, index in model["vocab"].items()}
-    types = dict.fromkeys(tokens, TokenType.NORMAL)
-    for added in tokenizer.get("added_tokens") or ():
-        tokens[added["id"]] = added["content"]
-        types[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
-    if max(tokens) >= n_tokens:
-        raise ModelError(f"the tokenizer has a token {max(tokens)}; the model has {n_tokens}", hint=_HINT)
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": _name(tokenizer),
-        "tokenizer.ggml.tokens": [tokens.get(index, f"[PAD{index}]") for index in range(n_tokens)],
-        "tokenizer.ggml.token_type": [int(types.get(index, TokenType.UNUSED)) for index in range(n_tokens)],
-        "tokenizer.ggml.merges": merges,
-    }
+    tokens = meta.texts("tokenizer.ggml.tokens")
+    types = [int(TokenType.NORMAL)] * len(tokens)
+    if meta.has("tokenizer.ggml.token_type"):
+        types = meta.integers("tokenizer.ggml.token_type", len(tokens))
+    ids: dict[str, int] = {}
+    for index, (token, type_) in enumerate(zip(tokens, types, strict=True)):
+        if not token or type_ == TokenType.UNUSED:
+            continue
+        if ids.setdefault(token, index) != index:
+            meta.fail(f"tokens {ids[token]} and {index} of 'tokenizer.ggml.tokens' are both {token[:60]!r}")
+    return Vocabulary(tokens, types, ids)
 
 
-def _name(tokenizer: dict[str, Any]) -> str:
-    """Return the name of the way a tokenizer splits text: the first that does the same in all respects."""
-    splits = _splits(tokenizer.get("pre_tokenizer") or {})
-    composes = any(step.get("type") == "NFC" for step in _steps(tokenizer.get("normalizer") or {}, "normalizers"))
-    whole = bool(tokenizer["model"].get("ignore_merges"))
-    for name, record in PRE_TOKENIZERS.items():
-        alike = (record.normalizer == "nfc", record.whole_pieces == "vocabulary") == (composes, whole)
-        if splits == record.splits and alike:
-            return name
-    raise ModelError(f"the tokenizer splits text in a way that no GGUF name is known for: {splits}", hint=_HINT)
+def add_whole_tokens(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+    """Have control and user-defined tokens matched whole in the raw text; they keep their ids."""
+    from tokenizers import AddedToken
+
+    for type_, add in (
+        (TokenType.CONTROL, tokenizer.add_special_tokens),
+        (TokenType.USER_DEFINED, tokenizer.add_tokens),
+    ):
+        add([AddedToken(token, normalized=False) for token in vocabulary.of_type(type_)])
 
 
-def _splits(pre_tokenizer: dict[str, Any]) -> tuple[str, ...]:
-    splits: list[str] = []
-    for step in _steps(pre_tokenizer, "pretokenizers"):
-        kind = step.get("type")
-        if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
-            splits.append(step["pattern"].get("Regex") or step["pattern"].get("String"))
-        elif kind == "Digits" and step.get("individual_digits"):
-            splits.append(r"\p{N}")
-        elif kind == "ByteLevel" and not step.get("add_prefix_space"):
-            splits += [_GPT2] if step.get("use_regex", True) else []
-        else:
-            splits.append(f"<{kind}>")
-    return tuple(splits)
+def begin_and_end(
+    meta: Metadata, vocabulary: Vocabulary, *, bos: bool, eos: bool = False
+) -> processors.PostProcessor | None:
+    """Return what adds the beginning and end of text, as the file's flags say, or None if neither is added.
 
+    `bos` and `eos` are what holds where the file has no such flag.
+    """
+    from tokenizers import processors
 
-def _steps(step: dict[str, Any], parts: str) -> list[dict[str, Any]]:
-    return list(step[parts]) if step.get("type") == "Sequence" else [step] if step else []
+    tokens = vocabulary.tokens
+    added: dict[str, dict[str, Any]] = {}
+    for role, default in (("bos", bos), ("eos", eos)):
+        key = f"tokenizer.ggml.add_{role}_token"
+        if not meta.flag(key, default=default):
+            continue
+        index = meta.token_id(role, len(tokens))
+        if index is not None:
+            added[role] = {"id": role, "ids": [index], "tokens": [tokens[index]]}
+        elif meta.has(key):
+            meta.expected(f"tokenizer.ggml.{role}_token_id", f"the token that {key!r} adds")
+    if not added:
+        return None
+    single = " ".join(role for role in ("bos", "$A", "eos") if role in {"$A", *added})
+    pair = f"{single} {single.replace('$A', '$B')}"
+    return processors.TemplateProcessing(single=single, pair=pair, special_tokens=list(added.values()))
