@@ -130,6 +130,9 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 CONTROLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {"num_hidden_layers": 2, "num_key_value_heads": 1, "attention_bias": True}),
+    "qwen2": ("Qwen2ForCausalLM", {"num_hidden_layers": 2}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", {"num_hidden_layers": 2, "head_dim": 32, "norm_topk_prob": True, **_EXPERTS}),
     "qwen3": ("Qwen3ForCausalLM", {"num_hidden_layers": 2, "head_dim": 48, "num_attention_heads": 6}),
     "gemma2": (
         "Gemma2ForCausalLM",
@@ -160,11 +163,13 @@ CONTROLS: dict[str, tuple[str, dict[str, Any]]] = {
 FAMILIES = {**HYBRIDS, **CONTROLS}
 
 
-def build(family: str, *, dtype: torch.dtype = torch.float32, attention: str = "eager") -> PreTrainedModel:
-    """A random model of `family`; the same weights at every call."""
+def build(
+    family: str, *, dtype: torch.dtype = torch.float32, attention: str = "eager", **changes: Any
+) -> PreTrainedModel:
+    """A random model of `family`, with `changes` to its config; the same weights at every call."""
     class_name, options = FAMILIES[family]
     model_class = getattr(transformers, class_name)
-    config = model_class.config_class(**{**_BASE, **options})
+    config = model_class.config_class(**{**_BASE, **options, **changes})
     config._attn_implementation = attention
     torch.manual_seed(7)
     model = model_class(config)

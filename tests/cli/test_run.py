@@ -423,3 +423,16 @@ def test_unknown_engine(cli: Cli) -> None:
     done = cli("run", "--ids", "3", "-n", 1, "--engine", "fast")
     assert done.code == 2
     assert "allowed: auto, native, eager" in done.err
+
+
+@pytest.mark.parametrize(("engine", "weights", "said"), [("auto", "bf16", "bf16"), ("eager", "int8", "q8_0")])
+def test_weights_as_asked(cli: Cli, engine: str, weights: str, said: str) -> None:
+    done = cli("run", "--ids", "3,4", "-n", 1, "--engine", engine, "--weights", weights)
+    assert done.code == 0
+    assert f"weights {said}" in done.err
+
+
+def test_unknown_weights(cli: Cli) -> None:
+    done = cli("run", "--ids", "3", "-n", 1, "--weights", "int3")
+    assert done.code == 2
+    assert "allowed: auto, plain, f32, bf16, int8" in done.err

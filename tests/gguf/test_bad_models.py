@@ -87,7 +87,7 @@ BAD_KEYS: dict[str, tuple[Callable[[Draft], None], str]] = {
     "only prediction blocks": (with_key("nextn_predict_layers", 4), "nextn_predict_layers' is 4"),
     "split": (
         lambda file: file.keys.update({"split.count": 3}),
-        "one part of a split model",
+        "one of 3 parts, and not named like one",
     ),
     "bos beyond the vocabulary": (
         lambda file: file.keys.update({"tokenizer.ggml.bos_token_id": 288}),

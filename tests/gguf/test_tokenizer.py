@@ -1,43 +1,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiktoken
+from hypothesis import given, settings
+from tiktoken_ext import openai_public
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
 from hybridkv.errors import ModelFileError
 from hybridkv.gguf.metadata import Metadata
 from hybridkv.gguf.pretokenizers import PRE_TOKENIZERS
 from hybridkv.gguf.reader import read_header
-from hybridkv.gguf.tokenizer import load_tokenizer
+from hybridkv.gguf.tokenizer import end_ids, load_tokenizer
+from tests import models as shipped
 from tests.gguf.reference import REFERENCE, heldout_text, original_tokenizer_json
+from tests.gguf.texts import COMBINING_MARKS, ODD, RUNS, any_text
 from tests.gguf.write_qwen35 import Draft, Key, draft, tiny_model, tokenizer_keys
 from tests.oracles import ik_llama
 
-COMBINING_MARKS = "नमस्ते दुनिया, வணக்கம்"
 # ik_llama.cpp's adapted patterns of these leave out the original's `\p{M}`.
-WITHOUT_MARKS = ("tekken", "gpt-4o", "llama4")
-ODD = (
-    "",
-    " ",
-    "   \n\n  \t x",
-    "a\r\nb\r\n\r\n  c",
-    "I'll we'RE they'd can't IT'S",
-    "1234567 12.5e-3 x1y22z333",
-    "naïve café — “quotes” … ½ ² Ⅷ",
-    COMBINING_MARKS,
-    "中文字符和日本語テキスト",
-    "emoji 👩‍👩‍👧 🇩🇪 ✨",
-    "/* a */ x+=y**2; //end\n\tif (a&&b) {",
-    "CamelCaseAndUPPERCase lower",
-    "nul \0 and \x7f",
-    "trailing   ",
-)
+WITHOUT_MARKS = ("tekken", "gpt-4o", "llama4", "kanana2")
 
 
 def build(keys: dict[str, Key], tmp_path: Path) -> PreTrainedTokenizerFast:
@@ -113,6 +103,75 @@ def test_splits_agree_with_ik_llama(tmp_path: Path, pre: str) -> None:
         for text in (*ODD, heldout_text()):
             if text != COMBINING_MARKS or pre not in WITHOUT_MARKS:
                 assert ours(text).input_ids == theirs.tokenize(text), text
+
+
+OPENAI = {"gpt-2": "gpt2", "llama-bpe": "cl100k_base", "dbrx": "cl100k_base", "gpt-4o": "o200k_base"}
+
+
+@pytest.mark.parametrize("pre", OPENAI)
+def test_splits_agree_with_tiktoken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pre: str) -> None:
+    """OpenAI's own patterns in OpenAI's own engine: the originals of these four."""
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *args, **kwargs: {})
+    monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", lambda *args, **kwargs: {})
+    pattern = getattr(openai_public, OPENAI[pre])()["pat_str"]
+    tokens, _ = greedy_vocabulary()
+    to_byte = {character: byte for byte, character in bytes_to_unicode().items()}
+    ranks = {bytes(to_byte[character] for character in token): rank for rank, token in enumerate(tokens)}
+    original = tiktoken.Encoding(pre, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    ours = build(greedy_keys(pre) | {"tokenizer.ggml.add_bos_token": False}, tmp_path)
+    to_rank = {token: rank for rank, token in enumerate(tokens)}
+    for text in (*ODD, *RUNS, heldout_text()):
+        found = [to_rank[token] for token in ours.convert_ids_to_tokens(ours(text).input_ids)]
+        assert found == original.encode(text), text
+
+
+@pytest.fixture(scope="module")
+def theirs() -> Iterator[ik_llama.IkModel]:
+    with ik_llama.model(shipped.smollm2(), content="vocab") as model:
+        yield model
+
+
+class TestSmolLM2:
+    """A real vocabulary of 49152 tokens, 17 of them special."""
+
+    @staticmethod
+    @cache
+    def ours() -> PreTrainedTokenizerFast:
+        tokenizer = load_tokenizer(Metadata(read_header(shipped.smollm2())))
+        assert tokenizer is not None
+        return tokenizer
+
+    def test_ids_agree_with_ik_llama(self, theirs: ik_llama.IkModel) -> None:
+        for text in (*ODD, *RUNS, heldout_text(), "<|im_start|>user\nHi<|im_end|>\n", "x<|endoftext|>"):
+            assert self.ours()(text).input_ids == theirs.tokenize(text), text
+
+    @given(text=any_text)
+    @settings(max_examples=200, deadline=None, derandomize=True, database=None)
+    def test_ids_of_any_text_agree_with_ik_llama(self, theirs: ik_llama.IkModel, text: str) -> None:
+        """Where a byte is no token (21 are not), ik_llama.cpp merges nothing across it and `tokenizers` does."""
+        known = self.ours().get_vocab().keys() & set(bytes_to_unicode().values())
+        text = "".join(c for c in text if {bytes_to_unicode()[byte] for byte in c.encode()} <= known)
+        assert self.ours()(text).input_ids == theirs.tokenize(text)
+
+    def test_a_turn_ends_the_answer(self) -> None:
+        meta = Metadata(read_header(shipped.smollm2()))
+        assert end_ids(meta, 49152) == [2, 0]  # <|im_end|>, <|endoftext|>
+
+    def test_chat(self) -> None:
+        text = self.ours().apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+        assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+        assert text.endswith("<|im_start|>user\nHi<|im_end|>\n")
+
+
+@pytest.fixture(scope="module")
+def every_byte(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+    return build(greedy_keys("smollm"), tmp_path_factory.mktemp("tokenizer"))
+
+
+@given(text=any_text)
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+def test_every_text_survives(every_byte: PreTrainedTokenizerFast, text: str) -> None:
+    assert every_byte.decode(every_byte(text).input_ids) == text
 
 
 def test_no_pre_tokenizer_name_appears_twice() -> None:
@@ -227,7 +286,7 @@ def test_a_chat_template_runs_in_a_sandbox(tmp_path: Path) -> None:
 
 
 DEFECTS: dict[str, tuple[str, Key | None, str]] = {
-    "kind": ("tokenizer.ggml.model", "llama", "unknown tokenizer 'llama' .* known: gpt2"),
+    "kind": ("tokenizer.ggml.model", "bert", "unknown tokenizer 'bert' .* known: gpt2, llama"),
     "kind is a number": ("tokenizer.ggml.model", 3, "'tokenizer.ggml.model' is 3; expected a text"),
     "pre-tokenizer": ("tokenizer.ggml.pre", "new", "unknown pre-tokenizer 'new' .* known: gpt-2, .*qwen35"),
     "no pre-tokenizer": ("tokenizer.ggml.pre", None, "'tokenizer.ggml.pre' is missing"),

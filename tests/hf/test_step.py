@@ -13,11 +13,23 @@ from transformers import DynamicCache, PreTrainedModel
 from hybridkv.cache import KVTypes
 from hybridkv.errors import UsageError
 from hybridkv.formats import FORMATS
-from hybridkv.hf import EagerStep, ModelCache, NativeStep, kv_facts, layer_facts, parse_step, resolve_step
+from hybridkv.hf import (
+    EagerStep,
+    ModelCache,
+    NativeStep,
+    WeightKind,
+    kv_facts,
+    layer_facts,
+    pack_model,
+    packed_parameter,
+    parse_step,
+    parse_weights,
+    resolve_step,
+)
 from hybridkv.hf.step.native import MAX_ROWS
 from hybridkv.kernels import KERNELS, cpu_native
 from hybridkv.policy import Guard, GuardMode, NonFiniteError, Policy
-from tests.families import HYBRIDS, build
+from tests.families import FAMILIES, HYBRIDS, build
 
 NATIVE = ("qwen3_5_text",)
 needs_native = pytest.mark.skipif(cpu_native.available() is not None, reason="the native extension is not built")
@@ -56,8 +68,13 @@ def transformers_logits(
     if rounded:
         round_weights(model)
     model = model.to(dtype)
-    cache = DynamicCache(config=model.config)
-    return [model(input_ids=p, past_key_values=cache, use_cache=True).logits[:, -1] for p in pieces]
+    cache, position, logits = DynamicCache(config=model.config), 0, []
+    for piece in pieces:
+        positions = torch.arange(position, position + piece.shape[1]).expand(piece.shape)
+        answer = model(input_ids=piece, position_ids=positions, past_key_values=cache, use_cache=True)
+        logits.append(answer.logits[:, -1])
+        position += piece.shape[1]
+    return logits
 
 
 def error(got: Tensor, exact: Tensor) -> float:
@@ -181,14 +198,64 @@ def test_cache_operations_between_steps() -> None:
     assert torch.allclose(step.forward(then[:1], cache, 7), alone[0], atol=1e-5)
 
 
-def test_released_weights_are_not_missed() -> None:
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_own_code_on_packed_weights(family: str, rounded: bool) -> None:
+    """Every family, whatever its code does with a weight; against plain float32 weights."""
+    pieces = [tokens(2, 7), tokens(2, 1, seed=1)]
+    model = build(family, attention="hybridkv")
+    if rounded:
+        round_weights(model)
+    cache, position, got = cache_for(model), 0, []
+    pack_model(model)
+    step = EagerStep(model)
+    assert ("q8_0" in step.name) == rounded
+    for piece in pieces:
+        got.append(step.forward(piece, cache, position))
+        position += piece.shape[1]
+    exact = torch.cat(transformers_logits(family, rounded, pieces, torch.float32))
+    assert error(torch.cat(got), exact.double()) < (2e-3 if rounded else 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["auto", "f32", "bf16", "int8"])
+def test_weights_are_held_as_asked(kind: WeightKind) -> None:
     model = build("qwen3_5_text", attention="hybridkv")
+    pack_model(model, kind)
     step = NativeStep(model)
-    before = step.forward(tokens(1, 5), cache_for(model), 0)
-    step.release_weights()
-    assert model.lm_head.weight.numel() == 0
-    assert torch.equal(step.forward(tokens(1, 5), cache_for(model), 0), before)
-    step.forward(tokens(1, 200), cache_for(model), 0)  # larger buffers are written down anew
+    kept = {"auto": "f32", "int8": "q8_0"}.get(kind, kind)
+    assert step.name.endswith(f"weights {kept}")
+    exact = transformers_logits("qwen3_5_text", False, [tokens(1, 7)])[0]
+    got = step.forward(tokens(1, 7), cache_for(model), 0)
+    assert (0 if kept == "f32" else 1e-4) < error(got, exact) < (2e-5 if kept == "f32" else 0.1)
+
+
+def test_a_packed_tensor_is_its_values_to_whoever_asks() -> None:
+    weight = torch.randn(33, 64, generator=torch.Generator().manual_seed(0))
+    held = packed_parameter(torch.nn.Parameter(weight, requires_grad=False), "f32")
+    assert isinstance(held, torch.nn.Parameter)
+    assert held.shape == (33, 64)
+    assert held.dtype == torch.float32
+    assert torch.equal(held + 0, weight)
+    assert torch.equal(held.T @ torch.ones(33), weight.T @ torch.ones(33))
+    x, ids = torch.randn(2, 3, 64), torch.tensor([[4, 32]])
+    linear = torch.nn.functional.linear(x, held, torch.ones(33))
+    assert torch.allclose(linear, x @ weight.T + 1, atol=1e-5)
+    assert torch.equal(torch.nn.functional.embedding(ids, held), weight[ids])
+    vector = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+    assert packed_parameter(vector, "f32") is vector
+
+
+def test_tied_weights_stay_tied() -> None:
+    model = build("qwen3_5_text", attention="hybridkv")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    pack_model(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_unknown_weights() -> None:
+    with pytest.raises(UsageError, match="no weights 'int3'; allowed: auto, plain, f32, bf16, int8"):
+        parse_weights("int3")
 
 
 @pytest.mark.parametrize("family", HYBRIDS)
@@ -214,11 +281,3 @@ def test_configs_that_the_family_refuses() -> None:
 def test_unknown_step() -> None:
     with pytest.raises(UsageError, match="no step 'fast'; allowed: auto, native, eager"):
         parse_step("fast")
-
-
-@pytest.mark.parametrize("step_class", [NativeStep, EagerStep])
-def test_a_damaged_weight_is_named(step_class: type[NativeStep | EagerStep]) -> None:
-    model = build("qwen3_5_text", attention="hybridkv")
-    assert step_class(model).damaged_weight is None
-    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan
-    assert step_class(model).damaged_weight == "model.layers.1.mlp.up_proj.weight"

@@ -12,17 +12,18 @@ import re
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from types import ModuleType
 from typing import NoReturn
 
 from hybridkv import __version__
-from hybridkv.cli import doctor, plan, run
+from hybridkv.cli import bench, convert, doctor, plan, run
 from hybridkv.errors import HybridKVError, UsageError
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
-_COMMANDS = (run, plan, doctor)
+_COMMANDS = (run, plan, bench, convert, doctor)
 _OPTION = re.compile(r"--?[A-Za-z][\w-]*")
 
 
@@ -61,35 +62,50 @@ def _hint(message: str) -> str | None:
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
-    """The whole command line, and each command's own parser."""
+    """The whole command line, and each command's own parser: `run`, ..., `bench`, `bench attention`, ..."""
     parser = Parser(
         prog="hybridkv",
         description="Run hybrid recurrent/attention language models with a quantized KV cache.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"hybridkv {__version__}")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    commands = {}
-    for module in _COMMANDS:
-        command = subparsers.add_parser(module.NAME, help=module.HELP, description=module.HELP, allow_abbrev=False)
-        module.add_arguments(command)
-        command.set_defaults(main=module.main)
-        commands[module.NAME] = command
+    commands: dict[str, Parser] = {}
+    _add_commands(parser, _COMMANDS, "", commands)
     return parser, commands
+
+
+def _add_commands(parser: Parser, modules: Sequence[ModuleType], above: str, commands: dict[str, Parser]) -> None:
+    """Add sub-commands to `parser`. A module with `COMMANDS` has sub-commands of its own, any other has options."""
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for module in modules:
+        name = f"{above} {module.NAME}".strip()
+        command = subparsers.add_parser(module.NAME, help=module.HELP, description=module.HELP, allow_abbrev=False)
+        commands[name] = command
+        if hasattr(module, "COMMANDS"):
+            _add_commands(command, module.COMMANDS, name, commands)
+        else:
+            module.add_arguments(command)
+            command.set_defaults(main=module.main)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser, commands = build_parser()
-    names = ", ".join(commands)
-    if not argv:
-        raise UsageError(f"no command was given; allowed: {names}", hint='try hybridkv run -p "Hello world"')
-    name = argv[0]
-    if name in commands:
-        commands[name].check_options(argv[1:])
-    elif not (name.startswith("-") and name in parser._option_string_actions):
-        near = get_close_matches(name, commands, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else 'try hybridkv run -p "Hello world"'
-        raise UsageError(f"unknown command {name!r}; allowed: {names}", hint=hint)
+    name, chosen, rest = "", parser, list(argv)
+    while names := [full for full in commands if full.rpartition(" ")[0] == name]:
+        kind, allowed = name or "command", ", ".join(full.rpartition(" ")[2] for full in names)
+        example = "try hybridkv bench attention --quick" if name else 'try hybridkv run -p "Hello world"'
+        if not rest:
+            raise UsageError(f"no {kind} was given; allowed: {allowed}", hint=example)
+        word = rest.pop(0)
+        if word.startswith("-") and word in chosen._option_string_actions:
+            return parser.parse_args(argv)  # --help, --version
+        full = f"{name} {word}".strip()
+        if full not in commands:
+            near = get_close_matches(full, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else example
+            raise UsageError(f"unknown {kind} {word!r}; allowed: {allowed}", hint=hint)
+        name, chosen = full, commands[full]
+    chosen.check_options(rest)
     return parser.parse_args(argv)
 
 

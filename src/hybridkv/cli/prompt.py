@@ -46,6 +46,8 @@ def prompt_ids(prompt: str | list[int], model: Any, tokenizer: Any | None, *, ch
     ------
     UsageError
         If the model has no tokenizer, no chat template, or no such token ids.
+    ModelFileError
+        If its chat template fails, or tries what it must not.
     """
     if not isinstance(prompt, str):
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
@@ -55,10 +57,9 @@ def prompt_ids(prompt: str | list[int], model: Any, tokenizer: Any | None, *, ch
     if tokenizer is None:
         raise UsageError("this model has no tokenizer", hint="give the prompt as token ids with --ids")
     if chat:
-        if not tokenizer.chat_template:
-            raise UsageError("--chat: this model has no chat template", hint="leave --chat out")
-        message = [{"role": "user", "content": prompt}]
-        text: str = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        from hybridkv.hf.chat import chat_text
+
+        text = chat_text(tokenizer, [{"role": "user", "content": prompt}])
         return text, list(tokenizer.encode(text, add_special_tokens=False))
     return prompt, list(tokenizer.encode(prompt))
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hybridkv.cli.stream import Streams
     from hybridkv.engine import Engine, SamplingParams
     from hybridkv.engine.load import Description, Loaded
+    from hybridkv.hf import StepKind, WeightKind
     from hybridkv.policy import Guard
 
 NAME = "run"
@@ -32,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `hybridkv run`, in llama-cli's spellings."""
     parser.add_argument(
         "-m", "--model", metavar="PATH", help="GGUF file or model directory (default: the bundled model)"
+    )
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that a model directory brings along"
     )
     add_prompt_arguments(parser)
     parser.add_argument(
@@ -79,6 +83,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what runs the layers outside of attention: native code where it knows the model, or Transformers' own "
         "forward pass (default auto)",
     )
+    parser.add_argument(
+        "--weights",
+        default="auto",
+        metavar="auto|plain|f32|bf16|int8",
+        help="how matrices are held: packed without any change, plain tensors, or rounded; int8 is q8_0 (default auto: "
+        "packed on the CPU, plain under --engine eager)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of text")
     add_cache_arguments(parser)
     _add_sampling_arguments(parser)
@@ -124,7 +135,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     from hybridkv.engine import Engine
     from hybridkv.engine.load import bundled_model, describe, load
-    from hybridkv.hf import EagerStep, NativeStep, PackedWeights, parse_step, resolve_step
+    from hybridkv.hf import parse_step, parse_weights, resolve_step
 
     kind = parse_step(a.engine)
     transformers_logging.set_verbosity_error()  # its notes on missing speed packages are not this command's
@@ -132,17 +143,20 @@ def main(arguments: argparse.Namespace) -> int:
     device = _device(a.device)
     if a.threads is not None:
         torch.set_num_threads(a.threads)
-    description = describe(bundled_model() if a.model is None else model_path(a.model))
+    path = bundled_model() if a.model is None else model_path(a.model)
+    description = describe(path, remote_code="trusted" if a.trust_remote_code else "refused")
+    if a.trust_remote_code and path.is_file():
+        notice("--trust-remote-code changes nothing: there is no code in this model")
     n_ctx = _context(a.ctx_size, description.n_ctx_train)
     make_step = resolve_step(description.config, device.partition(":")[0], kind)
     specs = _resolve(description, policy, guard, device, n_ctx)
     dtype = torch.float32 if device.startswith("cpu") else torch.bfloat16
-    weights = PackedWeights() if make_step is NativeStep else None
+    weights = _weights(parse_weights(a.weights), kind, device)
     loaded = load(description, dtype=dtype, device=device, weights=weights)
     for line in loaded.notices:
         notice(line)
     text, ids = prompt_ids(prompt, loaded.model, loaded.tokenizer, chat=a.chat)
-    step = EagerStep(loaded.model) if weights is None else NativeStep(loaded.model, weights)
+    step = make_step(loaded.model)
     print(f"engine: {step.name}", file=sys.stderr)
     try:
         engine = Engine(loaded.model, specs, n_ctx=n_ctx, guard=guard, notify=warning, step=step)
@@ -155,6 +169,18 @@ def main(arguments: argparse.Namespace) -> int:
             f"not enough memory: the KV cache of {a.parallel} x {n_ctx} tokens takes {size(needed)}",
             hint="take a smaller -c, fewer sequences (-np) or smaller types (-ctk, -ctv); `hybridkv plan` counts them",
         ) from error
+
+
+def _weights(asked: WeightKind, engine: StepKind, device: str) -> WeightKind:
+    """How matrices are held: packed on the CPU, but plain under an engine that was asked to be."""
+    from hybridkv.hf import packing_rejects
+
+    reason = packing_rejects(device.partition(":")[0])
+    if asked == "auto" and (reason is not None or engine == "eager"):
+        return "plain"
+    if asked not in ("auto", "plain") and reason is not None:
+        raise UsageError(f"--weights {asked}: {reason}; allowed: auto, plain", hint="leave --weights out")
+    return asked
 
 
 def _is_out_of_memory(error: Exception) -> bool:

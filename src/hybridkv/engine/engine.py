@@ -106,8 +106,7 @@ class Engine:
         self._check(prompt, n_predict, n_seqs)
         sampler = Sampler(params)
         start = time.perf_counter()
-        self.history = torch.tensor([list(prompt)], dtype=torch.long)
-        logits = self._advance(self.history)
+        logits = self.prefill(prompt)
         self.timings.n_prompt = len(prompt)
         self.timings.prompt_s = time.perf_counter() - start
         if n_seqs > 1:
@@ -125,6 +124,16 @@ class Engine:
             self.timings.n_generated += n_seqs
             self.timings.generation_s += time.perf_counter() - start
             yield tuple(tokens.tolist())
+
+    def prefill(self, prompt: Sequence[int]) -> Tensor:
+        """Process a prompt on an empty cache; the logits after it, float32 `[1, V]`, finite."""
+        self.history = torch.tensor([list(prompt)], dtype=torch.long)
+        return self._advance(self.history)
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """Append one token per sequence, int64 `[B]`; the logits after them, float32 `[B, V]`, finite."""
+        self.history = torch.cat([self.history, tokens.unsqueeze(1)], dim=1)
+        return self._advance(self.history[:, -1:])
 
     def _check(self, prompt: Sequence[int], n_predict: int, n_seqs: int) -> None:
         if not prompt:
@@ -203,8 +212,9 @@ class Engine:
         ModelError
             Naming the first tensor that is not finite.
         """
-        if (name := self.step.damaged_weight) is not None:
-            raise ModelError(
-                f"the weights are not finite: {name} holds NaN or infinity",
-                hint="the model file is damaged or was converted wrongly; no cache type can help",
-            )
+        for name, weight in self._model.named_parameters():
+            if not torch.isfinite(weight).all():
+                raise ModelError(
+                    f"the weights are not finite: {name} holds NaN or infinity",
+                    hint="the model file is damaged or was converted wrongly; no cache type can help",
+                )

@@ -7,6 +7,7 @@ memory is planned before anything large is touched; `load` then loads.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ import torch
 from hybridkv.cache import LayerFacts
 from hybridkv.errors import ModelError, ModelFileError
 from hybridkv.gguf.load import describe_gguf, load_gguf
-from hybridkv.hf import IMPLEMENTATION, PackedWeights, layer_facts
-from hybridkv.hf.load import count_parameters, load_config, load_tokenizer, load_weights
+from hybridkv.hf import IMPLEMENTATION, WeightKind, layer_facts, pack_model, packed_parameter
+from hybridkv.hf.load import RemoteCode, count_parameters, load_config, load_tokenizer, load_weights
 
 BUNDLED = "reference-hybrid-q8_0.gguf"
 
@@ -38,6 +39,8 @@ class Description:
         What its layers remember.
     n_ctx_train
         Tokens it was trained for, or None if it does not say.
+    remote_code
+        Whether Python code in its directory may run.
     """
 
     path: Path
@@ -45,10 +48,11 @@ class Description:
     config: Any
     facts: tuple[LayerFacts, ...]
     n_ctx_train: int | None
+    remote_code: RemoteCode = "refused"
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the loaded weights."""
-        return count_parameters(self.config) * dtype.itemsize
+        return count_parameters(self.config, remote_code=self.remote_code) * dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +70,7 @@ def bundled_model() -> Path:
     return Path(str(resources.files("hybridkv") / "models" / BUNDLED))
 
 
-def describe(path: Path) -> Description:
+def describe(path: Path, *, remote_code: RemoteCode = "refused") -> Description:
     """What a model is, from its header or config alone.
 
     Raises
@@ -82,14 +86,14 @@ def describe(path: Path) -> Description:
         raise ModelFileError(f"{path} is a part of a model", hint=f"give its directory: -m {path.parent}")
     if path.is_dir() or path.name == "config.json":
         directory = path if path.is_dir() else path.parent
-        config, name = load_config(directory), directory.resolve().name
+        config, name = load_config(directory, remote_code=remote_code), directory.resolve().name
         path = directory
     else:
         name, config = describe_gguf(path)
     text = config.get_text_config(decoder=True)
     n_ctx_train = getattr(text, "max_position_embeddings", None)
     printable = "".join(c if c.isprintable() else "?" for c in name)  # a file's word, shown on a terminal
-    return Description(path, printable, config, _facts(config), n_ctx_train)
+    return Description(path, printable, config, _facts(config), n_ctx_train, remote_code)
 
 
 def _facts(config: Any) -> tuple[LayerFacts, ...]:
@@ -99,25 +103,27 @@ def _facts(config: Any) -> tuple[LayerFacts, ...]:
         raise ModelError(f"the config of {config.model_type!r} describes no model: {error}") from error
 
 
-def load(description: Description, *, dtype: torch.dtype, device: str, weights: PackedWeights | None = None) -> Loaded:
+def load(description: Description, *, dtype: torch.dtype, device: str, weights: WeightKind = "plain") -> Loaded:
     """The model and its tokenizer.
 
     Parameters
     ----------
     weights
-        Takes each matrix as it is read, for a native step; the model itself cannot run then.
+        How matrices are held; packed one by one as they are read, so that no more than one is ever held twice.
 
     Raises
     ------
     ModelFileError, ModelError
         For whatever is wrong with the files.
     """
-    take = None if weights is None else weights.take
     if description.path.is_dir():
-        model = load_weights(description.path, dtype=dtype, device=device, attn_implementation=IMPLEMENTATION)
-        if take is not None:
-            for name, parameter in model.named_parameters():
-                take(name, parameter)
-        return Loaded(description, model, load_tokenizer(description.path))
-    gguf = load_gguf(description.path, dtype=dtype, device=device, attn_implementation=IMPLEMENTATION, take=take)
+        code = description.remote_code
+        model = load_weights(
+            description.path, dtype=dtype, device=device, attn_implementation=IMPLEMENTATION, remote_code=code
+        )
+        if weights != "plain":
+            pack_model(model, weights)
+        return Loaded(description, model, load_tokenizer(description.path, remote_code=code))
+    replace = None if weights == "plain" else partial(packed_parameter, kind=weights)
+    gguf = load_gguf(description.path, dtype=dtype, device=device, attn_implementation=IMPLEMENTATION, replace=replace)
     return Loaded(description, gguf.model, gguf.tokenizer, gguf.notices)

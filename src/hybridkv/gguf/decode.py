@@ -55,9 +55,11 @@ def decode_into(
     target
         `[n_rows, n_cols]`, any float dtype and device.
     raw
-        uint8 `[n_rows, row_bytes]`, as in the file.
-    rows, cols
-        Where each row and column of `target` lies in the file, None for the file's own order.
+        uint8 `[rows in the file, row_bytes]`.
+    rows
+        Where each row of the file goes in `target`, None for the same order.
+    cols
+        Where each column of `target` lies in the file, likewise.
     values
         Applied elementwise to the float32 numbers, before they are rounded to `target`'s dtype.
     """
@@ -68,8 +70,12 @@ def decode_into(
     with np.errstate(all="ignore"), torch.no_grad():
         for start in range(0, len(raw), step):
             chunk = slice(start, start + step)
-            part: Floats = dequantize(raw[chunk] if rows is None else raw[rows[chunk]], type_)
+            part: Floats = dequantize(raw[chunk], type_)
             part = part if cols is None else part[:, cols]
             part = part if values is None else values(part)
             # Torch warns about views of the read-only map, and needs aligned, contiguous memory.
-            target[chunk].copy_(torch.from_numpy(np.require(part, np.float32, ["C", "A", "W"])))
+            decoded = torch.from_numpy(np.require(part, np.float32, ["C", "A", "W"]))
+            if rows is None:
+                target[chunk].copy_(decoded)
+            else:
+                target.index_copy_(0, torch.from_numpy(rows[chunk]).to(target.device), decoded.to(target))

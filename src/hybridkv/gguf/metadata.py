@@ -11,9 +11,10 @@ import math
 from typing import NoReturn
 
 import numpy as np
+from gguf import GGMLQuantizationType
 
 from hybridkv.errors import ModelFileError
-from hybridkv.gguf.reader import Header, TensorInfo
+from hybridkv.gguf.reader import Header, TensorInfo, map_parts, raw_rows
 
 _SHARED = ("general.", "tokenizer.", "split.")
 
@@ -77,6 +78,25 @@ class Metadata:
             self.expected(name, "a number above zero")
         return value
 
+    def reals(self, name: str, length: int) -> list[float]:
+        """Return an array of exactly `length` numbers, none NaN."""
+        value = self.header.metadata.get(self.key(name))
+        if (
+            not isinstance(value, np.ndarray)
+            or value.dtype.kind != "f"
+            or len(value) != length
+            or np.isnan(value).any()
+        ):
+            self.expected(name, f"{length} numbers")
+        return [float(number) for number in value]
+
+    def flags(self, name: str, length: int) -> list[bool]:
+        """Return an array of exactly `length` flags."""
+        value = self.header.metadata.get(self.key(name))
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "biu" or len(value) != length:
+            self.expected(name, f"{length} flags")
+        return [bool(flag) for flag in value]
+
     def text(self, name: str) -> str:
         """Return a string."""
         value = self.header.metadata.get(self.key(name))
@@ -111,6 +131,16 @@ class Metadata:
         if name not in self._tensors:
             self.fail(f"tensor {name!r} is missing")
         return self._tensors[name]
+
+    def numbers_in(self, name: str, length: int) -> list[float]:
+        """Return the numbers of a small float32 tensor, all above zero: settings that have no key."""
+        info = self.tensor(name)
+        if info.type != GGMLQuantizationType.F32 or math.prod(info.shape) != length:
+            self.fail(f"tensor {name!r} has shape {list(info.shape)} and type {info.type.name}; expected {length} F32")
+        numbers = np.frombuffer(raw_rows(map_parts(self.header)[info.part], info).tobytes(), "<f4")
+        if not (np.isfinite(numbers) & (numbers > 0)).all():
+            self.fail(f"tensor {name!r} holds {numbers.min()}; expected numbers above zero")
+        return [float(number) for number in numbers]
 
     def token_id(self, role: str, n_tokens: int) -> int | None:
         """Return the id of the `bos`, `eos`, `eot`, `padding`, ... token, None where the file has none."""

@@ -55,14 +55,14 @@ _LLAMA3 = (
 )
 
 _RECORDS = (
-    PreTokenizer(("gpt-2",), (_GPT2,), source="openai/gpt-2 encoder.py; tokenizers, ByteLevel"),
+    PreTokenizer(("gpt-2", "mellum", "a.x-4.0"), (_GPT2,), source="openai/gpt-2 encoder.py; tokenizers, ByteLevel"),
     PreTokenizer(
-        ("smollm", "starcoder", "refact"),
+        ("smollm", "starcoder", "refact", "minerva-7b"),
         (r"\p{N}", _GPT2),
         source="HuggingFaceTB/SmolLM2-135M tokenizer.json: Digits(individual), ByteLevel",
     ),
     PreTokenizer(
-        ("qwen2",),
+        ("qwen2", "deepseek-r1-qwen", "megrez", "kormo"),
         (rf"{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}",),
         normalizer="nfc",
         source="transformers, models/qwen2/tokenization_qwen2.py",
@@ -77,7 +77,7 @@ _RECORDS = (
         source="transformers, models/qwen3_5/tokenization_qwen3_5.py",
     ),
     PreTokenizer(
-        ("llama-bpe", "llama3", "llama-v3", "lfm2", "falcon3", "falcon-h1", "pixtral"),
+        ("llama-bpe", "llama3", "llama-v3", "lfm2", "falcon3", "falcon-h1", "pixtral", "midm-2.0"),
         (_LLAMA3,),
         whole_pieces="vocabulary",
         bos="added",
@@ -99,7 +99,7 @@ _RECORDS = (
         source="mistralai/Mistral-Nemo-Base-2407 tokenizer.json, quoted in llama-vocab.cpp",
     ),
     PreTokenizer(
-        ("gpt-4o", "llama4"),
+        ("gpt-4o", "llama4", "kanana2"),
         (
             rf"[^\r\n\p{{L}}\p{{N}}]?{_CASED}*{_LOWER}+{_CONTRACTION}?"
             rf"|[^\r\n\p{{L}}\p{{N}}]?{_CASED}+{_LOWER}*{_CONTRACTION}?"

@@ -72,7 +72,7 @@ class TensorInfo:
     """Where one tensor lies in the file and how it is stored.
 
     `shape` is in Torch's order (slowest dimension first, the reverse of GGUF's `ne`), `offset` counts
-    from the start of the file.
+    from the start of the file; `part` is the file's number in a split model.
     """
 
     name: str
@@ -80,11 +80,15 @@ class TensorInfo:
     type: GGMLQuantizationType
     nbytes: int
     offset: int
+    part: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """All that a GGUF file says before its weights."""
+    """All that a GGUF file says before its weights.
+
+    The header of a split model has all parts' tensors and, in `parts`, each part's own header (`split.py`).
+    """
 
     path: Path
     file_bytes: int
@@ -92,6 +96,7 @@ class Header:
     architecture: str
     metadata: Mapping[str, Value]
     tensors: tuple[TensorInfo, ...]
+    parts: tuple[Header, ...] = ()
 
 
 def read_header(path: str | Path) -> Header:
@@ -138,6 +143,11 @@ def map_file(header: Header) -> NDArray[np.uint8]:
     return data
 
 
+def map_parts(header: Header) -> list[NDArray[np.uint8]]:
+    """Map all files of a model, in the order of `TensorInfo.part`."""
+    return [map_file(part) for part in header.parts or (header,)]
+
+
 def raw_rows(data: NDArray[np.uint8], info: TensorInfo) -> NDArray[np.uint8]:
     """View a tensor's bytes as rows: uint8 `[rows, row_bytes]`, no copy."""
     n_rows = math.prod(info.shape[:-1])
@@ -159,8 +169,9 @@ class _Walk:
     def header(self) -> Header:
         version, n_tensors, n_keys = self.preamble()
         metadata = self.metadata(n_keys)
-        architecture = metadata.get("general.architecture")
-        if not isinstance(architecture, str) or not architecture:
+        architecture = metadata.get("general.architecture", "")
+        # Only the first part of a split model says what it is.
+        if not isinstance(architecture, str) or not (architecture or metadata.get("split.no")):
             self.fail("the metadata has no text 'general.architecture'", hint="is this a model file?")
         alignment = self.alignment(metadata)
         tensors = self.tensors(n_tensors, alignment)

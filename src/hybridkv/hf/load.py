@@ -1,17 +1,27 @@
-"""Load a Hugging Face directory: config, safetensors weights, tokenizer. Local files only, no code from them."""
+"""Load a Hugging Face directory: config, safetensors weights, tokenizer. Local files only.
+
+Python code that a directory brings along runs only where `remote_code` is `trusted`. A directory that
+brings code for a model type that Transformers has itself is loaded without it.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hybridkv.errors import ModelError, ModelFileError
 from hybridkv.hf.attention import register
+
+RemoteCode = Literal["refused", "trusted"]
+"""Whether Python code in a model directory may run."""
+
+_TRUST_HINT = "read that code, and if you trust it, add --trust-remote-code"
 
 _NO_MODEL = (ArithmeticError, AttributeError, LookupError, TypeError)
 """What Transformers stumbles over, here or there, while it builds what a senseless config asks for."""
@@ -22,25 +32,39 @@ _NONSENSE = (*_NO_MODEL, RuntimeError, ValueError)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
-def load_config(directory: Path) -> Any:
+def load_config(directory: Path, *, remote_code: RemoteCode = "refused") -> Any:
     """The Transformers config of a model directory.
 
     Raises
     ------
     ModelFileError
-        If config.json is missing or not understood.
+        If config.json is missing or not understood, or if only code from the directory could understand it.
     """
     if not (directory / "config.json").is_file():
         raise ModelFileError(
             f"{directory} holds no config.json", hint="give a .gguf file or a Hugging Face model directory"
         )
+    trusted = remote_code == "trusted"
+    code, model_type = _own_code(directory / "config.json"), _entry(directory / "config.json", "model_type")
+    if code and not trusted and model_type not in CONFIG_MAPPING:
+        raise ModelFileError(
+            f"{directory}: its model type {str(model_type)[:60]!r} needs Python code from the directory: {code}",
+            hint=_TRUST_HINT,
+        )
     try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted)
     except (OSError, StrictDataclassError, *_NONSENSE) as error:
         raise ModelFileError(f"{directory / 'config.json'} cannot be read: {_one_line(error)}") from error
 
 
-def load_weights(directory: Path, *, dtype: torch.dtype, device: str, attn_implementation: str) -> Any:
+def load_weights(
+    directory: Path,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    attn_implementation: str,
+    remote_code: RemoteCode = "refused",
+) -> Any:
     """The model of a directory, in eval mode.
 
     Raises
@@ -51,7 +75,7 @@ def load_weights(directory: Path, *, dtype: torch.dtype, device: str, attn_imple
         If weights that the model needs are not in the files.
     """
     register()
-    config = load_config(directory)
+    config = load_config(directory, remote_code=remote_code)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -59,7 +83,7 @@ def load_weights(directory: Path, *, dtype: torch.dtype, device: str, attn_imple
             dtype=dtype,
             attn_implementation=attn_implementation,
             local_files_only=True,
-            trust_remote_code=False,
+            trust_remote_code=remote_code == "trusted",
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report, and refused below by name
@@ -82,20 +106,47 @@ def load_weights(directory: Path, *, dtype: torch.dtype, device: str, attn_imple
     return model.to(device).eval()
 
 
-def load_tokenizer(directory: Path) -> Any | None:
-    """The tokenizer of a directory, or None if it has none."""
+def load_tokenizer(directory: Path, *, remote_code: RemoteCode = "refused") -> Any | None:
+    """The tokenizer of a directory, or None if it has none.
+
+    Raises
+    ------
+    ModelFileError
+        If its files are damaged, or if only code from the directory could understand them.
+    """
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         return None
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        trusted = remote_code == "trusted"
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted)
     except (OSError, *_NONSENSE) as error:
+        if remote_code == "refused" and (code := _own_code(directory / "tokenizer_config.json")):
+            raise ModelFileError(
+                f"{directory}: its tokenizer needs Python code from the directory: {code}", hint=_TRUST_HINT
+            ) from error
         raise ModelFileError(
             f"the tokenizer in {directory} cannot be loaded: {_one_line(error)}",
             hint="tokenizer.json or tokenizer_config.json is damaged, or of a kind that Transformers cannot load",
         ) from error
 
 
-def count_parameters(config: Any) -> int:
+def _own_code(file: Path) -> str:
+    """The classes that a config or tokenizer_config takes from its directory; "" if none."""
+    classes = _entry(file, "auto_map")
+    names = classes.values() if isinstance(classes, dict) else [classes] if classes else []
+    return ", ".join(str(name) for name in names)[:200]
+
+
+def _entry(file: Path, key: str) -> Any:
+    """One entry of a JSON file; None if there is no such entry, or if the file is for others to complain about."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return content.get(key) if isinstance(content, dict) else None
+
+
+def count_parameters(config: Any, *, remote_code: RemoteCode = "refused") -> int:
     """Weights of a model with this config, tied ones once. Builds it without memory.
 
     Raises
@@ -105,7 +156,9 @@ def count_parameters(config: Any) -> int:
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config.get_text_config(decoder=True))
+            model = AutoModelForCausalLM.from_config(
+                config.get_text_config(decoder=True), trust_remote_code=remote_code == "trusted"
+            )
     except _NONSENSE as error:
         raise _no_model(config, error) from error
     return sum(p.numel() for p in model.parameters())

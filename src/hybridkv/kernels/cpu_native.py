@@ -7,7 +7,7 @@ instruction set. Knows no cases and no views: `hybridkv.kernels.cpu` adapts it t
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from types import ModuleType
 from typing import Literal, cast
@@ -131,6 +131,7 @@ def attend(
     causal: bool = True,
     seq_start: Tensor | None = None,
     n_threads: int | None = None,
+    on_scratch: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Attention over the stored rows [start, start + n_stored) of the planes.
 
@@ -152,6 +153,8 @@ def attend(
         int32 [B]: first valid row of each sequence, counted from `start` (left padding).
     n_threads
         None for torch's number.
+    on_scratch
+        Told the bytes of working memory that the call used, all threads together.
 
     Returns
     -------
@@ -178,7 +181,7 @@ def attend(
         mask = mask if mask.stride(3) == 1 or n_stored == 1 else mask.contiguous()
         mask_strides = cast(tuple[int, int, int], mask.stride()[:3])
     out = torch.empty(n_batch, n_heads, n_new, head_dim_v, dtype=torch.float32)
-    _native().attend(
+    scratch_bytes = _native().attend(
         isa(),
         q.data_ptr(),
         q.stride()[:3],
@@ -207,7 +210,19 @@ def attend(
         out.data_ptr(),
         n_threads or torch.get_num_threads(),
     )
+    if on_scratch is not None:
+        on_scratch(scratch_bytes)
     return out
+
+
+def probe(kind: Literal["read", "float", "integer"], n_threads: int, data: Tensor | None = None) -> float:
+    """What the machine does at best: bytes read of `data` per second, or multiply-adds per second.
+
+    `float` multiplies float32, `integer` what the kernels take for codes: int8 tiles with AMX, int16 pairs elsewhere.
+    """
+    rounds = 400_000  # a few milliseconds: longer than it takes all threads to start
+    address, count = (0, rounds) if data is None else (data.data_ptr(), data.nbytes // 4)
+    return float(_native().probe(isa(), kind, address, count, n_threads))
 
 
 @cache

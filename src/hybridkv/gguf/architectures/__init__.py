@@ -9,11 +9,46 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from hybridkv.errors import ModelFileError
-from hybridkv.gguf.architectures.qwen35 import ARCHITECTURE as QWEN35
+from hybridkv.gguf.architectures import (
+    falcon_h1,
+    gemma3,
+    granitehybrid,
+    jamba,
+    lfm2,
+    lfm2moe,
+    llama,
+    nemotron_h,
+    nemotron_h_moe,
+    qwen2,
+    qwen3,
+    qwen3moe,
+    qwen3next,
+    qwen35,
+    qwen35moe,
+)
 from hybridkv.gguf.architectures.record import Architecture
 from hybridkv.gguf.reader import Header
 
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({record.name: record for record in (QWEN35,)})
+_MODULES = (
+    qwen35,
+    qwen35moe,
+    qwen3next,
+    lfm2,
+    lfm2moe,
+    granitehybrid,
+    nemotron_h,
+    nemotron_h_moe,
+    jamba,
+    falcon_h1,
+    llama,
+    qwen2,
+    qwen3,
+    qwen3moe,
+    gemma3,
+)
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
+    {module.ARCHITECTURE.name: module.ARCHITECTURE for module in _MODULES}
+)
 
 
 def get_architecture(header: Header) -> Architecture:

@@ -12,7 +12,7 @@ from hybridkv.hf.step import native
 from hybridkv.hf.step.eager import EagerStep
 from hybridkv.hf.step.native import NativeStep
 from hybridkv.hf.step.record import Step
-from hybridkv.hf.step.weights import PackedWeights, WeightKind, parse_weights
+from hybridkv.hf.step.weights import WeightKind, pack_model, packed_parameter, packing_rejects, parse_weights
 
 StepKind = Literal["auto", "native", "eager"]
 
@@ -55,10 +55,12 @@ def resolve_step(config: Any, device: str, kind: StepKind = "auto") -> type[Eage
 __all__ = [
     "EagerStep",
     "NativeStep",
-    "PackedWeights",
     "Step",
     "StepKind",
     "WeightKind",
+    "pack_model",
+    "packed_parameter",
+    "packing_rejects",
     "parse_step",
     "parse_weights",
     "resolve_step",

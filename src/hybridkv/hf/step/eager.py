@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hybridkv.hf.cache import ModelCache
 from hybridkv.hf.facts import takes_chunks
+from hybridkv.hf.step.weights import packed_types
 
 PREFILL_CHUNK = 512
 """Prompt tokens per forward pass; bounds the activations' memory."""
@@ -24,8 +25,6 @@ class EagerStep:
         A Transformers causal language model, loaded with `attn_implementation="hybridkv"`.
     """
 
-    name = "eager"
-
     def __init__(self, model: Any) -> None:
         self._model = model
         parameters = inspect.signature(model.forward).parameters
@@ -36,13 +35,10 @@ class EagerStep:
         self._last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
 
     @property
-    def damaged_weight(self) -> str | None:
-        """Name of a weight that is not finite, or None; looks at all of them."""
-        named = self._model.named_parameters()
-        return next((name for name, weight in named if not torch.isfinite(weight).all()), None)
-
-    def release_weights(self) -> None:
-        """Nothing: the model's own weights are what runs."""
+    def name(self) -> str:
+        """With the weights' types, if they are packed."""
+        types = packed_types(self._model)
+        return f"eager, weights {' + '.join(types)}" if types else "eager"
 
     def forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence; see `Step.forward`."""

@@ -17,9 +17,9 @@ from hybridkv.hf.cache import ModelCache
 from hybridkv.hf.layers import QuantizedLayer, StateLayer
 from hybridkv.hf.step import qwen3_5
 from hybridkv.hf.step.record import Build, Builder, Family
-from hybridkv.hf.step.weights import PackedWeights
+from hybridkv.hf.step.weights import packed_of
 from hybridkv.kernels import AttentionParams, cpu, cpu_native
-from hybridkv.kernels.linear import PackedWeight, gather
+from hybridkv.kernels.linear import PackedWeight, exact_type, gather, pack
 from hybridkv.kernels.step import Rows
 
 FAMILIES = {family.model_type: family for family in (qwen3_5.FAMILY,)}
@@ -47,34 +47,25 @@ class NativeStep:
     Parameters
     ----------
     model
-        A Transformers causal language model on the CPU.
-    weights
-        Its packed matrices, those that were packed while it was loaded included; packed now by default.
+        A Transformers causal language model on the CPU. Packed matrices are used where they are; plain ones are packed
+        at the smallest type that holds them without any change, and the model keeps its own.
     """
 
-    def __init__(self, model: Any, weights: PackedWeights | None = None) -> None:
+    def __init__(self, model: Any) -> None:
         self._model = model
         self._family: Family = FAMILIES[model.config.get_text_config(decoder=True).model_type]
-        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._weights = PackedWeights() if weights is None else weights
-        self._embedding = self._pack(model.get_input_embeddings().weight)
+        # The parameter is kept, so that its id stays its own.
+        self._packed: dict[int, tuple[Tensor, PackedWeight]] = {}
         self._angles: tuple[Tensor, Tensor] | None = None
+        self._embedding = self._pack(model.get_input_embeddings().weight)
         self._layers = self._write(self._family.build, 1)
         self._head = self._write(self._family.build_head, 1)
 
     @property
     def name(self) -> str:
         """With the instruction set and the weights' types."""
-        return f"native-{cpu_native.isa()}, weights {' + '.join(self._weights.types)}"
-
-    @property
-    def damaged_weight(self) -> str | None:
-        """Name of a packed weight that was not finite, or None."""
-        return self._weights.damaged
-
-    def release_weights(self) -> None:
-        """Free the model's own copy of what is packed; the model itself cannot run afterwards."""
-        self._weights.release()
+        types = dict.fromkeys(packed.type for _, packed in self._packed.values())
+        return f"native-{cpu_native.isa()}, weights {' + '.join(types)}"
 
     def forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence; see `Step.forward`."""
@@ -157,7 +148,11 @@ class NativeStep:
         return builder
 
     def _pack(self, weight: Tensor) -> PackedWeight:
-        return self._weights.of(weight, self._names[id(weight)])
+        """A weight as it is held, or packed once however often it is used."""
+        if id(weight) not in self._packed:
+            held = packed_of(weight)
+            self._packed[id(weight)] = weight, pack(weight, exact_type(weight)) if held is None else held
+        return self._packed[id(weight)][1]
 
 
 def _direct(layer: Any) -> bool:

@@ -25,15 +25,6 @@ class Step(Protocol):
         """Printed wherever the choice is shown."""
         ...
 
-    @property
-    def damaged_weight(self) -> str | None:
-        """Name of a weight that is not finite, or None."""
-        ...
-
-    def release_weights(self) -> None:
-        """Free what the model holds and this step does not read; the model itself cannot run afterwards."""
-        ...
-
     def forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence of the cache, which holds `position` tokens each.
 

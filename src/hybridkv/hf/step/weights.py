@@ -1,21 +1,26 @@
-"""A model's matrices as the native step multiplies them: packed once, by the parameter that they came from.
+"""Matrices of a model held packed: a tensor that the native kernels multiply, and that any other code may read.
 
-Owns the choice of a weight's type and the freeing of what has been packed. `take` packs a parameter as soon as it has
-been read from a file, so that no more than one is ever held twice.
+A `PackedTensor` stands in a model where its parameter stood. `linear` and `embedding` run natively on it; whatever else
+is done with it is done with its values, unpacked for the moment. So Transformers' own classes run on packed weights
+without being changed, and the native step finds what it needs in the model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 from hybridkv.errors import UsageError
-from hybridkv.kernels.linear import PackedWeight, WeightType, exact_type, pack
+from hybridkv.kernels import cpu_native
+from hybridkv.kernels.linear import PackedWeight, WeightType, exact_type, gather, linear, pack, unpack
 
-WeightKind = Literal["auto", "f32", "bf16", "int8"]
-"""`auto` is the smallest type that holds a weight without any change; `int8` is q8_0, 8.5 bits."""
+WeightKind = Literal["auto", "plain", "f32", "bf16", "int8"]
+"""`auto`: the smallest type that holds a weight without any change; `int8`: q8_0, 8.5 bits; `plain`: not packed."""
 
 
 def parse_weights(text: str) -> WeightKind:
@@ -35,47 +40,90 @@ def parse_weights(text: str) -> WeightKind:
     )
 
 
-class PackedWeights:
-    """Packed matrices, each once however often it is used."""
+class PackedTensor(Tensor):
+    """A matrix `[n_out, n_in]` of any float dtype, held as a `PackedWeight`."""
 
-    def __init__(self, kind: WeightKind = "auto") -> None:
-        self._kind = kind
-        # The parameter is kept, so that its id stays its own.
-        self._packed: dict[int, tuple[Tensor, PackedWeight]] = {}
-        self.damaged: str | None = None
+    packed: PackedWeight
 
-    @property
-    def types(self) -> tuple[WeightType, ...]:
-        """Types in use."""
-        return tuple(dict.fromkeys(packed.type for _, packed in self._packed.values()))
+    @staticmethod
+    def __new__(cls, packed: PackedWeight, dtype: torch.dtype) -> PackedTensor:
+        """Shape and dtype of what is held, without its memory."""
+        shape = (packed.n_out, packed.n_in)
+        made: PackedTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
+        made.packed = packed
+        return made
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all packed weights."""
-        return sum(packed.nbytes for _, packed in self._packed.values())
+    def unpacked(self) -> Tensor:
+        """The values, in the tensor's dtype."""
+        return unpack(self.packed).to(self.dtype)
 
-    def of(self, parameter: Tensor, name: str = "a weight") -> PackedWeight:
-        """The packed form of a parameter `[n_out, n_in]`."""
-        if id(parameter) not in self._packed:
-            if self.damaged is None and not torch.isfinite(parameter).all():
-                self.damaged = name
-            self._packed[id(parameter)] = parameter, pack(parameter, self._type(parameter))
-        return self._packed[id(parameter)][1]
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run `linear` and `embedding` natively."""
+        kwargs = kwargs or {}
+        if func is F.linear and isinstance(args[1], PackedTensor):
+            return _linear(*args, **kwargs)
+        if func is F.embedding and isinstance(args[1], PackedTensor) and args[0].device.type == "cpu":
+            packed = args[1]
+            return gather(packed.packed, args[0].flatten()).view(*args[0].shape, -1).to(packed.dtype)
+        # Not Tensor's own, which makes every result one of this class.
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
 
-    def take(self, name: str, parameter: Any) -> None:
-        """Pack a parameter if it is a matrix, and free its own memory."""
-        if parameter.dim() == 2:
-            self.of(parameter, name)
-            parameter.data = parameter.data.new_empty(0)
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Do anything else with the values."""
+        del types
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return PackedTensor(args[0].packed, args[0].dtype)
+        args, kwargs = tree_map_only(PackedTensor, PackedTensor.unpacked, (args, kwargs or {}))
+        return func(*args, **kwargs)
 
-    def release(self) -> None:
-        """Free the own memory of every parameter that was packed."""
-        for parameter, _ in self._packed.values():
-            parameter.data = parameter.data.new_empty(0)
 
-    def _type(self, weight: Tensor) -> WeightType:
-        if self._kind == "auto":
-            return exact_type(weight)
-        if self._kind == "int8":
-            return "q8_0" if weight.shape[1] % 32 == 0 else exact_type(weight)
-        return self._kind
+def _linear(x: Tensor, weight: PackedTensor, bias: Tensor | None = None) -> Tensor:
+    """`x W^T + b` for x `[..., n_in]`, computed in float32, in the dtype of x."""
+    out = linear(x.reshape(-1, x.shape[-1]), weight.packed).view(*x.shape[:-1], weight.packed.n_out)
+    return (out if bias is None else out + bias).to(x.dtype)
+
+
+def packed_parameter(parameter: Tensor, kind: WeightKind) -> Tensor:
+    """The parameter that takes a matrix's place; vectors, stacks of experts and convolutions stay what they are."""
+    if parameter.dim() != 2 or kind == "plain":
+        return parameter
+    held = PackedTensor(pack(parameter, _type(parameter, kind)), parameter.dtype)
+    return nn.Parameter(held, requires_grad=False)
+
+
+def packed_of(parameter: Tensor) -> PackedWeight | None:
+    """What a parameter holds packed; None if it is a plain tensor."""
+    return parameter.packed if isinstance(parameter, PackedTensor) else None
+
+
+def pack_model(model: nn.Module, kind: WeightKind = "auto") -> None:
+    """Pack a model's matrices in place, one after the other; tied ones stay tied."""
+    done: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in done:
+                done[id(parameter)] = packed_parameter(parameter, kind)
+            setattr(module, name, done[id(parameter)])
+
+
+def packed_types(model: nn.Module) -> tuple[WeightType, ...]:
+    """Types of a model's packed matrices; empty if there are none."""
+    return tuple(dict.fromkeys(p.packed.type for p in model.parameters() if isinstance(p, PackedTensor)))
+
+
+def packing_rejects(device: str) -> str | None:
+    """Why weights cannot be held packed on a type of device; None if they can."""
+    return cpu_native.available() if device == "cpu" else f"packed weights are for the cpu, not {device}"
+
+
+def _type(weight: Tensor, kind: WeightKind) -> WeightType:
+    if kind in ("f32", "bf16"):
+        return kind
+    return "q8_0" if kind == "int8" and weight.shape[1] % 32 == 0 else exact_type(weight)

@@ -2,12 +2,13 @@
 // once per instruction set. pack.h has the layout of a weight.
 //
 // q8_0: activations become integers with a scale per block of 32 (Dots says how many bits: far more than the weights
-// have), products and sums of a block are exact. f32 and bf16: float32. With AMX and many rows: linear_amx.h.
+// have), products and sums of a block are exact. f32 and bf16, and q8_0 of many rows where there are no products of
+// bytes: linear_floats.h. With AMX and many rows: linear_amx.h.
 #pragma once
 
 #include <limits>
 
-#include "pack.h"
+#include "linear_floats.h"
 #if defined(HYBRIDKV_AMX)
 #include "linear_amx.h"
 #endif
@@ -102,15 +103,17 @@ inline void expect_pair(const uint8_t* pair) {
     }
 }
 
-// sums[NQ][16], of which NV vectors of output rows from `lane` on are written
+// NV vectors of output rows from `lane` on, of NQ rows: they lie side by side in a panel, or are whole panels that lie
+// `bytes` apart. sums[panel][NQ][16]
 template <int NQ, int NV>
-HYBRIDKV_PHASE void panel_integers(const uint8_t* panel, int64_t blocks, const uint8_t* x, int64_t x_stride, int lane,
-                                   float* sums) {
+HYBRIDKV_PHASE void panel_integers(const uint8_t* panel, int64_t bytes, int64_t blocks, const uint8_t* x,
+                                   int64_t x_stride, int lane, float* sums) {
+    constexpr bool whole = L == kPanel;
     F acc[NQ][NV];
 #pragma GCC unroll 8
     for (auto& row : acc) for (F& a : row) a = Simd::set1(0.f);
     for (int64_t b = 0; b < blocks; b += 2, panel += kPairBytes) {
-        if constexpr (NQ <= 4) expect_pair(panel);
+        if constexpr (NQ <= 4 && !(whole && NV > 1)) expect_pair(panel);
 #pragma GCC unroll 2
         for (int64_t half = 0; half < 2; ++half) {
             Unit unit[NQ];
@@ -121,10 +124,12 @@ HYBRIDKV_PHASE void panel_integers(const uint8_t* panel, int64_t blocks, const u
 #pragma GCC unroll 4
                 for (int v = 0; v < NV; ++v) block[q][v] = Simd::set1i(unit[q].offset);
             }
-            Dots::block<NQ, NV>(panel + kPairScales + half * 512 + lane * 4, x + (b + half) * 64, x_stride, block);
+            const uint8_t* codes = panel + kPairScales + half * 512 + lane * 4;
+            Dots::block<NQ, NV>(codes, whole ? bytes : L * 4, x + (b + half) * 64, x_stride, block);
 #pragma GCC unroll 4
             for (int v = 0; v < NV; ++v) {
-                const F d = Simd::f16(reinterpret_cast<const uint16_t*>(panel) + half * kPanel + lane + v * L);
+                const uint8_t* scales = panel + (half * kPanel + lane) * 2 + v * (whole ? bytes : L * 2);
+                const F d = Simd::f16(reinterpret_cast<const uint16_t*>(scales));
 #pragma GCC unroll 8
                 for (int q = 0; q < NQ; ++q) {
                     acc[q][v] = Simd::fma(Simd::to_float(block[q][v]), Simd::mul(d, Simd::set1(unit[q].d)), acc[q][v]);
@@ -135,81 +140,21 @@ HYBRIDKV_PHASE void panel_integers(const uint8_t* panel, int64_t blocks, const u
 #pragma GCC unroll 8
     for (int q = 0; q < NQ; ++q) {
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) Simd::store(sums + q * kPanel + lane + v * L, acc[q][v]);
-    }
-}
-
-// ---- Activations as float32: rows of [packed inputs], a cache line apart from a power of two.
-
-inline int64_t floats_stride(Code code, int64_t n_in) {
-    return ((packed_inputs(code, n_in) + 15) / 16 * 16 + 16) * static_cast<int64_t>(sizeof(float));
-}
-
-inline void prepare_floats(Code code, const float* x, int64_t n_in, uint8_t* out) {
-    std::memcpy(out, x, static_cast<size_t>(n_in) * sizeof(float));
-    std::memset(out + n_in * 4, 0, static_cast<size_t>(packed_inputs(code, n_in) - n_in) * sizeof(float));
-}
-
-// One step of the inputs, one of f32 or two of bf16: acc[q] += w x[q]
-template <Code C, int NQ, int NV>
-inline __attribute__((always_inline)) void step_floats(const uint8_t* w, const uint8_t* x, int64_t x_stride,
-                                                       F (&acc)[NQ][NV]) {
-    typedef uint32_t Bits __attribute__((vector_size(sizeof(F))));
-    constexpr int inputs = C == Code::f32 ? 1 : 2;
-#pragma GCC unroll 2
-    for (int k = 0; k < inputs; ++k) {
-        F wv[NV];
-#pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) {
-            const F pair = Simd::load(reinterpret_cast<const float*>(w) + v * L);
-            wv[v] = C == Code::f32 ? pair : k ? (F)((Bits)pair & 0xffff0000u) : (F)((Bits)pair << 16);
-        }
-#pragma GCC unroll 8
-        for (int q = 0; q < NQ; ++q) {
-            float value;
-            std::memcpy(&value, x + q * x_stride + k * 4, 4);
-#pragma GCC unroll 4
-            for (int v = 0; v < NV; ++v) acc[q][v] = Simd::fma(wv[v], Simd::set1(value), acc[q][v]);
-        }
-    }
-}
-
-// As panel_integers; `steps` as of step_floats.
-template <Code C, int NQ, int NV>
-HYBRIDKV_PHASE void panel_floats(const uint8_t* panel, int64_t steps, const uint8_t* x, int64_t x_stride, int lane,
-                                 float* sums) {
-    constexpr int chains = NQ * NV >= 8 ? 1 : 8 / (NQ * NV) > 4 ? 4 : 8 / (NQ * NV);  // hide the latency of a sum
-    constexpr int x_step = C == Code::f32 ? 4 : 8, w_step = kPanel * 4;
-    F acc[chains][NQ][NV];
-#pragma GCC unroll 4
-    for (auto& chain : acc) for (auto& row : chain) for (F& a : row) a = Simd::set1(0.f);
-    const uint8_t* w = panel + lane * 4;
-    int64_t s = 0;
-    for (; s + chains <= steps; s += chains) {
-#pragma GCC unroll 4
-        for (int i = 0; i < chains; ++i) step_floats<C>(w + (s + i) * w_step, x + (s + i) * x_step, x_stride, acc[i]);
-    }
-    for (; s < steps; ++s) step_floats<C>(w + s * w_step, x + s * x_step, x_stride, acc[0]);
-#pragma GCC unroll 8
-    for (int q = 0; q < NQ; ++q) {
-#pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) {
-            F sum = acc[0][q][v];
-            for (int i = 1; i < chains; ++i) sum = Simd::add(sum, acc[i][q][v]);
-            Simd::store(sums + q * kPanel + lane + v * L, sum);
+            Simd::store(sums + (whole ? v * NQ + q : q) * kPanel + lane + (whole ? 0 : v * L), acc[q][v]);
         }
     }
 }
 
 // ---- The four functions of StepKernels.
 
-enum class Form { floats, integers, tiles };
+enum class Form { floats, blocks, integers, tiles };
 
 inline Form form_of(Code code, int64_t n_rows) {
 #if defined(HYBRIDKV_AMX)
     if (code != Code::f32 && n_rows >= Tiles::min_rows) return Form::tiles;
 #endif
-    (void)n_rows;
+    if (Blocks::wins(code, n_rows) && (code != Code::bytes || !Dots::bytes)) return Form::blocks;
     return code == Code::bytes ? Form::integers : Form::floats;
 }
 
@@ -233,7 +178,8 @@ void prepare(Code code, const float* x, int64_t x_stride, int64_t n_in, int64_t 
         if (form == Form::tiles) Tiles::prepare(row, n_in, packed_inputs(code, n_in), r, out);
 #endif
         if (form == Form::integers) prepare_integers(row, n_in, out + r * integers_stride(n_in));
-        if (form == Form::floats) prepare_floats(code, row, n_in, out + r * floats_stride(code, n_in));
+        const bool floats = form == Form::floats || form == Form::blocks;
+        if (floats) prepare_floats(code, row, n_in, out + r * floats_stride(code, n_in));
     }
 }
 
@@ -241,8 +187,8 @@ size_t linear_scratch_bytes(Code code, int64_t n_in, int64_t n_rows) {
 #if defined(HYBRIDKV_AMX)
     if (form_of(code, n_rows) == Form::tiles) return Tiles::scratch_bytes(n_rows);
 #endif
-    (void)code, (void)n_in, (void)n_rows;
-    return 0;
+    (void)n_in;
+    return form_of(code, n_rows) == Form::blocks ? Blocks::scratch_bytes : 0;
 }
 
 // Vectors of a panel that a micro-kernel of NQ rows takes at once: four sums or more are under way.
@@ -281,9 +227,21 @@ void linear_floats(const Weight& w, const uint8_t* x, int64_t n_rows, int64_t pa
 void linear_integers(const Weight& w, const uint8_t* x, int64_t n_rows, int64_t panel0, int64_t panel1,
                      const Output& out) {
     const int64_t stride = integers_stride(w.n_in), blocks = packed_inputs(w.code, w.n_in) / 32;
+    const int64_t bytes = panel_bytes(w.code, w.n_in);
+    if constexpr (L == kPanel) {  // two panels at once: one broadcast for two products
+        for (; n_rows >= 32 && panel0 + 2 <= panel1; panel0 += 2) {
+            Blocks::for_rows<4>(n_rows, [&](auto group, int64_t r) {
+                constexpr int n = decltype(group)::count;
+                alignas(64) float sums[2 * n * kPanel];
+                panel_integers<n, 2>(w.data + panel0 * bytes, bytes, blocks, x + r * stride, stride, 0, sums);
+                out.put(sums, n, r, panel0);
+                out.put(sums + n * kPanel, n, r, panel0 + 1);
+            });
+        }
+    }
     for_panels(w, n_rows, panel0, panel1, out, [&](auto group, const uint8_t* panel, int r, int lane, float* sums) {
         constexpr int n = decltype(group)::count;
-        panel_integers<n, vectors<n>()>(panel, blocks, x + r * stride, stride, lane, sums);
+        panel_integers<n, vectors<n>()>(panel, bytes, blocks, x + r * stride, stride, lane, sums);
     });
 }
 
@@ -295,10 +253,10 @@ void linear(const Weight& w, const void* prepared, int64_t n_rows, int64_t panel
 #if defined(HYBRIDKV_AMX)
         case Form::tiles: return Tiles::linear(w, x, n_rows, panel0, panel1, scratch, out);
 #endif
+        case Form::blocks: return Blocks::linear(w, x, n_rows, panel0, panel1, scratch, out);
         case Form::integers: return linear_integers(w, x, n_rows, panel0, panel1, out);
         default: break;
     }
-    (void)scratch;
     if (w.code == Code::f32) return linear_floats<Code::f32>(w, x, n_rows, panel0, panel1, out);
     linear_floats<Code::bf16>(w, x, n_rows, panel0, panel1, out);
 }

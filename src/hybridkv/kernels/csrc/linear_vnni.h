@@ -7,6 +7,7 @@
 namespace {
 
 struct Dots {
+    static constexpr bool bytes = true;  // products of bytes: faster than float32
     static constexpr float units = 16319.f;  // 127 * 128 + 63: the largest number in two terms
 
     // One block of activations: [32] high terms, [32] low terms.
@@ -18,28 +19,38 @@ struct Dots {
         }
     }
 
-    // sums[q] += sum over the block of code * activation, for the 16 rows of a panel; rows of x are `stride` apart
+    // sums[q][v] += sum over the block of code * activation, for the 16 rows of each of NV panels, `next` bytes apart;
+    // rows of x are `stride` apart
     template <int NQ, int NV>
-    static inline __attribute__((always_inline)) void block(const uint8_t* codes, const uint8_t* x, int64_t stride,
-                                                            I (&sums)[NQ][NV]) {
-        static_assert(NV == 1, "a vector is a panel");
-        I high[NQ];
+    static inline __attribute__((always_inline)) void block(const uint8_t* codes, int64_t next, const uint8_t* x,
+                                                            int64_t stride, I (&sums)[NQ][NV]) {
+        I high[NQ][NV];
 #pragma GCC unroll 8
-        for (I& h : high) h = Simd::set1i(0);
+        for (auto& row : high) for (I& h : row) h = Simd::set1i(0);
 #pragma GCC unroll 8
         for (int quad = 0; quad < 8; ++quad) {
-            const I w = _mm512_loadu_si512(codes + 64 * quad);
+            I w[NV];
+#pragma GCC unroll 2
+            for (int v = 0; v < NV; ++v) w[v] = _mm512_loadu_si512(codes + 64 * quad + v * next);
 #pragma GCC unroll 8
             for (int q = 0; q < NQ; ++q) {
                 int32_t h, l;
                 std::memcpy(&h, x + q * stride + 4 * quad, 4);
                 std::memcpy(&l, x + q * stride + 4 * quad + 32, 4);
-                high[q] = _mm512_dpbusd_epi32(high[q], w, Simd::set1i(h));
-                sums[q][0] = _mm512_dpbusd_epi32(sums[q][0], w, Simd::set1i(l));
+#pragma GCC unroll 2
+                for (int v = 0; v < NV; ++v) {
+                    high[q][v] = _mm512_dpbusd_epi32(high[q][v], w[v], Simd::set1i(h));
+                    sums[q][v] = _mm512_dpbusd_epi32(sums[q][v], w[v], Simd::set1i(l));
+                }
             }
         }
 #pragma GCC unroll 8
-        for (int q = 0; q < NQ; ++q) sums[q][0] = _mm512_add_epi32(sums[q][0], _mm512_slli_epi32(high[q], 7));
+        for (int q = 0; q < NQ; ++q) {
+#pragma GCC unroll 2
+            for (int v = 0; v < NV; ++v) {
+                sums[q][v] = _mm512_add_epi32(sums[q][v], _mm512_slli_epi32(high[q][v], 7));
+            }
+        }
     }
 };
 

@@ -7,6 +7,7 @@
 namespace {
 
 struct Dots {
+    static constexpr bool bytes = false;
     static constexpr float units = 32767.f;
 
     // One block of activations: inputs 0, 2, 1, 3 of each quad, as the codes are split into even and odd bytes.
@@ -16,16 +17,17 @@ struct Dots {
         std::memcpy(out, words, sizeof words);
     }
 
-    // sums[q][v] += sum over the block of code * activation, for NV vectors of rows; rows of x are `stride` apart
+    // sums[q][v] += sum over the block of code * activation, for NV vectors of output rows, `next` bytes apart; rows of
+    // x are `stride` apart
     template <int NQ, int NV>
-    static inline __attribute__((always_inline)) void block(const uint8_t* codes, const uint8_t* x, int64_t stride,
+    static inline __attribute__((always_inline)) void block(const uint8_t* codes, int64_t next, const uint8_t* x, int64_t stride,
                                                             I (&sums)[NQ][NV]) {
         typedef uint16_t Words __attribute__((vector_size(sizeof(I))));
         for (int quad = 0; quad < 8; ++quad) {
             I even[NV], odd[NV];
 #pragma GCC unroll 4
             for (int v = 0; v < NV; ++v) {
-                const Words w = (Words)Simd::loadi(reinterpret_cast<const int32_t*>(codes + 64 * quad) + v * L);
+                const Words w = (Words)Simd::loadi(reinterpret_cast<const int32_t*>(codes + 64 * quad + v * next));
                 even[v] = (I)(w & 0xff);
                 odd[v] = (I)(w >> 8);
             }

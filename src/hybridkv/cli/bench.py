@@ -1,0 +1,9 @@
+"""`hybridkv bench`: how fast this machine runs it, beside the machine's ceilings and beside its peers."""
+
+from __future__ import annotations
+
+from hybridkv.cli import bench_attention, bench_decode
+
+NAME = "bench"
+HELP = "measure attention, or a whole model's steps, beside the machine's ceilings and beside its peers"
+COMMANDS = (bench_attention, bench_decode)

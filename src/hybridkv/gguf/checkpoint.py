@@ -1,0 +1,159 @@
+"""The safetensors of a Hugging Face directory, one parameter at a time.
+
+Owns finding which of a checkpoint's tensors make up a parameter: checkpoints name and stack them differently (one
+matrix per expert, another prefix), and Transformers' own table of that is applied, so that what loads there
+converts here. Does not own configs or models. Called by `convert.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from copy import deepcopy
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from safetensors import SafetensorError, safe_open
+
+from hybridkv.errors import ModelError, ModelFileError
+from hybridkv.gguf.pairing import state
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+DTYPES = ("F32", "F16", "BF16")
+
+
+class Checkpoint:
+    """A directory's tensors as a model's parameters; a context manager that holds the files open.
+
+    Raises
+    ------
+    ModelFileError
+        At entry, for files that are missing or damaged and tensors that are no floats.
+    ModelError
+        At entry, for parameters that the files do not have.
+    """
+
+    def __init__(self, directory: Path, model: PreTrainedModel) -> None:
+        self.directory = directory
+        self._model = model
+        self._files = ExitStack()
+        self._mappings: dict[str, Any] = {}
+        self.unused: tuple[str, ...] = ()
+        """Tensors that the model has no place for."""
+
+    @property
+    def config(self) -> Any:
+        """The model's config."""
+        return self._model.config
+
+    def __enter__(self) -> Checkpoint:
+        try:
+            handles = [self._open(path) for path in self._paths()]
+            tensors = {key: handle.get_slice(key) for handle in handles for key in handle.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            self._files.close()
+            self._fail(f"the weights in {self.directory} cannot be read: {error}", "a file is damaged")
+        for key, tensor in tensors.items():
+            if tensor.get_dtype() not in DTYPES:
+                self._files.close()
+                self._fail(
+                    f"tensor {key!r} in {self.directory} has dtype {tensor.get_dtype()}; allowed: {', '.join(DTYPES)}",
+                    "quantized checkpoints cannot be converted: use the one that they were made from",
+                )
+        self._assign(tensors)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._files.close()
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """Read one parameter, once; memory is its own, and that of its pieces while they are joined."""
+        mapping = self._mappings.pop(name)
+        try:
+            value: Any = mapping.convert(name, model=self._model, config=self._model.config)[name]
+        except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
+            self._fail(f"{name} cannot be read from {self.directory}: {error}", "a file is damaged")
+        value = value[0] if isinstance(value, list) else value
+        expected = self._model.get_parameter_or_buffer(name).shape
+        if value.shape != expected:
+            raise ModelError(
+                f"{name} has shape {list(value.shape)} in {self.directory}; the config asks for {list(expected)}",
+                hint="the config and the weights do not belong together",
+            )
+        tensor: torch.Tensor = value
+        return tensor
+
+    def _paths(self) -> list[Path]:
+        index = self.directory / "model.safetensors.index.json"
+        if index.is_file():
+            try:
+                names = sorted(
+                    {Path(name).name for name in json.loads(index.read_text("utf-8"))["weight_map"].values()}
+                )
+            except (ValueError, LookupError, AttributeError, TypeError) as error:
+                self._fail(f"{index} is no index of weights: {error}", "the file is damaged")
+            paths = [self.directory / name for name in names]
+        else:
+            paths = [self.directory / "model.safetensors"]
+        for path in paths:
+            if not path.is_file():
+                self._fail(f"{path} is missing", "converting reads safetensors; other formats are not read")
+        return paths
+
+    def _open(self, path: Path) -> Any:
+        return self._files.enter_context(safe_open(path, framework="pt"))
+
+    def _assign(self, tensors: dict[str, Any]) -> None:
+        """Say for each parameter which tensors it is made of, as `from_pretrained` does."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+        transforms = get_model_conversion_mapping(self._model)
+        renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+        converters = [each for each in transforms if isinstance(each, WeightConverter)]
+        by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+        names = dict(self._model.state_dict())
+        prefix, unused = self._model.base_model_prefix, []
+        for key in sorted(tensors, key=dot_natural_key):
+            name, pattern = rename_source_key(key, renamings, converters, prefix, names)
+            if name not in names and key in names:
+                name, pattern = key, None
+            if name not in names:
+                unused.append(key)
+                continue
+            mapping = self._mappings.setdefault(
+                name, WeightRenaming(key, name) if pattern is None else deepcopy(by_pattern[pattern])
+            )
+            mapping.add_tensor(name, key, pattern or key, _Lazy(tensors[key]))
+        self.unused = tuple(unused)
+        missing = sorted(state(self._model).keys() - self._mappings.keys())
+        if missing:
+            self._files.close()
+            named = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+            raise ModelError(
+                f"{len(missing)} tensors are missing in {self.directory}: {named}",
+                hint="the config and the weights do not belong together",
+            )
+
+    def _fail(self, message: str, hint: str) -> NoReturn:
+        raise ModelFileError(message, hint=hint)
+
+
+class _Lazy:
+    """A tensor that is read when Transformers calls it, and not before."""
+
+    __slots__ = ("_slice",)
+
+    def __init__(self, tensor: Any) -> None:
+        self._slice = tensor
+
+    def __call__(self) -> torch.Tensor:
+        value: torch.Tensor = self._slice[...]
+        return value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Lazy:
+        return self

@@ -1,0 +1,227 @@
+"""Write a Transformers checkpoint as a GGUF file: the architectures' tables, read from right to left.
+
+Owns the order of tensors, their types and the bytes. Does not own reading the checkpoint (`checkpoint.py`), the
+tokenizer's metadata (`vocabulary.py`) or which parameter a tensor is (`pairing.py`). Called by `engine/convert.py`.
+
+Memory: the largest parameter, in the checkpoint's dtype, in float32 and in the file's type.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
+from gguf.quants import quantize
+from numpy.typing import NDArray
+
+from hybridkv.errors import ModelError, ModelFileError
+from hybridkv.gguf.architectures import ARCHITECTURES
+from hybridkv.gguf.architectures.record import Architecture, Config, Key, Keys
+from hybridkv.gguf.checkpoint import Checkpoint
+from hybridkv.gguf.decode import Floats
+from hybridkv.gguf.pairing import Pairing, build_skeleton, pair
+
+if TYPE_CHECKING:
+    import torch
+
+F32, F16, Q8_0 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0
+TYPES: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
+    "f32": (F32, LlamaFileType.ALL_F32),
+    "f16": (F16, LlamaFileType.MOSTLY_F16),
+    "q8_0": (Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
+"""What `--type` may be; the names are ggml's."""
+
+# Small, or read as float32 by every engine: llama.cpp's converter keeps them so.
+_PLAIN = ("norm.weight", "conv1d.weight", "shortconv.conv.weight", "ssm_a", "ssm_d", "ffn_gate_inp.weight", ".bias")
+
+_SHARED = ("general.", "tokenizer.")
+
+
+def find_architecture(config: Config) -> Architecture:
+    """Return the architecture that a config can be written as.
+
+    Raises
+    ------
+    ModelError
+        For a `model_type` that is not in the tables, or a config that the format has no place for.
+    """
+    import transformers
+
+    types = {name: getattr(transformers, each.config_class).model_type for name, each in ARCHITECTURES.items()}
+    fitting = [ARCHITECTURES[name] for name, type_ in types.items() if type_ == config.model_type]
+    if not fitting:
+        known = ", ".join(sorted(set(types.values())))
+        raise ModelError(f"unknown model_type {config.model_type!r}; known: {known}")
+    problems = []
+    for architecture in fitting:
+        problem = architecture.suits(config) if architecture.suits else None
+        if problem is None:
+            return architecture
+        problems.append(f"{architecture.name}: {problem}")
+    raise ModelError(f"this {config.model_type!r} model cannot be written as GGUF: {'; '.join(problems)}")
+
+
+def write_gguf(
+    directory: Path, output: Path, config: Config, *, name: str, type_: str, tokenizer: Keys
+) -> tuple[Architecture, tuple[str, ...]]:
+    """Write a model; the file appears whole or not at all.
+
+    Parameters
+    ----------
+    directory
+        Where the safetensors are.
+    config
+        Of the text model.
+    type_
+        Key of `TYPES`, for matrices; vectors, norms, convolutions and routers stay float32, and rows that do not
+        fill q8_0 blocks are float16.
+    tokenizer
+        Its metadata; without a tokenizer, special ids at most, and the file says that it has none.
+
+    Returns
+    -------
+    The architecture, and names of the checkpoint's tensors that were left out.
+
+    Raises
+    ------
+    ModelError, ModelFileError
+        For whatever is wrong with the checkpoint, or if the file cannot be written.
+    """
+    import torch
+
+    architecture = find_architecture(config)
+    model = build_skeleton(config, torch.float32)
+    pairings = pair(architecture, config, model, ())
+    settings = {each: numbers for each, write in architecture.settings if (numbers := write(config)) is not None}
+    try:
+        with Checkpoint(directory, model) as checkpoint, _replacing(output) as temporary:
+            writer = GGUFWriter(temporary, architecture.name)
+            keys = {"general.name": name, "general.file_type": int(TYPES[type_][1]), **_keys(architecture, config)}
+            for key, value in {**keys, "tokenizer.ggml.model": "none", **tokenizer}.items():
+                _add_key(writer, key if key.startswith(_SHARED) else f"{architecture.name}.{key}", value)
+            _write(writer, pairings, settings, checkpoint, TYPES[type_][0])
+            return architecture, checkpoint.unused
+    except OSError as error:
+        raise ModelFileError(f"{output} cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def _replacing(output: Path) -> Iterator[Path]:
+    """Give a file beside `output` to write to; it takes that place at the end, and is removed after an error."""
+    handle, name = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.", suffix=".part")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _keys(architecture: Architecture, config: Config) -> Keys:
+    return {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
+        **{key: getattr(config, field) for field, key in architecture.sizes.items()},
+        **{key: float(getattr(config, field)) for field, key in architecture.reals.items()},
+        **architecture.keys(config),
+    }
+
+
+def _add_key(writer: GGUFWriter, key: str, value: Key) -> None:
+    if isinstance(value, list):
+        writer.add_key_value(key, value, GGUFValueType.ARRAY)
+    elif isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    else:
+        writer.add_string(key, value)
+
+
+def _write(
+    writer: GGUFWriter,
+    pairings: list[Pairing],
+    settings: Mapping[str, Floats],
+    checkpoint: Checkpoint,
+    type_: GGMLQuantizationType,
+) -> None:
+    """Write header and tensors; one parameter is in memory at a time."""
+    for name, numbers in settings.items():
+        writer.add_tensor_info(name, numbers.shape, numbers.dtype, numbers.nbytes)
+    for pairing in pairings:
+        for name, shape in zip(pairing.names, pairing.shapes, strict=True):
+            kind = _type_of(name, shape, type_)
+            block, block_bytes = GGML_QUANT_SIZES[kind]
+            n_bytes = math.prod(shape) // block * block_bytes
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), n_bytes, raw_dtype=kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for numbers in settings.values():
+            writer.write_tensor_data(numbers)
+        for pairing in pairings:
+            for name, shape, values in _tensors(pairing, checkpoint):
+                writer.write_tensor_data(_encoded(name, values.reshape(shape), _type_of(name, shape, type_)))
+    finally:
+        writer.close()
+
+
+def _type_of(name: str, shape: tuple[int, ...], asked: GGMLQuantizationType) -> GGMLQuantizationType:
+    if len(shape) == 1 or name.endswith(_PLAIN):
+        return F32
+    return F16 if asked == Q8_0 and shape[-1] % GGML_QUANT_SIZES[Q8_0][0] else asked
+
+
+def _tensors(pairing: Pairing, checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...], Floats]]:
+    """Yield a parameter's tensors with their shapes, in float32 and the file's conventions."""
+    config, rule = checkpoint.config, pairing.rule
+    value = _float32(checkpoint.parameter(pairing.param)).reshape(pairing.matrix)
+    if rule.scale is not None:
+        scale = np.asarray(rule.scale(config), np.float32)
+        value = value * (scale[:, None] if scale.ndim else scale)
+    if rule.values is not None:
+        value = rule.values.write(value)
+    if pairing.rows is not None:
+        value = value[:, pairing.rows]
+    if pairing.cols is not None:
+        value = value[:, :, np.argsort(pairing.cols)]
+    start = 0
+    for name, shape in zip(pairing.names, pairing.shapes, strict=True):
+        n_rows = math.prod(shape) // (pairing.matrix[0] * pairing.matrix[2])
+        yield name, shape, value[:, start : start + n_rows]
+        start += n_rows
+
+
+def _float32(value: torch.Tensor) -> Floats:
+    numbers: Floats = value.detach().float().contiguous().numpy()
+    return numbers
+
+
+def _encoded(name: str, values: Floats, type_: GGMLQuantizationType) -> NDArray[Any]:
+    with np.errstate(over="ignore"):
+        encoded: NDArray[Any] = quantize(np.ascontiguousarray(values, np.float32), type_)
+    largest = float(np.abs(values).max())
+    if type_ != F32 and math.isfinite(largest) and largest > _LIMITS[type_]:
+        raise ModelError(
+            f"tensor {name!r} holds {largest:g}, more than {type_.name} can", hint="convert it with --type f32"
+        )
+    return encoded
+
+
+_LIMITS = {F16: 65504.0, Q8_0: 65504.0 * 127}

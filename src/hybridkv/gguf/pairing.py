@@ -1,0 +1,134 @@
+"""Which tensors of a file hold which parameter of a model, and in what shape: the tables, applied to one model.
+
+Owns pairing, in both directions: `load.py` reads along it, `convert.py` writes along it. Does not own the
+tables (`architectures/`), files, or memory: the model it looks at has none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hybridkv.gguf.architectures.record import Architecture, Config, TensorRule
+from hybridkv.gguf.decode import Order
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """One parameter of one model and the tensors that hold it.
+
+    Parameters
+    ----------
+    param
+        The parameter's full name.
+    names, shapes
+        The tensors in the file, and each one's shape there.
+    matrix
+        The parameter as `[stack, rows, cols]`: a stack of experts' matrices, else a stack of one.
+    rule
+        Its conversions.
+    rows
+        Where each row of the tensors, one below the other, goes in the parameter; None for the same order.
+    cols
+        Where each column of the parameter lies in the tensors.
+    shape
+        The parameter's shape.
+    """
+
+    param: str
+    names: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    matrix: tuple[int, int, int]
+    rule: TensorRule
+    rows: Order | None
+    cols: Order | None
+    shape: Shape
+
+    def shown(self, shape: Shape) -> Shape:
+        """A tensor's shape as a user should see it: the parameter's, where both hold the same."""
+        return self.shape if same_shape(shape, self.shape) else shape
+
+
+def build_skeleton(config: Config, dtype: torch.dtype, attn_implementation: str = "sdpa") -> PreTrainedModel:
+    """Build a config's model without memory: all its tensors are on the meta device, in the dtype they will have."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation
+        )
+    if dtype != torch.float32:
+        # What a class keeps in float32 whatever the rest is, as `from_pretrained` does.
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if any(part in name for part in model._keep_in_fp32_modules_strict or ()):
+                tensor.data = tensor.data.float()
+    return model
+
+
+def state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return what a checkpoint of this model holds, by name; tied tensors once."""
+    unique = {id(tensor): name for name, tensor in reversed(model.state_dict(keep_vars=True).items())}
+    return {name: model.get_parameter_or_buffer(name) for name in unique.values()}
+
+
+def pair(architecture: Architecture, config: Config, model: PreTrainedModel, present: Collection[str]) -> list[Pairing]:
+    """Pair every parameter of a model with tensors.
+
+    Parameters
+    ----------
+    present
+        Names of a file's tensors, which decide where the table has several layouts; none for a new file.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in state(model).items()}
+    chosen: dict[str, TensorRule] = {}
+    for rule in _rules(architecture, config):
+        if rule.param in shapes and (rule.param not in chosen or _fits_better(rule, chosen[rule.param], present)):
+            chosen[rule.param] = rule
+    assert shapes.keys() == chosen.keys(), f"the tables leave out {sorted(shapes.keys() - chosen.keys())}"
+    return [_pairing(rule, config, shapes[param]) for param, rule in chosen.items()]
+
+
+def same_shape(one: Shape, two: Shape) -> bool:
+    """Whether two shapes are alike but for dimensions of one, which hold no numbers: files leave them out."""
+    return [dim for dim in one if dim > 1] == [dim for dim in two if dim > 1]
+
+
+def _fits_better(rule: TensorRule, other: TensorRule, present: Collection[str]) -> bool:
+    return all(name in present for name in rule.names) and not all(name in present for name in other.names)
+
+
+def _rules(architecture: Architecture, config: Config) -> Iterator[TensorRule]:
+    """Yield all rules of a model with full names."""
+    yield from architecture.tensors["model"]
+    for layer, parts in enumerate(architecture.layers(config)):
+        for rule in (rule for part in parts for rule in architecture.tensors[part]):
+            names = tuple(f"blk.{layer}.{name}" for name in rule.names)
+            param = f"{architecture.prefix}{layer}.{rule.param}"
+            yield TensorRule(names, param, rule.values, rule.rows, rule.cols, rule.parts, rule.shape, rule.scale)
+
+
+def _pairing(rule: TensorRule, config: Config, shape: Shape) -> Pairing:
+    bare = tuple(dim for dim in shape if dim > 1)
+    assert len(bare) <= 3, f"{rule.param} has shape {shape}"
+    stack, n_rows, n_cols = (1,) * (3 - len(bare)) + bare
+    if len(rule.names) == 1:
+        shapes: tuple[Shape, ...] = (rule.shape(config) if rule.shape else bare or (1,),)
+        assert math.prod(shapes[0]) == math.prod(shape), f"{rule.param}: {shapes[0]} for {shape}"
+    else:
+        parts = rule.parts(config) if rule.parts else (n_rows // len(rule.names),) * len(rule.names)
+        assert sum(parts) == n_rows, f"{rule.param}: {parts} rows for {n_rows}"
+        shapes = tuple((*bare[:-2], part, n_cols) for part in parts)
+    rows = np.argsort(rule.rows(config)) if rule.rows else None
+    cols = rule.cols(config) if rule.cols else None
+    return Pairing(rule.param, rule.names, shapes, (stack, n_rows, n_cols), rule, rows, cols, shape)

@@ -1,0 +1,74 @@
+"""Models in several files, `NAME-00001-of-00003.gguf` and so on: one header for all of them.
+
+Owns finding the parts and joining their headers. Does not own reading one file (`reader.py`). Called by `load.py`.
+
+The first part has the metadata; the others say which part they are and list their tensors.
+Source: gguf-py constants.py (`Keys.Split`) and gguf_writer.py (shard names).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+from hybridkv.errors import ModelFileError
+from hybridkv.gguf.reader import Header, read_header
+
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_NO, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"
+_HINT = "all parts belong in one directory, under the names they were written with"
+
+
+def read_model(path: str | Path) -> Header:
+    """Read a model's header; of a split model, all parts', whichever of them `path` names.
+
+    Raises
+    ------
+    ModelFileError
+        As `read_header`; and for a part that is missing or belongs to another model.
+    """
+    header = read_header(path)
+    count = _number(header, _COUNT, 1)
+    if count <= 1:
+        return header
+    name = _PART.fullmatch(header.path.name)
+    if name is None or int(name["count"]) != count:
+        _fail(header, f"it is one of {count} parts, and not named like one (NAME-00001-of-{count:05}.gguf)")
+    parts = [_part(header, f"{name['stem']}-{number:05}-of-{count:05}.gguf", number) for number in range(1, count + 1)]
+    tensors = tuple(replace(info, part=number) for number, part in enumerate(parts) for info in part.tensors)
+    names = [info.name for info in tensors]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        _fail(header, f"tensor {twice!r} is in two parts")
+    expected = _number(parts[0], _TENSORS, len(tensors))
+    if expected != len(tensors):
+        _fail(header, f"its {count} parts have {len(tensors)} tensors together; {_TENSORS!r} says {expected}")
+    return replace(parts[0], tensors=tensors, parts=tuple(parts))
+
+
+def _part(asked: Header, name: str, number: int) -> Header:
+    path = asked.path.with_name(name)
+    if path != asked.path and not path.is_file():
+        _fail(asked, f"part {number} of {_number(asked, _COUNT, 1)} is missing: {path}")
+    part = asked if path == asked.path else read_header(path)
+    count, own = _number(part, _COUNT, 1), _number(part, _NO, 0)
+    if (count, own) != (_number(asked, _COUNT, 1), number - 1):
+        _fail(part, f"it says that it is part {own + 1} of {count}, where part {number} of this model should be")
+    if _number(part, _TENSORS, -1) != _number(asked, _TENSORS, -1):
+        _fail(part, f"it is a part of another model than {asked.path.name}")
+    return part
+
+
+def _number(header: Header, key: str, default: int) -> int:
+    if key not in header.metadata:
+        return default
+    value = header.metadata[key]
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**16:
+        _fail(header, f"{key!r} is {str(value)[:60]}; expected a whole number below {2**16}")
+    return value
+
+
+def _fail(header: Header, message: str) -> NoReturn:
+    raise ModelFileError(f"{header.path}: {message}", hint=_HINT)
