@@ -20,8 +20,7 @@ from hybridkv.errors import UsageError
 from hybridkv.formats import FORMATS
 from hybridkv.kernels import cpu, cpu_native
 from hybridkv.lab.ceilings import Ceilings, measure_ceilings, read_gb_s
-from hybridkv.lab.peers import Found, ik_library, torch_attention
-from hybridkv.lab.peers.ik_attention import flash_attention
+from hybridkv.lab.peers import Found, ik_attention, ik_library, torch_attention
 from hybridkv.lab.shape import Shape
 from hybridkv.lab.store_bench import Store, measure_store
 from hybridkv.lab.timing import Spread, interleaved
@@ -207,10 +206,10 @@ def _measure(
             calls[c.kv_type] = partial(_attend, shape, q, c, n_threads)
             if n_threads > 1:
                 calls[f"{c.kv_type} on 1"] = partial(_attend, shape, q, c, 1)
-            if "ik" in peers and c.kv_type in ik_library.ATTENTION_TYPES:
+            if "ik" in peers and ik_attention.runs(shape, c.kv_type):
                 fmt, d = FORMATS[c.kv_type], shape.head_dim
                 k, v = fmt.to_ggml(c.k, d), fmt.to_ggml(c.v, d)
-                call = stack.enter_context(flash_attention(shape, c.kv_type, q, k, v, n_threads))
+                call = stack.enter_context(ik_attention.flash_attention(shape, c.kv_type, q, k, v, n_threads))
                 peer_error[c.kv_type]["ik"] = _error(shape, q, c, call())
                 calls[f"{c.kv_type} ik"] = call
         if right and "torch" in peers:

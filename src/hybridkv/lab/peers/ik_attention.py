@@ -10,11 +10,19 @@ import torch
 from torch import Tensor
 
 from hybridkv.formats import FORMATS
-from hybridkv.lab.peers.ik_library import ggml
+from hybridkv.lab.peers.ik_library import ATTENTION_TYPES, ggml
 from hybridkv.lab.shape import Shape
 
 _SPARE_BYTES = 256 << 20  # its work buffer and the graph
 _MASK_ROWS = 64  # its mask is padded to a multiple of this many queries
+
+
+_STORED_MULTIPLE = 256  # its own engine always attends a multiple of this; at 300 rows its threads wait for ever
+
+
+def runs(shape: Shape, kv_type: str) -> bool:
+    """Whether it has a kernel for the type and takes this many rows."""
+    return kv_type in ATTENTION_TYPES and shape.n_stored % _STORED_MULTIPLE == 0
 
 
 class _InitParams(ctypes.Structure):
