@@ -4,7 +4,8 @@ Owns the order of things: header, config, names and shapes, tokenizer, and only 
 Does not own the file format (`reader.py`), an architecture's tables (`architectures/`), decoding
 (`decode.py`) or the tokenizer (`tokenizer.py`). Called by the command line and by library users.
 
-Memory: the final weights plus one decoded chunk (`decode.CHUNK_VALUES`); the file itself is mapped.
+Memory: the final weights plus one decoded chunk (`decode.CHUNK_VALUES`); the file itself is mapped, and the
+pages of one tensor at a time are resident.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from hybridkv.gguf.architectures.record import Architecture, Fields
 from hybridkv.gguf.decode import decodable_types, decode_into, is_decodable
 from hybridkv.gguf.metadata import Metadata
 from hybridkv.gguf.pairing import Pairing, build_skeleton, pair, same_shape, state
-from hybridkv.gguf.reader import map_parts, raw_rows
+from hybridkv.gguf.reader import map_parts, raw_rows, release
 from hybridkv.gguf.split import read_model
 from hybridkv.gguf.tokenizer import end_ids, load_tokenizer
 
@@ -265,6 +266,7 @@ def _decode(target: torch.Tensor, pairing: Pairing, meta: Metadata, files: Seque
                 cols=pairing.cols,
                 values=None if pairing.rule.values is None else pairing.rule.values.read,
             )
+        release(files[info.part])
         start += n_rows
 
 

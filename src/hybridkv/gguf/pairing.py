@@ -119,7 +119,8 @@ def _rules(architecture: Architecture, config: Config) -> Iterator[TensorRule]:
 
 
 def _pairing(rule: TensorRule, config: Config, shape: Shape) -> Pairing:
-    bare = tuple(dim for dim in shape if dim > 1)
+    # Dimensions of one are left out, but where rows of several tensors must stay rows.
+    bare = shape if len(rule.names) > 1 else tuple(dim for dim in shape if dim > 1)
     assert len(bare) <= 3, f"{rule.param} has shape {shape}"
     stack, n_rows, n_cols = (1,) * (3 - len(bare)) + bare
     if len(rule.names) == 1:
