@@ -1,7 +1,7 @@
 """Write a GGUF of a Qwen3.5-like model with random q8_0 weights, for timing whole models of a real size.
 
-By default the geometry of a 0.8B: 24 layers, full attention in every fourth, hidden 1024, feed-forward 3584, 8 query and
-2 KV heads of 256, 16 key and 16 value heads of 128, tied embeddings. The same arguments give the same bytes. The
+By default the geometry of a 0.8B: 24 layers, full attention in every fourth, hidden 1024, feed-forward 3584, 8 query
+and 2 KV heads of 256, 16 key and 16 value heads of 128, tied embeddings. The same arguments give the same bytes. The
 vocabulary is made up (bytes and numbered words); the text that comes out means nothing.
 
     python bench/random_model.py random-0.8b-q8_0.gguf
