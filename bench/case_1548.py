@@ -1,9 +1,9 @@
 """The case that hybridkv grew out of, replayed: hybrid models whose 4-bit KV cache "died of error accumulation".
 
-ik_llama.cpp #1548 found NaN logits with q4_0 on a hybrid model, blamed precision lost through the recurrent layers and
-forced q8_0. The cause was another one (#1549, #1616): no kernel was built for the type, and the fallback read queries of
-36-byte blocks (q8_1) as blocks of 34 (q8_0). This script runs the same prompt with the same types, once with our kernels
-and once with a kernel that misreads its queries in just that way, and writes docs/case-1548.md.
+ik_llama.cpp #1548 found NaN logits with q4_0 on a hybrid model, blamed precision lost through the recurrent layers
+and forced q8_0. The cause was another one (#1549, #1616): no kernel was built for the type, and the fallback read
+queries of 36-byte blocks (q8_1) as blocks of 34 (q8_0). This script runs the same prompt with the same types, once with
+our kernels and once with a kernel that misreads its queries in just that way, and writes docs/case-1548.md.
 
     python bench/case_1548.py > docs/case-1548.md
 """
@@ -82,15 +82,15 @@ CASES: tuple[tuple[str, KVTypes, GuardMode, str], ...] = (
 def page(loaded: Loaded) -> str:
     """docs/case-1548.md."""
     kernels = {"ours": tuple(KERNELS), "misreading": tuple(misreading(k) for k in KERNELS)}
+    story = " ".join((__doc__ or "").split("\n\n")[1].split("This script")[0].split())
     lines = [
         "# The case of ik_llama.cpp #1548",
         "",
-        "Written by `bench/case_1548.py`. "
-        + " ".join((__doc__ or "").split("\n\n")[1].split("This script")[0].split()),
+        f"Written by `bench/case_1548.py`. {story}",
         "",
-        f"The bundled model ({loaded.description.name}), prompt {PROMPT!r}, {N_PREDICT} tokens, greedy. In that pull request's",
-        "table, on Qwen3.5-35B-A3B: q4_0 NaN, q4_0 with refitted scales NaN, q4_0 upgraded to q8_0 coherent, q8_0 and f16",
-        "coherent. Here nothing is upgraded unless it is asked for or measured to be needed.",
+        f"The bundled model ({loaded.description.name}), prompt {PROMPT!r}, {N_PREDICT} tokens, greedy. In that pull",
+        "request's table, on Qwen3.5-35B-A3B: q4_0 NaN, q4_0 with refitted scales NaN, q4_0 upgraded to q8_0 coherent,",
+        "q8_0 and f16 coherent. Here nothing is upgraded unless it is asked for or measured to be needed.",
         "",
     ]
     for title, types, mode, which in CASES:
@@ -98,8 +98,8 @@ def page(loaded: Loaded) -> str:
         lines += [f"## {title}", "", "```text", *text.rstrip().splitlines(), "```", ""]
         lines += [f"> {line}" for line in said] + [""] * bool(said)
     lines += [
-        "A wrong layout is wrong on the first prompt, and large: the guard names the layer and the measured error. It is",
-        "no precision lost over time, and more bits in the cache cure it only because another type takes another path.",
+        "A wrong layout is wrong on the first prompt, and large: the guard names the layer and the measured error. It",
+        "is no precision lost over time, and more bits cure it only because another type takes another path.",
     ]
     return "\n".join(lines) + "\n"
 
