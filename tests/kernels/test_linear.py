@@ -152,6 +152,22 @@ def test_writes_its_outputs_and_nothing_else(isa: str, weight_type: WeightType, 
     assert poison.isnan().all()
 
 
+@pytest.mark.parametrize("weight_type", WEIGHT_TYPES)
+def test_large_outputs_are_those_of_their_parts(isa: str, weight_type: WeightType) -> None:
+    """Outputs of several MB, which may be written around the caches: whole cache lines, and columns that end in one."""
+    n_rows, n_out = 300, 4090
+    packed, x = pack(normal(n_out, 64), weight_type), normal(n_rows, 64, seed=10)
+    halves = torch.cat([linear.linear(half, packed, n_threads=1) for half in x.split(n_rows // 2)])
+    for width in (4096, 4099):  # rows that begin with a cache line, and rows that do not
+        poison = torch.full((n_rows, width), torch.nan)
+        out = poison[:, :n_out]
+        linear.linear(x, packed, out=out, n_threads=2)
+        assert torch.equal(out, halves)
+        linear.linear(x, packed, out=out, into="add")
+        assert torch.equal(out, halves + halves)
+        assert poison[:, n_out:].isnan().all()
+
+
 @pytest.mark.parametrize("n_rows", [1, 9, 40])
 @pytest.mark.parametrize("weight_type", WEIGHT_TYPES)
 def test_adds(isa: str, weight_type: WeightType, n_rows: int) -> None:

@@ -15,6 +15,7 @@ struct Tiles {
     static constexpr int64_t kDepth = 256;     // inputs: two panels of them stay in the first cache
     static constexpr int64_t kMaxRows = 512;   // rows that share a dequantized panel
     static constexpr int64_t kPanels = 8;      // panels that share activations in the second cache
+    static constexpr int64_t kStreamedBytes = 4 << 20;  // outputs of a call that no second cache holds
     static constexpr int64_t kWeightBytes = 2 * kDepth / kInputs * kTileBytes;
 
     static int64_t row_tiles(int64_t n_rows) { return (n_rows + kRows - 1) / kRows; }
@@ -140,16 +141,34 @@ struct Tiles {
         }
     }
 
+    // Outputs that will have left the second cache before they are read are written around the caches: nothing has to
+    // be fetched before it is overwritten. Measured with 512 x 3584 outputs, reading them included: 30 % faster.
+    template <class Out>
+    static bool streamed(int64_t n_rows, const Out& out) {
+        const bool aligned = (reinterpret_cast<uintptr_t>(out.y) | static_cast<uintptr_t>(out.stride * 4)) % 64 == 0;
+        return aligned && !out.add && n_rows * out.n_out * 4 >= kStreamedBytes;
+    }
+
     // All panels of a group at once: their outputs are neighbours, and rows of y lie in different pages.
     template <class Out>
-    static HYBRIDKV_PHASE void put(const float* sums, int64_t r0, int64_t r1, int64_t p0, int64_t p1, const Out& out) {
+    static HYBRIDKV_PHASE void put(const float* sums, int64_t r0, int64_t r1, int64_t p0, int64_t p1, bool stream,
+                                   const Out& out) {
         for (int64_t r = r0; r < r1; r += kRows) {
             const int n = static_cast<int>(r1 - r < kRows ? r1 - r : kRows);
             for (int64_t p = p0; p < p1; ++p) {
                 const int64_t pair = (p - p0) / 2 * 2, width = p1 - p0 - pair < 2 ? 1 : 2;
-                out.put(sums + (pair * row_tiles(r1 - r0) + (r - r0) / kRows * width + (p - p0 - pair)) * 256, n, r, p);
+                const int64_t tile = pair * row_tiles(r1 - r0) + (r - r0) / kRows * width + (p - p0 - pair);
+                if (stream && (p + 1) * kPanel <= out.n_out) {
+                    float* y = out.y + r * out.stride + p * kPanel;
+                    for (int q = 0; q < n; ++q) {
+                        _mm512_stream_ps(y + q * out.stride, Simd::load(sums + tile * 256 + q * kPanel));
+                    }
+                } else {
+                    out.put(sums + tile * 256, n, r, p);
+                }
             }
         }
+        if (stream) _mm_sfence();  // these stores keep no order with those that tell other threads of them
     }
 
     template <class Out>
@@ -157,6 +176,7 @@ struct Tiles {
                        const Out& out) {
         uint8_t* tiles = static_cast<uint8_t*>(scratch);
         float* sums = reinterpret_cast<float*>(tiles + kWeightBytes);
+        const bool stream = streamed(n_rows, out);
         configure();
         for (int64_t r0 = 0; r0 < n_rows; r0 += kMaxRows) {
             const int64_t r1 = n_rows < r0 + kMaxRows ? n_rows : r0 + kMaxRows;
@@ -169,7 +189,7 @@ struct Tiles {
                         else block<1>(w, x, r0, r1, p, k, tiles, c);
                     }
                 }
-                put(sums, r0, r1, p0, p1, out);
+                put(sums, r0, r1, p0, p1, stream, out);
             }
         }
         _tile_release();

@@ -20,8 +20,8 @@ struct Dots {
     // sums[q][v] += sum over the block of code * activation, for NV vectors of output rows, `next` bytes apart; rows of
     // x are `stride` apart
     template <int NQ, int NV>
-    static inline __attribute__((always_inline)) void block(const uint8_t* codes, int64_t next, const uint8_t* x, int64_t stride,
-                                                            I (&sums)[NQ][NV]) {
+    static inline __attribute__((always_inline)) void block(const uint8_t* codes, int64_t next, const uint8_t* x,
+                                                            int64_t stride, I (&sums)[NQ][NV]) {
         typedef uint16_t Words __attribute__((vector_size(sizeof(I))));
         for (int quad = 0; quad < 8; ++quad) {
             I even[NV], odd[NV];
