@@ -32,10 +32,10 @@ def one_error(done: Outcome) -> str:
 
 
 USAGE: dict[str, tuple[list[object], str]] = {
-    "no command": ([], "no command was given; allowed: run, plan, doctor, bench"),
+    "no command": ([], "no command was given; allowed: run, plan, bench, convert, doctor"),
     "mistyped command": (
         ["rnu", "-p", "x"],
-        "unknown command 'rnu'; allowed: run, plan, doctor, bench\nhint: did you mean 'run'",
+        "unknown command 'rnu'; allowed: run, plan, bench, convert, doctor\nhint: did you mean 'run'",
     ),
     "prompt without command": (["-p", "x"], "unknown command .-p.*\nhint: try hybridkv run -p"),
     "prompt without option": (
@@ -318,6 +318,14 @@ def test_weights_that_do_not_fit_the_config(cli: Cli, hybrid: Path, tmp_path: Pa
     assert "model.layers.1.self_attn.k_norm.weight" in error
     cut = with_weights(hybrid, tmp_path / "cut", cut_a_matrix)
     refused(cli, cut, message="model.layers.2.mlp.up_proj.weight [7, 64] for [96, 64]")
+
+
+def test_weights_that_are_no_floats(cli: Cli, hybrid: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.self_attn.v_proj.weight"
+    model = with_weights(
+        hybrid, tmp_path / "model", lambda weights: weights.update({name: weights[name].to(torch.int8)})
+    )
+    refused(cli, model, message=f"tensor '{name}' in {model / 'model.safetensors'} has dtype I8; allowed: F64, F32")
 
 
 @pytest.mark.parametrize("size", [0, 7, 100, -4000, None], ids=str)

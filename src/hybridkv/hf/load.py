@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hybridkv.errors import ModelError, ModelFileError
@@ -28,6 +28,8 @@ _NO_MODEL = (ArithmeticError, AttributeError, LookupError, TypeError)
 
 _NONSENSE = (*_NO_MODEL, RuntimeError, ValueError)
 """These, and what it raises on purpose."""
+
+_DTYPES = ("F64", "F32", "F16", "BF16")
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
@@ -76,6 +78,8 @@ def load_weights(
     """
     register()
     config = load_config(directory, remote_code=remote_code)
+    if getattr(config, "quantization_config", None) is None:
+        _check_dtypes(directory)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -104,6 +108,25 @@ def load_weights(
                 hint="the config and the weights do not belong together",
             )
     return model.to(device).eval()
+
+
+def _check_dtypes(directory: Path) -> None:
+    """Refuse weights that are no floats: Transformers would cast them, scale or no scale.
+
+    What cannot be read is left to the loading itself, which says so.
+    """
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                types = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError):
+            continue
+        for key, dtype in types.items():
+            if dtype not in _DTYPES:
+                raise ModelFileError(
+                    f"tensor {key!r} in {path} has dtype {dtype}; allowed: {', '.join(_DTYPES)}",
+                    hint="the checkpoint is quantized, and its config does not say how",
+                )
 
 
 def load_tokenizer(directory: Path, *, remote_code: RemoteCode = "refused") -> Any | None:
