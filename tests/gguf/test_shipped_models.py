@@ -8,7 +8,6 @@ closer.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +44,7 @@ class Case:
 
 CASES = (
     Case("smollm2", n_ubatch=16, n_scored=1000, splits=(200, 60, 31)),
-    Case("gemma3", n_ubatch=128, n_scored=700, splits=(600, 300, 177)),
+    Case("gemma3", n_ubatch=128, n_scored=512, splits=(600, 200, 77)),
 )
 
 
@@ -62,12 +61,9 @@ def path(case: Case) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loaded(path: Path) -> Iterator[LoadedModel]:
-    """Float32 weights, 0.5 and 1.0 GiB, and every core: these models are not tiny."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield load_gguf(path, attn_implementation="hybridkv")
-    torch.set_num_threads(before)
+def loaded(path: Path) -> LoadedModel:
+    """Float32 weights: 0.5 and 1.0 GiB."""
+    return load_gguf(path, attn_implementation="hybridkv")
 
 
 def token_ids(loaded: LoadedModel, text: str, n: int | None = None) -> list[int]:
@@ -89,7 +85,7 @@ def cross_entropy(model: PreTrainedModel, ids: list[int]) -> float:
 
 def test_perplexity_agrees_with_ik_llama(case: Case, path: Path, loaded: LoadedModel) -> None:
     ids = token_ids(loaded, heldout_text(), case.n_scored)
-    with ik_llama.model(path, n_ctx=1024, n_ubatch=case.n_ubatch, n_threads=2) as engine:
+    with ik_llama.model(path, n_ctx=1024, n_ubatch=case.n_ubatch) as engine:
         expected = math.exp(engine.cross_entropy(ids))
     assert 20 < expected < 40
     assert math.exp(cross_entropy(loaded.model, ids)) == pytest.approx(expected, rel=5e-3)
@@ -100,7 +96,7 @@ def test_greedy_tokens_agree_with_ik_llama(path: Path, loaded: LoadedModel) -> N
     """Each of its 64 tokens, given those before it, is our first choice too, or misses that by a near-tie."""
     for prompt in ("The capital of France is", "def main(argv):\n"):
         ids = token_ids(loaded, prompt)
-        with ik_llama.model(path, n_ctx=128, n_threads=2) as engine:
+        with ik_llama.model(path, n_ctx=128) as engine:
             theirs = engine.greedy(ids, 64)
         cache = quantized_cache(loaded.model, type_k="f16", type_v="f16", n_ctx=len(ids) + 64)
         logits = loaded.model(torch.tensor([ids + theirs[:-1]]), past_key_values=cache).logits[0, len(ids) - 1 :]
@@ -109,8 +105,8 @@ def test_greedy_tokens_agree_with_ik_llama(path: Path, loaded: LoadedModel) -> N
         assert behind.max() < 0.5
 
 
-# The error of the logits over their spread, RMS; measured: 1e-6, 5e-4, 0.01 and 0.15.
-TYPES = {"f32": 1e-5, "f16": 2e-3, "q8_0": 0.03, "q4_0": 0.3}
+# The error of the logits over their spread, RMS; measured: 1e-6, 0.01 and 0.15.
+TYPES = {"f32": 1e-5, "q8_0": 0.03, "q4_0": 0.3}
 
 
 @torch.inference_mode()
