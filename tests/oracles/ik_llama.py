@@ -56,6 +56,8 @@ class IkModel:
         GGUF file.
     n_ctx
         Tokens the context holds; also the batch, so that a prompt is one call.
+    n_ubatch
+        Tokens that are computed at once; `n_ctx` if None.
     type_k, type_v
         Names from `KV_TYPES`.
     khad, vhad
@@ -69,6 +71,7 @@ class IkModel:
         path: Path,
         *,
         n_ctx: int = 2048,
+        n_ubatch: int | None = None,
         n_threads: int = 1,
         type_k: str = "f16",
         type_v: str = "f16",
@@ -87,7 +90,8 @@ class IkModel:
         if content == "vocab":
             return
         params = api.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = n_ctx
+        params.n_ctx = params.n_batch = n_ctx
+        params.n_ubatch = n_ubatch or n_ctx
         params.n_threads = params.n_threads_batch = n_threads
         params.flash_attn = True
         params.type_k, params.type_v = KV_TYPES[type_k], KV_TYPES[type_v]
@@ -112,6 +116,18 @@ class IkModel:
         """Logits `[len(ids), n_vocab]` of a fresh context."""
         self.api.llama_kv_cache_clear(self._context)
         return self._decode(ids, 0, range(len(ids)))
+
+    def cross_entropy(self, ids: Sequence[int]) -> float:
+        """Mean negative log probability of each token but the first, in a fresh context."""
+        self.api.llama_kv_cache_clear(self._context)
+        total, step = 0.0, 128  # logits of all tokens at once take a gigabyte where the vocabulary is large
+        for start in range(0, len(ids) - 1, step):
+            part, targets = ids[start : start + step], ids[start + 1 : start + step + 1]
+            rows = self._decode(part, start, range(len(targets))).astype(np.float64)
+            peaks = rows.max(axis=1)
+            totals = np.log(np.exp(rows - peaks[:, None]).sum(axis=1)) + peaks
+            total += float((totals - rows[np.arange(len(targets)), targets]).sum())
+        return total / (len(ids) - 1)
 
     def greedy(self, ids: Sequence[int], n: int) -> list[int]:
         """The `n` most likely tokens that follow, one after the other; no token ends it."""
