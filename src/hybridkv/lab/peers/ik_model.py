@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -44,9 +44,11 @@ def ik_model(path: Path) -> Iterator[int]:
 
 
 @contextmanager
-def ik_context(model: int, kv_type: str, *, n_ctx: int, n_threads: int) -> Iterator[IkContext]:
+def ik_context(
+    model: int, kv_type: str, *, n_ctx: int, n_threads: int, rotated: Literal["", "k", "kv"] = ""
+) -> Iterator[IkContext]:
     """A context with K and V of `kv_type`; batches as its own tools take them by default."""
-    context = IkContext(model, kv_type, n_ctx=n_ctx, n_threads=n_threads)
+    context = IkContext(model, kv_type, n_ctx=n_ctx, n_threads=n_threads, rotated=rotated)
     try:
         yield context
     finally:
@@ -61,13 +63,16 @@ def runs(kv_type: str) -> bool:
 class IkContext:
     """One sequence of tokens and what the model remembers of it."""
 
-    def __init__(self, model: int, kv_type: str, *, n_ctx: int, n_threads: int) -> None:
+    def __init__(
+        self, model: int, kv_type: str, *, n_ctx: int, n_threads: int, rotated: Literal["", "k", "kv"] = ""
+    ) -> None:
         self._api: Any = llama()[0]
         params = self._api.llama_context_default_params()
         params.n_ctx = -(-n_ctx // 256) * 256
         params.n_threads = params.n_threads_batch = n_threads
         params.flash_attn = True
         params.type_k = params.type_v = FORMATS[kv_type].ggml_type
+        params.k_cache_hadamard, params.v_cache_hadamard = "k" in rotated, "v" in rotated
         self._n_batch = int(params.n_batch)
         self._n_vocab = self._api.llama_vocab_n_tokens(self._api.llama_model_get_vocab(model))
         self._context = self._api.llama_init_from_model(model, params)
@@ -89,20 +94,31 @@ class IkContext:
     def advance(self, ids: Sequence[int]) -> Logits:
         """Process tokens; the logits after them `[V]`, valid until the next call."""
         for begin in range(0, len(ids), self._n_batch):
-            part = ids[begin : begin + self._n_batch]
-            batch = self._one if len(part) == 1 else self._api.llama_batch_init(len(part), 0, 1)
-            batch.n_tokens = len(part)
-            for i, token in enumerate(part):
-                batch.token[i], batch.pos[i] = token, self.n_tokens + i
-                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-                batch.logits[i] = begin + i == len(ids) - 1
-            status = self._api.llama_decode(self._context, batch)
-            if len(part) > 1:
-                self._api.llama_batch_free(batch)
-            if status:
-                raise ModelError(f"ik_llama.cpp cannot process {len(part)} tokens: llama_decode gives {status}")
-            self.n_tokens += len(part)
+            self._decode(ids[begin : begin + self._n_batch], last=begin + self._n_batch >= len(ids))
         return np.ctypeslib.as_array(self._api.llama_get_logits_ith(self._context, -1), (self._n_vocab,))
+
+    def scores(self, ids: Sequence[int], chunk: int) -> Iterator[Logits]:
+        """Process tokens chunk by chunk; the logits after each of a chunk's, `[n, V]`."""
+        for begin in range(0, len(ids), chunk):
+            part = ids[begin : begin + chunk]
+            self._decode(part, every=True)
+            rows = [self._api.llama_get_logits_ith(self._context, i) for i in range(len(part))]
+            yield np.stack([np.ctypeslib.as_array(row, (self._n_vocab,)) for row in rows])
+
+    def _decode(self, part: Sequence[int], *, last: bool = False, every: bool = False) -> None:
+        """Process one batch, with the logits of its last token, of every token, or of none."""
+        batch = self._one if len(part) == 1 else self._api.llama_batch_init(len(part), 0, 1)
+        batch.n_tokens = len(part)
+        for i, token in enumerate(part):
+            batch.token[i], batch.pos[i] = token, self.n_tokens + i
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            batch.logits[i] = every or (last and i == len(part) - 1)
+        status = self._api.llama_decode(self._context, batch)
+        if len(part) > 1:
+            self._api.llama_batch_free(batch)
+        if status:
+            raise ModelError(f"ik_llama.cpp cannot process {len(part)} tokens: llama_decode gives {status}")
+        self.n_tokens += len(part)
 
     def deepen(self, n_tokens: int) -> None:
         """Repeat the stored rows until there are `n_tokens`; recurrent states stay as they are."""
