@@ -2,7 +2,7 @@
 
 By default the geometry of a 0.8B: 24 layers, full attention in every fourth, hidden 1024, feed-forward 3584, 8 query
 and 2 KV heads of 256, 16 key and 16 value heads of 128, tied embeddings. The same arguments give the same bytes. The
-vocabulary is made up (bytes and numbered words); the text that comes out means nothing.
+vocabulary is made up (bytes, two words, numbered fillers); the text that comes out means nothing.
 
     python bench/random_model.py random-0.8b-q8_0.gguf
 """
@@ -60,11 +60,12 @@ def layer_vectors(
     yield "ssm_conv1d.weight", random.normal(0, 0.3, (3 * N_LINEAR * LINEAR_DIM, CONV)).astype(np.float32)
 
 
-def random_q8_0(shape: tuple[int, int], random: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """Blocks of uniform codes whose values have the standard deviation `STD`; uint8 [out, row bytes]."""
+def random_q8_0(shape: tuple[int, int], std: float, random: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """Blocks of uniform codes whose values have about this standard deviation; uint8 [out, row bytes]."""
     blocks = np.empty((shape[0], shape[1] // 32), _BLOCK)
-    blocks["d"] = STD / (127 / 3**0.5)
+    blocks["d"] = std / (127 / 3**0.5)
     blocks["codes"] = random.integers(-127, 128, (*blocks.shape, 32), np.int8)
+    blocks["codes"][..., 0] = 127  # as a quantizer leaves a block: its largest value has the largest code
     return blocks.view(np.uint8).reshape(shape[0], -1)
 
 
@@ -92,18 +93,21 @@ def add_keys(writer: GGUFWriter, args: argparse.Namespace) -> None:
 
 
 def add_vocabulary(writer: GGUFWriter, n_vocab: int) -> None:
-    """The 256 bytes in the spelling of byte-level tokenizers, an end token, and unused words."""
+    """The 256 bytes in the spelling of byte-level tokenizers, two merged words, an end token, and fillers."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     tokens = [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]
-    types = [TokenType.NORMAL] * 256 + [TokenType.CONTROL] + [TokenType.UNUSED] * (n_vocab - 257)
+    merges = [f"{tokens[ord(' ')]} t", "h e"]
+    tokens += [merge.replace(" ", "") for merge in merges]
+    end = len(tokens)
+    types = [TokenType.NORMAL] * end + [TokenType.CONTROL] + [TokenType.UNUSED] * (n_vocab - end - 1)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([*tokens, "<|end|>", *(f"[PAD{i}]" for i in range(257, n_vocab))])
+    writer.add_token_list([*tokens, "<|end|>", *(f"[PAD{i}]" for i in range(end + 1, n_vocab))])
     writer.add_token_types(types)
-    writer.add_token_merges([f"{chr(288)} t", "h e"])
-    writer.add_eos_token_id(256)
-    writer.add_pad_token_id(256)
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(end)
+    writer.add_pad_token_id(end)
     writer.add_add_bos_token(False)
 
 
@@ -137,8 +141,11 @@ def main() -> int:
     writer.write_ti_data_to_file()
     for values in vectors.values():
         writer.write_tensor_data(values)
-    for shape in matrices.values():
-        writer.write_tensor_data(random_q8_0(shape, random))
+    for name, shape in matrices.items():
+        # What adds to the residual stream is small, so that rounding errors do not grow from layer to layer.
+        adds = name.endswith(("attn_output.weight", "ssm_out.weight", "ffn_down.weight"))
+        std = STD / (2 * args.layers) ** 0.5 if adds else STD
+        writer.write_tensor_data(random_q8_0(shape, std, random))
     writer.close()
     print(f"{args.path}: {args.path.stat().st_size / 2**20:.0f} MiB")
     return 0

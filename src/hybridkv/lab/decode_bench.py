@@ -29,7 +29,7 @@ from hybridkv.policy import Guard, Policy
 PEERS: dict[str, Callable[[], Found]] = {"ik": ik_library.find}
 OURS = "hybridkv"
 
-DIFFERENCE_LIMIT = 0.25
+DIFFERENCE_LIMIT = 0.1
 """Largest difference of the logits after the first prompt, relative to their own spread. Both quantize the cache and
 ik_llama.cpp rounds activations to 8 bits; a wrong layer gives 1 and more."""
 

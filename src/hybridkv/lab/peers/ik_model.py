@@ -126,9 +126,9 @@ class IkContext:
 def repeat_rows(state: bytes, n_tokens: int) -> bytes:
     """A sequence's saved state with its K and V rows repeated to `n_tokens`.
 
-    Source: ik_llama.cpp, src/llama.cpp, `llama_data_write`: the count of cells, each cell's position and 0;
-    whether V is transposed, the count of layers; per layer K's type, bytes per row and rows; then V's likewise; then
-    the recurrent states, which are kept.
+    Source: ik_llama.cpp, src/llama.cpp, `llama_data_write`: the count of cells, each cell's position and 0; whether V
+    is transposed, the count of layers; per layer K's type, bytes per row and rows; then V's likewise; then the
+    recurrent states, which are kept.
     """
     (n_cells,) = struct.unpack_from("<I", state)
     out = [struct.pack("<I", n_tokens), *(struct.pack("<iI", position, 0) for position in range(n_tokens))]
