@@ -70,7 +70,7 @@ def main() -> int:
         "text": arguments.file.name,
         "context": n_ctx,
         "tokens": n_ctx * n_windows,
-        "ik": ik_library.find().described,
+        "ik": ik_library.find().about,
         "cpu": cpu_name(),
         "commit": measured,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -11,9 +12,12 @@ from hybridkv.kernels import cpu_native
 MEMORY_BYTES = 256 << 20
 """A set that is read out of memory, or out of a last-level cache that is as large."""
 
+_PRODUCTS: tuple[Literal["float", "integer"], ...] = ("float", "integer")
+
 MEANING = {
     "read": "GB of cache read per second by a plain sum, all threads",
-    "float": "giga multiply-adds per second of float32 vectors",
+    "float": "giga multiply-adds per second of float32 vectors; with AMX at least of bfloat16 tiles, half as many "
+    "as int8 tiles do",
     "integer": "the same for codes: int8 tiles with AMX, of which the kernels need two products for each multiply-add "
     "since a query is two int8 terms; pairs of int16 elsewhere",
 }
@@ -39,12 +43,10 @@ class Ceilings:
 
 def measure_ceilings(n_threads: int) -> Ceilings:
     """Probe the machine; takes a few seconds."""
-    return Ceilings(
-        n_threads,
-        read_gb_s(MEMORY_BYTES, n_threads),
-        cpu_native.probe("float", n_threads) / 1e9,
-        cpu_native.probe("integer", n_threads) / 1e9,
-    )
+    floats, integers = (cpu_native.probe(kind, n_threads) / 1e9 for kind in _PRODUCTS)
+    if cpu_native.isa() == "amx":
+        floats = max(floats, integers / 2)
+    return Ceilings(n_threads, read_gb_s(MEMORY_BYTES, n_threads), floats, integers)
 
 
 def read_gb_s(n_bytes: int, n_threads: int) -> float:
