@@ -120,6 +120,26 @@ def test_what_the_class_has_no_place_for_is_left_out_with_a_notice(tmp_path: Pat
     assert "mtp.fc.weight" in done.notices[-1]
 
 
+def test_the_text_model_of_a_multimodal_checkpoint(tmp_path: Path) -> None:
+    """As Qwen3.5 is published: another prefix, a config within a config, and weights of an image encoder."""
+    directory = saved(tmp_path)
+    expected = load_gguf(convert(directory, tmp_path / "text.gguf", weights="f32").path).model.state_dict()
+    text = json.loads((directory / "config.json").read_text("utf-8"))
+    config = {"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": text}
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+    def prefix(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith("model.")]:
+            tensors[name.replace("model.", "model.language_model.", 1)] = tensors.pop(name)
+        tensors["model.visual.patch_embed.proj.bias"] = torch.ones(8)
+
+    rewritten(directory, prefix)
+    done = convert(directory, tmp_path / "x.gguf", weights="f32")
+    assert "model.visual.patch_embed.proj.bias" in done.notices[-1]
+    loaded = load_gguf(done.path).model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.items())
+
+
 def saved(tmp_path: Path, family: str = "qwen3_5_text") -> Path:
     build(family).save_pretrained(tmp_path / "model")
     return tmp_path / "model"

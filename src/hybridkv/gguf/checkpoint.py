@@ -8,10 +8,8 @@ converts here. Does not own configs or models. Called by `convert.py`.
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from safetensors import SafetensorError, safe_open
@@ -27,48 +25,31 @@ DTYPES = ("F32", "F16", "BF16")
 
 
 class Checkpoint:
-    """A directory's tensors as a model's parameters; a context manager that holds the files open.
+    """A directory's tensors as a model's parameters.
+
+    Files are opened for one parameter at a time, so that the pages that were read do not stay in memory.
 
     Raises
     ------
     ModelFileError
-        At entry, for files that are missing or damaged and tensors that are no floats.
+        For files that are missing or damaged and tensors that are no floats.
     ModelError
-        At entry, for parameters that the files do not have.
+        For parameters that the files do not have.
     """
 
     def __init__(self, directory: Path, model: PreTrainedModel) -> None:
         self.directory = directory
         self._model = model
-        self._files = ExitStack()
+        self._open: dict[Path, Any] = {}
         self._mappings: dict[str, Any] = {}
         self.unused: tuple[str, ...] = ()
         """Tensors that the model has no place for."""
+        self._assign(self._tensors())
 
     @property
     def config(self) -> Any:
         """The model's config."""
         return self._model.config
-
-    def __enter__(self) -> Checkpoint:
-        try:
-            handles = [self._open(path) for path in self._paths()]
-            tensors = {key: handle.get_slice(key) for handle in handles for key in handle.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            self._files.close()
-            self._fail(f"the weights in {self.directory} cannot be read: {error}", "a file is damaged")
-        for key, tensor in tensors.items():
-            if tensor.get_dtype() not in DTYPES:
-                self._files.close()
-                self._fail(
-                    f"tensor {key!r} in {self.directory} has dtype {tensor.get_dtype()}; allowed: {', '.join(DTYPES)}",
-                    "quantized checkpoints cannot be converted: use the one that they were made from",
-                )
-        self._assign(tensors)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._files.close()
 
     def parameter(self, name: str) -> torch.Tensor:
         """Read one parameter, once; memory is its own, and that of its pieces while they are joined."""
@@ -77,6 +58,8 @@ class Checkpoint:
             value: Any = mapping.convert(name, model=self._model, config=self._model.config)[name]
         except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
             self._fail(f"{name} cannot be read from {self.directory}: {error}", "a file is damaged")
+        finally:
+            self._open.clear()
         value = value[0] if isinstance(value, list) else value
         expected = self._model.get_parameter_or_buffer(name).shape
         if value.shape != expected:
@@ -86,6 +69,31 @@ class Checkpoint:
             )
         tensor: torch.Tensor = value
         return tensor
+
+    def read(self, path: Path, key: str) -> torch.Tensor:
+        """Read one tensor of one file."""
+        if path not in self._open:
+            self._open[path] = safe_open(path, framework="pt")
+        tensor: torch.Tensor = self._open[path].get_tensor(key)
+        return tensor
+
+    def _tensors(self) -> dict[str, Path]:
+        """Return every tensor's file, after checking that all can be read."""
+        tensors = {}
+        for path in self._paths():
+            try:
+                with safe_open(path, framework="pt") as file:
+                    types = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+            except (SafetensorError, OSError) as error:
+                self._fail(f"the weights in {self.directory} cannot be read: {error}", f"{path.name} is damaged")
+            for key, dtype in types.items():
+                if dtype not in DTYPES:
+                    self._fail(
+                        f"tensor {key!r} in {self.directory} has dtype {dtype}; allowed: {', '.join(DTYPES)}",
+                        "quantized checkpoints cannot be converted: use the one that they were made from",
+                    )
+                tensors[key] = path
+        return tensors
 
     def _paths(self) -> list[Path]:
         index = self.directory / "model.safetensors.index.json"
@@ -104,10 +112,7 @@ class Checkpoint:
                 self._fail(f"{path} is missing", "converting reads safetensors; other formats are not read")
         return paths
 
-    def _open(self, path: Path) -> Any:
-        return self._files.enter_context(safe_open(path, framework="pt"))
-
-    def _assign(self, tensors: dict[str, Any]) -> None:
+    def _assign(self, tensors: dict[str, Path]) -> None:
         """Say for each parameter which tensors it is made of, as `from_pretrained` does."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -128,11 +133,10 @@ class Checkpoint:
             mapping = self._mappings.setdefault(
                 name, WeightRenaming(key, name) if pattern is None else deepcopy(by_pattern[pattern])
             )
-            mapping.add_tensor(name, key, pattern or key, _Lazy(tensors[key]))
+            mapping.add_tensor(name, key, pattern or key, _Lazy(self, tensors[key], key))
         self.unused = tuple(unused)
         missing = sorted(state(self._model).keys() - self._mappings.keys())
         if missing:
-            self._files.close()
             named = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
             raise ModelError(
                 f"{len(missing)} tensors are missing in {self.directory}: {named}",
@@ -146,14 +150,10 @@ class Checkpoint:
 class _Lazy:
     """A tensor that is read when Transformers calls it, and not before."""
 
-    __slots__ = ("_slice",)
+    __slots__ = ("_checkpoint", "_key", "_path")
 
-    def __init__(self, tensor: Any) -> None:
-        self._slice = tensor
+    def __init__(self, checkpoint: Checkpoint, path: Path, key: str) -> None:
+        self._checkpoint, self._path, self._key = checkpoint, path, key
 
     def __call__(self) -> torch.Tensor:
-        value: torch.Tensor = self._slice[...]
-        return value
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Lazy:
-        return self
+        return self._checkpoint.read(self._path, self._key)

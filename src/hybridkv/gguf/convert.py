@@ -101,8 +101,9 @@ def write_gguf(
     model = build_skeleton(config, torch.float32)
     pairings = pair(architecture, config, model, ())
     settings = {each: numbers for each, write in architecture.settings if (numbers := write(config)) is not None}
+    checkpoint = Checkpoint(directory, model)
     try:
-        with Checkpoint(directory, model) as checkpoint, _replacing(output) as temporary:
+        with _replacing(output) as temporary:
             writer = GGUFWriter(temporary, architecture.name)
             keys = {"general.name": name, "general.file_type": int(TYPES[type_][1]), **_keys(architecture, config)}
             for key, value in {**keys, "tokenizer.ggml.model": "none", **tokenizer}.items():
@@ -214,9 +215,9 @@ def _float32(value: torch.Tensor) -> Floats:
 
 
 def _encoded(name: str, values: Floats, type_: GGMLQuantizationType) -> NDArray[Any]:
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         encoded: NDArray[Any] = quantize(np.ascontiguousarray(values, np.float32), type_)
-    largest = float(np.abs(values).max())
+    largest = max(float(values.max()), -float(values.min()))
     if type_ != F32 and math.isfinite(largest) and largest > _LIMITS[type_]:
         raise ModelError(
             f"tensor {name!r} holds {largest:g}, more than {type_.name} can", hint="convert it with --type f32"
