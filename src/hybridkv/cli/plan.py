@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 NAME = "plan"
 HELP = "print KV, state and weight bytes for cache types, and the largest context that fits"
 
+_WEIGHT_BITS = {"f32": 32.0, "bf16": 16.0, "f16": 16.0, "q8_0": 8.5}
+
 _DEFAULT_TYPES = "f16,q8_0,q6_0,q5_0,q4_0"
 
 
@@ -47,8 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         default="auto",
-        choices=("auto", "f32", "bf16", "f16"),
-        help="of the loaded weights; auto: what `run` loads here, bf16 with a GPU and f32 without (default auto)",
+        choices=("auto", *_WEIGHT_BITS),
+        help="of the loaded weights; auto: bf16 with a GPU and f32 without; on the CPU, `run` holds a q8_0 file's as "
+        "q8_0 (default auto)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -114,15 +117,13 @@ def _rows(
     budget: int | None,
 ) -> list[dict[str, Any]]:
     """One object per pair, bytes as integers."""
-    import torch
-
     from hybridkv.cache import KVTypes
     from hybridkv.hf import kv_facts
     from hybridkv.plan import largest_context, plan
     from hybridkv.policy import Policy
 
-    dtype = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}[dtype_name]
-    weight_bytes = description.weight_bytes(dtype)
+    bits = _WEIGHT_BITS[dtype_name]
+    weight_bytes = description.weight_bytes(bits)
     rows = []
     for k, v in pairs:
         specs = Policy(types=KVTypes(k, v)).resolve(kv_facts(description.facts))
@@ -131,7 +132,7 @@ def _rows(
             description.facts,
             n_ctx=n_ctx,
             n_seqs=n_seqs,
-            conv_itemsize=dtype.itemsize,
+            conv_itemsize=2 if bits == 16 else 4,
             weight_bytes=weight_bytes,
         )
         row: dict[str, Any] = {

@@ -155,6 +155,7 @@ def main(arguments: argparse.Namespace) -> int:
     loaded = load(description, dtype=dtype, device=device, weights=weights)
     for line in loaded.notices:
         notice(line)
+    _suggest_int8(loaded, weights)
     text, ids = prompt_ids(prompt, loaded.model, loaded.tokenizer, chat=a.chat)
     step = make_step(loaded.model)
     print(f"engine: {step.name}", file=sys.stderr)
@@ -181,6 +182,19 @@ def _weights(asked: WeightKind, engine: StepKind, device: str) -> WeightKind:
     if asked not in ("auto", "plain") and reason is not None:
         raise UsageError(f"--weights {asked}: {reason}; allowed: auto, plain", hint="leave --weights out")
     return asked
+
+
+def _suggest_int8(loaded: Loaded, weights: WeightKind) -> None:
+    """Say what a file costs whose types only float32 holds without change."""
+    from hybridkv.hf import packed_bytes
+
+    path = loaded.description.path
+    wide = packed_bytes(loaded.model, "f32")
+    if weights == "auto" and path.is_file() and wide > path.stat().st_size:
+        notice(
+            f"{size(wide)} of weights are held as f32, which alone keeps this file's types unchanged; "
+            f"--weights int8 takes {size(wide * 17 // 64)}"
+        )
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -50,9 +50,9 @@ class Description:
     n_ctx_train: int | None
     remote_code: RemoteCode = "refused"
 
-    def weight_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the loaded weights."""
-        return count_parameters(self.config, remote_code=self.remote_code) * dtype.itemsize
+    def weight_bytes(self, bits: float) -> int:
+        """Bytes of the loaded weights at `bits` a parameter."""
+        return int(count_parameters(self.config, remote_code=self.remote_code) * bits / 8)
 
 
 @dataclass(frozen=True, slots=True)

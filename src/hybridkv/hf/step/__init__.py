@@ -12,7 +12,14 @@ from hybridkv.hf.step import native
 from hybridkv.hf.step.eager import EagerStep
 from hybridkv.hf.step.native import NativeStep
 from hybridkv.hf.step.record import Step
-from hybridkv.hf.step.weights import WeightKind, pack_model, packed_parameter, packing_rejects, parse_weights
+from hybridkv.hf.step.weights import (
+    WeightKind,
+    pack_model,
+    packed_bytes,
+    packed_parameter,
+    packing_rejects,
+    parse_weights,
+)
 
 StepKind = Literal["auto", "native", "eager"]
 
@@ -59,6 +66,7 @@ __all__ = [
     "StepKind",
     "WeightKind",
     "pack_model",
+    "packed_bytes",
     "packed_parameter",
     "packing_rejects",
     "parse_step",

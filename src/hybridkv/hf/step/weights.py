@@ -118,6 +118,12 @@ def packed_types(model: nn.Module) -> tuple[WeightType, ...]:
     return tuple(dict.fromkeys(p.packed.type for p in model.parameters() if isinstance(p, PackedTensor)))
 
 
+def packed_bytes(model: nn.Module, weight_type: WeightType) -> int:
+    """Bytes of a model's matrices that are held as a type."""
+    held = {id(p): p.packed for p in model.parameters() if isinstance(p, PackedTensor)}
+    return sum(packed.nbytes for packed in held.values() if packed.type == weight_type)
+
+
 def packing_rejects(device: str) -> str | None:
     """Why weights cannot be held packed on a type of device; None if they can."""
     return cpu_native.available() if device == "cpu" else f"packed weights are for the cpu, not {device}"
