@@ -266,7 +266,12 @@ def _stored(shape: Shape, kv_type: str, seed: int) -> Planes:
     rows = min(shape.n_stored, DISTINCT_ROWS)
     x = torch.randn(1, shape.n_kv_heads, rows, shape.head_dim, generator=torch.Generator().manual_seed(seed))
     turns = torch.arange(shape.n_stored) % rows
-    return tuple(plane[:, :, turns].contiguous() for plane in FORMATS[kv_type].encode(x))
+    return tuple(_in_cache_memory(plane[:, :, turns]) for plane in FORMATS[kv_type].encode(x))
+
+
+def _in_cache_memory(plane: Tensor) -> Tensor:
+    """A copy in memory as the cache takes it."""
+    return cpu_native.allocate(plane.shape).copy_(plane)
 
 
 def _attend(
