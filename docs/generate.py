@@ -100,11 +100,106 @@ def plan_block() -> str:
     return "\n".join(["```text", f"$ hybridkv plan -m qwen3.5-35b-a3b/config.json {' '.join(options)}", *lines, "```"])
 
 
-def readme() -> str:
-    """README.md with its generated parts renewed."""
-    text = (ROOT / "README.md").read_text()
-    data = json.loads((ROOT / "docs/measurements/perplexity.json").read_text())
-    parts = {"perplexity": perplexity_table(data), "plan": plan_block()}
+def load_measured(name: str) -> dict[str, Any]:
+    """A committed result of a bench."""
+    data: dict[str, Any] = json.loads((ROOT / "docs/measurements" / f"{name}.json").read_text())
+    return data
+
+
+def conditions_line(command: str, data: dict[str, Any]) -> str:
+    """What a table was measured with."""
+    machine, versions = data["machine"], data["versions"]
+    peers = ", ".join(peer["about"] for peer in data["peers"].values())
+    return (
+        f"`{command}`: {machine['cpu']}, {machine['cores']} cores, {machine['isa']}, {machine['threads']} threads; "
+        f"hybridkv {versions['hybridkv']}, commit {data['commit']}, torch {versions['torch']}; peers: {peers}."
+    )
+
+
+def attention_table(data: dict[str, Any]) -> str:
+    """Kernels beside their peers."""
+    lines = [
+        "| shape | type | ms (p10-p90) | GB/s | GFLOP/s | of ceiling | 2 threads over 1 | error | ik ms | over ik | torch ms | over torch |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case in data["cases"]:
+        shape, time = case["shape"], case["time"]
+        ms, peers = time["median_ms"], case["peer_ms"]
+        what = (
+            f"D={shape['head_dim']} {shape['n_heads']}/{shape['n_kv_heads']} T={shape['n_new']} S={shape['n_stored']}"
+        )
+        cells = [
+            what,
+            case["kv_type"],
+            f"{ms:.3g} ({time['p10_ms']:.3g}-{time['p90_ms']:.3g})",
+            f"{case['gb_s']:.1f}",
+            f"{case['gflop_s']:.0f}",
+            f"{case['of_ceiling']:.0%} ({case['bound']})",
+            f"{case['scaling']:.2f}x",
+            f"{case['error']:.0e}",
+        ]
+        for peer in ("ik", "torch"):
+            cells += [f"{peers[peer]:.3g}", f"**{peers[peer] / ms:.2f}x**"]
+        lines.append("| " + " | ".join(cells) + " |")
+    c = data["ceilings"]
+    lines += [
+        "",
+        conditions_line("hybridkv bench attention --against ik,torch -t 2 --json", data),
+        f"Ceilings of the same run: {c['read_gb_s']:.1f} GB/s read out of memory, {c['float_gmac_s']:.0f} and "
+        f"{c['integer_gmac_s']:.0f} G multiply-adds/s of bfloat16 and int8 tiles.",
+    ]
+    return "\n".join(lines)
+
+
+def store_table(data: dict[str, Any]) -> str:
+    """How fast rows are stored."""
+    lines = ["| type | GB/s of float32 input, one core |", "|---|---|"]
+    lines += [f"| {row['kv_type']} | {row['bulk_gb_s']:.2f} |" for row in data["store"]]
+    return "\n".join(lines)
+
+
+def steps_table(name: str, command: str) -> str:
+    """A whole model beside ik_llama.cpp."""
+    data = load_measured(name)
+    lines = ["| | type | hybridkv tokens/s | ik_llama.cpp tokens/s | ratio |", "|---|---|---|---|---|"]
+    rows = [("prompt of 2048", row) for row in data["prompt"]]
+    rows += [(f"generation at depth {row['depth']}", row) for row in data["steps"]]
+    for what, row in rows:
+        speeds = row["tok_s"]
+        cells = (
+            what,
+            row["kv_type"],
+            f"{speeds['hybridkv']:.1f}",
+            f"{speeds['ik']:.1f}",
+            f"**{row['ratio']['ik']:.2f}x**",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    gates = "; ".join(
+        f"{g['kv_type']}: logits within {g['difference']:.1e} of ik's, {g['agreed']} of 16 greedy tokens the same"
+        for g in data["gates"]
+    )
+    return "\n".join([*lines, "", conditions_line(command, data), f"{gates}."])
+
+
+def performance() -> str:
+    """docs/performance.md with its tables renewed."""
+    attention = load_measured("attention")
+    return with_parts(
+        "docs/performance.md",
+        {
+            "attention": attention_table(attention),
+            "store": store_table(attention),
+            "decode-29m": steps_table("decode-29m", "hybridkv bench decode --against ik -t 2"),
+            "decode-0.8b": steps_table(
+                "decode-0.8b", "hybridkv bench decode -m random-0.8b-q8_0.gguf --against ik -t 2"
+            ),
+        },
+    )
+
+
+def with_parts(path: str, parts: dict[str, str]) -> str:
+    """A page with its marked parts replaced."""
+    text = (ROOT / path).read_text()
     for name, body in parts.items():
         marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         assert marked.search(text), name
@@ -112,10 +207,21 @@ def readme() -> str:
     return text
 
 
+def readme() -> str:
+    """README.md with its generated parts renewed."""
+    return with_parts("README.md", {"perplexity": perplexity_table(load_measured("perplexity")), "plan": plan_block()})
+
+
 def main() -> int:
     """Write or check every generated file."""
     stale = 0
-    for path, content in (("docs/formats.md", formats_page()), ("docs/cli.md", cli_page()), ("README.md", readme())):
+    pages = {
+        "docs/formats.md": formats_page(),
+        "docs/cli.md": cli_page(),
+        "docs/performance.md": performance(),
+        "README.md": readme(),
+    }
+    for path, content in pages.items():
         target = ROOT / path
         if target.is_file() and target.read_text() == content:
             continue

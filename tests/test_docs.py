@@ -39,6 +39,10 @@ def test_cli_page_is_the_help(generate: ModuleType, monkeypatch: pytest.MonkeyPa
     assert (ROOT / "docs/cli.md").read_text() == generate.cli_page()
 
 
+def test_performance_tables_are_the_committed_measurements(generate: ModuleType) -> None:
+    assert (ROOT / "docs/performance.md").read_text() == generate.performance()
+
+
 def test_readme_tables_are_generated(generate: ModuleType) -> None:
     assert generate.readme() == README
 
