@@ -80,6 +80,8 @@ struct Tiles {
             uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
             uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
         } const config;
+        // GCC 12's intrinsic does not say that it reads all of it: without this, stores to it may be left out.
+        asm volatile("" : : "r"(&config) : "memory");
         _tile_loadconfig(&config);
     }
 
@@ -88,6 +90,7 @@ struct Tiles {
     template <int NA, int NB>
     static HYBRIDKV_PHASE void multiply(const uint8_t* a, int64_t a_stride, const uint8_t* b, int64_t b_stride,
                                         int64_t depth, bool add, float* c) {
+        asm volatile("" : : : "memory");  // nor that a tile load reads what was written before
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
