@@ -181,6 +181,23 @@ def steps_table(name: str, command: str) -> str:
     return "\n".join([*lines, "", conditions_line(command, data), f"{gates}."])
 
 
+def perplexity_ik_table() -> str:
+    """Perplexity by type beside ik_llama.cpp's."""
+    data = load_measured("perplexity_ik")
+    lines = ["| K and V | hybridkv | ik_llama.cpp | ours over theirs |", "|---|---|---|---|"]
+    for row in data["rows"]:
+        name = row["type"].replace("+kv", " -khad -vhad").replace("+k", " -khad")
+        change = f"{100 * (row['hybridkv'] / row['ik'] - 1):+.3f} %"
+        lines.append(f"| {name} | {row['hybridkv']:.4f} | {row['ik']:.4f} | {change} |")
+    c = data["conditions"]
+    lines += [
+        "",
+        f"`python bench/perplexity_ik.py`: {c['model']}, {c['text']}, {c['tokens']} tokens in windows of {c['context']}, "
+        f"{c['cpu']}, commit {c['commit']}; {c['ik']}.",
+    ]
+    return "\n".join(lines)
+
+
 def performance() -> str:
     """docs/performance.md with its tables renewed."""
     attention = load_measured("attention")
@@ -189,6 +206,7 @@ def performance() -> str:
         {
             "attention": attention_table(attention),
             "store": store_table(attention),
+            "perplexity-ik": perplexity_ik_table(),
             "decode-29m": steps_table("decode-29m", "hybridkv bench decode --against ik -t 2"),
             "decode-0.8b": steps_table(
                 "decode-0.8b", "hybridkv bench decode -m random-0.8b-q8_0.gguf --against ik -t 2"
