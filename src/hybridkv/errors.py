@@ -13,6 +13,9 @@ The command line prints `error: ...` and `hint: ...` and exits with code 2 for a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 
 class HybridKVError(Exception):
     """Base of all errors that hybridkv raises on purpose.
@@ -36,6 +39,23 @@ class HybridKVError(Exception):
 
 class UsageError(HybridKVError):
     """An option, a type name or a value that is not allowed."""
+
+
+T = TypeVar("T", bound=str)
+
+
+def one_of(text: str, allowed: Sequence[T], problem: str, *, hint: str) -> T:
+    """The name among `allowed` that `text` is.
+
+    Raises
+    ------
+    UsageError
+        With the problem, the text and what is allowed.
+    """
+    for name in allowed:
+        if name == text:
+            return name
+    raise UsageError(f"{problem} {text!r}; allowed: {', '.join(allowed)}", hint=hint)
 
 
 class ModelFileError(HybridKVError):

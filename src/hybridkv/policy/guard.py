@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from hybridkv.cache import KVSpec, KVTypes
-from hybridkv.errors import GuardError, UsageError
+from hybridkv.errors import GuardError, one_of
 from hybridkv.formats import get_format
 
 GuardMode = Literal["check", "upgrade", "warn", "strict", "off"]
@@ -86,10 +86,7 @@ def parse_mode(name: str) -> GuardMode:
     UsageError
         Listing the modes.
     """
-    for mode in GUARD_MODES:
-        if mode == name:
-            return mode
-    raise UsageError(f"unknown guard mode {name!r}; allowed: {', '.join(GUARD_MODES)}", hint="try check")
+    return one_of(name, GUARD_MODES, "unknown guard mode", hint="try check")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import get_args
 
 from hybridkv.cache import AttentionFacts, KVSpec, KVTypes
-from hybridkv.errors import UsageError
+from hybridkv.errors import UsageError, one_of
 from hybridkv.formats import Scale, get_format
 
 
@@ -45,13 +45,8 @@ def parse_scale(text: str) -> Scale:
     UsageError
         Listing the rules.
     """
-    for rule in get_args(Scale):
-        if rule == text:
-            return rule  # type: ignore[no-any-return]
-    raise UsageError(
-        f"unknown scale rule {text!r}; allowed: {', '.join(get_args(Scale))}",
-        hint="leave --kv-scale out for what measures better",
-    )
+    kinds: tuple[Scale, ...] = get_args(Scale)
+    return one_of(text, kinds, "unknown scale rule", hint="leave --kv-scale out for what measures better")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from hybridkv.errors import UsageError
+from hybridkv.errors import UsageError, one_of
 from hybridkv.hf.step import native
 from hybridkv.hf.step.eager import EagerStep
 from hybridkv.hf.step.native import NativeStep
@@ -32,13 +32,8 @@ def parse_step(text: str) -> StepKind:
     UsageError
         Listing the names there are.
     """
-    for kind in get_args(StepKind):
-        if text == kind:
-            return kind  # type: ignore[no-any-return]
-    raise UsageError(
-        f"no step {text!r}; allowed: {', '.join(get_args(StepKind))}",
-        hint="auto takes the native step where it runs the model",
-    )
+    kinds: tuple[StepKind, ...] = get_args(StepKind)
+    return one_of(text, kinds, "no step", hint="auto takes the native step where it runs the model")
 
 
 def resolve_step(config: Any, device: str, kind: StepKind = "auto") -> type[EagerStep] | type[NativeStep]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
-from hybridkv.errors import UsageError
+from hybridkv.errors import one_of
 from hybridkv.kernels import cpu_native
 from hybridkv.kernels.linear import PackedWeight, WeightType, exact_type, gather, linear, pack, unpack
 
@@ -31,13 +31,8 @@ def parse_weights(text: str) -> WeightKind:
     UsageError
         Listing the kinds there are.
     """
-    for kind in get_args(WeightKind):
-        if text == kind:
-            return kind  # type: ignore[no-any-return]
-    raise UsageError(
-        f"no weights {text!r}; allowed: {', '.join(get_args(WeightKind))}",
-        hint="auto keeps every weight as it is in the file",
-    )
+    kinds: tuple[WeightKind, ...] = get_args(WeightKind)
+    return one_of(text, kinds, "no weights", hint="auto keeps every weight as it is in the file")
 
 
 class PackedTensor(Tensor):
