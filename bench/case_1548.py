@@ -33,7 +33,7 @@ def misreading(kernel: Kernel) -> Kernel:
     """A kernel that reads queries made for q4_0 rows, blocks of q8_1, as blocks of q8_0."""
 
     def attend(q: Tensor, view: KVView, params: AttentionParams) -> Tensor:
-        if view.format_k.name == "q4_0":
+        if view.segments[0].format_k.name == "q4_0":
             head_dim = q.shape[-1]
             written = FORMATS["q8_1"].to_ggml(FORMATS["q8_1"].encode(q), head_dim)
             read = written[..., : FORMATS["q8_0"].row_bytes(head_dim)].contiguous()

@@ -46,7 +46,7 @@ def test_append_in_any_chunks_stores_the_same_rows(chunks: tuple[int, ...]) -> N
     kv = layer()
     for first, last in pairwise([0, *torch.tensor(chunks).cumsum(0).tolist()]):
         view = kv.append(k[:, :, first:last], v[:, :, first:last])
-        assert (view.start, view.length) == (0, last)
+        assert (view.segments[0].start, view.length) == (0, last)
     got_k, got_v = kv.decode()
     torch.testing.assert_close(got_k, decoded("q8_0", k), rtol=0, atol=0)
     torch.testing.assert_close(got_v, decoded("q4_0", v), rtol=0, atol=0)
@@ -71,7 +71,7 @@ def test_rotation_is_stored_and_undone() -> None:
     k, v = rows(9)
     kv = layer(KVTypes("f32", "f32", rotate_k=True, rotate_v=True))
     view = kv.append(k, v)
-    stored = view.format_k.decode([p[:, :, :9] for p in view.k], 64)
+    stored = view.segments[0].format_k.decode([p[:, :, :9] for p in view.segments[0].k], 64)
     assert not torch.allclose(stored, k, atol=0.1)
     got_k, got_v = kv.decode()
     torch.testing.assert_close(got_k, k, rtol=0, atol=1e-5)
@@ -84,7 +84,7 @@ def test_scale_rule_changes_bytes() -> None:
     for rule in ("absmax", "refit"):
         kv = layer(KVTypes("q4_0", "q4_1", scale=rule))  # q4_1 has no choice of scale and takes none
         view = kv.append(k, v)
-        stored.append(view.k[0][:, :, :9].clone())
+        stored.append(view.segments[0].k[0][:, :, :9].clone())
     assert not torch.equal(*stored)
 
 
@@ -192,4 +192,4 @@ def test_fresh_memory_is_never_read() -> None:
     kv = layer(KVTypes("q4_1", "iq4_nl"), n_ctx=50)
     kv.append(*rows(3))
     assert all(torch.isfinite(x).all() for x in kv.decode())
-    assert (kv.view().k[0][:, :, 3:] == 0xFF).all()
+    assert (kv.view().segments[0].k[0][:, :, 3:] == 0xFF).all()

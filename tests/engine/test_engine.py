@@ -53,7 +53,7 @@ class Fault:
                 layer = next(order) % len(specs)
                 calls[layer] += 1
                 due = calls[layer] == self.step + 1 if self.types is None else calls[layer] >= self.step + 1
-                held = self.types is None or view.format_k.name in self.types
+                held = self.types is None or view.segments[0].format_k.name in self.types
                 if layer == self.kv_layer and due and held and not (self.types is None and self.fired):
                     self.fired += 1
                     out[..., 0] = torch.nan

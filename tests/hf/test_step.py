@@ -167,7 +167,7 @@ def test_a_decode_that_goes_wrong_names_its_layer(mode: GuardMode) -> None:
     specs = Policy(KVTypes("q8_0", "q8_0")).resolve(kv_facts(layer_facts(model.config)))
     step, cache = NativeStep(model), ModelCache(model.config, specs, guard=Guard(mode=mode))
     step.forward(tokens(1, 6), cache, 0)
-    cache.kv_layers[1].view().v[0][:, :, 2] = 0xFF  # the scales of a stored row become NaN
+    cache.kv_layers[1].view().segments[0].v[0][:, :, 2] = 0xFF  # the scales of a stored row become NaN
     if mode == "off":
         assert step.forward(tokens(1, 1), cache, 6).isnan().any()
         return

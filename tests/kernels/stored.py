@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hybridkv.formats import get_format
-from hybridkv.kernels import ENCODERS, KVView, select_encoder
+from hybridkv.kernels import ENCODERS, KVView, Segment, select_encoder
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,9 @@ def store(
         sides.append((planes, fmt, fmt.decode(rows, dim)))
     (k_planes, k_fmt, k), (v_planes, v_fmt, v) = sides
     view = KVView(
-        k=k_planes,
-        v=v_planes,
-        format_k=k_fmt,
-        format_v=v_fmt,
+        segments=(Segment(k_planes, v_planes, k_fmt, v_fmt, start, n_rows),),
         head_dim_k=head_dim_k,
         head_dim_v=head_dim_v,
-        start=start,
-        length=n_rows,
         window=window,
     )
     return Stored(view, k, v)

@@ -23,10 +23,11 @@ def check(kernel: Kernel, *, n_new: int, group: int = 2, params: dict[str, Any] 
     """Store, attend, compare."""
     stored = store(storage.pop("type_k", "q8_0"), storage.pop("type_v", "q8_0"), **storage)
     view = stored.view
+    (rows,) = view.segments
     case = AttentionCase(
         "cpu",
-        view.format_k.name,
-        view.format_v.name,
+        rows.format_k.name,
+        rows.format_v.name,
         view.head_dim_k,
         view.head_dim_v,
         group,
@@ -34,7 +35,7 @@ def check(kernel: Kernel, *, n_new: int, group: int = 2, params: dict[str, Any] 
     )
     if (reason := kernel.rejects(case)) is not None:
         pytest.skip(f"{kernel.name} refuses {case}: {reason}")
-    batch, n_kv_heads = view.k[0].shape[:2]
+    batch, n_kv_heads = rows.k[0].shape[:2]
     generator = torch.Generator().manual_seed(99)
     q = torch.randn(batch, n_kv_heads * group, n_new, view.head_dim_k, generator=generator)
     options = {"scale": view.head_dim_k**-0.5, **(params or {})}
@@ -106,8 +107,8 @@ def test_mask_with_unseen_rows_and_unseeing_queries(kernel: Kernel, heads: int, 
 def test_stale_rows_under_the_mask_do_not_leak(kernel: Kernel, n_new: int) -> None:
     """Rows of another sequence's past, NaN as floats, lie under the mask: outputs must not see them."""
     stored = store("q8_0", "q4_0", n_rows=20)
-    for plane in (*stored.view.k, *stored.view.v):
-        plane[1, :, stored.view.start : stored.view.start + 6] = 0xFF
+    for plane in (*stored.view.segments[0].k, *stored.view.segments[0].v):
+        plane[1, :, stored.view.segments[0].start : stored.view.segments[0].start + 6] = 0xFF
     mask = torch.ones(2, 1, n_new, 20, dtype=torch.bool)
     mask[1, :, :, :6] = False
     q = torch.randn(2, 4, n_new, 64, generator=torch.Generator().manual_seed(3))
@@ -120,7 +121,7 @@ def test_stale_rows_under_the_mask_do_not_leak(kernel: Kernel, n_new: int) -> No
 @KERNEL
 def test_a_visible_nan_is_not_hidden(kernel: Kernel) -> None:
     stored = store("q8_0", "q8_0", n_rows=20)
-    stored.view.v[0][0, 0, stored.view.start + 4] = 0xFF
+    stored.view.segments[0].v[0][0, 0, stored.view.segments[0].start + 4] = 0xFF
     q = torch.randn(2, 4, 1, 64, generator=torch.Generator().manual_seed(3))
     got = attend(kernel, q, stored.view, AttentionParams(scale=0.125))
     assert torch.isnan(got[0, :2]).any()
@@ -138,10 +139,10 @@ def test_rotated_rows_give_the_same_attention(kernel: Kernel) -> None:
     stored = store("f32", "f32", n_rows=19)
     q = torch.randn(2, 4, 3, 64, generator=torch.Generator().manual_seed(3))
     rotated = store("f32", "f32", n_rows=19)
-    rows = slice(rotated.view.start, rotated.view.start + 19)
+    rows = slice(rotated.view.segments[0].start, rotated.view.segments[0].start + 19)
     f32 = FORMATS["f32"]
-    rotated.view.k[0][:, :, rows] = f32.encode(rotate(stored.k))[0]
-    rotated.view.v[0][:, :, rows] = f32.encode(rotate(stored.v))[0]
+    rotated.view.segments[0].k[0][:, :, rows] = f32.encode(rotate(stored.k))[0]
+    rotated.view.segments[0].v[0][:, :, rows] = f32.encode(rotate(stored.v))[0]
     from dataclasses import replace
 
     view = replace(rotated.view, rotate_k=True, rotate_v=True)

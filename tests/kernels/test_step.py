@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hybridkv.formats import FORMATS
-from hybridkv.kernels import KVView, cpu_native
+from hybridkv.kernels import KVView, Segment, cpu_native
 from hybridkv.kernels.step import Rows, StepProgram, delta_rejects
 from hybridkv.rotation import rotate, rotation_block
 
@@ -189,7 +189,7 @@ def test_attend_rotates_stores_and_attends(head_dim: int, block: int) -> None:
         buffer(2, 6, head_dim),
     )
     exact_q, new_k, new_v = rotate(q).double(), rotate(k), rotate(v)
-    view = KVView(*planes, q8_0, q8_0, head_dim, head_dim, 3, 5, rotate_k=True, rotate_v=True)
+    view = KVView((Segment(*planes, q8_0, q8_0, 3, 5),), head_dim, head_dim, rotate_k=True, rotate_v=True)
     program = StepProgram()
     program.attend(q, k, v, out, head_dim**-0.5)
     assert program.run(0, 1, 2, 1, rows=[Rows(view, refit_k=True, refit_v=True)]) == ["finite"]
@@ -213,7 +213,7 @@ def test_attend_says_what_is_not_finite(where: str, found: str) -> None:
         {"q": q, "v": v}[where][0, 0, 3] = torch.inf
     program = StepProgram()
     program.attend(q, k, v, out, 0.25)
-    view = KVView(*planes, f16, f16, 16, 16, 0, 4)
+    view = KVView((Segment(*planes, f16, f16, 0, 4),), 16, 16)
     assert program.run(0, 1, 1, 1, rows=[Rows(view, refit_k=False, refit_v=False)]) == [found]
 
 

@@ -20,6 +20,7 @@ from hybridkv.kernels import (
     Kernel,
     KVView,
     Phase,
+    Segment,
     cpu_native,
     select,
     select_encoder,
@@ -165,7 +166,8 @@ class KVLayer:
         self._check(k, v)
         n_new = k.shape[2]
         view = self.admit(k.shape[0], n_new, k.device)
-        row = view.start + view.length - n_new
+        newest = view.segments[-1]
+        row = newest.start + newest.length - n_new
         types = self.spec.types
         k_rows = rotate(k) if types.rotate_k else k
         v_rows = rotate(v) if types.rotate_v else v
@@ -198,15 +200,11 @@ class KVLayer:
         """The newest `length` rows, all by default."""
         length = self._length if length is None else length
         facts, types = self.spec.facts, self.spec.types
+        start = self._start + self._length - length
         return KVView(
-            k=self._k,
-            v=self._v,
-            format_k=self._k_format,
-            format_v=self._v_format,
+            segments=(Segment(self._k, self._v, self._k_format, self._v_format, start, length),),
             head_dim_k=facts.head_dim_k,
             head_dim_v=facts.head_dim_v,
-            start=self._start + self._length - length,
-            length=length,
             rotate_k=types.rotate_k,
             rotate_v=types.rotate_v,
             window=facts.window,
@@ -215,9 +213,10 @@ class KVLayer:
     def decode(self, length: int | None = None) -> tuple[Tensor, Tensor]:
         """The newest `length` rows as float32 `[B, Hkv, S, D]` and `[B, Hkv, S, Dv]`, rotation undone."""
         view = self.view(length)
-        rows = slice(view.start, view.start + view.length)
-        k = view.format_k.decode([p[:, :, rows] for p in view.k], view.head_dim_k)
-        v = view.format_v.decode([p[:, :, rows] for p in view.v], view.head_dim_v)
+        stored = view.segments[0]
+        rows = slice(stored.start, stored.start + stored.length)
+        k = stored.format_k.decode([p[:, :, rows] for p in stored.k], view.head_dim_k)
+        v = stored.format_v.decode([p[:, :, rows] for p in stored.v], view.head_dim_v)
         return (rotate(k) if view.rotate_k else k), (rotate(v) if view.rotate_v else v)
 
     def crop(self, n_tokens: int) -> None:

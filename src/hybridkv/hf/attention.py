@@ -18,7 +18,7 @@ from hybridkv.cache import KVLayer
 from hybridkv.errors import GuardError, ModelError
 from hybridkv.formats import FORMATS
 from hybridkv.hf.layers import LayerView, QuantizedLayer
-from hybridkv.kernels import KERNELS, AttentionParams, Kernel, KVView, Phase, attend, select
+from hybridkv.kernels import KERNELS, AttentionParams, Kernel, KVView, Phase, Segment, attend, select
 from hybridkv.kernels.reference import attend as reference_attend
 from hybridkv.policy import Evidence, Fallback, NonFiniteError, Stop
 
@@ -243,12 +243,7 @@ def _float_view(k: Tensor, v: Tensor) -> KVView:
     """Plain tensors as a view of f32 rows, so that one attention serves stored and unstored rows."""
     f32 = FORMATS["f32"]
     return KVView(
-        k=f32.encode(k),
-        v=f32.encode(v),
-        format_k=f32,
-        format_v=f32,
+        segments=(Segment(f32.encode(k), f32.encode(v), f32, f32, 0, k.shape[2]),),
         head_dim_k=k.shape[-1],
         head_dim_v=v.shape[-1],
-        start=0,
-        length=k.shape[2],
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hybridkv.kernels import cpu, reference
-from hybridkv.kernels.case import PHASES, AttentionCase, AttentionParams, KVView, Phase
+from hybridkv.kernels.case import PHASES, AttentionCase, AttentionParams, KVView, Phase, Segment
 from hybridkv.kernels.registry import Encoder, Kernel, explain, select, select_encoder
 from hybridkv.rotation import rotate
 
@@ -44,6 +44,7 @@ __all__ = [
     "KVView",
     "Kernel",
     "Phase",
+    "Segment",
     "attend",
     "explain",
     "select",

@@ -57,8 +57,8 @@ class AttentionCase:
 
 
 @dataclass(frozen=True, slots=True)
-class KVView:
-    """The stored rows that one attention reads. Holds the cache's own memory, not a copy.
+class Segment:
+    """Consecutive stored rows of one format. Holds the cache's own memory, not a copy.
 
     Attributes
     ----------
@@ -66,28 +66,49 @@ class KVView:
         One uint8 tensor `[B, Hkv, capacity, plane bytes]` per plane of the format.
     format_k, format_v
         What the planes hold.
-    head_dim_k, head_dim_v
-        Values per row.
     start, length
-        Rows `[start, start + length)` are valid (S = length); everything else is stale and must not be read
-        into a result.
-    rotate_k, rotate_v
-        Whether the rows are stored rotated.
-    window
-        Tokens that a query sees, itself included, or None for all.
+        Rows `[start, start + length)` are valid; everything else is stale and must not be read into a result.
+    center
+        float32 `[B, Hkv, D]` that was subtracted from K before it was stored, rotated if K is, or None. A kernel adds
+        its product with the query to the scores.
     """
 
     k: tuple[Tensor, ...]
     v: tuple[Tensor, ...]
     format_k: KVFormat
     format_v: KVFormat
-    head_dim_k: int
-    head_dim_v: int
     start: int
     length: int
+    center: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KVView:
+    """The stored rows that one attention reads: S of them, segment after segment, in the order of their tokens.
+
+    Attributes
+    ----------
+    segments
+        At least one; the last holds the newest rows.
+    head_dim_k, head_dim_v
+        Values per row.
+    rotate_k, rotate_v
+        Whether the rows are stored rotated.
+    window
+        Tokens that a query sees, itself included, or None for all.
+    """
+
+    segments: tuple[Segment, ...]
+    head_dim_k: int
+    head_dim_v: int
     rotate_k: bool = False
     rotate_v: bool = False
     window: int | None = None
+
+    @property
+    def length(self) -> int:
+        """S, rows of all segments."""
+        return sum(segment.length for segment in self.segments)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,13 @@ under the mask, NaN or not, never reach a result.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from hybridkv.formats import FORMATS, KVFormat, Scale
-from hybridkv.kernels.case import AttentionCase, AttentionParams, KVView
+from hybridkv.kernels.case import AttentionCase, AttentionParams, KVView, Segment
 from hybridkv.kernels.registry import Encoder, Kernel
 
 TILE_QUERIES = 128
@@ -36,7 +36,7 @@ def attend(q: Tensor, view: KVView, params: AttentionParams) -> Tensor:
 def _attend_queries(q: Tensor, view: KVView, params: AttentionParams, first: int, n_new: int) -> Tensor:
     """One tile of queries against all rows they can see, with a running maximum, sum and accumulator."""
     batch, n_heads, n_queries, _ = q.shape
-    n_kv_heads = view.k[0].shape[1]
+    n_kv_heads = view.segments[0].k[0].shape[1]
     grouped = q.reshape(batch, n_kv_heads, -1, q.shape[-1])
     shape = (batch, n_heads, n_queries)
     if params.sinks is None:
@@ -46,12 +46,13 @@ def _attend_queries(q: Tensor, view: KVView, params: AttentionParams, first: int
         top = params.sinks.float().view(1, -1, 1).expand(shape)
         total = torch.ones(shape, device=q.device)
     acc = torch.zeros(*shape, view.head_dim_v, device=q.device)
-    for row in range(0, view.length, TILE_ROWS):
-        n_rows = min(TILE_ROWS, view.length - row)
+    for segment, offset, row, n_rows in _tiles(view):
         visible = _visible(view, params, first, n_queries, n_new, row, n_rows, q.device)
         if not visible.any():
             continue
-        k = _decode(view.k, view.format_k, view.head_dim_k, view.start + row, n_rows)
+        k = _decode(segment.k, segment.format_k, view.head_dim_k, segment.start + offset, n_rows)
+        if segment.center is not None:
+            k = k + segment.center.unsqueeze(2)
         scores = (grouped @ k.transpose(-1, -2)).view(*shape, n_rows) * params.scale
         if params.softcap is not None:
             scores = params.softcap * torch.tanh(scores / params.softcap)
@@ -61,11 +62,21 @@ def _attend_queries(q: Tensor, view: KVView, params: AttentionParams, first: int
         base = new_top.masked_fill(new_top == -torch.inf, 0.0)
         weights = torch.exp(scores - base.unsqueeze(-1))
         shrink = torch.exp(top - base)
-        v = _decode(view.v, view.format_v, view.head_dim_v, view.start + row, n_rows)
+        v = _decode(segment.v, segment.format_v, view.head_dim_v, segment.start + offset, n_rows)
         total = total * shrink + weights.sum(-1)
         acc = acc * shrink.unsqueeze(-1) + _weigh(weights, v, visible)
         top = new_top
     return acc / total.masked_fill(total == 0, 1.0).unsqueeze(-1)
+
+
+def _tiles(view: KVView) -> Iterator[tuple[Segment, int, int, int]]:
+    """Segment, first row within it, first row within the view, and number of rows."""
+    row = 0
+    for segment in view.segments:
+        for offset in range(0, segment.length, TILE_ROWS):
+            n_rows = min(TILE_ROWS, segment.length - offset)
+            yield segment, offset, row, n_rows
+            row += n_rows
 
 
 def _weigh(weights: Tensor, v: Tensor, visible: Tensor) -> Tensor:

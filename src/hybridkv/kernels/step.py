@@ -52,19 +52,20 @@ class Rows:
     def native(self, n_seqs: int, n_kv_heads: int, head_dim_k: int, head_dim_v: int) -> tuple[object, ...]:
         """As the native code takes it, checked against the shapes that its operation was written for."""
         view = self.view
+        (stored,) = view.segments
         assert (view.head_dim_k, view.head_dim_v) == (head_dim_k, head_dim_v), view
         sides = (
-            (view.k, view.format_k.name, head_dim_k, self.refit_k, view.rotate_k),
-            (view.v, view.format_v.name, head_dim_v, self.refit_v, view.rotate_v),
+            (stored.k, stored.format_k.name, head_dim_k, self.refit_k, view.rotate_k),
+            (stored.v, stored.format_v.name, head_dim_v, self.refit_v, view.rotate_v),
         )
-        row = view.start + view.length - 1
+        row = stored.start + stored.length - 1
         packed = []
         for planes, name, head_dim, refit, rotated in sides:
             capacity = cpu_native.check_planes(planes, name, head_dim, (n_seqs, n_kv_heads))
-            assert 0 <= view.start <= row < capacity, (view.start, view.length, capacity)
+            assert 0 <= stored.start <= row < capacity, (stored, capacity)
             block = rotation_block(head_dim) if rotated else 0
             packed.append((name, [plane.data_ptr() for plane in planes], head_dim, capacity, refit, block))
-        return (*packed, row, view.start, view.length, view.window or 0)
+        return (*packed, row, stored.start, stored.length, view.window or 0)
 
 
 class StepProgram:

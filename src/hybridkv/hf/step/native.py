@@ -165,8 +165,9 @@ def _direct(layer: Any) -> bool:
 
 def _new_rows(layer: QuantizedLayer, n_seqs: int) -> Rows:
     view, types = layer.store.admit(n_seqs, 1, torch.device("cpu")), layer.store.types
-    scale_k = types.scale_for(types.type_k) or view.format_k.default_scale
-    scale_v = types.scale_for(types.type_v) or view.format_v.default_scale
+    newest = view.segments[-1]
+    scale_k = types.scale_for(types.type_k) or newest.format_k.default_scale
+    scale_v = types.scale_for(types.type_v) or newest.format_v.default_scale
     return Rows(view, refit_k=scale_k == "refit", refit_v=scale_v == "refit")
 
 
