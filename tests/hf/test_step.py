@@ -26,7 +26,8 @@ from hybridkv.hf import (
     parse_weights,
     resolve_step,
 )
-from hybridkv.hf.step.native import MAX_ROWS
+from hybridkv.hf.step import eager
+from hybridkv.hf.step.native import HEAD_ROWS, MAX_ROWS
 from hybridkv.kernels import KERNELS, cpu_native
 from hybridkv.policy import Guard, GuardMode, NonFiniteError, Policy
 from tests.families import FAMILIES, HYBRIDS, build
@@ -60,10 +61,10 @@ def round_weights(model: PreTrainedModel) -> None:
             weight.data.copy_(q8_0.decode(planes, weight.shape[1])[0, 0])
 
 
-def transformers_logits(
+def every_logit(
     family: str, rounded: bool, pieces: Sequence[Tensor], dtype: torch.dtype = torch.float64
 ) -> list[Tensor]:
-    """DynamicCache, eager attention; the logits after each piece."""
+    """DynamicCache, eager attention; the logits after every token of each piece, `[B, T, V]`."""
     model = build(family)
     if rounded:
         round_weights(model)
@@ -72,9 +73,16 @@ def transformers_logits(
     for piece in pieces:
         positions = torch.arange(position, position + piece.shape[1]).expand(piece.shape)
         answer = model(input_ids=piece, position_ids=positions, past_key_values=cache, use_cache=True)
-        logits.append(answer.logits[:, -1])
+        logits.append(answer.logits)
         position += piece.shape[1]
     return logits
+
+
+def transformers_logits(
+    family: str, rounded: bool, pieces: Sequence[Tensor], dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """The logits after each piece."""
+    return [logits[:, -1] for logits in every_logit(family, rounded, pieces, dtype)]
 
 
 def error(got: Tensor, exact: Tensor) -> float:
@@ -128,6 +136,37 @@ def test_a_prompt_longer_than_the_buffers() -> None:
     for piece, exact in zip(pieces, transformers_logits("qwen3_5_text", False, pieces), strict=True):
         assert error(step.forward(piece, cache, position), exact) < 5e-5
         position += piece.shape[1]
+
+
+@pytest.mark.parametrize("kind", [NativeStep, EagerStep])
+@pytest.mark.parametrize("lengths", [(1,), (HEAD_ROWS + 3, 1, 31), (MAX_ROWS // 2 + 77, 1)])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_logits_after_every_token(
+    kind: type[NativeStep | EagerStep], batch: int, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pieces of the head's and the layers' buffers, and after them `forward` goes on from the same states."""
+    monkeypatch.setattr(eager, "PREFILL_CHUNK", 33)
+    pieces = [tokens(batch, n, seed) for seed, n in enumerate((*lengths, 2))]
+    model = build("qwen3_5_text", attention="hybridkv")
+    step, cache, position, got = kind(model), cache_for(model), 0, []
+    for piece in pieces[:-1]:
+        got.append(step.logits(piece, cache, position))
+        assert got[-1].shape == (*piece.shape, 97)
+        assert got[-1].dtype == torch.float32
+        position += piece.shape[1]
+    exact = torch.cat(every_logit("qwen3_5_text", False, pieces), dim=1)
+    assert error(torch.cat(got, dim=1), exact[:, :position]) < 5e-5
+    assert error(step.forward(pieces[-1], cache, position), exact[:, -1]) < 5e-5
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_every_family_gives_every_logit(family: str) -> None:
+    """Also those whose code takes a prompt at once, or knows no way to keep the last logits alone."""
+    model = build(family, attention="hybridkv")
+    step, cache, prompt = resolve_step(model.config, "cpu")(model), cache_for(model), tokens(2, 7)
+    got = step.logits(prompt, cache, 0)
+    exact = every_logit(family, False, [prompt], torch.float32)[0]
+    assert error(got, exact.double()) < 1e-4
 
 
 @pytest.mark.parametrize("order", ["native first", "eager first"])

@@ -40,6 +40,10 @@ class Step(Protocol):
         """
         ...
 
+    def logits(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
+        """Continue every sequence as `forward` does; float32 `[B, T, V]`: the logits after every token."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
@@ -135,7 +139,7 @@ class Family:
     build
         Writes the layers: embedded tokens come in buffer `x`, hidden states are left there.
     build_head
-        Writes what follows, for the last token of each sequence alone: from buffer `x` to buffer `logits`.
+        Writes what follows, for the tokens whose logits are asked for: from buffer `x` to buffer `logits`.
     """
 
     model_type: str
