@@ -9,22 +9,24 @@ import torch
 from torch import Tensor
 
 from hybridkv.errors import UsageError
-from hybridkv.formats import FORMATS
+from hybridkv.formats import FORMATS, Scale
 from hybridkv.kernels import cpu_native, linear
 from hybridkv.kernels.linear import WEIGHT_TYPES, PackedWeight, WeightType, exact_type, gather, pack, unpack
 
 pytestmark = pytest.mark.skipif(cpu_native.available() is not None, reason=f"{cpu_native.available()}")
 
-# Relative RMSE. Few rows, and every row without AMX: q8_0 meets activations of 15 bits, f32 and bf16 meet float32.
-# Many rows with AMX: activations, and what q8_0 decodes to, are bfloat16.
-FEW: dict[WeightType, float] = {"f32": 3e-6, "bf16": 3e-6, "q8_0": 1e-4}
-MANY: dict[WeightType, float] = {"f32": 3e-6, "bf16": 4e-3, "q8_0": 4e-3}
+# Relative RMSE. Few rows, and every row without AMX: q8_0 and q4_0 meet activations of 15 bits, f32 and bf16 meet
+# float32. Many rows with AMX: activations, and what q8_0 and q4_0 decode to, are bfloat16.
+FEW: dict[WeightType, float] = {"f32": 3e-6, "bf16": 3e-6, "q8_0": 1e-4, "q4_0": 1e-4}
+MANY: dict[WeightType, float] = {"f32": 3e-6, "bf16": 4e-3, "q8_0": 4e-3, "q4_0": 4e-3}
+SCALES: dict[WeightType, Scale] = {"q8_0": "absmax", "q4_0": "refit"}
 N_ROWS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 64, 257, 512)
 N_OUT = (1, 15, 16, 17, 33, 250)
 INPUTS: dict[WeightType, tuple[int, ...]] = {
     "f32": (1, 32, 96, 384, 1000),
     "bf16": (1, 32, 96, 384, 1000),
     "q8_0": (32, 96, 384, 1024),
+    "q4_0": (32, 96, 384, 1024),
 }
 
 
@@ -47,7 +49,7 @@ def stored(weight: Tensor, weight_type: WeightType) -> Tensor:
     if weight_type == "f32":
         return weight
     fmt = FORMATS[weight_type]
-    return fmt.decode(fmt.encode(weight, "absmax"), weight.shape[1])
+    return fmt.decode(fmt.encode(weight, SCALES.get(weight_type)), weight.shape[1])
 
 
 def tolerance(weight_type: WeightType, isa: str, n_rows: int) -> float:
