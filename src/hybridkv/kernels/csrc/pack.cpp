@@ -64,13 +64,13 @@ Extreme extreme_of(const float* x) {
     return {-low > high ? -low : high, high >= -low, zeros ? (minus ? -1.f : 1.f) : 0.f};
 }
 
-// Codes of a block for a scale, true if they give every value to the bit.
+// Codes of a block for a scale, true if they give every value to the bit. A scale of zero has codes for zeros' signs.
 bool codes_of(const float* x, float d, int zero, int8_t* c) {
-    const float inverse = d == 0.f ? 0.f : 1.f / d, least = static_cast<float>(-zero), most = static_cast<float>(zero - 1);
+    const float inverse = d != 0.f ? 1.f / d : 0.f, least = static_cast<float>(-zero), most = static_cast<float>(zero - 1);
     uint32_t differs = 0;
     for (int i = 0; i < 32; ++i) {
         constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
-        float q = x[i] * inverse;
+        float q = d != 0.f ? x[i] * inverse : std::signbit(x[i]) ? -1.f : 0.f;
         q = q > least ? (q < most ? q : most) : least;  // a NaN becomes a number, and so differs
         q = (q + kMagic) - kMagic;
         const float value = d * q;
@@ -125,7 +125,8 @@ bool exact_codes(Code code, const float* x, int64_t n_in, uint16_t* d, uint8_t* 
             const float scale = top.magnitude / static_cast<float>(largest);
             if (!is_half(scale) || scale * static_cast<float>(largest) != top.magnitude) continue;
             // Codes go one further below zero than above.
-            const float sign = top.zeros != 0.f ? top.zeros : largest == zero && top.positive ? -1.f : 1.f;
+            const float needed = largest == zero && top.positive ? -1.f : 1.f;
+            const float sign = top.magnitude == 0.f ? 1.f : top.zeros != 0.f ? top.zeros : needed;
             if (codes_of(x, std::copysign(scale, sign), zero, c)) {
                 *d = float_to_half(std::copysign(scale, sign));
                 found = largest;
