@@ -15,6 +15,8 @@ from hybridkv.cli.show import MAX_CONTEXT, layer_table, model_path, notice, size
 from hybridkv.errors import ContextError, UsageError
 
 if TYPE_CHECKING:
+    import torch
+
     from hybridkv.cache import KVSpec, LayerKernels
     from hybridkv.cli.stream import Streams
     from hybridkv.engine import Engine, SamplingParams
@@ -86,9 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         default="auto",
-        metavar="auto|plain|f32|bf16|int8",
-        help="how matrices are held: packed without any change, plain tensors, or rounded; int8 is q8_0 (default auto: "
-        "packed on the CPU, plain under --engine eager)",
+        metavar="auto|plain|f32|bf16|int8|int4",
+        help="how matrices are held: packed without any change, plain tensors, or rounded; int8 is q8_0, int4 is q4_0 "
+        "with embedding and output head at int8, both are torchao's on CUDA (default auto: packed on the CPU, plain on "
+        "CUDA and under --engine eager)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of text")
     add_cache_arguments(parser)
@@ -150,15 +153,15 @@ def main(arguments: argparse.Namespace) -> int:
     n_ctx = _context(a.ctx_size, description.n_ctx_train)
     make_step = resolve_step(description.config, device.partition(":")[0], kind)
     specs = _resolve(description, policy, guard, device, n_ctx)
-    dtype = torch.float32 if device.startswith("cpu") else torch.bfloat16
-    weights = _weights(parse_weights(a.weights), kind, device)
+    weights, dtype = _weights(parse_weights(a.weights), kind, device)
     loaded = load(description, dtype=dtype, device=device, weights=weights)
     for line in loaded.notices:
         notice(line)
     _suggest_int8(loaded, weights)
     text, ids = prompt_ids(prompt, loaded.model, loaded.tokenizer, chat=a.chat)
     step = make_step(loaded.model)
-    print(f"engine: {step.name}", file=sys.stderr)
+    torchao = f", weights torchao {weights}" if weights in ("int8", "int4") and not device.startswith("cpu") else ""
+    print(f"engine: {step.name}{torchao}", file=sys.stderr)
     try:
         engine = Engine(loaded.model, specs, n_ctx=n_ctx, guard=guard, notify=warning, step=step)
         return _generate(a, loaded, engine, sampling, text, ids)
@@ -172,16 +175,24 @@ def main(arguments: argparse.Namespace) -> int:
         ) from error
 
 
-def _weights(asked: WeightKind, engine: StepKind, device: str) -> WeightKind:
-    """How matrices are held: packed on the CPU, but plain under an engine that was asked to be."""
-    from hybridkv.hf import packing_rejects
+def _weights(asked: WeightKind, engine: StepKind, device: str) -> tuple[WeightKind, torch.dtype]:
+    """How matrices are held, and their dtype: packed on the CPU, but plain under an engine that was asked to be."""
+    import torch
 
-    reason = packing_rejects(device.partition(":")[0])
+    from hybridkv.hf import packing_rejects
+    from hybridkv.hf.torchao_weights import check_torchao
+
+    if not device.startswith("cpu"):
+        if asked in ("int8", "int4"):
+            check_torchao()
+            return asked, torch.bfloat16
+        return "plain", torch.float32 if asked == "f32" else torch.bfloat16
+    reason = packing_rejects("cpu")
     if asked == "auto" and (reason is not None or engine == "eager"):
-        return "plain"
+        return "plain", torch.float32
     if asked not in ("auto", "plain") and reason is not None:
         raise UsageError(f"--weights {asked}: {reason}; allowed: auto, plain", hint="leave --weights out")
-    return asked
+    return asked, torch.float32
 
 
 def _suggest_int8(loaded: Loaded, weights: WeightKind) -> None:

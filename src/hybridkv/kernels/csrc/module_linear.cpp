@@ -34,6 +34,21 @@ void unpack_rows(const std::string& type, int64_t n_out, int64_t n_in, Address d
     });
 }
 
+// Rows that a type holds as they are: found[row] says so, and their planes are written. Rows lie side by side.
+void exact_rows(const std::string& type, Address x, int64_t n_rows, int64_t n_in, Address d, Address codes,
+                Address found, int n_threads) {
+    const Code code = format_named(type).code;
+    const int64_t blocks = n_in / 32, row_bytes = n_in / codes_per_byte(code);
+    nb::gil_scoped_release unlocked;
+    parallel_for((n_rows + kRowsPerTask - 1) / kRowsPerTask, n_threads, [&](int64_t task, int) {
+        for (int64_t r = task * kRowsPerTask; r < std::min(n_rows, (task + 1) * kRowsPerTask); ++r) {
+            reinterpret_cast<uint8_t*>(found)[r] =
+                exact_codes(code, reinterpret_cast<const float*>(x) + r * n_in, n_in,
+                            reinterpret_cast<uint16_t*>(d) + r * blocks, reinterpret_cast<uint8_t*>(codes) + r * row_bytes);
+        }
+    });
+}
+
 struct Free {
     void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{64}); }
 };
@@ -62,6 +77,7 @@ void linear(const std::string& isa, const std::string& type, int64_t n_out, int6
 void bind_linear(nb::module_& m) {
     m.def("packed_bytes", &packed_bytes);
     m.def("unpack_rows", &unpack_rows);
+    m.def("exact_rows", &exact_rows);
     m.def("linear", &linear);
 }
 
