@@ -30,7 +30,7 @@ from torch import Tensor
 import hybridkv
 from hybridkv.cache import KVTypes
 from hybridkv.cli.show import simple_table
-from hybridkv.engine.load import Loaded, bundled_model, describe, load
+from hybridkv.engine.load import Loaded, bundled_model, bundled_text, describe, load
 from hybridkv.hf import ModelCache, kv_facts
 from hybridkv.kernels import KERNELS
 from hybridkv.policy import Guard, Policy, parse_scale

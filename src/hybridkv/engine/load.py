@@ -71,6 +71,11 @@ def bundled_model() -> Path:
     return Path(str(resources.files("hybridkv") / "models" / BUNDLED))
 
 
+def bundled_text() -> Path:
+    """Held-out English technical prose, 1.7 million characters, that the bundled model was not trained on."""
+    return Path(str(resources.files("hybridkv") / "models" / "heldout_long.txt"))
+
+
 def describe(path: Path, *, remote_code: RemoteCode = "refused") -> Description:
     """What a model is, from its header or config alone.
 

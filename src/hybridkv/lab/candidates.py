@@ -21,7 +21,6 @@ from hybridkv.policy import Policy, parse_scale
 Rotation = Literal["none", "k", "v", "kv"]
 ROTATIONS: tuple[Rotation, ...] = get_args(Rotation)
 _EXACT = ("f32", "f16", "bf16")
-_COUNTED = re.compile(r"(tail|sink)(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,7 @@ def rotation(types: KVTypes) -> Rotation:
 
 def label(types: KVTypes) -> str:
     """Types as a label, which `parse` reads back."""
-    options = [rotation(types)] if rotation(types) != "none" else []
+    options: list[str] = [rotation(types)] if rotation(types) != "none" else []
     options += [types.scale] if types.scale else []
     options += [f"{name}{count}" for name, count in (("tail", types.tail), ("sink", types.sink)) if count]
     return "+".join([types.label, *options, *(["center"] if types.center else [])])
@@ -82,8 +81,10 @@ def _with(types: KVTypes, option: str, text: str) -> KVTypes:
         return replace(types, scale=parse_scale(option))
     if option == "center":
         return replace(types, center=True)
-    if match := _COUNTED.fullmatch(option):
-        return replace(types, **{match[1]: int(match[2])})
+    if match := re.fullmatch(r"tail(\d{1,7})", option):
+        return replace(types, tail=int(match[1]))
+    if match := re.fullmatch(r"sink(\d{1,7})", option):
+        return replace(types, sink=int(match[1]))
     raise UsageError(
         f"--types {text!r}: unknown option {option!r}; allowed: k, v, kv, absmax, refit, tailN, sinkN, center",
         hint="for example q4_0+kv+tail128+sink4",
@@ -114,15 +115,16 @@ def expand(
         types, rotations or (None,), scales or (None,), tails or (None,), sinks or (None,), centers or (None,)
     ):
         asked = parse(text)
-        changes = {
-            "rotate_k": None if rotate is None else "k" in rotate,
-            "rotate_v": None if rotate is None else "v" in rotate,
-            "scale": None if scale is None else parse_scale(scale),
-            "tail": tail,
-            "sink": sink,
-            "center": center,
-        }
-        chosen = _effective(replace(asked, **{name: value for name, value in changes.items() if value is not None}))
+        chosen = replace(
+            asked,
+            rotate_k=asked.rotate_k if rotate is None else "k" in rotate,
+            rotate_v=asked.rotate_v if rotate is None else "v" in rotate,
+            scale=asked.scale if scale is None else parse_scale(scale),
+            tail=asked.tail if tail is None else tail,
+            sink=asked.sink if sink is None else sink,
+            center=asked.center if center is None else center,
+        )
+        chosen = _effective(chosen)
         made.setdefault(label(chosen), Candidate(label(chosen), Policy(chosen)))
     return list(made.values())
 

@@ -2,7 +2,8 @@
 
 All caches are alive at once and see the text piece by piece: the reference's logits of a piece are compared with every
 candidate's and dropped, so that memory is bounded at any vocabulary and length, no logits are written anywhere, and an
-interrupted run has the same tokens of all. `prefill` gives a piece at once, `decode` token by token, as generation does.
+interrupted run has the same tokens of all. `prefill` gives a piece at once, `decode` token by token, as generation
+does.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ class Evaluator:
         The first candidate is the reference.
         """
         caches = [self.cache(candidate) for candidate in candidates]
+        self._warm_up(window, candidates[0])
         for first in range(0, len(window) - 1, self.piece):
             tokens = window[first : min(first + self.piece, len(window) - 1)].unsqueeze(0)
             following = window[first + 1 : first + 1 + tokens.shape[1]]
@@ -99,6 +101,12 @@ class Evaluator:
                 reference = logits if reference is None else reference
                 traces[candidate.label] = compare(reference, logits, following, first)
             yield traces
+
+    @torch.inference_mode()
+    def _warm_up(self, window: Tensor, candidate: Candidate) -> None:
+        """Run a piece for nothing, so that the first candidate's speed is not that of cold buffers."""
+        if not self.speeds:
+            self._step.logits(window[: self.piece].unsqueeze(0), self.cache(candidate), 0)
 
     @torch.inference_mode()
     def _logits(self, candidate: Candidate, cache: ModelCache, tokens: Tensor, position: int, mode: Mode) -> Tensor:
@@ -177,4 +185,3 @@ def agreement(reference: Sequence[int], found: Sequence[int]) -> tuple[float, in
     """Part of a trajectory before the first difference, and where that is (its length if there is none)."""
     same = next((i for i, (a, b) in enumerate(zip(reference, found, strict=False)) if a != b), len(found))
     return (same / len(reference) if reference else 1.0), same
-

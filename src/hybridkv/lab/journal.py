@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -81,12 +82,13 @@ class Journal:
 
     def save(self) -> None:
         """Write everything."""
-        arrays = {
+        arrays: dict[str, Any] = {_RUN: np.array(self._run)}
+        arrays |= {
             f"{label}|{window}|{f.name}": getattr(trace, f.name)
             for (label, window), trace in self._traces.items()
             for f in fields(Trace)
         }
         handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name, suffix=".part")
         with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, **{_RUN: np.array(self._run)}, **arrays)
+            np.savez_compressed(file, **arrays)
         Path(name).replace(self.path)

@@ -14,6 +14,7 @@ from hybridkv.lab.candidates import Candidate, rotation
 from hybridkv.lab.corpus import Corpus
 from hybridkv.lab.evaluate import PIECE, Evaluator, Mode, Speeds, agreement
 from hybridkv.lab.journal import Journal
+from hybridkv.lab.measure import Trace
 from hybridkv.lab.results import Result
 
 N_PROMPTS = 4
@@ -67,12 +68,12 @@ class Run:
 
     @property
     def n_ticks(self) -> int:
-        """Tokens that `measure` will count, all candidates together."""
+        """Tokens that `execute` will count, all candidates together."""
         windows = sum(len(self._missing(i)) for i in range(len(self._corpus.windows))) * self._corpus.n_ctx
         extra = min(2 * PIECE, self._corpus.n_ctx) + N_PROMPTS * self._n_greedy
         return windows + len(self._candidates) * extra
 
-    def measure(self, tick: Tick) -> bool:
+    def execute(self, tick: Tick) -> bool:
         """Run what is missing; False if it was interrupted. `tick` is told tokens as they are done."""
         try:
             for index in range(len(self._corpus.windows)):
@@ -104,7 +105,7 @@ class Run:
         candidates = self._missing(index)
         if not candidates:
             return
-        pieces: dict[str, list[measure.Trace]] = {c.label: [] for c in candidates}
+        pieces: dict[str, list[Trace]] = {c.label: [] for c in candidates}
         try:
             for traces in self._evaluator.run(self._corpus.windows[index], candidates, self._mode):
                 for label, trace in traces.items():
@@ -143,7 +144,7 @@ class Run:
     def _result(
         self,
         candidate: Candidate,
-        trace: measure.Trace,
+        trace: Trace,
         speeds: Speeds,
         facts: Sequence[AttentionFacts],
         snippet: Callable[[int, int], str],
