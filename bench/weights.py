@@ -3,8 +3,8 @@
     python bench/weights.py --speed random-0.8b-q8_0.gguf    # of bench/random_model.py
 
 Divergence: the model's own next-token distributions on held-out text, an f16 cache, prefill in chunks of 512, against
-`plain`. Speed: rounds over all kinds, one token per step after a prompt of 4, median over the rounds. The last line is
-JSON.
+`plain`. Speed: rounds over all kinds, one token per step after a prompt of 4, median over the rounds, with the CPU time
+of a token beside it, which other programs on the machine disturb less. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import json
 import math
 import statistics
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,7 +27,7 @@ from hybridkv.cache import KVTypes
 from hybridkv.cli.show import simple_table
 from hybridkv.engine import Engine, SamplingParams
 from hybridkv.engine.load import Loaded, bundled_model, describe, load
-from hybridkv.hf import NativeStep, WeightKind, kv_facts, packed_bytes
+from hybridkv.hf import NativeStep, WeightKind, kv_facts, packed_bytes, parse_weights
 from hybridkv.kernels import cpu_native
 from hybridkv.kernels.linear import WeightType
 from hybridkv.policy import Guard, Policy
@@ -45,13 +47,13 @@ def held_bytes(loaded: Loaded) -> int:
     return sum(packed_bytes(loaded.model, kind) for kind in types)
 
 
-def scores(path: Path, n_ctx: int, n_windows: int) -> dict[WeightKind, Score]:
+def scores(path: Path, kinds: Sequence[WeightKind], n_ctx: int, n_windows: int) -> dict[WeightKind, Score]:
     """Every kind and `plain` itself on the same windows."""
     plain = model_of(path, "plain")
     assert plain.tokenizer is not None
     ids = torch.tensor([plain.tokenizer.encode(TEXT.read_text()[: 8 * n_ctx * n_windows])])
     assert ids.shape[1] > n_ctx * n_windows, ids.shape
-    done: dict[WeightKind, Score] = {kind: Score() for kind in ("plain", *KINDS)}
+    done: dict[WeightKind, Score] = {kind: Score() for kind in ("plain", *kinds)}
     models = {kind: plain if kind == "plain" else model_of(path, kind) for kind in done}
     for window in range(n_windows):
         part = ids[:, window * n_ctx : (window + 1) * n_ctx]
@@ -64,21 +66,30 @@ def scores(path: Path, n_ctx: int, n_windows: int) -> dict[WeightKind, Score]:
     return done
 
 
-def speeds(path: Path, rounds: int) -> dict[WeightKind, dict[str, float]]:
-    """Tokens/s of each round and bytes."""
-    models = {kind: model_of(path, kind) for kind in KINDS}
-    specs = Policy(KVTypes("f16", "f16")).resolve(kv_facts(models["f32"].description.facts))
+def speeds(path: Path, kinds: Sequence[WeightKind], rounds: int) -> dict[WeightKind, dict[str, float]]:
+    """Bytes, tokens/s, and milliseconds of CPU time a token."""
+    models = {kind: model_of(path, kind) for kind in kinds}
+    specs = Policy(KVTypes("f16", "f16")).resolve(kv_facts(describe(path).facts))
     steps = {kind: NativeStep(loaded.model) for kind, loaded in models.items()}
-    seen: dict[WeightKind, list[float]] = {kind: [] for kind in KINDS}
+    rates: dict[WeightKind, list[float]] = {kind: [] for kind in kinds}
+    cpu_ms: dict[WeightKind, list[float]] = {kind: [] for kind in kinds}
     for _ in range(rounds):
         for kind, loaded in models.items():
             engine = Engine(loaded.model, specs, n_ctx=256, guard=Guard(), notify=print, step=steps[kind])
-            for _ in engine.generate([1, 2, 3, 4], SamplingParams(temp=0), n_predict=N_TOKENS):
+            tokens = engine.generate([1, 2, 3, 4], SamplingParams(temp=0), n_predict=N_TOKENS + 1)
+            next(tokens)  # the prompt's
+            start = time.process_time()
+            for _ in tokens:
                 pass
-            seen[kind].append(engine.timings.generation_tok_s)
+            cpu_ms[kind].append((time.process_time() - start) / N_TOKENS * 1e3)
+            rates[kind].append(engine.timings.generation_tok_s)
     return {
-        kind: {"bytes": held_bytes(models[kind]), "tok_s": statistics.median(rates), "best_tok_s": max(rates)}
-        for kind, rates in seen.items()
+        kind: {
+            "bytes": held_bytes(models[kind]),
+            "tok_s": statistics.median(rates[kind]),
+            "cpu_ms": statistics.median(cpu_ms[kind]),
+        }
+        for kind in kinds
     }
 
 
@@ -87,33 +98,36 @@ def main() -> int:
     parser.add_argument("-m", "--model", type=Path, default=bundled_model())
     parser.add_argument("--speed", type=Path, help="another model to time (default: the same)")
     parser.add_argument("-c", "--context", type=int, default=2048)
-    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--windows", type=int, default=4, help="of held-out text; 0: speed alone (default 4)")
+    parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("-t", "--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     measured = commit()
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(arguments.threads)
-    speed = speeds(arguments.speed or arguments.model, arguments.rounds)
+    kinds = [parse_weights(kind) for kind in arguments.kinds.split(",")]
+    speed = speeds(arguments.speed or arguments.model, kinds, arguments.rounds)
     with torch.inference_mode():
-        score = scores(arguments.model, arguments.context, arguments.windows)
-    table = simple_table(
-        "weights", "bytes", "tokens/s", "perplexity", "change", "mean KLD", "same top", left=("weights",)
-    )
-    base = math.exp(score["plain"].nll / score["plain"].n)
-    rows: list[dict[str, Any]] = []
-    for kind, s in score.items():
-        ppl, kld, same = math.exp(s.nll / s.n), s.kld / s.n, s.same_top / s.n
-        timed = speed.get(kind, {})
-        rows.append({"weights": kind, "perplexity": ppl, "mean_kld": kld, "same_top": same, **timed})
-        tok_s, n_bytes = (f"{timed[k]:.{n}f}" if timed else "-" for k, n in (("tok_s", 1), ("bytes", 0)))
-        change = f"{100 * (ppl / base - 1):+.3f} %"
-        table.add_row(kind, n_bytes, tok_s, f"{ppl:.4f}", change, f"{kld:.2e}", f"{100 * same:.2f} %")
+        score = scores(arguments.model, kinds, arguments.context, arguments.windows) if arguments.windows else {}
+    names = ("weights", "bytes", "tokens/s", "CPU ms/token", "perplexity", "change", "mean KLD", "same top")
+    table, rows = simple_table(*names, left=("weights",)), []
+    base = math.exp(score["plain"].nll / score["plain"].n) if score else math.nan
+    for kind in score or speed:
+        row: dict[str, Any] = {"weights": kind, **speed.get(kind, {})}
+        if score:
+            s = score[kind]
+            row |= {"perplexity": math.exp(s.nll / s.n), "mean_kld": s.kld / s.n, "same_top": s.same_top / s.n}
+            row["change"] = row["perplexity"] / base - 1
+        rows.append(row)
+        forms = {"bytes": "d", "tok_s": ".1f", "cpu_ms": ".1f"}
+        forms |= {"perplexity": ".4f", "change": "+.3%", "mean_kld": ".2e", "same_top": ".2%"}
+        table.add_row(kind, *(format(row[name], form) if name in row else "-" for name, form in forms.items()))
     Console(width=120).print(table)
     conditions = {
         "model": arguments.model.name,
         "timed": (arguments.speed or arguments.model).name,
-        "tokens": score["plain"].n,
+        "tokens": arguments.context * arguments.windows,
         "context": arguments.context,
         "isa": cpu_native.isa(),
         "threads": arguments.threads,

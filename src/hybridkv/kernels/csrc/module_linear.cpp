@@ -39,12 +39,14 @@ void exact_rows(const std::string& type, Address x, int64_t n_rows, int64_t n_in
                 Address found, int n_threads) {
     const Code code = format_named(type).code;
     const int64_t blocks = n_in / 32, row_bytes = n_in / codes_per_byte(code);
+    const float* rows = reinterpret_cast<const float*>(x);
+    uint16_t* scales = reinterpret_cast<uint16_t*>(d);
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(codes);
+    uint8_t* exact = reinterpret_cast<uint8_t*>(found);
     nb::gil_scoped_release unlocked;
     parallel_for((n_rows + kRowsPerTask - 1) / kRowsPerTask, n_threads, [&](int64_t task, int) {
         for (int64_t r = task * kRowsPerTask; r < std::min(n_rows, (task + 1) * kRowsPerTask); ++r) {
-            reinterpret_cast<uint8_t*>(found)[r] =
-                exact_codes(code, reinterpret_cast<const float*>(x) + r * n_in, n_in,
-                            reinterpret_cast<uint16_t*>(d) + r * blocks, reinterpret_cast<uint8_t*>(codes) + r * row_bytes);
+            exact[r] = exact_codes(code, rows + r * n_in, n_in, scales + r * blocks, bytes + r * row_bytes);
         }
     });
 }

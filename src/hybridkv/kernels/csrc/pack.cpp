@@ -66,7 +66,8 @@ Extreme extreme_of(const float* x) {
 
 // Codes of a block for a scale, true if they give every value to the bit. A scale of zero has codes for zeros' signs.
 bool codes_of(const float* x, float d, int zero, int8_t* c) {
-    const float inverse = d != 0.f ? 1.f / d : 0.f, least = static_cast<float>(-zero), most = static_cast<float>(zero - 1);
+    const float least = static_cast<float>(-zero), most = static_cast<float>(zero - 1);
+    const float inverse = d != 0.f ? 1.f / d : 0.f;
     uint32_t differs = 0;
     for (int i = 0; i < 32; ++i) {
         constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
@@ -112,7 +113,7 @@ void unpack_row(const Weight& w, int64_t row, float* out) {
 }
 
 // The scale of a block is its largest magnitude over that value's code, which is anything up to `zero`: quantizers that
-// search scales leave the largest code unused. A float16 of so few bits that its products are exact is a good candidate.
+// search scales leave the largest code unused. Few quotients are float16 numbers, so few candidates are tried in full.
 bool exact_codes(Code code, const float* x, int64_t n_in, uint16_t* d, uint8_t* codes) {
     const int zero = zero_code(code);
     int likely = code == Code::nibbles ? 8 : 127;

@@ -47,8 +47,8 @@ inline int64_t panels_per_task(const Weight& w, int64_t n_rows, int n_threads) {
 // Row `row` of the matrix as n_in floats.
 void unpack_row(const Weight& w, int64_t row, float* out);
 
-// Scales and codes of a row if a code holds it as it is, in ggml's planes (q4_0: 16 bytes a block, q8_0: 32): d * code is
-// every value to the bit, the sign of a zero included. False, and what is written means nothing, if there are none.
+// Scales and codes of a row, in ggml's planes (q4_0: 16 bytes a block, q8_0: 32), that give every value to the bit, the
+// sign of a zero included. False if there are none; what is written then means nothing.
 bool exact_codes(Code code, const float* x, int64_t n_in, uint16_t* d, uint8_t* codes);
 
 }  // namespace hybridkv
