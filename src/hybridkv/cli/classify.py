@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -122,6 +123,8 @@ class Scored:
 
 def main(arguments: argparse.Namespace) -> int:
     """Check, resolve, load, score with each type, print."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # before torch is imported; `run` says why
     from hybridkv.policy import Guard, parse_mode
 
     a = arguments
@@ -228,6 +231,8 @@ def _resolve(
     for policy in policies:
         asked = policy.resolve(kv_facts(description.facts))
         specs, warnings = guard.before(asked, hybrid=is_hybrid(description.facts), n_ctx=n_ctx)
+        for line in policy.notices(asked):
+            notice(f"{_name(policy)}: {line}")
         for line in warnings:
             warning(line)
         for spec in specs:
