@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hybridkv.cache import KVTypes
-from hybridkv.engine.classify import Classifier, batches, label_levels, shared_length
+from hybridkv.engine.classify import Classifier, batches, label_tree, shared_length
 from hybridkv.errors import ContextError, GuardError, UsageError
 from hybridkv.hf import EagerStep, ModelCache, Step, kv_facts, layer_facts, resolve_step, takes_chunks
 from hybridkv.policy import Guard, Policy
@@ -18,8 +18,8 @@ from tests.families import HYBRIDS, build
 
 SHARED = (5, 71, 8, 8, 40)
 PROMPTS = tuple(SHARED + own for own in ((1, 2, 3), (9,), (1, 2, 4), (60, 61, 62, 63), (17,), (3, 2, 1)))
-# One token; two; three, two of which the fourth has too; and one that begins as the second does.
-LABELS = ((11,), (12, 13), (14, 15, 16), (14, 15, 17, 18), (12, 19))
+# One token; two; three, two of which the fourth and the last have too; and one that begins as the second does.
+LABELS = ((11,), (12, 13), (14, 15, 16), (14, 15, 17, 18), (12, 19), (14, 15, 20, 21, 22), (23, 24))
 F32 = KVTypes("f32", "f32")
 OFF = Guard(mode="off")
 
@@ -33,13 +33,16 @@ class Counted:
         self.calls: list[tuple[int, ...]] = []
 
     def forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
-        assert cache.get_seq_length() == position
-        logits = self.step.forward(tokens, cache, position)
-        self.calls.append(tuple(tokens.shape))
-        return logits * torch.nan if len(self.calls) - 1 in self.spoil else logits
+        return self._counted(self.step.forward, tokens, cache, position)
 
     def logits(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
-        raise AssertionError("not needed")
+        return self._counted(self.step.logits, tokens, cache, position)
+
+    def _counted(self, run: Callable[..., Tensor], tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
+        assert cache.get_seq_length() == position
+        logits = run(tokens, cache, position)
+        self.calls.append(tuple(tokens.shape))
+        return logits * torch.nan if len(self.calls) - 1 in self.spoil else logits
 
 
 def classifier(
@@ -86,14 +89,15 @@ def test_every_token_is_processed_as_often_as_needed() -> None:
     step = Counted(resolve_step(model.config, "cpu")(model))
     scorer = classifier(model, step=step)
     scorer.score(PROMPTS)
-    nodes = ((12,), (14,), (14, 15))  # what is processed of the labels: (14, 15, 17) below
     own = [1, 3, 4]  # lengths after the prefix, of 2, 3 and 1 rows
     assert step.calls[0] == (1, len(SHARED))
-    assert step.calls[1::4] == [(rows, n) for rows, n in zip((2, 3, 1), own, strict=True)]
-    assert step.calls[2::4] == [(rows * 2, 1) for rows in (2, 3, 1)]  # 12 and 14
-    assert step.calls[3::4] == step.calls[4::4] == [(rows, 1) for rows in (2, 3, 1)]  # 15, then 17
+    assert step.calls[1::5] == [(rows, n) for rows, n in zip((2, 3, 1), own, strict=True)]
+    assert step.calls[2::5] == [(2 * rows, 1) for rows in (2, 3, 1)]  # 12 and 23
+    assert step.calls[3::5] == [(rows, 2) for rows in (2, 3, 1)]  # 14 15
+    assert step.calls[4::5] == [(rows, 1) for rows in (2, 3, 1)]  # 17 after them
+    assert step.calls[5::5] == [(rows, 2) for rows in (2, 3, 1)]  # and 20 21
     assert sum(b * t for b, t in step.calls) == scorer.figures.n_processed
-    assert scorer.figures.n_processed == len(SHARED) + (2 * 1 + 3 * 3 + 1 * 4) + 6 * (len(nodes) + 1)
+    assert scorer.figures.n_processed == len(SHARED) + (2 * 1 + 3 * 3 + 1 * 4) + 6 * 7
     assert (scorer.figures.n_rows, scorer.figures.n_shared, scorer.figures.n_saved) == (6, 5, 25)
 
 
@@ -156,18 +160,20 @@ def test_types_change_the_numbers_and_the_memory() -> None:
         error[name] = float((scorer.score(PROMPTS) - exact).abs().max())
         used[name] = scorer.figures.kv_bytes
     assert 0 < error["f16"] < error["q8_0"] < error["q4_0"]
-    # Two KV layers, K and V, two heads of 64; 3 rows of 8 tokens and 3 of labels, two nodes wide.
+    # Two KV layers, K and V, two heads of 64; the shared tokens; 3 rows of 8 and 4 of labels; and a copy for the
+    # first labels, twice as wide.
     assert used == {
-        name: 2 * 2 * 2 * 64 * 6 * 11 * bits // 8 for name, bits in (("f16", 16), ("q8_0", 8.5), ("q4_0", 4.5))
+        name: 2 * 2 * 2 * 64 * (5 + 3 * 12 + 6 * 12) * bits // 8
+        for name, bits in (("f16", 16), ("q8_0", 8.5), ("q4_0", 4.5))
     }
-    assert scorer.figures.state_bytes == 6 * 2 * 4 * (160 * 4 + 6 * 16 * 16)
+    assert scorer.figures.state_bytes == 10 * 2 * 4 * (160 * 4 + 6 * 16 * 16)
 
 
 def test_what_does_not_fit() -> None:
     model = build("qwen3_5_text", attention="hybridkv")
-    classifier(model, n_ctx=13).score(PROMPTS)
-    with pytest.raises(ContextError, match=r"row 4: its prompt of 9 tokens and a label of 4 .* of 12\nhint: try -c 13"):
-        classifier(model, n_ctx=12).score(PROMPTS)
+    classifier(model, n_ctx=14).score(PROMPTS)
+    with pytest.raises(ContextError, match=r"row 4: its prompt of 9 tokens and a label of 5 .* of 13\nhint: try -c 14"):
+        classifier(model, n_ctx=13).score(PROMPTS)
     with pytest.raises(UsageError, match="row 2 has no tokens"):
         classifier(model).score([(1,), ()])
     with pytest.raises(UsageError, match="no rows"):
@@ -194,14 +200,21 @@ def test_models_that_take_a_prompt_at_once_share_nothing() -> None:
     assert scorer.figures.n_shared == scorer.figures.n_saved == 0
 
 
-def test_label_levels() -> None:
-    root, second, third, last = label_levels(LABELS)
-    assert root.tokens == root.parents == ()
-    assert root.ends == ((0, 0, 11), (1, 0, 12), (2, 0, 14), (3, 0, 14), (4, 0, 12))
-    assert (second.tokens, second.parents) == ((12, 14), (0, 0))
-    assert second.ends == ((1, 0, 13), (2, 1, 15), (3, 1, 15), (4, 0, 19))
-    assert (third.tokens, third.parents, third.ends) == ((15,), (1,), ((2, 0, 16), (3, 0, 17)))
-    assert (last.tokens, last.parents, last.ends) == ((17,), (0,), ((3, 0, 18),))
+def test_label_tree() -> None:
+    root = label_tree(LABELS, 9)
+    assert (root.tokens, root.height) == ((), 4)
+    assert root.ends == tuple((i, 0, ids[0]) for i, ids in enumerate(LABELS))
+    twelve, fourteen, other = root.children
+    assert (twelve.tokens, twelve.ends, twelve.children) == ((12,), ((1, 0, 13), (4, 0, 19)), ())
+    assert (other.tokens, other.ends, other.children) == ((23,), ((6, 0, 24),), ())
+    assert fourteen.tokens == (14, 15)
+    assert fourteen.ends == ((2, 0, 15), (3, 0, 15), (5, 0, 15), (2, 1, 16), (3, 1, 17), (5, 1, 20))
+    assert [(c.tokens, c.ends) for c in fourteen.children] == [
+        ((17,), ((3, 0, 18),)),
+        ((20, 21), ((5, 0, 21), (5, 1, 22))),
+    ]
+    fourteen = label_tree(LABELS, 1).children[1]
+    assert (fourteen.tokens, [c.tokens for c in fourteen.children]) == ((14,), [(15,)])
 
 
 @pytest.mark.parametrize(
