@@ -93,7 +93,7 @@ def test_the_table_and_the_closing_line(cli: Cli, gguf: Path, rows: Path) -> Non
     assert [line[0] for line in table] == ["1", "2", "3", "4", "5"]
     assert [line[4] == "-" for line in table] == [False, False, True, False, True]
     seen = re.search(
-        r"5 rows; accuracy [\d.]+ % \([0-3] of 3\); [\d.]+ rows/s; largest batch's KV cache [\d.]+ KiB, states "
+        r"5 rows; accuracy [\d.]+ % \([0-3] of 3\); [\d.]+ rows/s; memory: KV [\d.]+ KiB, states "
         r"[\d.]+ KiB; (\d+) prompt tokens saved \((\d+) that all rows begin with\)\n$",
         done.err,
     )

@@ -298,7 +298,7 @@ def _print_rows(scored: Scored, rows: Sequence[Row], labels: Sequence[str], as_j
         parts.append(f"accuracy {100 * correct / known:.1f} % ({correct} of {known})")
     parts += [
         f"{figures.rows_s:.1f} rows/s",
-        f"largest batch's KV cache {size(figures.kv_bytes)}, states {size(figures.state_bytes)}",
+        f"memory: KV {size(figures.kv_bytes)}, states {size(figures.state_bytes)}",
         f"{figures.n_saved} prompt tokens saved ({figures.n_shared} that all rows begin with)",
     ]
     print("; ".join(parts), file=sys.stderr)
@@ -324,7 +324,7 @@ def _print_comparison(scored: Sequence[Scored], rows: Sequence[Row], labels: Seq
     columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("type", lambda line: line["type"]),
         ("bytes/token", lambda line: str(line["bytes_per_token"])),
-        ("KV of the largest batch", lambda line: size(line["kv_bytes"])),
+        ("KV", lambda line: size(line["kv_bytes"])),
         ("states", lambda line: size(line["state_bytes"])),
         (f"same as {REFERENCE}", lambda line: f"{100 * line['agreement']:.1f} %"),
         ("mean |change of p|", lambda line: f"{line['mean_change']:.2g}"),
