@@ -149,6 +149,8 @@ def main(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(a.threads)
     path = bundled_model() if a.model is None else model_path(a.model)
     description = describe(path, remote_code="trusted" if a.trust_remote_code else "refused")
+    if a.trust_remote_code and path.is_file():
+        notice("--trust-remote-code changes nothing: there is no code in this model")
     n_ctx = run._context(a.ctx_size, description.n_ctx_train)
     make_step = resolve_step(description.config, device.partition(":")[0], kind)
     specs = _resolve(description, policies, guard, device, n_ctx)
