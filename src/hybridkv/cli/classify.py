@@ -7,19 +7,20 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridkv.cli import run
-from hybridkv.cli.cache_options import DEFAULT_TYPE, add_cache_arguments, policy_from
+from hybridkv.cli.cache_options import add_cache_arguments, policy_from
 from hybridkv.cli.classify_rows import DEFAULT_PROMPT, Row, encode, parse_labels, read_rows, read_template
+from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, open_model
+from hybridkv.cli.run import _is_out_of_memory
 from hybridkv.cli.show import (
-    MAX_CONTEXT,
-    model_path,
+    layer_table,
     notice,
     simple_table,
     size,
+    stderr_console,
     stdout_console,
     summary,
     warning,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
     from hybridkv.cache import KVSpec
     from hybridkv.engine.classify import Classifier, Figures
-    from hybridkv.engine.load import Description
     from hybridkv.policy import Guard, Policy
 
 NAME = "classify"
@@ -40,17 +40,9 @@ HELP = "score labels for every row of a JSONL file, with what the prompts share 
 REFERENCE = "f16"
 """What `--compare-types` compares with."""
 
-_LIMITS = (("-t", "threads", 1, 1024), ("--batch", "batch", 1, 1024), ("-c", "ctx_size", 0, MAX_CONTEXT))
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `hybridkv classify`; those it shares with `run` mean the same."""
-    parser.add_argument(
-        "-m", "--model", metavar="PATH", help="GGUF file or model directory (default: the bundled model)"
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that a model directory brings along"
-    )
+    """Add the options of `hybridkv classify`."""
     parser.add_argument(
         "-f", "--file", metavar="FILE", help='rows as JSONL: {"text": ..., "label": ...}, label optional'
     )
@@ -72,25 +64,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare-types",
         metavar="T,K/V,...",
-        help=f"score all rows with each cache type or pair K/V, {REFERENCE} first, and compare",
+        help=f"score all rows with each type or pair K/V, {REFERENCE} first, and compare; "
+        "options may follow, as in q4_0+kv",
     )
     parser.add_argument(
         "--batch", type=int, default=8, metavar="N", help="rows of equal length processed side by side (default 8)"
     )
     parser.add_argument(
-        "-c",
-        "--ctx-size",
-        type=int,
-        metavar="N",
-        help="most tokens of a row; 0: the trained length (default as in run)",
-    )
-    parser.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads")
-    parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
-    parser.add_argument("--engine", default="auto", metavar="KIND", help="as in run (default auto)")
-    parser.add_argument("--weights", default="auto", metavar="KIND", help="as in run (default auto)")
-    parser.add_argument(
         "--json", action="store_true", help="print JSON lines: one for each row, or type, and a summary"
     )
+    add_model_arguments(parser)
     add_cache_arguments(parser)
 
 
@@ -135,44 +118,29 @@ def main(arguments: argparse.Namespace) -> int:
     guard = Guard(mode=parse_mode(a.kv_guard))
     policies = _policies(a)
 
-    import torch
-    from transformers.utils import logging as transformers_logging
-
-    from hybridkv.engine.load import bundled_model, describe, load
-    from hybridkv.hf import parse_step, parse_weights, resolve_step
-
-    kind = parse_step(a.engine)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    device = run._device(a.device)
-    if a.threads is not None:
-        torch.set_num_threads(a.threads)
-    path = bundled_model() if a.model is None else model_path(a.model)
-    description = describe(path, remote_code="trusted" if a.trust_remote_code else "refused")
-    if a.trust_remote_code and path.is_file():
-        notice("--trust-remote-code changes nothing: there is no code in this model")
-    n_ctx = run._context(a.ctx_size, description.n_ctx_train)
-    make_step = resolve_step(description.config, device.partition(":")[0], kind)
-    specs = _resolve(description, policies, guard, device, n_ctx)
-    weights = run._weights(parse_weights(a.weights), kind, device)
-    dtype = torch.float32 if device.startswith("cpu") else torch.bfloat16
-    loaded = load(description, dtype=dtype, device=device, weights=weights)
-    for line in loaded.notices:
-        notice(line)
-    run._suggest_int8(loaded, weights)
-    prompts, continuations = encode(template, rows, labels, loaded.tokenizer, chat=a.chat)
-    step = make_step(loaded.model)
+    opened = open_model(a)
+    specs = _resolve(opened, policies, guard)
+    loaded, step = opened.load()
     print(f"engine: {step.name}", file=sys.stderr)
+    prompts, continuations = encode(template, rows, labels, loaded.tokenizer, chat=a.chat)
 
     from hybridkv.engine.classify import Classifier
+    from hybridkv.lab.candidates import label
 
     lengths = [len(ids) if a.normalize == "length" else 1 for ids in continuations]
     scored = []
     for policy, layers in zip(policies, specs, strict=True):
         classifier = Classifier(
-            loaded.model, layers, continuations, n_ctx=n_ctx, guard=guard, notify=warning, batch=a.batch, step=step
+            loaded.model,
+            layers,
+            continuations,
+            n_ctx=opened.n_ctx,
+            guard=guard,
+            notify=warning,
+            batch=a.batch,
+            step=step,
         )
-        scored.append(_score(_name(policy), classifier, prompts, lengths))
+        scored.append(_score(label(policy.types), classifier, prompts, lengths))
     if a.compare_types is None:
         _print_rows(scored[0], rows, labels, a.json)
     else:
@@ -189,63 +157,50 @@ def _check(a: argparse.Namespace) -> None:
         if not value:
             raise UsageError(f"no {option} was given", hint=f"for example {example}")
     one_of(a.normalize, ("none", "length"), "no normalization", hint="leave --normalize out for none")
-    for option, name, least, most in _LIMITS:
-        value = getattr(a, name)
-        if value is not None and not least <= value <= most:
-            raise UsageError(f"{option} {value}; allowed: {least} to {most}")
+    check_limits(a, ("--batch", "batch", 1, 1024))
 
 
 def _policies(a: argparse.Namespace) -> list[Policy]:
     """What each run stores: what the cache options say, or each of the types to compare."""
     from hybridkv.cache import KVTypes
-    from hybridkv.formats import get_format
+    from hybridkv.lab.candidates import expand
     from hybridkv.policy import Policy
 
-    asked = policy_from(a)
+    asked, reference = policy_from(a), Policy(types=KVTypes(REFERENCE, REFERENCE))
     if a.compare_types is None:
         return [asked]
-    if (a.cache_type_k, a.cache_type_v) != (DEFAULT_TYPE, DEFAULT_TYPE):
+    if asked != reference:
         raise UsageError(
-            "--compare-types was given with -ctk or -ctv", hint="a pair is K/V: for example --compare-types q8_0/q4_0"
+            "--compare-types was given with other options of the cache's types",
+            hint="a pair is K/V, and options follow a type: for example --compare-types q8_0/q4_0,q4_0+kv",
         )
-    policies = [Policy(types=KVTypes(REFERENCE, REFERENCE))]
-    for item in filter(None, (part.strip() for part in a.compare_types.split(","))):
-        k, _, v = item.partition("/")
-        types = replace(asked.types, type_k=get_format(k).name, type_v=get_format(v or k).name)
-        policies.append(replace(asked, types=types))
-    if len(policies) == 1:
+    named = [part.strip() for part in a.compare_types.split(",") if part.strip()]
+    if not named:
         raise UsageError("--compare-types is empty; allowed: types or pairs K/V, separated by commas")
-    return [policy for i, policy in enumerate(policies) if policy not in policies[:i]]
+    return [reference, *(one.policy for one in expand(named) if one.policy != reference)]
 
 
-def _resolve(
-    description: Description, policies: Sequence[Policy], guard: Guard, device: str, n_ctx: int
-) -> list[tuple[KVSpec, ...]]:
-    """Every layer's types and kernels at each run, before any weight is loaded."""
-    if len(policies) == 1:
-        return [run._resolve(description, policies[0], guard, device, n_ctx)]
+def _resolve(opened: Opened, policies: Sequence[Policy], guard: Guard) -> list[tuple[KVSpec, ...]]:
+    """Every layer's types and kernels at each run, printed, before any weight is loaded."""
     from hybridkv.cache import resolve
     from hybridkv.hf import is_hybrid, kv_facts
     from hybridkv.kernels import ENCODERS, KERNELS
 
-    print(summary(description), file=sys.stderr)
-    resolved = []
+    facts = opened.description.facts
+    print(summary(opened.description), file=sys.stderr)
+    every = []
     for policy in policies:
-        asked = policy.resolve(kv_facts(description.facts))
-        specs, warnings = guard.before(asked, hybrid=is_hybrid(description.facts), n_ctx=n_ctx)
+        asked = policy.resolve(kv_facts(facts))
+        specs, warnings = guard.before(asked, hybrid=is_hybrid(facts), n_ctx=opened.n_ctx)
+        resolved = [(spec, resolve(spec, opened.device_type, KERNELS, ENCODERS)) for spec in specs]
         for line in policy.notices(asked):
-            notice(f"{_name(policy)}: {line}")
+            notice(line)
         for line in warnings:
             warning(line)
-        for spec in specs:
-            resolve(spec, device.partition(":")[0], KERNELS, ENCODERS)
-        resolved.append(specs)
-    return resolved
-
-
-def _name(policy: Policy) -> str:
-    types = policy.types
-    return " ".join([types.label, *["-khad"] * types.rotate_k, *["-vhad"] * types.rotate_v])
+        if resolved and len(policies) == 1:
+            stderr_console().print(layer_table(resolved))
+        every.append(specs)
+    return every
 
 
 def _score(name: str, classifier: Classifier, prompts: list[list[int]], lengths: list[int]) -> Scored:
@@ -255,7 +210,7 @@ def _score(name: str, classifier: Classifier, prompts: list[list[int]], lengths:
     try:
         scores = classifier.score(prompts)
     except (MemoryError, RuntimeError) as error:
-        if not run._is_out_of_memory(error):
+        if not _is_out_of_memory(error):
             raise
         raise ContextError(
             f"not enough memory for a batch at {name}", hint="take a smaller --batch, or smaller types (-ctk, -ctv)"
