@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridkv.cli.cache_options import add_cache_arguments, policy_from
 from hybridkv.cli.classify_rows import DEFAULT_PROMPT, Row, encode, parse_labels, read_rows, read_template
-from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, open_model
+from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, limit_spinning, open_model
 from hybridkv.cli.run import _is_out_of_memory
 from hybridkv.cli.show import (
     layer_table,
@@ -106,8 +105,7 @@ class Scored:
 
 def main(arguments: argparse.Namespace) -> int:
     """Check, resolve, load, score with each type, print."""
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # before torch is imported; `run` says why
+    limit_spinning()
     from hybridkv.policy import Guard, parse_mode
 
     a = arguments
@@ -121,7 +119,7 @@ def main(arguments: argparse.Namespace) -> int:
     opened = open_model(a)
     specs = _resolve(opened, policies, guard)
     loaded, step = opened.load()
-    print(f"engine: {step.name}", file=sys.stderr)
+    print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
     prompts, continuations = encode(template, rows, labels, loaded.tokenizer, chat=a.chat)
 
     from hybridkv.engine.classify import Classifier

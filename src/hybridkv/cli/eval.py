@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from hybridkv import __version__
 from hybridkv.cli.bench_options import check_range, words
-from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, open_model
+from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, limit_spinning, open_model
 from hybridkv.cli.show import notice, simple_table, stdout_console, summary
 from hybridkv.errors import UsageError, one_of
 
@@ -71,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Check, resolve, load, measure, print, write."""
+    limit_spinning()
     a = arguments
     output = _check(a)
     from hybridkv.lab.candidates import label
@@ -83,7 +84,7 @@ def main(arguments: argparse.Namespace) -> int:
     opened = open_model(a, default_ctx=DEFAULT_CTX)
     facts = _resolve(opened, candidates)
     loaded, step = opened.load()
-    print(f"engine: {step.name}", file=sys.stderr)
+    print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
     corpus = _corpus(a, loaded, opened.n_ctx)
     identity: dict[str, str | int] = {
         "model": loaded.description.name,

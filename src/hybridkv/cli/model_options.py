@@ -55,6 +55,16 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, default_ctx: int = D
     )
 
 
+def limit_spinning() -> None:
+    """Bound how long torch's threads spin while they wait for each other; call it before torch is imported.
+
+    By default it is so long that another program's load stalls them. Tokens/s on 2 cores, idle and beside two busy
+    processes: 63 and 4-12 by default, 60 and 13-23 with this, 25 and 20-30 without any spinning (docs/log.md).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+
 def check_limits(a: argparse.Namespace, *more: tuple[str, str, int, int]) -> None:
     """Refuse numbers out of range before anything heavy is imported; `more` names options as `-np`, `parallel`, 1, 9.
 
@@ -100,6 +110,11 @@ class Opened:
     def device_type(self) -> str:
         """`cpu` or `cuda`."""
         return self.device.partition(":")[0]
+
+    def engine_name(self, step: Step) -> str:
+        """What runs the layers outside of attention, with how it holds the weights."""
+        torchao = self.weights in ("int8", "int4") and self.device_type != "cpu"
+        return f"{step.name}, weights torchao {self.weights}" if torchao else step.name
 
     def load(self) -> tuple[Loaded, Step]:
         """The model and what runs it; what is worth knowing of them is said."""
