@@ -51,7 +51,7 @@ class Journal:
             with np.load(self.path, allow_pickle=False) as file:
                 found = str(file[_RUN])
                 arrays = {name: file[name] for name in file.files if name != _RUN}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise UsageError(
                 f"--resume: {self.path} cannot be read ({error})", hint="leave --resume out and choose another -o"
             ) from error
