@@ -11,7 +11,8 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from html import escape
 from typing import Any
 
@@ -24,8 +25,7 @@ try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-    from matplotlib.transforms import Bbox
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 except ImportError as error:
     raise UsageError(
         "the HTML page needs matplotlib, which is missing", hint="pip install 'hybridkv[report]'"
@@ -72,7 +72,7 @@ _FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 _STANDALONE = """<style>
 svg { color: #24292f; --paper: #fbfbf9 } text { font-family: %s !important }
 @media (prefers-color-scheme: dark) { svg { color: #e6e6e0; --paper: #1b1d20 } }
-</style><rect width="100%%" height="100%%" rx="10" style="fill: var(--paper)"/>"""
+</style><rect x="-12" y="-12" width="%g" height="%g" rx="10" style="fill: var(--paper)"/>"""
 
 
 def quality_svg(results: Sequence[Result], *, width: int = WIDE) -> str:
@@ -87,8 +87,14 @@ def quality_svg(results: Sequence[Result], *, width: int = WIDE) -> str:
     if svg is None:
         raise UsageError("nothing to draw: no candidate has a finite divergence")
     head, _, rest = svg.partition(">")
-    head = head.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"')
-    return f"{head}>{_STANDALONE % _FONT}{rest}\n"
+    x, y, w, h = (float(v) for v in head.split('"')[1].split())
+    size = (w + 24, h + 24)
+    head = (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{x - 12:g} {y - 12:g} {size[0]:g} {size[1]:g}" width="{size[0]:g}" height="{size[1]:g}" '
+        f"{head[head.index('role=') :]}"
+    )
+    return f"{head}>{_STANDALONE % (_FONT, *size)}{rest}\n"
 
 
 def quality(results: Sequence[Result], width: int) -> str | None:
@@ -97,21 +103,20 @@ def quality(results: Sequence[Result], width: int) -> str | None:
     if not drawn:
         return None
     best, least = front(drawn), _least(r.kld_mean for r in drawn)
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(width, 0.58 * width if width >= 600 else 1.2 * width)
+    with _drawing():
+        figure, axes = _figure(width, 0.62 * width if width >= 600 else 1.25 * width)
         x, y = [r.bits_per_value for r in best], [max(r.kld_mean, least) for r in best]
         axes.plot(x, y, drawstyle="steps-post", color=_ACCENT, linewidth=1.4, alpha=0.6, zorder=2)
         for r in drawn:
             at, color = (r.bits_per_value, max(r.kld_mean, least)), _ACCENT if r in best else _QUIET
             error = r.kld_mean_se if 0 < r.kld_mean_se < at[1] else None
             axes.errorbar(*at, yerr=error, fmt="o", markersize=5.5, color=color, elinewidth=1, zorder=3)
-        _floor_line(axes, results)
+        axes.margins(0.13, 0.09)
         _log_y(axes)
-        axes.margins(0.09)
+        _floor_line(axes, results)
         axes.set_xlabel("bits per value")
         axes.set_ylabel("mean KLD from the reference, nats")
-        points = [(r.bits_per_value, max(r.kld_mean, least)) for r in drawn]
-        _label_points(figure, axes, points, [_short(r.label) for r in drawn])
+        _label_points(figure, axes, drawn, least)
         title = "Quality against size: mean KLD over bits per value"
         detail = "; ".join(f"{r.label}: {r.bits_per_value:.3g} bits, {r.kld_mean:.2g} nats" for r in drawn)
         return _svg(figure, f"quality-{width}", title, detail)
@@ -122,7 +127,7 @@ def positions(results: Sequence[Result], width: int) -> str | None:
     drawn = [r for r in candidates(results) if sum(_seen(v) for _, v, _ in r.positions) > 1]
     if not drawn:
         return None
-    with matplotlib.rc_context(_STYLE):
+    with _drawing():
         legend_rows = len(drawn) + 1
         figure, axes = _figure(width, 380 if width >= 600 else 300 + 15 * legend_rows)
         order = sorted(drawn, key=lambda r: next(v for _, v, _ in reversed(r.positions) if _seen(v)), reverse=True)
@@ -131,8 +136,8 @@ def positions(results: Sequence[Result], width: int) -> str | None:
             x, y = zip(*((p, v if _seen(v) else math.nan) for p, v, _ in r.positions), strict=True)
             dash = _DASHES[i // len(_HUES) % len(_DASHES)]
             axes.plot(x, y, color=_HUES[i % len(_HUES)], linestyle=dash, linewidth=1.6, label=_short(r.label))
-        _floor_line(axes, results)
         _log_y(axes)
+        _floor_line(axes, results)
         axes.margins(x=0.02)
         axes.set_xlabel("position in the window, tokens")
         axes.set_ylabel("mean KLD, nats")
@@ -151,13 +156,14 @@ def layers(results: Sequence[Result], width: int) -> str | None:
         return None
     cells = [[dict(r.layers).get(layer, math.nan) for layer in columns] for r in drawn]
     low, high = min(seen), max(seen)
-    with matplotlib.rc_context(_STYLE):
+    with _drawing():
         figure, axes = _figure(width, 105 + 21 * len(drawn))
         norm = LogNorm(low, high if high > low else 1.01 * low)
         shown = [[v if _seen(v) else math.nan for v in row] for row in cells]
         axes.set_facecolor("none")
         edges = [i - 0.5 for i in range(len(columns) + 1)], [i - 0.5 for i in range(len(drawn) + 1)]
-        mesh = axes.pcolormesh(*edges, shown, norm=norm, cmap="viridis", edgecolor="none")
+        colors = matplotlib.colormaps["viridis"].resampled(24)  # from 50 on the bar would be an image, not shapes
+        mesh = axes.pcolormesh(*edges, shown, norm=norm, cmap=colors, edgecolor="none")
         for i, row in enumerate(cells):
             for j, value in enumerate(row):
                 if not math.isfinite(value) and columns[j] in dict(drawn[i].layers):
@@ -181,7 +187,7 @@ def histogram(results: Sequence[Result], width: int) -> str | None:
     drawn = [r for r in candidates(results) if sum(n for _, n in r.histogram)]
     if not drawn:
         return None
-    with matplotlib.rc_context(_STYLE):
+    with _drawing():
         figure, axes = _figure(width, 60 + 26 * len(drawn))
         for i, r in enumerate(drawn):
             bins = sorted(r.histogram)
@@ -196,10 +202,21 @@ def histogram(results: Sequence[Result], width: int) -> str | None:
         axes.set_ylim(len(drawn) - 0.9, -1)
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{10**v:g}" if v == int(v) else ""))
-        axes.set_xlabel("KLD of one prediction, nats (bar: the mean)")
+        axes.xaxis.set_major_locator(MaxNLocator(8 if width >= 600 else 4, integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{10**v:g}"))
+        axes.set_xlabel("KLD of one prediction, nats")
         detail = "; ".join(f"{r.label}: median {r.kld_median:.2g}, 99.9 % {r.kld_p999:.2g}" for r in drawn)
         return _svg(figure, f"histogram-{width}", "How the KLD of single predictions is spread", detail)
+
+
+@contextmanager
+def _drawing() -> Iterator[None]:
+    """Draw in our style, whatever the user's own is."""
+    plain = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
+    with matplotlib.rc_context({**plain, **_STYLE}), warnings.catch_warnings():
+        # A script that DejaVu lacks is drawn by the reader's own fonts; only its width is a guess.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -248,17 +265,19 @@ def _plain_numbers(axis: Any) -> None:
 
 
 def _floor_line(axes: Axes, results: Sequence[Result]) -> None:
-    """The reference measured against itself: nothing under this line means anything."""
+    """The reference measured against itself: nothing under this line means anything. One far below is only named."""
+    bottom, _ = axes.get_ylim()
     for r in results:
         if r.role == "floor" and _seen(r.kld_mean):
-            axes.axhline(r.kld_mean, color=_INK, alpha=0.55, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
+            near = r.kld_mean > bottom / 10
+            if near:
+                axes.axhline(r.kld_mean, color=_INK, alpha=0.55, linewidth=1, linestyle=(0, (2, 2)), zorder=1)
             axes.annotate(
-                "noise floor",
-                (1, r.kld_mean),
-                xycoords=("axes fraction", "data"),
-                xytext=(-2, 3),
+                "noise floor" if near else f"↓ noise floor {r.kld_mean:.1g}",
+                (0, r.kld_mean if near else 0),
+                xycoords=("axes fraction", "data" if near else "axes fraction"),
+                xytext=(4, 3),
                 textcoords="offset points",
-                ha="right",
                 fontsize=10,
                 alpha=0.75,
             )
@@ -270,61 +289,75 @@ def _rows(axes: Axes, labels: Sequence[str]) -> None:
     axes.tick_params(axis="y", length=0)
 
 
+Box = tuple[float, float, float, float]
+"""Left, low, right and high, in pixels."""
+
 _OFFSETS = tuple(
     (dx, dy)
-    for dy in (0, 7, -7, 12, -12, 18, -18, 26, -26, 34, -34, 44, -44, 56, -56)
+    for dy in (0, 7, -7, 10, -10, 13, -13, 18, -18, 26, -26, 34, -34, 44, -44, 56, -56)
     for dx in (8, -8, 20, -20, 40, -40)
 )
 
 
-def _label_points(figure: Figure, axes: Axes, points: Sequence[tuple[float, float]], labels: Sequence[str]) -> None:
+def _label_points(figure: Figure, axes: Axes, drawn: Sequence[Result], least: float) -> None:
     """Write each label at the first place near its point that covers nothing, with a line to the point if far."""
     figure.draw_without_rendering()  # places the axes
     renderer = FigureCanvasAgg(figure).get_renderer()
-    pixels = [tuple(axes.transData.transform(p)) for p in points]
-    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in pixels]
-    taken += [t.get_window_extent(renderer) for t in axes.texts]
-    frame = axes.get_window_extent()
-    for (x, y), point, label in sorted(zip(pixels, points, labels, strict=True)):
-        text = axes.annotate(label, point, xytext=(0, 0), textcoords="offset points", va="center", fontsize=10)
+    best = front(drawn)
+    points = {r: (r.bits_per_value, max(r.kld_mean, least)) for r in drawn}
+    pixels = {r: axes.transData.transform(point) for r, point in points.items()}
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in pixels.values()]
+    taken += [t.get_window_extent(renderer).extents for t in axes.texts]
+    taken += _strokes(axes)
+    frame = axes.get_window_extent().extents
+    for r in (*best, *sorted((r for r in drawn if r not in best), key=points.__getitem__)):
+        (x, y), point = pixels[r], points[r]
+        text = axes.annotate(
+            _short(r.label), point, xytext=(0, 0), textcoords="offset points", va="center", fontsize=10
+        )
         text.set_in_layout(False)
         box = text.get_window_extent(renderer)
         w, h = box.width, box.height
-
-        def at(dx: float, dy: float, x: float = x, y: float = y, w: float = w, h: float = h) -> Bbox:
-            return Bbox.from_bounds(x + dx - (w if dx < 0 else 0), y + dy - h / 2, w, h)
-
-        def cost(offset: tuple[int, int]) -> float:
-            place = at(*offset)
-            outside: float = max(0, frame.x0 - place.x0) + max(0, place.x1 - frame.x1)
-            outside += max(0, frame.y0 - place.y0) + max(0, place.y1 - frame.y1)
-            covered = sum(_overlap(place, t) for t in taken)
-            return 20.0 * (covered + 10 * outside) + math.hypot(offset[0] - 8, 1.5 * offset[1])
-
-        dx, dy = min(_OFFSETS, key=cost)
+        corners = [(x + dx - (w if dx < 0 else 0), y + dy - h / 2) for dx, dy in _OFFSETS]
+        places = [(left, low, left + w, low + h) for left, low in corners]
+        # Under the front there is nothing, so that its own labels go there.
+        ideal = (8, -10) if r in best else (8, 0)
+        costs = [
+            4 * _covered(place, taken, frame) + math.hypot(dx - ideal[0], 1.5 * (dy - ideal[1]))
+            for place, (dx, dy) in zip(places, _OFFSETS, strict=True)
+        ]
+        chosen = costs.index(min(costs))
+        dx, dy = _OFFSETS[chosen]
         text.set_horizontalalignment("right" if dx < 0 else "left")
         text.set_position((dx, dy))
-        taken.append(at(dx, dy))
-        if math.hypot(dx, dy) > 14:
-            end = axes.transData.inverted().transform((x + dx, y + dy))
-            axes.plot(
-                [point[0], end[0]], [point[1], end[1]], color=_INK, alpha=0.4, linewidth=0.7, scalex=False, scaley=False
-            )
+        taken.append(places[chosen])
+        if math.hypot(dx, dy) > 13:
+            x, y = zip(point, axes.transData.inverted().transform((x + dx, y + dy)), strict=True)
+            axes.plot(x, y, color=_INK, alpha=0.4, linewidth=0.7, scalex=False, scaley=False)
 
 
-def _overlap(a: Bbox, b: Bbox) -> float:
-    """Area that two boxes share, in square pixels."""
-    shared = Bbox.intersection(a, b)
-    return 0.0 if shared is None else float(shared.width * shared.height)
+def _strokes(axes: Axes) -> list[Box]:
+    """The steps of the front as thin boxes, in pixels."""
+    corners = [axes.transData.transform(line.get_xydata()) for line in axes.lines if line.get_drawstyle() != "default"]
+    boxes: list[Box] = []
+    for (x0, y0), (x1, y1) in (pair for line in corners for pair in zip(line, line[1:], strict=False)):
+        boxes += [(x0, y0 - 0.5, x1, y0 + 0.5), (x1 - 0.5, min(y0, y1), x1 + 0.5, max(y0, y1))]
+    return boxes
+
+
+def _covered(place: Box, taken: Sequence[Box], frame: Box) -> float:
+    """What a label would cover of others, square pixels; a pixel outside the frame counts as ten."""
+    left, low, right, high = place
+    x0, y0, x1, y1 = frame
+    outside = max(0.0, x0 - left) + max(0.0, right - x1) + max(0.0, y0 - low) + max(0.0, high - y1)
+    shared = ((min(right, x1) - max(left, x0), min(high, y1) - max(low, y0)) for x0, y0, x1, y1 in taken)
+    return 10 * outside + sum(w * h for w, h in shared if w > 0 and h > 0)
 
 
 def _svg(figure: Figure, name: str, title: str, detail: str) -> str:
     """The figure as an `svg` element without a namespace, whose ids are its own on a page of several."""
     buffer = io.StringIO()
-    with warnings.catch_warnings():
-        # A script that DejaVu lacks is drawn by the reader's own fonts; only its width is a guess.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

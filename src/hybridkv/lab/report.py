@@ -1,4 +1,4 @@
-"""An evaluation as Markdown, and as one HTML page that loads nothing: from `lab.results`, with the pictures of `lab.plots`.
+"""An evaluation as Markdown and as one HTML page that loads nothing: `lab.results` in, pictures of `lab.plots` inside.
 
 Measures nothing. Called by `hybridkv eval` and `hybridkv report`.
 """
@@ -53,9 +53,7 @@ def _with_error(value: float, error: float) -> str:
     """Value and standard error, to the error's second digit."""
     if not (math.isfinite(value) and 0 < error < math.inf):
         return f"{value:.6g}"
-    decimals = max(0, 1 - math.floor(math.log10(error)))
-    if decimals > 7:
-        return f"{value:.2e} ± {error:.0e}"
+    decimals = min(max(0, 1 - math.floor(math.log10(error))), 9)
     return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
@@ -87,7 +85,7 @@ def _diverged(pick: Callable[[Result], str]) -> Callable[[Result], str]:
 
 COLUMNS = (
     Column("bits/value", "bits that a stored value takes, scales included", lambda r: _number(r.bits_per_value, 4)),
-    Column("bytes/token", "bytes that a token takes in all KV layers", lambda r: f"{r.bytes_per_token:.6g}"),
+    Column("bytes/token", "bytes that a token takes in all KV layers", lambda r: f"{r.bytes_per_token:.0f}"),
     Column("KV MiB", "allocated for the whole context", lambda r: _mebibytes(r.kv_bytes)),
     Column("perplexity", "with its standard error", lambda r: _with_error(r.perplexity, r.perplexity_se)),
     Column("over reference", "perplexity over the reference's, on the same tokens, with its standard error", _change),
@@ -128,9 +126,11 @@ def _columns(results: Sequence[Result]) -> tuple[Column, ...]:
     return tuple(c for c in COLUMNS if any(c.cell(r) for r in results))
 
 
-def _mark(r: Result, best: Sequence[Result]) -> str:
-    """What a row is, after its label."""
-    return {"reference": " (reference)", "floor": " (noise floor)"}.get(r.role, " ◆" if r in best else "")
+def _named(r: Result, best: Sequence[Result], label: str) -> str:
+    """A row's label and what the row is."""
+    if r in best:
+        return f"◆ {label}"
+    return label + {"reference": " (reference)", "floor": " (noise floor)"}.get(r.role, "")
 
 
 def _facts(c: Conditions) -> tuple[tuple[str, str], ...]:
@@ -169,7 +169,7 @@ def markdown(conditions: Conditions, results: Sequence[Result]) -> str:
         lines += [f"**{_md(remark)}**", ""]
     lines += [f"- {name}: {_md(text)}" for name, text in _facts(conditions)]
     lines += ["", _row(["cache", *(c.head for c in columns)]), _row(["---", *("---:" for _ in columns)])]
-    lines += [_row([_md(r.label) + _mark(r, best), *(c.cell(r) for c in columns)]) for r in results]
+    lines += [_row([_named(r, best, _md(r.label)), *(c.cell(r) for c in columns)]) for r in results]
     lines += ["", _FRONT, "", *(f"- **{c.head}**: {c.meaning}." for c in columns)]
     if any(r.worst for r in results):
         lines += ["", "## Where it diverges most", "", "The text before the token in question ends the line.", ""]
@@ -188,7 +188,7 @@ def _row(cells: Sequence[str]) -> str:
 
 def _md(text: str) -> str:
     """Text from a file as Markdown that shows it: in one line, without markup."""
-    return re.sub(r"([\\`*_{}\[\]<>|~$&#])", r"\\\1", _line(text)).replace("\\_", "_" if text.count("_") < 2 else "\\_")
+    return re.sub(r"[\\`*{}\[\]<>|~$&#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", _line(text))
 
 
 def _line(text: str) -> str:
@@ -217,7 +217,7 @@ table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabu
 th, td { padding: .35rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
 tbody tr:last-child > * { border-bottom: 0 }
 thead th { color: var(--quiet); font-weight: 600 }
-th:first-child { text-align: left; position: sticky; left: 0; background: var(--card); max-width: 11rem;
+th:first-child { text-align: left; position: sticky; left: 0; background: var(--card); max-width: 17rem;
   overflow: hidden; text-overflow: ellipsis }
 tbody th { font-weight: 500 } .front > th { color: var(--accent); font-weight: 700 }
 .other > * { font-style: italic; color: var(--quiet) }
@@ -246,7 +246,7 @@ _FIGURES = (
     (
         "histogram",
         "How the divergence is spread",
-        "A long right tail under a small mean: rare predictions change much.",
+        "A long right tail under a small mean: rare predictions change much. Bars: the means.",
     ),
 )
 
@@ -282,7 +282,7 @@ def _table(results: Sequence[Result]) -> list[str]:
         kind = "other" if r.role != "candidate" else "front" if r in best else "plain"
         label = escape(_line(r.label))
         cells = "".join(f"<td>{escape(c.cell(r))}</td>" for c in columns)
-        rows.append(f'<tr class="{kind}"><th scope="row" title="{label}">{label}{_mark(r, best)}</th>{cells}</tr>')
+        rows.append(f'<tr class="{kind}"><th scope="row" title="{label}">{_named(r, best, label)}</th>{cells}</tr>')
     meanings = "".join(f"<dt>{escape(c.head)}</dt><dd>{escape(c.meaning)}</dd>" for c in columns)
     return [
         "<h2>All measurements</h2>",
