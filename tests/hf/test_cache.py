@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hybridkv import ContextError, ModelError, NoKernelError, UsageError, quantized_cache
 from hybridkv.formats import get_format
+from hybridkv.hf import EagerStep
 from hybridkv.hf.layers import LayerView
 from tests.families import FAMILIES, build
 from tests.hf.test_families import change, run, tokens
@@ -118,6 +119,42 @@ def test_sequences_can_be_repeated_and_selected(family: str) -> None:
     with torch.inference_mode():
         next_logits = model(ids[[2, 0], 15:16], past_key_values=cache).logits
     assert change(next_logits, exact[[2, 0], 15:16]) <= 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_sequences_repeated(family: str) -> None:
+    model = build(family, attention="hybridkv")
+    step, begin, then = EagerStep(model), tokens(2)[:, :15], tokens(2)[:, 15:16]
+    with torch.inference_mode():
+        cache, repeated = (quantized_cache(model, type_k="f32", type_v="f32") for _ in range(2))
+        for one in (cache, repeated):
+            step.forward(begin, one, 0)
+        repeated.batch_repeat_interleave(3)
+        exact = step.forward(then, cache, 15).repeat_interleave(3, 0)
+        assert change(step.forward(then.repeat_interleave(3, 0), repeated, 15), exact) <= 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_copy_and_its_original_go_on_alone(family: str) -> None:
+    """Each as a cache that nothing was copied from, in turns; a copy of an empty cache is an empty cache."""
+    model = build(family, attention="hybridkv")
+    step, begin, ways = EagerStep(model), tokens(2)[:, :15], (tokens(2)[:, 15:17], tokens(2)[:, :2])
+    with torch.inference_mode():
+        alone = []
+        for then in ways:
+            cache = quantized_cache(model, type_v="q4_0")
+            step.forward(begin, cache, 0)
+            alone.append([step.forward(then[:, i : i + 1], cache, 15 + i) for i in range(2)])
+        cache = quantized_cache(model, type_v="q4_0").copy()
+        step.forward(begin, cache, 0)
+        twin = cache.copy(n_ctx=17)
+        for i in range(2):
+            for one, then, exact in ((twin, ways[1], alone[1]), (cache, ways[0], alone[0])):
+                assert torch.equal(step.forward(then[:, i : i + 1], one, 15 + i), exact[i])
+        with pytest.raises(ContextError, match="18 tokens do not fit a context of 17"):
+            step.forward(ways[0][:, :1], twin, 17)
+        twin.reset()
+    assert cache.get_seq_length() == 17
 
 
 def test_first_and_last_layers_change_the_numbers(hybrid: PreTrainedModel) -> None:

@@ -6,6 +6,7 @@ never is. Knows neither Transformers nor the guard; `hybridkv.hf` wraps it as a 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -241,6 +242,13 @@ class KVLayer:
         """Keep the sequences `indices` (int64 `[B']`), in that order; repeats are allowed."""
         self._k = tuple(plane.index_select(0, indices.to(plane.device)) for plane in self._k)
         self._v = tuple(plane.index_select(0, indices.to(plane.device)) for plane in self._v)
+
+    def copy(self, n_ctx: int | None) -> KVLayer:
+        """A layer that holds the same rows in memory of its own, for a context of its own."""
+        twin = copy.copy(self)
+        twin.select_sequences(torch.arange(self.batch))
+        twin._n_ctx = n_ctx
+        return twin
 
     def _check(self, k: Tensor, v: Tensor) -> None:
         f = self.spec.facts

@@ -89,6 +89,10 @@ class KVTypes:
         Whether rows are rotated before they are quantized.
     scale
         Scale rule, or None for each format's own default.
+    tail, sink
+        Newest and first tokens that are kept as f16.
+    center
+        Whether K is stored less a fixed vector per sequence and head.
     """
 
     type_k: str = "f16"
@@ -96,6 +100,9 @@ class KVTypes:
     rotate_k: bool = False
     rotate_v: bool = False
     scale: Scale | None = None
+    tail: int = 0
+    sink: int = 0
+    center: bool = False
 
     @property
     def label(self) -> str:

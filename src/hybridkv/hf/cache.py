@@ -6,6 +6,7 @@ one from a model in a line.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -146,6 +147,20 @@ class ModelCache(Cache):  # type: ignore[misc]
         if layer_idx is None and not any(isinstance(layer, StateLayer) for layer in self.layers):
             return False
         return bool(super().has_previous_state(layer_idx, state_idx))
+
+    def copy(self, *, n_ctx: int | None = None) -> ModelCache:
+        """A cache that goes on from the same tokens on its own.
+
+        Whoever continues one beginning in several ways copies it before: a state cannot go back.
+
+        Parameters
+        ----------
+        n_ctx
+            Of the copy, as in the constructor. Memory for it is reserved by the first new token.
+        """
+        twin = copy.copy(self)
+        twin.layers = [layer.copy(n_ctx) for layer in self.layers]
+        return twin
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the newest `-tokens_to_remove` tokens from every layer, or from none.

@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -151,12 +152,19 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times."""
-        self.batch_select_indices(torch.arange(self.store.batch).repeat_interleave(repeats))
+        # Of the rows alone, by name: a layer that has a state too repeats that itself.
+        QuantizedLayer.batch_select_indices(self, torch.arange(self.store.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences `indices`."""
         if self.store.batch:
             self.store.select_sequences(indices)
+
+    def copy(self, n_ctx: int | None) -> QuantizedLayer:
+        """A layer that goes on from the same tokens on its own; see `KVLayer.copy`."""
+        twin = copy.copy(self)
+        twin.store, twin.watch = self.store.copy(n_ctx), replace(self.watch)
+        return twin
 
     def offload(self) -> None:
         """Not offered: packed rows are read where they are."""
@@ -187,6 +195,11 @@ class EmptyLayer:
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Nothing to select."""
+
+    def copy(self, n_ctx: int | None) -> EmptyLayer:
+        """Itself: there is nothing that two could disagree on."""
+        del n_ctx
+        return self
 
     def get_max_length(self) -> int:
         """-1: no maximum that masks would have to know."""
@@ -290,6 +303,16 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
         """Keep the sequences `indices`."""
         self._map(lambda state: state.index_select(0, indices.to(state.device)))
 
+    def copy(self, n_ctx: int | None) -> StateLayer:
+        """A layer that goes on from the same states on its own."""
+        del n_ctx  # a state is as large for any context
+        twin = copy.copy(self)
+        for name, by_index in vars(self).items():
+            if isinstance(by_index, dict):
+                setattr(twin, name, dict(by_index))
+        twin._map(Tensor.clone)
+        return twin
+
     def reset(self) -> None:
         """Forget all tokens, and the batch size with them."""
         StateLayer.__init__(self, self.number_of_states, takes_chunks=self.takes_chunks)
@@ -343,6 +366,13 @@ class QuantizedAndStateLayer(StateLayer, QuantizedLayer):
         """Keep the sequences `indices`."""
         StateLayer.batch_select_indices(self, indices)
         QuantizedLayer.batch_select_indices(self, indices)
+
+    def copy(self, n_ctx: int | None) -> QuantizedAndStateLayer:
+        """A layer that goes on from the same tokens on its own."""
+        twin = StateLayer.copy(self, n_ctx)
+        assert isinstance(twin, QuantizedAndStateLayer)
+        twin.store, twin.watch = self.store.copy(n_ctx), replace(self.watch)
+        return twin
 
     def get_max_length(self) -> int:
         """-1: no maximum that masks would have to know."""

@@ -42,14 +42,29 @@ class EagerStep:
 
     def forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence; see `Step.forward`."""
-        device = next(self._model.parameters()).device
-        for chunk in torch.split(tokens, PREFILL_CHUNK if self._takes_chunks else tokens.shape[1], dim=1):
-            arguments = {**self._last_only, self._cache_argument: cache}
-            if self._takes_positions:
-                # Not every model counts the past itself: Bamba would start each call at position 0.
-                positions = torch.arange(position, position + chunk.shape[1], device=device)
-                arguments["position_ids"] = positions.expand(chunk.shape)
-            output = self._model(input_ids=chunk.to(device), use_cache=True, **arguments)
+        for chunk in self._chunks(tokens):
+            logits = self._call(chunk, cache, position, self._last_only)
             position += chunk.shape[1]
-        logits: Tensor = output.logits[:, -1].float()
+        return logits[:, -1].float()
+
+    def logits(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
+        """Continue every sequence; see `Step.logits`."""
+        parts = []
+        for chunk in self._chunks(tokens):
+            parts.append(self._call(chunk, cache, position, {}).float())
+            position += chunk.shape[1]
+        return torch.cat(parts, dim=1)
+
+    def _chunks(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(tokens, PREFILL_CHUNK if self._takes_chunks else tokens.shape[1], dim=1)
+
+    def _call(self, tokens: Tensor, cache: ModelCache, position: int, options: dict[str, Any]) -> Tensor:
+        """One forward pass; the logits in the model's dtype."""
+        device = next(self._model.parameters()).device
+        arguments = {**options, self._cache_argument: cache}
+        if self._takes_positions:
+            # Not every model counts the past itself: Bamba would start each call at position 0.
+            positions = torch.arange(position, position + tokens.shape[1], device=device)
+            arguments["position_ids"] = positions.expand(tokens.shape)
+        logits: Tensor = self._model(input_ids=tokens.to(device), use_cache=True, **arguments).logits
         return logits

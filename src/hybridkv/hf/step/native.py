@@ -15,17 +15,20 @@ from torch import Tensor
 from hybridkv.hf.attention import attend_new, non_finite
 from hybridkv.hf.cache import ModelCache
 from hybridkv.hf.layers import QuantizedLayer, StateLayer
-from hybridkv.hf.step import qwen3_5
+from hybridkv.hf.step import llama, qwen3_5
 from hybridkv.hf.step.record import Build, Builder, Family
 from hybridkv.hf.step.weights import packed_of
 from hybridkv.kernels import AttentionParams, cpu, cpu_native
 from hybridkv.kernels.linear import PackedWeight, exact_type, gather, pack
 from hybridkv.kernels.step import Rows
 
-FAMILIES = {family.model_type: family for family in (qwen3_5.FAMILY,)}
+FAMILIES = {family.model_type: family for family in (qwen3_5.FAMILY, llama.LLAMA, llama.QWEN3)}
 
 MAX_ROWS = 512
 """Tokens of all sequences in one run; more go in several. Bounds the buffers."""
+
+HEAD_ROWS = 64
+"""Tokens whose logits are computed in one run: a row of them is as wide as the vocabulary."""
 
 
 def rejects(config: Any, device: str) -> str | None:
@@ -69,31 +72,49 @@ class NativeStep:
 
     def forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence; see `Step.forward`."""
-        n_seqs = len(tokens)
-        most = max(1, MAX_ROWS // n_seqs)
-        for part in torch.split(tokens, most, dim=1):
-            self._run(part, cache, position)
+        for part in self._parts(tokens):
+            hidden = self._run(part, cache, position)
             position += part.shape[1]
-        if self._head.n_rows < n_seqs:
-            self._head = self._write(self._family.build_head, n_seqs)
-        hidden = self._layers.buffer("x")[: part.numel()].view(*part.shape, -1)
-        self._head.buffer("x")[:n_seqs] = hidden[:, -1]
-        self._head.program.run(0, len(self._head.program), n_seqs, 1)
-        return self._head.buffer("logits")[:n_seqs].clone()
+        return self._logits(hidden[:, -1])
 
-    def _run(self, tokens: Tensor, cache: ModelCache, position: int) -> None:
-        """All layers over `tokens` `[B, T]`; the hidden states are left in buffer `x`."""
+    def logits(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
+        """Continue every sequence; see `Step.logits`."""
+        logits = []
+        for part in self._parts(tokens):
+            hidden = self._run(part, cache, position)
+            position += part.shape[1]
+            logits.append(self._logits(hidden.flatten(0, 1)).view(*part.shape, -1))
+        return torch.cat(logits, dim=1)
+
+    def _parts(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        return torch.split(tokens, max(1, MAX_ROWS // len(tokens)), dim=1)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """The head over hidden states `[N, hidden size]`: `[N, V]`."""
+        if self._head.n_rows < min(len(hidden), HEAD_ROWS):
+            self._head = self._write(self._family.build_head, min(len(hidden), HEAD_ROWS))
+        head = self._head
+        logits = torch.empty(len(hidden), head.buffer("logits").shape[1])
+        for rows, out in zip(*(torch.split(x, head.n_rows) for x in (hidden, logits)), strict=True):
+            head.buffer("x")[: len(rows)] = rows
+            head.program.run(0, len(head.program), len(rows), 1)
+            out.copy_(head.buffer("logits")[: len(rows)])
+        return logits
+
+    def _run(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
+        """All layers over `tokens` `[B, T]`; the hidden states `[B, T, hidden size]`, until the next run."""
         n_seqs, n_tokens = tokens.shape
         if self._layers.n_rows < n_seqs * n_tokens:
             self._layers = self._write(self._family.build, n_seqs * n_tokens)
         builder, program = self._layers, self._layers.program
-        builder.buffer("x")[: n_seqs * n_tokens] = gather(self._embedding, tokens.flatten())
+        x = builder.buffer("x")[: n_seqs * n_tokens]
+        x.copy_(gather(self._embedding, tokens.flatten()))
         states = program.addresses(self._cache_states(cache, n_seqs), n_seqs)
         angles = self._turns(position, n_tokens)
         layers = [cache.layers[call.layer] for call in builder.calls]
         if n_tokens == 1 and all(_direct(layer) for layer in layers):
             self._decode(layers, n_seqs, angles, states)
-            return
+            return x.view(n_seqs, n_tokens, -1)
         begin = 0
         for call, layer in zip(builder.calls, layers, strict=True):
             program.run(begin, call.index, n_seqs, n_tokens, angles=angles, states=states)
@@ -102,6 +123,7 @@ class NativeStep:
             _heads_first(call.out, n_seqs, n_tokens).copy_(out)
             begin = call.index + 1
         program.run(begin, len(program), n_seqs, n_tokens, angles=angles, states=states)
+        return x.view(n_seqs, n_tokens, -1)
 
     def _decode(
         self, layers: Sequence[QuantizedLayer], n_seqs: int, angles: tuple[Tensor, Tensor], states: list[int]

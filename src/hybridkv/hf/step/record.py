@@ -40,6 +40,10 @@ class Step(Protocol):
         """
         ...
 
+    def logits(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
+        """Continue every sequence as `forward` does; float32 `[B, T, V]`: the logits after every token."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
@@ -95,6 +99,11 @@ class Builder:
         assert width is None or found.shape[1] == width, (name, found.shape, width)
         return found
 
+    @staticmethod
+    def heads(x: Tensor, n_heads: int) -> Tensor:
+        """A buffer's columns `[rows, heads * D]` as `[rows, heads, D]`, without a copy."""
+        return torch.unflatten(x, 1, (n_heads, -1))
+
     def linear(self, x: Tensor, *targets: tuple[Any, Tensor], add: bool = False) -> None:
         """`dst = module(x)` for linear modules that read the same x; `dst += module(x)` with `add`."""
         self.program.linear(x, *(Target(self._pack(module.weight), dst, add) for module, dst in targets))
@@ -135,7 +144,7 @@ class Family:
     build
         Writes the layers: embedded tokens come in buffer `x`, hidden states are left there.
     build_head
-        Writes what follows, for the last token of each sequence alone: from buffer `x` to buffer `logits`.
+        Writes what follows, for the tokens whose logits are asked for: from buffer `x` to buffer `logits`.
     """
 
     model_type: str
