@@ -142,6 +142,22 @@ class Result:
     layers: tuple[tuple[int, float], ...] = ()
 
 
+def candidates(results: Sequence[Result]) -> tuple[Result, ...]:
+    """The results that are neither the reference nor the noise floor."""
+    return tuple(r for r in results if r.role == "candidate")
+
+
+def front(results: Sequence[Result]) -> tuple[Result, ...]:
+    """The candidates that no other beats in both size and mean KLD, smallest first."""
+    best = math.inf
+    kept = []
+    for r in sorted(candidates(results), key=lambda r: (r.bits_per_value, r.kld_mean)):
+        if r.kld_mean < best:
+            best = r.kld_mean
+            kept.append(r)
+    return tuple(kept)
+
+
 T = TypeVar("T", Conditions, Result)
 
 
