@@ -40,9 +40,7 @@ def candidates(*labels: str) -> list[Candidate]:
 
 def make(path: Path, *labels: str, mode: Mode = "prefill", n_greedy: int = 0, resume: bool = False) -> Run:
     model = build("qwen3_5_text", attention="hybridkv")
-    evaluator = Evaluator(
-        model, resolve_step(model.config, "cpu")(model), kv_facts(layer_facts(model.config)), N_CTX
-    )
+    evaluator = Evaluator(model, resolve_step(model.config, "cpu")(model), kv_facts(layer_facts(model.config)), N_CTX)
     evaluator.piece = 8  # several pieces a window
     journal = Journal(path, IDENTITY)
     if resume:
@@ -114,16 +112,17 @@ def stop_after(n: int) -> Callable[[int], None]:
     return tick
 
 
-@pytest.mark.parametrize("n", [1, 6, 10, 16])
+@pytest.mark.parametrize("n", [1, 3, 6, 10])
 def test_what_is_done_when_interrupted_is_kept_and_resumed(tmp_path: Path, n: int) -> None:
     whole = make(tmp_path / "whole.npz", "q4_0")
+    ticks_of_all = whole.n_ticks
     whole.execute(silent)
     first = make(tmp_path / "a.npz", "q4_0")
     assert not first.execute(stop_after(n))
     kept = results(first)
     assert len({r.n_tokens for r in kept.values()}) <= 1  # the same tokens of all
     again = make(tmp_path / "a.npz", "q4_0", resume=True)
-    assert again.n_ticks <= whole.n_ticks
+    assert again.n_ticks <= ticks_of_all
     assert again.execute(silent)
     for label, expected in results(whole).items():
         found = results(again)[label]
@@ -138,9 +137,10 @@ def test_a_new_candidate_is_added_to_a_finished_run(tmp_path: Path) -> None:
     more = make(tmp_path / "a.npz", "q4_0", "q8_0", resume=True)
     assert more.execute(counted.append)
     fresh = make(tmp_path / "b.npz", "q4_0", "q8_0")
+    ticks_of_all = fresh.n_ticks
     fresh.execute(silent)
     assert results(more)["q8_0"].kld_mean == pytest.approx(results(fresh)["q8_0"].kld_mean, abs=1e-9)
-    assert sum(counted) < fresh.n_ticks
+    assert sum(counted) < ticks_of_all
 
 
 def test_a_journal_of_another_run_is_refused(tmp_path: Path) -> None:
