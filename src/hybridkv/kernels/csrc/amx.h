@@ -14,7 +14,7 @@ struct Products : Task {
     static constexpr float p_units = 32767.f;
     static constexpr float d_units = 127 * 128;  // so is a probability times a scale
 
-    const bool k_few = !k_int && FewRows::takes(seg.k, rows), v_few = !v_int && FewRows::takes(seg.v, rows);
+    const bool k_few = !k_int && FewRows::takes(seg.k, rows, j1 - j0), v_few = !v_int && FewRows::takes(seg.v, rows, j1 - j0);
 
     using Task::Task;
 

@@ -8,16 +8,20 @@
 namespace {
 
 struct FewRows {
+    static constexpr int most = 8;  // query rows
 #if defined(HYBRIDKV_AMX)
-    static constexpr int most = 4;  // query rows: half of a tile
+    static constexpr int always = 4;  // half of a tile; more of them only
 #else
-    static constexpr int most = 8;
+    static constexpr int always = most;
 #endif
+    static constexpr int64_t few_stored = 192;  // over so few stored rows that tiles do not pay for their preparation
 
     static constexpr int step = 4;  // stored rows between two requests ahead
 
     // Whole vectors in every block: the others go the way of prefill.
-    static bool takes(const Stored& s, int rows) { return rows <= most && s.head_dim % kBlock == 0; }
+    static bool takes(const Stored& s, int rows, int64_t n_stored) {
+        return rows <= (n_stored <= few_stored ? most : always) && s.head_dim % kBlock == 0;
+    }
 
     // scores[NQ][kTile] of n rows of K; q: [NQ][dims].
     template <Code C, int NQ>

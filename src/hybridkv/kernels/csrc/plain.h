@@ -10,7 +10,7 @@ struct Products : Task {
     static constexpr float p_units = 32767.f;  // and of the largest probability times scale of a row in a tile
     static constexpr float d_units = 32767.f;  // and of the largest scale of a block and row of V
 
-    const bool k_few = !k_int && FewRows::takes(seg.k, rows), v_few = !v_int && FewRows::takes(seg.v, rows);
+    const bool k_few = !k_int && FewRows::takes(seg.k, rows, j1 - j0), v_few = !v_int && FewRows::takes(seg.v, rows, j1 - j0);
 
     using Task::Task;
 
