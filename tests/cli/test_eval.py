@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,9 @@ def test_ctrl_c_keeps_what_is_done(cli: Cli, tmp_path: Path, monkeypatch: pytest
 def test_the_page_needs_its_extra_and_the_results_do_not(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "hybridkv.lab.plots", raising=False)
+    monkeypatch.delattr("hybridkv.lab.plots", raising=False)
     output = tmp_path / "run.jsonl"
     done = cli("eval", *SMALL, "--types", "q8_0", "-o", output)
     assert done.code == 0
