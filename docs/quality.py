@@ -1,0 +1,106 @@
+"""The generated parts of docs/quality.md and the README's recommendation, from committed evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hybridkv.lab.plots import WIDE, positions, quality_svg
+from hybridkv.lab.results import Conditions, Result, read_jsonl
+
+MEASUREMENTS = Path(__file__).resolve().parent / "measurements"
+
+MODELS = {
+    "reference-hybrid-29m": "eval-reference-decode",
+    "SmolLM2-135M": "eval-smollm2-decode",
+    "gemma-3-270m": "eval-gemma3-decode",
+}
+
+RECOMMENDED = (
+    ("nothing to lose", "-ctk q8_0 -ctv q8_0", "q8_0"),
+    (
+        "half of that again",
+        "-ctk q4_0 -ctv q4_0 -khad -vhad --kv-tail 128 --kv-sink 4 --kv-center",
+        "q4_0+kv+tail128+sink4+center",
+    ),
+    (
+        "the smallest that holds",
+        "-ctk hq3_nl -ctv hq3_nl --kv-tail 128 --kv-sink 4 --kv-center",
+        "hq3_nl+kv+tail128+sink4+center",
+    ),
+    (
+        "the smallest there is",
+        "-ctk hq2_nl -ctv hq2_nl --kv-tail 128 --kv-sink 4 --kv-center",
+        "hq2_nl+kv+tail128+sink4+center",
+    ),
+)
+"""What for, how it is asked for, and its label in the evaluations."""
+
+
+def load(name: str) -> tuple[Conditions, dict[str, Result]]:
+    """A committed evaluation: its conditions, and its results by label."""
+    conditions, results = read_jsonl(MEASUREMENTS / f"{name}.jsonl")
+    return conditions, {r.label: r for r in results}
+
+
+def conditions_line(c: Conditions) -> str:
+    """What an evaluation was made with."""
+    return (
+        f"`hybridkv eval --mode {c.mode} -c {c.n_ctx} --windows {c.n_windows}`: {c.model}, {c.n_tokens} tokens of "
+        f"{c.text}, {c.engine}, {c.threads} threads; {c.cpu}; hybridkv {c.hybridkv}, commit {c.commit}, torch {c.torch}, "
+        f"Transformers {c.transformers}, {c.date[:10]}."
+    )
+
+
+def quality_table(name: str) -> str:
+    """All candidates of an evaluation."""
+    conditions, results = load(name)
+    lines = [
+        "| types | bits per value | perplexity over f16's | mean KLD | 99.9 % KLD | same top token | RMS Δp | greedy text |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results.values():
+        ratio = "" if r.role == "reference" else f"{100 * (r.ratio - 1):+.3f} ± {100 * r.ratio_se:.3f} %"
+        divergence = "" if r.role == "reference" else f"{r.kld_mean:.1e} ± {r.kld_mean_se:.0e}"
+        greedy = "" if r.greedy_agreement is None else f"{100 * r.greedy_agreement:.0f} %"
+        cells = (
+            r.label,
+            f"{r.bits_per_value:.2f}",
+            ratio,
+            divergence,
+            f"{r.kld_p999:.1e}",
+            f"{100 * r.same_top:.2f} %",
+            f"{100 * r.rms_delta_p:.2f} %",
+            greedy,
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", conditions_line(conditions)])
+
+
+def recommended_table() -> str:
+    """The README's table: what to ask for, and what it does to three models."""
+    evaluations = {model: load(name) for model, name in MODELS.items()}
+    heads = " | ".join(f"{model}: perplexity, mean KLD" for model in evaluations)
+    lines = [f"| for | options | bits per value | {heads} |", "|---|---|---|" + "---|" * len(evaluations)]
+    for purpose, options, label in RECOMMENDED:
+        found = [results[label] for _, results in evaluations.values()]
+        cells = [purpose, f"`{options}`", f"{found[0].bits_per_value:.1f}"]
+        cells += [f"{100 * (r.ratio - 1):+.2f} %, {r.kld_mean:.1e}" for r in found]
+        lines.append("| " + " | ".join(cells) + " |")
+    where = "; ".join(f"{model} {c.n_tokens} tokens" for model, (c, _) in evaluations.items())
+    first = next(iter(evaluations.values()))[0]
+    lines += [
+        "",
+        f"`hybridkv eval --mode decode`, token by token against an f16 cache: {where}; {first.cpu}, commit {first.commit}. "
+        "[All types, how it is measured, what was aimed at](docs/quality.md).",
+    ]
+    return "\n".join(lines)
+
+
+def pictures() -> dict[str, str]:
+    """The README's picture, and where along the context the error lies."""
+    _, results = load(MODELS["reference-hybrid-29m"])
+    shown: Sequence[Result] = list(results.values())
+    along = positions(shown, WIDE)
+    assert along is not None
+    return {"docs/quality.svg": quality_svg(shown), "docs/divergence.svg": along}
