@@ -77,15 +77,15 @@ _ALL: Final = (
     ),
     KVFormat(
         "hq4_nl", 1004, 32, (_D, _NIBBLES), "abs_max", "nearest", codebook=_mirrored(6, 18, 31, 45, 60, 77, 98, 127),
-        refit="starts", starts=(121, 126, 130, 135, 140), rotated=True, default_scale="refit", source=_OWN,
+        refit="starts", starts=(121, 125, 130, 135, 140), rotated=True, default_scale="refit", source=_OWN,
     ),
     KVFormat(
-        "hq3_nl", 1003, 32, (_D, _BIT_2, _PAIRS), "abs_max", "nearest", codebook=_mirrored(13, 42, 76, 127),
+        "hq3_nl", 1003, 32, (_D, _BIT_2, _PAIRS), "abs_max", "nearest", codebook=_mirrored(14, 42, 77, 127),
         refit="starts", starts=(121, 132, 143, 154, 165), rotated=True, default_scale="refit", source=_OWN,
     ),
     KVFormat(
         "hq2_nl", 1002, 32, (_D, _PAIRS), "abs_max", "nearest", codebook=_mirrored(37, 127),
-        refit="starts", starts=(146, 173, 200, 227, 254), rotated=True, default_scale="refit", source=_OWN,
+        refit="starts", starts=(152, 176, 200, 224, 248), rotated=True, default_scale="refit", source=_OWN,
     ),
 )  # fmt: skip
 

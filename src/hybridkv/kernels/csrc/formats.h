@@ -39,11 +39,11 @@ constexpr int8_t kIq4nl[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 
 
 // For rotated rows: docs/decisions/own-formats.md.
 constexpr int8_t kHq4nl[16] = {-127, -98, -77, -60, -45, -31, -18, -6, 6, 18, 31, 45, 60, 77, 98, 127};
-constexpr int8_t kHq3nl[16] = {-127, -76, -42, -13, 13, 42, 76, 127};
+constexpr int8_t kHq3nl[16] = {-127, -77, -42, -14, 14, 42, 77, 127};
 constexpr int8_t kHq2nl[16] = {-127, -37, 37, 127};
-constexpr int16_t kHq4Starts[kStarts] = {121, 126, 130, 135, 140};
+constexpr int16_t kHq4Starts[kStarts] = {121, 125, 130, 135, 140};
 constexpr int16_t kHq3Starts[kStarts] = {121, 132, 143, 154, 165};
-constexpr int16_t kHq2Starts[kStarts] = {146, 173, 200, 227, 254};
+constexpr int16_t kHq2Starts[kStarts] = {152, 176, 200, 224, 248};
 
 // clang-format off
 constexpr Format kFormats[] = {
