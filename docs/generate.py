@@ -35,7 +35,7 @@ def formats_page() -> str:
         sizes = " / ".join(str(f.row_bytes(d)) for d in (64, 80, 128, 256))
         per_scale = {None: "a row", 1: "-"}.get(f.block, str(f.block))
         planes = ", ".join(p.role for p in f.planes)
-        rules = " ".join(f"**{s}**" if s == f.default_scale and f.symmetric else s for s in f.scales) or "-"
+        rules = " ".join(f"**{s}**" if s == f.default_scale and f.refit else s for s in f.scales) or "-"
         lines.append(
             f"| {f.name} | {f.ggml_type} | {f.bits_per_value(128):g} | {sizes} | {per_scale} | {planes} | {rules} |"
         )

@@ -82,7 +82,7 @@ def test_scale_rule_changes_bytes() -> None:
     k, v = rows(9)
     stored = []
     for rule in ("absmax", "refit"):
-        kv = layer(KVTypes("q4_0", "q4_1", scale=rule))  # q4_1 has no choice of scale and takes none
+        kv = layer(KVTypes("q4_0", "f16", scale=rule))  # f16 has no choice of scale and takes none
         view = kv.append(k, v)
         stored.append(view.segments[0].k[0][:, :, :9].clone())
     assert not torch.equal(*stored)

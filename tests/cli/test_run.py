@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from hybridkv.cache import KVTypes
+from hybridkv.cli import cache_options
 from hybridkv.cli.main import main
 from hybridkv.cli.stream import Streams
 from hybridkv.engine import Engine, SamplingParams
@@ -128,6 +129,10 @@ def test_types_change_the_numbers(run: Run) -> None:
     assert all(e < 1e-3 for e in base)
     assert all(0.01 < e < 0.25 for e in (*k4, *v4))
     assert k4 != v4
+
+
+def test_help_names_every_type() -> None:
+    assert cache_options.TYPES.split() == list(FORMATS)
 
 
 @pytest.mark.parametrize("option", ["-khad", "-vhad", "--k-cache-hadamard", "--v-cache-hadamard"])

@@ -14,22 +14,22 @@ from hybridkv.formats import FORMATS, KVFormat, Plane, get_format
 # Bytes per block of 32, for head dims of whole blocks.
 BLOCK_BYTES = {
     "f32": 128, "f16": 64, "bf16": 64, "q8_0": 34, "q8_1": 36, "q6_0": 26, "q5_0": 22, "q5_1": 24,
-    "q4_0": 18, "q4_1": 20, "iq4_nl": 18,
+    "q4_0": 18, "q4_1": 20, "iq4_nl": 18, "hq4_nl": 18, "hq3_nl": 14, "hq2_nl": 10,
 }  # fmt: skip
 IK_TYPE_IDS = {"q6_0": 133, "q8_KV": 151}
-SYMMETRIC = {"q8_0", "q8_1", "q8_KV", "q6_0", "q5_0", "q4_0", "iq4_nl"}
+OUR_TYPE_IDS = {"hq4_nl": 1004, "hq3_nl": 1003, "hq2_nl": 1002}
 
 
 def test_order_and_names() -> None:
-    order = "f32 f16 bf16 q8_0 q8_1 q8_KV q6_0 q5_0 q5_1 q4_0 q4_1 iq4_nl"
+    order = "f32 f16 bf16 q8_0 q8_1 q8_KV q6_0 q5_0 q5_1 q4_0 q4_1 iq4_nl hq4_nl hq3_nl hq2_nl"
     assert list(FORMATS) == order.split()
     assert all(fmt.name == name for name, fmt in FORMATS.items())
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_type_ids(fmt: KVFormat) -> None:
-    if fmt.name in IK_TYPE_IDS:
-        assert fmt.ggml_type == IK_TYPE_IDS[fmt.name]
+    if fmt.name in IK_TYPE_IDS | OUR_TYPE_IDS:
+        assert fmt.ggml_type == (IK_TYPE_IDS | OUR_TYPE_IDS)[fmt.name]
     else:
         assert fmt.ggml_type == gguf.GGMLQuantizationType[fmt.name.upper()]
 
@@ -55,9 +55,9 @@ def test_row_bytes_with_a_padded_last_block(name: str, head_dim: int, expected: 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_traits(fmt: KVFormat) -> None:
     assert fmt.is_quantized == (fmt.name not in {"f32", "f16", "bf16"})
-    assert fmt.symmetric == (fmt.name in SYMMETRIC)
     assert fmt.has_min == (fmt.name in {"q4_1", "q5_1"})
-    assert fmt.scales == (("absmax", "refit") if fmt.symmetric else ("absmax",))
+    assert fmt.scales == (("absmax", "refit") if fmt.is_quantized else ("absmax",))
+    assert fmt.rotated == (fmt.name in OUR_TYPE_IDS)
     assert fmt.default_scale in fmt.scales
     assert fmt.reference_scale == ("refit" if fmt.name in {"q6_0", "iq4_nl"} else "absmax")
     assert fmt.source

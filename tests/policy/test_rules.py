@@ -31,6 +31,18 @@ def test_first_and_last_count_kv_layers() -> None:
     assert labels(first) == ["q4_0/q6_0", "q4_0", "q4_0", "q4_0"]
 
 
+def test_formats_for_rotated_rows_rotate_their_side() -> None:
+    """Each layer and side by its own type; what was asked for stays."""
+
+    def rotations(policy: Policy) -> list[tuple[bool, bool]]:
+        return [(spec.types.rotate_k, spec.types.rotate_v) for spec in policy.resolve(FACTS)]
+
+    assert rotations(Policy(KVTypes("hq3_nl", "q4_0"))) == [(True, False)] * 4
+    assert rotations(Policy(KVTypes("q4_0", "hq2_nl", rotate_k=True))) == [(True, True)] * 4
+    first = Policy(KVTypes("q4_0", "q4_0"), k_first=TypeOverride("hq4_nl", 1))
+    assert rotations(first) == [(True, False)] + [(False, False)] * 3
+
+
 def test_more_layers_than_there_are() -> None:
     with pytest.raises(UsageError, match="q8_0 for the first 5 K layers; this model has 4 KV layers"):
         Policy(k_first=TypeOverride("q8_0", 5)).resolve(FACTS)
@@ -54,8 +66,8 @@ def test_unknown_types_and_rules() -> None:
 
 
 def test_options_without_effect_are_said() -> None:
-    plain = Policy(KVTypes("f16", "q4_1", scale="refit"))
-    assert plain.notices(plain.resolve(FACTS)) == ["--kv-scale refit has no effect: f16, q4_1 have no scale to fit"]
+    plain = Policy(KVTypes("f16", "bf16", scale="refit"))
+    assert plain.notices(plain.resolve(FACTS)) == ["--kv-scale refit has no effect: bf16, f16 have no scale to fit"]
     useful = Policy(KVTypes("f16", "q4_0", scale="refit"))
     assert useful.notices(useful.resolve(FACTS)) == []
     assert Policy(KVTypes("q4_0", "q4_0")).notices(()) != []

@@ -111,7 +111,7 @@ class KVTypes:
 
     def scale_for(self, type_name: str) -> Scale | None:
         """The rule to encode `type_name` with: `scale` where the format has a choice, else None."""
-        return self.scale if get_format(type_name).symmetric else None
+        return self.scale if get_format(type_name).refit else None
 
 
 @dataclass(frozen=True, slots=True)

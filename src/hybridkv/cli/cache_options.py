@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from hybridkv.policy import Policy
 
 DEFAULT_TYPE = "f16"
+TYPES = "f32 f16 bf16 q8_0 q8_1 q8_KV q6_0 q5_0 q5_1 q4_0 q4_1 iq4_nl hq4_nl hq3_nl hq2_nl"
+"""The names in `hybridkv.formats.FORMATS`, which help must not wait for; a test holds them together."""
 
 
 def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,14 +22,13 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
             f"--cache-type-{side}",
             default=DEFAULT_TYPE,
             metavar="TYPE",
-            help=f"type of {name}: f32 f16 bf16 q8_0 q8_1 q8_KV q6_0 q5_0 q5_1 q4_0 q4_1 iq4_nl "
-            f"(default {DEFAULT_TYPE})",
+            help=f"type of {name}: {TYPES} (default {DEFAULT_TYPE})",
         )
         group.add_argument(
             f"-{side}had",
             f"--{side}-cache-hadamard",
             action="store_true",
-            help=f"rotate {name} with a Hadamard transform before quantizing",
+            help=f"rotate {name} with a Hadamard transform before quantizing (hq types always are)",
         )
         for place in ("first", "last"):
             group.add_argument(

@@ -45,7 +45,11 @@ class KVFormat:
     codebook
         Value of each code in units of the scale, ascending; None if codes are evenly spaced.
     refit
-        How the scale is fitted to the codes; None where that does not apply.
+        How the scale, and the minimum, are fitted to the codes; None where there is none.
+    starts
+        What a block's largest magnitude is scaled to, for each fit that the refit `starts` tries.
+    rotated
+        True if it is made for rotated rows: a policy that chooses it rotates that side.
     default_scale
         The `scale` that `encode` takes unless told.
     reference_scale
@@ -63,6 +67,8 @@ class KVFormat:
     zero: int = 0
     codebook: tuple[int, ...] | None = None
     refit: Refit | None = None
+    starts: tuple[int, ...] = ()
+    rotated: bool = False
     default_scale: Scale = "absmax"
     reference_scale: Scale = "absmax"
     source: str = ""
@@ -73,11 +79,6 @@ class KVFormat:
         return self.rule != "cast"
 
     @property
-    def symmetric(self) -> bool:
-        """True if a value is scale times number, so that a refit applies."""
-        return self.refit is not None
-
-    @property
     def has_min(self) -> bool:
         """True if a block stores its minimum."""
         return any(plane.role == "m" for plane in self.planes)
@@ -85,7 +86,7 @@ class KVFormat:
     @property
     def scales(self) -> tuple[Scale, ...]:
         """What `encode` takes as `scale`."""
-        return ("absmax", "refit") if self.symmetric else ("absmax",)
+        return ("absmax",) if self.refit is None else ("absmax", "refit")
 
     @property
     def code_bits(self) -> int:
@@ -95,7 +96,7 @@ class KVFormat:
     @property
     def code_range(self) -> tuple[int, int]:
         """Lowest and highest code; the lowest is negative if codes are stored in two's complement."""
-        if self.rule == "abs_max":
+        if self.rule == "abs_max" and self.codebook is None:
             highest: int = 2 ** (self.code_bits - 1) - 1
             return -highest, highest
         return 0, 2**self.code_bits - 1
@@ -105,7 +106,7 @@ class KVFormat:
         """What the extreme value is divided by to give the scale."""
         if self.rule == "signed_max":
             return self.codebook[0] if self.codebook else -self.zero
-        return self.code_range[1]
+        return self.codebook[-1] if self.codebook else self.code_range[1]
 
     def lanes(self, head_dim: int) -> int:
         """Values in a block of a row of `head_dim` values, padding counted."""
@@ -148,8 +149,9 @@ class KVFormat:
         -------
         tuple
             One uint8 tensor [..., plane_bytes[i]] per plane. A block with a NaN or an infinity, or with a
-            scale too large for its plane, decodes to non-finite values. Padding lanes are encoded as zeros
-            or, in a format with a minimum, as copies of the last value: they join no scale, minimum or sum.
+            scale too large for its plane, decodes to non-finite values. Padding lanes are zeros or, in a
+            format whose fit weighs every lane alike, copies of those before them: they join no scale, minimum
+            or sum.
 
         Raises
         ------
@@ -160,7 +162,7 @@ class KVFormat:
         if scale not in self.scales:
             raise UsageError(
                 f"{self.name} has no scale rule {scale!r}; allowed: {', '.join(self.scales)}",
-                hint="refit applies to formats whose values are scale times code, without a minimum",
+                hint="plain values have no scale to fit",
             )
         x = x.detach()
         if not self.is_quantized:
@@ -205,8 +207,8 @@ class KVFormat:
     def _pad(self, x: Tensor, n_pad: int) -> Tensor:
         if n_pad == 0:
             return x
-        fill = x[..., -1:] if self.has_min else x.new_zeros(())
-        return torch.cat([x, fill.expand(*x.shape[:-1], n_pad)], dim=-1)
+        again = x[..., -n_pad:] if self.refit in ("starts", "line") else x.new_zeros(*x.shape[:-1], n_pad)
+        return torch.cat([x, again], dim=-1)
 
     def _encode_blocks(self, x: Tensor, scale: Scale) -> Planes:
         """Blocks, float32 [N, lanes], to one uint8 [N, bytes] per plane."""
@@ -217,11 +219,20 @@ class KVFormat:
         codes = (
             rules.to_codes(y, self.rounding, self.zero, *self.code_range) if book is None else rules.to_nearest(y, book)
         )
-        if scale == "refit" and self.refit == "pairs":
-            d = rules.refit_pairs(x, self._values(codes), d)
-        elif scale == "refit":
-            assert book is not None
-            codes, d = rules.refit_search(x, codes, d, book)
+        match self.refit if scale == "refit" else None:
+            case "pairs":
+                d = rules.refit_pairs(x, self._values(codes), d)
+            case "line":
+                assert low is not None
+                d, low = rules.refit_line(x, self._values(codes), d, low)
+            case "search":
+                assert book is not None
+                codes, d = rules.refit_search(x, codes, d, book)
+            case "starts":
+                assert book is not None
+                codes, d = rules.refit_starts(x, d, book, self.starts)
+            case None:
+                pass
         return tuple(self._pack(plane, codes, d, low) for plane in self.planes)
 
     def _pack(self, plane: Plane, codes: Tensor, d: Tensor, low: Tensor | None) -> Tensor:

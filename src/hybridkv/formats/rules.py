@@ -25,8 +25,8 @@ Scale = Literal["absmax", "refit"]
 Rounding = Literal["away", "even", "up", "nearest"]
 """Halves go away from zero, to even, or up; `nearest` is the nearest entry of a codebook."""
 
-Refit = Literal["pairs", "search"]
-"""`refit_pairs` or `refit_search`."""
+Refit = Literal["pairs", "search", "starts", "line"]
+"""`refit_pairs`, `refit_search`, `refit_starts` or `refit_line`."""
 
 
 def extremes(x: Tensor, rule: ScaleRule) -> tuple[Tensor, Tensor | None]:
@@ -187,3 +187,79 @@ def refit_search(x: Tensor, codes: Tensor, d: Tensor, codebook: Tensor) -> tuple
         d[live] = sumqx[live] / sumq2[live]
         best[live] = d[live] * sumqx[live]
     return codes.T.to(torch.uint8), d[:, None]
+
+
+def fold(terms: Tensor) -> Tensor:
+    """Sum of 32 lanes, the upper half onto the lower until one is left; [N, 32] to [N, 1].
+
+    The order is that of vector registers. It also makes the sum over 16 lanes given twice exactly twice the sum
+    over the 16, so that a padded block is fitted as if it had its own lanes alone.
+    """
+    while terms.shape[1] > 1:
+        low, high = terms.chunk(2, dim=1)
+        terms = low + high
+    return terms
+
+
+def refit_starts(x: Tensor, d: Tensor, codebook: Tensor, starts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Of several fits, the one with the least squared error: each takes the nearest codes, then the scale by least
+    squares, `sum(q*x) / sum(q*q)`.
+
+    What a fit explains of `sum(x*x)` is its scale times `sum(q*x)`; of equally good fits the first counts. Where
+    none is a number, `d` stays, and so what is not finite shows.
+
+    Parameters
+    ----------
+    x, d
+        Values [N, 32], and the scale to keep where nothing fits [N, 1].
+    codebook
+        Ascending, its second half the negative of its first; float32.
+    starts
+        What the largest magnitude of a block is scaled to, in units of the codebook, one per fit.
+
+    Returns
+    -------
+    tuple
+        Codes, uint8, and scale.
+    """
+    half = codebook[len(codebook) // 2 :]
+    size, largest = x.abs(), x.abs().amax(-1, keepdim=True)
+    levels = torch.zeros_like(x, dtype=torch.uint8)
+    best = torch.full_like(d, -1.0)
+    for start in starts:
+        scale = torch.full_like(largest, start) / largest  # a Python number would be multiplied by 1/largest
+        tried = to_nearest(size * scale.where(scale.isfinite(), 0.0), half)
+        q = half[tried.int()]
+        explained = fold(size * q)
+        fitted = explained / (q * q).sum(-1, keepdim=True)  # whole numbers below 2**24: exact in any order
+        explained = fitted * explained
+        better = explained > best
+        best, d, levels = explained.where(better, best), fitted.where(better, d), tried.where(better, levels)
+    return torch.where(x < 0, len(half) - 1 - levels, len(half) + levels), d
+
+
+def refit_line(x: Tensor, q: Tensor, d: Tensor, low: Tensor) -> tuple[Tensor, Tensor]:
+    """Fit scale and minimum to given codes by least squares; `d` and `low` where all codes are the same.
+
+    The sums are over `x - low`: they stay small where a block lies far from 0.
+
+    Parameters
+    ----------
+    x, q
+        Values and codes, float32 [N, 32].
+    d, low
+        Scale and minimum that gave the codes [N, 1].
+
+    Returns
+    -------
+    tuple
+        Scale and minimum.
+    """
+    n = torch.full_like(d, x.shape[1])
+    above = x - low
+    sum_q, sum_q2 = q.sum(-1, keepdim=True), (q * q).sum(-1, keepdim=True)  # whole numbers: exact in any order
+    sum_x, sum_qx = fold(above), fold(q * above)
+    slope = (n * sum_qx - sum_q * sum_x) / (n * sum_q2 - sum_q * sum_q)
+    shift = (sum_x - slope * sum_q) / n
+    fits = slope.isfinite() & shift.isfinite()
+    return slope.where(fits, d), (low + shift).where(fits, low)

@@ -208,7 +208,7 @@ def quantized_cache(
         A causal language model. Load it with `attn_implementation="hybridkv"` to attend packed rows; with any
         other implementation the cache stores the same bytes and gives dequantized tensors.
     type_k, type_v
-        `f32 f16 bf16 q8_0 q8_1 q8_KV q6_0 q5_0 q5_1 q4_0 q4_1 iq4_nl`, in any pair.
+        Any of `hybridkv.formats.FORMATS`, in any pair.
     rotate_k, rotate_v
         Hadamard rotation before quantizing.
     scale

@@ -80,20 +80,24 @@ class Policy:
         n = len(facts)
         k_types = _override([self.types.type_k] * n, self.k_first, self.k_last, "K")
         v_types = _override([self.types.type_v] * n, self.v_first, self.v_last, "V")
-        return tuple(
-            KVSpec(f, replace(self.types, type_k=k, type_v=v)) for f, k, v in zip(facts, k_types, v_types, strict=True)
-        )
+        return tuple(KVSpec(f, _with(self.types, k, v)) for f, k, v in zip(facts, k_types, v_types, strict=True))
 
     def notices(self, specs: Sequence[KVSpec]) -> list[str]:
         """Options that change nothing for these layers: said, never silent."""
         said = []
         asked_scale = self.types.scale
         used = {t for s in specs for t in (s.types.type_k, s.types.type_v)}
-        if asked_scale is not None and used and not any(get_format(t).symmetric for t in used):
+        if asked_scale is not None and used and not any(get_format(t).refit for t in used):
             said.append(f"--kv-scale {asked_scale} has no effect: {', '.join(sorted(used))} have no scale to fit")
         if not specs and (self.types != KVTypes() or any((self.k_first, self.k_last, self.v_first, self.v_last))):
             said.append("this model has no attention layer: the KV cache options have no effect")
         return said
+
+
+def _with(types: KVTypes, k: str, v: str) -> KVTypes:
+    """`types` with these types; a format made for rotated rows rotates its side."""
+    rotate_k, rotate_v = types.rotate_k or get_format(k).rotated, types.rotate_v or get_format(v).rotated
+    return replace(types, type_k=k, type_v=v, rotate_k=rotate_k, rotate_v=rotate_v)
 
 
 def _override(types: list[str], first: TypeOverride | None, last: TypeOverride | None, side: str) -> list[str]:

@@ -38,7 +38,8 @@ inline void put_f16(uint8_t* p, float x) {
     std::memcpy(p, &h, 2);
 }
 
-// One row of x as float32, padded to `width` with zeros or, for formats with a minimum, with its last value.
+// One row of x as float32, padded to `width` with zeros or, where a fit weighs all lanes alike, with the lanes
+// before them once more.
 inline void load_row(const EncodeParams& e, int64_t r, int64_t width, float* out) {
     const int64_t t = r % e.n_tokens, bh = r / e.n_tokens;
     const int64_t at = bh / e.n_kv_heads * e.x_stride_b + bh % e.n_kv_heads * e.x_stride_h + t * e.x_stride_t;
@@ -57,8 +58,8 @@ inline void load_row(const EncodeParams& e, int64_t r, int64_t width, float* out
             out[i] = values[0];
         }
     }
-    const float fill = e.format->has_min() ? out[dims - 1] : 0.f;
-    for (int64_t i = dims; i < width; ++i) out[i] = fill;
+    const bool again = e.format->has_min() || e.format->starts;
+    for (int64_t i = dims; i < width; ++i) out[i] = again ? out[i - (width - dims)] : 0.f;
 }
 
 inline void encode_values(const EncodeParams& e, const float* x, uint8_t* out) {
@@ -89,6 +90,17 @@ inline bool is_finite(float x) { return x - x == 0.f; }
 inline float inverse(float d) {
     const float i = 1.f / d;
     return is_finite(i) ? i : 0.f;
+}
+
+constexpr int code_bits(Code code) {
+    switch (code) {
+        case Code::pairs: return 2;
+        case Code::pairs_bits: return 3;
+        case Code::nibbles: return 4;
+        case Code::nibbles_bits: return 5;
+        case Code::nibbles_pairs: return 6;
+        default: return 8;
+    }
 }
 
 // The numbers of a block that are stored with its codes.
@@ -163,6 +175,91 @@ inline __attribute__((always_inline)) float refit_pairs(const float* x, const fl
     }
     const float fitted = sumqx / sumq2;
     return is_finite(fitted) ? fitted : d;
+}
+
+// Sum of a block's terms, the upper half onto the lower until one is left. Overwrites them.
+inline float fold(float* terms) {
+    for (int n = kBlock / 2; n >= Simd::lanes; n /= 2) {
+        for (int i = 0; i < n; i += Simd::lanes) {
+            Simd::store(terms + i, Simd::add(Simd::load(terms + i), Simd::load(terms + i + n)));
+        }
+    }
+    return Simd::reduce_add(Simd::load(terms));
+}
+
+// q4_1, q5_1: least squares for scale and minimum, given the codes q, whose sum is `sum_q`.
+inline void refit_line(const float* x, const float* q, float sum_q, Block& b) {
+    float above[kBlock], product[kBlock], sum_q2 = 0.f;
+    for (int i = 0; i < kBlock; ++i) {
+        above[i] = x[i] - b.low;
+        product[i] = q[i] * above[i];
+    }
+    for (int i = 0; i < kBlock; ++i) sum_q2 += q[i] * q[i];
+    constexpr float n = kBlock;
+    const float sum_x = fold(above), sum_qx = fold(product);
+    const float slope = (n * sum_qx - sum_q * sum_x) / (n * sum_q2 - sum_q * sum_q);
+    const float shift = (sum_x - slope * sum_q) / n;
+    if (!is_finite(slope) || !is_finite(shift)) return;
+    b.d = slope;
+    b.low += shift;
+}
+
+// The hq formats: several fits, each of the nearest codes and their scale by least squares; the one with the least error
+// counts. The codebook's second half, of `Half` values, is the negative of its first.
+template <int Half>
+struct Starts {
+    float level[Half], middle[Half], size[kBlock];
+
+    Starts(const Format& f, const float* x) {
+        for (int k = 0; k < Half; ++k) level[k] = f.codebook[Half + k];
+        for (int k = 0; k + 1 < Half; ++k) middle[k] = (level[k] + level[k + 1]) / 2.f;
+        for (int i = 0; i < kBlock; ++i) size[i] = ::fabsf(x[i]);
+    }
+
+    // first + steps of every middle that size * scale reaches
+    inline __attribute__((always_inline)) Simd::F nearest(int i, float scale, float first, const float* steps) const {
+        const Simd::F y = Simd::mul(Simd::load(size + i), Simd::set1(scale));
+        Simd::F sum = Simd::set1(first);
+        for (int k = 0; k + 1 < Half; ++k) sum = Simd::add_if_ge(sum, Simd::set1(steps[k]), y, Simd::set1(middle[k]));
+        return sum;
+    }
+
+    // Codes and scale of the best fit; `d` where none is a number.
+    float fit(const int16_t* starts, const float* x, float d, uint8_t* codes) const {
+        float steps[Half], ones[Half];
+        for (int k = 0; k + 1 < Half; ++k) steps[k] = level[k + 1] - level[k];
+        for (float& one : ones) one = 1.f;
+        const float largest = as_float(top_bits(x, kBlock));
+        float best = -1.f, chosen = NAN;
+        for (int s = 0; s < kStarts; ++s) {
+            float scale = starts[s] / largest;
+            scale = is_finite(scale) ? scale : 0.f;
+            float product[kBlock], square[kBlock];
+            for (int i = 0; i < kBlock; i += Simd::lanes) {
+                const Simd::F q = nearest(i, scale, level[0], steps);
+                Simd::store(product + i, Simd::mul(Simd::load(size + i), q));
+                Simd::store(square + i, Simd::mul(q, q));
+            }
+            const float sum_qx = fold(product), fitted = sum_qx / fold(square), explained = fitted * sum_qx;
+            if (!(explained > best)) continue;
+            best = explained;
+            d = fitted;
+            chosen = scale;
+        }
+        float index[kBlock];
+        for (int i = 0; i < kBlock; i += Simd::lanes) Simd::store(index + i, nearest(i, chosen, 0.f, ones));
+        for (int i = 0; i < kBlock; ++i) {
+            const int32_t c = static_cast<int32_t>(index[i]);
+            codes[i] = static_cast<uint8_t>(x[i] < 0.f ? Half - 1 - c : Half + c);
+        }
+        return d;
+    }
+};
+
+inline float refit_starts(const Format& f, const float* x, float d, uint8_t* codes) {
+    if (f.code == Code::nibbles) return Starts<8>(f, x).fit(f.starts, x, d, codes);
+    if (f.code == Code::pairs_bits) return Starts<4>(f, x).fit(f.starts, x, d, codes);
+    return Starts<2>(f, x).fit(f.starts, x, d, codes);
 }
 
 // iq4_nl: fit, then move the code whose neighbour is nearest along the gradient, while that improves the fit. Values
@@ -252,7 +349,7 @@ inline float refit_search(const float* x, uint8_t* codes, const float* book, flo
 inline __attribute__((always_inline)) Block encode_block(const Format& f, const float* x, int64_t n, bool refit,
                                                          float* y, uint8_t* codes) {
     Block b{};
-    const int bits = f.code == Code::nibbles_bits ? 5 : 4;
+    const int bits = code_bits(f.code);
     if (f.rule == Rule::abs_max) {
         b.d = as_float(top_bits(x, n)) / 127.f;
     } else if (f.rule == Rule::signed_max) {
@@ -269,13 +366,17 @@ inline __attribute__((always_inline)) Block encode_block(const Format& f, const 
         if (!whole) b.low = NAN;
         b.d = (high - b.low) / static_cast<float>((1 << bits) - 1);
     }
+    if (refit && f.starts) {
+        b.d = refit_starts(f, x, b.d, codes);
+        return b;
+    }
     const float inv = inverse(b.d);
     for (int64_t i = 0; i < n; ++i) y[i] = (x[i] - b.low) * inv;
     const float zero = f.zero;
     if (f.codebook) {
         for (int64_t i = 0; i < n; ++i) {
             int c = 0;
-            for (int k = 0; k < 15; ++k) c += y[i] >= static_cast<float>(f.codebook[k] + f.codebook[k + 1]) / 2.f;
+            for (int k = 0; k + 1 < 1 << bits; ++k) c += y[i] >= static_cast<float>(f.codebook[k] + f.codebook[k + 1]) / 2.f;
             codes[i] = static_cast<uint8_t>(c);
         }
         return b;  // refit: by encode_searched
@@ -296,26 +397,42 @@ inline __attribute__((always_inline)) Block encode_block(const Format& f, const 
         y[i] = static_cast<float>(q);
     }
     b.sum = static_cast<float>(sum);
-    if (refit) b.d = refit_pairs(x, y, n, b.d);
+    if (refit && f.has_min()) {
+        refit_line(x, y, b.sum, b);
+    } else if (refit) {
+        b.d = refit_pairs(x, y, n, b.d);
+    }
     return b;
 }
 
-inline void put_codes(const Format& f, const uint8_t* c, int64_t block, uint8_t* const* rows) {
-    if (f.code == Code::bytes) {
-        std::memcpy(rows[f.plane_codes] + block * kBlock, c, kBlock);
-        return;
+inline void put_nibbles(const uint8_t* c, uint8_t* out) {
+    for (int i = 0; i < 16; ++i) out[i] = static_cast<uint8_t>((c[i] & 15) | c[i + 16] << 4);
+}
+
+// Two bits of every code, or one, from bit `shift` on.
+inline void put_pairs(const uint8_t* c, int shift, uint8_t* out) {
+    const auto pair = [&](int i) { return c[i] >> shift & 3; };
+    for (int i = 0; i < 8; ++i) {
+        out[i] = static_cast<uint8_t>(pair(i) | pair(i + 16) << 2 | pair(i + 8) << 4 | pair(i + 24) << 6);
     }
-    uint8_t* qs = rows[f.plane_codes] + block * 16;
-    for (int i = 0; i < 16; ++i) qs[i] = static_cast<uint8_t>((c[i] & 15) | c[i + 16] << 4);
-    if (f.code == Code::nibbles_bits) {
-        uint32_t bits = 0;
-        for (int i = 0; i < kBlock; ++i) bits |= static_cast<uint32_t>(c[i] >> 4) << i;
-        std::memcpy(rows[f.plane_high] + block * 4, &bits, 4);
-    } else if (f.code == Code::nibbles_pairs) {
-        uint8_t* high = rows[f.plane_high] + block * 8;
-        for (int i = 0; i < 8; ++i) {
-            high[i] = static_cast<uint8_t>(c[i] >> 4 | c[i + 16] >> 4 << 2 | c[i + 8] >> 4 << 4 | c[i + 24] >> 4 << 6);
-        }
+}
+
+inline void put_bits(const uint8_t* c, int shift, uint8_t* out) {
+    uint32_t bits = 0;
+    for (int i = 0; i < kBlock; ++i) bits |= static_cast<uint32_t>(c[i] >> shift & 1) << i;
+    std::memcpy(out, &bits, 4);
+}
+
+inline void put_codes(const Format& f, const uint8_t* c, int64_t block, uint8_t* const* rows) {
+    const auto at = [&](int plane) { return rows[plane] + block * f.plane_bytes[plane]; };
+    uint8_t* low = at(f.plane_codes);
+    switch (f.code) {
+        case Code::nibbles_bits: put_bits(c, 4, at(f.plane_high)); return put_nibbles(c, low);
+        case Code::nibbles_pairs: put_pairs(c, 4, at(f.plane_high)); return put_nibbles(c, low);
+        case Code::nibbles: return put_nibbles(c, low);
+        case Code::pairs_bits: put_bits(c, 2, at(f.plane_high)); return put_pairs(c, 0, low);
+        case Code::pairs: return put_pairs(c, 0, low);
+        default: std::memcpy(low, c, kBlock);
     }
 }
 
@@ -349,7 +466,7 @@ inline void encode_row(const EncodeParams& e, const float* x, float* y, uint8_t*
         std::memcpy(rows[f.plane_s], &sum, 4);
         return;
     }
-    if (f.codebook && e.refit) return encode_searched(f, x, padded(e.head_dim) / kBlock, y, rows);
+    if (f.codebook && !f.starts && e.refit) return encode_searched(f, x, padded(e.head_dim) / kBlock, y, rows);
     alignas(64) uint8_t codes[kBlock];
     for (int64_t i = 0; i < padded(e.head_dim) / kBlock; ++i) {
         const Block b = encode_block(f, x + i * kBlock, kBlock, e.refit, y, codes);

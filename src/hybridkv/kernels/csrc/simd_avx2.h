@@ -31,6 +31,9 @@ struct Simd {
     static F max(F a, F b) { return _mm256_max_ps(a, b); }
     static F abs(F a) { return _mm256_andnot_ps(set1(-0.f), a); }
     static F if_eq(F a, F b, F yes, F no) { return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
+    static F add_if_ge(F sum, F term, F a, F b) {
+        return _mm256_add_ps(sum, _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ), term));
+    }
     static I dot2(I acc, I a, I b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
     static I mul_q15(I a, I b) { return _mm256_mulhrs_epi16(a, b); }
     static F to_float(I a) { return _mm256_cvtepi32_ps(a); }

@@ -33,6 +33,9 @@ struct Simd {
     static F if_eq(F a, F b, F yes, F no) {
         return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), no, yes);
     }
+    static F add_if_ge(F sum, F term, F a, F b) {
+        return _mm512_mask_add_ps(sum, _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), sum, term);
+    }
     static I dot2(I acc, I a, I b) { return _mm512_dpwssd_epi32(acc, a, b); }
     static I mul_q15(I a, I b) { return _mm512_mulhrs_epi16(a, b); }
     static F to_float(I a) { return _mm512_cvtepi32_ps(a); }

@@ -32,6 +32,9 @@ struct Simd {
     static F max(F a, F b) { return a > b ? a : b; }  // b if either is NaN
     static F abs(F a) { return (F)((I)a & 0x7fffffff); }
     static F if_eq(F a, F b, F yes, F no) { return a == b ? yes : no; }
+    static F add_if_ge(F sum, F term, F a, F b) {  // sum + term where a >= b
+        return sum + (F)((I)(a >= b) & (I)term);
+    }
     static I dot2(I acc, I a, I b) {  // acc + a.lo16 * b.lo16 + a.hi16 * b.hi16
         return acc + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
     }
@@ -54,7 +57,7 @@ struct Simd {
         for (int i = 1; i < lanes; ++i) m = a[i] > m ? a[i] : m;
         return m;
     }
-    static float reduce_add(F a) { return (a[0] + a[1]) + (a[2] + a[3]); }
+    static float reduce_add(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }  // half onto half, as elsewhere
 
     static F reduce_all(const F (&v)[4]) {  // each vector's sum to one lane, in order
         return F{reduce_add(v[0]), reduce_add(v[1]), reduce_add(v[2]), reduce_add(v[3])};

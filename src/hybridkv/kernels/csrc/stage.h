@@ -78,6 +78,10 @@ HYBRIDKV_PHASE Codes stage_codes(const Stored& s, int64_t head, int64_t row, int
             std::memcpy(buffer + r * width, codes + r * stride, static_cast<size_t>(stride));
             std::memset(buffer + r * width + stride, 0, static_cast<size_t>(width - stride));
         }
+    } else if (f.code == Code::pairs) {
+        Simd::Codes32::pairs(codes, blocks, f.codebook, buffer);
+    } else if (f.code == Code::pairs_bits) {
+        Simd::Codes32::pairs_third_bits(codes, high, blocks, f.codebook, buffer);
     } else if (f.codebook) {
         Simd::Codes32::codebook(codes, blocks, f.codebook, buffer);
     } else if (f.code == Code::nibbles) {

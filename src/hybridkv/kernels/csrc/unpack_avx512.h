@@ -52,7 +52,7 @@ struct UnpackWide : Unpack {
     static void upper_pairs(const uint8_t* qs, const uint8_t* high, int64_t blocks, int8_t zero, int8_t* out) {
         const __m512i z = _mm512_set1_epi8(zero), mask = _mm512_set1_epi8(0x30);
         const __m512i spread = _mm512_setr_epi64(0, 0, 0, 0, 1, 1, 1, 1);
-        const __m512i turn = _mm512_setr_epi64(4, 0, 2, 62, 4, 0, 2, 62);  // as Unpack::pairs, by rotation
+        const __m512i turn = _mm512_setr_epi64(4, 0, 2, 62, 4, 0, 2, 62);  // as Unpack::upper, by rotation
         for (; blocks >= 4; blocks -= 4, qs += 64, high += 32, out += 128) {
             __m512i x[2];
             nibbles4(qs, x);
@@ -63,6 +63,34 @@ struct UnpackWide : Unpack {
             }
         }
         Unpack::upper_pairs(qs, high, blocks, zero, out);
+    }
+
+    // Two blocks: the pairs of 16 bytes, in the order of the lanes.
+    static __m512i pairs2(const uint8_t* qs) {
+        const __m512i spread = _mm512_setr_epi64(0, 0, 0, 0, 1, 1, 1, 1), down = _mm512_setr_epi64(0, 4, 2, 6, 0, 4, 2, 6);
+        const __m512i h = _mm512_permutexvar_epi64(spread, _mm512_castsi128_si512(load16(qs)));
+        return _mm512_and_si512(_mm512_srlv_epi64(h, down), _mm512_set1_epi8(3));
+    }
+
+    static void pairs(const uint8_t* qs, int64_t blocks, const int8_t* book, int8_t* out) {
+        const __m512i table = _mm512_broadcast_i32x4(load16(reinterpret_cast<const uint8_t*>(book)));
+        for (; blocks >= 2; blocks -= 2, qs += 16, out += 64) {
+            _mm512_storeu_si512(out, _mm512_shuffle_epi8(table, pairs2(qs)));
+        }
+        Unpack::pairs(qs, blocks, book, out);
+    }
+
+    static void pairs_third_bits(const uint8_t* qs, const uint8_t* high, int64_t blocks, const int8_t* book,
+                                 int8_t* out) {
+        const __m512i table = _mm512_broadcast_i32x4(load16(reinterpret_cast<const uint8_t*>(book)));
+        const __m512i four = _mm512_set1_epi8(4);
+        for (; blocks >= 2; blocks -= 2, qs += 16, high += 8, out += 64) {
+            uint64_t bits;
+            std::memcpy(&bits, high, 8);
+            const __m512i low = pairs2(qs);
+            _mm512_storeu_si512(out, _mm512_shuffle_epi8(table, _mm512_mask_add_epi8(low, bits, low, four)));
+        }
+        Unpack::pairs_third_bits(qs, high, blocks, book, out);
     }
 };
 

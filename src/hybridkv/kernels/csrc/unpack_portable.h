@@ -46,6 +46,32 @@ struct Unpack {
             }
         }
     }
+
+    // Byte j holds lanes j, j + 16, j + 8 and j + 24, from the lowest bits up.
+    static void pairs(const uint8_t* qs, int64_t blocks, const int8_t* book, int8_t* out) {
+        for (; blocks > 0; --blocks, qs += 8, out += 32) {
+            for (int i = 0; i < 8; ++i) {
+                out[i] = book[qs[i] & 3];
+                out[16 + i] = book[qs[i] >> 2 & 3];
+                out[8 + i] = book[qs[i] >> 4 & 3];
+                out[24 + i] = book[qs[i] >> 6];
+            }
+        }
+    }
+
+    static void pairs_third_bits(const uint8_t* qs, const uint8_t* high, int64_t blocks, const int8_t* book,
+                                 int8_t* out) {
+        for (; blocks > 0; --blocks, qs += 8, high += 4, out += 32) {
+            uint32_t bits;
+            std::memcpy(&bits, high, 4);
+            for (int i = 0; i < 8; ++i) {
+                out[i] = book[(qs[i] & 3) | (bits >> i & 1) << 2];
+                out[16 + i] = book[(qs[i] >> 2 & 3) | (bits >> (16 + i) & 1) << 2];
+                out[8 + i] = book[(qs[i] >> 4 & 3) | (bits >> (8 + i) & 1) << 2];
+                out[24 + i] = book[(qs[i] >> 6) | (bits >> (24 + i) & 1) << 2];
+            }
+        }
+    }
 };
 
 }  // namespace
