@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from hybridkv.cli.cache_options import add_exact_arguments
 from hybridkv.cli.show import MAX_CONTEXT, model_path, notice, simple_table, size, stdout_console, summary
 from hybridkv.errors import NoKernelError, UsageError
 
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T,K/V,...",
         help=f"types, or pairs K/V, or `all` (default {_DEFAULT_TYPES})",
     )
+    add_exact_arguments(parser)
     parser.add_argument("--memory", metavar="SIZE", help="a budget such as 24GiB: prints the largest context that fits")
     parser.add_argument(
         "--dtype",
