@@ -146,8 +146,8 @@ class KVLayer:
 
     def past_rows(self) -> int:
         """Earlier rows that the next token's attention reads."""
-        window = self.spec.facts.window
-        return self.n_stored if window is None else min(self.n_stored, window - 1)
+        stored, window = self.n_stored, self.spec.facts.window
+        return stored if window is None else min(stored, window - 1)
 
     def packs(self, n_new: int) -> bool:
         """Whether the next `n_new` tokens add packed rows, be it by making others leave the tail."""
@@ -284,7 +284,7 @@ class KVLayer:
                 f"{self.n_seen + n_new} tokens do not fit a context of {self._n_ctx}",
                 hint="give a larger context (-c) or a shorter prompt",
             )
-        held = self.batch
+        held = self._packed.planes.batch
         if not held:
             self._packed.extend(0, 0, self._packed_target, batch, device)
         elif batch != held:

@@ -57,9 +57,8 @@ class PackedRows:
         the rows needed and the present capacity.
         """
         end = self.start + self.length
-        capacity = self.planes.capacity
-        if not self.planes.k or end + n_new > capacity:
-            capacity = target(keep + n_new, capacity)
+        if not self.planes.batch or end + n_new > self.planes.capacity:
+            capacity = target(keep + n_new, self.planes.capacity)
             self.planes.reallocate(batch, capacity, device, [(slice(end - keep, end), 0)])
             self.start, self.length = 0, keep
             if self._spec.center and capacity and self.center is None:

@@ -26,24 +26,17 @@ class Planes:
     ----------
     k, v
         One uint8 tensor `[B, Hkv, capacity, plane bytes]` per plane of the format; empty before `reallocate`.
+    batch, capacity
+        Sequences, and rows allocated for each; 0 before.
     """
 
-    __slots__ = ("_facts", "_format_k", "_format_v", "k", "v")
+    __slots__ = ("_facts", "_format_k", "_format_v", "batch", "capacity", "k", "v")
 
     def __init__(self, facts: AttentionFacts, format_k: KVFormat, format_v: KVFormat) -> None:
         self._facts, self._format_k, self._format_v = facts, format_k, format_v
         self.k: tuple[Tensor, ...] = ()
         self.v: tuple[Tensor, ...] = ()
-
-    @property
-    def batch(self) -> int:
-        """Sequences; 0 before memory is allocated."""
-        return self.k[0].shape[0] if self.k else 0
-
-    @property
-    def capacity(self) -> int:
-        """Rows allocated per sequence."""
-        return self.k[0].shape[2] if self.k else 0
+        self.batch = self.capacity = 0  # numbers of their own: every token asks for them
 
     @property
     def nbytes(self) -> int:
@@ -60,6 +53,7 @@ class Planes:
         shape = (batch, f.n_kv_heads, capacity)
         self.k = _moved(self.k, kept, shape, self._format_k.plane_bytes(f.head_dim_k), device)
         self.v = _moved(self.v, kept, shape, self._format_v.plane_bytes(f.head_dim_v), device)
+        self.batch, self.capacity = batch, capacity
 
     def move(self, rows: slice, to: int) -> None:
         """Move rows within the memory."""
@@ -70,6 +64,7 @@ class Planes:
         """Keep the sequences `indices` (int64 `[B']`), in that order, in memory of their own."""
         self.k = tuple(plane.index_select(0, indices.to(plane.device)) for plane in self.k)
         self.v = tuple(plane.index_select(0, indices.to(plane.device)) for plane in self.v)
+        self.batch = len(indices) if self.k else 0
 
     def copy(self) -> Planes:
         """The same rows in memory of their own."""
