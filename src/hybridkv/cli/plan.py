@@ -82,7 +82,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise UsageError("this model does not say what context it was trained for", hint="give -c N")
     policies = [Policy(KVTypes(k, v, tail=a.kv_tail, sink=a.kv_sink, center=a.kv_center)) for k, v in pairs]
     rows = _rows(description, policies, n_ctx, a.parallel, a.dtype, budget)
-    for line in _notices(description, policies, n_ctx):
+    for line in _notices(description, policies, n_ctx) if a.kv_tail or a.kv_sink or a.kv_center else ():
         notice(line)
     for reason in dict.fromkeys(row["refused"] for row in rows if row["refused"]):
         notice(f"left out, no kernel: {reason}")
