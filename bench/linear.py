@@ -123,8 +123,8 @@ def bench(n_out: int, n_in: int, weight_type: WeightType, threads: int, budget: 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="shorter timings and q8_0 only")
-    parser.add_argument("--types", default="q8_0,bf16,f32")
+    parser.add_argument("--quick", action="store_true", help="shorter timings, q8_0 and q4_0 only")
+    parser.add_argument("--types", default="q8_0,q4_0,bf16,f32")
     parser.add_argument("-t", "--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     native, isa = cpu_native._native(), cpu_native.isa()
@@ -134,7 +134,7 @@ def main() -> int:
     print(f"ceilings: {top['float']:.0f} G float and {top['integer']:.0f} G integer MAC/s{half}")
     done: list[Row] = []
     right = True
-    for weight_type in ["q8_0"] if args.quick else args.types.split(","):
+    for weight_type in ["q8_0", "q4_0"] if args.quick else args.types.split(","):
         for n_out, n_in in SHAPES:
             if weight_type == "f32" and n_out > 100_000:
                 continue

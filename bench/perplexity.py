@@ -30,12 +30,12 @@ from torch import Tensor
 import hybridkv
 from hybridkv.cache import KVTypes
 from hybridkv.cli.show import simple_table
-from hybridkv.engine.load import Loaded, bundled_model, describe, load
+from hybridkv.engine.load import Loaded, bundled_model, bundled_text, describe, load
 from hybridkv.hf import ModelCache, kv_facts
 from hybridkv.kernels import KERNELS
 from hybridkv.policy import Guard, Policy, parse_scale
 
-TEXT = Path(__file__).parent / "data" / "heldout_long.txt"
+TEXT = bundled_text()
 TYPES = "f32,bf16,q8_0,q8_1,q8_KV,q6_0,q5_1,q5_0,q4_1,q4_0,iq4_nl,q4_0+k,q4_0+kv,iq4_nl+kv,q8_0/q4_0,q4_0/q8_0"
 CHUNK = 512
 

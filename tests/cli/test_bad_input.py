@@ -32,10 +32,10 @@ def one_error(done: Outcome) -> str:
 
 
 USAGE: dict[str, tuple[list[object], str]] = {
-    "no command": ([], "no command was given; allowed: run, plan, bench, convert, doctor"),
+    "no command": ([], "no command was given; allowed: run, classify, plan, eval, bench, convert, doctor"),
     "mistyped command": (
         ["rnu", "-p", "x"],
-        "unknown command 'rnu'; allowed: run, plan, bench, convert, doctor\nhint: did you mean 'run'",
+        "unknown command 'rnu'; allowed: run, classify, plan, eval, bench, convert, doctor\nhint: did you mean 'run'",
     ),
     "prompt without command": (["-p", "x"], "unknown command .-p.*\nhint: try hybridkv run -p"),
     "prompt without option": (

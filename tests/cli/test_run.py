@@ -438,7 +438,10 @@ def test_unknown_engine(cli: Cli) -> None:
     assert "allowed: auto, native, eager" in done.err
 
 
-@pytest.mark.parametrize(("engine", "weights", "said"), [("auto", "bf16", "bf16"), ("eager", "int8", "q8_0")])
+@pytest.mark.parametrize(
+    ("engine", "weights", "said"),
+    [("auto", "bf16", "bf16"), ("eager", "int8", "q8_0"), ("auto", "int4", "q8_0 + q4_0")],
+)
 def test_weights_as_asked(cli: Cli, engine: str, weights: str, said: str) -> None:
     done = cli("run", "--ids", "3,4", "-n", 1, "--engine", engine, "--weights", weights)
     assert done.code == 0
@@ -448,4 +451,16 @@ def test_weights_as_asked(cli: Cli, engine: str, weights: str, said: str) -> Non
 def test_unknown_weights(cli: Cli) -> None:
     done = cli("run", "--ids", "3", "-n", 1, "--weights", "int3")
     assert done.code == 2
-    assert "allowed: auto, plain, f32, bf16, int8" in done.err
+    assert "allowed: auto, plain, f32, bf16, int8, int4" in done.err
+
+
+@pytest.mark.parametrize("asked", ["int8", "int4"])
+def test_weights_on_cuda_need_torchao(cli: Cli, asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before anything is loaded."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    done = cli("run", "--ids", "3", "-n", 1, "--device", "cuda", "--weights", asked)
+    assert done.code == 2
+    assert "int8 and int4 weights on this device need torchao" in done.err
+    assert 'hint: pip install "hybridkv[torchao]"' in done.err

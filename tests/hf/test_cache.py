@@ -122,6 +122,19 @@ def test_sequences_can_be_repeated_and_selected(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_several_sequences_repeated(family: str) -> None:
+    model = build(family, attention="hybridkv")
+    step, begin, then = EagerStep(model), tokens(2)[:, :15], tokens(2)[:, 15:16]
+    with torch.inference_mode():
+        cache, repeated = (quantized_cache(model, type_k="f32", type_v="f32") for _ in range(2))
+        for one in (cache, repeated):
+            step.forward(begin, one, 0)
+        repeated.batch_repeat_interleave(3)
+        exact = step.forward(then, cache, 15).repeat_interleave(3, 0)
+        assert change(step.forward(then.repeat_interleave(3, 0), repeated, 15), exact) <= 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_copy_and_its_original_go_on_alone(family: str) -> None:
     """Each as a cache that nothing was copied from, in turns; a copy of an empty cache is an empty cache."""
     model = build(family, attention="hybridkv")

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 from typing import cast, get_args
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from hybridkv.errors import UsageError
-from hybridkv.formats import FORMATS
+from hybridkv.formats import FORMATS, Scale
 from hybridkv.kernels import cpu_native, linear
 from hybridkv.kernels.linear import WEIGHT_TYPES, PackedWeight, WeightType, exact_type, gather, pack, unpack
 
 pytestmark = pytest.mark.skipif(cpu_native.available() is not None, reason=f"{cpu_native.available()}")
 
-# Relative RMSE. Few rows, and every row without AMX: q8_0 meets activations of 15 bits, f32 and bf16 meet float32.
-# Many rows with AMX: activations, and what q8_0 decodes to, are bfloat16.
-FEW: dict[WeightType, float] = {"f32": 3e-6, "bf16": 3e-6, "q8_0": 1e-4}
-MANY: dict[WeightType, float] = {"f32": 3e-6, "bf16": 4e-3, "q8_0": 4e-3}
+# Relative RMSE. Few rows, and every row without AMX: q8_0 and q4_0 meet activations of 15 bits, f32 and bf16 meet
+# float32. Many rows with AMX: activations, and what q8_0 and q4_0 decode to, are bfloat16.
+FEW: dict[WeightType, float] = {"f32": 3e-6, "bf16": 3e-6, "q8_0": 1e-4, "q4_0": 1e-4}
+MANY: dict[WeightType, float] = {"f32": 3e-6, "bf16": 4e-3, "q8_0": 4e-3, "q4_0": 4e-3}
+SCALES: dict[WeightType, Scale] = {"q8_0": "absmax", "q4_0": "refit"}
 N_ROWS = (1, 2, 3, 7, 8, 15, 16, 17, 31, 64, 257, 512)
 N_OUT = (1, 15, 16, 17, 33, 250)
 INPUTS: dict[WeightType, tuple[int, ...]] = {
     "f32": (1, 32, 96, 384, 1000),
     "bf16": (1, 32, 96, 384, 1000),
     "q8_0": (32, 96, 384, 1024),
+    "q4_0": (32, 96, 384, 1024),
 }
 
 
@@ -47,7 +51,7 @@ def stored(weight: Tensor, weight_type: WeightType) -> Tensor:
     if weight_type == "f32":
         return weight
     fmt = FORMATS[weight_type]
-    return fmt.decode(fmt.encode(weight, "absmax"), weight.shape[1])
+    return fmt.decode(fmt.encode(weight, SCALES.get(weight_type)), weight.shape[1])
 
 
 def tolerance(weight_type: WeightType, isa: str, n_rows: int) -> float:
@@ -82,9 +86,10 @@ def test_pack_takes_every_float_dtype(weight_type: WeightType, dtype: torch.dtyp
 
 def test_pack_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = normal(250, 96)
-    whole = pack(weight, "q8_0")
+    whole = [pack(weight, weight_type).data for weight_type in ("q8_0", "q4_0")]
     monkeypatch.setattr(linear, "_CHUNK_VALUES", 1)
-    assert torch.equal(pack(weight, "q8_0").data, whole.data)
+    assert torch.equal(pack(weight, "q8_0").data, whole[0])
+    assert torch.equal(pack(weight, "q4_0").data, whole[1])
 
 
 def test_rows_takes_any_ids() -> None:
@@ -101,12 +106,70 @@ def test_exact_type_is_the_smallest_that_changes_nothing() -> None:
     assert exact_type(weight) == "f32"
     assert exact_type(weight.bfloat16()) == "bf16"
     assert exact_type(stored(weight, "q8_0")) == "q8_0"
-    assert exact_type(torch.zeros(4, 64)) == "q8_0"
+    assert exact_type(stored(weight, "q4_0")) == "q4_0"
+    assert exact_type(torch.zeros(4, 64)) == "q4_0"
     assert exact_type(torch.ones(4, 33)) == "bf16"  # blocks do not fit
-    for weight_type in ("q8_0", "bf16"):
+    for weight_type in ("q4_0", "q8_0", "bf16"):
         held = stored(weight, cast(WeightType, weight_type))
         held[-1, -1] = torch.nextafter(held[-1, -1], torch.tensor(torch.inf))
         assert exact_type(held) == "f32", weight_type
+
+
+FROM_FILES: dict[str, WeightType] = {
+    "Q4_0": "q4_0", "Q5_0": "q8_0", "Q8_0": "q8_0", "IQ4_NL": "q8_0", "TQ1_0": "q4_0", "MXFP4": "q8_0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FROM_FILES)
+def test_blocks_of_a_file_stay_what_they_are(name: str) -> None:
+    """Random bytes as gguf-py decodes them: any code, any scale of either sign, zeros of either sign."""
+    type_ = gguf.GGMLQuantizationType[name]
+    block, n_bytes = gguf.GGML_QUANT_SIZES[type_]
+    raw = np.random.default_rng(1).integers(0, 256, (77, 512 // block, n_bytes), dtype=np.uint8)
+    scales = normal(77, 512 // block, seed=3).half()
+    scales[3], scales[4], scales[5] = 0.0, -0.0, 6e-8  # the last is float16's smallest
+    if name == "MXFP4":  # a power of two
+        raw[:, :, 0] = 112 + raw[:, :, 0] % 16
+    else:
+        at = n_bytes - 2 if name == "TQ1_0" else 0
+        raw[:, :, at : at + 2] = scales.numpy()[..., None].view(np.uint8)
+    weight = torch.from_numpy(gguf.dequantize(raw.reshape(77, -1), type_))
+    if name != "MXFP4":
+        assert (weight.view(torch.int32) == -(2**31)).any()
+    assert exact_type(weight) == FROM_FILES[name]
+    assert torch.equal(unpack(pack(weight, FROM_FILES[name])).view(torch.int32), weight.view(torch.int32))
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q5_0", "q6_0", "iq4_nl", "q8_0"])
+@pytest.mark.parametrize("scale", ["absmax", "refit"])
+def test_encoded_weights_stay_what_they_are(name: str, scale: Scale) -> None:
+    fmt = FORMATS[name]
+    weight = fmt.decode(fmt.encode(normal(100, 256), scale), 256)
+    assert exact_type(weight) == ("q4_0" if name == "q4_0" else "q8_0")
+    for held in ("q8_0", exact_type(weight)):
+        assert torch.equal(unpack(pack(weight, held)).view(torch.int32), weight.view(torch.int32))
+
+
+def test_rows_are_exact_or_rounded_each_by_itself() -> None:
+    """Rows with scales that their largest value does not tell, beside rows that have none."""
+    exact = (
+        torch.arange(-3, 5).repeat(4).float()[torch.randperm(32, generator=torch.Generator().manual_seed(0))] * 0.3125
+    )
+    weight = torch.stack([exact if i % 3 else row for i, row in enumerate(normal(40, 32))])
+    for weight_type in ("q8_0", "q4_0"):
+        got = unpack(pack(weight, weight_type))
+        plain = torch.arange(40) % 3 == 0
+        assert torch.equal(got[~plain], weight[~plain])
+        assert torch.equal(got[plain], stored(weight[plain], weight_type))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_no_number_is_not_exact(value: float) -> None:
+    weight = stored(normal(3, 64), "q4_0")
+    weight[1, 40] = value
+    assert exact_type(weight) == "f32"
+    for weight_type in ("q8_0", "q4_0"):
+        assert not unpack(pack(weight, weight_type))[1, 32:].isfinite().any()
 
 
 def test_exact_type_looks_at_every_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,9 +180,10 @@ def test_exact_type_looks_at_every_chunk(monkeypatch: pytest.MonkeyPatch) -> Non
     assert exact_type(weight) == "f32"
 
 
-def test_q8_0_needs_whole_blocks() -> None:
-    with pytest.raises(UsageError, match="multiple of 32"):
-        pack(normal(4, 33), "q8_0")
+@pytest.mark.parametrize("weight_type", ["q8_0", "q4_0"])
+def test_blocks_must_be_whole(weight_type: WeightType) -> None:
+    with pytest.raises(UsageError, match=f"{weight_type} needs a multiple of 32 inputs, not 33"):
+        pack(normal(4, 33), weight_type)
 
 
 @pytest.mark.parametrize("n_rows", N_ROWS)
@@ -221,10 +285,11 @@ def test_largest_codes_and_activations(isa: str, weight_type: WeightType) -> Non
 
 def test_rows_do_not_depend_on_their_neighbours(isa: str) -> None:
     """The integer path is exact per row: a row alone and in a batch give the same bits."""
-    packed, x = pack(normal(40, 384), "q8_0"), normal(7, 384, seed=8)
-    batch = linear.linear(x, packed)
-    for i in range(7):
-        assert torch.equal(linear.linear(x[i : i + 1], packed)[0], batch[i])
+    for weight_type in ("q8_0", "q4_0"):
+        packed, x = pack(normal(40, 384), weight_type), normal(7, 384, seed=8)
+        batch = linear.linear(x, packed)
+        for i in range(7):
+            assert torch.equal(linear.linear(x[i : i + 1], packed)[0], batch[i])
 
 
 def test_threads_do_not_change_the_result(isa: str) -> None:
@@ -239,4 +304,5 @@ def test_threads_do_not_change_the_result(isa: str) -> None:
 def test_types_are_those_of_the_record() -> None:
     assert get_args(WeightType) == WEIGHT_TYPES
     assert pack(normal(17, 64), "q8_0").nbytes == 2 * 1088
+    assert pack(normal(17, 64), "q4_0").nbytes == 2 * 576
     assert isinstance(pack(normal(1, 1), "f32"), PackedWeight)

@@ -16,14 +16,15 @@ from types import ModuleType
 from typing import NoReturn
 
 from hybridkv import __version__
-from hybridkv.cli import bench, convert, doctor, plan, run
+from hybridkv.cli import bench, classify, convert, doctor, plan, run
+from hybridkv.cli import eval as evaluate
 from hybridkv.errors import HybridKVError, UsageError
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
-_COMMANDS = (run, plan, bench, convert, doctor)
+_COMMANDS = (run, classify, plan, evaluate, bench, convert, doctor)
 _OPTION = re.compile(r"--?[A-Za-z][\w-]*")
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 NAME = "plan"
 HELP = "print KV, state and weight bytes for cache types, and the largest context that fits"
 
-_WEIGHT_BITS = {"f32": 32.0, "bf16": 16.0, "f16": 16.0, "q8_0": 8.5}
+_WEIGHT_BITS = {"f32": 32.0, "bf16": 16.0, "f16": 16.0, "q8_0": 8.5, "q4_0": 4.5}
 
 _DEFAULT_TYPES = "f16,q8_0,q6_0,q5_0,q4_0"
 
@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         default="auto",
         choices=("auto", *_WEIGHT_BITS),
-        help="of the loaded weights; auto: bf16 with a GPU and f32 without; on the CPU, `run` holds a q8_0 file's as "
-        "q8_0 (default auto)",
+        help="of the loaded weights, all alike; auto: bf16 with a GPU and f32 without; on the CPU, `run` holds "
+        "what is q8_0 or q4_0 in a file as such, and --weights int4 keeps embedding and head at q8_0 (default auto)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

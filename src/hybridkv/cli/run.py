@@ -4,39 +4,30 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import secrets
 import sys
 from typing import TYPE_CHECKING, Any
 
 from hybridkv.cli.cache_options import add_cache_arguments, policy_from
+from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, limit_spinning, open_model
 from hybridkv.cli.prompt import add_prompt_arguments, prompt_ids, read_prompt
-from hybridkv.cli.show import MAX_CONTEXT, layer_table, model_path, notice, size, stderr_console, summary, warning
+from hybridkv.cli.show import layer_table, notice, size, stderr_console, summary, warning
 from hybridkv.errors import ContextError, UsageError
 
 if TYPE_CHECKING:
     from hybridkv.cache import KVSpec, LayerKernels
     from hybridkv.cli.stream import Streams
     from hybridkv.engine import Engine, SamplingParams
-    from hybridkv.engine.load import Description, Loaded
-    from hybridkv.hf import StepKind, WeightKind
+    from hybridkv.engine.load import Loaded
     from hybridkv.policy import Guard
 
 NAME = "run"
 HELP = "answer a prompt with a model on a quantized KV cache"
 
-_DEFAULT_CTX = 4096
-_LIMITS = (("-t", "threads", 1, 1024), ("-np", "parallel", 1, 1024), ("-c", "ctx_size", 0, MAX_CONTEXT))
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `hybridkv run`, in llama-cli's spellings."""
-    parser.add_argument(
-        "-m", "--model", metavar="PATH", help="GGUF file or model directory (default: the bundled model)"
-    )
-    parser.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that a model directory brings along"
-    )
+    add_model_arguments(parser)
     add_prompt_arguments(parser)
     parser.add_argument(
         "-n",
@@ -46,14 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens to generate; -1: until the context is full (default 64)",
     )
-    parser.add_argument(
-        "-c",
-        "--ctx-size",
-        type=int,
-        metavar="N",
-        help=f"tokens in the context; 0: the trained length (default {_DEFAULT_CTX}, or the trained length if less)",
-    )
-    parser.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads")
     parser.add_argument(
         "-np",
         "--parallel",
@@ -75,21 +58,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-cuda", metavar="KEY=VALUE", help="accepted for ik_llama.cpp's sake; fa-offset is not needed here"
     )
     parser.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-text token")
-    parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
-    parser.add_argument(
-        "--engine",
-        default="auto",
-        metavar="auto|native|eager",
-        help="what runs the layers outside of attention: native code where it knows the model, or Transformers' own "
-        "forward pass (default auto)",
-    )
-    parser.add_argument(
-        "--weights",
-        default="auto",
-        metavar="auto|plain|f32|bf16|int8",
-        help="how matrices are held: packed without any change, plain tensors, or rounded; int8 is q8_0 (default auto: "
-        "packed on the CPU, plain under --engine eager)",
-    )
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of text")
     add_cache_arguments(parser)
     _add_sampling_arguments(parser)
@@ -116,11 +84,7 @@ def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Check, resolve, print the table, load, generate, print the figures."""
-    # Before torch is imported: its threads spin while they wait for each other, by default so long that another
-    # program's load stalls them. Tokens/s on 2 cores, idle and beside two busy processes: 63 and 4-12 by default,
-    # 60 and 13-23 with this, 25 and 20-30 without any spinning (docs/log.md).
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    limit_spinning()
     from hybridkv.policy import Guard, parse_mode
 
     a = arguments
@@ -130,35 +94,14 @@ def main(arguments: argparse.Namespace) -> int:
     guard = Guard(mode=parse_mode(a.kv_guard))
     sampling = _sampling(a)
 
-    import torch
-    from transformers.utils import logging as transformers_logging
-
     from hybridkv.engine import Engine
-    from hybridkv.engine.load import bundled_model, describe, load
-    from hybridkv.hf import parse_step, parse_weights, resolve_step
 
-    kind = parse_step(a.engine)
-    transformers_logging.set_verbosity_error()  # its notes on missing speed packages are not this command's
-    transformers_logging.disable_progress_bar()
-    device = _device(a.device)
-    if a.threads is not None:
-        torch.set_num_threads(a.threads)
-    path = bundled_model() if a.model is None else model_path(a.model)
-    description = describe(path, remote_code="trusted" if a.trust_remote_code else "refused")
-    if a.trust_remote_code and path.is_file():
-        notice("--trust-remote-code changes nothing: there is no code in this model")
-    n_ctx = _context(a.ctx_size, description.n_ctx_train)
-    make_step = resolve_step(description.config, device.partition(":")[0], kind)
-    specs = _resolve(description, policy, guard, device, n_ctx)
-    dtype = torch.float32 if device.startswith("cpu") else torch.bfloat16
-    weights = _weights(parse_weights(a.weights), kind, device)
-    loaded = load(description, dtype=dtype, device=device, weights=weights)
-    for line in loaded.notices:
-        notice(line)
-    _suggest_int8(loaded, weights)
+    opened = open_model(a)
+    n_ctx = opened.n_ctx
+    specs = _resolve(opened, policy, guard)
+    loaded, step = opened.load()
     text, ids = prompt_ids(prompt, loaded.model, loaded.tokenizer, chat=a.chat)
-    step = make_step(loaded.model)
-    print(f"engine: {step.name}", file=sys.stderr)
+    print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
     try:
         engine = Engine(loaded.model, specs, n_ctx=n_ctx, guard=guard, notify=warning, step=step)
         return _generate(a, loaded, engine, sampling, text, ids)
@@ -170,31 +113,6 @@ def main(arguments: argparse.Namespace) -> int:
             f"not enough memory: the KV cache of {a.parallel} x {n_ctx} tokens takes {size(needed)}",
             hint="take a smaller -c, fewer sequences (-np) or smaller types (-ctk, -ctv); `hybridkv plan` counts them",
         ) from error
-
-
-def _weights(asked: WeightKind, engine: StepKind, device: str) -> WeightKind:
-    """How matrices are held: packed on the CPU, but plain under an engine that was asked to be."""
-    from hybridkv.hf import packing_rejects
-
-    reason = packing_rejects(device.partition(":")[0])
-    if asked == "auto" and (reason is not None or engine == "eager"):
-        return "plain"
-    if asked not in ("auto", "plain") and reason is not None:
-        raise UsageError(f"--weights {asked}: {reason}; allowed: auto, plain", hint="leave --weights out")
-    return asked
-
-
-def _suggest_int8(loaded: Loaded, weights: WeightKind) -> None:
-    """Say what a file costs whose types only float32 holds without change."""
-    from hybridkv.hf import packed_bytes
-
-    path = loaded.description.path
-    wide = packed_bytes(loaded.model, "f32")
-    if weights == "auto" and path.is_file() and wide > path.stat().st_size:
-        notice(
-            f"{size(wide)} of weights are held as f32, which alone keeps this file's types unchanged; "
-            f"--weights int8 takes {size(wide * 17 // 64)}"
-        )
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -210,10 +128,7 @@ def _check(a: argparse.Namespace) -> None:
         raise UsageError(f"-fa {a.flash_attn!r}; allowed: on, off, auto")
     if a.n_predict == 0 or a.n_predict < -1:
         raise UsageError(f"-n {a.n_predict}; allowed: 1 or more, or -1 until the context is full", hint="try -n 64")
-    for option, name, least, most in _LIMITS:
-        value = getattr(a, name)
-        if value is not None and not least <= value <= most:
-            raise UsageError(f"{option} {value}; allowed: {least} to {most}")
+    check_limits(a, ("-np", "parallel", 1, 1024))
     if a.flash_attn == "off":
         notice(
             "-fa off changes nothing: in llama.cpp a quantized V needs flash attention, "
@@ -227,8 +142,6 @@ def _check(a: argparse.Namespace) -> None:
             f"-cuda {a.cuda} is not needed: scores, softmax and the value accumulator are float32 here, "
             "so the overflow that the offset works around cannot happen"
         )
-    if a.threads is not None and a.threads > (os.cpu_count() or 1):
-        notice(f"-t {a.threads} is more than this machine's {os.cpu_count()} cores")
 
 
 def _sampling(a: argparse.Namespace) -> SamplingParams:
@@ -247,54 +160,24 @@ def _sampling(a: argparse.Namespace) -> SamplingParams:
     return SamplingParams(temp=a.temp, seed=seed, **filters)
 
 
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    known = kind in ("cpu", "cuda") and (not index or (kind == "cuda" and index.isdigit()))
-    if not known:
-        raise UsageError(f"--device {name!r}; allowed: auto, cpu, cuda, cuda:N")
-    if kind == "cuda" and (not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count()):
-        raise UsageError(
-            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices that torch can use",
-            hint="try --device cpu",
-        )
-    return name
-
-
-def _context(asked: int | None, trained: int | None) -> int:
-    """Tokens in the context: 0 asks for the trained length, the default never exceeds it."""
-    if asked is None:
-        return _DEFAULT_CTX if trained is None else min(_DEFAULT_CTX, trained)
-    if asked == 0:
-        if trained is None:
-            raise UsageError("-c 0: this model does not say what it was trained for", hint="give -c N")
-        return trained
-    if trained is not None and asked > trained:
-        notice(f"-c {asked} is more than the {trained} tokens that the model was trained for")
-    return asked
-
-
-def _resolve(description: Description, policy: Any, guard: Guard, device: str, n_ctx: int) -> tuple[KVSpec, ...]:
+def _resolve(opened: Opened, policy: Any, guard: Guard) -> tuple[KVSpec, ...]:
     """Types and kernels of every KV layer, printed, before any weight is loaded."""
     from hybridkv.cache import resolve
     from hybridkv.hf import is_hybrid, kv_facts
     from hybridkv.kernels import ENCODERS, KERNELS
 
-    facts = description.facts
+    facts = opened.description.facts
     asked = policy.resolve(kv_facts(facts))
-    specs, warnings = guard.before(asked, hybrid=is_hybrid(facts), n_ctx=n_ctx)
+    specs, warnings = guard.before(asked, hybrid=is_hybrid(facts), n_ctx=opened.n_ctx)
     resolved: list[tuple[KVSpec, LayerKernels]] = [
-        (spec, resolve(spec, device.partition(":")[0], KERNELS, ENCODERS)) for spec in specs
+        (spec, resolve(spec, opened.device_type, KERNELS, ENCODERS)) for spec in specs
     ]
-    print(summary(description), file=sys.stderr)
+    print(summary(opened.description), file=sys.stderr)
     if not specs:
         notice("no layer has a KV cache: nothing grows with the context and nothing is quantized")
     elif not any(f.state for f in facts):
         notice("this model is not a hybrid: it has no recurrent state, and its whole memory is the KV cache")
-    for line in policy.notices(asked, n_ctx):
+    for line in policy.notices(asked, opened.n_ctx):
         notice(line)
     for line in warnings:
         warning(line)

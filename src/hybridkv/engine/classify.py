@@ -1,18 +1,18 @@
 """Score labels as continuations of prompts: token ids in, log-likelihoods out.
 
 Owns what is computed once: the tokens that all prompts begin with are processed once, in a cache that is copied for
-each batch; a prompt's own tokens once for all its labels; the beginning that several labels share once for them all.
+each batch; a prompt's own tokens once for all its labels; what several labels begin with once for them all.
 The prompts of a batch are equally long, so nothing is padded and nothing masked. Knows no text;
 `hybridkv.cli.classify` turns rows into tokens.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
@@ -40,7 +40,7 @@ class Figures:
     n_processed
         Tokens that the model ran over, those of every sequence counted.
     kv_bytes, state_bytes
-        Largest cache of a batch.
+        Most that was held at once.
     seconds
         Wall time.
     n_rebuilds
@@ -67,34 +67,50 @@ class Figures:
 
 
 @dataclass(frozen=True, slots=True)
-class Level:
-    """Labels at one depth, as a tree: a node is a beginning of labels, and nodes of one beginning have one parent.
+class Node:
+    """A run of tokens that labels go through together, in a tree of what is processed of them.
 
     Attributes
     ----------
-    parents, tokens
-        Per node: the node above, and the token that leads from there; empty at the root.
+    tokens
+        The run; empty at the root, which is the end of the prompt.
     ends
-        `(label, node, token)`: the label's next token, whose probability the node's logits give.
+        `(label, offset, token)`: a label's next token, whose probability the logits after the run's token of that
+        offset give. A label's last token is scored and never processed.
+    children
+        Where labels part, or the run is as long as it may be.
     """
 
-    parents: tuple[int, ...]
     tokens: tuple[int, ...]
     ends: tuple[tuple[int, int, int], ...]
+    children: tuple[Node, ...]
+
+    @property
+    def height(self) -> int:
+        """Tokens that are processed from here to the end of the longest label."""
+        return len(self.tokens) + max((child.height for child in self.children), default=0)
 
 
-def label_levels(labels: Sequence[Ids]) -> tuple[Level, ...]:
-    """The labels' tree. The last token of a label is scored and never processed, so it is no node."""
-    levels: list[Level] = []
-    parents: tuple[int, ...] = ()
-    nodes: dict[tuple[int, ...], int] = {(): 0}
-    for depth in range(max(map(len, labels))):
-        ends = [(i, nodes[tuple(ids[:depth])], ids[depth]) for i, ids in enumerate(labels) if len(ids) > depth]
-        levels.append(Level(parents, tuple(node[-1] for node in nodes if node), tuple(ends)))
-        longer = dict.fromkeys(tuple(ids[: depth + 1]) for ids in labels if len(ids) > depth + 1)
-        parents = tuple(nodes[node[:-1]] for node in longer)
-        nodes = {node: index for index, node in enumerate(longer)}
-    return tuple(levels)
+def label_tree(labels: Sequence[Ids], longest_run: int) -> Node:
+    """The labels' tree, in runs of at most so many tokens."""
+
+    def grow(among: dict[int, Ids], depth: int, tokens: tuple[int, ...], longest: int) -> Node:
+        ends: list[tuple[int, int, int]] = []
+        for offset in itertools.count():
+            ends += [(label, offset, ids[depth]) for label, ids in among.items()]
+            parts: dict[int, dict[int, Ids]] = {}
+            for label, ids in among.items():
+                if len(ids) > depth + 1:
+                    parts.setdefault(ids[depth], {})[label] = ids
+            depth += 1
+            if len(parts) != 1 or len(tokens) >= longest:
+                break
+            [(token, among)] = parts.items()
+            tokens += (token,)
+        children = (grow(part, depth, (token,), longest_run) for token, part in parts.items())
+        return Node(tokens, tuple(ends), tuple(children))
+
+    return grow(dict(enumerate(labels)), 0, (), 0)
 
 
 class Classifier:
@@ -111,7 +127,7 @@ class Classifier:
     n_ctx
         Most tokens of a prompt and a label.
     batch
-        Prompts processed side by side; labels of several tokens then take a sequence each.
+        Prompts processed side by side; labels that are several tokens long then take a sequence each.
     guard
         What is watched. What it measures, it measures on the longest prompt, before any is scored, so that all are
         stored alike.
@@ -141,7 +157,8 @@ class Classifier:
         if not all(labels) or len({tuple(ids) for ids in labels}) < len(labels):
             raise UsageError("labels need tokens, and each other ones than the rest")
         self._model = model
-        self._levels = label_levels(labels)
+        self._takes_chunks = takes_chunks(model.config)
+        self._root = label_tree(labels, max(map(len, labels)) if self._takes_chunks else 1)
         self._n_labels = len(labels)
         self._n_ctx, self._batch, self._guard, self._notify = n_ctx, batch, guard, notify
         self._device = next(model.parameters()).device
@@ -170,7 +187,7 @@ class Classifier:
         """
         self._check(prompts)
         start = time.perf_counter()
-        n_shared = shared_length(prompts) if takes_chunks(self._model.config) else 0
+        n_shared = shared_length(prompts) if self._takes_chunks else 0
         self._start, self.figures = None, Figures(n_rows=len(prompts), n_shared=n_shared)
         if self._guard.measures:
             self._finite(partial(self._measure, max(prompts, key=len)))
@@ -184,7 +201,7 @@ class Classifier:
     def _check(self, prompts: Sequence[Ids]) -> None:
         if not prompts:
             raise UsageError("there are no rows to score")
-        deepest = len(self._levels)
+        deepest = self._root.height + 1
         for number, prompt in enumerate(prompts, 1):
             if not prompt:
                 raise UsageError(f"row {number} has no tokens", hint="give it a text, or the prompt words around it")
@@ -198,28 +215,39 @@ class Classifier:
     def _measure(self, prompt: Ids) -> None:
         """Let the guard see a whole prompt; what it raises stays raised."""
         cache = self._cache(self._guard, len(prompt))
-        self._forward(torch.tensor([list(prompt)]), cache, 0)
+        self._run(self.step.forward, torch.tensor([list(prompt)]), 0, cache)
         self.specs = cache.specs
 
     def _score(self, texts: Tensor, n_shared: int) -> Tensor:
         """Log-likelihoods float32 `[B, labels]` after equally long prompts, int64 `[B, T]`."""
         n_rows, position = texts.shape
-        cache = self._shared(texts[:1, :n_shared]).copy(n_ctx=position + len(self._levels) - 1)
+        start = self._shared(texts[:1, :n_shared])
+        cache = start.copy(n_ctx=position + self._root.height)
         cache.batch_repeat_interleave(n_rows)
-        logits = self._forward(texts[:, n_shared:], cache, n_shared)
-        scores, n_nodes = torch.zeros(n_rows, self._n_labels), 1
-        for level in self._levels:
-            if level.tokens:
-                if level.parents != tuple(range(n_nodes)):
-                    rows = torch.arange(n_rows).unsqueeze(1) * n_nodes + torch.tensor(level.parents)
-                    cache.batch_select_indices(rows.flatten())
-                n_nodes = len(level.tokens)
-                logits = self._forward(torch.tensor(level.tokens).repeat(n_rows).unsqueeze(1), cache, position)
-                position += 1
-            labels, nodes, tokens = (list(column) for column in zip(*level.ends, strict=True))
-            after = logits.view(n_rows, n_nodes, -1)
-            scores[:, labels] += (after[:, nodes, tokens] - after.logsumexp(-1)[:, nodes]).cpu()
+        logits = self._run(self.step.forward, texts[:, n_shared:], n_shared, start, cache)
+        scores = torch.zeros(n_rows, self._n_labels)
+        _add_ends(scores, self._root, logits.unsqueeze(1))
+        self._descend(scores, self._root, position, start, cache)
         return scores
+
+    def _descend(self, scores: Tensor, node: Node, position: int, *caches: ModelCache) -> None:
+        """Add what the labels below a node score; the last cache is at the node, one sequence a row, and is used up."""
+        n_rows, n_ctx = len(scores), position + node.height - len(node.tokens)
+        groups = [list(group) for _, group in itertools.groupby(sorted(node.children, key=_length), key=_length)]
+        for children in groups:
+            last = children is groups[-1]
+            held = caches if last else (*caches, caches[-1].copy(n_ctx=n_ctx))
+            if len(children) > 1:
+                held[-1].batch_repeat_interleave(len(children))
+            tokens = torch.tensor([child.tokens for child in children]).repeat(n_rows, 1)
+            logits = self._run(self.step.logits, tokens, position, *held)
+            logits = logits.view(n_rows, len(children), *logits.shape[1:])
+            for index, child in enumerate(children):
+                _add_ends(scores, child, logits[:, index])
+                if child.children:
+                    below = held[-1].copy(n_ctx=n_ctx)
+                    below.batch_select_indices(torch.arange(n_rows) * len(children) + index)
+                    self._descend(scores, child, position + len(child.tokens), *held, below)
 
     def _shared(self, tokens: Tensor) -> ModelCache:
         """The cache after what all prompts begin with, int64 `[1, T]`; to be copied, never continued."""
@@ -228,7 +256,7 @@ class Classifier:
             watching = replace(self._guard, mode="warn") if self._guard.measures else self._guard
             start = self._cache(watching, tokens.shape[1])
             if tokens.shape[1]:
-                self._forward(tokens, start, 0)
+                self._run(self.step.forward, tokens, 0, start)
             self._start = start
         return self._start
 
@@ -242,19 +270,21 @@ class Classifier:
             notify=self._notify,
         )
 
-    def _forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
-        """Logits float32 `[B, V]` after `tokens` `[B, T]`.
+    def _run(
+        self, run: Callable[[Tensor, ModelCache, int], Tensor], tokens: Tensor, position: int, *caches: ModelCache
+    ) -> Tensor:
+        """What the step gives for `tokens` `[B, T]` after the last of the caches that are held now.
 
         Raises
         ------
         NonFiniteError
             From the layer where it arose, or for the logits.
         """
-        figures = self.figures
+        figures, cache = self.figures, caches[-1]
         figures.n_processed += tokens.numel()
-        logits = self.step.forward(tokens, cache, position)
-        figures.kv_bytes = max(figures.kv_bytes, cache.kv_bytes)
-        figures.state_bytes = max(figures.state_bytes, cache.state_bytes)
+        logits = run(tokens, cache, position)
+        figures.kv_bytes = max(figures.kv_bytes, sum(held.kv_bytes for held in caches))
+        figures.state_bytes = max(figures.state_bytes, sum(held.state_bytes for held in caches))
         if not is_finite(logits):
             label, kernel = ("none", "none")
             if cache.kv_layers:
@@ -281,6 +311,17 @@ class Classifier:
         self.figures.n_rebuilds += 1
 
 
+def _length(node: Node) -> int:
+    return len(node.tokens)
+
+
+def _add_ends(scores: Tensor, node: Node, logits: Tensor) -> None:
+    """Add the log probabilities of a node's ends, from the logits after its run, float32 `[B, T, V]`."""
+    labels, offsets, tokens = (list(column) for column in zip(*node.ends, strict=True))
+    added = logits[:, offsets, tokens] - logits.logsumexp(-1)[:, offsets]
+    scores.index_add_(1, torch.tensor(labels), added.cpu())  # a label may be there more than once
+
+
 def shared_length(prompts: Sequence[Ids]) -> int:
     """Tokens that all prompts begin with, one less than the shortest has at most: its logits are needed."""
     first, last = min(prompts, key=tuple), max(prompts, key=tuple)  # in order, so all others lie between them
@@ -291,7 +332,7 @@ def shared_length(prompts: Sequence[Ids]) -> int:
 def batches(prompts: Sequence[Ids], most: int) -> Iterator[tuple[int, ...]]:
     """Indices of equally long prompts, at most so many at once, the shortest first."""
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    for _, group in groupby(by_length, key=lambda row: len(prompts[row])):
+    for _, group in itertools.groupby(by_length, key=lambda row: len(prompts[row])):
         rows = list(group)
         for begin in range(0, len(rows), most):
             yield tuple(rows[begin : begin + most])

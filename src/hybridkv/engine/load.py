@@ -17,8 +17,9 @@ import torch
 from hybridkv.cache import LayerFacts
 from hybridkv.errors import ModelError, ModelFileError
 from hybridkv.gguf.load import describe_gguf, load_gguf
-from hybridkv.hf import IMPLEMENTATION, WeightKind, layer_facts, pack_model, packed_parameter
+from hybridkv.hf import IMPLEMENTATION, WeightKind, layer_facts, pack_model, packed_parameter, vocabulary_rows
 from hybridkv.hf.load import RemoteCode, count_parameters, load_config, load_tokenizer, load_weights
+from hybridkv.hf.torchao_weights import quantize_weights
 
 BUNDLED = "reference-hybrid-q8_0.gguf"
 
@@ -70,6 +71,11 @@ def bundled_model() -> Path:
     return Path(str(resources.files("hybridkv") / "models" / BUNDLED))
 
 
+def bundled_text() -> Path:
+    """Held-out English technical prose, 1.7 million characters, that the bundled model was not trained on."""
+    return Path(str(resources.files("hybridkv") / "models" / "heldout_long.txt"))
+
+
 def describe(path: Path, *, remote_code: RemoteCode = "refused") -> Description:
     """What a model is, from its header or config alone.
 
@@ -109,21 +115,31 @@ def load(description: Description, *, dtype: torch.dtype, device: str, weights: 
     Parameters
     ----------
     weights
-        How matrices are held; packed one by one as they are read, so that no more than one is ever held twice.
+        How matrices are held. On the CPU they are packed one by one as they are read, so that no more than one is ever
+        held twice; on other devices, int8 and int4 are torchao's, made once the model is loaded.
 
     Raises
     ------
+    UsageError
+        If that needs torchao and it is not installed.
     ModelFileError, ModelError
         For whatever is wrong with the files.
     """
+    pack = weights != "plain" and torch.device(device).type == "cpu"
     if description.path.is_dir():
         code = description.remote_code
         model = load_weights(
             description.path, dtype=dtype, device=device, attn_implementation=IMPLEMENTATION, remote_code=code
         )
-        if weights != "plain":
+        if pack:
             pack_model(model, weights)
-        return Loaded(description, model, load_tokenizer(description.path, remote_code=code))
-    replace = None if weights == "plain" else partial(packed_parameter, kind=weights)
-    gguf = load_gguf(description.path, dtype=dtype, device=device, attn_implementation=IMPLEMENTATION, replace=replace)
-    return Loaded(description, gguf.model, gguf.tokenizer, gguf.notices)
+        loaded = Loaded(description, model, load_tokenizer(description.path, remote_code=code))
+    else:
+        replace = partial(packed_parameter, kind=weights, n_vocab=vocabulary_rows(description.config)) if pack else None
+        gguf = load_gguf(
+            description.path, dtype=dtype, device=device, attn_implementation=IMPLEMENTATION, replace=replace
+        )
+        loaded = Loaded(description, gguf.model, gguf.tokenizer, gguf.notices)
+    if not pack and (weights == "int8" or weights == "int4"):
+        quantize_weights(loaded.model, weights)
+    return loaded

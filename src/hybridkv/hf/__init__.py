@@ -19,6 +19,7 @@ from hybridkv.hf.step import (
     parse_step,
     parse_weights,
     resolve_step,
+    vocabulary_rows,
 )
 
 register()
@@ -45,4 +46,5 @@ __all__ = [
     "register",
     "resolve_step",
     "takes_chunks",
+    "vocabulary_rows",
 ]

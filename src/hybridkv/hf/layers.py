@@ -166,7 +166,8 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times."""
-        self.batch_select_indices(torch.arange(self.store.batch).repeat_interleave(repeats))
+        # Of the rows alone, by name: a layer that has a state too repeats that itself.
+        QuantizedLayer.batch_select_indices(self, torch.arange(self.store.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences `indices`."""

@@ -7,19 +7,21 @@ records and multiplies them itself; `linear` is for tests and benches, `gather` 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from functools import partial
+from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from hybridkv.errors import UsageError
-from hybridkv.formats import get_format
+from hybridkv.formats import Scale, get_format
 from hybridkv.kernels.cpu_native import _native, allocate, encode_into, isa
 
-WeightType = Literal["f32", "bf16", "q8_0"]
+WeightType = Literal["f32", "bf16", "q8_0", "q4_0"]
 
-WEIGHT_TYPES: Final[tuple[WeightType, ...]] = ("f32", "bf16", "q8_0")
+WEIGHT_TYPES: Final[tuple[WeightType, ...]] = get_args(WeightType)
 
 _PANEL = 16
 _BLOCK = 32
@@ -51,10 +53,10 @@ class PackedWeight:
 
 def exact_type(weight: Tensor) -> WeightType:
     """The smallest type that holds `weight`, any float dtype [n_out, n_in], without changing a bit."""
-    kinds: list[WeightType] = ["q8_0", "bf16"] if weight.shape[1] % _BLOCK == 0 else ["bf16"]
+    kinds: list[WeightType] = ["q4_0", "q8_0", "bf16"] if weight.shape[1] % _BLOCK == 0 else ["bf16"]
     for chunk in _row_chunks(weight):
-        chunk = chunk.float()
-        kinds = [kind for kind in kinds if _same_bits(_rounded(chunk, kind), chunk)]
+        chunk = chunk.float().contiguous()
+        kinds = [kind for kind in kinds if _holds(chunk, kind)]
         if not kinds:
             return "f32"
     return kinds[0]
@@ -63,15 +65,18 @@ def exact_type(weight: Tensor) -> WeightType:
 def pack(weight: Tensor, weight_type: WeightType) -> PackedWeight:
     """Pack a matrix, float32, float16 or bfloat16 [n_out, n_in], rounding its values to `weight_type`.
 
+    A row that q8_0 or q4_0 holds as it is keeps the scales that it was quantized with, whatever rule gave them. Other
+    rows get q8_0's largest magnitudes, and q4_0's scales refitted to the codes.
+
     Raises
     ------
     UsageError
-        q8_0 and n_in is no multiple of 32.
+        q8_0 or q4_0, and n_in is no multiple of 32.
     """
     n_out, n_in = weight.shape
-    if weight_type == "q8_0" and n_in % _BLOCK:
+    if weight_type in _SCALES and n_in % _BLOCK:
         raise UsageError(
-            f"q8_0 needs a multiple of {_BLOCK} inputs, not {n_in}", hint="pack this weight as bf16 or f32"
+            f"{weight_type} needs a multiple of {_BLOCK} inputs, not {n_in}", hint="pack this weight as bf16 or f32"
         )
     data = allocate((_native().packed_bytes(weight_type, n_out, n_in),))
     panels = data.view(-(-n_out // _PANEL), -1)
@@ -162,23 +167,34 @@ def _row_chunks(weight: Tensor) -> tuple[Tensor, ...]:
     return torch.split(weight, step)
 
 
-def _rounded(x: Tensor, kind: WeightType) -> Tensor:
-    """float32 [n, n_in] as `kind` holds it."""
-    if kind == "bf16":
-        return x.bfloat16().float()
-    return get_format("q8_0").decode(_q8_0(x), x.shape[1])
+def _holds(x: Tensor, kind: WeightType) -> bool:
+    """Whether `kind` holds float32 rows [n, n_in] to the bit."""
+    if kind in _SCALES:
+        return bool(_exact(x, kind)[0].all())
+    return torch.equal(x.bfloat16().float().view(torch.int32), x.view(torch.int32))
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.view(torch.int32), b.view(torch.int32))
+def _exact(x: Tensor, kind: WeightType) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of float32 rows `kind` holds to the bit, bool [n], and the scales and codes of those, uint8 [n, bytes]."""
+    n, n_in = x.shape
+    d, codes = (torch.empty(n, size, dtype=torch.uint8) for size in get_format(kind).plane_bytes(n_in))
+    found = torch.empty(n, dtype=torch.bool)
+    _native().exact_rows(
+        kind, x.data_ptr(), n, n_in, d.data_ptr(), codes.data_ptr(), found.data_ptr(), torch.get_num_threads()
+    )
+    return found, d, codes
 
 
-def _q8_0(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales and codes of rows, uint8 [n, bytes] each: the bytes of `KVFormat.encode`, made by native code."""
-    sizes = get_format("q8_0").plane_bytes(x.shape[1])
-    d, codes = (torch.empty(1, 1, x.shape[0], size, dtype=torch.uint8) for size in sizes)
-    encode_into(x[None, None], "q8_0", "absmax", (d, codes), 0)
-    return d[0, 0], codes[0, 0]
+def _planes(x: Tensor, kind: WeightType) -> tuple[Tensor, Tensor]:
+    """Scales and codes of rows, uint8 [n, bytes] each: as they are where that is exact, else as they are encoded."""
+    x = x.float().contiguous()
+    found, d, codes = _exact(x, kind)
+    if not found.all():
+        rest = x[~found][None, None]
+        planes = [torch.empty(1, 1, rest.shape[2], p.shape[1], dtype=torch.uint8) for p in (d, codes)]
+        encode_into(rest, kind, _SCALES[kind], planes, 0)
+        d[~found], codes[~found] = (plane[0, 0] for plane in planes)
+    return d, codes
 
 
 def _padded(x: Tensor, n_panels: int, n_in: int, fill: int = 0) -> Tensor:
@@ -198,16 +214,24 @@ def _pack_bf16(x: Tensor, out: Tensor) -> None:
     out.view(torch.int32).view(n, n_in // 2, _PANEL).copy_(pairs.transpose(1, 2))
 
 
-def _pack_q8_0(x: Tensor, out: Tensor) -> None:
-    d, codes = _q8_0(x)
+def _pack_blocks(x: Tensor, out: Tensor, kind: WeightType, block_bytes: int, zero: int, flip: int) -> None:
+    """Scales and codes, `block_bytes` a block and row; a byte of zeros is `zero`, and `flip` makes codes unsigned."""
+    d, codes = _planes(x, kind)
     n, n_pairs = out.shape[0], -(-x.shape[1] // (2 * _BLOCK))
-    scale_bytes = 2 * _PANEL * 2
+    scale_bytes, n_quads = 2 * _PANEL * 2, 2 * block_bytes // 4
     pairs = out.view(n, n_pairs, -1)
     halves = _padded(d.view(torch.int16), n, 2 * n_pairs).view(n, _PANEL, n_pairs, 2)
     pairs[..., :scale_bytes].view(torch.int16).view(n, n_pairs, 2, _PANEL).copy_(halves.permute(0, 2, 3, 1))
-    quads = _padded(codes ^ 0x80, n, n_pairs * 2 * _BLOCK, fill=0x80).view(torch.int32)
-    quads = quads.view(n, _PANEL, n_pairs, 2 * _BLOCK // 4).permute(0, 2, 3, 1)
-    pairs[..., scale_bytes:].view(torch.int32).view(n, n_pairs, 2 * _BLOCK // 4, _PANEL).copy_(quads)
+    quads = _padded(codes ^ flip, n, n_pairs * n_quads * 4, fill=zero).view(torch.int32)
+    quads = quads.view(n, _PANEL, n_pairs, n_quads).permute(0, 2, 3, 1)
+    pairs[..., scale_bytes:].view(torch.int32).view(n, n_pairs, n_quads, _PANEL).copy_(quads)
 
 
-_PACK: Final = {"f32": _pack_f32, "bf16": _pack_bf16, "q8_0": _pack_q8_0}
+_SCALES: Final[Mapping[WeightType, Scale]] = {"q8_0": "absmax", "q4_0": "refit"}
+
+_PACK: Final[Mapping[WeightType, Callable[[Tensor, Tensor], None]]] = {
+    "f32": _pack_f32,
+    "bf16": _pack_bf16,
+    "q8_0": partial(_pack_blocks, kind="q8_0", block_bytes=_BLOCK, zero=0x80, flip=0x80),
+    "q4_0": partial(_pack_blocks, kind="q4_0", block_bytes=_BLOCK // 2, zero=0x88, flip=0),
+}

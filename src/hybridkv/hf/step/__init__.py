@@ -19,6 +19,7 @@ from hybridkv.hf.step.weights import (
     packed_parameter,
     packing_rejects,
     parse_weights,
+    vocabulary_rows,
 )
 
 StepKind = Literal["auto", "native", "eager"]
@@ -67,4 +68,5 @@ __all__ = [
     "parse_step",
     "parse_weights",
     "resolve_step",
+    "vocabulary_rows",
 ]

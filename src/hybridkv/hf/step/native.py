@@ -15,14 +15,14 @@ from torch import Tensor
 from hybridkv.hf.attention import attend_new, non_finite
 from hybridkv.hf.cache import ModelCache
 from hybridkv.hf.layers import QuantizedLayer, StateLayer
-from hybridkv.hf.step import qwen3_5
+from hybridkv.hf.step import llama, qwen3_5
 from hybridkv.hf.step.record import Build, Builder, Family
 from hybridkv.hf.step.weights import packed_of
 from hybridkv.kernels import AttentionParams, cpu, cpu_native
 from hybridkv.kernels.linear import PackedWeight, exact_type, gather, pack
 from hybridkv.kernels.step import Rows
 
-FAMILIES = {family.model_type: family for family in (qwen3_5.FAMILY,)}
+FAMILIES = {family.model_type: family for family in (qwen3_5.FAMILY, llama.LLAMA, llama.QWEN3)}
 
 MAX_ROWS = 512
 """Tokens of all sequences in one run; more go in several. Bounds the buffers."""

@@ -69,11 +69,11 @@ def _delta_net(b: Builder, index: int, net: Any, normed: Tensor, x: Tensor) -> N
     b.linear(normed, (net.in_proj_qkv, raw), (net.in_proj_z, z), (net.in_proj_a, alpha), (net.in_proj_b, beta))
     b.program.conv(raw, mixed, net.conv1d.weight.squeeze(1), net.conv1d.bias, conv_state)
     q, k, v = torch.split(mixed, [net.key_dim, net.key_dim, net.value_dim], dim=1)
-    q, k, v = _heads(q, n_key), _heads(k, n_key), _heads(v, n_value)
+    q, k, v = b.heads(q, n_key), b.heads(k, n_key), b.heads(v, n_value)
     b.l2_norm(q, _L2_EPS, d**-0.5)
     b.l2_norm(k, _L2_EPS)
     b.program.decay(alpha, beta, alpha, beta, -net.A_log.float().exp(), net.dt_bias.float())
-    heads = _heads(out, n_value)
+    heads = b.heads(out, n_value)
     b.program.delta(q, k, v, alpha, beta, heads, state)
     b.rms_norm(heads, heads, net.norm.weight, net.norm.variance_epsilon)
     b.program.gate(out, z, out, "silu")
@@ -85,8 +85,8 @@ def _attention(b: Builder, index: int, config: Any, attention: Any, normed: Tens
     both = b.buffer("attention_q", 2 * n_heads * d)
     k, v, out = (b.buffer(f"attention_{n}", w * d) for n, w in (("k", n_kv), ("v", n_kv), ("out", n_heads)))
     b.linear(normed, (attention.q_proj, both), (attention.k_proj, k), (attention.v_proj, v))
-    q, gate = torch.split(_heads(both, n_heads), d, dim=2)
-    k, v, heads = _heads(k, n_kv), _heads(v, n_kv), _heads(out, n_heads)
+    q, gate = torch.split(b.heads(both, n_heads), d, dim=2)
+    k, v, heads = b.heads(k, n_kv), b.heads(v, n_kv), b.heads(out, n_heads)
     n_rotated = _n_rotated(config)
     for part, norm in ((q, attention.q_norm), (k, attention.k_norm)):
         _norm(b, part, part, norm)
@@ -94,11 +94,6 @@ def _attention(b: Builder, index: int, config: Any, attention: Any, normed: Tens
     b.attend(index, q, k, v, heads, attention.scaling)
     b.program.gate(heads, gate, heads, "sigmoid")
     b.linear(out, (attention.o_proj, x), add=True)
-
-
-def _heads(x: Tensor, n_heads: int) -> Tensor:
-    """A buffer's columns `[rows, heads * D]` as `[rows, heads, D]`, without a copy."""
-    return torch.unflatten(x, 1, (n_heads, -1))
 
 
 FAMILY = Family(model_type="qwen3_5_text", rejects=_rejects, build=_build, build_head=_build_head)

@@ -99,6 +99,11 @@ class Builder:
         assert width is None or found.shape[1] == width, (name, found.shape, width)
         return found
 
+    @staticmethod
+    def heads(x: Tensor, n_heads: int) -> Tensor:
+        """A buffer's columns `[rows, heads * D]` as `[rows, heads, D]`, without a copy."""
+        return torch.unflatten(x, 1, (n_heads, -1))
+
     def linear(self, x: Tensor, *targets: tuple[Any, Tensor], add: bool = False) -> None:
         """`dst = module(x)` for linear modules that read the same x; `dst += module(x)` with `add`."""
         self.program.linear(x, *(Target(self._pack(module.weight), dst, add) for module, dst in targets))

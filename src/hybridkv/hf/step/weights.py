@@ -19,8 +19,13 @@ from hybridkv.errors import one_of
 from hybridkv.kernels import cpu_native
 from hybridkv.kernels.linear import PackedWeight, WeightType, exact_type, gather, linear, pack, unpack
 
-WeightKind = Literal["auto", "plain", "f32", "bf16", "int8"]
-"""`auto`: the smallest type that holds a weight without any change; `int8`: q8_0, 8.5 bits; `plain`: not packed."""
+WeightKind = Literal["auto", "plain", "f32", "bf16", "int8", "int4"]
+"""`auto`: the smallest type that holds a weight without any change; `plain`: not packed.
+
+`int8`: q8_0, 8.5 bits. `int4`: q4_0, 4.5 bits; the embedding and the output head, one row per token of the vocabulary,
+stay at q8_0, as in other engines: few of their rows are read, and an error in the head is one in the logits. Matrices
+whose rows are no whole blocks of 32 are held as under `auto`.
+"""
 
 
 def parse_weights(text: str) -> WeightKind:
@@ -85,11 +90,17 @@ def _linear(x: Tensor, weight: PackedTensor, bias: Tensor | None = None) -> Tens
     return (out if bias is None else out + bias).to(x.dtype)
 
 
-def packed_parameter(parameter: Tensor, kind: WeightKind) -> Tensor:
-    """The parameter that takes a matrix's place; vectors, stacks of experts and convolutions stay what they are."""
+def packed_parameter(parameter: Tensor, kind: WeightKind, *, n_vocab: int | None = None) -> Tensor:
+    """The parameter that takes a matrix's place; vectors, stacks of experts and convolutions stay what they are.
+
+    Parameters
+    ----------
+    n_vocab
+        Rows of the model's embedding and head, by which `int4` knows them.
+    """
     if parameter.dim() != 2 or kind == "plain":
         return parameter
-    held = PackedTensor(pack(parameter, _type(parameter, kind)), parameter.dtype)
+    held = PackedTensor(pack(parameter, _type(parameter, kind, n_vocab)), parameter.dtype)
     return nn.Parameter(held, requires_grad=False)
 
 
@@ -98,14 +109,21 @@ def packed_of(parameter: Tensor) -> PackedWeight | None:
     return parameter.packed if isinstance(parameter, PackedTensor) else None
 
 
-def pack_model(model: nn.Module, kind: WeightKind = "auto") -> None:
-    """Pack a model's matrices in place, one after the other; tied ones stay tied."""
+def pack_model(model: Any, kind: WeightKind = "auto") -> None:
+    """Pack a Transformers model's matrices in place, one after the other; tied ones stay tied."""
+    n_vocab = vocabulary_rows(model.config)
     done: dict[int, Tensor] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in done:
-                done[id(parameter)] = packed_parameter(parameter, kind)
+                done[id(parameter)] = packed_parameter(parameter, kind, n_vocab=n_vocab)
             setattr(module, name, done[id(parameter)])
+
+
+def vocabulary_rows(config: Any) -> int:
+    """Rows of the embedding and of the output head of a config's model."""
+    rows: int = config.get_text_config(decoder=True).vocab_size
+    return rows
 
 
 def packed_types(model: nn.Module) -> tuple[WeightType, ...]:
@@ -124,7 +142,9 @@ def packing_rejects(device: str) -> str | None:
     return cpu_native.available() if device == "cpu" else f"packed weights are for the cpu, not {device}"
 
 
-def _type(weight: Tensor, kind: WeightKind) -> WeightType:
+def _type(weight: Tensor, kind: WeightKind, n_vocab: int | None) -> WeightType:
     if kind in ("f32", "bf16"):
         return kind
-    return "q8_0" if kind == "int8" and weight.shape[1] % 32 == 0 else exact_type(weight)
+    if kind == "auto" or weight.shape[1] % 32:
+        return exact_type(weight)
+    return "q4_0" if kind == "int4" and weight.shape[0] != n_vocab else "q8_0"

@@ -1,9 +1,9 @@
 // Linear layers, y = W x: activations in the form that a weight's type takes, and panels times rows of them. Included
 // once per instruction set. pack.h has the layout of a weight.
 //
-// q8_0: activations become integers with a scale per block of 32 (Dots says how many bits: far more than the weights
-// have), products and sums of a block are exact. f32 and bf16, and q8_0 of many rows where there are no products of
-// bytes: linear_floats.h. With AMX and many rows: linear_amx.h.
+// q8_0 and q4_0: activations become integers with a scale per block of 32 (Dots says how many bits: far more than the
+// weights have), products and sums of a block are exact. f32 and bf16, and blocks of many rows where there are no
+// products of bytes: linear_floats.h. With AMX and many rows: linear_amx.h.
 #pragma once
 
 #include <limits>
@@ -47,7 +47,7 @@ struct Output {
 
 struct Unit {
     float d;
-    int32_t offset;  // what 128 in every code adds, to be taken off
+    int32_t offset;  // what the zero in every code adds, to be taken off
 };
 
 inline int64_t integers_stride(int64_t n_in) {
@@ -56,7 +56,7 @@ inline int64_t integers_stride(int64_t n_in) {
 }
 
 // One block of 32. A block with a NaN or an infinity gets a NaN for its scale.
-inline Unit put_integers(const float* x, uint8_t* out) {
+inline Unit put_integers(const float* x, int zero, uint8_t* out) {
     constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
     constexpr uint32_t kInfinity = 0x7f800000u;
     uint32_t bits[32], top = 0;
@@ -77,43 +77,44 @@ inline Unit put_integers(const float* x, uint8_t* out) {
             c[i] -= 0x4b400000;
             sum += c[i];
         }
-        unit.offset = -128 * sum;
+        unit.offset = -zero * sum;
     }
     Dots::put(c, out);
     return unit;
 }
 
-HYBRIDKV_PHASE void prepare_integers(const float* x, int64_t n_in, uint8_t* out) {
-    const int64_t blocks = packed_inputs(Code::bytes, n_in) / 32;
+HYBRIDKV_PHASE void prepare_integers(Code code, const float* x, int64_t n_in, uint8_t* out) {
+    const int64_t blocks = packed_inputs(code, n_in) / 32;
     for (int64_t b = 0; b < blocks; ++b) {
         constexpr float kZeros[32] = {};
-        const Unit unit = put_integers(b * 32 < n_in ? x + b * 32 : kZeros, out + b * 64);
+        const Unit unit = put_integers(b * 32 < n_in ? x + b * 32 : kZeros, zero_code(code), out + b * 64);
         std::memcpy(out + blocks * 64 + b * static_cast<int64_t>(sizeof unit), &unit, sizeof unit);
     }
 }
 
 // Asks for the pairs of blocks to come, across the end of a panel: processors look ahead too little. Measured with
 // AVX-512: one row gains 5 %, four rows 30 % out of memory.
+template <Code C>
 inline void expect_pair(const uint8_t* pair) {
-    constexpr int kNear = 2 * kPairBytes, kFar = 8 * kPairBytes;
+    constexpr int kNear = 2 * pair_bytes(Code::bytes), kFar = 8 * pair_bytes(Code::bytes), lines = pair_bytes(C) / 64;
 #pragma GCC unroll 17
-    for (int i = 0; i < kPairBytes; i += 64) {
-        __builtin_prefetch(pair + kNear + i, 0, 3);
-        __builtin_prefetch(pair + kFar + i, 0, 2);
+    for (int i = 0; i < lines; ++i) {
+        __builtin_prefetch(pair + kNear + i * 64, 0, 3);
+        __builtin_prefetch(pair + kFar + i * 64, 0, 2);
     }
 }
 
 // NV vectors of output rows from `lane` on, of NQ rows: they lie side by side in a panel, or are whole panels that lie
 // `bytes` apart. sums[panel][NQ][16]
-template <int NQ, int NV>
+template <Code C, int NQ, int NV>
 HYBRIDKV_PHASE void panel_integers(const uint8_t* panel, int64_t bytes, int64_t blocks, const uint8_t* x,
                                    int64_t x_stride, int lane, float* sums) {
     constexpr bool whole = L == kPanel;
     F acc[NQ][NV];
 #pragma GCC unroll 8
     for (auto& row : acc) for (F& a : row) a = Simd::set1(0.f);
-    for (int64_t b = 0; b < blocks; b += 2, panel += kPairBytes) {
-        if constexpr (NQ <= 4 && !(whole && NV > 1)) expect_pair(panel);
+    for (int64_t b = 0; b < blocks; b += 2, panel += pair_bytes(C)) {
+        if constexpr (NQ <= 4 && !(whole && NV > 1)) expect_pair<C>(panel);
 #pragma GCC unroll 2
         for (int64_t half = 0; half < 2; ++half) {
             Unit unit[NQ];
@@ -124,8 +125,8 @@ HYBRIDKV_PHASE void panel_integers(const uint8_t* panel, int64_t bytes, int64_t 
 #pragma GCC unroll 4
                 for (int v = 0; v < NV; ++v) block[q][v] = Simd::set1i(unit[q].offset);
             }
-            const uint8_t* codes = panel + kPairScales + half * 512 + lane * 4;
-            Dots::block<NQ, NV>(codes, whole ? bytes : L * 4, x + (b + half) * 64, x_stride, block);
+            const uint8_t* codes = panel + kPairScales + half * block_bytes(C) + lane * 4;
+            Dots::block<C, NQ, NV>(codes, whole ? bytes : L * 4, x + (b + half) * 64, x_stride, block);
 #pragma GCC unroll 4
             for (int v = 0; v < NV; ++v) {
                 const uint8_t* scales = panel + (half * kPanel + lane) * 2 + v * (whole ? bytes : L * 2);
@@ -154,8 +155,8 @@ inline Form form_of(Code code, int64_t n_rows) {
 #if defined(HYBRIDKV_AMX)
     if (code != Code::f32 && n_rows >= Tiles::min_rows) return Form::tiles;
 #endif
-    if (Blocks::wins(code, n_rows) && (code != Code::bytes || !Dots::bytes)) return Form::blocks;
-    return code == Code::bytes ? Form::integers : Form::floats;
+    if (Blocks::wins(code, n_rows) && !(in_blocks(code) && Dots::bytes)) return Form::blocks;
+    return in_blocks(code) ? Form::integers : Form::floats;
 }
 
 size_t prepared_bytes(Code code, int64_t n_in, int64_t n_rows) {
@@ -177,7 +178,7 @@ void prepare(Code code, const float* x, int64_t x_stride, int64_t n_in, int64_t 
 #if defined(HYBRIDKV_AMX)
         if (form == Form::tiles) Tiles::prepare(row, n_in, packed_inputs(code, n_in), r, out);
 #endif
-        if (form == Form::integers) prepare_integers(row, n_in, out + r * integers_stride(n_in));
+        if (form == Form::integers) prepare_integers(code, row, n_in, out + r * integers_stride(n_in));
         const bool floats = form == Form::floats || form == Form::blocks;
         if (floats) prepare_floats(code, row, n_in, out + r * floats_stride(code, n_in));
     }
@@ -224,6 +225,7 @@ void linear_floats(const Weight& w, const uint8_t* x, int64_t n_rows, int64_t pa
     });
 }
 
+template <Code C>
 void linear_integers(const Weight& w, const uint8_t* x, int64_t n_rows, int64_t panel0, int64_t panel1,
                      const Output& out) {
     const int64_t stride = integers_stride(w.n_in), blocks = packed_inputs(w.code, w.n_in) / 32;
@@ -233,7 +235,7 @@ void linear_integers(const Weight& w, const uint8_t* x, int64_t n_rows, int64_t 
             Blocks::for_rows<4>(n_rows, [&](auto group, int64_t r) {
                 constexpr int n = decltype(group)::count;
                 alignas(64) float sums[2 * n * kPanel];
-                panel_integers<n, 2>(w.data + panel0 * bytes, bytes, blocks, x + r * stride, stride, 0, sums);
+                panel_integers<C, n, 2>(w.data + panel0 * bytes, bytes, blocks, x + r * stride, stride, 0, sums);
                 out.put(sums, n, r, panel0);
                 out.put(sums + n * kPanel, n, r, panel0 + 1);
             });
@@ -241,7 +243,7 @@ void linear_integers(const Weight& w, const uint8_t* x, int64_t n_rows, int64_t 
     }
     for_panels(w, n_rows, panel0, panel1, out, [&](auto group, const uint8_t* panel, int r, int lane, float* sums) {
         constexpr int n = decltype(group)::count;
-        panel_integers<n, vectors<n>()>(panel, bytes, blocks, x + r * stride, stride, lane, sums);
+        panel_integers<C, n, vectors<n>()>(panel, bytes, blocks, x + r * stride, stride, lane, sums);
     });
 }
 
@@ -254,11 +256,14 @@ void linear(const Weight& w, const void* prepared, int64_t n_rows, int64_t panel
         case Form::tiles: return Tiles::linear(w, x, n_rows, panel0, panel1, scratch, out);
 #endif
         case Form::blocks: return Blocks::linear(w, x, n_rows, panel0, panel1, scratch, out);
-        case Form::integers: return linear_integers(w, x, n_rows, panel0, panel1, out);
         default: break;
     }
-    if (w.code == Code::f32) return linear_floats<Code::f32>(w, x, n_rows, panel0, panel1, out);
-    linear_floats<Code::bf16>(w, x, n_rows, panel0, panel1, out);
+    switch (w.code) {
+        case Code::nibbles: return linear_integers<Code::nibbles>(w, x, n_rows, panel0, panel1, out);
+        case Code::bytes: return linear_integers<Code::bytes>(w, x, n_rows, panel0, panel1, out);
+        case Code::bf16: return linear_floats<Code::bf16>(w, x, n_rows, panel0, panel1, out);
+        default: return linear_floats<Code::f32>(w, x, n_rows, panel0, panel1, out);
+    }
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// Linear layers of many rows in bfloat16 tiles: 32 rows times 32 outputs at a time, summed in float32. q8_0 is brought
-// to bfloat16 once per panel and kDepth inputs, bf16 is read as it lies.
+// Linear layers of many rows in bfloat16 tiles: 32 rows times 32 outputs at a time, summed in float32. q8_0 and
+// q4_0 are brought to bfloat16 once per panel and kDepth inputs, bf16 is read as it lies.
 //
 // A tile of activations is [16 rows][32 inputs], of weights [16 pairs of inputs][16 outputs][2]: 1024 bytes each.
 #pragma once
@@ -49,21 +49,24 @@ struct Tiles {
         return _mm512_ternarylogic_epi32(low, high, Simd::set1i(static_cast<int>(0xffff0000u)), 0xf8);  // a | b & c
     }
 
-    // `pairs` pairs of blocks of a panel of q8_0 as tiles. A code in the upper bits of 2^15's fraction is 2^15 + code,
-    // and (2^15 + 128) * d is exact.
+    // `pairs` pairs of blocks of a panel as tiles. A code in the upper bits of 2^15's fraction is 2^15 + code, and
+    // (2^15 + zero) * d is exact.
+    template <Code C>
     static HYBRIDKV_PHASE void dequantize(const uint8_t* panel, int64_t pairs, uint8_t* out) {
-        const I base = Simd::set1i(0x47000000), byte = Simd::set1i(0xff00);
-        for (int64_t p = 0; p < pairs; ++p, panel += kPairBytes) {
+        constexpr int parts = codes_per_byte(C), zero = zero_code(C), lines = 8 / parts;
+        const I base = Simd::set1i(0x47000000), bits = Simd::set1i((2 * zero - 1) << 8);
+        for (int64_t p = 0; p < pairs; ++p, panel += pair_bytes(C)) {
 #pragma GCC unroll 2
             for (int half = 0; half < 2; ++half) {
                 const F d = Simd::f16(reinterpret_cast<const uint16_t*>(panel) + half * kPanel);
-                const F offset = Simd::mul(d, Simd::set1(-32896.f));
-                const uint8_t* codes = panel + kPairScales + half * 512;
-#pragma GCC unroll 4
+                const F offset = Simd::mul(d, Simd::set1(-32768.f - zero));
+                const uint8_t* codes = panel + kPairScales + half * block_bytes(C);
+#pragma GCC unroll 8
                 for (int quad = 0; quad < 8; ++quad, out += 128) {
-                    const I w = _mm512_load_si512(codes + 64 * quad);
+                    const I line = _mm512_load_si512(codes + 64 * (quad % lines));
+                    const I w = quad < lines ? line : _mm512_srli_epi32(line, 4);
                     const auto value = [&](I c) {
-                        return Simd::fma((F)_mm512_ternarylogic_epi32(base, c, byte, 0xf8), d, offset);
+                        return Simd::fma((F)_mm512_ternarylogic_epi32(base, c, bits, 0xf8), d, offset);
                     };
                     const F k0 = value(_mm512_slli_epi32(w, 8)), k1 = value(w);
                     const F k2 = value(_mm512_srli_epi32(w, 8)), k3 = value(_mm512_srli_epi32(w, 16));
@@ -130,11 +133,12 @@ struct Tiles {
         const int64_t a_stride = n_in / kInputs * kTileBytes;
         const uint8_t* b = w.data + p * bytes + k * kPanel * 2;
         int64_t b_stride = bytes;
-        if (w.code == Code::bytes) {
+        if (in_blocks(w.code)) {
+            const auto to_tiles = w.code == Code::bytes ? dequantize<Code::bytes> : dequantize<Code::nibbles>;
             b = tiles;
             b_stride = depth * kTileBytes;
             for (int i = 0; i < NB; ++i) {
-                dequantize(w.data + (p + i) * bytes + k / 64 * kPairBytes, inputs / 64, tiles + i * b_stride);
+                to_tiles(w.data + (p + i) * bytes + k / 64 * pair_bytes(w.code), inputs / 64, tiles + i * b_stride);
             }
         }
         const uint8_t* a = x + r0 / kRows * a_stride + k / kInputs * kTileBytes;

@@ -87,7 +87,7 @@ struct Blocks {
     // Whether bringing panels to float32 pays. bf16 is cheap to widen anew for each row; without vector products of
     // 16 bits, integers never win.
     static bool wins(Code code, int64_t n_rows) {
-        const int64_t least = code == Code::bf16 ? 16 : code == Code::bytes && L == 4 ? 1 : 8;
+        const int64_t least = code == Code::bf16 ? 16 : in_blocks(code) && L == 4 ? 1 : 8;
         return n_rows >= least;
     }
 
@@ -134,20 +134,23 @@ struct Blocks {
     }
 
     // Inputs [k, k + depth) of a panel as [input][16] float32; both are multiples of a pair of blocks
-    static HYBRIDKV_PHASE void convert_q8_0(const uint8_t* panel, int64_t k, int64_t depth, float* out) {
-        const uint8_t* pair = panel + k / 64 * kPairBytes;
-        for (int64_t i = 0; i < depth; i += 64, pair += kPairBytes) {
+    template <Code C>
+    static HYBRIDKV_PHASE void convert_blocks(const uint8_t* panel, int64_t k, int64_t depth, float* out) {
+        constexpr int parts = codes_per_byte(C), zero = zero_code(C);
+        const uint8_t* pair = panel + k / 64 * pair_bytes(C);
+        for (int64_t i = 0; i < depth; i += 64, pair += pair_bytes(C)) {
             for (int lane = 0; lane < 2 * kPanel; lane += L) {
                 const F d = Simd::f16(reinterpret_cast<const uint16_t*>(pair) + lane);
-                const F offset = Simd::mul(d, Simd::set1(-128.f));
-                const uint8_t* codes = pair + kPairScales + lane / kPanel * 512 + lane % kPanel * 4;
+                const F offset = Simd::mul(d, Simd::set1(static_cast<float>(-zero)));
+                const uint8_t* codes = pair + kPairScales + lane / kPanel * block_bytes(C) + lane % kPanel * 4;
                 float* to = out + (i + lane / kPanel * 32) * kPanel + lane % kPanel;
-                for (int quad = 0; quad < 8; ++quad, codes += 64, to += 4 * kPanel) {
+                for (int quad = 0; quad < 8 / parts; ++quad, codes += 64, to += 4 * kPanel) {
                     typedef uint32_t Bits __attribute__((vector_size(sizeof(I))));
                     const Bits w = (Bits)Simd::loadi(reinterpret_cast<const int32_t*>(codes));
-#pragma GCC unroll 4
-                    for (int j = 0; j < 4; ++j) {
-                        Simd::store(to + j * kPanel, Simd::fma(Simd::to_float((I)(w >> (8 * j) & 0xff)), d, offset));
+#pragma GCC unroll 8
+                    for (int j = 0; j < 4 * parts; ++j) {
+                        const F code = Simd::to_float((I)(w >> (8 * (j % 4) + j / 4 * 4) & (2 * zero - 1)));
+                        Simd::store(to + (j % 4 + j / 4 * 16) * kPanel, Simd::fma(code, d, offset));
                     }
                 }
             }
@@ -178,7 +181,9 @@ struct Blocks {
             b = reinterpret_cast<const float*>(w.data + panel * bytes) + k * kPanel;
             b_stride = bytes / 4;
         } else {
-            const auto convert = w.code == Code::bytes ? convert_q8_0 : convert_bf16;
+            const auto convert = w.code == Code::bytes     ? convert_blocks<Code::bytes>
+                                 : w.code == Code::nibbles ? convert_blocks<Code::nibbles>
+                                                           : convert_bf16;
             for (int i = 0; i < NP; ++i) convert(w.data + (panel + i) * bytes, k, depth, converted + i * kPanelFloats);
         }
         for (int lane = 0; lane < NP * kPanel; lane += NV * L) {

@@ -21,7 +21,7 @@ struct Dots {
 
     // sums[q][v] += sum over the block of code * activation, for the 16 rows of each of NV panels, `next` bytes apart;
     // rows of x are `stride` apart
-    template <int NQ, int NV>
+    template <Code C, int NQ, int NV>
     static inline __attribute__((always_inline)) void block(const uint8_t* codes, int64_t next, const uint8_t* x,
                                                             int64_t stride, I (&sums)[NQ][NV]) {
         I high[NQ][NV];
@@ -29,9 +29,14 @@ struct Dots {
         for (auto& row : high) for (I& h : row) h = Simd::set1i(0);
 #pragma GCC unroll 8
         for (int quad = 0; quad < 8; ++quad) {
+            constexpr int lines = 8 / codes_per_byte(C);
             I w[NV];
 #pragma GCC unroll 2
-            for (int v = 0; v < NV; ++v) w[v] = _mm512_loadu_si512(codes + 64 * quad + v * next);
+            for (int v = 0; v < NV; ++v) {
+                w[v] = _mm512_loadu_si512(codes + 64 * (quad % lines) + v * next);
+                if (quad >= lines) w[v] = _mm512_srli_epi32(w[v], 4);
+                if (C == Code::nibbles) w[v] = _mm512_and_si512(w[v], _mm512_set1_epi8(15));
+            }
 #pragma GCC unroll 8
             for (int q = 0; q < NQ; ++q) {
                 int32_t h, l;

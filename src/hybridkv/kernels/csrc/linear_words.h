@@ -19,17 +19,21 @@ struct Dots {
 
     // sums[q][v] += sum over the block of code * activation, for NV vectors of output rows, `next` bytes apart; rows of
     // x are `stride` apart
-    template <int NQ, int NV>
+    template <Code C, int NQ, int NV>
     static inline __attribute__((always_inline)) void block(const uint8_t* codes, int64_t next, const uint8_t* x,
                                                             int64_t stride, I (&sums)[NQ][NV]) {
         typedef uint16_t Words __attribute__((vector_size(sizeof(I))));
+        constexpr int lines = 8 / codes_per_byte(C);
+        constexpr uint16_t mask = 2 * zero_code(C) - 1;
+#pragma GCC unroll 8
         for (int quad = 0; quad < 8; ++quad) {
             I even[NV], odd[NV];
 #pragma GCC unroll 4
             for (int v = 0; v < NV; ++v) {
-                const Words w = (Words)Simd::loadi(reinterpret_cast<const int32_t*>(codes + 64 * quad + v * next));
-                even[v] = (I)(w & 0xff);
-                odd[v] = (I)(w >> 8);
+                const uint8_t* line = codes + 64 * (quad % lines) + v * next;
+                const Words w = (Words)Simd::loadi(reinterpret_cast<const int32_t*>(line)) >> (quad < lines ? 0 : 4);
+                even[v] = (I)(w & mask);
+                odd[v] = (I)(w >> 8 & mask);
             }
 #pragma GCC unroll 4
             for (int q = 0; q < NQ; ++q) {

@@ -34,6 +34,23 @@ void unpack_rows(const std::string& type, int64_t n_out, int64_t n_in, Address d
     });
 }
 
+// Rows that a type holds as they are: found[row] says so, and their planes are written. Rows lie side by side.
+void exact_rows(const std::string& type, Address x, int64_t n_rows, int64_t n_in, Address d, Address codes,
+                Address found, int n_threads) {
+    const Code code = format_named(type).code;
+    const int64_t blocks = n_in / 32, row_bytes = n_in / codes_per_byte(code);
+    const float* rows = reinterpret_cast<const float*>(x);
+    uint16_t* scales = reinterpret_cast<uint16_t*>(d);
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(codes);
+    uint8_t* exact = reinterpret_cast<uint8_t*>(found);
+    nb::gil_scoped_release unlocked;
+    parallel_for((n_rows + kRowsPerTask - 1) / kRowsPerTask, n_threads, [&](int64_t task, int) {
+        for (int64_t r = task * kRowsPerTask; r < std::min(n_rows, (task + 1) * kRowsPerTask); ++r) {
+            exact[r] = exact_codes(code, rows + r * n_in, n_in, scales + r * blocks, bytes + r * row_bytes);
+        }
+    });
+}
+
 struct Free {
     void operator()(void* memory) const { ::operator delete(memory, std::align_val_t{64}); }
 };
@@ -62,6 +79,7 @@ void linear(const std::string& isa, const std::string& type, int64_t n_out, int6
 void bind_linear(nb::module_& m) {
     m.def("packed_bytes", &packed_bytes);
     m.def("unpack_rows", &unpack_rows);
+    m.def("exact_rows", &exact_rows);
     m.def("linear", &linear);
 }
 

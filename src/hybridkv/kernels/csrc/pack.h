@@ -4,16 +4,25 @@
 // f32   [n_in][16 rows] float32
 // bf16  [n_in / 2][16 rows][2] bfloat16: a right operand of a bfloat16 tile product as it is
 // q8_0  per 64 inputs (two blocks): [2][16 rows] float16 scales, [2][8 quads of inputs][16 rows][4] codes + 128
+// q4_0  the same with [2][4 quads][16 rows][4] bytes: codes + 8 of quad i below, of quad i + 4 above
 #pragma once
 
 #include "step.h"
 
 namespace hybridkv {
 
-constexpr int kPairBytes = 2 * kPanel * (2 + 32);  // two blocks of 16 rows of q8_0: 17 cache lines
-constexpr int kPairScales = 2 * kPanel * 2;        // of that, the scales that come first
+constexpr int kPairScales = 2 * kPanel * 2;  // bytes of the scales of two blocks of 16 rows
 
-// Inputs of a packed row: bf16 and q8_0 are read in whole tiles.
+// Whether a code is of 4 or 8 bits, with a scale per block.
+constexpr bool in_blocks(Code code) { return code == Code::bytes || code == Code::nibbles; }
+
+// Codes in a byte; the code of the value 0; bytes of the codes of a block of 16 rows; of a pair of blocks, with scales.
+constexpr int codes_per_byte(Code code) { return code == Code::nibbles ? 2 : 1; }
+constexpr int zero_code(Code code) { return code == Code::nibbles ? 8 : 128; }
+constexpr int block_bytes(Code code) { return kPanel * 32 / codes_per_byte(code); }
+constexpr int pair_bytes(Code code) { return kPairScales + 2 * block_bytes(code); }
+
+// Inputs of a packed row: all but f32 are read in whole tiles.
 constexpr int64_t packed_inputs(Code code, int64_t n_in) {
     const int64_t unit = code == Code::f32 ? 1 : code == Code::bf16 ? 32 : 64;
     return (n_in + unit - 1) / unit * unit;
@@ -21,7 +30,7 @@ constexpr int64_t packed_inputs(Code code, int64_t n_in) {
 
 constexpr int64_t panel_bytes(Code code, int64_t n_in) {
     const int64_t k = packed_inputs(code, n_in);
-    return code == Code::f32 ? k * kPanel * 4 : code == Code::bf16 ? k * kPanel * 2 : k / 64 * kPairBytes;
+    return code == Code::f32 ? k * kPanel * 4 : code == Code::bf16 ? k * kPanel * 2 : k / 64 * pair_bytes(code);
 }
 
 // Panels in a task: so many that handing it out costs nothing, and few enough that threads end together. Many rows take
@@ -37,5 +46,9 @@ inline int64_t panels_per_task(const Weight& w, int64_t n_rows, int n_threads) {
 
 // Row `row` of the matrix as n_in floats.
 void unpack_row(const Weight& w, int64_t row, float* out);
+
+// Scales and codes of a row, in ggml's planes (q4_0: 16 bytes a block, q8_0: 32), that give every value to the bit, the
+// sign of a zero included. False if there are none; what is written then means nothing.
+bool exact_codes(Code code, const float* x, int64_t n_in, uint16_t* d, uint8_t* codes);
 
 }  // namespace hybridkv

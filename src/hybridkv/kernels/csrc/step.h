@@ -16,7 +16,7 @@ constexpr int kPanel = 16;  // output rows that lie side by side in a panel of a
 
 // A matrix [n_out, n_in] as panels of kPanel rows, each contiguous along n_in; linear.h has the layout per code.
 struct Weight {
-    Code code;  // f32, bf16, or bytes: q8_0
+    Code code;  // f32, bf16, bytes: q8_0, nibbles: q4_0
     int64_t n_out, n_in;
     const uint8_t* data;
 

@@ -1,0 +1,288 @@
+"""`hybridkv eval`: what each cache type changes in what a model says, token by token."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hybridkv import __version__
+from hybridkv.cli.bench_options import check_range, words
+from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, limit_spinning, open_model
+from hybridkv.cli.show import notice, simple_table, stdout_console, summary
+from hybridkv.errors import UsageError, one_of
+
+if TYPE_CHECKING:
+    from hybridkv.cache import AttentionFacts
+    from hybridkv.engine.load import Loaded
+    from hybridkv.hf import Step
+    from hybridkv.lab.candidates import Candidate
+    from hybridkv.lab.corpus import Corpus
+    from hybridkv.lab.results import Conditions, Result
+    from hybridkv.lab.run import Run
+
+NAME = "eval"
+HELP = "measure what each KV cache type changes: perplexity, divergence, greedy text, bytes, speed"
+
+DEFAULT_CTX = 8192
+
+_TYPES = "q8_0,q6_0,q5_1,q5_0,q4_1,q4_0,iq4_nl"
+_EXIT_INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `hybridkv eval`."""
+    add_model_arguments(parser, default_ctx=DEFAULT_CTX)
+    parser.add_argument("-f", "--file", metavar="TEXT", help="a UTF-8 text (default: the bundled held-out text)")
+    parser.add_argument(
+        "--windows", type=int, default=1, metavar="N", help="windows of -c tokens; 0: all of the text (default 1)"
+    )
+    parser.add_argument(
+        "--mode",
+        default="prefill",
+        metavar="prefill|decode",
+        help="give the text in pieces, or token by token as generation does (default prefill)",
+    )
+    parser.add_argument(
+        "--reference", default="f16", metavar="f16|f32", help="cache that the others are compared with (default f16)"
+    )
+    parser.add_argument(
+        "-n", "--greedy", type=int, default=64, metavar="N", help="tokens of each greedy text; 0: none (default 64)"
+    )
+    parser.add_argument("-o", "--output", default="hybridkv-eval.jsonl", metavar="FILE", help="results as JSON lines")
+    parser.add_argument("--resume", action="store_true", help="go on with -o: run only what it lacks")
+    group = parser.add_argument_group("candidates", "options multiply: each type with each rotation, rule and length")
+    group.add_argument(
+        "--types",
+        default=_TYPES,
+        metavar="T,K/V,...",
+        help=f"types or pairs K/V; options may follow, as in q4_0+kv+tail128+sink4+center (default {_TYPES})",
+    )
+    group.add_argument("--rotate", metavar="none,k,v,kv", help="sides to rotate")
+    group.add_argument("--scale", metavar="absmax,refit", help="scale rules")
+    group.add_argument("--tail", metavar="N,...", help="newest tokens kept as f16")
+    group.add_argument("--sink", metavar="N,...", help="first tokens kept as f16")
+    group.add_argument("--center", action="store_true", help="store K less a fixed vector, where there is a tail")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Check, resolve, load, measure, print, write."""
+    limit_spinning()
+    a = arguments
+    output = _check(a)
+    from hybridkv.lab.candidates import label
+    from hybridkv.lab.evaluate import MODES, Evaluator
+    from hybridkv.lab.journal import Journal
+    from hybridkv.lab.run import Run
+
+    mode = one_of(a.mode, MODES, "--mode", hint="decode is what generation does, prefill is faster")
+    candidates = _candidates(a)
+    opened = open_model(a, default_ctx=DEFAULT_CTX)
+    facts = _resolve(opened, candidates)
+    loaded, step = opened.load()
+    print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
+    corpus = _corpus(a, loaded, opened.n_ctx)
+    identity: dict[str, str | int] = {
+        "model": loaded.description.name,
+        "tokens": corpus.digest,
+        "context": corpus.n_ctx,
+        "mode": mode,
+        "reference": label(candidates[0].policy.types),
+        "engine": step.name,
+    }
+    journal = Journal(output.with_suffix(".npz"), identity)
+    if a.resume:
+        journal.load()
+    evaluator = Evaluator(loaded.model, step, facts, corpus.n_ctx)
+    run = Run(evaluator, corpus, candidates, mode, journal, n_greedy=a.greedy)
+    complete = _measure(run)
+    conditions = replace(_conditions(a, loaded, step, corpus, candidates), complete=complete)
+    results = run.results(facts, _snippet(loaded, corpus))
+    _show(conditions, results)
+    _write(output, conditions, results)
+    return 0 if complete else _EXIT_INTERRUPTED
+
+
+def _check(a: argparse.Namespace) -> Path:
+    """Refuse what can be refused before anything heavy is imported; where results go."""
+    check_limits(a, ("--windows", "windows", 0, 10**6), ("-n", "greedy", 0, 4096))
+    if a.ctx_size is not None and 0 < a.ctx_size < 2:
+        raise UsageError(f"-c {a.ctx_size}; allowed: 2 or more", hint="8192 shows what long contexts do")
+    if a.reference not in ("f16", "f32"):
+        raise UsageError(f"--reference {a.reference!r}; allowed: f16, f32", hint="f16 is what others compare with")
+    output = Path(a.output)
+    if output.suffix != ".jsonl":
+        raise UsageError(f"-o {a.output!r}; allowed: a file name that ends in .jsonl")
+    if not output.parent.is_dir():
+        raise UsageError(f"-o {a.output}: there is no directory {output.parent}")
+    held = [path for path in (output, output.with_suffix(".npz")) if path.exists()]
+    if held and not a.resume:
+        raise UsageError(f"-o {a.output}: {held[0]} exists", hint="--resume goes on with it; or choose another -o")
+    if a.resume and not output.with_suffix(".npz").exists():
+        raise UsageError(f"--resume: there is no {output.with_suffix('.npz')}", hint="leave --resume out to begin")
+    return output
+
+
+def _candidates(a: argparse.Namespace) -> list[Candidate]:
+    """The reference, the reference once more, and all that was asked for."""
+    from hybridkv.cache import KVTypes
+    from hybridkv.lab.candidates import Candidate, expand, label
+    from hybridkv.policy import Policy
+
+    asked = expand(
+        words(a.types),
+        rotations=words(a.rotate or ""),
+        scales=words(a.scale or ""),
+        tails=_counts("--tail", a.tail),
+        sinks=_counts("--sink", a.sink),
+        centers=(True,) if a.center else (),
+    )
+    if not asked:
+        raise UsageError("--types is empty; allowed: KV cache types, separated by commas", hint="try --types q8_0,q4_0")
+    reference = Policy(KVTypes(a.reference, a.reference))
+    name = label(reference.types)
+    return [
+        Candidate(name, reference, "reference"),
+        Candidate(f"{name} (again)", reference, "floor"),
+        *(candidate for candidate in asked if candidate.label != name),
+    ]
+
+
+def _counts(option: str, text: str | None) -> list[int]:
+    if text is None:
+        return []
+    parts = words(text)
+    if not parts or not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
+        raise UsageError(f"{option} {text!r}; allowed: token counts, separated by commas", hint=f"try {option} 0,128")
+    for part in parts:
+        check_range(option, int(part), 0, 2**20)
+    return [int(part) for part in parts]
+
+
+def _resolve(opened: Opened, candidates: Sequence[Candidate]) -> Sequence[AttentionFacts]:
+    """The model's KV layers; every candidate has kernels for them, before any weight is loaded."""
+    from hybridkv.cache import resolve
+    from hybridkv.hf import kv_facts
+    from hybridkv.kernels import ENCODERS, KERNELS
+
+    facts = kv_facts(opened.description.facts)
+    print(summary(opened.description), file=sys.stderr)
+    if not facts:
+        raise UsageError(
+            f"{opened.description.name} has no KV cache: there is nothing to compare",
+            hint="recurrent states are always float32",
+        )
+    for candidate in candidates:
+        for spec in candidate.policy.resolve(facts):
+            resolve(spec, opened.device_type, KERNELS, ENCODERS)
+    return facts
+
+
+def _corpus(a: argparse.Namespace, loaded: Loaded, n_ctx: int) -> Corpus:
+    from hybridkv.engine.load import bundled_text
+    from hybridkv.lab.corpus import cut, read_text
+
+    path = bundled_text() if a.file is None else Path(a.file)
+    text = read_text(path)
+    if loaded.tokenizer is None:
+        raise UsageError("this model has no tokenizer", hint="take a model directory with its tokenizer files")
+    wanted = a.windows or None
+    if wanted is not None:
+        text = text[: 16 * (wanted * n_ctx + 1)]  # no tokenizer needs more characters, and a long text takes long
+    return cut(path.name, loaded.tokenizer.encode(text), n_ctx, wanted)
+
+
+def _measure(run: Run) -> bool:
+    """Run with a progress bar on stderr; False if it was interrupted."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from hybridkv.cli.show import stderr_console
+
+    columns = (TextColumn("tokens"), BarColumn(40), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr_console()) as progress:
+        task = progress.add_task("", total=run.n_ticks)
+        complete = run.execute(lambda n_tokens: progress.advance(task, n_tokens))
+    if not complete:
+        notice("interrupted: what was measured is kept; --resume goes on with it")
+    return complete
+
+
+def _conditions(
+    a: argparse.Namespace, loaded: Loaded, step: Step, corpus: Corpus, candidates: Sequence[Candidate]
+) -> Conditions:
+    import torch
+    import transformers
+
+    from hybridkv.kernels import KERNELS
+    from hybridkv.lab.machine import cpu_model
+    from hybridkv.lab.results import Conditions
+
+    return Conditions(
+        model=loaded.description.name,
+        text=corpus.name,
+        n_ctx=corpus.n_ctx,
+        n_windows=len(corpus.windows),
+        n_tokens=len(corpus.windows) * corpus.n_ctx,
+        mode=a.mode,
+        reference=candidates[0].label,
+        engine=step.name,
+        kernel=KERNELS[0].name,
+        hybridkv=__version__,
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        cpu=cpu_model(),
+        threads=torch.get_num_threads(),
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        greedy_tokens=a.greedy,
+    )
+
+
+def _snippet(loaded: Loaded, corpus: Corpus) -> Callable[[int, int], str]:
+    from hybridkv.lab.corpus import snippet
+
+    return lambda window, position: snippet(loaded.tokenizer, corpus.windows[window], position)
+
+
+def _show(conditions: Conditions, results: Sequence[Result]) -> None:
+    """The table on stdout: what to choose by. The files have all figures."""
+    columns = ("bits", "bytes/token", "perplexity", "ratio", "mean KLD", "99.9 %", "same top", "greedy", "tokens/s")
+    table = simple_table("types", *columns, left=("types",))
+    for r in results:
+        speed = r.prefill_tok_s if conditions.mode == "prefill" else r.decode_tok_s
+        table.add_row(
+            r.label if r.role != "reference" else f"{r.label} (reference)",
+            f"{r.bits_per_value:.2f}",
+            f"{r.bytes_per_token:.0f}",
+            f"{r.perplexity:.4f} ±{r.perplexity_se:.2f}",
+            f"{r.ratio:.5f} ±{r.ratio_se:.5f}",
+            f"{r.kld_mean:.2e} ±{r.kld_mean_se:.0e}",
+            f"{r.kld_p999:.1e}",
+            f"{100 * r.same_top:.2f} %",
+            "-" if r.greedy_agreement is None else f"{100 * r.greedy_agreement:.0f} %",
+            "-" if speed is None else f"{speed:.0f}",
+        )
+    console = stdout_console()
+    console.print(table)
+    where = f"{conditions.n_windows} x {conditions.n_ctx} tokens of {conditions.text}"
+    console.print(f"{conditions.model}, {where}, {conditions.mode}, {conditions.engine}, {conditions.threads} threads")
+    for r in results:
+        if r.n_non_finite:
+            console.print(f"{r.label}: {r.n_non_finite} tokens whose logits are not finite are left out of its figures")
+
+
+def _write(output: Path, conditions: Conditions, results: Sequence[Result]) -> None:
+    from hybridkv.lab.results import write_jsonl
+
+    write_jsonl(output, conditions, results)
+    notice(f"results: {output}; numbers per token: {output.with_suffix('.npz')}")

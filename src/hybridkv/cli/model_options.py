@@ -1,0 +1,222 @@
+"""The options that say which model runs, on what, and how: shared by every command that loads one."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hybridkv.cli.show import MAX_CONTEXT, model_path, notice, size
+from hybridkv.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from hybridkv.engine.load import Description, Loaded
+    from hybridkv.hf import Step, StepKind, WeightKind
+
+DEFAULT_CTX = 4096
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, *, default_ctx: int = DEFAULT_CTX) -> None:
+    """Add `-m`, `-c`, `-t`, `--device`, `--engine`, `--weights` and `--trust-remote-code`."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "-m", "--model", metavar="PATH", help="GGUF file or model directory (default: the bundled model)"
+    )
+    group.add_argument(
+        "-c",
+        "--ctx-size",
+        type=int,
+        metavar="N",
+        help=f"tokens in the context; 0: the trained length (default {default_ctx}, or the trained length if less)",
+    )
+    group.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads")
+    group.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
+    group.add_argument(
+        "--engine",
+        default="auto",
+        metavar="auto|native|eager",
+        help="what runs the layers outside of attention: native code where it knows the model, or Transformers' own "
+        "forward pass (default auto)",
+    )
+    group.add_argument(
+        "--weights",
+        default="auto",
+        metavar="auto|plain|f32|bf16|int8|int4",
+        help="how matrices are held: packed without any change, plain tensors, or rounded; int8 is q8_0, int4 is q4_0 "
+        "with embedding and output head at int8, both are torchao's on CUDA (default auto: packed on the CPU, plain on "
+        "CUDA and under --engine eager)",
+    )
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that a model directory brings along"
+    )
+
+
+def limit_spinning() -> None:
+    """Bound how long torch's threads spin while they wait for each other; call it before torch is imported.
+
+    By default it is so long that another program's load stalls them. Tokens/s on 2 cores, idle and beside two busy
+    processes: 63 and 4-12 by default, 60 and 13-23 with this, 25 and 20-30 without any spinning (docs/log.md).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
+
+def check_limits(a: argparse.Namespace, *more: tuple[str, str, int, int]) -> None:
+    """Refuse numbers out of range before anything heavy is imported; `more` names options as `-np`, `parallel`, 1, 9.
+
+    Raises
+    ------
+    UsageError
+        For the first one.
+    """
+    for option, name, least, most in (("-t", "threads", 1, 1024), ("-c", "ctx_size", 0, MAX_CONTEXT), *more):
+        value = getattr(a, name)
+        if value is not None and not least <= value <= most:
+            raise UsageError(f"{option} {value}; allowed: {least} to {most}")
+    if a.threads is not None and a.threads > (os.cpu_count() or 1):
+        notice(f"-t {a.threads} is more than this machine's {os.cpu_count()} cores")
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model described, its options checked, nothing loaded yet.
+
+    Attributes
+    ----------
+    description
+        The model before its weights.
+    device
+        `cpu`, `cuda` or `cuda:N`.
+    n_ctx
+        Tokens in the context.
+    weights, dtype
+        How matrices are held, and the model's dtype.
+    make_step
+        Runs the loaded model.
+    """
+
+    description: Description
+    device: str
+    n_ctx: int
+    weights: WeightKind
+    dtype: torch.dtype
+    make_step: Callable[[Any], Step]
+
+    @property
+    def device_type(self) -> str:
+        """`cpu` or `cuda`."""
+        return self.device.partition(":")[0]
+
+    def engine_name(self, step: Step) -> str:
+        """What runs the layers outside of attention, with how it holds the weights."""
+        torchao = self.weights in ("int8", "int4") and self.device_type != "cpu"
+        return f"{step.name}, weights torchao {self.weights}" if torchao else step.name
+
+    def load(self) -> tuple[Loaded, Step]:
+        """The model and what runs it; what is worth knowing of them is said."""
+        from hybridkv.engine.load import load
+
+        loaded = load(self.description, dtype=self.dtype, device=self.device, weights=self.weights)
+        for line in loaded.notices:
+            notice(line)
+        _suggest_int8(loaded, self.weights)
+        return loaded, self.make_step(loaded.model)
+
+
+def open_model(a: argparse.Namespace, *, default_ctx: int = DEFAULT_CTX) -> Opened:
+    """Describe the model that the options name.
+
+    Raises
+    ------
+    UsageError
+        For a device, engine or kind of weights that is not there.
+    ModelFileError, ModelError
+        For a model that is damaged or not understood.
+    """
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    from hybridkv.engine.load import bundled_model, describe
+    from hybridkv.hf import parse_step, parse_weights, resolve_step
+
+    kind, asked = parse_step(a.engine), parse_weights(a.weights)
+    transformers_logging.set_verbosity_error()  # its notes on missing speed packages are not this command's
+    transformers_logging.disable_progress_bar()
+    device = _device(a.device)
+    if a.threads is not None:
+        torch.set_num_threads(a.threads)
+    path = bundled_model() if a.model is None else model_path(a.model)
+    description = describe(path, remote_code="trusted" if a.trust_remote_code else "refused")
+    if a.trust_remote_code and path.is_file():
+        notice("--trust-remote-code changes nothing: there is no code in this model")
+    n_ctx = _context(a.ctx_size, description.n_ctx_train, default_ctx)
+    make_step = resolve_step(description.config, device.partition(":")[0], kind)
+    weights, dtype = _weights(asked, kind, device)
+    return Opened(description, device, n_ctx, weights, dtype, make_step)
+
+
+def _context(asked: int | None, trained: int | None, default_ctx: int) -> int:
+    """Tokens in the context: 0 asks for the trained length, the default never exceeds it."""
+    if asked is None:
+        return default_ctx if trained is None else min(default_ctx, trained)
+    if asked == 0:
+        if trained is None:
+            raise UsageError("-c 0: this model does not say what it was trained for", hint="give -c N")
+        return trained
+    if trained is not None and asked > trained:
+        notice(f"-c {asked} is more than the {trained} tokens that the model was trained for")
+    return asked
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    known = kind in ("cpu", "cuda") and (not index or (kind == "cuda" and index.isdigit()))
+    if not known:
+        raise UsageError(f"--device {name!r}; allowed: auto, cpu, cuda, cuda:N")
+    if kind == "cuda" and (not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count()):
+        raise UsageError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices that torch can use",
+            hint="try --device cpu",
+        )
+    return name
+
+
+def _weights(asked: WeightKind, engine: StepKind, device: str) -> tuple[WeightKind, torch.dtype]:
+    """How matrices are held, and their dtype: packed on the CPU, but plain under an engine that was asked to be."""
+    import torch
+
+    from hybridkv.hf import packing_rejects
+    from hybridkv.hf.torchao_weights import check_torchao
+
+    if not device.startswith("cpu"):
+        if asked in ("int8", "int4"):
+            check_torchao()
+            return asked, torch.bfloat16
+        return "plain", torch.float32 if asked == "f32" else torch.bfloat16
+    reason = packing_rejects("cpu")
+    if asked == "auto" and (reason is not None or engine == "eager"):
+        return "plain", torch.float32
+    if asked not in ("auto", "plain") and reason is not None:
+        raise UsageError(f"--weights {asked}: {reason}; allowed: auto, plain", hint="leave --weights out")
+    return asked, torch.float32
+
+
+def _suggest_int8(loaded: Loaded, weights: WeightKind) -> None:
+    """Say what a file costs whose types only float32 holds without change."""
+    from hybridkv.hf import packed_bytes
+
+    path = loaded.description.path
+    wide = packed_bytes(loaded.model, "f32")
+    if weights == "auto" and path.is_file() and wide > path.stat().st_size:
+        notice(
+            f"{size(wide)} of weights are held as f32, which alone keeps this file's types unchanged; "
+            f"--weights int8 takes {size(wide * 17 // 64)}"
+        )
