@@ -282,7 +282,14 @@ def _show(conditions: Conditions, results: Sequence[Result]) -> None:
 
 
 def _write(output: Path, conditions: Conditions, results: Sequence[Result]) -> None:
+    from hybridkv.lab.report import write_report
     from hybridkv.lab.results import write_jsonl
 
     write_jsonl(output, conditions, results)
     notice(f"results: {output}; numbers per token: {output.with_suffix('.npz')}")
+    try:
+        markdown, page = write_report(conditions, results, output.parent, output.stem)
+    except UsageError as error:
+        notice(f"no page was drawn: {error.message}; {error.hint}; then `hybridkv report {output}`")
+    else:
+        notice(f"report: {page}, {markdown}")

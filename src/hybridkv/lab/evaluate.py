@@ -168,9 +168,10 @@ class Evaluator:
         """
         cache = self.cache(candidate, Guard(mode="strict", limit=math.inf))
         try:
-            for first in range(0, min(_LAYER_TOKENS, len(window) - 1), PIECE):
-                tokens = window[first : first + PIECE]
-                self._step.forward(tokens.unsqueeze(0), cache, first)
+            position = 0
+            for tokens in torch.split(window[: min(_LAYER_TOKENS, len(window) - 1)], PIECE):
+                self._step.forward(tokens.unsqueeze(0), cache, position)
+                position += len(tokens)
         except GuardError:
             return {**cache.errors}
         return cache.errors

@@ -6,9 +6,8 @@ put in place at once.
 
 from __future__ import annotations
 
+import io
 import json
-import os
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import fields
@@ -19,6 +18,7 @@ import numpy as np
 
 from hybridkv.errors import UsageError
 from hybridkv.lab.measure import Trace, join
+from hybridkv.lab.results import write_bytes
 
 _RUN = "run"
 
@@ -48,10 +48,11 @@ class Journal:
             If it cannot be read, or is of another model, text or context.
         """
         try:
-            with np.load(self.path, allow_pickle=False) as file:
+            # numpy leaves a file open that it cannot read.
+            with self.path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 found = str(file[_RUN])
                 arrays = {name: file[name] for name in file.files if name != _RUN}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise UsageError(
                 f"--resume: {self.path} cannot be read ({error})", hint="leave --resume out and choose another -o"
             ) from error
@@ -88,7 +89,6 @@ class Journal:
             for (label, window), trace in self._traces.items()
             for f in fields(Trace)
         }
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=self.path.name, suffix=".part")
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(file, **arrays)
-        Path(name).replace(self.path)
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **arrays)
+        write_bytes(self.path, packed.getvalue())

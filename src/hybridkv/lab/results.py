@@ -142,6 +142,22 @@ class Result:
     layers: tuple[tuple[int, float], ...] = ()
 
 
+def candidates(results: Sequence[Result]) -> tuple[Result, ...]:
+    """The results that are neither the reference nor the noise floor."""
+    return tuple(r for r in results if r.role == "candidate")
+
+
+def front(results: Sequence[Result]) -> tuple[Result, ...]:
+    """The candidates that no other beats in both size and mean KLD, smallest first."""
+    best = math.inf
+    kept = []
+    for r in sorted(candidates(results), key=lambda r: (r.bits_per_value, r.kld_mean)):
+        if r.kld_mean < best:
+            best = r.kld_mean
+            kept.append(r)
+    return tuple(kept)
+
+
 T = TypeVar("T", Conditions, Result)
 
 
@@ -166,13 +182,24 @@ def write_text(path: Path, text: str) -> None:
     UsageError
         If nothing can be written there.
     """
+    write_bytes(path, text.encode("utf-8", errors="replace"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all.
+
+    Raises
+    ------
+    UsageError
+        If nothing can be written there.
+    """
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         temporary = Path(name)
         try:
             os.fchmod(handle, 0o666 & ~_umask())  # mkstemp's own mode hides the file from everybody else
             with os.fdopen(handle, "wb") as file:
-                file.write(text.encode("utf-8", errors="replace"))
+                file.write(data)
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)

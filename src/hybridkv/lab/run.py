@@ -105,16 +105,15 @@ class Run:
         candidates = self._missing(index)
         if not candidates:
             return
-        pieces: dict[str, list[Trace]] = {c.label: [] for c in candidates}
+        pieces: list[dict[str, Trace]] = []
         try:
             for traces in self._evaluator.run(self._corpus.windows[index], candidates, self._mode):
-                for label, trace in traces.items():
-                    pieces[label].append(trace)
-                    tick(trace.n)
+                pieces.append(traces)
+                tick(sum(trace.n for trace in traces.values()))
         finally:  # of an interrupted window, the pieces that all candidates have seen
-            for label, parts in pieces.items():
-                if parts:
-                    self._journal.put(label, index, measure.join(parts))
+            for candidate in candidates if pieces else ():
+                trace = measure.join([piece[candidate.label] for piece in pieces])
+                self._journal.put(candidate.label, index, trace)
             self._journal.save()
 
     def _greedy(self, tick: Tick) -> None:
