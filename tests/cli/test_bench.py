@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from hybridkv.kernels import cpu_native
+from hybridkv.kernels import Segment, cpu_native
 from hybridkv.lab import attention_bench, ceilings, decode_bench, store_bench, timing
 from hybridkv.lab.peers import Found, ik_library
 from tests.cli.conftest import Cli, Outcome
@@ -89,9 +89,9 @@ def test_a_missing_peer_is_named_and_has_no_column(cli: Cli, monkeypatch: pytest
 def test_a_wrong_kernel_is_not_timed(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     attend = cpu_native.attend
 
-    def wrong(*args: Any, **options: Any) -> torch.Tensor:
-        out = attend(*args, **options)
-        return out * 1.01 if args[2] == "q8_0" else out
+    def wrong(q: torch.Tensor, segments: list[Segment], *args: Any, **options: Any) -> torch.Tensor:
+        out = attend(q, segments, *args, **options)
+        return out * 1.01 if segments[0].format_k.name == "q8_0" else out
 
     monkeypatch.setattr(cpu_native, "attend", wrong)
     done = cli("bench", "attention", *SHAPES, *TINY, "--against", "", "--json")

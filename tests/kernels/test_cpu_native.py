@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hybridkv.formats import FORMATS, Scale
-from hybridkv.kernels import cpu_native
+from hybridkv.kernels import Segment, cpu_native
 
 pytestmark = pytest.mark.skipif(cpu_native.available() is not None, reason=f"{cpu_native.available()}")
 
@@ -115,9 +115,10 @@ def oracle(case: Case, q: Tensor, k_planes: tuple[Tensor, ...], v_planes: tuple[
 
 
 def run(case: Case, q: Tensor, k_planes: tuple[Tensor, ...], v_planes: tuple[Tensor, ...]) -> Tensor:
+    rows = Segment(k_planes, v_planes, FORMATS[case.type_k], FORMATS[case.type_v], case.start, case.n_stored)
     return cpu_native.attend(
-        q, k_planes, case.type_k, v_planes, case.type_v, case.dk, case.dv, case.start, case.n_stored,
-        case.dk**-0.5, mask=case.mask, seq_start=case.seq_start, n_threads=case.n_threads, **case.options,
+        q, [rows], case.dk, case.dv, case.dk**-0.5,
+        mask=case.mask, seq_start=case.seq_start, n_threads=case.n_threads, **case.options,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from hybridkv.formats import FORMATS
 from hybridkv.kernels import KVView, Segment, cpu_native
 from hybridkv.kernels.step import Rows, StepProgram, delta_rejects
 from hybridkv.rotation import rotate, rotation_block
+from tests.kernels.stored import Part, store_parts
 
 if cpu_native.available() is not None:
     pytest.skip("the native extension is not built", allow_module_level=True)
@@ -171,17 +172,25 @@ def test_delta_refuses_what_it_cannot_run(isa: str) -> None:
     assert delta_rejects(4, 24) is not None
 
 
-@pytest.mark.parametrize(("head_dim", "block"), [(16, 16), (48, 16), (128, 128), (192, 64)])
-def test_attend_rotates_stores_and_attends(head_dim: int, block: int) -> None:
+ROTATED = ((16, 16), (48, 16), (128, 128), (192, 64))
+PAST = {
+    "one": (Part("q8_0", "q8_0", 5),),
+    "tail": (Part("f16", "f16", 4, memory="float"), Part("q4_0", "q8_0", 41), Part("f16", "f16", 7, memory="float")),
+    "first of a tail": (Part("q8_0", "q4_0", 300, centered=True), Part("f16", "f16", 1)),
+    "newest is centered": (Part("f16", "f16", 3), Part("q8_0", "q8_0", 20, centered=True)),
+}
+
+
+@pytest.mark.parametrize("past", PAST)
+@pytest.mark.parametrize(("head_dim", "block"), ROTATED)
+def test_attend_rotates_stores_and_attends(head_dim: int, block: int, past: str) -> None:
     """Against float64 attention over what the planes then hold; a rotated row mixes its whole block."""
-    q8_0 = FORMATS["q8_0"]
     assert rotation_block(head_dim) == block
-    planes = [
-        tuple(torch.full((2, 2, 9, n), 0xFF, dtype=torch.uint8) for n in q8_0.plane_bytes(head_dim)) for _ in "kv"
-    ]
-    past = normal(2, 2, 5, head_dim, seed=4)
-    for side in planes:
-        cpu_native.encode_into(rotate(past), "q8_0", "refit", side, 2)
+    view = store_parts(PAST[past], head_dim_k=head_dim, head_dim_v=head_dim, rotated=True).view
+    newest = view.segments[-1]
+    around = [p.clone() for p in (*newest.k, *newest.v)]
+    for plane in (*newest.k, *newest.v):
+        plane[:, :, newest.start + newest.length - 1] = 0xFF
     q, k, v, out = (
         normal(2, 6, head_dim),
         normal(2, 2, head_dim, seed=1),
@@ -189,17 +198,32 @@ def test_attend_rotates_stores_and_attends(head_dim: int, block: int) -> None:
         buffer(2, 6, head_dim),
     )
     exact_q, new_k, new_v = rotate(q).double(), rotate(k), rotate(v)
-    view = KVView((Segment(*planes, q8_0, q8_0, 3, 5),), head_dim, head_dim, rotate_k=True, rotate_v=True)
     program = StepProgram()
     program.attend(q, k, v, out, head_dim**-0.5)
     assert program.run(0, 1, 2, 1, rows=[Rows(view, refit_k=True, refit_v=True)]) == ["finite"]
-    stored = [q8_0.decode([p[:, :, 3:8] for p in side], head_dim) for side in planes]
-    for rows, new in zip(stored, (new_k, new_v), strict=True):
+    keys, values = decoded(view)
+    for rows, new in ((keys, new_k), (values, new_v)):
         assert error(rows[:, :, -1], new.double()) < 0.02
-    keys, values = (x.double().repeat_interleave(3, dim=1) for x in stored)
+    row = newest.start + newest.length - 1
+    for plane, before in zip((*newest.k, *newest.v), around, strict=True):
+        assert torch.equal(plane[:, :, :row], before[:, :, :row])
+        assert torch.equal(plane[:, :, row + 1 :], before[:, :, row + 1 :])
+    keys, values = (x.double().repeat_interleave(3, dim=1) for x in (keys, values))
     weights = torch.softmax(torch.einsum("bhd,bhsd->bhs", exact_q, keys) * head_dim**-0.5, dim=-1)
     exact = rotate(torch.einsum("bhs,bhsd->bhd", weights, values).float()).double()
     assert error(out, exact) < 2e-3
+
+
+def decoded(view: KVView) -> tuple[Tensor, Tensor]:
+    """Rows of all segments, centers added, still rotated."""
+    k, v = [], []
+    for s in view.segments:
+        rows = slice(s.start, s.start + s.length)
+        k.append(s.format_k.decode([p[:, :, rows] for p in s.k], view.head_dim_k))
+        v.append(s.format_v.decode([p[:, :, rows] for p in s.v], view.head_dim_v))
+        if s.center is not None:
+            k[-1] = k[-1] + s.center.unsqueeze(2)
+    return torch.cat(k, dim=2), torch.cat(v, dim=2)
 
 
 @pytest.mark.parametrize(("where", "found"), [("cache", "bad output"), ("q", "bad input"), ("v", "bad input")])

@@ -67,7 +67,8 @@ class Segment:
     format_k, format_v
         What the planes hold.
     start, length
-        Rows `[start, start + length)` are valid; everything else is stale and must not be read into a result.
+        Rows `[start, start + length)` are valid, at least one; everything else is stale and must not be read into a
+        result.
     center
         float32 `[B, Hkv, D]` that was subtracted from K before it was stored, rotated if K is, or None. A kernel adds
         its product with the query to the scores.

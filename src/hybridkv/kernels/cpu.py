@@ -23,17 +23,11 @@ MAX_HEAD_DIM = 1024
 
 def attend(q: Tensor, view: KVView, params: AttentionParams) -> Tensor:
     """Attention of q `[B, Hq, T, D]` over the view's S rows; float32 `[B, Hq, T, Dv]`."""
-    (rows,) = view.segments
     return cpu_native.attend(
         q,
-        rows.k,
-        rows.format_k.name,
-        rows.v,
-        rows.format_v.name,
+        view.segments,
         view.head_dim_k,
         view.head_dim_v,
-        rows.start,
-        rows.length,
         params.scale,
         softcap=params.softcap,
         sinks=params.sinks,

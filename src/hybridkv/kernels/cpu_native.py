@@ -1,7 +1,7 @@
 """Binding of the native CPU kernels: torch tensors in, addresses and strides out.
 
 Owns the checks that make the native code safe to call (shapes, dtypes, contiguity, bounds) and the choice of the
-instruction set. Knows no cases and no views: `hybridkv.kernels.cpu` adapts it to the registry.
+instruction set. Knows no cases: `hybridkv.kernels.cpu` adapts it to the registry.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hybridkv.errors import UsageError
 from hybridkv.formats import Scale, get_format
+from hybridkv.kernels.case import Segment
 
 Isa = Literal["amx", "avx512", "avx2", "portable"]
 
@@ -114,14 +115,9 @@ def encode_into(
 
 def attend(
     q: Tensor,
-    k_planes: Sequence[Tensor],
-    type_k: str,
-    v_planes: Sequence[Tensor],
-    type_v: str,
+    segments: Sequence[Segment],
     head_dim_k: int,
     head_dim_v: int,
-    start: int,
-    n_stored: int,
     scale: float,
     *,
     softcap: float | None = None,
@@ -133,24 +129,23 @@ def attend(
     n_threads: int | None = None,
     on_scratch: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Attention over the stored rows [start, start + n_stored) of the planes.
+    """Attention over the S stored rows of all segments.
 
-    Query t stands at row n_stored - T + t and sees the rows up to its own (all of them with causal=False), of
-    those the last `window`, from `seq_start` of its sequence on, where `mask` is True. A query that sees no row
-    gives zeros.
+    Query t stands at row S - T + t and sees the rows up to its own (all of them with causal=False), of those the
+    last `window`, from `seq_start` of its sequence on, where `mask` is True. A query that sees no row gives zeros.
 
     Parameters
     ----------
     q
         Any float dtype [B, Hq, T, D].
-    k_planes, v_planes
-        One uint8 tensor [B, Hkv, capacity, plane bytes] per plane, contiguous.
+    segments
+        At least one, in the order of their tokens; none is empty, planes and centers are contiguous.
     sinks
         float32 [Hq]: a logit per head that joins the softmax and carries no value.
     mask
         bool [B or 1, Hq or 1, T, S], True where a query attends.
     seq_start
-        int32 [B]: first valid row of each sequence, counted from `start` (left padding).
+        int32 [B]: first valid row of each sequence, counted over all segments (left padding).
     n_threads
         None for torch's number.
     on_scratch
@@ -162,11 +157,11 @@ def attend(
         float32 [B, Hq, T, Dv].
     """
     n_batch, n_heads, n_new, _ = q.shape
-    n_kv_heads = k_planes[0].shape[1]
-    capacity_k = check_planes(k_planes, type_k, head_dim_k, (n_batch, n_kv_heads))
-    capacity_v = check_planes(v_planes, type_v, head_dim_v, (n_batch, n_kv_heads))
-    assert q.shape[3] == head_dim_k and n_heads % n_kv_heads == 0, (q.shape, k_planes[0].shape, head_dim_k)
-    assert start >= 0 and n_new <= n_stored and start + n_stored <= min(capacity_k, capacity_v)
+    n_kv_heads = segments[0].k[0].shape[1]
+    rows = native_rows(segments, n_batch, n_kv_heads, head_dim_k, head_dim_v)
+    n_stored = sum(segment.length for segment in segments)
+    assert q.shape[3] == head_dim_k and n_heads % n_kv_heads == 0, (q.shape, n_kv_heads, head_dim_k)
+    assert n_new <= n_stored, (n_new, n_stored)
     assert window is None or window > 0, window
     if q.dtype != torch.float32 or q.stride(3) != 1:
         q = q.float().contiguous()
@@ -185,20 +180,13 @@ def attend(
         isa(),
         q.data_ptr(),
         q.stride()[:3],
-        type_k,
-        [plane.data_ptr() for plane in k_planes],
+        rows,
         head_dim_k,
-        capacity_k,
-        type_v,
-        [plane.data_ptr() for plane in v_planes],
         head_dim_v,
-        capacity_v,
         n_batch,
         n_heads,
         n_kv_heads,
         n_new,
-        start,
-        n_stored,
         scale,
         softcap or 0.0,
         0 if sinks is None else sinks.data_ptr(),
@@ -231,6 +219,27 @@ def _native() -> ModuleType:
     if isinstance(module, ImportError):
         raise module
     return module
+
+
+def native_rows(
+    segments: Sequence[Segment], n_batch: int, n_kv_heads: int, head_dim_k: int, head_dim_v: int
+) -> list[tuple[object, ...]]:
+    """Segments as the native code takes them: per side type, addresses and capacity; start, length, center or 0."""
+    rows: list[tuple[object, ...]] = []
+    heads = (n_batch, n_kv_heads)
+    for s in segments:
+        capacity_k = check_planes(s.k, s.format_k.name, head_dim_k, heads)
+        capacity_v = check_planes(s.v, s.format_v.name, head_dim_v, heads)
+        assert 0 <= s.start < s.start + s.length <= min(capacity_k, capacity_v), (s.start, s.length, capacity_k)
+        center = 0
+        if s.center is not None:
+            assert s.center.shape == (*heads, head_dim_k) and s.center.dtype == torch.float32, s.center.shape
+            assert s.center.is_contiguous() and s.center.device.type == "cpu", s.center.stride()
+            center = s.center.data_ptr()
+        k = (s.format_k.name, [plane.data_ptr() for plane in s.k], capacity_k)
+        v = (s.format_v.name, [plane.data_ptr() for plane in s.v], capacity_v)
+        rows.append((k, v, s.start, s.length, center))
+    return rows
 
 
 def check_planes(planes: Sequence[Tensor], fmt_name: str, head_dim: int, heads: tuple[int, int]) -> int:

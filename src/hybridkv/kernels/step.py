@@ -40,7 +40,7 @@ class Rows:
     Attributes
     ----------
     view
-        The rows attended; the last of them is the new token's.
+        The rows attended; the last row of the last segment is the new token's, and takes its formats and center.
     refit_k, refit_v
         Whether scales are refitted when it is stored.
     """
@@ -52,20 +52,11 @@ class Rows:
     def native(self, n_seqs: int, n_kv_heads: int, head_dim_k: int, head_dim_v: int) -> tuple[object, ...]:
         """As the native code takes it, checked against the shapes that its operation was written for."""
         view = self.view
-        (stored,) = view.segments
         assert (view.head_dim_k, view.head_dim_v) == (head_dim_k, head_dim_v), view
-        sides = (
-            (stored.k, stored.format_k.name, head_dim_k, self.refit_k, view.rotate_k),
-            (stored.v, stored.format_v.name, head_dim_v, self.refit_v, view.rotate_v),
-        )
-        row = stored.start + stored.length - 1
-        packed = []
-        for planes, name, head_dim, refit, rotated in sides:
-            capacity = cpu_native.check_planes(planes, name, head_dim, (n_seqs, n_kv_heads))
-            assert 0 <= stored.start <= row < capacity, (stored, capacity)
-            block = rotation_block(head_dim) if rotated else 0
-            packed.append((name, [plane.data_ptr() for plane in planes], head_dim, capacity, refit, block))
-        return (*packed, row, stored.start, stored.length, view.window or 0)
+        rows = cpu_native.native_rows(view.segments, n_seqs, n_kv_heads, head_dim_k, head_dim_v)
+        k = (head_dim_k, self.refit_k, rotation_block(head_dim_k) if view.rotate_k else 0)
+        v = (head_dim_v, self.refit_v, rotation_block(head_dim_v) if view.rotate_v else 0)
+        return rows, k, v, view.window or 0
 
 
 class StepProgram:

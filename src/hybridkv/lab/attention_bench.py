@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hybridkv.errors import UsageError
 from hybridkv.formats import FORMATS
-from hybridkv.kernels import cpu, cpu_native
+from hybridkv.kernels import Segment, cpu, cpu_native
 from hybridkv.lab.ceilings import Ceilings, measure_ceilings, read_gb_s
 from hybridkv.lab.peers import Found, ik_attention, ik_library, torch_attention
 from hybridkv.lab.shape import Shape
@@ -277,17 +277,12 @@ def _in_cache_memory(plane: Tensor) -> Tensor:
 def _attend(
     shape: Shape, q: Tensor, c: _Candidate, n_threads: int, on_scratch: Callable[[int], object] | None = None
 ) -> Tensor:
-    d = shape.head_dim
+    d, fmt = shape.head_dim, FORMATS[c.kv_type]
     return cpu_native.attend(
         q,
-        c.k,
-        c.kv_type,
-        c.v,
-        c.kv_type,
+        [Segment(c.k, c.v, fmt, fmt, 0, shape.n_stored)],
         d,
         d,
-        0,
-        shape.n_stored,
         d**-0.5,
         n_threads=n_threads,
         on_scratch=on_scratch,

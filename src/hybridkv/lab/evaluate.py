@@ -106,7 +106,7 @@ class Evaluator:
     def _warm_up(self, window: Tensor, candidate: Candidate) -> None:
         """Run a piece for nothing, so that the first candidate's speed is not that of cold buffers."""
         if not self.speeds:
-            self._step.logits(window[: self.piece].unsqueeze(0), self.cache(candidate), 0)
+            self._step.logits(window[:-1][: self.piece].unsqueeze(0), self.cache(candidate), 0)
 
     @torch.inference_mode()
     def _logits(self, candidate: Candidate, cache: ModelCache, tokens: Tensor, position: int, mode: Mode) -> Tensor:

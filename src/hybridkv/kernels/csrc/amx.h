@@ -14,7 +14,7 @@ struct Products : Task {
     static constexpr float p_units = 32767.f;
     static constexpr float d_units = 127 * 128;  // so is a probability times a scale
 
-    const bool k_few = !k_int && FewRows::takes(a.k, rows), v_few = !v_int && FewRows::takes(a.v, rows);
+    const bool k_few = !k_int && FewRows::takes(seg.k, rows, j1 - j0), v_few = !v_int && FewRows::takes(seg.v, rows, j1 - j0);
 
     using Task::Task;
 
@@ -48,11 +48,11 @@ struct Products : Task {
     HYBRIDKV_PHASE void scores(int64_t j, int n) {
         const int64_t pairs = (dk / kBlock + 1) / 2;
         Prefetch ahead = ahead_of_v(j, n, kTile / 16 * (k_int ? pairs : 4));
-        const int64_t row = a.start + j;
+        const int64_t row = seg.shift + j;
         if (k_few) return FewRows::all_scores(*this, row, n, ahead);
         if (!k_int) return score_values(row, n, ahead);
-        stage_scales(a.k, head, row, n, s.flat, s.k_d, s.k_m);
-        if (a.k.format->has_min()) return score_codes<true>(row, n, ahead);
+        stage_scales(seg.k, head, row, n, s.flat, s.k_d, s.k_m);
+        if (seg.k.format->has_min()) return score_codes<true>(row, n, ahead);
         score_codes<false>(row, n, ahead);
     }
 
@@ -65,7 +65,7 @@ struct Products : Task {
     void score_values(int64_t row, int n, Prefetch& ahead) {
         uint16_t* staged = reinterpret_cast<uint16_t*>(s.k);
         for (int first = 0; first < n; first += 16) {
-            const int terms = AmxValues::stage_k(a.k, head, row + first, n - first, s.v, staged, ahead);
+            const int terms = AmxValues::stage_k(seg.k, head, row + first, n - first, s.v, staged, ahead);
             for (int r = 0; r < rows; r += Amx::group) {
                 const int64_t query = r / Amx::group * AmxValues::query_bytes(dk) / 2;
                 AmxValues::scores(reinterpret_cast<const uint16_t*>(s.q) + query, staged, terms, dk / kBlock, in_group(r), s.scores + r * kTile + first);
@@ -78,7 +78,7 @@ struct Products : Task {
     template <class Kind>
     HYBRIDKV_PHASE void weigh(int64_t j, int n) {
         Prefetch ahead = ahead_of_k(j, dv / kBlock * Kind::steps);
-        Kind kind(*this, a.start + j, n);
+        Kind kind(*this, seg.shift + j, n);
         typename Kind::Product products[3];
         typename Kind::Operands operands;
         const int n_groups = groups(), items = static_cast<int>(dv / kBlock) * n_groups;
@@ -101,7 +101,7 @@ struct Products : Task {
     void values(int64_t j, int n) {
         if (v_few) {
             Prefetch ahead = ahead_of_k(j, dv / kBlock);
-            return FewRows::all_weigh(*this, a.start + j, n, ahead);
+            return FewRows::all_weigh(*this, seg.shift + j, n, ahead);
         }
         return v_int ? weigh<AmxCodes::Weigh>(j, n) : weigh<AmxValues::Weigh>(j, n);
     }

@@ -64,7 +64,7 @@ struct AmxCodes {
         for (int item = 0, part = 0, g = 0, last_part = 0, last_g = 0; item <= items; ++item) {
             if (g == 0 && item < items) {
                 const int left = n - part * 16, count = left < 16 ? left : 16;
-                codes = stage_codes(t.a.k, t.head, row + part * 16, count, t.s.codes + part % 2 * 16 * t.dk, 16);
+                codes = stage_codes(t.seg.k, t.head, row + part * 16, count, t.s.codes + part % 2 * 16 * t.dk, 16);
             }
             const int8_t* q = reinterpret_cast<const int8_t*>(t.s.q) + g * query_bytes(t.dk);
             const float* d = t.s.k_d + last_part * 16;
@@ -238,23 +238,23 @@ struct AmxCodes {
         int8_t book[16];
 
         Weigh(Task& task, int64_t first, int count) : t(task), row(first), n(count) {
-            const Format& f = *t.a.v.format;
+            const Format& f = *t.seg.v.format;
             direct = (f.code == Code::nibbles || f.code == Code::nibbles_pairs) && n == kTile;
-            if (!direct) codes = stage_codes(t.a.v, t.head, row, n, t.s.codes);
+            if (!direct) codes = stage_codes(t.seg.v, t.head, row, n, t.s.codes);
             for (int i = 0; i < 16; ++i) book[i] = f.codebook ? f.codebook[i] : static_cast<int8_t>(i - f.zero);
         }
 
         void stage(int b, int8_t (&out)[chunks][2048], Prefetch& ahead) {
             if (!(t.s.d_block[b] < kInf)) {
-                if (direct) codes = stage_codes(t.a.v, t.head, row, n, t.s.codes);
+                if (direct) codes = stage_codes(t.seg.v, t.head, row, n, t.s.codes);
                 return t.careful_block(codes, b);
             }
-            const Format& f = *t.a.v.format;
-            const int64_t stride = plane_row_bytes(f, f.plane_codes, t.a.v.head_dim);
-            const uint8_t* bytes = direct ? plane_row(t.a.v, f.plane_codes, t.head, row) + b * 16 : nullptr;
+            const Format& f = *t.seg.v.format;
+            const int64_t stride = plane_row_bytes(f, f.plane_codes, t.seg.v.head_dim);
+            const uint8_t* bytes = direct ? plane_row(t.seg.v, f.plane_codes, t.head, row) + b * 16 : nullptr;
             const bool two_planes = direct && f.plane_high >= 0;
-            const int64_t high_stride = two_planes ? plane_row_bytes(f, f.plane_high, t.a.v.head_dim) : 0;
-            const uint8_t* high = two_planes ? plane_row(t.a.v, f.plane_high, t.head, row) + b * 8 : nullptr;
+            const int64_t high_stride = two_planes ? plane_row_bytes(f, f.plane_high, t.seg.v.head_dim) : 0;
+            const uint8_t* high = two_planes ? plane_row(t.seg.v, f.plane_high, t.head, row) + b * 8 : nullptr;
             for (int c = 0; c < chunks; ++c) {
                 ahead.step();
                 if (!direct) {
@@ -279,7 +279,7 @@ struct AmxCodes {
                     pack_p(t.s.p16 + (r + i) * kTile + c * 64, d, o.p[item % 2][c] + i * 64);
                 }
             }
-            const bool has_min = t.a.v.format->has_min();
+            const bool has_min = t.seg.v.format->has_min();
             for (int i = 0; i < count; ++i) {
                 x.unit[i] = t.s.p_unit[r + i] * t.s.d_block[b];
                 x.bias[i] = has_min ? t.bias(r + i, b) : 0.f;

@@ -108,10 +108,11 @@ struct AmxValues {
 
         Task& t;
         int64_t row;
-        int n, terms;
+        int n, used, terms;  // chunks past `used` hold no rows
 
         Weigh(Task& task, int64_t first, int count)
-            : t(task), row(first), n(count), terms(task.a.v.format->code == Code::bf16 ? 1 : 2) {}
+            : t(task), row(first), n(count), used((count + 31) / 32),
+              terms(task.seg.v.format->code == Code::bf16 ? 1 : 2) {}
 
         void prepare(int b, int r, int count, int, Operands& o, Product& x, Prefetch& ahead) {
             if (r == 0) stage(b, o.v[b % 2], ahead);
@@ -124,8 +125,8 @@ struct AmxValues {
             x.count = count;
         }
 
-        static void pack_p(const float* p, uint16_t (&out)[chunks][512], int i) {
-            for (int c = 0; c < chunks; ++c) {
+        void pack_p(const float* p, uint16_t (&out)[chunks][512], int i) const {
+            for (int c = 0; c < used; ++c) {
                 F x[2] = {Simd::load(p + c * 32), Simd::load(p + c * 32 + 16)};
                 _mm512_store_si512(out[c] + i * 32, take_term(x));
                 _mm512_store_si512(out[c] + (Amx::group + i) * 32, take_term(x));
@@ -133,11 +134,11 @@ struct AmxValues {
         }
 
         HYBRIDKV_PHASE void stage(int64_t b, uint16_t (&out)[chunks][2][2][512], Prefetch& ahead) {
-            const Stored& v = t.a.v;
+            const Stored& v = t.seg.v;
             const uint8_t* p = plane_row(v, 0, t.head, row) + b * kBlock * v.format->plane_bytes[0];
             const int64_t stride = plane_row_bytes(*v.format, 0, v.head_dim);
             if (n < kTile || v.head_dim % kBlock) {
-                stage_values(v, t.head, row, n, b * kBlock, t.s.v, kTile);
+                stage_values(v, t.head, row, n, b * kBlock, t.s.v, used * 32);
                 return stage_pairs<Code::f32, 2>(reinterpret_cast<const uint8_t*>(t.s.v), kBlock * 4, out, ahead);
             }
             if (v.format->code == Code::f32) return stage_pairs<Code::f32, 2>(p, stride, out, ahead);
@@ -146,9 +147,9 @@ struct AmxValues {
         }
 
         template <Code C, int Terms>
-        static inline void stage_pairs(const uint8_t* p, int64_t stride, uint16_t (&out)[chunks][2][2][512],
-                                       Prefetch& ahead) {
-            for (int c = 0; c < chunks; ++c, p += 32 * stride) {
+        inline void stage_pairs(const uint8_t* p, int64_t stride, uint16_t (&out)[chunks][2][2][512],
+                                Prefetch& ahead) const {
+            for (int c = 0; c < used; ++c, p += 32 * stride) {
                 ahead.step();
                 for (int i = 0; i < 16; ++i) {
                     for (int half = 0; half < 2; ++half) {
@@ -164,7 +165,7 @@ struct AmxValues {
             const int g = item - b * ((t.rows + Amx::group - 1) / Amx::group);
             _tile_zero(0);
             _tile_zero(1);
-            for (int c = 0; c < chunks; ++c) {
+            for (int c = 0; c < used; ++c) {
                 _tile_loadd(4, o.p[g][c], 64);
                 for (int k = 0; k < terms; ++k) {
                     _tile_loadd(5, o.v[b % 2][c][0][k], 64);
@@ -183,7 +184,7 @@ struct AmxValues {
                 for (int i = 0; i < x.count; ++i) check = Simd::fma(sum(x, half, i), Simd::set1(0.f), check);
             }
             if (Simd::reduce_add(check) != 0.f) {
-                stage_values(t.a.v, t.head, row, n, x.b * kBlock, t.s.v, kTile);
+                stage_values(t.seg.v, t.head, row, n, x.b * kBlock, t.s.v, kTile);
                 return t.careful_values(x.b, x.r, x.count);
             }
             for (int half = 0; half < 2; ++half) {

@@ -1,5 +1,5 @@
 // One attention task on one instruction set: a block of query rows of one KV head over a range of stored rows,
-// with an online softmax. K and V are separate phases of a tile, so that a format costs one staging function
+// with an online softmax that goes on from segment to segment. K and V are separate phases of a tile, so that a format costs one staging function
 // for both and not one kernel per K x V pair. Included once per instruction set.
 #pragma once
 
@@ -14,18 +14,30 @@ namespace {
 struct Attend : Products {
     using Products::Products;
 
+    // The rows of one segment.
     void run() {
         start();
         for (int r = 0; r < rows; ++r) start_row(r);
-        for (int64_t j = task.j0; j < task.j1; j += kTile) {
-            const int n = task.j1 - j < kTile ? static_cast<int>(task.j1 - j) : kTile;
+        for (int64_t j = j0; j < j1; j += kTile) {
+            const int n = j1 - j < kTile ? static_cast<int>(j1 - j) : kTile;
             if (a.mask && !seen(j, n)) continue;
             scores(j, n);
             if (v_int) stage_v_scales(j, n);
             if (softmax(j, n)) values(j, n);
         }
-        for (int r = 0; r < rows; ++r) finish_row(r);
         end();
+    }
+
+    // Before the first segment, and after the last.
+    void reset_rows() {
+        for (int r = 0; r < rows; ++r) {
+            s.m[r] = -kInf;
+            s.l[r] = 0.f;
+        }
+        std::memset(s.acc, 0, static_cast<size_t>(rows * dv) * sizeof(float));
+    }
+    void finish_rows() {
+        for (int r = 0; r < rows; ++r) finish_row(r);
     }
 
     const uint8_t* mask_row(int r) const {
@@ -44,22 +56,30 @@ struct Attend : Products {
     }
 
     void start_row(int r) {
-        const int64_t pos = a.n_stored - a.n_tokens + token(r);
+        const int64_t pos = a.n_stored() - a.n_tokens + token(r);
         int64_t lo = a.seq_start ? a.seq_start[task.batch] : 0;
         if (a.window && pos - a.window + 1 > lo) lo = pos - a.window + 1;
-        s.lo[r] = lo < task.j0 ? task.j0 : lo;
-        const int64_t hi = a.causal ? pos + 1 : a.n_stored;
-        s.hi[r] = hi < task.j1 ? hi : task.j1;
-        s.m[r] = -kInf;
-        s.l[r] = 0.f;
-        std::memset(s.acc + r * dv, 0, static_cast<size_t>(dv) * sizeof(float));
+        s.lo[r] = lo < j0 ? j0 : lo;
+        const int64_t hi = a.causal ? pos + 1 : a.n_stored();
+        s.hi[r] = hi < j1 ? hi : j1;
         const float* q = a.q + task.batch * a.q_stride_b + q_head(r) * a.q_stride_h + token(r) * a.q_stride_t;
         float* row = s.flat;
-        std::memcpy(row, q, static_cast<size_t>(a.k.head_dim) * sizeof(float));
-        std::memset(row + a.k.head_dim, 0, static_cast<size_t>(dk - a.k.head_dim) * sizeof(float));
+        const int64_t dims = seg.k.head_dim;
+        std::memcpy(row, q, static_cast<size_t>(dims) * sizeof(float));
+        std::memset(row + dims, 0, static_cast<size_t>(dk - dims) * sizeof(float));
+        s.q_center[r] = seg.center ? a.scale * dot(row, seg.center + head * dims, dims) : 0.f;
         if (k_int) return quantize_query(r, row);
         put_values(r, row);
         s.q_unit[r] = a.scale;
+    }
+
+    static float dot(const float* x, const float* y, int64_t count) {
+        F sum = Simd::set1(0.f);
+        int64_t i = 0;
+        for (; i + L <= count; i += L) sum = Simd::fma(Simd::load(x + i), Simd::load(y + i), sum);
+        float rest = 0.f;
+        for (; i < count; ++i) rest += x[i] * y[i];
+        return Simd::reduce_add(sum) + rest;
     }
 
     // To integers with one scale per row.
@@ -90,7 +110,7 @@ struct Attend : Products {
     // Scales of V in units of 1 / d_units: over the largest of their block in this tile (d_block), and of these, over
     // the largest of the row (d_row), so that neither a block nor a row of large values costs the others precision.
     HYBRIDKV_PHASE void stage_v_scales(int64_t j, int n) {
-        stage_scales(a.v, head, a.start + j, n, s.flat, s.v_d, s.v_m);
+        stage_scales(seg.v, head, seg.shift + j, n, s.flat, s.v_d, s.v_m);
         const int64_t blocks = dv / kBlock;
         F rows_top[kTile / L];
         for (F& x : rows_top) x = Simd::set1(0.f);
@@ -100,7 +120,8 @@ struct Attend : Products {
                 const F x = Simd::load(s.v_d + b * kTile + r);
                 top = Simd::max(Simd::abs(x), top);
                 check = Simd::fma(x, Simd::set1(0.f), check);
-                if (a.v.format->has_min()) check = Simd::fma(Simd::load(s.v_m + b * kTile + r), Simd::set1(0.f), check);
+                if (!seg.v.format->has_min()) continue;
+                check = Simd::fma(Simd::load(s.v_m + b * kTile + r), Simd::set1(0.f), check);
             }
             // NaN marks a block with a scale that is not finite: those go through careful_values.
             const float largest = Simd::reduce_max(top) + Simd::reduce_add(check);
@@ -185,9 +206,9 @@ struct Attend : Products {
     HYBRIDKV_PHASE float mask_and_max(int r, int64_t j, int n) {
         float* x = s.scores + r * kTile;
         const int64_t first = s.lo[r] - j > 0 ? s.lo[r] - j : 0, last = s.hi[r] - j < n ? s.hi[r] - j : n;
-        const F unit = Simd::set1(s.q_unit[r]);
+        const F unit = Simd::set1(s.q_unit[r]), center = Simd::set1(s.q_center[r]);
         for (int i = 0; i < kTile; i += L) {
-            F y = Simd::mul(Simd::load(x + i), unit);
+            F y = Simd::fma(Simd::load(x + i), unit, center);
             if (a.softcap > 0.f) y = soft_cap(y);
             Simd::store(x + i, y);
         }
@@ -213,7 +234,7 @@ struct Attend : Products {
     }
 
     HYBRIDKV_PHASE void finish_row(int r) {
-        const int64_t dims = a.v.head_dim;
+        const int64_t dims = a.head_dim_v();
         const float* acc = s.acc + r * dv;
         if (task.partial) {
             float* out = task.partial + r * (2 + dims);
@@ -236,6 +257,15 @@ struct Attend : Products {
 
 size_t scratch_bytes(const AttendParams& a) { return carve(a, nullptr).bytes; }
 
-void attend(const AttendParams& a, const AttendTask& task, void* scratch) { Attend(a, task, scratch).run(); }
+// The running softmax lies in the scratch: segments add to it one after another, and need not be merged.
+void attend(const AttendParams& a, const AttendTask& task, void* memory) {
+    const Scratch scratch = carve(a, memory);
+    Attend(a, task, a.segments.front(), scratch).reset_rows();
+    for (const Segment& segment : a.segments) {
+        Attend part(a, task, segment, scratch);
+        if (part.j0 < part.j1) part.run();
+    }
+    Attend(a, task, a.segments.back(), scratch).finish_rows();
+}
 
 }  // namespace

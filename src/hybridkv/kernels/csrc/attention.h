@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "formats.h"
 #include "step.h"
@@ -17,12 +18,21 @@ struct Stored {
     const uint8_t* planes[kMaxPlanes];
 };
 
+// Consecutive rows of one format. Rows count over all segments of a call: row j of begin <= j < end lies at j + shift of
+// this segment's planes.
+struct Segment {
+    Stored k, v;
+    int64_t begin, end, shift;
+    const float* center;  // [B, Hkv, D], subtracted from the rows of K when they were stored; or null
+
+    int64_t n_rows() const { return end - begin; }
+};
+
 struct AttendParams {
     const float* q;  // [B, Hq, T, D]: strides in elements, D contiguous
     int64_t q_stride_b, q_stride_h, q_stride_t;
-    Stored k, v;
+    std::vector<Segment> segments;  // at least one, none of them empty, each beginning where the one before ends
     int64_t n_batch, n_heads, n_kv_heads, n_tokens;
-    int64_t start, n_stored;  // row j in 0..n_stored-1 lies at start + j of the planes
     float scale;
     float softcap;          // 0: none
     const float* sinks;     // [Hq] or null
@@ -34,10 +44,13 @@ struct AttendParams {
     float* out;                // [B, Hq, T, Dv] contiguous
 
     int64_t group() const { return n_heads / n_kv_heads; }
+    int64_t n_stored() const { return segments.back().end; }
+    int64_t head_dim_k() const { return segments[0].k.head_dim; }
+    int64_t head_dim_v() const { return segments[0].v.head_dim; }
 };
 
 // Query rows [r0, r1) of one KV head (row r is token r / group, head r % group of the group) over stored rows
-// [j0, j1). With `partial` set, the unnormalised result goes there: per row m, l, then Dv accumulators.
+// [j0, j1), of whatever segments. With `partial` set, the unnormalised result goes there: per row m, l, then Dv accumulators.
 struct AttendTask {
     int64_t batch, kv_head, r0, r1, j0, j1;
     float* partial;

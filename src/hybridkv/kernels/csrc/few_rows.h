@@ -8,16 +8,20 @@
 namespace {
 
 struct FewRows {
+    static constexpr int most = 8;  // query rows
 #if defined(HYBRIDKV_AMX)
-    static constexpr int most = 4;  // query rows: half of a tile
+    static constexpr int always = 4;  // half of a tile; more of them only
 #else
-    static constexpr int most = 8;
+    static constexpr int always = most;
 #endif
+    static constexpr int64_t few_stored = 192;  // over so few stored rows that tiles do not pay for their preparation
 
     static constexpr int step = 4;  // stored rows between two requests ahead
 
     // Whole vectors in every block: the others go the way of prefill.
-    static bool takes(const Stored& s, int rows) { return rows <= most && s.head_dim % kBlock == 0; }
+    static bool takes(const Stored& s, int rows, int64_t n_stored) {
+        return rows <= (n_stored <= few_stored ? most : always) && s.head_dim % kBlock == 0;
+    }
 
     // scores[NQ][kTile] of n rows of K; q: [NQ][dims].
     template <Code C, int NQ>
@@ -94,9 +98,9 @@ struct FewRows {
     }
 
     static void all_scores(const Task& t, int64_t row, int n, Prefetch& ahead) {
-        const uint8_t* k = plane_row(t.a.k, 0, t.head, row);
-        const int64_t stride = plane_row_bytes(*t.a.k.format, 0, t.a.k.head_dim);
-        for_code(t.a.k.format->code, [&](auto code) {
+        const uint8_t* k = plane_row(t.seg.k, 0, t.head, row);
+        const int64_t stride = plane_row_bytes(*t.seg.k.format, 0, t.seg.k.head_dim);
+        for_code(t.seg.k.format->code, [&](auto code) {
             for (int j = 0; j < n; j += step, k += step * stride) {
                 const int count = n - j < step ? n - j : step;
                 ahead.step();
@@ -109,16 +113,16 @@ struct FewRows {
     }
 
     static void all_weigh(Task& t, int64_t row, int n, Prefetch& ahead) {
-        const int64_t stride = plane_row_bytes(*t.a.v.format, 0, t.a.v.head_dim);
+        const int64_t stride = plane_row_bytes(*t.seg.v.format, 0, t.seg.v.head_dim);
         for (int64_t b = 0; b < t.dv / kBlock; ++b) {
             ahead.step();
-            const uint8_t* v = plane_row(t.a.v, 0, t.head, row) + b * kBlock * t.a.v.format->plane_bytes[0];
-            for_code(t.a.v.format->code, [&](auto code) {
+            const uint8_t* v = plane_row(t.seg.v, 0, t.head, row) + b * kBlock * t.seg.v.format->plane_bytes[0];
+            for_code(t.seg.v.format->code, [&](auto code) {
                 for_row_groups(t.rows, [&](auto group, int r) {
                     constexpr int NQ = decltype(group)::count;
                     float* acc = t.s.acc + r * t.dv + b * kBlock;
                     if (weigh<decltype(code)::value, NQ>(t.s.scores + r * kTile, v, stride, n, acc, t.dv)) return;
-                    stage_values(t.a.v, t.head, row, n, b * kBlock, t.s.v, kTile);
+                    stage_values(t.seg.v, t.head, row, n, b * kBlock, t.s.v, kTile);
                     t.careful_values(b, r, NQ);
                 });
             });

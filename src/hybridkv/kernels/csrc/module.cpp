@@ -96,22 +96,18 @@ std::vector<int64_t> plane_bytes(const std::string& type, int64_t head_dim) {
 
 using Strides = std::tuple<int64_t, int64_t, int64_t>;
 
-size_t attend(const std::string& isa, Address q, Strides q_strides, const std::string& type_k, const Planes& k,
-              int64_t head_dim_k, int64_t cap_k, const std::string& type_v, const Planes& v, int64_t head_dim_v,
-              int64_t cap_v, int64_t n_batch, int64_t n_heads, int64_t n_kv_heads, int64_t n_tokens, int64_t start,
-              int64_t n_stored, float scale, float softcap, Address sinks, int64_t window, Address mask,
+size_t attend(const std::string& isa, Address q, Strides q_strides, const std::vector<Rows>& segments,
+              int64_t head_dim_k, int64_t head_dim_v, int64_t n_batch, int64_t n_heads, int64_t n_kv_heads,
+              int64_t n_tokens, float scale, float softcap, Address sinks, int64_t window, Address mask,
               Strides mask_strides, bool causal, Address seq_start, Address out, int n_threads) {
     AttendParams a{};
     a.q = reinterpret_cast<const float*>(q);
     std::tie(a.q_stride_b, a.q_stride_h, a.q_stride_t) = q_strides;
-    a.k = stored(type_k, k, head_dim_k, cap_k);
-    a.v = stored(type_v, v, head_dim_v, cap_v);
+    a.segments = segments_of(segments, head_dim_k, head_dim_v);
     a.n_batch = n_batch;
     a.n_heads = n_heads;
     a.n_kv_heads = n_kv_heads;
     a.n_tokens = n_tokens;
-    a.start = start;
-    a.n_stored = n_stored;
     a.scale = scale;
     a.softcap = softcap;
     a.sinks = reinterpret_cast<const float*>(sinks);
@@ -203,11 +199,29 @@ const Format& format_named(const std::string& name) {
     throw std::invalid_argument("no native kernel reads " + name);
 }
 
-Stored stored(const std::string& type, const std::vector<Address>& planes, int64_t head_dim, int64_t cap) {
+namespace {
+
+Stored stored(const Side& side, int64_t head_dim) {
+    const auto& [type, planes, cap] = side;
     Stored s{&format_named(type), head_dim, cap, {}};
     if (planes.size() != static_cast<size_t>(s.format->n_planes)) throw std::invalid_argument("planes of " + type);
     for (size_t i = 0; i < planes.size(); ++i) s.planes[i] = reinterpret_cast<const uint8_t*>(planes[i]);
     return s;
+}
+
+}  // namespace
+
+std::vector<Segment> segments_of(const std::vector<Rows>& rows, int64_t head_dim_k, int64_t head_dim_v) {
+    if (rows.empty()) throw std::invalid_argument("no rows to attend");
+    std::vector<Segment> segments;
+    int64_t begin = 0;
+    for (const auto& [k, v, start, n_rows, center] : rows) {
+        if (n_rows <= 0) throw std::invalid_argument("a segment without rows");
+        segments.push_back({stored(k, head_dim_k), stored(v, head_dim_v), begin, begin + n_rows, start - begin,
+                            reinterpret_cast<const float*>(center)});
+        begin += n_rows;
+    }
+    return segments;
 }
 
 }  // namespace hybridkv

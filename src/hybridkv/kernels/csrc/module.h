@@ -4,6 +4,7 @@
 #include <nanobind/nanobind.h>
 
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "attention.h"
@@ -16,8 +17,13 @@ using Address = uintptr_t;
 const Isa& isa_named(const std::string& name);
 const Format& format_named(const std::string& name);
 
-// The planes of one tensor; throws if their number is not the format's.
-Stored stored(const std::string& type, const std::vector<Address>& planes, int64_t head_dim, int64_t cap);
+// Of K or V: type, planes, rows that they have room for.
+using Side = std::tuple<std::string, std::vector<Address>, int64_t>;
+// K, V, first row in the planes, number of rows, center or 0
+using Rows = std::tuple<Side, Side, int64_t, int64_t, Address>;
+
+// Throws if there are no rows, or if the number of planes is not the format's.
+std::vector<Segment> segments_of(const std::vector<Rows>& rows, int64_t head_dim_k, int64_t head_dim_v);
 
 void bind_linear(nanobind::module_& m);
 void bind_step(nanobind::module_& m);

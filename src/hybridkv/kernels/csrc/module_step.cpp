@@ -22,20 +22,16 @@ using Columns = std::tuple<Address, int64_t, int64_t, int64_t, int64_t>;
 // type, n_out, n_in, panels, destination, its row stride, whether to add
 using Target = std::tuple<std::string, int64_t, int64_t, Address, Address, int64_t, bool>;
 using Values = std::vector<float>;
-using Planes = std::vector<Address>;
-// per side of K and V: type, planes, head dim, capacity, whether to refit, rotation block; then the new row, the first
-// row attended, their number, the window
-using Side = std::tuple<std::string, Planes, int64_t, int64_t, bool, int64_t>;
-using Call = std::tuple<Side, Side, int64_t, int64_t, int64_t, int64_t>;
-
-Stored rows_of(const Side& side) {
-    return stored(std::get<0>(side), std::get<1>(side), std::get<2>(side), std::get<3>(side));
-}
+// of K or V: head dim, whether to refit, rotation block
+using Store = std::tuple<int64_t, bool, int64_t>;
+// segments, K, V, window
+using Call = std::tuple<std::vector<Rows>, Store, Store, int64_t>;
 
 AttendCall attend_call(const Call& c) {
-    const auto& [k, v, row, start, n_stored, window] = c;
-    return {rows_of(k),     rows_of(v),     row,            start,          n_stored,      window,
-            std::get<4>(k), std::get<4>(v), std::get<5>(k), std::get<5>(v), Health::finite};
+    const auto& [rows, k, v, window] = c;
+    const auto& [head_dim_k, refit_k, block_k] = k;
+    const auto& [head_dim_v, refit_v, block_v] = v;
+    return {segments_of(rows, head_dim_k, head_dim_v), window, refit_k, refit_v, block_k, block_v, Health::finite};
 }
 
 View view(const Columns& c) {

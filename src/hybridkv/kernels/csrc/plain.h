@@ -10,7 +10,7 @@ struct Products : Task {
     static constexpr float p_units = 32767.f;  // and of the largest probability times scale of a row in a tile
     static constexpr float d_units = 32767.f;  // and of the largest scale of a block and row of V
 
-    const bool k_few = !k_int && FewRows::takes(a.k, rows), v_few = !v_int && FewRows::takes(a.v, rows);
+    const bool k_few = !k_int && FewRows::takes(seg.k, rows, j1 - j0), v_few = !v_int && FewRows::takes(seg.v, rows, j1 - j0);
 
     using Task::Task;
 
@@ -32,13 +32,13 @@ struct Products : Task {
 
     void scores(int64_t j, int n) {
         Prefetch ahead = ahead_of_v(j, n, k_few ? kTile / FewRows::step : dk / kBlock);
-        if (k_few) return FewRows::all_scores(*this, a.start + j, n, ahead);
-        return k_int ? score_codes(a.start + j, n, ahead) : score_values(a.start + j, n, ahead);
+        if (k_few) return FewRows::all_scores(*this, seg.shift + j, n, ahead);
+        return k_int ? score_codes(seg.shift + j, n, ahead) : score_values(seg.shift + j, n, ahead);
     }
 
     HYBRIDKV_PHASE void score_codes(int64_t row, int n, Prefetch& ahead) {
-        const Codes codes = stage_codes(a.k, head, row, n, s.codes);
-        stage_scales(a.k, head, row, n, s.flat, s.k_d, s.k_m);
+        const Codes codes = stage_codes(seg.k, head, row, n, s.codes);
+        stage_scales(seg.k, head, row, n, s.flat, s.k_d, s.k_m);
         int32_t* pairs = reinterpret_cast<int32_t*>(s.k);
         for (int64_t b = 0; b < dk / kBlock; ++b) {
             ahead.step();
@@ -47,7 +47,7 @@ struct Products : Task {
         const auto dot = [&](auto group, int r) {
             constexpr int NQ = decltype(group)::count;
             const int32_t* q = reinterpret_cast<const int32_t*>(s.q) + r * (dk / 2);
-            const auto f = a.k.format->has_min() ? k_codes<NQ, true> : k_codes<NQ, false>;
+            const auto f = seg.k.format->has_min() ? k_codes<NQ, true> : k_codes<NQ, false>;
             f(q, dk / 2, pairs, s.k_d, s.k_m, s.q_sum + r * (dk / kBlock), dk / kBlock, s.scores + r * kTile);
         };
         for_row_groups(rows, dot);
@@ -56,7 +56,7 @@ struct Products : Task {
     HYBRIDKV_PHASE void score_values(int64_t row, int n, Prefetch& ahead) {
         for (int64_t e = 0; e < dk; e += kBlock) {
             ahead.step();
-            stage_values(a.k, head, row, n, e, s.v, kTile);
+            stage_values(seg.k, head, row, n, e, s.v, kTile);
             for (int i = 0; i < kBlock; i += 8) {
                 for (int r = 0; r < kTile; r += L) {
                     I dims[8];
@@ -85,15 +85,15 @@ struct Products : Task {
 
     void values(int64_t j, int n) {
         Prefetch ahead = ahead_of_k(j, dv / kBlock);
-        if (v_few) return FewRows::all_weigh(*this, a.start + j, n, ahead);
-        return v_int ? weigh_codes(a.start + j, n, ahead) : weigh_values(a.start + j, n, ahead);
+        if (v_few) return FewRows::all_weigh(*this, seg.shift + j, n, ahead);
+        return v_int ? weigh_codes(seg.shift + j, n, ahead) : weigh_values(seg.shift + j, n, ahead);
     }
 
     HYBRIDKV_PHASE void weigh_values(int64_t row, int n, Prefetch& ahead) {
         for (int64_t b = 0; b < dv / kBlock; ++b) {
             float* acc = s.acc + b * kBlock;
             ahead.step();
-            if (!stage_values(a.v, head, row, n, b * kBlock, s.v, kTile)) {
+            if (!stage_values(seg.v, head, row, n, b * kBlock, s.v, kTile)) {
                 careful_values(b, 0, rows);
                 continue;
             }
@@ -104,7 +104,7 @@ struct Products : Task {
     }
 
     HYBRIDKV_PHASE void weigh_codes(int64_t row, int n, Prefetch& ahead) {
-        const Codes codes = stage_codes(a.v, head, row, n, s.codes);
+        const Codes codes = stage_codes(seg.v, head, row, n, s.codes);
         int32_t* pairs = reinterpret_cast<int32_t*>(s.v);
         for (int64_t b = 0; b < dv / kBlock; ++b) {
             ahead.step();
@@ -132,7 +132,7 @@ struct Products : Task {
             Simd::storei(out + i / 2, Simd::mul_q15(load(p), load(d)));
         }
         s.unit[r] = s.p_unit[r] * s.d_block[b];
-        s.bias[r] = a.v.format->has_min() ? bias(r, b) : 0.f;
+        s.bias[r] = seg.v.format->has_min() ? bias(r, b) : 0.f;
     }
 };
 

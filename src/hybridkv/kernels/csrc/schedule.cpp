@@ -13,10 +13,23 @@ namespace {
 constexpr int64_t kTasksPerThread = 4;  // slack for threads of unequal speed
 constexpr int64_t kMinSplit = 256;      // stored rows below which a split costs more than it gives
 
+constexpr int64_t kAlign = 128;         // rows of the largest tile
+
 struct Cut {
     int64_t all_rows, blocks, splits, split_rows;  // query rows of a KV head, blocks of them, parts of the cache
+    int64_t shift;                                 // rows that the first part has beyond split_rows
     int64_t n_tasks, part_floats;
+
+    int64_t begin(int64_t split) const { return split == 0 ? 0 : shift + split * split_rows; }
 };
+
+// Rows before the longest segment, but for whole tiles: parts cut it into whole tiles then.
+int64_t before_longest(const std::vector<Segment>& segments) {
+    const auto longest = std::max_element(segments.begin(), segments.end(), [](const Segment& a, const Segment& b) {
+        return a.n_rows() < b.n_rows();
+    });
+    return longest->begin % kAlign;
+}
 
 Cut cut(const AttendParams& a, int n_threads) {
     Cut c;
@@ -24,23 +37,25 @@ Cut cut(const AttendParams& a, int n_threads) {
     c.blocks = (c.all_rows + kMaxRows - 1) / kMaxRows;
     const int64_t whole = a.n_batch * a.n_kv_heads * c.blocks;
     const int64_t wanted = n_threads <= 1 ? 1 : (n_threads * kTasksPerThread + whole - 1) / whole;
-    const int64_t most = std::max<int64_t>(1, a.n_stored / kMinSplit);
+    c.shift = before_longest(a.segments);
+    const int64_t n_rows = a.n_stored() - c.shift;
+    const int64_t most = std::max<int64_t>(1, n_rows / kMinSplit);
     c.splits = whole >= n_threads * kTasksPerThread ? 1 : std::min(wanted, most);
     // Whole tiles, so that only the last split has a short one.
-    c.split_rows = std::max<int64_t>(64, ((a.n_stored + c.splits - 1) / c.splits + 63) / 64 * 64);
-    c.splits = std::max<int64_t>(1, (a.n_stored + c.split_rows - 1) / c.split_rows);
+    c.split_rows = std::max<int64_t>(64, ((n_rows + c.splits - 1) / c.splits + 63) / 64 * 64);
+    c.splits = std::max<int64_t>(1, (n_rows + c.split_rows - 1) / c.split_rows);
     c.n_tasks = whole * c.splits;
-    c.part_floats = std::min<int64_t>(kMaxRows, c.all_rows) * (2 + a.v.head_dim);
+    c.part_floats = std::min<int64_t>(kMaxRows, c.all_rows) * (2 + a.head_dim_v());
     return c;
 }
 
 // Range of stored rows that any of the query rows can see.
 void visible(const AttendParams& a, AttendTask& t) {
-    const int64_t first = a.n_stored - a.n_tokens + t.r0 / a.group();
-    const int64_t last = a.n_stored - a.n_tokens + (t.r1 - 1) / a.group();
+    const int64_t first = a.n_stored() - a.n_tokens + t.r0 / a.group();
+    const int64_t last = a.n_stored() - a.n_tokens + (t.r1 - 1) / a.group();
     int64_t lo = a.seq_start ? a.seq_start[t.batch] : 0;
     if (a.window) lo = std::max(lo, first - a.window + 1);
-    const int64_t hi = a.causal ? last + 1 : a.n_stored;
+    const int64_t hi = a.causal ? last + 1 : a.n_stored();
     t.j0 = std::max(t.j0, lo);
     t.j1 = std::max(t.j0, std::min(t.j1, hi));
 }
@@ -48,7 +63,7 @@ void visible(const AttendParams& a, AttendTask& t) {
 // One query row of `splits` parts: m, l and accumulators each.
 void merge(const AttendParams& a, const float* part, int64_t stride, int64_t splits, int64_t batch, int64_t head,
            int64_t token) {
-    const int64_t dims = a.v.head_dim;
+    const int64_t dims = a.head_dim_v();
     float top = -std::numeric_limits<float>::infinity();
     for (int64_t i = 0; i < splits; ++i) top = std::max(top, part[i * stride]);
     float* out = a.out + ((batch * a.n_heads + head) * a.n_tokens + token) * dims;
@@ -83,8 +98,8 @@ void run_attention(const Isa& isa, const AttendParams& a, int n_threads) {
         t.kv_head = head % a.n_kv_heads;
         t.r0 = block * kMaxRows;
         t.r1 = std::min(c.all_rows, t.r0 + kMaxRows);
-        t.j0 = split * c.split_rows;
-        t.j1 = std::min(a.n_stored, t.j0 + c.split_rows);
+        t.j0 = c.begin(split);
+        t.j1 = std::min(a.n_stored(), c.begin(split + 1));
         visible(a, t);
         t.partial = parts ? parts.get() + ((head * c.blocks + block) * c.splits + split) * c.part_floats : nullptr;
         isa.attend(a, t, thread_scratch(scratch));
@@ -94,7 +109,7 @@ void run_attention(const Isa& isa, const AttendParams& a, int n_threads) {
         for (int64_t row = 0; row < c.all_rows; ++row) {
             const int64_t block = row / kMaxRows;
             const float* part = parts.get() + (head * c.blocks + block) * c.splits * c.part_floats +
-                                row % kMaxRows * (2 + a.v.head_dim);
+                                row % kMaxRows * (2 + a.head_dim_v());
             merge(a, part, c.part_floats, c.splits, head / a.n_kv_heads,
                   head % a.n_kv_heads * a.group() + row % a.group(), row / a.group());
         }

@@ -10,7 +10,7 @@ namespace {
 
 // Scratch of one task; every array is 64-byte aligned. Bytes depend on the head dims, never on the cache.
 struct Scratch {
-    float *q, *q_unit, *q_sum, *scores, *top, *alpha, *m, *l, *sum, *peak, *p_unit, *unit, *bias, *acc;
+    float *q, *q_unit, *q_sum, *scores, *top, *alpha, *m, *l, *sum, *peak, *p_unit, *unit, *bias, *q_center, *acc;
     float *k, *k_d, *k_m, *v, *v_d, *v_m, *d_row, *d_block, *d_inverse, *flat;
     int16_t *p16, *d16, *pd16;
     int8_t* codes;
@@ -19,7 +19,7 @@ struct Scratch {
 };
 
 inline Scratch carve(const AttendParams& a, void* memory) {
-    const int64_t dk = padded(a.k.head_dim), dv = padded(a.v.head_dim), wide = dk > dv ? dk : dv;
+    const int64_t dk = padded(a.head_dim_k()), dv = padded(a.head_dim_v()), wide = dk > dv ? dk : dv;
     const int64_t all = a.group() * a.n_tokens, rows = all < kMaxRows ? (all + 7) / 8 * 8 : kMaxRows;
     char* base = static_cast<char*>(memory);
     size_t used = 0;
@@ -34,7 +34,8 @@ inline Scratch carve(const AttendParams& a, void* memory) {
     take(s.p16, rows * kTile);
     take(s.pd16, rows * kTile);
     take(s.acc, rows * dv);
-    for (float** p : {&s.q_unit, &s.top, &s.alpha, &s.m, &s.l, &s.sum, &s.peak, &s.p_unit, &s.unit, &s.bias}) {
+    for (float** p : {&s.q_unit, &s.q_center, &s.top, &s.alpha, &s.m, &s.l, &s.sum, &s.peak, &s.p_unit, &s.unit,
+                      &s.bias}) {
         take(*p, rows + 16);  // whole vectors
     }
     take(s.lo, rows);

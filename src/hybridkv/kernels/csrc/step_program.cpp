@@ -69,20 +69,20 @@ public:
             step_.rotate(op.k, call.block_k, 0, rows_);
         }
         if (call.block_v) step_.rotate(op.v, call.block_v, 0, rows_);
-        store(op.k, call.k, call.row, call.refit_k);
-        store(op.v, call.v, call.row, call.refit_v);
+        const Segment& newest = call.segments.back();
+        const int64_t row = newest.end - 1 + newest.shift;
+        if (newest.center) subtract(op.k, newest.center);
+        store(op.k, newest.k, row, call.refit_k);
+        store(op.v, newest.v, row, call.refit_v);
         AttendParams a{};
         a.q = op.q.data;
         a.q_stride_b = op.q.row_stride;
         a.q_stride_h = op.q.group_stride;
-        a.k = call.k;
-        a.v = call.v;
+        a.segments = call.segments;
         a.n_batch = rows_;
         a.n_heads = op.q.groups;
         a.n_kv_heads = op.k.groups;
         a.n_tokens = 1;
-        a.start = call.start;
-        a.n_stored = call.n_stored;
         a.scale = op.scale;
         a.window = call.window;
         a.causal = true;
@@ -120,6 +120,15 @@ public:
     }
 
 private:
+    // y: [row][group][width]
+    void subtract(const View& x, const float* y) const {
+        for (int64_t r = 0; r < rows_; ++r) {
+            for (int64_t g = 0; g < x.groups; ++g, y += x.width) {
+                for (int64_t i = 0; i < x.width; ++i) x.at(r, g)[i] -= y[i];
+            }
+        }
+    }
+
     void store(const View& x, const Stored& to, int64_t row, bool refit) const {
         EncodeParams e{};
         e.x = x.data;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <variant>
+#include <vector>
 
 #include "attention.h"
 #include "step.h"
@@ -27,13 +28,11 @@ enum class Health : int8_t { finite, bad_output, bad_input };
 
 // One layer's cache in a run.
 struct AttendCall {
-    Stored k, v;
-    int64_t row;                 // of the planes: where the new token goes
-    int64_t start, n_stored;     // rows that it attends, itself included
-    int64_t window;              // 0: none
+    std::vector<Segment> segments;  // what the new token attends: its own row is the last of the last
+    int64_t window;                 // 0: none
     bool refit_k, refit_v;
-    int64_t block_k, block_v;    // of the rotation; 0: none
-    Health health;               // of the output, set by the run
+    int64_t block_k, block_v;       // of the rotation; 0: none
+    Health health;                  // of the output, set by the run
 };
 
 // What changes from run to run: rows are sequences times tokens.

@@ -1,5 +1,5 @@
-// What the phases of one attention task share: its numbers, its scratch, and the careful way around values that are
-// not finite. Included once per instruction set.
+// What the phases of one attention task share while they read one segment: its numbers, its scratch, and the careful way
+// around values that are not finite. Included once per instruction set.
 #pragma once
 
 #include <cmath>
@@ -15,25 +15,28 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 struct Task {
     const AttendParams& a;
     const AttendTask& task;
+    const Segment& seg;
     Scratch s;
     int rows;            // query rows
     int64_t head;        // b * Hkv + h, as the planes count
     int64_t dk, dv;      // padded
+    int64_t j0, j1;      // rows of the task in this segment
     bool k_int, v_int;
 
-    Task(const AttendParams& params, const AttendTask& t, void* memory)
-        : a(params), task(t), s(carve(params, memory)), rows(static_cast<int>(t.r1 - t.r0)),
-          head(t.batch * params.n_kv_heads + t.kv_head), dk(padded(params.k.head_dim)),
-          dv(padded(params.v.head_dim)), k_int(params.k.format->quantized()), v_int(params.v.format->quantized()) {}
+    Task(const AttendParams& params, const AttendTask& t, const Segment& segment, const Scratch& scratch)
+        : a(params), task(t), seg(segment), s(scratch), rows(static_cast<int>(t.r1 - t.r0)),
+          head(t.batch * params.n_kv_heads + t.kv_head), dk(padded(segment.k.head_dim)), dv(padded(segment.v.head_dim)),
+          j0(t.j0 > segment.begin ? t.j0 : segment.begin), j1(t.j1 < segment.end ? t.j1 : segment.end),
+          k_int(segment.k.format->quantized()), v_int(segment.v.format->quantized()) {}
 
     int64_t token(int r) const { return (task.r0 + r) / a.group(); }
     int64_t q_head(int r) const { return task.kv_head * a.group() + (task.r0 + r) % a.group(); }
 
     // Bytes that the phase of K has time to ask for: this tile's V; and the phase of V: the next tile's K.
-    Prefetch ahead_of_v(int64_t j, int n, int64_t steps) const { return Prefetch(a.v, head, a.start + j, n, steps); }
+    Prefetch ahead_of_v(int64_t j, int n, int64_t steps) const { return Prefetch(seg.v, head, seg.shift + j, n, steps); }
     Prefetch ahead_of_k(int64_t j, int64_t steps) const {
-        const int64_t next = j + kTile, left = task.j1 - next;
-        return Prefetch(a.k, head, a.start + next, left < kTile ? left : kTile, steps);
+        const int64_t next = j + kTile, left = j1 - next;
+        return Prefetch(seg.k, head, seg.shift + next, left < kTile ? left : kTile, steps);
     }
 
     // What the minima of block b add to each of its dims.
@@ -61,7 +64,7 @@ struct Task {
     // The same for a block of codes with a scale that is not finite.
     void careful_block(const Codes& codes, int64_t b) {
         for (int i = 0; i < kTile; ++i) {
-            const float d = s.v_d[b * kTile + i], m = a.v.format->has_min() ? s.v_m[b * kTile + i] : 0.f;
+            const float d = s.v_d[b * kTile + i], m = seg.v.format->has_min() ? s.v_m[b * kTile + i] : 0.f;
             for (int e = 0; e < kBlock; ++e) s.v[i * kBlock + e] = d * codes.row(i)[b * kBlock + e] + m;
         }
         careful_values(b, 0, rows);
