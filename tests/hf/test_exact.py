@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from hybridkv import GuardError, UsageError, quantized_cache
 from hybridkv.cache import KVLayer, KVTypes
-from hybridkv.hf import ModelCache, kv_facts, layer_facts
-from hybridkv.kernels import AttentionParams, Kernel, KVView, reference
+from hybridkv.hf import ModelCache, NativeStep, kv_facts, layer_facts
+from hybridkv.kernels import KERNELS, AttentionParams, Kernel, KVView, reference
 from hybridkv.policy import Guard, Policy
 from tests.families import build
 from tests.hf.test_families import change, run, tokens
@@ -79,6 +79,21 @@ def test_tensors_for_another_attention_are_the_same_rows() -> None:
     packed, plain = model_of(), build("qwen3_5_text")
     got = run(plain, cache_of(plain, types), LONG, CHUNKS)
     assert change(got, run(packed, cache_of(packed, types), LONG, CHUNKS)) < 1e-4
+
+
+@pytest.mark.parametrize("types", [{"tail": 32, "sink": 4}, {"tail": 32, "center": True}, {"sink": 4}], ids=str)
+def test_the_native_step_decodes_as_attention_between_runs_does(types: dict[str, int]) -> None:
+    """Rows that native code writes into the last segment are those that `append` would have written."""
+    model, ids = model_of(), tokens(2, 90)
+    step, kv = NativeStep(model), replace(Q4, **types)
+    inside = cache_of(model, kv, kernels=KERNELS)
+    between = cache_of(model, kv, kernels=tuple(replace(kernel) for kernel in KERNELS))
+    for position, n_new in ((0, 20), *((t, 1) for t in range(20, 90))):
+        a, b = (step.forward(ids[:, position : position + n_new], cache, position) for cache in (inside, between))
+        assert torch.equal(a, b), position
+    for a_layer, b_layer in zip(inside.kv_layers, between.kv_layers, strict=True):
+        for x, y in zip(a_layer.decode(), b_layer.decode(), strict=True):
+            assert torch.equal(x, y)
 
 
 def test_beams_move_exact_rows_and_centers() -> None:
