@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from hybridkv.cache import kv
+from hybridkv.cache import planes
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -25,4 +25,4 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def allocate(shape: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.full(shape, 0xFF, dtype=torch.uint8, device=device)
 
-    monkeypatch.setattr(kv, "_allocate", allocate)
+    monkeypatch.setattr(planes, "allocate", allocate)

@@ -17,7 +17,12 @@ from hybridkv.plan import largest_context, parse_bytes, plan, unknown_states
 from hybridkv.policy import Guard, Policy
 from tests.families import FAMILIES, build
 
-PAIRS = [("q8_0", "q4_0"), ("f16", "q8_KV"), ("f32", "iq4_nl")]
+TYPES = [
+    KVTypes("q8_0", "q4_0", tail=64, sink=4, center=True),
+    KVTypes("f16", "q8_KV"),
+    KVTypes("f32", "iq4_nl", sink=3),
+    KVTypes("q4_0", "f16", tail=2 * WINDOW_SLACK),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -26,28 +31,32 @@ def test_planned_bytes_are_the_bytes_of_a_real_cache(family: str, dtype: torch.d
     model = build(family, dtype=dtype, attention=IMPLEMENTATION)
     facts = layer_facts(model.config)
     assert not unknown_states(facts)
-    for (k, v), n_ctx, n_seqs in zip(PAIRS, (7, 300, 2 * WINDOW_SLACK), (1, 2, 3), strict=True):
-        specs = Policy(KVTypes(k, v)).resolve(kv_facts(facts))
+    for types, n_ctx, n_seqs in zip(TYPES, (3 * WINDOW_SLACK, 300, 2 * WINDOW_SLACK, 7), (1, 2, 3, 1), strict=True):
+        specs = Policy(types).resolve(kv_facts(facts))
         engine = Engine(model, specs, n_ctx=n_ctx, guard=Guard("off"), notify=print)
         itemsize = 4 if isinstance(engine.step, NativeStep) else dtype.itemsize
         counted = plan(specs, facts, n_ctx=n_ctx, n_seqs=n_seqs, conv_itemsize=itemsize)
         for _ in engine.generate([3, 4, 5], SamplingParams(temp=0), n_predict=2, n_seqs=n_seqs):
             pass
-        assert counted.kv_bytes == engine.cache.kv_bytes, (k, v)
+        assert counted.kv_bytes == engine.cache.kv_bytes, types
         assert counted.state_bytes == engine.cache.state_bytes
         assert counted.total_bytes == counted.kv_bytes + counted.state_bytes
 
 
 specs_of_a_model = st.lists(
     st.builds(
-        lambda heads, dim, window, k, v: KVSpec(
-            AttentionFacts(0, heads, heads, dim, dim, window=window), KVTypes(type_k=k, type_v=v)
+        lambda heads, dim, window, k, v, tail, sink, center: KVSpec(
+            AttentionFacts(0, heads, heads, dim, dim, window=window),
+            KVTypes(type_k=k, type_v=v, tail=tail, sink=sink, center=center),
         ),
         heads=st.integers(1, 16),
         dim=st.sampled_from([64, 80, 96, 112, 128, 256, 512]),
         window=st.none() | st.integers(1, 4096),
         k=st.sampled_from(list(FORMATS)),
         v=st.sampled_from(list(FORMATS)),
+        tail=st.sampled_from([0, 32, 5000]),
+        sink=st.sampled_from([0, 4]),
+        center=st.booleans(),
     ),
     max_size=6,
 )
@@ -64,6 +73,14 @@ def test_the_largest_context_fits_and_one_token_more_does_not(specs: list[KVSpec
     else:
         assert most == 0 or needed(most) <= free
         assert needed(most + 1) > free or free < 0
+
+
+def test_a_tail_costs_its_rows_and_saves_none() -> None:
+    facts = AttentionFacts(0, 1, 1, 64, 64)
+    plain, exact = (KVSpec(facts, KVTypes("q8_0", "q8_0", tail=n, sink=n and 4, center=n > 0)) for n in (0, 128))
+    rows = 128 + 4 + 32 + 512
+    assert exact.bytes_at(10_000) == (10_000 - 132) * plain.bytes_per_token + rows * 256 + 4 * 64
+    assert exact.bytes_at(100) == 100 * 256
 
 
 def test_windows_alone_stop_growing() -> None:

@@ -35,6 +35,18 @@ def rows(n: int, *, batch: int = 1, seed: int = 0, dims: tuple[int, int] = (64, 
     return k, v
 
 
+def tensors(x: Any) -> list[Tensor]:
+    """Every tensor that an object of the cache reaches."""
+    if isinstance(x, Tensor):
+        return [x]
+    if isinstance(x, (tuple, list)):
+        return [t for item in x for t in tensors(item)]
+    if not type(x).__module__.startswith("hybridkv.cache"):
+        return []
+    names = [*getattr(x, "__dict__", ()), *getattr(x, "__slots__", ())]
+    return [t for name in names for t in tensors(getattr(x, name))]
+
+
 def decoded(type_name: str, x: Tensor) -> Tensor:
     fmt = get_format(type_name)
     return fmt.decode(fmt.encode(x), x.shape[-1])
@@ -60,11 +72,15 @@ def test_bytes_are_codes_and_scales_and_nothing_else(type_k: str, type_v: str) -
     kv = layer(KVTypes(type_k, type_v), n_ctx=40)
     kv.append(*rows(17, batch=3))
     per_row = get_format(type_k).row_bytes(64) + get_format(type_v).row_bytes(48)
-    held = [t for value in vars(kv).values() if isinstance(value, tuple) for t in value if isinstance(t, Tensor)]
-    assert not [value for value in vars(kv).values() if isinstance(value, Tensor)]
-    assert sum(t.untyped_storage().nbytes() for t in held) == kv.nbytes == 3 * 2 * 40 * per_row
+    assert sum(t.untyped_storage().nbytes() for t in tensors(kv)) == kv.nbytes == 3 * 2 * 40 * per_row
     assert kv.nbytes == kv.spec.bytes_at(40, batch=3)
     assert kv.nbytes_used == 3 * 2 * 17 * per_row
+
+
+def test_exact_rows_and_the_center_are_counted() -> None:
+    kv = layer(KVTypes("q8_0", "q4_0", tail=32, sink=4, center=True))
+    kv.append(*rows(1000, batch=3))
+    assert sum(t.untyped_storage().nbytes() for t in tensors(kv)) == kv.nbytes
 
 
 def test_rotation_is_stored_and_undone() -> None:

@@ -72,6 +72,9 @@ USAGE: dict[str, tuple[list[object], str]] = {
     ),
     "override without count": (["run", "-p", "x", "-ctv-last", "q8_0"], "-ctv-last 'q8_0'; allowed: TYPE,N"),
     "override of unknown type": (["run", "-p", "x", "-ctv-first", "zz,1"], "unknown KV cache type 'zz'"),
+    "negative tail": (["run", "-p", "x", "--kv-tail", "-1"], "--kv-tail -1; allowed: 0 to"),
+    "sink that is no number": (["run", "-p", "x", "--kv-sink", "four"], "--kv-sink: invalid int value: 'four'"),
+    "center without a tail": (["run", "-p", "x", "--kv-center"], "--kv-center with --kv-tail 0; allowed: a tail of"),
     "scale rule": (["run", "-p", "x", "--kv-scale", "best"], "unknown scale rule 'best'; allowed: absmax, refit"),
     "guard mode": (
         ["run", "-p", "x", "--kv-guard", "on"],

@@ -140,3 +140,26 @@ def test_no_number_is_cut_on_a_narrow_terminal(cli: Cli, monkeypatch: pytest.Mon
     done = cli("plan", "-m", QWEN35_35B, "-c", 131072, "--memory", "80GiB")
     assert "…" not in done.out
     assert len({len(line) for line in done.out.splitlines()[1:]}) == 1
+
+
+def test_exact_rows_are_counted(cli: Cli) -> None:
+    base = ("-m", QWEN35_35B, "-c", 131072, "--types", "f16,q4_0")
+    plain = plans(cli, *base)
+    for options, packed, exact, center in (
+        (("--kv-tail", 128), 131072 - 128, 128 + 32 + 512, 0),
+        (("--kv-sink", 4), 131072 - 4, 4, 0),
+        (("--kv-tail", 128, "--kv-sink", 4, "--kv-center"), 131072 - 132, 132 + 32 + 512, 10 * 2 * 256 * 4),
+    ):
+        rows = plans(cli, *base, *options)
+        assert rows["f16", "f16"] == plain["f16", "f16"]
+        assert rows["q4_0", "q4_0"]["kv_bytes"] == packed * 5760 + exact * 20480 + center
+
+
+def test_exact_rows_without_effect_are_said(cli: Cli) -> None:
+    base = ("plan", "-m", QWEN35_35B, "--kv-tail", 128)
+    assert cli(*base, "--types", "f16,q4_0").err == ""  # of f16 among others it goes without saying
+    assert cli(*base, "--types", "f16").err == "note: --kv-tail 128 has no effect: no layer's K or V is quantized\n"
+    assert "all 100 tokens of the context stay f16" in cli(*base, "-c", 100).err
+    refused = cli("plan", "-m", QWEN35_35B, "--kv-center")
+    assert refused.code == 2
+    assert "--kv-center with --kv-tail 0; allowed: a tail of at least 32 tokens" in refused.err

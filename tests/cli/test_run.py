@@ -124,6 +124,19 @@ def types(answer: dict[str, Any]) -> list[tuple[str, str]]:
     return [(layer["type_k"], layer["type_v"]) for layer in answer["layers"]]
 
 
+def test_exact_rows_change_the_numbers_and_are_shown(cli: Cli, run: Run, hybrid: Path) -> None:
+    q4 = ("-ctk", "q4_0", "-ctv", "q4_0", "-n", 80)
+    options = ((), ("--kv-sink", 4), ("--kv-tail", 32), ("--kv-tail", 32, "--kv-sink", 4))
+    options = (*options, (*options[-1], "--kv-center"))
+    measured = [errors(run(*q4, *o)) for o in options]
+    assert len({tuple(e) for e in measured}) == len(options)
+    answer = run(*q4, *options[-1])
+    assert {(layer["tail"], layer["sink"], layer["center"]) for layer in answer["layers"]} == {(32, 4, True)}
+    assert errors(run("-ctk", "q4_0", "-n", 2, "--kv-tail", 32)) == [None, None]  # nothing was packed
+    done = cli("run", "-m", hybrid, "--ids", "3,4", "-ctk", "q4_0", "-n", 2, *options[-1])
+    assert done.err.count(" tail 32, sink 4, centred ") == 2
+
+
 def test_types_change_the_numbers(run: Run) -> None:
     base, k4, v4 = (errors(run("-n", 2, *o)) for o in ((), ("-ctk", "q4_0"), ("-ctv", "q4_0")))
     assert all(e < 1e-3 for e in base)

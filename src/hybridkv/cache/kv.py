@@ -1,19 +1,22 @@
-"""One layer's KV cache: packed rows in growing memory, and the kernels that were chosen for them.
+"""One layer's KV cache: which rows are packed and which are kept exact, and the kernels that were chosen for them.
 
-Owns block storage: append, view, crop, batch moves, reset, decode. Only codes and scales are kept; a float copy
-never is. Knows neither Transformers nor the guard; `hybridkv.hf` wraps it as a Transformers cache layer.
+Owns the way of a row: rotated, rounded to f16 among the sinks or in the tail where the types ask for them, packed when
+it leaves the tail or at once; append, view, crop, batch moves, reset, decode. Float copies of packed rows are never
+kept. Knows neither Transformers nor the guard; `hybridkv.hf` wraps it as a Transformers cache layer.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from hybridkv.cache.spec import WINDOW_SLACK, KVSpec, KVTypes
+from hybridkv.cache.exact import ExactRows
+from hybridkv.cache.packed import PackedRows
+from hybridkv.cache.spec import FRESH_ROWS, UNBOUNDED, KVSpec, KVTypes
 from hybridkv.errors import ContextError, ModelError
 from hybridkv.formats import get_format
 from hybridkv.kernels import (
@@ -22,7 +25,6 @@ from hybridkv.kernels import (
     KVView,
     Phase,
     Segment,
-    cpu_native,
     select,
     select_encoder,
 )
@@ -77,7 +79,7 @@ def resolve(spec: KVSpec, device: str, kernels: Sequence[Kernel], encoders: Sequ
 
 
 class KVLayer:
-    """Packed K and V rows of one layer.
+    """Stored K and V rows of one layer.
 
     Parameters
     ----------
@@ -93,20 +95,18 @@ class KVLayer:
         self._choose = choose
         self._n_ctx = n_ctx
         self.retype(spec)
-        self.reset()
 
     def retype(self, spec: KVSpec) -> None:
-        """Take new types from the next `append` on; the layer must be empty or be reset right after."""
+        """Take new types from the next `append` on, and forget all rows."""
         self.spec = spec
         self.kernels = self._choose(spec)
         self._k_format, self._v_format = get_format(spec.types.type_k), get_format(spec.types.type_v)
+        self.reset()
 
     def reset(self) -> None:
         """Forget all rows and free their memory."""
-        self._k: tuple[Tensor, ...] = ()
-        self._v: tuple[Tensor, ...] = ()
-        self._start = 0
-        self._length = 0
+        self._packed = PackedRows(self.spec)
+        self._exact = ExactRows(self.spec) if self.spec.tail or self.spec.sink else None
         self.n_seen = 0
 
     @property
@@ -117,40 +117,48 @@ class KVLayer:
     @property
     def n_stored(self) -> int:
         """Rows held per sequence; fewer than `n_seen` once a window has moved on."""
-        return self._length
+        return self._packed.length + (0 if self._exact is None else self._exact.n_held)
 
     @property
     def batch(self) -> int:
         """Sequences; 0 before the first append."""
-        return self._k[0].shape[0] if self._k else 0
+        return self._packed.planes.batch
 
     @property
     def capacity(self) -> int:
         """Rows allocated per sequence."""
-        return self._k[0].shape[2] if self._k else 0
+        return self._packed.planes.capacity + (0 if self._exact is None else self._exact.planes.capacity)
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated, free rows included."""
-        return sum(plane.nbytes for plane in (*self._k, *self._v))
+        return self._packed.nbytes + (0 if self._exact is None else self._exact.planes.nbytes)
 
     @property
     def nbytes_used(self) -> int:
         """Bytes of the rows held."""
-        return self.batch * self._length * self.spec.bytes_per_token
+        return self._packed.nbytes_used + (0 if self._exact is None else self._exact.nbytes_used)
 
     @property
     def can_crop(self) -> bool:
         """Whether the newest rows can be dropped: not once a window has let older rows go."""
-        return self._length == self.n_seen
+        return self.n_stored == self.n_seen
 
     def past_rows(self) -> int:
         """Earlier rows that the next token's attention reads."""
-        window = self.spec.facts.window
-        return self._length if window is None else min(self._length, window - 1)
+        stored, window = self.n_stored, self.spec.facts.window
+        return stored if window is None else min(stored, window - 1)
+
+    def packs(self, n_new: int) -> bool:
+        """Whether the next `n_new` tokens add packed rows, be it by making others leave the tail."""
+        return self._exact is None or self._exact.packs(n_new)
+
+    def shows_packed(self, view: KVView) -> bool:
+        """Whether a view of this layer reads packed rows."""
+        return any(segment.k is self._packed.planes.k for segment in view.segments)
 
     def append(self, k: Tensor, v: Tensor) -> KVView:
-        """Encode T new tokens and return the rows that they attend.
+        """Store T new tokens and return the rows that they attend.
 
         Parameters
         ----------
@@ -166,18 +174,22 @@ class KVLayer:
         """
         self._check(k, v)
         n_new = k.shape[2]
-        view = self.admit(k.shape[0], n_new, k.device)
-        newest = view.segments[-1]
-        row = newest.start + newest.length - n_new
+        self._open(k.shape[0], n_new, k.device)
+        past = self.past_rows()
         types = self.spec.types
-        k_rows = rotate(k) if types.rotate_k else k
-        v_rows = rotate(v) if types.rotate_v else v
-        self.kernels.write_k.write(k_rows, self._k_format, types.scale_for(types.type_k), self._k, row)
-        self.kernels.write_v.write(v_rows, self._v_format, types.scale_for(types.type_v), self._v, row)
-        return view
+        k = rotate(k) if types.rotate_k else k
+        v = rotate(v) if types.rotate_v else v
+        if self._exact is None:
+            self._pack(k, v, past)
+        else:
+            self._keep(self._exact, k, v, past)
+        self.n_seen += n_new
+        return self.view(past + n_new)
 
     def admit(self, batch: int, n_new: int, device: torch.device) -> KVView:
-        """Count T new tokens, whose rows the caller writes: the last T of the rows returned, which they attend.
+        """Count T new tokens, whose rows the caller writes: the last T of the last segment returned.
+
+        T is 1 in a layer that keeps exact rows.
 
         Raises
         ------
@@ -186,24 +198,23 @@ class KVLayer:
         ContextError
             If the context is full.
         """
-        if self._k and batch != self.batch:
-            raise ModelError(
-                f"layer {self.spec.facts.layer} holds {self.batch} sequences and was given {batch}",
-                hint="use one cache per batch, or reset() it first",
-            )
-        visible = self.past_rows() + n_new
-        self._reserve(batch, n_new, device)
-        self._length += n_new
+        exact = self._exact
+        assert n_new == 1 or exact is None, n_new
+        self._open(batch, n_new, device)
+        past = self.past_rows()
+        if exact is None or not exact.takes(n_new):
+            self._packed.extend(n_new, min(past, self._packed.length), self._packed_target, batch, device)
+        else:
+            self._evict(exact, past)
+            exact.extend(n_new, self._exact_target, batch, device)
         self.n_seen += n_new
-        return self.view(visible)
+        return self.view(past + n_new)
 
     def view(self, length: int | None = None) -> KVView:
         """The newest `length` rows, all by default."""
-        length = self._length if length is None else length
         facts, types = self.spec.facts, self.spec.types
-        start = self._start + self._length - length
         return KVView(
-            segments=(Segment(self._k, self._v, self._k_format, self._v_format, start, length),),
+            segments=self._segments(length),
             head_dim_k=facts.head_dim_k,
             head_dim_v=facts.head_dim_v,
             rotate_k=types.rotate_k,
@@ -212,16 +223,14 @@ class KVLayer:
         )
 
     def decode(self, length: int | None = None) -> tuple[Tensor, Tensor]:
-        """The newest `length` rows as float32 `[B, Hkv, S, D]` and `[B, Hkv, S, Dv]`, rotation undone."""
+        """The newest `length` rows as float32 `[B, Hkv, S, D]` and `[B, Hkv, S, Dv]`, rotation and center undone."""
         view = self.view(length)
-        stored = view.segments[0]
-        rows = slice(stored.start, stored.start + stored.length)
-        k = stored.format_k.decode([p[:, :, rows] for p in stored.k], view.head_dim_k)
-        v = stored.format_v.decode([p[:, :, rows] for p in stored.v], view.head_dim_v)
+        parts = [_decoded(segment, view) for segment in view.segments]
+        k, v = (torch.cat(side, 2) if len(side) > 1 else side[0] for side in zip(*parts, strict=True))
         return (rotate(k) if view.rotate_k else k), (rotate(v) if view.rotate_v else v)
 
     def crop(self, n_tokens: int) -> None:
-        """Drop the newest `n_tokens`.
+        """Drop the newest `n_tokens`. Rows that were packed stay packed when they are the newest again.
 
         Raises
         ------
@@ -234,19 +243,26 @@ class KVLayer:
                 f"{self.spec.facts.window} tokens has already let older rows go",
                 hint="reset the cache and process the shorter prompt again",
             )
-        dropped = min(n_tokens, self._length)
-        self._length -= dropped
+        dropped = min(n_tokens, self.n_stored)
         self.n_seen -= dropped
+        if self._exact is not None:
+            dropped -= self._exact.drop_newest(dropped)
+        n_packed = min(dropped, self._packed.length)
+        self._packed.length -= n_packed
+        if self._exact is not None:
+            self._exact.sinks -= dropped - n_packed
 
     def select_sequences(self, indices: Tensor) -> None:
         """Keep the sequences `indices` (int64 `[B']`), in that order; repeats are allowed."""
-        self._k = tuple(plane.index_select(0, indices.to(plane.device)) for plane in self._k)
-        self._v = tuple(plane.index_select(0, indices.to(plane.device)) for plane in self._v)
+        self._packed.select(indices)
+        if self._exact is not None:
+            self._exact.planes.select(indices)
 
     def copy(self, n_ctx: int | None) -> KVLayer:
         """A layer that holds the same rows in memory of its own, for a context of its own."""
         twin = copy.copy(self)
-        twin.select_sequences(torch.arange(self.batch))
+        twin._packed = self._packed.copy()
+        twin._exact = None if self._exact is None else self._exact.copy()
         twin._n_ctx = n_ctx
         return twin
 
@@ -261,52 +277,101 @@ class KVLayer:
                 hint="this architecture's layer facts are wrong or unknown; please report the model type",
             )
 
-    def _reserve(self, batch: int, n_new: int, device: torch.device) -> None:
-        """Make room for `n_new` rows: in place, by letting old window rows go, or in larger memory."""
+    def _open(self, batch: int, n_new: int, device: torch.device) -> None:
+        """Refuse what does not fit; before the first rows, take the memory that a context needs."""
         if self._n_ctx is not None and self.n_seen + n_new > self._n_ctx:
             raise ContextError(
                 f"{self.n_seen + n_new} tokens do not fit a context of {self._n_ctx}",
                 hint="give a larger context (-c) or a shorter prompt",
             )
-        if self._k and self._start + self._length + n_new <= self.capacity:
-            return
-        keep = self.past_rows()
-        target = self._target_rows(keep + n_new)
-        rows = slice(self._start + self._length - keep, self._start + self._length)
-        f = self.spec.facts
-        shape = (batch, f.n_kv_heads, target)
-        k_bytes, v_bytes = self._k_format.plane_bytes(f.head_dim_k), self._v_format.plane_bytes(f.head_dim_v)
-        self._k = _moved(self._k, rows, shape, k_bytes, device)
-        self._v = _moved(self._v, rows, shape, v_bytes, device)
-        self._start, self._length = 0, keep
+        held = self._packed.planes.batch
+        if not held:
+            self._packed.extend(0, 0, self._packed_target, batch, device)
+        elif batch != held:
+            raise ModelError(
+                f"layer {self.spec.facts.layer} holds {held} sequences and was given {batch}",
+                hint="use one cache per batch, or reset() it first",
+            )
 
-    def _target_rows(self, needed: int) -> int:
-        if self.spec.facts.window is not None:
-            target = max(needed, self.spec.facts.window - 1 + WINDOW_SLACK)
-        elif self._n_ctx is not None:
-            return self._n_ctx
-        else:
-            grown = max(needed, self.capacity + self.capacity // 2)
-            target = -(-grown // GROW_ROWS) * GROW_ROWS
-        return target if self._n_ctx is None else min(target, max(needed, self._n_ctx))
+    def _keep(self, exact: ExactRows, k: Tensor, v: Tensor, past: int) -> None:
+        """Store T new rows, rotated if they are to be: exact as far as sinks and tail take them."""
+        batch, n_new, device = k.shape[0], k.shape[2], k.device
+        n_exact = exact.takes(n_new)
+        first = 0
+        while first < n_exact:  # the newest FRESH_ROWS come last, together: all of them are exact for this call
+            last = first + (n_exact - first - 1) % FRESH_ROWS + 1
+            self._evict(exact, past + first)
+            row = exact.extend(last - first, self._exact_target, batch, device)
+            exact.write(k[:, :, first:last], v[:, :, first:last], row)
+            first = last
+        if n_exact < n_new:
+            self._pack(k[:, :, n_exact:], v[:, :, n_exact:], past + n_exact)
+
+    def _evict(self, exact: ExactRows, needed: int) -> None:
+        """Pack the rows that leave the tail before it takes more; the newest `needed` rows are attended."""
+        leaving = exact.leaving()
+        if leaving:
+            self._pack(*exact.oldest(leaving), needed - exact.length)
+            exact.drop_oldest(leaving)
+
+    def _pack(self, k: Tensor, v: Tensor, needed: int) -> None:
+        """Encode rows behind the packed ones, of which the newest `needed`, if there are as many, must stay.
+
+        The center is the mean of the first rows packed. Any vector gives the same attention: a query's scores over
+        packed rows all differ by its product with the center, which the kernel adds back. Only the rounding depends
+        on how well it fits later rows, so it can stay as it is while rows are stored minus it.
+        """
+        packed, types = self._packed, self.spec.types
+        was_empty = packed.length == 0
+        row = packed.extend(k.shape[2], max(0, min(needed, packed.length)), self._packed_target, k.shape[0], k.device)
+        if packed.center is not None:
+            k = k.float()
+            if was_empty:
+                packed.center.copy_(k.mean(2))
+            k = k - packed.center.unsqueeze(2)
+        self.kernels.write_k.write(k, self._k_format, types.scale_for(types.type_k), packed.planes.k, row)
+        self.kernels.write_v.write(v, self._v_format, types.scale_for(types.type_v), packed.planes.v, row)
+
+    def _segments(self, length: int | None) -> tuple[Segment, ...]:
+        if self._exact is None:
+            return (self._packed.segment(self._packed.length if length is None else length),)
+        n_packed = self._packed.length
+        parts = self._exact.segments(self._packed.segment(n_packed) if n_packed else None)
+        return parts if length is None or length == self.n_stored else _newest(parts, length)
+
+    def _packed_target(self, needed: int, capacity: int) -> int:
+        """Rows of the packed planes' next memory; more than planned for a prompt longer than a window."""
+        if self._n_ctx is None and self.spec.facts.window is None:
+            return _grown(needed, capacity)
+        return max(needed, self.spec.rows_at(self._n_ctx or UNBOUNDED))
+
+    def _exact_target(self, needed: int, capacity: int) -> int:
+        """Rows of the exact planes' next memory."""
+        most = self.spec.exact_rows_at(self._n_ctx or UNBOUNDED)
+        if self._n_ctx is None and self.spec.facts.window is None:
+            return min(most, _grown(needed, capacity))
+        return most
 
 
-def _moved(
-    planes: tuple[Tensor, ...],
-    rows: slice,
-    shape: tuple[int, int, int],
-    plane_bytes: tuple[int, ...],
-    device: torch.device,
-) -> tuple[Tensor, ...]:
-    """New planes of `shape` (batch, heads, rows), with `rows` of the old planes, if any, in front."""
-    fresh = tuple(_allocate((*shape, nbytes), device) for nbytes in plane_bytes)
-    for new, old in zip(fresh, planes, strict=False):
-        new[:, :, : rows.stop - rows.start] = old[:, :, rows]
-    return fresh
+def _grown(needed: int, capacity: int) -> int:
+    grown = max(needed, capacity + capacity // 2)
+    return -(-grown // GROW_ROWS) * GROW_ROWS
 
 
-def _allocate(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Memory with whatever bytes were there: nothing may read a row that was not written."""
-    if device.type == "cpu":
-        return cpu_native.allocate(shape)
-    return torch.empty(shape, dtype=torch.uint8, device=device)
+def _newest(parts: Sequence[Segment], length: int) -> tuple[Segment, ...]:
+    """The newest `length` rows of the parts; at least one part, if of no rows."""
+    kept: list[Segment] = []
+    for part in reversed(parts):
+        n = min(part.length, length)
+        length -= n
+        if n or not kept:
+            kept.insert(0, replace(part, start=part.start + part.length - n, length=n))
+    return tuple(kept)
+
+
+def _decoded(rows: Segment, view: KVView) -> tuple[Tensor, Tensor]:
+    """float32 K and V of a segment, as they were before the center was taken off; still rotated."""
+    span = slice(rows.start, rows.start + rows.length)
+    k = rows.format_k.decode([p[:, :, span] for p in rows.k], view.head_dim_k)
+    v = rows.format_v.decode([p[:, :, span] for p in rows.v], view.head_dim_v)
+    return (k if rows.center is None else k + rows.center.unsqueeze(2)), v

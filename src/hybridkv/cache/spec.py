@@ -16,6 +16,18 @@ from hybridkv.kernels import AttentionCase, Phase
 WINDOW_SLACK = 512
 """Rows that a sliding-window layer holds beyond its window, so that old rows are dropped in bulk."""
 
+EXACT_TYPE = "f16"
+"""How the sinks and the tail of a quantized layer are stored."""
+
+LEAVING_ROWS = 32
+"""Rows leave the tail in blocks of this many: one call of the encoder for all of them."""
+
+FRESH_ROWS = 512
+"""New rows of one call that wait beside the tail until the next call; of a longer one, older rows are packed first."""
+
+UNBOUNDED = 2**62
+"""More tokens than there will be."""
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionFacts:
@@ -90,9 +102,9 @@ class KVTypes:
     scale
         Scale rule, or None for each format's own default.
     tail, sink
-        Newest and first tokens that are kept as f16.
+        How many of the newest and of the first tokens are kept as f16 where K or V is quantized.
     center
-        Whether K is stored less a fixed vector per sequence and head.
+        Whether a fixed vector per sequence and KV head is subtracted from K before it is quantized.
     """
 
     type_k: str = "f16"
@@ -122,20 +134,59 @@ class KVSpec:
     types: KVTypes
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether K or V is."""
+        return any(get_format(name).is_quantized for name in (self.types.type_k, self.types.type_v))
+
+    @property
+    def tail(self) -> int:
+        """Newest tokens kept as f16: none beside rows that are not quantized, no more than a window sees."""
+        asked = self.types.tail if self.is_quantized else 0
+        return asked if self.facts.window is None else min(asked, self.facts.window)
+
+    @property
+    def sink(self) -> int:
+        """First tokens kept as f16: none beside rows that are not quantized, none that a window would leave behind."""
+        return self.types.sink if self.is_quantized and self.facts.window is None else 0
+
+    @property
+    def center(self) -> bool:
+        """Whether K is stored minus a center: if it is quantized, and a tail gathers rows to take a mean of."""
+        return self.types.center and self.tail > 0 and get_format(self.types.type_k).is_quantized
+
+    @property
+    def exact_label(self) -> str:
+        """`tail 128, sink 4, centred`, as far as it applies to this layer; empty if nothing does."""
+        counts = [f"{name} {n}" for name, n in (("tail", self.tail), ("sink", self.sink)) if n]
+        return ", ".join(counts + ["centred"] * self.center)
+
+    @property
     def bytes_per_token(self) -> int:
-        """Bytes that one token of one sequence adds, padding of the last block included."""
-        row_k = get_format(self.types.type_k).row_bytes(self.facts.head_dim_k)
-        row_v = get_format(self.types.type_v).row_bytes(self.facts.head_dim_v)
-        return self.facts.n_kv_heads * (row_k + row_v)
+        """Bytes that one packed token of one sequence adds, padding of the last block included."""
+        return self._token_bytes(self.types.type_k, self.types.type_v)
+
+    @property
+    def exact_bytes_per_token(self) -> int:
+        """Bytes of one token of one sequence among the sinks or in the tail."""
+        return self._token_bytes(EXACT_TYPE, EXACT_TYPE)
 
     def rows_at(self, n_ctx: int) -> int:
-        """Rows allocated for a context of `n_ctx` tokens."""
+        """Packed rows allocated for a context of `n_ctx` tokens."""
+        rows = max(0, n_ctx - self.sink - self.tail)
         window = self.facts.window
-        return n_ctx if window is None else min(n_ctx, window - 1 + WINDOW_SLACK)
+        return rows if window is None else min(rows, max(0, window - 1 - self.tail) + WINDOW_SLACK)
+
+    def exact_rows_at(self, n_ctx: int) -> int:
+        """f16 rows allocated for a context of `n_ctx` tokens."""
+        waiting = LEAVING_ROWS + FRESH_ROWS if self.tail else 0
+        return min(n_ctx, self.sink + self.tail + waiting)
 
     def bytes_at(self, n_ctx: int, batch: int = 1) -> int:
         """Bytes allocated for `batch` sequences of `n_ctx` tokens."""
-        return batch * self.rows_at(n_ctx) * self.bytes_per_token
+        rows = self.rows_at(n_ctx)
+        center = 4 * self.facts.n_kv_heads * self.facts.head_dim_k if self.center and rows else 0
+        exact = self.exact_rows_at(n_ctx) * self.exact_bytes_per_token
+        return batch * (rows * self.bytes_per_token + exact + center)
 
     def case(self, device: str, phase: Phase) -> AttentionCase:
         """What a kernel is asked for this layer."""
@@ -152,3 +203,8 @@ class KVSpec:
             softcap=f.softcap,
             sinks=f.sinks,
         )
+
+    def _token_bytes(self, type_k: str, type_v: str) -> int:
+        row_k = get_format(type_k).row_bytes(self.facts.head_dim_k)
+        row_v = get_format(type_v).row_bytes(self.facts.head_dim_v)
+        return self.facts.n_kv_heads * (row_k + row_v)

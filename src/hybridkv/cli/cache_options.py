@@ -14,7 +14,7 @@ TYPES = "f32 f16 bf16 q8_0 q8_1 q8_KV q6_0 q5_0 q5_1 q4_0 q4_1 iq4_nl hq4_nl hq3
 
 
 def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `-ctk`, `-ctv`, rotation, first/last layers, scale rule and guard."""
+    """Add `-ctk`, `-ctv`, rotation, first/last layers, scale rule, exact rows and guard."""
     group = parser.add_argument_group("KV cache")
     for side, name in (("k", "K"), ("v", "V")):
         group.add_argument(
@@ -40,11 +40,29 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-scale", metavar="RULE", help="absmax or refit (default: what measures better for each type)"
     )
+    add_exact_arguments(group)
     group.add_argument(
         "--kv-guard",
         default="check",
         metavar="MODE",
         help="check (measure the first prompt, raise layers that fail), upgrade, warn, strict, off (default check)",
+    )
+
+
+def add_exact_arguments(group: argparse._ActionsContainer) -> None:
+    """Add `--kv-tail`, `--kv-sink` and `--kv-center`."""
+    for name, which in (("tail", "newest"), ("sink", "first")):
+        group.add_argument(
+            f"--kv-{name}",
+            type=int,
+            default=0,
+            metavar="N",
+            help=f"keep the {which} N tokens as f16 where K or V is quantized (default 0)",
+        )
+    group.add_argument(
+        "--kv-center",
+        action="store_true",
+        help="store a quantized K minus its mean over early tokens; needs --kv-tail 32 or more",
     )
 
 
@@ -73,5 +91,8 @@ def policy_from(arguments: argparse.Namespace) -> Policy:
         rotate_k=a.k_cache_hadamard,
         rotate_v=a.v_cache_hadamard,
         scale=None if a.kv_scale is None else parse_scale(a.kv_scale),
+        tail=a.kv_tail,
+        sink=a.kv_sink,
+        center=a.kv_center,
     )
     return Policy(types=types, **overrides)

@@ -7,12 +7,14 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from hybridkv.cli.cache_options import add_exact_arguments
 from hybridkv.cli.show import MAX_CONTEXT, model_path, notice, simple_table, size, stdout_console, summary
 from hybridkv.errors import NoKernelError, UsageError
 
 if TYPE_CHECKING:
     from hybridkv.cache import KVSpec
     from hybridkv.engine.load import Description
+    from hybridkv.policy import Policy
 
 NAME = "plan"
 HELP = "print KV, state and weight bytes for cache types, and the largest context that fits"
@@ -45,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T,K/V,...",
         help=f"types, or pairs K/V, or `all` (default {_DEFAULT_TYPES})",
     )
+    add_exact_arguments(parser)
     parser.add_argument("--memory", metavar="SIZE", help="a budget such as 24GiB: prints the largest context that fits")
     parser.add_argument(
         "--dtype",
@@ -60,8 +63,10 @@ def main(arguments: argparse.Namespace) -> int:
     """Describe, count, print."""
     import torch
 
+    from hybridkv.cache import KVTypes
     from hybridkv.engine.load import bundled_model, describe
     from hybridkv.plan import parse_bytes, unknown_states
+    from hybridkv.policy import Policy
 
     a = arguments
     if a.dtype == "auto":
@@ -75,7 +80,10 @@ def main(arguments: argparse.Namespace) -> int:
     n_ctx = a.ctx_size or description.n_ctx_train
     if not n_ctx:
         raise UsageError("this model does not say what context it was trained for", hint="give -c N")
-    rows = _rows(description, pairs, n_ctx, a.parallel, a.dtype, budget)
+    policies = [Policy(KVTypes(k, v, tail=a.kv_tail, sink=a.kv_sink, center=a.kv_center)) for k, v in pairs]
+    rows = _rows(description, policies, n_ctx, a.parallel, a.dtype, budget)
+    for line in _notices(description, policies, n_ctx) if a.kv_tail or a.kv_sink or a.kv_center else ():
+        notice(line)
     for reason in dict.fromkeys(row["refused"] for row in rows if row["refused"]):
         notice(f"left out, no kernel: {reason}")
     if unknown_states(description.facts):
@@ -110,23 +118,21 @@ def _pairs(text: str) -> list[tuple[str, str]]:
 
 def _rows(
     description: Description,
-    pairs: list[tuple[str, str]],
+    policies: Sequence[Policy],
     n_ctx: int,
     n_seqs: int,
     dtype_name: str,
     budget: int | None,
 ) -> list[dict[str, Any]]:
-    """One object per pair, bytes as integers."""
-    from hybridkv.cache import KVTypes
+    """One object per pair of types, bytes as integers."""
     from hybridkv.hf import kv_facts
     from hybridkv.plan import largest_context, plan
-    from hybridkv.policy import Policy
 
     bits = _WEIGHT_BITS[dtype_name]
     weight_bytes = description.weight_bytes(bits)
     rows = []
-    for k, v in pairs:
-        specs = Policy(types=KVTypes(k, v)).resolve(kv_facts(description.facts))
+    for policy in policies:
+        specs = policy.resolve(kv_facts(description.facts))
         counted = plan(
             specs,
             description.facts,
@@ -136,8 +142,8 @@ def _rows(
             weight_bytes=weight_bytes,
         )
         row: dict[str, Any] = {
-            "type_k": k,
-            "type_v": v,
+            "type_k": policy.types.type_k,
+            "type_v": policy.types.type_v,
             "refused": _refusal(specs),
             "bytes_per_token": sum(spec.bytes_per_token for spec in specs),
             "kv_bytes": counted.kv_bytes,
@@ -151,6 +157,15 @@ def _rows(
             row["largest_n_ctx"] = largest_context(specs, free, n_seqs=n_seqs) if free >= 0 else 0
         rows.append(row)
     return rows
+
+
+def _notices(description: Description, policies: Sequence[Policy], n_ctx: int) -> list[str]:
+    """What has no effect; of an unquantized pair among others it goes without saying."""
+    from hybridkv.hf import kv_facts
+
+    resolved = [(policy, policy.resolve(kv_facts(description.facts))) for policy in policies]
+    quantized = [pair for pair in resolved if any(spec.is_quantized for spec in pair[1])]
+    return list(dict.fromkeys(line for policy, specs in quantized or resolved for line in policy.notices(specs, n_ctx)))
 
 
 def _refusal(specs: Sequence[KVSpec]) -> str | None:

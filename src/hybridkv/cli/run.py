@@ -177,7 +177,7 @@ def _resolve(opened: Opened, policy: Any, guard: Guard) -> tuple[KVSpec, ...]:
         notice("no layer has a KV cache: nothing grows with the context and nothing is quantized")
     elif not any(f.state for f in facts):
         notice("this model is not a hybrid: it has no recurrent state, and its whole memory is the KV cache")
-    for line in policy.notices(asked):
+    for line in policy.notices(asked, opened.n_ctx):
         notice(line)
     for line in warnings:
         warning(line)
@@ -277,6 +277,9 @@ def _result(
                 "type_v": layer.types.type_v,
                 "rotate_k": layer.types.rotate_k,
                 "rotate_v": layer.types.rotate_v,
+                "tail": layer.spec.tail,
+                "sink": layer.spec.sink,
+                "center": layer.spec.center,
                 "kernel_prefill": layer.kernels.prefill.name,
                 "kernel_decode": layer.kernels.decode.name,
                 "bytes_per_token": layer.spec.bytes_per_token,

@@ -86,16 +86,15 @@ def simple_table(*columns: str, left: Sequence[str] = ()) -> Table:
 
 def layer_table(layers: Sequence[tuple[KVSpec, LayerKernels]]) -> Table:
     """One line per KV layer: what it is stored as and what runs it."""
-    table = simple_table("layer", "K", "V", "rotation", "kernel", "bytes/token", left=("K", "V", "rotation", "kernel"))
+    columns = ["layer", "K", "V", "rotation", "kernel", "bytes/token"]
+    exact = any(spec.exact_label for spec, _ in layers)
+    if exact:
+        columns.insert(4, "kept exact")
+    table = simple_table(*columns, left=("K", "V", "rotation", "kept exact", "kernel"))
     for spec, kernels in layers:
         types = spec.types
         rotated = " ".join(side for side, on in (("K", types.rotate_k), ("V", types.rotate_v)) if on)
-        table.add_row(
-            str(spec.facts.layer),
-            types.type_k,
-            types.type_v,
-            rotated or "-",
-            kernels.label,
-            f"{spec.bytes_per_token}",
-        )
+        cells = [str(spec.facts.layer), types.type_k, types.type_v, rotated or "-"]
+        cells += [spec.exact_label or "-"] * exact
+        table.add_row(*cells, kernels.label, str(spec.bytes_per_token))
     return table

@@ -1,7 +1,8 @@
 """The attention function and the mask function that Transformers calls under `attn_implementation="hybridkv"`.
 
-Owns the way from a model's call to a kernel, and the guard's two measurements on it: the first prompt's output
-against float attention, and every output's finiteness. Stored rows are never expanded to tensors here.
+Owns the way from a model's call to a kernel, and the guard's two measurements on it: the first output over packed rows
+(the first prompt's, or a later one's where a tail keeps the prompt exact) against float attention, and every output's
+finiteness. Stored rows are never expanded to tensors here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from hybridkv.cache import KVLayer
+from hybridkv.cache import KVLayer, KVTypes
 from hybridkv.errors import GuardError, ModelError
 from hybridkv.formats import FORMATS
 from hybridkv.hf.layers import LayerView, QuantizedLayer
@@ -25,7 +26,7 @@ from hybridkv.policy import Evidence, Fallback, NonFiniteError, Stop
 IMPLEMENTATION = "hybridkv"
 
 SAMPLED_QUERIES = 16
-"""The guard compares at most this many queries of the first prompt, and at most 1 in 32."""
+"""The guard compares at most this many queries of a call, and at most 1 in 32."""
 
 
 def register() -> None:
@@ -151,10 +152,9 @@ def _attend_stored(query: Tensor, packed: LayerView, params: AttentionParams) ->
     kernel = _kernel(query, packed, params)
     out = attend(kernel, query, packed.view, params)
     if watch.pending:
-        first_prompt = packed.view.length == query.shape[2] == packed.layer.n_seen
-        if watch.guard.measures and first_prompt:
+        watch.pending = watch.guard.measures and not packed.layer.shows_packed(packed.view)
+        if watch.guard.measures and not watch.pending and packed.fresh_k.shape[2] >= packed.view.length:
             out = _checked(query, packed, params, out)
-        watch.pending = False
     if watch.guard.watches and not is_finite(out):
         raise non_finite(packed.layer, kernel, "cache" if _inputs_finite(query, packed) else "input")
     return out
@@ -183,13 +183,13 @@ def _kernel(query: Tensor, packed: LayerView, params: AttentionParams) -> Kernel
 
 
 def _checked(query: Tensor, packed: LayerView, params: AttentionParams, out: Tensor) -> Tensor:
-    """Measure the layer's output; store it at the next types of the ladder until it holds."""
+    """Measure the layer's output; store its rows at the next types of the ladder until it holds."""
     layer, watch = packed.layer, packed.watch
     n_new = query.shape[2]
     count = min(SAMPLED_QUERIES, max(1, n_new // 32))
     rows = torch.linspace(0, n_new - 1, count + 1, device=query.device)[1:].round().long()
     exact = reference_attend(
-        query[:, :, rows], _float_view(packed.fresh_k, packed.fresh_v), _at_rows(params, rows, n_new)
+        query[:, :, rows], _float_view(packed.fresh_k, packed.fresh_v), _at_rows(params, rows, n_new, packed.view)
     )
     if not is_finite(exact):
         return out  # not the cache's doing; the finiteness watch reports it
@@ -204,21 +204,38 @@ def _checked(query: Tensor, packed: LayerView, params: AttentionParams, out: Ten
         if not isinstance(verdict, Fallback):
             return out
         before = layer.nbytes
-        layer.reset()
-        layer.retype(replace(layer.spec, types=verdict.types))
-        view = layer.append(packed.fresh_k, packed.fresh_v)
+        view = _stored_again(packed, verdict.types, n_new)
         watch.notify(
-            f"{verdict.reason}: stored as {verdict.types.label} instead, +{(layer.nbytes - before) / 2**10:.0f} KiB"
+            f"{verdict.reason}: stored as {verdict.types.label} instead, {(layer.nbytes - before) / 2**10:+.0f} KiB"
         )
         out = attend(_kernel(query, packed, params), query, view, params)
+        if not layer.shows_packed(view):
+            watch.error, watch.pending = None, True  # the new types have not been seen at work yet
+            return out
 
 
-def _at_rows(params: AttentionParams, rows: Tensor, n_new: int) -> AttentionParams:
+def _stored_again(packed: LayerView, types: KVTypes, n_new: int) -> KVView:
+    """The call's rows at other types, in the same two steps: those before it, then the new ones."""
+    layer, n_seen = packed.layer, packed.layer.n_seen
+    layer.retype(replace(layer.spec, types=types))
+    n_old = packed.fresh_k.shape[2] - n_new
+    if n_old:
+        layer.append(packed.fresh_k[:, :, :n_old], packed.fresh_v[:, :, :n_old])
+    view = layer.append(packed.fresh_k[:, :, n_old:], packed.fresh_v[:, :, n_old:])
+    layer.n_seen = n_seen  # a window had let the others go
+    return view
+
+
+def _at_rows(params: AttentionParams, rows: Tensor, n_new: int, view: KVView) -> AttentionParams:
     """The same call for some of its queries: their visibility as an explicit mask."""
     if params.mask is not None:
         return replace(params, mask=params.mask[:, :, rows])
-    causal = torch.arange(n_new, device=rows.device) <= rows.unsqueeze(-1)
-    return replace(params, mask=causal.view(1, 1, len(rows), n_new))
+    position = (view.length - n_new + rows).unsqueeze(-1)
+    key = torch.arange(view.length, device=rows.device)
+    visible = key <= position
+    if view.window is not None:
+        visible &= key > position - view.window
+    return replace(params, mask=visible.view(1, 1, len(rows), view.length))
 
 
 def _relative_rmse(out: Tensor, exact: Tensor) -> float:

@@ -196,6 +196,9 @@ def quantized_cache(
     k_last: str | None = None,
     v_first: str | None = None,
     v_last: str | None = None,
+    tail: int = 0,
+    sink: int = 0,
+    center: bool = False,
     n_ctx: int | None = None,
     guard: GuardMode | str = "check",
     notify: Notify = _LOG.warning,
@@ -215,6 +218,10 @@ def quantized_cache(
         `absmax`, `refit`, or None for each type's own default.
     k_first, k_last, v_first, v_last
         `TYPE,N`: another type for the first or last N KV layers.
+    tail, sink
+        How many of the newest and of the first tokens stay f16 where K or V is quantized.
+    center
+        Whether K is stored minus its mean over early tokens; needs a tail of at least 32.
     n_ctx
         Tokens per sequence to reserve and not to exceed; None grows as needed.
     guard
@@ -233,7 +240,16 @@ def quantized_cache(
     register()
     facts = layer_facts(model.config)
     policy = Policy(
-        types=KVTypes(type_k, type_v, rotate_k, rotate_v, None if scale is None else parse_scale(scale)),
+        types=KVTypes(
+            type_k,
+            type_v,
+            rotate_k,
+            rotate_v,
+            scale=None if scale is None else parse_scale(scale),
+            tail=tail,
+            sink=sink,
+            center=center,
+        ),
         k_first=_override(k_first, "k_first"),
         k_last=_override(k_last, "k_last"),
         v_first=_override(v_first, "v_first"),
@@ -242,7 +258,7 @@ def quantized_cache(
     watcher = Guard(mode=parse_mode(guard))
     asked = policy.resolve(kv_facts(facts))
     specs, warnings = watcher.before(asked, hybrid=is_hybrid(facts), n_ctx=n_ctx or _PLAN_CONTEXT)
-    for line in (*policy.notices(asked), *warnings):
+    for line in (*policy.notices(asked, n_ctx), *warnings):
         notify(line)
     device = next(model.parameters()).device.type
     return ModelCache(model.config, specs, device=device, n_ctx=n_ctx, guard=watcher, notify=notify)

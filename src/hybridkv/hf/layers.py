@@ -34,7 +34,7 @@ class LayerWatch:
     notify
         Where a fallback is reported.
     pending
-        True until the first prompt has been measured.
+        True until the first call over packed rows has been measured.
     error
         The last measured relative RMSE, or None.
     """
@@ -58,7 +58,8 @@ class LayerView:
     watch
         The guard's part.
     fresh_k, fresh_v
-        The new tokens before they were encoded, for this call only.
+        The new tokens before they were encoded, for this call only. In the call that the guard measures, the earlier
+        tokens before them, as they were before they were packed.
     """
 
     layer: KVLayer
@@ -117,7 +118,20 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Store T new tokens `[B, Hkv, T, D]`; what an attention over the packed rows reads."""
         if not self.is_initialized:
             self.lazy_initialization(k, v)
-        return LayerView(self.store, self.store.append(k, v), self.watch, k, v)
+        fresh_k, fresh_v = self._unpacked(k, v) if self.watch.pending else (k, v)
+        return LayerView(self.store, self.store.append(k, v), self.watch, fresh_k, fresh_v)
+
+    def _unpacked(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows that this call attends as they are before any is packed, if this call packs the first of them.
+
+        A layer with a tail packs nothing in a short first prompt: what the guard compares with is then still there as
+        f16 rows, for the last time.
+        """
+        store, past = self.store, self.store.past_rows()
+        if not (self.watch.guard.measures and past and store.packs(k.shape[2])) or store.shows_packed(store.view(past)):
+            return k, v
+        old_k, old_v = store.decode(past)
+        return torch.cat([old_k, k.float()], 2), torch.cat([old_v, v.float()], 2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Rows that the next call attends, and the position of the first."""

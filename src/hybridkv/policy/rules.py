@@ -11,8 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import get_args
 
 from hybridkv.cache import AttentionFacts, KVSpec, KVTypes
+from hybridkv.cache.spec import EXACT_TYPE, LEAVING_ROWS
 from hybridkv.errors import UsageError, one_of
 from hybridkv.formats import Scale, get_format
+
+MAX_EXACT = 2**40
+"""Tokens; more are a slip of the finger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,17 +77,19 @@ class Policy:
         Raises
         ------
         UsageError
-            If a type is unknown, or an override asks for more KV layers than there are.
+            If a type is unknown, an override asks for more KV layers than there are, or a count of exact rows is
+            not one.
         """
         for name in (self.types.type_k, self.types.type_v):
             get_format(name)
+        _check_exact(self.types)
         n = len(facts)
         k_types = _override([self.types.type_k] * n, self.k_first, self.k_last, "K")
         v_types = _override([self.types.type_v] * n, self.v_first, self.v_last, "V")
         return tuple(KVSpec(f, _with(self.types, k, v)) for f, k, v in zip(facts, k_types, v_types, strict=True))
 
-    def notices(self, specs: Sequence[KVSpec]) -> list[str]:
-        """Options that change nothing for these layers: said, never silent."""
+    def notices(self, specs: Sequence[KVSpec], n_ctx: int | None = None) -> list[str]:
+        """Options that change nothing, or less than asked, for these layers: said, never silent."""
         said = []
         asked_scale = self.types.scale
         used = {t for s in specs for t in (s.types.type_k, s.types.type_v)}
@@ -91,7 +97,54 @@ class Policy:
             said.append(f"--kv-scale {asked_scale} has no effect: {', '.join(sorted(used))} have no scale to fit")
         if not specs and (self.types != KVTypes() or any((self.k_first, self.k_last, self.v_first, self.v_last))):
             said.append("this model has no attention layer: the KV cache options have no effect")
-        return said
+        return said + _exact_notices(self.types, specs, n_ctx)
+
+
+def _check_exact(types: KVTypes) -> None:
+    """Refuse counts that are none, and a center without rows to take it from.
+
+    Raises
+    ------
+    UsageError
+        Naming the option.
+    """
+    for option, count in (("--kv-tail", types.tail), ("--kv-sink", types.sink)):
+        if type(count) is not int or not 0 <= count <= MAX_EXACT:
+            raise UsageError(f"{option} {count!r}; allowed: 0 to {MAX_EXACT} tokens")
+    if types.center and types.tail < LEAVING_ROWS:
+        raise UsageError(
+            f"--kv-center with --kv-tail {types.tail}; allowed: a tail of at least {LEAVING_ROWS} tokens",
+            hint="the center is a mean over rows that the tail gathers; try --kv-tail 128 --kv-center",
+        )
+
+
+def _exact_notices(types: KVTypes, specs: Sequence[KVSpec], n_ctx: int | None) -> list[str]:
+    """Where exact rows and the center change nothing, or less than asked."""
+    tail, sink, center = f"--kv-tail {types.tail}", f"--kv-sink {types.sink}", "--kv-center"
+    asked = " ".join(text for text, given in ((tail, types.tail), (sink, types.sink), (center, types.center)) if given)
+    quantized = [spec for spec in specs if spec.is_quantized]
+    if not asked or not specs:
+        return []
+    if not quantized:
+        return [f"{asked} has no effect: no layer's K or V is quantized"]
+    said = []
+    if types.sink and (windowed := [s for s in quantized if s.facts.window is not None]):
+        said.append(f"{sink}: none in {_layers(windowed)}, whose window moves on from the first tokens")
+    if shorter := [s for s in quantized if s.tail < types.tail]:
+        said.append(f"{tail}: no more than the window in {_layers(shorter)}")
+    if types.center and (plain := [s for s in quantized if not s.center]):
+        said.append(f"{center} has no effect in {_layers(plain)}: K is not quantized")
+    if n_ctx is not None and all(s.rows_at(n_ctx) == 0 for s in quantized):
+        said.append(
+            f"the types of K and V have no effect: with {asked}, all {n_ctx} tokens of the context stay "
+            f"{EXACT_TYPE} and nothing is ever packed"
+        )
+    return said
+
+
+def _layers(specs: Sequence[KVSpec]) -> str:
+    numbers = ", ".join(str(spec.facts.layer) for spec in specs)
+    return f"layer {numbers}" if len(specs) == 1 else f"layers {numbers}"
 
 
 def _with(types: KVTypes, k: str, v: str) -> KVTypes:

@@ -188,8 +188,8 @@ def _direct(layer: Any) -> bool:
 def _new_rows(layer: QuantizedLayer, n_seqs: int) -> Rows:
     view, types = layer.store.admit(n_seqs, 1, torch.device("cpu")), layer.store.types
     newest = view.segments[-1]
-    scale_k = types.scale_for(types.type_k) or newest.format_k.default_scale
-    scale_v = types.scale_for(types.type_v) or newest.format_v.default_scale
+    scale_k = types.scale_for(newest.format_k.name) or newest.format_k.default_scale
+    scale_v = types.scale_for(newest.format_v.name) or newest.format_v.default_scale
     return Rows(view, refit_k=scale_k == "refit", refit_v=scale_v == "refit")
 
 
