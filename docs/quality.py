@@ -26,12 +26,12 @@ RECOMMENDED = (
     (
         "the smallest that holds",
         "-ctk hq3_nl -ctv hq3_nl --kv-tail 128 --kv-sink 4 --kv-center",
-        "hq3_nl+kv+tail128+sink4+center",
+        "hq3_nl+tail128+sink4+center",
     ),
     (
         "the smallest there is",
         "-ctk hq2_nl -ctv hq2_nl --kv-tail 128 --kv-sink 4 --kv-center",
-        "hq2_nl+kv+tail128+sink4+center",
+        "hq2_nl+tail128+sink4+center",
     ),
 )
 """What for, how it is asked for, and its label in the evaluations."""

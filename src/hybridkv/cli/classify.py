@@ -12,8 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from hybridkv.cli.cache_options import add_cache_arguments, policy_from
 from hybridkv.cli.classify_rows import DEFAULT_PROMPT, Row, encode, parse_labels, read_rows, read_template
-from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, limit_spinning, open_model
-from hybridkv.cli.run import _is_out_of_memory
+from hybridkv.cli.model_options import (
+    Opened,
+    add_model_arguments,
+    check_limits,
+    is_out_of_memory,
+    limit_spinning,
+    open_model,
+)
 from hybridkv.cli.show import (
     layer_table,
     notice,
@@ -208,7 +214,7 @@ def _score(name: str, classifier: Classifier, prompts: list[list[int]], lengths:
     try:
         scores = classifier.score(prompts)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise ContextError(
             f"not enough memory for a batch at {name}", hint="take a smaller --batch, or smaller types (-ctk, -ctv)"

@@ -9,7 +9,14 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from hybridkv.cli.cache_options import add_cache_arguments, policy_from
-from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, limit_spinning, open_model
+from hybridkv.cli.model_options import (
+    Opened,
+    add_model_arguments,
+    check_limits,
+    is_out_of_memory,
+    limit_spinning,
+    open_model,
+)
 from hybridkv.cli.prompt import add_prompt_arguments, prompt_ids, read_prompt
 from hybridkv.cli.show import layer_table, notice, size, stderr_console, summary, warning
 from hybridkv.errors import ContextError, UsageError
@@ -106,20 +113,13 @@ def main(arguments: argparse.Namespace) -> int:
         engine = Engine(loaded.model, specs, n_ctx=n_ctx, guard=guard, notify=warning, step=step)
         return _generate(a, loaded, engine, sampling, text, ids)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         needed = sum(spec.bytes_at(n_ctx, a.parallel) for spec in specs)
         raise ContextError(
             f"not enough memory: the KV cache of {a.parallel} x {n_ctx} tokens takes {size(needed)}",
             hint="take a smaller -c, fewer sequences (-np) or smaller types (-ctk, -ctv); `hybridkv plan` counts them",
         ) from error
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether torch or Python could not allocate; torch's CPU allocator has no error type of its own."""
-    import torch
-
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 def _check(a: argparse.Namespace) -> None:

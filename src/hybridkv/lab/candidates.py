@@ -86,7 +86,7 @@ def _with(types: KVTypes, option: str, text: str) -> KVTypes:
     if match := re.fullmatch(r"sink(\d{1,7})", option):
         return replace(types, sink=int(match[1]))
     raise UsageError(
-        f"--types {text!r}: unknown option {option!r}; allowed: k, v, kv, absmax, refit, tailN, sinkN, center",
+        f"{text!r}: unknown option {option!r} of a cache type; allowed: k, v, kv, absmax, refit, tailN, sinkN, center",
         hint="for example q4_0+kv+tail128+sink4",
     )
 

@@ -158,7 +158,7 @@ class Run:
             label=candidate.label,
             type_k=types.type_k,
             type_v=types.type_v,
-            rotate=rotation(types),
+            rotate=rotation(specs[0].types),  # a type may ask for its rotation itself
             scale=types.scale,
             tail=types.tail,
             sink=types.sink,
