@@ -330,3 +330,14 @@ def test_admit_counts_the_same_rows_as_append(tail: int) -> None:
         assert shape_of(view) == shape_of(expected)
     for x, y in zip(written.decode(), counted.decode(), strict=True):
         assert torch.equal(x, y)
+
+
+def test_a_copy_has_a_center_of_its_own() -> None:
+    kv = layer(KVTypes("q4_0", "q4_0", tail=32, center=True), n_ctx=500)
+    kv.append(*rows(100))
+    kv.append(*rows(1))
+    twin, before = kv.copy(500), kv.decode()
+    twin.crop(101)
+    twin.append(*rows(100, seed=1))
+    twin.append(*rows(1))
+    assert all(torch.equal(x, y) for x, y in zip(kv.decode(), before, strict=True))
