@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from quality import pictures, quality_table, recommended_table, targets_table
+
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH = 110
 
@@ -58,33 +60,6 @@ def cli_page() -> str:
     for name, command in commands.items():
         parts += ["", f"## hybridkv {name}", "", "```text", command.format_help().rstrip(), "```"]
     return "\n".join(parts) + "\n"
-
-
-def perplexity_table(data: dict[str, Any]) -> str:
-    """The README's table by cache type, from the bench's JSON."""
-    rows = [row for row in data["rows"] if "@" not in row["type"]]  # scale rules: docs/decisions/scale-refit.md
-    base = rows[0]["perplexity"]
-    lines = [
-        "| K/V type | bytes per token | perplexity | change | mean KLD from f16 | same top token |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        name = row["type"].replace("+kv", " -khad -vhad").replace("+k", " -khad")
-        cells = [name, row["bytes_per_token"], f"{row['perplexity']:.4f}"]
-        if row is rows[0]:
-            cells += ["", "", ""]
-        else:
-            change = f"{100 * (row['perplexity'] / base - 1):+.3f} %"
-            cells += [change, f"{row['mean_kld']:.1e}", f"{100 * row['same_top']:.2f} %"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    c = data["conditions"]
-    lines += [
-        "",
-        f"`python bench/perplexity.py`: {c['model']}, weights as float32, {c['text']}, context {c['context']}, "
-        f"{c['tokens']} tokens, prefill in chunks of 512, hybridkv {c['hybridkv']}, torch {c['torch']}, "
-        f"Transformers {c['transformers']}, kernel {c['kernel']}, {c['cpu']}, commit {c['commit']}.",
-    ]
-    return "\n".join(lines)
 
 
 def plan_block() -> str:
@@ -227,7 +202,13 @@ def with_parts(path: str, parts: dict[str, str]) -> str:
 
 def readme() -> str:
     """README.md with its generated parts renewed."""
-    return with_parts("README.md", {"perplexity": perplexity_table(load_measured("perplexity")), "plan": plan_block()})
+    return with_parts("README.md", {"recommended": recommended_table(), "plan": plan_block()})
+
+
+def quality() -> str:
+    """docs/quality.md with its tables renewed."""
+    tables = {name: quality_table(f"eval-{name}-decode") for name in ("reference", "smollm2", "gemma3")}
+    return with_parts("docs/quality.md", {"targets": targets_table(), **tables})
 
 
 def main() -> int:
@@ -237,6 +218,8 @@ def main() -> int:
         "docs/formats.md": formats_page(),
         "docs/cli.md": cli_page(),
         "docs/performance.md": performance(),
+        "docs/quality.md": quality(),
+        **pictures(),
         "README.md": readme(),
     }
     for path, content in pages.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hybridkv.lab.plots import WIDE, positions, quality_svg
@@ -37,7 +37,11 @@ RECOMMENDED = (
 """What for, how it is asked for, and its label in the evaluations."""
 
 
-def load(name: str) -> tuple[Conditions, dict[str, Result]]:
+Results = dict[str, Result]
+Judge = Callable[[str, Results], tuple[str, bool | None]]
+
+
+def load(name: str) -> tuple[Conditions, Results]:
     """A committed evaluation: its conditions, and its results by label."""
     conditions, results = read_jsonl(MEASUREMENTS / f"{name}.jsonl")
     return conditions, {r.label: r for r in results}
@@ -95,6 +99,62 @@ def recommended_table() -> str:
         "[All types, how it is measured, what was aimed at](docs/quality.md).",
     ]
     return "\n".join(lines)
+
+
+def targets_table() -> str:
+    """What was aimed at, and what was measured, model by model."""
+    evaluations = {model: load(name)[1] for model, name in MODELS.items()}
+    lines = ["| aim | " + " | ".join(evaluations) + " |", "|---|" + "---|" * len(evaluations)]
+    for aim, judge in _AIMS:
+        cells = []
+        for model, results in evaluations.items():
+            measured, met = judge(model, results)
+            cells.append(measured if met is None else f"{measured}: {'met' if met else '**missed**'}")
+        lines.append(f"| {aim} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+PLAIN = "q4_0+absmax"
+"""q4_0 as ggml stores it: no rotation, no refit."""
+
+
+def _q8_0(_: str, results: Results) -> tuple[str, bool | None]:
+    floor = next(r for r in results.values() if r.role == "floor")
+    above = results["q8_0"].kld_mean - floor.kld_mean
+    return f"{results['q8_0'].kld_mean:.1e}, floor {floor.kld_mean:.1e}", above <= 0.001
+
+
+def _q6_0(_: str, results: Results) -> tuple[str, bool | None]:
+    plain, kept = results["q6_0"], results["q6_0+kv+tail128+sink4+center"]
+    measured = f"{100 * (plain.ratio - 1):+.2f} ± {100 * plain.ratio_se:.2f} %"
+    measured += f" (rotated, tail, sinks, centred: {100 * (kept.ratio - 1):+.2f} ± {100 * kept.ratio_se:.2f} %)"
+    return measured, abs(plain.ratio - 1) <= 0.001
+
+
+def _q4_0(_: str, results: Results) -> tuple[str, bool | None]:
+    plain, better = results[PLAIN], results["q4_0+kv+tail128"]
+    mean, far = better.kld_mean / plain.kld_mean, better.kld_p999 / plain.kld_p999
+    return f"{mean:.2f} and {far:.2f} times", max(mean, far) <= 0.5
+
+
+def _hq3_nl(_: str, results: Results) -> tuple[str, bool | None]:
+    ratio = results["hq3_nl+tail128+sink4+center"].kld_mean / results[PLAIN].kld_mean
+    return f"{ratio:.2f} times", ratio <= 1
+
+
+def _hq2_nl(model: str, results: Results) -> tuple[str, bool | None]:
+    found = results["hq2_nl+tail128+sink4+center"]
+    measured = f"{100 * (found.ratio - 1):+.2f} ± {100 * found.ratio_se:.2f} %"
+    return measured, found.ratio - 1 <= 0.03 if model == next(iter(MODELS)) else None
+
+
+_AIMS: tuple[tuple[str, Judge], ...] = (
+    ("q8_0: mean KLD at most 0.001 above the floor", _q8_0),
+    ("q6_0: perplexity within 0.1 %", _q6_0),
+    ("q4_0, rotated, refit, tail 128: mean and 99.9 % KLD at most half of plain q4_0's", _q4_0),
+    ("3.5 bits (hq3_nl, tail 128, 4 sinks, centred): mean KLD at most plain q4_0's at 4.5", _hq3_nl),
+    ("2.5 bits (hq2_nl, likewise): perplexity within 3 % on the reference model", _hq2_nl),
+)
 
 
 def pictures() -> dict[str, str]:

@@ -21,6 +21,7 @@ README = (ROOT / "README.md").read_text()
 
 @pytest.fixture(scope="module")
 def generate() -> ModuleType:
+    sys.path.insert(0, str(ROOT / "docs"))  # where the generator finds its parts
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     assert spec
     assert spec.loader
