@@ -46,7 +46,15 @@ def formats_page() -> str:
         "The default scale rule is in bold. The rule with which the bytes equal the C reference, and that reference:",
         "",
     ]
-    lines += [f"- `{f.name}`: {f.reference_scale}. Source: {f.source}" for f in FORMATS.values() if f.is_quantized]
+    lines += [
+        f"- `{f.name}`: {f.reference_scale}. Source: {f.source}"
+        for f in FORMATS.values()
+        if f.is_quantized and not f.rotated
+    ]
+    lines += [
+        "",
+        "Types with ids from 1000 on are [ours](decisions/own-formats.md), for rotated rows; ggml does not read them.",
+    ]
     return "\n".join(lines) + "\n"
 
 
