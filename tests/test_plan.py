@@ -78,7 +78,7 @@ def test_the_largest_context_fits_and_one_token_more_does_not(specs: list[KVSpec
 def test_a_tail_costs_its_rows_and_saves_none() -> None:
     facts = AttentionFacts(0, 1, 1, 64, 64)
     plain, exact = (KVSpec(facts, KVTypes("q8_0", "q8_0", tail=n, sink=n and 4, center=n > 0)) for n in (0, 128))
-    rows = 128 + 4 + 32 + 512
+    rows = 128 + 4 + 32 + 32
     assert exact.bytes_at(10_000) == (10_000 - 132) * plain.bytes_per_token + rows * 256 + 4 * 64
     assert exact.bytes_at(100) == 100 * 256
 

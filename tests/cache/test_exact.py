@@ -213,10 +213,26 @@ def test_growth_without_a_context_ends_at_the_bound() -> None:
     kv.append(*rows(3))
     small = kv.nbytes
     for seed in range(40):
-        kv.append(*rows(100, seed=seed))
+        kv.append(*rows(30, seed=seed))
     f16 = kv.view().segments[0].k[0]
     assert small < 300 * kv.spec.exact_bytes_per_token
-    assert f16.shape[2] == 1000 + 4 + 32 + 512
+    assert f16.shape[2] == kv.spec.exact_rows_at(10**9) == 1000 + 4 + 32 + 32
+
+
+@pytest.mark.parametrize("n_ctx", [None, 4000])
+def test_what_a_prompt_needs_is_given_back(n_ctx: int | None) -> None:
+    kv = layer(KVTypes("q4_0", "q4_0", tail=64, sink=4), n_ctx=n_ctx)
+    most = 0
+    for seed in range(5):
+        kv.append(*rows(512, seed=seed))
+        f16 = kv.view().segments[-1].k[0]
+        most = max(most, f16.shape[2])
+        assert f16.shape[2] <= 4 + 64 + 31 + 512
+    assert most > 512
+    kv.append(*rows(1, seed=9))
+    assert kv.view().segments[-1].k[0].shape[2] == 4 + 64 + 32 + 32
+    if n_ctx is not None:
+        assert kv.nbytes == kv.spec.bytes_at(n_ctx)
 
 
 def test_rows_leave_the_tail_in_blocks_before_others_come() -> None:

@@ -146,9 +146,9 @@ def test_exact_rows_are_counted(cli: Cli) -> None:
     base = ("-m", QWEN35_35B, "-c", 131072, "--types", "f16,q4_0")
     plain = plans(cli, *base)
     for options, packed, exact, center in (
-        (("--kv-tail", 128), 131072 - 128, 128 + 32 + 512, 0),
+        (("--kv-tail", 128), 131072 - 128, 128 + 32 + 32, 0),
         (("--kv-sink", 4), 131072 - 4, 4, 0),
-        (("--kv-tail", 128, "--kv-sink", 4, "--kv-center"), 131072 - 132, 132 + 32 + 512, 10 * 2 * 256 * 4),
+        (("--kv-tail", 128, "--kv-sink", 4, "--kv-center"), 131072 - 132, 132 + 32 + 32, 10 * 2 * 256 * 4),
     ):
         rows = plans(cli, *base, *options)
         assert rows["f16", "f16"] == plain["f16", "f16"]

@@ -66,17 +66,18 @@ class ExactRows:
     def extend(self, n_new: int, target: Callable[[int, int], int], batch: int, device: torch.device) -> int:
         """Count `n_new` more rows; the row of the first. The sinks are filled first, and the tail follows them.
 
-        Without room, the tail moves to the front of its area, or all to other memory, whose rows `target` gives for
-        the rows needed and the present capacity.
+        Without room, the tail moves to the front of its area. Memory becomes larger or smaller where `target` says so,
+        which is given the rows needed and the present capacity.
         """
         capacity = self.planes.capacity
-        if self._end + n_new > capacity:
-            larger = target(self._end + n_new, capacity)
-            tail = slice(self.start, self.start + self.length)
-            if larger > capacity:
-                self.planes.reallocate(batch, larger, device, [(slice(0, self.sinks), 0), (tail, self.n_sink)])
-            else:
-                self.planes.move(tail, self.n_sink)
+        needed = n_new + (self.sinks if self.sinks < self.n_sink else self.n_sink + self.length)
+        wanted = target(needed, capacity)
+        tail = slice(self.start, self.start + self.length)
+        if wanted != capacity:
+            self.planes.reallocate(batch, wanted, device, [(slice(0, self.sinks), 0), (tail, self.n_sink)])
+            self.start = self.n_sink
+        elif self._end + n_new > capacity:
+            self.planes.move(tail, self.n_sink)
             self.start = self.n_sink
         row = self._end
         missing = min(n_new, self.n_sink - self.sinks)

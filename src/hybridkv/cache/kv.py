@@ -346,11 +346,11 @@ class KVLayer:
         return max(needed, self.spec.rows_at(self._n_ctx or UNBOUNDED))
 
     def _exact_target(self, needed: int, capacity: int) -> int:
-        """Rows of the exact planes' next memory."""
-        most = self.spec.exact_rows_at(self._n_ctx or UNBOUNDED)
+        """Rows of the exact planes' next memory: what a prompt needs beyond the plan is given back after it."""
+        planned = self.spec.exact_rows_at(self._n_ctx or UNBOUNDED)
         if self._n_ctx is None and self.spec.facts.window is None:
-            return min(most, _grown(needed, capacity))
-        return most
+            planned = min(planned, capacity if needed <= capacity else _grown(needed, capacity))
+        return max(needed, planned)
 
 
 def _grown(needed: int, capacity: int) -> int:

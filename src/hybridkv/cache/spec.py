@@ -22,8 +22,12 @@ EXACT_TYPE = "f16"
 LEAVING_ROWS = 32
 """Rows leave the tail in blocks of this many: one call of the encoder for all of them."""
 
+SLIDE_ROWS = 32
+"""Rows that the tail's memory has to spare: so many tokens later it moves to the front again."""
+
 FRESH_ROWS = 512
-"""New rows of one call that wait beside the tail until the next call; of a longer one, older rows are packed first."""
+"""New rows of one call that wait beside the tail until the next call, in memory that is given back then; of a longer
+call, older rows are packed first."""
 
 UNBOUNDED = 2**62
 """More tokens than there will be."""
@@ -177,8 +181,8 @@ class KVSpec:
         return rows if window is None else min(rows, max(0, window - 1 - self.tail) + WINDOW_SLACK)
 
     def exact_rows_at(self, n_ctx: int) -> int:
-        """f16 rows allocated for a context of `n_ctx` tokens."""
-        waiting = LEAVING_ROWS + FRESH_ROWS if self.tail else 0
+        """f16 rows allocated for a context of `n_ctx` tokens; while a prompt is processed, up to `FRESH_ROWS` more."""
+        waiting = LEAVING_ROWS + SLIDE_ROWS if self.tail else 0
         return min(n_ctx, self.sink + self.tail + waiting)
 
     def bytes_at(self, n_ctx: int, batch: int = 1) -> int:
