@@ -30,14 +30,11 @@ def _rejects(config: Any) -> str | None:
 def _build(model: Any, b: Builder) -> None:
     config = model.config.get_text_config(decoder=True)
     x, normed = b.buffer("x", config.hidden_size), b.buffer("normed", config.hidden_size)
-    gate, up = b.buffer("gate", config.intermediate_size), b.buffer("up", config.intermediate_size)
     for index, layer in enumerate(model.model.layers):
         _norm(b, x, normed, layer.input_layernorm)
         _attention(b, index, config, layer.self_attn, normed, x)
         _norm(b, x, normed, layer.post_attention_layernorm)
-        b.linear(normed, (layer.mlp.gate_proj, gate), (layer.mlp.up_proj, up))
-        b.program.gate(up, gate, up, "silu")  # silu(gate) is gate times its sigmoid: up * silu(gate)
-        b.linear(up, (layer.mlp.down_proj, x), add=True)
+        b.swiglu(layer.mlp, normed, x, config.intermediate_size)
 
 
 def _build_head(model: Any, b: Builder) -> None:

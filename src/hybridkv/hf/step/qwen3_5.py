@@ -43,10 +43,7 @@ def _build(model: Any, b: Builder) -> None:
         else:
             _attention(b, index, config, layer.self_attn, normed, x)
         _norm(b, x, normed, layer.post_attention_layernorm)
-        gate, up = b.buffer("gate", config.intermediate_size), b.buffer("up", config.intermediate_size)
-        b.linear(normed, (layer.mlp.gate_proj, gate), (layer.mlp.up_proj, up))
-        b.program.gate(up, gate, up, "silu")  # silu(gate) is gate times its sigmoid: up * silu(gate)
-        b.linear(up, (layer.mlp.down_proj, x), add=True)
+        b.swiglu(layer.mlp, normed, x, config.intermediate_size)
 
 
 def _build_head(model: Any, b: Builder) -> None:

@@ -116,6 +116,13 @@ class Builder:
         """L2 norm over the last dim, in place, times a scale."""
         self.program.norm(x, x, torch.full(x.shape[-1:], scale), factor=1.0, eps=eps)
 
+    def swiglu(self, mlp: Any, x: Tensor, dst: Tensor, width: int) -> None:
+        """`dst += down(silu(gate(x)) * up(x))` for a module with these projections, `width` values wide in between."""
+        gate, up = self.buffer("gate", width), self.buffer("up", width)
+        self.linear(x, (mlp.gate_proj, gate), (mlp.up_proj, up))
+        self.program.gate(up, gate, up, "silu")  # silu(gate) is gate times its sigmoid: up * silu(gate)
+        self.linear(up, (mlp.down_proj, dst), add=True)
+
     def new_states(self, layer: int, conv: tuple[int, int], recurrent: tuple[int, ...]) -> tuple[int, int]:
         """Indices of a layer's convolution state `[B, kernel, channels]` and recurrent state, by their shapes."""
         self.state_layers.append(layer)
