@@ -16,7 +16,7 @@ import transformers
 
 from hybridkv.cache import KVTypes
 from hybridkv.engine.load import bundled_model, describe, load
-from hybridkv.hf import ModelCache, kv_facts
+from hybridkv.hf import ModelCache, cache_argument, kv_facts
 from hybridkv.policy import Guard, GuardMode, Policy
 from perplexity import TEXT, commit, cpu_name
 
@@ -35,7 +35,7 @@ def main() -> int:
     def seconds(mode: GuardMode, n: int) -> float:
         cache = ModelCache(loaded.model.config, specs, n_ctx=4096, guard=Guard(mode=mode))
         start = time.perf_counter()
-        loaded.model(ids[:, :n], past_key_values=cache, logits_to_keep=1)
+        loaded.model(ids[:, :n], **{cache_argument(loaded.model): cache}, logits_to_keep=1)
         return time.perf_counter() - start
 
     rows = []

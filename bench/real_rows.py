@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 
 from hybridkv.engine.load import describe, load
+from hybridkv.hf import cache_argument
 
 TEXT = Path(__file__).parent / "data" / "heldout_long.txt"
 
@@ -46,5 +47,5 @@ def attention_rows(path: Path, n_tokens: int = 1024) -> list[Rows]:
     assert loaded.tokenizer is not None
     loaded.model.set_attn_implementation("record")
     ids = torch.tensor([loaded.tokenizer.encode(TEXT.read_text()[: 16 * n_tokens])[:n_tokens]])
-    loaded.model(ids, past_key_values=DynamicCache(config=loaded.model.config))
+    loaded.model(ids, **{cache_argument(loaded.model): DynamicCache(config=loaded.model.config)})
     return layers

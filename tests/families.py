@@ -12,6 +12,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from hybridkv.hf import cache_argument
+
 _BASE: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -162,6 +164,11 @@ CONTROLS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 FAMILIES = {**HYBRIDS, **CONTROLS}
+
+
+def remembering(cache: object) -> dict[str, object]:
+    """The cache as an argument of a model's forward pass or of `generate`, by the name of this Transformers version."""
+    return {cache_argument(transformers.LlamaForCausalLM): cache}
 
 
 def build(

@@ -2,7 +2,7 @@
 
 >>> from hybridkv import quantized_cache                                  # doctest: +SKIP
 >>> cache = quantized_cache(model, type_k="q4_0", type_v="q4_0", rotate_k=True)  # doctest: +SKIP
->>> model.generate(**inputs, past_key_values=cache)                       # doctest: +SKIP
+>>> model.generate(**inputs, cache=cache)                                 # doctest: +SKIP
 """
 
 from __future__ import annotations

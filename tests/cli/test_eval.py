@@ -110,7 +110,7 @@ def test_a_model_without_a_tokenizer(cli: Cli, hybrid: Path, tmp_path: Path) -> 
 
 BAD: dict[str, tuple[list[object], str]] = {
     "unknown type": (["--types", "q9_0"], "unknown KV cache type 'q9_0'; allowed: f32"),
-    "unknown option of a type": (["--types", "q4_0+rot"], "unknown option 'rot'; allowed: k, v, kv"),
+    "unknown option of a type": (["--types", "q4_0+rot"], "unknown option 'rot' of a cache type; allowed: k, v, kv"),
     "no types": (["--types", ","], "--types is empty"),
     "rotation": (["--rotate", "both"], "--rotate 'both'; allowed: none, k, v, kv"),
     "scale": (["--scale", "best"], "unknown scale rule 'best'"),

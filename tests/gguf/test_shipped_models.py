@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from hybridkv import quantized_cache
 from hybridkv.gguf.load import LoadedModel, load_gguf
 from tests import models
+from tests.families import remembering
 from tests.gguf.reference import heldout_text
 from tests.oracles import ik_llama
 
@@ -77,7 +78,7 @@ def cross_entropy(model: PreTrainedModel, ids: list[int]) -> float:
     cache = quantized_cache(model, type_k="f16", type_v="f16", n_ctx=len(ids))
     tokens, total = torch.tensor([ids]), 0.0
     for start in range(0, len(ids) - 1, 128):
-        logits = model(tokens[:, start : start + 128], past_key_values=cache).logits[0]
+        logits = model(tokens[:, start : start + 128], **remembering(cache)).logits[0]
         targets = tokens[0, start + 1 : start + 129]
         total += float(torch.nn.functional.cross_entropy(logits[: len(targets)], targets, reduction="sum"))
     return total / (len(ids) - 1)
@@ -99,7 +100,7 @@ def test_greedy_tokens_agree_with_ik_llama(path: Path, loaded: LoadedModel) -> N
         with ik_llama.model(path, n_ctx=128) as engine:
             theirs = engine.greedy(ids, 64)
         cache = quantized_cache(loaded.model, type_k="f16", type_v="f16", n_ctx=len(ids) + 64)
-        logits = loaded.model(torch.tensor([ids + theirs[:-1]]), past_key_values=cache).logits[0, len(ids) - 1 :]
+        logits = loaded.model(torch.tensor([ids + theirs[:-1]]), **remembering(cache)).logits[0, len(ids) - 1 :]
         behind = logits.max(-1).values - logits.gather(1, torch.tensor(theirs)[:, None])[:, 0]
         assert (behind > 0).sum() <= 4
         assert behind.max() < 0.5
@@ -116,8 +117,8 @@ def test_logits_are_those_of_transformers_own_cache(case: Case, loaded: LoadedMo
 
     def run(cache: object) -> Tensor:
         parts = ids[:, :n_prompt].split(case.splits, 1)
-        rows = [model(part, past_key_values=cache, logits_to_keep=4).logits[0] for part in parts]
-        rows += [model(token, past_key_values=cache).logits[0] for token in ids[:, n_prompt:].split(1, 1)]
+        rows = [model(part, **remembering(cache), logits_to_keep=4).logits[0] for part in parts]
+        rows += [model(token, **remembering(cache)).logits[0] for token in ids[:, n_prompt:].split(1, 1)]
         return torch.cat(rows)
 
     got = {kv_type: run(quantized_cache(model, type_k=kv_type, type_v=kv_type)) for kv_type in TYPES}

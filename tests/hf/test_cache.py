@@ -14,7 +14,7 @@ from hybridkv import ContextError, ModelError, NoKernelError, UsageError, quanti
 from hybridkv.formats import get_format
 from hybridkv.hf import EagerStep
 from hybridkv.hf.layers import LayerView
-from tests.families import FAMILIES, build
+from tests.families import FAMILIES, build, remembering
 from tests.hf.test_families import change, run, tokens
 
 
@@ -46,7 +46,7 @@ def test_no_full_precision_copy_is_alive(dense: PreTrainedModel) -> None:
     before = live_bytes()
     cache = quantized_cache(dense, type_k="q4_0", type_v="q4_0", n_ctx=400)
     with torch.inference_mode():
-        dense(ids, past_key_values=cache, logits_to_keep=1)
+        dense(ids, **remembering(cache), logits_to_keep=1)
     grown = live_bytes() - before
     rows = get_format("q4_0").row_bytes(48)
     assert cache.kv_bytes == 2 * 2 * 2 * 400 * rows
@@ -86,7 +86,7 @@ def test_crop_goes_back_where_all_layers_can(dense: PreTrainedModel) -> None:
     cache.crop(-5)
     assert cache.get_seq_length() == 16
     with torch.inference_mode():
-        again = dense(ids[:, 16:], past_key_values=cache).logits
+        again = dense(ids[:, 16:], **remembering(cache)).logits
     assert change(again, whole[:, 16:]) <= 1e-4
 
 
@@ -111,13 +111,13 @@ def test_sequences_can_be_repeated_and_selected(family: str) -> None:
     run(model, cache, ids[:1, :15])
     cache.batch_repeat_interleave(3)
     with torch.inference_mode():
-        next_logits = model(ids[:1, 15:16].repeat(3, 1), past_key_values=cache).logits
+        next_logits = model(ids[:1, 15:16].repeat(3, 1), **remembering(cache)).logits
     assert change(next_logits, exact[:1, 15:16].repeat(3, 1, 1)) <= 1e-4
     cache = quantized_cache(model, type_k="f32", type_v="f32")
     run(model, cache, ids[:, :15])
     cache.batch_select_indices(torch.tensor([2, 0]))
     with torch.inference_mode():
-        next_logits = model(ids[[2, 0], 15:16], past_key_values=cache).logits
+        next_logits = model(ids[[2, 0], 15:16], **remembering(cache)).logits
     assert change(next_logits, exact[[2, 0], 15:16]) <= 1e-4
 
 

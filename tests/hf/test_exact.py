@@ -17,7 +17,7 @@ from hybridkv.cache import KVLayer, KVTypes
 from hybridkv.hf import ModelCache, NativeStep, kv_facts, layer_facts
 from hybridkv.kernels import KERNELS, AttentionParams, Kernel, KVView, reference
 from hybridkv.policy import Guard, Policy
-from tests.families import build
+from tests.families import build, remembering
 from tests.hf.test_families import change, run, tokens
 
 Q4 = KVTypes("q4_0", "q4_0")
@@ -105,7 +105,7 @@ def test_beams_move_exact_rows_and_centers() -> None:
     cache.batch_repeat_interleave(2)
     cache.reorder_cache(torch.tensor([3, 0]))
     with torch.inference_mode():
-        swapped = model(ids[[1, 0], 80:81], past_key_values=cache).logits
+        swapped = model(ids[[1, 0], 80:81], **remembering(cache)).logits
     assert change(swapped[:, 0], alone[[1, 0], 80]) < 1e-4
 
 

@@ -10,7 +10,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from hybridkv import ContextError, quantized_cache
 from hybridkv.hf import ModelCache
 from hybridkv.hf.layers import StateLayer
-from tests.families import CONTROLS, FAMILIES, HYBRIDS, build
+from tests.families import CONTROLS, FAMILIES, HYBRIDS, build, remembering
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 EXACT = 1e-4  # with AMX a query is two bfloat16 terms: 16 bits
@@ -34,7 +34,7 @@ def run(model: PreTrainedModel, cache: Cache, ids: Tensor, chunks: tuple[int, ..
         positions = torch.arange(first, first + chunk.shape[1], device=ids.device).expand(
             chunk.shape
         )  # Bamba does not count the past
-        logits.append(model(chunk, position_ids=positions, past_key_values=cache).logits)
+        logits.append(model(chunk, position_ids=positions, **remembering(cache)).logits)
         first += size
     return torch.cat(logits, 1).float()
 
@@ -78,12 +78,12 @@ def test_a_chunk_that_would_start_from_a_zero_state_is_refused() -> None:
     whole = run(model, DynamicCache(config=model.config), tokens())
     with torch.inference_mode():
         cache = DynamicCache(config=model.config)
-        model(tokens()[:, :11], past_key_values=cache)
-        assert change(model(tokens()[:, 11:], past_key_values=cache).logits, whole[:, 11:]) > 0.05
+        model(tokens()[:, :11], **remembering(cache))
+        assert change(model(tokens()[:, 11:], **remembering(cache)).logits, whole[:, 11:]) > 0.05
         cache = quantized_cache(model)
-        model(tokens()[:, :11], past_key_values=cache)
+        model(tokens()[:, :11], **remembering(cache))
         with pytest.raises(ContextError, match="10 tokens at once after the first prompt"):
-            model(tokens()[:, 11:], past_key_values=cache)
+            model(tokens()[:, 11:], **remembering(cache))
 
 
 @FAMILY
@@ -124,7 +124,7 @@ def test_left_padding_does_not_change_a_sequence(family: str) -> None:
 
     def generate(ids: Tensor, mask: Tensor) -> Tensor:
         cache = quantized_cache(model, type_k="f32", type_v="f32")
-        return model.generate(ids, attention_mask=mask, past_key_values=cache, **options)[:, ids.shape[1] :]
+        return model.generate(ids, attention_mask=mask, **remembering(cache), **options)[:, ids.shape[1] :]
 
     together = generate(ids, mask)
     assert torch.equal(together[1:], generate(ids[1:], mask[1:]))
@@ -139,11 +139,11 @@ def test_generate_with_beams(family: str) -> None:
     mask = torch.ones_like(ids)
     reference = build(family)
     exact = reference.generate(
-        ids, attention_mask=mask, past_key_values=DynamicCache(config=reference.config), **options
+        ids, attention_mask=mask, **remembering(DynamicCache(config=reference.config)), **options
     )
     model = packed(family)
     cache = quantized_cache(model, type_k="f32", type_v="f32")
-    assert torch.equal(model.generate(ids, attention_mask=mask, past_key_values=cache, **options), exact)
+    assert torch.equal(model.generate(ids, attention_mask=mask, **remembering(cache), **options), exact)
 
 
 def test_the_model_list_is_what_it_says() -> None:

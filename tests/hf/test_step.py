@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from hybridkv.cache import KVTypes
-from hybridkv.errors import UsageError
+from hybridkv.errors import ModelError, UsageError
 from hybridkv.formats import FORMATS
 from hybridkv.hf import (
     EagerStep,
@@ -32,7 +32,7 @@ from hybridkv.hf.step.weights import packed_of
 from hybridkv.kernels import KERNELS, cpu_native
 from hybridkv.kernels.linear import unpack
 from hybridkv.policy import Guard, GuardMode, NonFiniteError, Policy
-from tests.families import FAMILIES, HYBRIDS, build
+from tests.families import FAMILIES, HYBRIDS, build, remembering
 
 NATIVE = ("qwen3_5_text", "llama_unbiased", "qwen3")
 needs_native = pytest.mark.skipif(cpu_native.available() is not None, reason="the native extension is not built")
@@ -74,7 +74,7 @@ def every_logit(
     cache, position, logits = DynamicCache(config=model.config), 0, []
     for piece in pieces:
         positions = torch.arange(position, position + piece.shape[1]).expand(piece.shape)
-        answer = model(input_ids=piece, position_ids=positions, past_key_values=cache, use_cache=True)
+        answer = model(input_ids=piece, position_ids=positions, **remembering(cache), use_cache=True)
         logits.append(answer.logits)
         position += piece.shape[1]
     return logits
@@ -384,3 +384,14 @@ def test_configs_that_the_family_refuses() -> None:
 def test_unknown_step() -> None:
     with pytest.raises(UsageError, match="no step 'fast'; allowed: auto, native, eager"):
         parse_step("fast")
+
+
+def test_a_model_that_takes_no_cache_is_refused() -> None:
+    """A cache under a wrong name would vanish among the keyword arguments: every call would start over, in silence."""
+
+    class Encoder(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
+            return input_ids
+
+    with pytest.raises(ModelError, match="Encoder takes no cache"):
+        EagerStep(Encoder())

@@ -18,7 +18,7 @@ from hybridkv.lab.corpus import Corpus, cut, read_text, snippet
 from hybridkv.lab.evaluate import Evaluator, Mode, agreement
 from hybridkv.lab.journal import Journal
 from hybridkv.lab.run import Run
-from tests.families import build
+from tests.families import build, remembering
 
 N_CTX = 37
 IDENTITY = {"model": "tiny", "context": N_CTX}
@@ -63,7 +63,7 @@ def test_the_reference_is_the_model_itself(tmp_path: Path, mode: Mode) -> None:
     assert run.execute(silent)
     model, nll = build("qwen3_5_text"), []
     for window in corpus().windows:
-        logits = model(window[:-1].unsqueeze(0), past_key_values=DynamicCache(config=model.config)).logits[0]
+        logits = model(window[:-1].unsqueeze(0), **remembering(DynamicCache(config=model.config))).logits[0]
         nll.append(torch.nn.functional.cross_entropy(logits.double(), window[1:], reduction="none").detach())
     found = results(run)
     assert found["f32"].perplexity == pytest.approx(torch.cat(nll).mean().exp().item(), rel=1e-4)

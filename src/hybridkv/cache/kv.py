@@ -66,16 +66,18 @@ def resolve(spec: KVSpec, device: str, kernels: Sequence[Kernel], encoders: Sequ
         If a rotation is asked for a head dim that has none.
     """
     facts, types = spec.facts, spec.types
-    if types.rotate_k:
-        rotation_block(facts.head_dim_k)
-    if types.rotate_v:
-        rotation_block(facts.head_dim_v)
-    return LayerKernels(
+    chosen = LayerKernels(
         prefill=select(spec.case(device, "prefill"), kernels),
         decode=select(spec.case(device, "decode"), kernels),
         write_k=select_encoder(device, get_format(types.type_k), facts.head_dim_k, encoders),
         write_v=select_encoder(device, get_format(types.type_v), facts.head_dim_v, encoders),
     )
+    # After the types: one that brings its own rotation is refused as a type.
+    if types.rotate_k:
+        rotation_block(facts.head_dim_k)
+    if types.rotate_v:
+        rotation_block(facts.head_dim_v)
+    return chosen
 
 
 class KVLayer:

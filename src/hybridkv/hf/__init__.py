@@ -5,7 +5,7 @@ Importing this package registers `attn_implementation="hybridkv"` through Transf
 
 from hybridkv.hf.attention import IMPLEMENTATION, is_finite, register
 from hybridkv.hf.cache import ModelCache, quantized_cache
-from hybridkv.hf.facts import is_hybrid, kv_facts, layer_facts, takes_chunks
+from hybridkv.hf.facts import cache_argument, is_hybrid, kv_facts, layer_facts, takes_chunks
 from hybridkv.hf.step import (
     EagerStep,
     NativeStep,
@@ -32,6 +32,7 @@ __all__ = [
     "Step",
     "StepKind",
     "WeightKind",
+    "cache_argument",
     "is_finite",
     "is_hybrid",
     "kv_facts",

@@ -1,4 +1,4 @@
-"""`ModelCache`: the `past_key_values` of a Transformers model, with packed KV layers and float32 states.
+"""`ModelCache`: the cache of a Transformers model, with packed KV layers and float32 states.
 
 Owns the list of layers and what the whole can do, which is what all its parts can do. `quantized_cache` builds
 one from a model in a line.
@@ -230,12 +230,12 @@ def quantized_cache(
     Returns
     -------
     ModelCache
-        Pass it as `past_key_values` to `model(...)` or `model.generate(...)`.
+        Pass it as `cache` (before Transformers 5.24: `past_key_values`) to `model(...)` or `model.generate(...)`.
 
     Examples
     --------
     >>> cache = quantized_cache(model, type_k="q4_0", type_v="q4_0", rotate_k=True)  # doctest: +SKIP
-    >>> model.generate(**inputs, past_key_values=cache)  # doctest: +SKIP
+    >>> model.generate(**inputs, cache=cache)  # doctest: +SKIP
     """
     register()
     facts = layer_facts(model.config)

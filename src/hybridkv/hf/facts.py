@@ -7,6 +7,7 @@ tensors at the first token.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -86,6 +87,24 @@ def takes_chunks(config: Any) -> bool:
     They take the whole prompt at once and then single tokens.
     """
     return config.get_text_config(decoder=True).model_type not in _STARTS_OVER
+
+
+def cache_argument(model: Any) -> str:
+    """The name under which a model's forward pass takes its cache.
+
+    `cache` from Transformers 5.24 on, `past_key_values` before, `cache_params` in Mamba's own classes before. A wrong
+    name would vanish among the keyword arguments, and every call would start over without an error.
+
+    Raises
+    ------
+    ModelError
+        If the model takes none.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    for name in ("cache", "past_key_values", "cache_params"):
+        if name in parameters:
+            return name
+    raise ModelError(f"{type(model).__name__} takes no cache", hint="hybridkv runs causal language models")
 
 
 def layer_facts(config: Any) -> tuple[LayerFacts, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hybridkv.hf.cache import ModelCache
-from hybridkv.hf.facts import takes_chunks
+from hybridkv.hf.facts import cache_argument, takes_chunks
 from hybridkv.hf.step.weights import packed_types
 
 PREFILL_CHUNK = 512
@@ -28,8 +28,7 @@ class EagerStep:
     def __init__(self, model: Any) -> None:
         self._model = model
         parameters = inspect.signature(model.forward).parameters
-        # Mamba's own classes call the same thing by another name.
-        self._cache_argument = "past_key_values" if "past_key_values" in parameters else "cache_params"
+        self._cache_argument = cache_argument(model)
         self._takes_positions = "position_ids" in parameters
         self._takes_chunks = takes_chunks(model.config)
         self._last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
