@@ -12,15 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from rich.console import Console
@@ -30,18 +31,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.families import FAMILIES, build
 from tests.hf.faults import FAULTS, Fault
+from tests.models import gemma3, smollm2
 
-from hybridkv.cache import KVTypes
+from hybridkv.cache import KVSpec
 from hybridkv.cli.show import simple_table
 from hybridkv.engine.load import bundled_model, describe, load
-from hybridkv.errors import GuardError
-from hybridkv.formats import get_format
 from hybridkv.hf import ModelCache, cache_argument, kv_facts, layer_facts
 from hybridkv.kernels import ENCODERS, KERNELS
-from hybridkv.policy import Evidence, Guard, Ok, Policy, Verdict
-from perplexity import TEXT, parse
+from hybridkv.policy import Evidence, Guard, NonFiniteError, Ok, Policy, Verdict
+from perplexity import TEXT, commit, cpu_name, parse
 
-TYPES = "f16,q8_0,q6_0,q5_1,q4_0,iq4_nl,q8_0+kv,q4_0+kv,q8_0/q4_0+v,hq3_nl,hq2_nl"
+TYPES = "q8_0,q6_0,q4_0+kv,iq4_nl,q8_0/q4_0+v,hq3_nl"
+N_DECODE = 4
 
 
 @dataclass(frozen=True)
@@ -51,62 +52,64 @@ class Recorder(Guard):
     seen: list[Evidence] = field(default_factory=list)
 
     def judge(self, evidence: Evidence) -> Verdict:
+        """Always in favour."""
         self.seen.append(evidence)
         return Ok()
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to run: its name, its logits' function, and the tokens it sees."""
+    """A model, and the tokens that it sees: a prompt and `N_DECODE` single ones, past a block's edge."""
 
     name: str
     model: Any
-    prompt: Tensor
-    n_decode: int
+    ids: Tensor
+    n_pad: int = 0
 
 
 def random_models(names: list[str]) -> Iterator[Subject]:
+    """Two sequences of 30 tokens, the first of them padded on the left by 3."""
     for name in names:
-        ids = torch.randint(3, 97, (2, 45 + 25), generator=torch.Generator().manual_seed(4))
-        yield Subject(name, build(name, attention="hybridkv"), ids, 25)
+        ids = torch.randint(3, 97, (2, 30 + N_DECODE), generator=torch.Generator().manual_seed(4))
+        yield Subject(name, build(name, attention="hybridkv"), ids, n_pad=3)
 
 
 def real_models() -> Iterator[Subject]:
-    import pytest
-    from tests.models import gemma3, smollm2
-
-    paths: tuple[Callable[[], Path], ...] = (bundled_model, smollm2, gemma3)
-    for find in paths:
+    """Held-out text; more of it where a window of 512 tokens is to be passed."""
+    lengths: tuple[tuple[Callable[[], Path], int], ...] = ((bundled_model, 286), (smollm2, 94), (gemma3, 542))
+    for find, n_prompt in lengths:
         try:
             path = find()
         except pytest.skip.Exception:
             continue
         loaded = load(describe(path), dtype=torch.float32, device="cpu")
-        ids = torch.tensor([loaded.tokenizer.encode(TEXT.read_text()[:20000])[:640]])
-        yield Subject(loaded.description.name, loaded.model, ids, 34)
+        assert loaded.tokenizer is not None
+        ids = torch.tensor([loaded.tokenizer.encode(TEXT.read_text()[:20000])[: n_prompt + N_DECODE]])
+        yield Subject(loaded.description.name, loaded.model, ids)
 
 
 @torch.inference_mode()
-def evidence(subject: Subject, types: KVTypes, fault: Fault | None) -> list[Evidence]:
+def evidence(subject: Subject, specs: Sequence[KVSpec], fault: Fault) -> list[Evidence]:
     """What a run measures, call after call; ends with an infinite error where numbers stopped being finite."""
     guard = Recorder()
-    model, ids = subject.model, subject.prompt
-    specs = Policy(types).resolve(kv_facts(layer_facts(model.config)))
-    sound = fault or Fault("", "")
-    n_prompt = ids.shape[1] - subject.n_decode
-    with sound.rotation():
+    model, ids = subject.model, subject.ids
+    mask = torch.ones_like(ids)
+    mask[0, : subject.n_pad] = 0
+    n_prompt = ids.shape[1] - N_DECODE
+    with fault.rotation():
         cache = ModelCache(
-            model.config, specs, guard=guard, kernels=sound.kernels(KERNELS), encoders=sound.encoders(ENCODERS)
+            model.config, specs, guard=guard, kernels=fault.kernels(KERNELS), encoders=fault.encoders(ENCODERS)
         )
+        first = 0
         try:
-            first = 0
-            for size in (n_prompt, *[1] * subject.n_decode):
-                positions = torch.arange(first, first + size).expand(len(ids), size)
-                chunk = ids[:, first : first + size]
-                model(chunk, position_ids=positions, logits_to_keep=1, **{cache_argument(model): cache})
-                first += size
-        except GuardError:
-            guard.seen.append(Evidence(-1, types, math.inf))
+            for size in (n_prompt, *[1] * N_DECODE):
+                last = first + size
+                positions = torch.arange(first, last).expand(len(ids), size)
+                options = {cache_argument(model): cache, "attention_mask": mask[:, :last], "position_ids": positions}
+                model(ids[:, first:last], **options, logits_to_keep=1)
+                first = last
+        except NonFiniteError as error:
+            guard.seen.append(Evidence(error.layer or 0, specs[0].types, math.inf))
     return guard.seen
 
 
@@ -114,64 +117,71 @@ def objects(seen: list[Evidence]) -> bool:
     return any(not isinstance(Guard().judge(e), Ok) for e in seen)
 
 
-def touched(fault: Fault, types: KVTypes, specs: Any) -> bool:
-    if fault.rotate is not None and not any(s.types.rotate_k or s.types.rotate_v for s in specs):
-        return False
-    return any(fault.touches(get_format(s.types.type_k), get_format(s.types.type_v)) for s in specs)
+def record(subject: Subject, label: str, fault: Fault | None) -> dict[str, Any] | None:
+    """The largest of each number in a run, and whether the guard objects; None if the fault is not at work."""
+    specs = Policy(parse(label)).resolve(kv_facts(layer_facts(subject.model.config)))
+    if fault is not None and not fault.at_work(specs, padded=subject.n_pad > 0):
+        return None
+    seen = evidence(subject, specs, fault or Fault("none", "none"))
+    return {
+        "model": subject.name,
+        "types": label,
+        "kind": fault.kind if fault else None,
+        "fault": fault.name if fault else None,
+        "error": max(e.error for e in seen),
+        "store_error": max(e.store_error for e in seen),
+        "kernel_error": max(e.kernel_error for e in seen),
+        "caught": objects(seen),
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """One line per fault: how many runs, how many the guard objects to, and the three numbers' smallest and largest."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["fault"] or "none: sound runs"].append(row)
+    table = simple_table("fault", "runs", "objected", "error", "store error", "kernel error")
+    for name, group in groups.items():
+        spans = []
+        for key in ("error", "store_error", "kernel_error"):
+            values = [row[key] for row in group]
+            spans.append(f"{min(values):.2g} .. {max(values):.2g}")
+        table.add_row(name, str(len(group)), str(sum(row["caught"] for row in group)), *spans)
+    Console(width=120).print(table)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--types", default=TYPES)
     parser.add_argument("--families", default=",".join(FAMILIES))
-    parser.add_argument("--real", choices=("yes", "no", "only"), default="yes")
-    parser.add_argument("--sound", action="store_true", help="sound runs alone")
+    parser.add_argument("--models", choices=("all", "random", "real"), default="all")
+    parser.add_argument("--faults", choices=("all", "none"), default="all", help="none: sound runs alone")
     parser.add_argument("-o", "--output", type=Path)
     a = parser.parse_args()
+    measured = commit()
     transformers.utils.logging.set_verbosity_error()
     start = time.perf_counter()
     rows: list[dict[str, Any]] = []
-
-    def subjects() -> Iterator[Subject]:
-        if a.real != "only":
-            yield from random_models(a.families.split(","))
-        if a.real != "no":
-            yield from real_models()
-
-    for subject in subjects():
+    subjects = chain(
+        random_models(a.families.split(",")) if a.models != "real" else (),
+        real_models() if a.models != "random" else (),
+    )
+    for subject in subjects:
         for label in a.types.split(","):
-            types = parse(label)
-            specs = Policy(types).resolve(kv_facts(layer_facts(subject.model.config)))
-            for fault in (None, *(() if a.sound else FAULTS)):
-                if fault is not None and not touched(fault, types, specs):
-                    continue
-                seen = evidence(subject, types, fault)
-                rows.append(
-                    {
-                        "model": subject.name,
-                        "types": label,
-                        "fault": fault.name if fault else None,
-                        "error": max(e.error for e in seen),
-                        "store": max(e.store_error for e in seen),
-                        "kernel": max(e.kernel_error for e in seen),
-                        "caught": objects(seen),
-                    }
-                )
+            for fault in (None, *(FAULTS if a.faults == "all" else ())):
+                row = record(subject, label, fault)
+                rows += [] if row is None else [row]
         print(f"{subject.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    if a.output:
-        a.output.write_text("\n".join(json.dumps(r) for r in rows))
-    groups = defaultdict(list)
-    for r in rows:
-        groups[(r["fault"] or "sound")].append(r)
-    table = simple_table("fault", "runs", "objected", "error", "store", "kernel")
-    for name, rs in groups.items():
-        spread = [
-            [min(x), statistics.median(x), max(x)] for x in ([r[k] for r in rs] for k in ("error", "store", "kernel"))
-        ]
-        table.add_row(
-            name, str(len(rs)), str(sum(r["caught"] for r in rs)), *(" ".join(f"{y:.2g}" for y in x) for x in spread)
-        )
-    Console(width=140).print(table)
+        if a.output:  # after each model: a long run that is ended early keeps what it has
+            about = {"commit": measured, "cpu": cpu_name(), "torch": torch.__version__}
+            about |= {"transformers": transformers.__version__, "kernels": [k.name for k in KERNELS]}
+            a.output.write_text(json.dumps({**about, "rows": rows}, indent=0) + "\n")
+    show(rows)
+    sound = [row for row in rows if row["fault"] is None]
+    faulty = [row for row in rows if row["fault"] is not None]
+    false_alarms = sum(row["caught"] for row in sound)
+    missed = sum(not row["caught"] for row in faulty)
+    print(json.dumps({"sound": len(sound), "false_alarms": false_alarms, "faulty": len(faulty), "missed": missed}))
     return 0
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from hybridkv import kernels as kernels_module
-from hybridkv.cache import kv
-from hybridkv.formats import KVFormat, Scale
+from hybridkv.cache import KVSpec, kv
+from hybridkv.formats import FORMATS, KVFormat, Scale, get_format
 from hybridkv.kernels import AttentionParams, Encoder, Kernel, KVView, Segment
 from hybridkv.rotation import rotation_block
 
@@ -45,6 +45,8 @@ class Fault:
         `decode` if it shows in calls of one token alone.
     touches
         Whether it is at work at all on layers of these types.
+    needs_edge
+        Whether it is at work only where rows lie before a query's oldest: behind a window or in padding.
     """
 
     name: str
@@ -55,6 +57,15 @@ class Fault:
     queries_only: bool = False
     where: Where = "any"
     touches: Callable[[KVFormat, KVFormat], bool] = lambda k, v: True
+    needs_edge: bool = False
+
+    def at_work(self, specs: Sequence[KVSpec], *, padded: bool) -> bool:
+        """Whether the fault changes anything in layers of these specs."""
+        if self.rotate is not None and not any(s.types.rotate_k or s.types.rotate_v for s in specs):
+            return False
+        if self.needs_edge and not padded and all(s.facts.window is None for s in specs):
+            return False
+        return any(self.touches(get_format(s.types.type_k), get_format(s.types.type_v)) for s in specs)
 
     def kernels(self, sound: Sequence[Kernel]) -> tuple[Kernel, ...]:
         """The kernels with the fault in them."""
@@ -184,8 +195,6 @@ def _next_head(s: Segment) -> Segment:
 
 def _swapped_codebook(s: Segment) -> Segment:
     """q4_0 rows read as iq4_nl's, which have the same size, and the other way round."""
-    from hybridkv.formats import FORMATS
-
     other = {"q4_0": "iq4_nl", "iq4_nl": "q4_0"}
     k, v = (FORMATS[other.get(f.name, f.name)] for f in (s.format_k, s.format_v))
     return replace(s, format_k=k, format_v=v)
@@ -266,7 +275,7 @@ PROMPT: tuple[Fault, ...] = (
     Fault("one row past the newest", "off-by-one mask", attend=_masked(_past_newest)),
     Fault("newest row missing", "off-by-one mask", attend=_masked(_without_newest)),
     Fault("oldest row missing", "off-by-one mask", attend=_masked(_without_oldest)),
-    Fault("one row before the oldest", "off-by-one mask", attend=_masked(_before_oldest)),
+    Fault("one row before the oldest", "off-by-one mask", attend=_masked(_before_oldest), needs_edge=True),
 )
 
 DECODE: tuple[Fault, ...] = (

@@ -28,13 +28,13 @@ ERROR_LIMIT = 0.25
 STEP_ERROR = 1.35
 """What K or V alone adds to that error on ordinary rows, in units of 2^-w for codes of w bits."""
 
-HEADROOM = 1.6
+HEADROOM = 2.0
 """How many times what its types promise a layer's error may be."""
 
-STORE_LIMIT = 0.02
+STORE_LIMIT = 0.005
 """How much more a stored row may err than the type's own encoding of it, relative to the row."""
 
-KERNEL_LIMIT = 0.05
+KERNEL_LIMIT = 0.01
 """Largest relative error of a query's attention against float attention over the rows as they are stored."""
 
 _RULE_BITS = 8.0
