@@ -155,7 +155,12 @@ def main() -> int:
     parser.add_argument("--types", default=TYPES)
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--models", choices=("all", "random", "real"), default="all")
-    parser.add_argument("--faults", choices=("all", "none"), default="all", help="none: sound runs alone")
+    parser.add_argument(
+        "--faults",
+        choices=("all", "half", "none"),
+        default="all",
+        help="half: on every second type, by turns from model to model; none: sound runs alone",
+    )
     parser.add_argument("-o", "--output", type=Path)
     a = parser.parse_args()
     measured = commit()
@@ -166,9 +171,10 @@ def main() -> int:
         random_models(a.families.split(",")) if a.models != "real" else (),
         real_models() if a.models != "random" else (),
     )
-    for subject in subjects:
-        for label in a.types.split(","):
-            for fault in (None, *(FAULTS if a.faults == "all" else ())):
+    for index, subject in enumerate(subjects):
+        for turn, label in enumerate(a.types.split(",")):
+            faulty_too = a.faults == "all" or (a.faults == "half" and (index + turn) % 2 == 0)
+            for fault in (None, *(FAULTS if faulty_too else ())):
                 row = record(subject, label, fault)
                 rows += [] if row is None else [row]
         print(f"{subject.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)

@@ -202,13 +202,12 @@ def _swapped_codebook(s: Segment) -> Segment:
 
 def _float16_accumulator(kernel: Kernel, q: Tensor, view: KVView, params: AttentionParams) -> Tensor:
     """Integer weights of 8 bits times integer values of 8 bits, summed in float16, which ends at 65504."""
-    largest = 127.0
     out = kernel.attend(q, view, params)
     n_rows = visible(view, params, q.shape[2]).sum(-1, keepdim=True)
-    # The sum of weights is between 255, all on one row, and 255 times the rows: here one in eight has full weight.
-    total = 255.0 * (n_rows / 8).clamp(min=1)
-    codes = largest * out / out.abs().amax().clamp(min=1e-9)
-    return (codes * total).clamp(-65504, 65504) / total * out.abs().amax() / largest
+    # What such a kernel holds before it divides by the sum of weights, where every row has half of the full weight.
+    total = 255 / 2 * n_rows.clamp(min=1)
+    step = out.abs().amax().clamp(min=1e-9) / 127
+    return (out / step * total).clamp(-65504, 65504) / total * step
 
 
 def _stale(x: Tensor, first: Tensor, row: int) -> Tensor:
