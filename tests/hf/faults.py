@@ -47,6 +47,8 @@ class Fault:
         Whether it is at work at all on layers of these types.
     needs_edge
         Whether it is at work only where rows lie before a query's oldest: behind a window or in padding.
+    needs_heads
+        Whether it takes more than one KV head.
     """
 
     name: str
@@ -58,12 +60,15 @@ class Fault:
     where: Where = "any"
     touches: Callable[[KVFormat, KVFormat], bool] = lambda k, v: True
     needs_edge: bool = False
+    needs_heads: bool = False
 
     def at_work(self, specs: Sequence[KVSpec], *, padded: bool) -> bool:
         """Whether the fault changes anything in layers of these specs."""
         if self.rotate is not None and not any(s.types.rotate_k or s.types.rotate_v for s in specs):
             return False
         if self.needs_edge and not padded and all(s.facts.window is None for s in specs):
+            return False
+        if self.needs_heads and all(s.facts.n_kv_heads == 1 for s in specs):
             return False
         return any(self.touches(get_format(s.types.type_k), get_format(s.types.type_v)) for s in specs)
 
@@ -262,7 +267,7 @@ def _same_size(k: KVFormat, v: KVFormat) -> bool:
 PROMPT: tuple[Fault, ...] = (
     Fault("codes one byte on", "wrong layout", attend=_layout(_codes_shifted)),
     Fault("scales of the next row", "wrong layout", attend=_layout(_next_rows_scales), touches=_quantized),
-    Fault("K of the next head", "wrong layout", attend=_layout(_next_head)),
+    Fault("K of the next head", "wrong layout", attend=_layout(_next_head), needs_heads=True),
     Fault("codebook of another type", "wrong layout", attend=_layout(_swapped_codebook), touches=_same_size),
     Fault("rows of another sequence", "stale blocks", rows=_stale),
     Fault("first stage skipped", "skipped rotation stages", rotate=lambda x: stages(x, (0,))),

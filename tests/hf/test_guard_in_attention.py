@@ -161,27 +161,31 @@ def test_off_does_nothing() -> None:
 
 
 def test_the_check_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A handful of queries are attended twice more, however long the prompt, and few single tokens once more."""
+    """A handful of queries are attended once more, however long the prompt, and those of few single tokens."""
     seen: list[int] = []
     model = build("qwen3", attention="hybridkv")
 
-    def counting(q: Tensor, view: KVView, params: AttentionParams) -> Tensor:
-        seen.append(q.shape[2])
-        return reference.attend(q, view, params)
+    def count(name: str) -> None:
+        original = getattr(evidence, name)
 
-    monkeypatch.setattr(evidence, "reference_attend", counting)
+        def counting(q: Tensor, *arguments: Any) -> Tensor:
+            seen.append(q.shape[2])
+            result: Tensor = original(q, *arguments)
+            return result
 
-    def counts(length: int, *chunks: int) -> None:
+        monkeypatch.setattr(evidence, name, counting)
+
+    count("reference_attend")
+    count("_attend_float")
+
+    def counts(length: int, *chunks: int) -> list[int]:
         seen.clear()
         run(model, quantized_cache(model, type_k="q4_0"), tokens(1, length), chunks=chunks)
+        return seen[::2]  # of the first of two layers, which are counted alike
 
-    n_even, n_all = evidence.SAMPLED_QUERIES, evidence.SAMPLED_QUERIES + len(evidence.EARLY_QUERIES)
-    counts(1200, 1200)
-    assert seen == [n_even, n_all] * 2  # two layers
-    counts(1200, 64, 1136)
-    assert seen == [n_even, n_all] * 2 + [n_all] * 2  # the older rows' activations are gone
-    counts(1200, 600, 400, 200)
-    assert seen == [n_even, n_all] * 2 + [n_all] * 2  # 1200 tokens double 600
-    counts(129, 2)
+    most = evidence.SAMPLED_QUERIES + len(evidence.EARLY_QUERIES)
+    assert counts(1200, 1200) == [most]
+    assert counts(1200, 64, 1136) == [most] * 2
+    assert counts(1200, 600, 400, 200) == [most] * 2  # 1000 tokens are not yet twice 600
     # Tokens 2 (the first), 31 and 32 (a block's edges), 64 and 128 (powers of two).
-    assert seen == [2, 2] * 2 + [1] * 2 * 5
+    assert counts(130, 2) == [2] + [1] * 5

@@ -200,6 +200,7 @@ def _checked(query: Tensor, packed: LayerView, params: AttentionParams, out: Ten
         if not isinstance(verdict, Fallback):
             return out
         before = layer.nbytes
+        watch.leads = True  # no other layer need have these types
         packed = replace(packed, view=_stored_again(packed, verdict.types, query.shape[2]))
         watch.notify(
             f"{verdict.reason}: stored as {verdict.types.label} instead, {(layer.nbytes - before) / 2**10:+.0f} KiB"

@@ -39,6 +39,8 @@ class LayerWatch:
         The last measured relative RMSE, or None.
     schedule
         Which calls are checked after that one.
+    leads
+        Whether it is the first layer of its kind; in a short prompt it stands for the others.
     """
 
     guard: Guard
@@ -46,6 +48,7 @@ class LayerWatch:
     pending: bool = field(default=True)
     error: float | None = None
     schedule: Schedule = field(default=Schedule())
+    leads: bool = field(default=True)
 
     def takes(self, n_seen: int, n_new: int) -> bool:
         """Whether to check this call: of `n_new` tokens, after which the cache has seen `n_seen`."""
