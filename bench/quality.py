@@ -32,7 +32,7 @@ KEY_TYPES = (
     *("q8_0", "q6_0", "q6_0+kv" + EXACT, "q5_0", "q4_0+absmax", "q4_0", "q4_0+kv", "q4_0+kv+tail128"),
     *("q4_0+kv" + EXACT, "hq4_nl" + EXACT, "hq3_nl" + EXACT, "hq2_nl" + EXACT),
 )
-"""What a model is asked whose layers run in Transformers' own code: a fifth of the speed."""
+"""What the larger models are asked."""
 
 N_CTX = {"reference": 8192, "smollm2": 2048, "gemma3": 2048}
 
@@ -53,7 +53,7 @@ def main() -> int:
     arguments.work.mkdir(exist_ok=True)
     for name in arguments.models.split(","):
         made = arguments.work / f"eval-{name}-decode.jsonl"
-        types = ",".join(KEY_TYPES if name == "gemma3" else TYPES)
+        types = ",".join(TYPES if name == "reference" else KEY_TYPES)
         options = ["--mode", "decode", "-c", str(N_CTX[name]), "-t", arguments.threads, "--types", types]
         if made.with_suffix(".npz").exists():
             options.append("--resume")
