@@ -73,8 +73,9 @@ class Report:
         """What was chosen, and why."""
         o = self.outcome
         if o.gain is None or o.gain_se is None:
-            uniform = len(set(o.tuned.pairs)) == 1
-            return f"Uniform is best: {o.tuned.label}." if uniform else "No uniform pair of types is as small."
+            if len(set(o.chosen.pairs)) == 1:
+                return f"Uniform is best: {o.chosen.label}."
+            return "Types per layer: no uniform pair of these types is as small and gives finite numbers."
         rival = o.uniform[0]
         if self.conditions["goal"] == "mean KLD":
             if o.chosen is rival:

@@ -142,7 +142,7 @@ def tightened(frontier: Frontier, limit: float, n_tries: int = 6) -> Generator[P
     asked: set[Picks] = set()
     target = limit
     for _ in range(n_tries):
-        picks = frontier.within_loss(target)
+        picks = frontier.within_loss(max(target, float(frontier.losses[-1])))  # the best there is may measure better
         if picks is None or picks in asked:
             return
         asked.add(picks)

@@ -7,6 +7,7 @@ beyond two standard errors, every uniform pair of types that was measured beside
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -100,8 +101,8 @@ class Outcome:
     uniform
         Pairs for all layers, of at most the same bytes, least loss first.
     gain, gain_se
-        Mean divergence of the best uniform pair less that of `tuned`, and its standard error; None if there is none, or
-        if the best found is one.
+        Mean divergence of the best uniform pair less that of `tuned`, and its standard error; None if there is none of
+        finite numbers, or if the best found is one.
     """
 
     chosen: Measured
@@ -168,6 +169,10 @@ class Tuner:
                     hint="give more, or smaller --types",
                 )
             (tuned,) = self._held_out([self._improved(found, budget, n_rounds)])
+        if not math.isfinite(tuned.loss) and not self._ranked_uniform(budget):
+            raise UsageError(
+                "what was found gives numbers that are not finite", hint="allow more, or add larger --types"
+            )
         rivals = [pairs for pairs in self._ranked_uniform(budget) if pairs != tuned.pairs][:N_UNIFORM]
         return _outcome(tuned, sorted(self._held_out(rivals), key=lambda m: m.loss), self._goal)
 
@@ -215,7 +220,8 @@ class Tuner:
     def _ranked_uniform(self, budget: int) -> list[tuple[Pair, ...]]:
         """Uniform pairs within a budget, the best by prediction first."""
         fits = [pairs for pairs in self._uniform if self._cost(pairs) <= budget]
-        return sorted(fits, key=self._sensitivities.predicted)
+        finite = [pairs for pairs in fits if math.isfinite(self._sensitivities.predicted(pairs))]
+        return sorted(finite, key=self._sensitivities.predicted)
 
     def _improved(self, picks: Picks, budget: int, n_rounds: int) -> tuple[Pair, ...]:
         """The best on the calibration tokens among the first solution, the best uniform pairs, and neighbours."""
@@ -299,9 +305,11 @@ def _outcome(tuned: Measured, uniform: Sequence[Measured], goal: Goal) -> Outcom
     """Choose between the solution and the best uniform pair."""
     if goal.kind == "kld":  # the smallest uniform pair that keeps the limit, if any does
         uniform = sorted(uniform, key=lambda m: (m.loss > goal.limit, m.kv_bytes, m.loss))
-    if not uniform or len(set(tuned.pairs)) == 1:
+    if not uniform or not math.isfinite(uniform[0].loss) or len(set(tuned.pairs)) == 1:
         return Outcome(tuned, tuned, tuple(uniform), None, None)
     rival = uniform[0]
+    if not math.isfinite(tuned.loss):
+        return Outcome(rival, tuned, tuple(uniform), None, None)
     gain, error = paired(rival.trace, tuned.trace)
     if goal.kind == "kld":
         wins = rival.loss <= goal.limit and rival.kv_bytes <= tuned.kv_bytes
