@@ -28,7 +28,7 @@ SAMPLED_QUERIES = 16
 """Queries of a call that are compared at most, evenly spaced; the first few come in addition."""
 
 EARLY_QUERIES = (0, 1, 2)
-"""They see so few rows that one row too many or too few cannot be missed."""
+"""They see so few rows that one row too many or too few weighs much."""
 
 SHORT_PROMPT = 256
 """In a first prompt shorter than this, only the first layer of each kind has its rows and its attention verified."""
