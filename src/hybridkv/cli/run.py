@@ -13,7 +13,6 @@ from hybridkv.cli.model_options import (
     Opened,
     add_model_arguments,
     check_limits,
-    is_out_of_memory,
     limit_spinning,
     open_model,
 )
@@ -102,6 +101,7 @@ def main(arguments: argparse.Namespace) -> int:
     sampling = _sampling(a)
 
     from hybridkv.engine import Engine
+    from hybridkv.engine.admission import is_out_of_memory
 
     opened = open_model(a)
     n_ctx = opened.n_ctx
