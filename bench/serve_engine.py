@@ -143,7 +143,7 @@ def main() -> None:
     if "conversation" in a.parts:
         result["conversations"] = [
             conversation(loaded, text, 7000, 50, 50),
-            conversation(loaded, text, 0, 400, 400),
+            conversation(loaded, text, 0, 600, 200),
         ]
         for row in result["conversations"]:
             print(row)
