@@ -20,7 +20,7 @@ from hybridkv.engine.ladder import check_weights, labels_of, raised_specs
 from hybridkv.engine.sampling import Sampler, SamplingParams
 from hybridkv.errors import ContextError, UsageError
 from hybridkv.hf import ModelCache, Step, is_finite, resolve_step, takes_chunks
-from hybridkv.policy import Guard, NonFiniteError
+from hybridkv.policy import Guard, MismatchError, NonFiniteError
 
 
 @dataclass(slots=True)
@@ -186,10 +186,10 @@ class Engine:
         """Process the newest tokens of the history, `[B, T]`; the logits after them, finite, `[B, V]`."""
         try:
             return self._forward(tokens)
-        except NonFiniteError as error:
+        except (NonFiniteError, MismatchError) as error:
             return self._rebuild(error)
 
-    def _rebuild(self, error: NonFiniteError) -> Tensor:
+    def _rebuild(self, error: NonFiniteError | MismatchError) -> Tensor:
         """Climb the ladder: the whole history again at the next types, until its logits are finite."""
         check_weights(self._model)
         while True:
@@ -199,7 +199,7 @@ class Engine:
             self.cache = self._make_cache(specs)
             try:
                 return self._forward(self.history)
-            except NonFiniteError as again:
+            except (NonFiniteError, MismatchError) as again:
                 error = again
 
     @torch.inference_mode()

@@ -10,10 +10,10 @@ import torch
 
 from hybridkv.cache import KVSpec
 from hybridkv.errors import GuardError, ModelError
-from hybridkv.policy import Guard, NonFiniteError, next_types
+from hybridkv.policy import Guard, MismatchError, NonFiniteError, next_types
 
 
-def raised_specs(specs: Sequence[KVSpec], guard: Guard, error: NonFiniteError) -> tuple[KVSpec, ...]:
+def raised_specs(specs: Sequence[KVSpec], guard: Guard, error: NonFiniteError | MismatchError) -> tuple[KVSpec, ...]:
     """Every layer at the next types of the ladder, as far as there are any.
 
     Raises

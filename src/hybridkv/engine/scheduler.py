@@ -41,7 +41,7 @@ from hybridkv.hf import (
     vocabulary_rows,
 )
 from hybridkv.kernels import ENCODERS, KERNELS
-from hybridkv.policy import Guard, NonFiniteError, Policy
+from hybridkv.policy import Guard, MismatchError, NonFiniteError, Policy
 
 MAX_PARALLEL = 256
 """Sequences that may run at once; the native step's buffers hold a row for each."""
@@ -393,7 +393,7 @@ class Scheduler:
             if not is_finite(logits):
                 sequence.position = end
                 raise self._bad_logits(sequence)
-        except NonFiniteError as error:
+        except (NonFiniteError, MismatchError) as error:
             self._rebuild(sequence, error)
             return
         except (HybridKVError, MemoryError, RuntimeError) as error:
@@ -441,7 +441,7 @@ class Scheduler:
 
     # ---- Ends.
 
-    def _rebuild(self, sequence: Running, error: NonFiniteError) -> None:
+    def _rebuild(self, sequence: Running, error: NonFiniteError | MismatchError) -> None:
         """Put a sequence back in front of the queue, to process all its tokens again at larger types."""
         assert sequence.cache is not None
         try:

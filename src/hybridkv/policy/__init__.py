@@ -1,38 +1,57 @@
 """Which types the KV layers get, and what is done when they do not hold."""
 
+from hybridkv.policy.config import AnyPolicy, KVConfig, LayerConfig, config_of, format_config, read_config
 from hybridkv.policy.guard import (
     ERROR_LIMIT,
     GUARD_MODES,
+    KERNEL_LIMIT,
     LADDER,
+    STORE_LIMIT,
     Evidence,
     Fallback,
     Guard,
     GuardMode,
+    MismatchError,
     NonFiniteError,
     Ok,
     Stop,
     Verdict,
     next_types,
     parse_mode,
+    promised_error,
 )
-from hybridkv.policy.rules import Policy, TypeOverride, parse_override, parse_scale
+from hybridkv.policy.rules import Policy, TypeOverride, check_exact, parse_override, parse_scale, with_types
+from hybridkv.policy.schedule import Schedule
 
 __all__ = [
     "ERROR_LIMIT",
     "GUARD_MODES",
+    "KERNEL_LIMIT",
     "LADDER",
+    "STORE_LIMIT",
+    "AnyPolicy",
     "Evidence",
     "Fallback",
     "Guard",
     "GuardMode",
+    "KVConfig",
+    "LayerConfig",
+    "MismatchError",
     "NonFiniteError",
     "Ok",
     "Policy",
+    "Schedule",
     "Stop",
     "TypeOverride",
     "Verdict",
+    "check_exact",
+    "config_of",
+    "format_config",
     "next_types",
     "parse_mode",
     "parse_override",
     "parse_scale",
+    "promised_error",
+    "read_config",
+    "with_types",
 ]

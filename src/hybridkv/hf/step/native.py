@@ -13,11 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hybridkv.hf.attention import attend_new, non_finite
+from hybridkv.hf.attention import attend_new, non_finite, verify_call
 from hybridkv.hf.cache import ModelCache
-from hybridkv.hf.layers import QuantizedLayer, StateLayer
+from hybridkv.hf.layers import LayerView, QuantizedLayer, StateLayer
 from hybridkv.hf.step import llama, qwen3_5
-from hybridkv.hf.step.record import Answers, Build, Builder, Family, one_by_one
+from hybridkv.hf.step.record import Answers, Build, Builder, Family, Fault, one_by_one
 from hybridkv.hf.step.weights import packed_of, vocabulary_rows
 from hybridkv.kernels import AttentionParams, cpu, cpu_native
 from hybridkv.kernels.linear import PackedWeight, exact_type, gather, pack
@@ -83,11 +83,11 @@ class NativeStep:
     def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> Answers:
         """All in one run, weights read once; see `Step.forward_many`.
 
-        A cache whose next call the guard measures, or whose kernels are not native, goes by itself.
+        A cache whose next call the guard checks, or whose kernels are not native, goes by itself.
         """
         n_seqs = len(caches)
         layers = [[cache.layers[call.layer] for call in self._layers.calls] for cache in caches]
-        together = [i for i in range(n_seqs) if all(_direct(layer) for layer in layers[i])]
+        together = [i for i in range(n_seqs) if all(map(_unwatched, layers[i]))]
         if len(together) == n_seqs:
             hidden, failed = self._decode_many(tokens, caches, layers, positions)
             return Answers(self._logits(hidden, "separate"), failed)
@@ -159,7 +159,7 @@ class NativeStep:
         caches: Sequence[ModelCache],
         layers: Sequence[Sequence[QuantizedLayer]],
         positions: Sequence[int],
-    ) -> tuple[Tensor, dict[int, NonFiniteError]]:
+    ) -> tuple[Tensor, dict[int, Fault]]:
         """All layers over one token of each cache in one run; the hidden states `[N, hidden size]`, and failures."""
         n_seqs = len(caches)
         x = self._embedded(tokens)
@@ -170,7 +170,7 @@ class NativeStep:
         by_call = [layer for call in zip(*layers, strict=True) for layer in call]
         rows = [_new_rows(layer, 1) for layer in by_call]
         health = program.run(0, len(program), n_seqs, 1, angles=angles, states=states, rows=rows, caches="separate")
-        failed: dict[int, NonFiniteError] = {}
+        failed: dict[int, Fault] = {}
         for index, (layer, found) in enumerate(zip(by_call, health, strict=True)):
             if found != "finite" and layer.watch.guard.watches:
                 failed.setdefault(index % n_seqs, _found(layer, found))
@@ -179,16 +179,32 @@ class NativeStep:
     def _decode(
         self, layers: Sequence[QuantizedLayer], n_seqs: int, angles: tuple[Tensor, Tensor], states: list[int]
     ) -> None:
-        """All layers over one token per sequence in a single run, attention included.
+        """All layers over one token per sequence, attention included, in a single run but where the guard looks in.
 
         Raises
         ------
         NonFiniteError
             For the first layer whose attention output is not finite, if the guard watches.
+        MismatchError
+            If the guard measures and a layer's rows or attention are not what its types mean.
         """
         rows = [_new_rows(layer, n_seqs) for layer in layers]
         program = self._layers.program
-        health = program.run(0, len(program), n_seqs, 1, angles=angles, states=states, rows=rows)
+        run = partial(program.run, n_seqs=n_seqs, n_tokens=1, angles=angles, states=states, rows=rows)
+        begin = 0
+        for call, layer, new in zip(self._layers.calls, layers, rows, strict=True):
+            if layer.watch.takes(layer.store.n_seen, 1):
+                self._raise_non_finite(layers, run(begin, call.index))
+                begin = call.index + 1
+                # The buffers are other layers' too, and the native code rotates in place.
+                q, k, v = (_heads_first(x, n_seqs, 1).clone() for x in (call.q, call.k, call.v))
+                self._raise_non_finite(layers, run(call.index, begin))
+                packed = LayerView(layer.store, new.view, layer.watch, k, v)
+                verify_call(q, packed, AttentionParams(scale=call.scale), _heads_first(call.out, n_seqs, 1))
+        self._raise_non_finite(layers, run(begin, len(program)))
+
+    @staticmethod
+    def _raise_non_finite(layers: Sequence[QuantizedLayer], health: Sequence[Health]) -> None:
         for layer, found in zip(layers, health, strict=True):
             if found != "finite" and layer.watch.guard.watches:
                 raise _found(layer, found)
@@ -233,6 +249,11 @@ def _direct(layer: Any) -> bool:
     kernels = layer.store.kernels
     native = kernels.decode in cpu.KERNELS and kernels.write_k in cpu.ENCODERS and kernels.write_v in cpu.ENCODERS
     return native and not layer.watch.pending
+
+
+def _unwatched(layer: Any) -> bool:
+    """Whether the native code takes the layer's next token, and the guard does not look at it."""
+    return _direct(layer) and not layer.watch.takes(layer.store.n_seen + 1, 1)
 
 
 def _found(layer: QuantizedLayer, health: Health) -> NonFiniteError:

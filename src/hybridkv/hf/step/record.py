@@ -15,7 +15,10 @@ from torch import Tensor
 from hybridkv.hf.cache import ModelCache
 from hybridkv.kernels.linear import PackedWeight
 from hybridkv.kernels.step import StepProgram, Target
-from hybridkv.policy import NonFiniteError
+from hybridkv.policy import MismatchError, NonFiniteError
+
+Fault = NonFiniteError | MismatchError
+"""What a sequence can be rebuilt after, at larger types."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +30,12 @@ class Answers:
     logits
         float32 `[N, V]`; of a sequence that failed, whatever is there.
     failed
-        Sequence -> the first of its layers whose attention was not finite, where the guard watches. Its cache is of no
-        more use; the others are not touched by it.
+        Sequence -> what the guard found in the first of its layers that is not sound. Its cache is of no more use; the
+        others are not touched by it.
     """
 
     logits: Tensor
-    failed: dict[int, NonFiniteError]
+    failed: dict[int, Fault]
 
 
 class Step(Protocol):
@@ -78,11 +81,11 @@ class Step(Protocol):
 def one_by_one(step: Step, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> Answers:
     """`Step.forward_many` as so many calls of `Step.forward`."""
     logits: list[Tensor | None] = []
-    failed: dict[int, NonFiniteError] = {}
+    failed: dict[int, Fault] = {}
     for index, (cache, position) in enumerate(zip(caches, positions, strict=True)):
         try:
             logits.append(step.forward(tokens[index].view(1, 1), cache, position))
-        except NonFiniteError as error:
+        except (NonFiniteError, MismatchError) as error:
             logits.append(None)
             failed[index] = error
     width = max((part.shape[1] for part in logits if part is not None), default=0)
