@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from hybridkv.cli.cache_options import add_cache_arguments, policy_from
 from hybridkv.cli.model_options import (
-    Opened,
     add_model_arguments,
     check_limits,
     is_out_of_memory,
@@ -18,15 +17,14 @@ from hybridkv.cli.model_options import (
     open_model,
 )
 from hybridkv.cli.prompt import add_prompt_arguments, prompt_ids, read_prompt
-from hybridkv.cli.show import layer_table, notice, size, stderr_console, summary, warning
+from hybridkv.cli.resolve import resolve_types
+from hybridkv.cli.show import notice, size, warning
 from hybridkv.errors import ContextError, UsageError
 
 if TYPE_CHECKING:
-    from hybridkv.cache import KVSpec, LayerKernels
     from hybridkv.cli.stream import Streams
     from hybridkv.engine import Engine, SamplingParams
     from hybridkv.engine.load import Loaded
-    from hybridkv.policy import Guard
 
 NAME = "run"
 HELP = "answer a prompt with a model on a quantized KV cache"
@@ -105,7 +103,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     opened = open_model(a)
     n_ctx = opened.n_ctx
-    specs = _resolve(opened, policy, guard)
+    specs = resolve_types(opened, policy, guard)
     loaded, step = opened.load()
     text, ids = prompt_ids(prompt, loaded.model, loaded.tokenizer, chat=a.chat)
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
@@ -160,39 +158,13 @@ def _sampling(a: argparse.Namespace) -> SamplingParams:
     return SamplingParams(temp=a.temp, seed=seed, **filters)
 
 
-def _resolve(opened: Opened, policy: Any, guard: Guard) -> tuple[KVSpec, ...]:
-    """Types and kernels of every KV layer, printed, before any weight is loaded."""
-    from hybridkv.cache import resolve
-    from hybridkv.hf import is_hybrid, kv_facts
-    from hybridkv.kernels import ENCODERS, KERNELS
-
-    facts = opened.description.facts
-    asked = policy.resolve(kv_facts(facts))
-    specs, warnings = guard.before(asked, hybrid=is_hybrid(facts), n_ctx=opened.n_ctx)
-    resolved: list[tuple[KVSpec, LayerKernels]] = [
-        (spec, resolve(spec, opened.device_type, KERNELS, ENCODERS)) for spec in specs
-    ]
-    print(summary(opened.description), file=sys.stderr)
-    if not specs:
-        notice("no layer has a KV cache: nothing grows with the context and nothing is quantized")
-    elif not any(f.state for f in facts):
-        notice("this model is not a hybrid: it has no recurrent state, and its whole memory is the KV cache")
-    for line in policy.notices(asked, opened.n_ctx):
-        notice(line)
-    for line in warnings:
-        warning(line)
-    if resolved:
-        stderr_console().print(layer_table(resolved))
-    return specs
-
-
 def _generate(
     a: argparse.Namespace, loaded: Loaded, engine: Engine, sampling: SamplingParams, text: str, ids: list[int]
 ) -> int:
     """Stream the answer, then print what it took. Nothing reaches stdout before the first token is there."""
     from hybridkv.cli.stream import Streams
 
-    ends = set() if a.ignore_eos else _end_ids(loaded.model)
+    ends = set() if a.ignore_eos else set(loaded.end_ids)
     streams = Streams(loaded.tokenizer if a.ids is None else None, ids, a.parallel, ends, prompt=text, live=not a.json)
     stopped = "n"
     try:
@@ -214,14 +186,6 @@ def _generate(
     else:
         _print_figures(engine, sampling)
     return 130 if stopped == "interrupted" else 0
-
-
-def _end_ids(model: Any) -> set[int]:
-    """Token ids that end a text."""
-    end = model.generation_config.eos_token_id
-    if end is None:
-        end = model.config.get_text_config(decoder=True).eos_token_id
-    return set() if end is None else {end} if isinstance(end, int) else set(end)
 
 
 def _print_figures(engine: Engine, sampling: SamplingParams) -> None:
