@@ -94,6 +94,7 @@ def scripted(tokenizer: Any) -> Iterator[Scripter]:
             tokenizer=words,
             name="scripted",
             types=KVTypes("q4_0", "q4_0"),
+            types_label="q4_0",
             n_ctx=64,
             parallel=2,
             n_vocab=8192,

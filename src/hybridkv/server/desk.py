@@ -49,8 +49,8 @@ class Served:
         The model's.
     name
         By which clients ask for it.
-    types
-        How the KV layers are stored, of the first if they differ.
+    types, types_label
+        How the KV layers are stored, of the first if they differ; and in words, of all.
     n_ctx
         Tokens in a sequence's context.
     parallel
@@ -67,6 +67,7 @@ class Served:
     tokenizer: Any
     name: str
     types: KVTypes
+    types_label: str
     n_ctx: int
     parallel: int
     n_vocab: int
@@ -213,7 +214,7 @@ class Desk:
         stats, served = self.served.runner.stats(), self.served
         return Status(
             model=served.name,
-            types=served.types.label,
+            types=served.types_label,
             chat=self.prompts.can_chat,
             n_ctx=served.n_ctx,
             parallel=served.parallel,

@@ -7,6 +7,7 @@ at once.
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -59,12 +60,19 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def is_loopback(listener: socket.socket) -> bool:
+    """Whether a bound socket is reached from this machine alone."""
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
+
+
 class _Server(uvicorn.Server):
     """uvicorn's server, which drains before it closes."""
 
-    def __init__(self, config: uvicorn.Config, state: GateState, stop_now: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, state: GateState, stop_now: Callable[[], None], alive: Callable[[], bool]
+    ) -> None:
         super().__init__(config)
-        self._state, self._stop_now = state, stop_now
+        self._state, self._stop_now, self._alive = state, stop_now, alive
         self.stopped_at_once = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's own signature
@@ -76,8 +84,9 @@ class _Server(uvicorn.Server):
         self._state.stopping = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether to close: asked to, and nothing is being answered."""
-        return await super().on_tick(counter) or (self._state.stopping and not self._state.in_flight)
+        """Whether to close: nothing is being answered and nothing more shall be, or nobody is left to answer."""
+        drained = self._state.stopping and not self._state.in_flight
+        return await super().on_tick(counter) or drained or not self._alive()
 
 
 def run(
@@ -87,6 +96,7 @@ def run(
     *,
     ready: Callable[[], None],
     stop_now: Callable[[], None],
+    alive: Callable[[], bool],
 ) -> bool:
     """Serve until a signal comes; whether everything that was running finished.
 
@@ -102,6 +112,8 @@ def run(
         Called once the socket listens.
     stop_now
         Called if what runs shall not finish.
+    alive
+        Whether the engine runs; the server ends with it.
 
     Raises
     ------
@@ -116,7 +128,7 @@ def run(
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, ws="none", lifespan="off", backlog=_BACKLOG, server_header=False
     )
-    server = _Server(config, state, stop_now)
+    server = _Server(config, state, stop_now, alive)
     ready()
     server.run(sockets=[listener])
     return not server.stopped_at_once

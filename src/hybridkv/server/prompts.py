@@ -51,6 +51,7 @@ class Prompts:
             For ids that are no tokens, and for a prompt without any.
         """
         if isinstance(prompt, str):
+            _check_text(prompt, "prompt")
             ids = await self._in_thread(len(prompt), lambda: self._encode(prompt, special=True))
         else:
             ids = tuple(prompt)
@@ -75,6 +76,8 @@ class Prompts:
                 400, "this model has no chat template; /v1/completions goes on from any text", code="no_chat_template"
             )
         turns = [message.for_template() for message in messages]
+        for number, turn in enumerate(turns):
+            _check_text(turn["content"], f"messages.{number}.content")
 
         def render() -> tuple[int, ...]:
             return self._encode(chat_text(self.tokenizer, turns), special=False)
@@ -91,3 +94,11 @@ class Prompts:
     async def _in_thread(self, n_characters: int, work: Callable[[], T]) -> T:
         async with self._long if n_characters > LONG_CHARACTERS else self._short:
             return await asyncio.to_thread(work)
+
+
+def _check_text(text: str, param: str) -> None:
+    """Refuse half of a surrogate pair, which JSON's escapes can write and no text holds."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RefusalError(400, f"{param}: character {error.start} is half of a surrogate pair", param=param) from error
