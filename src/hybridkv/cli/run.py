@@ -12,7 +12,6 @@ from hybridkv.cli.cache_options import add_cache_arguments, policy_from
 from hybridkv.cli.model_options import (
     add_model_arguments,
     check_limits,
-    is_out_of_memory,
     limit_spinning,
     open_model,
 )
@@ -100,6 +99,7 @@ def main(arguments: argparse.Namespace) -> int:
     sampling = _sampling(a)
 
     from hybridkv.engine import Engine
+    from hybridkv.engine.admission import is_out_of_memory
 
     opened = open_model(a)
     n_ctx = opened.n_ctx

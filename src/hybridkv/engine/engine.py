@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hybridkv.cache import KVSpec
+from hybridkv.engine.ladder import check_weights, labels_of, raised_specs
 from hybridkv.engine.sampling import Sampler, SamplingParams
-from hybridkv.errors import ContextError, GuardError, ModelError, UsageError
+from hybridkv.errors import ContextError, UsageError
 from hybridkv.hf import ModelCache, Step, is_finite, resolve_step
-from hybridkv.policy import Guard, NonFiniteError, next_types
+from hybridkv.policy import Guard, NonFiniteError
 
 
 @dataclass(slots=True)
@@ -167,15 +168,10 @@ class Engine:
 
     def _rebuild(self, error: NonFiniteError) -> Tensor:
         """Climb the ladder: the whole history again at the next types, until its logits are finite."""
-        self._explain_weights()
+        check_weights(self._model)
         while True:
-            specs = [replace(s, types=next_types(s.types) or s.types) for s in self.cache.specs]
-            climbed = any(new != old for new, old in zip(specs, self.cache.specs, strict=True))
-            if self._guard.mode in ("strict", "off") or not climbed:
-                why = "and no larger type is left" if not climbed else f"and the guard is {self._guard.mode!r}"
-                raise GuardError(f"{error.message}, {why}", hint=error.hint) from error
-            labels = ", ".join(dict.fromkeys(s.types.label for s in specs))
-            self._notify(f"{error.message}; rebuilding {self.history.shape[1]} tokens at {labels}")
+            specs = raised_specs(self.cache.specs, self._guard, error)
+            self._notify(f"{error.message}; rebuilding {self.history.shape[1]} tokens at {labels_of(specs)}")
             self.timings.n_rebuilds += 1
             self.cache = self._make_cache(specs)
             try:
@@ -203,18 +199,3 @@ class Engine:
                 source="cache",
             )
         return logits
-
-    def _explain_weights(self) -> None:
-        """If the weights themselves are to blame, say which.
-
-        Raises
-        ------
-        ModelError
-            Naming the first tensor that is not finite.
-        """
-        for name, weight in self._model.named_parameters():
-            if not torch.isfinite(weight).all():
-                raise ModelError(
-                    f"the weights are not finite: {name} holds NaN or infinity",
-                    hint="the model file is damaged or was converted wrongly; no cache type can help",
-                )

@@ -19,6 +19,7 @@ from hybridkv.formats import Scale
 from hybridkv.hf.attention import IMPLEMENTATION, register
 from hybridkv.hf.facts import is_hybrid, kv_facts, layer_facts, takes_chunks
 from hybridkv.hf.layers import EmptyLayer, LayerWatch, Notify, QuantizedAndStateLayer, QuantizedLayer, StateLayer
+from hybridkv.hf.stored import StoredCache
 from hybridkv.kernels import ENCODERS, KERNELS, Encoder, Kernel
 from hybridkv.policy import Guard, GuardMode, Policy, TypeOverride, parse_mode, parse_override, parse_scale
 
@@ -161,6 +162,40 @@ class ModelCache(Cache):  # type: ignore[misc]
         twin = copy.copy(self)
         twin.layers = [layer.copy(n_ctx) for layer in self.layers]
         return twin
+
+    def stored(self, after: StoredCache | None = None) -> StoredCache:
+        """A copy of what is held now, never to be changed.
+
+        Parameters
+        ----------
+        after
+            An earlier copy of the same sequence at the same specs: packed rows that it holds, it or those before it,
+            are left out.
+        """
+        held = [layer for layer in self.layers if isinstance(layer, QuantizedLayer)]
+        before = [0] * len(held) if after is None else [rows.first + rows.n_packed for rows in after.rows]
+        return StoredCache(
+            specs=self.specs,
+            rows=tuple(layer.store.stored(first) for layer, first in zip(held, before, strict=True)),
+            pending=tuple(layer.watch.pending for layer in held),
+            errors=tuple(layer.watch.error for layer in held),
+            states=tuple(layer.stored() for layer in self.layers if isinstance(layer, StateLayer)),
+        )
+
+    def load(self, copies: Sequence[StoredCache]) -> None:
+        """Go on from the last of several copies of one sequence, each of which begins where the one before ends.
+
+        The cache must have been built for their specs.
+        """
+        last = copies[-1]
+        assert self.specs == last.specs, (self.specs, last.specs)
+        held = [layer for layer in self.layers if isinstance(layer, QuantizedLayer)]
+        for index, layer in enumerate(held):
+            layer.store.load([copy.rows[index] for copy in copies])
+            layer.watch.pending, layer.watch.error = last.pending[index], last.errors[index]
+        stateful = [layer for layer in self.layers if isinstance(layer, StateLayer)]
+        for layer, states in zip(stateful, last.states, strict=True):
+            layer.load(states)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the newest `-tokens_to_remove` tokens from every layer, or from none.

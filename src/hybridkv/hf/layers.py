@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from hybridkv.cache import KVLayer
 from hybridkv.errors import ContextError, ModelError
+from hybridkv.hf.stored import StoredState
 from hybridkv.kernels import KVView
 from hybridkv.policy import Guard
 
@@ -326,6 +327,30 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
                 setattr(twin, name, dict(by_index))
         twin._map(Tensor.clone)
         return twin
+
+    def stored(self) -> tuple[StoredState, ...]:
+        """Copies of the states."""
+
+        def clone(state: Tensor | None) -> Tensor | None:
+            return None if state is None else state.clone()
+
+        return tuple(
+            StoredState(clone(self.conv_states[i]), clone(self.recurrent_states[i]), self.has_previous_state[i])
+            for i in range(self.number_of_states)
+        )
+
+    def load(self, states: Sequence[StoredState]) -> None:
+        """Go on from copies of states."""
+        StateLayer.reset(self)
+        for index, state in enumerate(states):
+            self.has_previous_state[index] = state.fed
+            if state.conv is not None:
+                self.dtype, self.device = state.conv.dtype, state.conv.device
+                self.conv_states[index], self.conv_kernel_size[index] = state.conv.clone(), state.conv.shape[-1]
+                self.is_conv_states_initialized[index] = True
+            if state.recurrent is not None:
+                self.recurrent_states[index] = state.recurrent.clone()
+                self.is_recurrent_states_initialized[index] = True
 
     def reset(self) -> None:
         """Forget all tokens, and the batch size with them."""
