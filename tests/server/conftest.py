@@ -66,7 +66,7 @@ def running(served: Served, options: GateOptions | None = None) -> Iterator[Runn
 
 @pytest.fixture(scope="session")
 def reference() -> Loaded:
-    return load(describe(bundled_model()), dtype=torch.float32, device="cpu")
+    return load(describe(bundled_model()), dtype=torch.float32, device="cpu", weights="auto")
 
 
 @pytest.fixture(scope="session")

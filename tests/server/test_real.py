@@ -1,0 +1,213 @@
+"""The bundled model behind the real client: what many ask at once is what each would be told alone."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import openai
+import pytest
+
+from hybridkv.cache import KVTypes
+from hybridkv.engine import Engine, SamplingParams, Scheduler
+from hybridkv.engine.load import Loaded
+from hybridkv.hf import kv_facts, layer_facts, vocabulary_rows
+from hybridkv.policy import Guard, Policy
+from hybridkv.server.desk import Served
+from tests.server.conftest import Running, running
+
+N_CTX = 512
+TYPES = KVTypes("q8_0", "q8_0")
+PROMPTS = [
+    "Hello world",
+    "The open() function returns",
+    "In Python, a list",
+    "To configure the server, edit",
+    "SELECT name FROM",
+    "The kernel " * 40,
+    "x",
+    "日本語 😀",
+]
+
+
+def specs_of(loaded: Loaded) -> Any:
+    return Policy(TYPES).resolve(kv_facts(layer_facts(loaded.model.config)))
+
+
+@pytest.fixture(scope="module")
+def scheduler(reference: Loaded) -> Iterator[Scheduler]:
+    scheduler = Scheduler(
+        reference.model,
+        specs_of(reference),
+        n_parallel=4,
+        n_ctx=N_CTX,
+        guard=Guard(mode="warn"),
+        notify=print,
+        prefix_bytes=2**25,
+        prefill_chunk=64,
+        max_waiting=16,
+    )
+    thread = threading.Thread(target=scheduler.run_forever)
+    thread.start()
+    yield scheduler
+    scheduler.shutdown(drain=False)
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def server(reference: Loaded, scheduler: Scheduler) -> Iterator[Running]:
+    served = Served(
+        runner=scheduler,
+        tokenizer=reference.tokenizer,
+        name="reference",
+        types=TYPES,
+        types_label=TYPES.label,
+        n_ctx=N_CTX,
+        parallel=4,
+        n_vocab=vocabulary_rows(reference.model.config),
+        end_ids=reference.end_ids,
+        fingerprint="test",
+    )
+    with running(served) as server:
+        yield server
+
+
+def alone(loaded: Loaded, prompt: str, n: int) -> str:
+    """The oracle: the single-sequence engine, greedy."""
+    assert loaded.tokenizer is not None
+    engine = Engine(loaded.model, specs_of(loaded), n_ctx=N_CTX, guard=Guard(mode="warn"), notify=print)
+    prompt_ids = loaded.tokenizer.encode(prompt)
+    ids: list[int] = []
+    for (token,) in engine.generate(prompt_ids, SamplingParams(temp=0), n_predict=n):
+        if token in loaded.end_ids:
+            break
+        ids.append(token)
+    whole: str = loaded.tokenizer.decode(prompt_ids + ids)
+    return whole[len(loaded.tokenizer.decode(prompt_ids)) :]
+
+
+def test_many_at_once_are_each_as_alone(reference: Loaded, server: Running) -> None:
+    expected = [alone(reference, prompt, 24) for prompt in PROMPTS]
+    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    async def ask(prompt: str, stream: bool) -> str:
+        if not stream:
+            reply = await client.completions.create(model="reference", prompt=prompt, max_tokens=24, temperature=0)
+            return reply.choices[0].text
+        chunks = await client.completions.create(
+            model="reference", prompt=prompt, max_tokens=24, temperature=0, stream=True
+        )
+        pieces = [chunk.choices[0].text async for chunk in chunks]
+        assert len(pieces) > 3
+        return "".join(pieces)
+
+    async def ask_all() -> Sequence[str]:
+        try:
+            return await asyncio.gather(*(ask(prompt, stream) for stream in (False, True) for prompt in PROMPTS))
+        finally:
+            await client.close()
+
+    assert list(asyncio.run(ask_all())) == expected * 2
+
+
+def test_a_seed_gives_the_same_draw(server: Running) -> None:
+    def draw(seed: int) -> str:
+        reply = server.client.completions.create(model="reference", prompt="The", max_tokens=12, seed=seed)
+        return reply.choices[0].text
+
+    assert draw(5) == draw(5)
+    assert len({draw(seed) for seed in range(4)}) > 1
+
+
+def test_a_stored_prefix_is_counted(server: Running) -> None:
+    prompt = "A long beginning that two requests have in common. " * 20
+    for cached in (False, True):
+        reply = server.client.completions.create(model="reference", prompt=prompt, max_tokens=1, temperature=0)
+        assert reply.usage is not None
+        assert reply.usage.prompt_tokens_details is not None
+        n_cached = reply.usage.prompt_tokens_details.cached_tokens or 0
+        assert reply.usage.prompt_tokens > n_cached
+        assert n_cached > 100 if cached else n_cached == 0
+
+
+def test_logprobs_are_the_models(reference: Loaded, server: Running) -> None:
+    reply = server.client.completions.create(model="reference", prompt="Hello", max_tokens=5, temperature=0, logprobs=3)
+    logprobs = reply.choices[0].logprobs
+    assert logprobs is not None
+    for token, own, top in zip(logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
+        assert max(top.values()) == top[token] == pytest.approx(own)
+        assert own < 0
+
+
+def test_a_vanished_client_stops_its_sequence(server: Running, scheduler: Scheduler) -> None:
+    for stream in (True, False):
+        before = scheduler.stats()
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=0.5)
+        body: dict[str, Any] = {"model": "reference", "prompt": "The", "max_tokens": 500, "temperature": 1.5}
+        if stream:
+            with client.completions.create(**body, stream=True, extra_body={"ignore_eos": True}) as chunks:
+                next(iter(chunks))
+        else:
+            with pytest.raises(openai.APITimeoutError):
+                client.completions.create(**body, extra_body={"ignore_eos": True})
+        client.close()
+        wait_for(lambda before=before: scheduler.stats().n_cancelled == before.n_cancelled + 1)
+        assert scheduler.stats().generated_tokens - before.generated_tokens < 450
+
+
+def wait_for(condition: Any) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_prompt_that_does_not_fit_says_by_how_much(server: Running) -> None:
+    with pytest.raises(openai.APIStatusError) as caught:
+        server.client.completions.create(model="reference", prompt="word " * 200_000, max_tokens=1)
+    assert caught.value.status_code == 413
+    assert "200001 prompt tokens" in str(caught.value) or "do not fit a context of 512 tokens" in str(caught.value)
+    body: Any = caught.value.body
+    assert body["numbers"]["most_tokens"] == N_CTX
+    assert body["numbers"]["n_tokens"] > 200_000
+    assert body["numbers"]["planned_bytes"] > 1e8
+
+
+def test_a_full_queue_says_when_to_come_back(server: Running) -> None:
+    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    async def ask() -> int:
+        try:
+            await client.completions.create(model="reference", prompt="The", max_tokens=20, temperature=0)
+        except openai.RateLimitError as refused:
+            return int(refused.response.headers["Retry-After"])
+        return 0
+
+    async def ask_all() -> list[int]:
+        try:
+            return list(await asyncio.gather(*(ask() for _ in range(40))))
+        finally:
+            await client.close()
+
+    waits = asyncio.run(ask_all())
+    assert set(waits) == {0, 1}
+    assert waits.count(0) >= 16
+
+
+def test_types_of_a_request(server: Running) -> None:
+    def say(**kv_types: Any) -> list[float]:
+        extra = {"kv_types": kv_types} if kv_types else {}
+        reply = server.client.completions.create(
+            model="reference", prompt=PROMPTS[5], max_tokens=4, temperature=0, logprobs=0, extra_body=extra
+        )
+        assert reply.choices[0].logprobs is not None
+        return list(reply.choices[0].logprobs.token_logprobs)
+
+    assert say() != say(type_k="q4_0", type_v="q4_0")
+    assert say() == say(type_k="q8_0", type_v="q8_0")
+    with pytest.raises(openai.BadRequestError, match="q9_9"):
+        say(type_k="q9_9", type_v="q4_0")
