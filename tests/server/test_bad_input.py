@@ -220,6 +220,14 @@ def test_foreign_hosts(scripted: Scripter) -> None:
             assert error_of(client.get("/", headers={"Host": host}), 403)["code"] == "foreign_host"
 
 
+def test_too_many_at_once(scripted: Scripter) -> None:
+    server = scripted(*[5] * 10, wait_s=0.1, options=GateOptions(max_in_flight=1))
+    with server.http as client, client.stream("POST", "/v1/completions", json={"prompt": "x", "stream": True}):
+        busy = post(server, {"prompt": "x"})
+    assert error_of(busy, 429)["code"] == "queue_full"
+    assert int(busy.headers["Retry-After"]) >= 1
+
+
 def test_metrics_count_replies_by_route(server: Running) -> None:
     post(server, {"prompt": "x"})
     post(server, "{")

@@ -32,6 +32,9 @@ EXIT_INTERRUPTED = 130
 
 KEY_VARIABLE = "HYBRIDKV_API_KEY"
 
+_BEING_READ = 64
+"""Requests that may be in the reading beside those that run and wait."""
+
 _PACKAGES = ("fastapi", "uvicorn", "pydantic", "prometheus_client")
 
 
@@ -215,7 +218,12 @@ def _serve(
     local = is_loopback(listener)
     if not local and not keys:
         warning("everybody who reaches this address can use the model; --api-key asks for a key")
-    options = GateOptions(api_keys=keys, max_body_bytes=a.max_body, local_only=local and not keys)
+    options = GateOptions(
+        api_keys=keys,
+        max_body_bytes=a.max_body,
+        local_only=local and not keys,
+        max_in_flight=a.parallel + a.max_waiting + _BEING_READ,
+    )
     state = GateState()
     app = create_app(served, options, state)
     with ThreadPoolExecutor(1, "scheduler") as pool:

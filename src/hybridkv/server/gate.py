@@ -37,11 +37,14 @@ class GateOptions:
     local_only
         Whether the `Host` of a request must be this machine's own name or address: a web page elsewhere that calls
         itself by a name of its own, and then moves that name to 127.0.0.1, does not get in.
+    max_in_flight
+        POST requests that are read or answered at once, so that their bodies have a bound together; None for no limit.
     """
 
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = 8 * 2**20
     local_only: bool = False
+    max_in_flight: int | None = None
 
 
 @dataclass(slots=True)
@@ -145,6 +148,14 @@ class Gate:
         """What is wrong with a request that brings a body, before it is read."""
         if self._state.stopping:
             return _stopping()
+        most = self._options.max_in_flight
+        if most is not None and self._state.in_flight >= most:
+            return RefusalError(
+                429,
+                f"{most} requests are being answered, as many as may",
+                code="queue_full",
+                headers={"Retry-After": str(RETRY_AFTER_S)},
+            )
         # A web page may send a form to any address without asking; JSON it may not.
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":

@@ -125,8 +125,16 @@ def run(
     except OSError as error:
         host, port = listener.getsockname()[:2]
         raise _cannot_listen(host, port, error) from error
+    # Proxies keep idle connections for a minute and would use one that is just being closed.
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, ws="none", lifespan="off", backlog=_BACKLOG, server_header=False
+        app,
+        log_level="warning",
+        access_log=False,
+        ws="none",
+        lifespan="off",
+        backlog=_BACKLOG,
+        server_header=False,
+        timeout_keep_alive=75,
     )
     server = _Server(config, state, stop_now, alive)
     ready()

@@ -35,6 +35,9 @@ class Prompts:
     def __init__(self, tokenizer: Any, n_vocab: int) -> None:
         self.tokenizer = tokenizer
         self._n_vocab = n_vocab
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
         self._short, self._long = asyncio.Semaphore(_SHORT_AT_ONCE), asyncio.Semaphore(1)
 
     @property
@@ -88,8 +91,8 @@ class Prompts:
             raise RefusalError(400, error.message, param="messages") from error
 
     def _encode(self, text: str, *, special: bool) -> tuple[int, ...]:
-        # The tokenizer's own `encode` sets up truncation each time, which threads must not do at once.
-        return tuple(self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=special).ids)
+        # The tokenizer's own `encode` turns truncation off each time, which threads must not do at once.
+        return tuple(self._backend.encode(text, add_special_tokens=special).ids)
 
     async def _in_thread(self, n_characters: int, work: Callable[[], T]) -> T:
         async with self._long if n_characters > LONG_CHARACTERS else self._short:

@@ -161,7 +161,7 @@ class Models(Reply):
 class Health(Reply):
     """The reply of `/health`."""
 
-    status: Literal["ok", "stopping", "failed"]
+    status: Literal["ok", "stopping"]
 
 
 class Status(Reply):
