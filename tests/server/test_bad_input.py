@@ -221,8 +221,9 @@ def test_foreign_hosts(scripted: Scripter) -> None:
 
 
 def test_too_many_at_once(scripted: Scripter) -> None:
-    server = scripted(*[5] * 10, wait_s=0.1, options=GateOptions(max_in_flight=1))
-    with server.http as client, client.stream("POST", "/v1/completions", json={"prompt": "x", "stream": True}):
+    server = scripted(*[5] * 500, wait_s=0.1, options=GateOptions(max_in_flight=1))
+    body = {"prompt": "x", "stream": True, "max_tokens": 500}
+    with server.http as client, client.stream("POST", "/v1/completions", json=body):
         busy = post(server, {"prompt": "x"})
     assert error_of(busy, 429)["code"] == "queue_full"
     assert int(busy.headers["Retry-After"]) >= 1
