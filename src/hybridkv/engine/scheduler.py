@@ -372,7 +372,7 @@ class Scheduler:
         if not sequence.reuses or self._chunk is None:
             return False
         spacing = max(1, CHECKPOINT_TOKENS // self._chunk) * self._chunk
-        return sequence.n_prefill - sequence.position < self._chunk or sequence.position % spacing == 0
+        return sequence.n_prefill - sequence.position <= self._chunk or sequence.position % spacing == 0
 
     def _leave_checkpoint(self, sequence: Running) -> None:
         assert sequence.cache is not None
