@@ -10,10 +10,10 @@ from hybridkv.cli.show import layer_table, notice, stderr_console, summary, warn
 
 if TYPE_CHECKING:
     from hybridkv.cache import KVSpec, LayerKernels
-    from hybridkv.policy import Guard, Policy
+    from hybridkv.policy import AnyPolicy, Guard
 
 
-def resolve_types(opened: Opened, policy: Policy, guard: Guard) -> tuple[KVSpec, ...]:
+def resolve_types(opened: Opened, policy: AnyPolicy, guard: Guard) -> tuple[KVSpec, ...]:
     """How every KV layer will be stored; the table goes to stderr, with what has no effect.
 
     Raises
