@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridkv.cli.cache_options import add_cache_arguments, policy_from
@@ -57,7 +58,26 @@ def _add_server_arguments(group: argparse._ActionsContainer) -> None:
         help=f"ask every client for this key; the environment's {KEY_VARIABLE} keeps it out of the process list",
     )
     group.add_argument("-a", "--alias", metavar="NAME", help="the model's name for clients (default: its own)")
+    group.add_argument(
+        "--session-dir", metavar="DIR", help="keep sessions that clients save there, and restore them (default: none)"
+    )
     group.add_argument("--max-body", default="8MiB", metavar="SIZE", help="largest body of a request (default 8MiB)")
+
+
+def _session_dir(text: str | None) -> Path | None:
+    """Where sessions are kept.
+
+    Raises
+    ------
+    UsageError
+        If it is no directory that can be written to.
+    """
+    if text is None:
+        return None
+    path = Path(text).expanduser()
+    if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+        raise UsageError(f"--session-dir {text!r} is not a directory that can be written to", hint=f"mkdir -p {path}")
+    return path.resolve()
 
 
 def _add_scheduler_arguments(group: argparse._ActionsContainer) -> None:
@@ -113,6 +133,9 @@ def main(arguments: argparse.Namespace) -> int:
     a.prefix_memory = 0 if a.prefix_memory == "0" else parse_bytes(a.prefix_memory, "--prefix-memory")
     a.max_body = parse_bytes(a.max_body, "--max-body")
     keys = _keys(a.api_key)
+    a.session_dir = _session_dir(a.session_dir)
+    if a.session_dir is not None and not a.prefix_memory:
+        raise UsageError("--session-dir with --prefix-memory 0: sessions are made of stored prefixes")
     policy, guard = policy_from(a), Guard(mode=parse_mode(a.kv_guard))
     listener = bind(a.host, a.port)
     try:
@@ -203,6 +226,7 @@ def _served(
         parallel=a.parallel,
         n_vocab=vocabulary_rows(loaded.model.config),
         end_ids=loaded.end_ids,
+        session_dir=a.session_dir,
         fingerprint=f"hybridkv-{__version__}-{labels}".replace(", ", "-"),
     )
 

@@ -18,7 +18,7 @@ from hybridkv.server.gate import Gate, GateOptions, GateState
 from hybridkv.server.metrics import CONTENT_TYPE, Metrics
 from hybridkv.server.page import Page
 from hybridkv.server.refusals import RefusalError, refusal_for, refusal_for_mistakes
-from hybridkv.server.replies import ChatCompletion, Completion, Error, Health, Model, Models, Status
+from hybridkv.server.replies import ChatCompletion, Completion, Error, Health, Model, Models, Session, Status
 from hybridkv.server.respond import ChatWriter, CompletionWriter, json_response, respond
 from hybridkv.server.schema import ChatRequest, CompletionRequest
 
@@ -28,6 +28,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     403: {"model": Error, "description": "a host name that is not this machine's"},
     404: {"model": Error, "description": "no such model"},
     408: {"model": Error, "description": "a body that takes too long to arrive"},
+    409: {"model": Error, "description": "a session that is being answered, or cannot be kept or read"},
     413: {"model": Error, "description": "a body that is too large, or more tokens or bytes than fit"},
     415: {"model": Error, "description": "a body of another kind than JSON"},
     429: {"model": Error, "description": "too many requests wait; Retry-After says when to come back"},
@@ -67,6 +68,7 @@ def create_app(served: Served, options: GateOptions, state: GateState) -> FastAP
     )
     _add_handlers(app)
     _add_completions(app, desk)
+    _add_sessions(app, desk)
     _add_reports(app, desk, state)
     _document_without_422(app)
     app.add_middleware(Gate, options=options, state=state, count=metrics.count_reply)
@@ -97,6 +99,20 @@ def _add_completions(app: FastAPI, desk: Desk) -> None:
         run = await desk.chat(body)
         writer = ChatWriter(served.name, served.fingerprint, run.created)
         return await respond(run, writer, request, stream=bool(body.stream), with_usage=_with_usage(body))
+
+
+def _add_sessions(app: FastAPI, desk: Desk) -> None:
+    errors = _POST_ERRORS | _errors(409)
+
+    @app.post("/v1/sessions/{name}/save", response_model=Session, responses=errors)
+    async def save_session(name: str) -> Response:
+        """Write what a session's last request left, so that it outlives the server."""
+        return json_response(await desk.sessions.save(name))
+
+    @app.post("/v1/sessions/{name}/restore", response_model=Session, responses=errors)
+    async def restore_session(name: str) -> Response:
+        """Read it back, so that requests which go on from it do not start over."""
+        return json_response(await desk.sessions.restore(name))
 
 
 def _with_usage(body: CompletionRequest | ChatRequest) -> bool:

@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from hybridkv.cache import KVTypes
@@ -22,12 +23,13 @@ from hybridkv.server.prompts import Prompts
 from hybridkv.server.refusals import RefusalError
 from hybridkv.server.replies import PromptDetails, Status, Usage
 from hybridkv.server.schema import ChatRequest, CompletionRequest
+from hybridkv.server.sessions import Keeper, Sessions
 
 DEFAULT_MAX_TOKENS = 16
 """Of `/v1/completions`, as OpenAI documents it; a chat answer may fill the context."""
 
 
-class Runner(Protocol):
+class Runner(Keeper, Protocol):
     """The scheduler, as far as the server needs it."""
 
     def submit(self, request: Request, listener: Callable[[Event], None] | None = None) -> Ticket:
@@ -61,6 +63,8 @@ class Served:
         Tokens that end an answer.
     fingerprint
         Says in each reply what made it: version and types.
+    session_dir
+        Where sessions are kept; None keeps none.
     """
 
     runner: Runner
@@ -73,6 +77,7 @@ class Served:
     n_vocab: int
     end_ids: tuple[int, ...]
     fingerprint: str
+    session_dir: Path | None = None
 
 
 class Run:
@@ -155,6 +160,7 @@ class Desk:
     def __init__(self, served: Served, metrics: Metrics) -> None:
         self.served, self.metrics = served, metrics
         self.prompts = Prompts(served.tokenizer, served.n_vocab)
+        self.sessions = Sessions(served.runner, served.session_dir)
         self.created = int(time.time())
         self._started = time.monotonic()
         self._rate = Rate()
@@ -195,6 +201,7 @@ class Desk:
         logprobs: int | None,
         started: float,
     ) -> Run:
+        self.sessions.check(body.session)
         ends = () if body.ignore_eos else self.served.end_ids
         request = Request(
             prompt_ids=tuple(ids),
@@ -207,6 +214,7 @@ class Desk:
         )
         run = Run(Answer(self.served.tokenizer, ids, body.stop or ()), self.metrics, started)
         run.ticket = self.served.runner.submit(request, run.listen)
+        self.sessions.remember(body.session, run.ticket)
         return run
 
     def status(self) -> Status:

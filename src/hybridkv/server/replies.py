@@ -158,6 +158,15 @@ class Models(Reply):
     data: list[Model]
 
 
+class Session(Reply):
+    """A session that was saved or restored; `n_held` of its tokens need not be processed again."""
+
+    id: str
+    object: Literal["session"] = "session"
+    n_tokens: int
+    n_held: int | None
+
+
 class Health(Reply):
     """The reply of `/health`."""
 

@@ -115,6 +115,7 @@ class Common(Strict):
     stop_token_ids: list[TokenId] | None = Field(None, max_length=64, description="not OpenAI's")
     ignore_eos: bool | None = Field(None, description="not OpenAI's; go on past the end-of-text token")
     cache_prompt: bool | None = Field(None, description="not OpenAI's; whether to begin from a stored prefix")
+    session: str | None = Field(None, max_length=64, description="not OpenAI's; what it can be saved as")
     kv_types: KVTypesField | None = Field(None, description="not OpenAI's")
 
     user: str | None = Field(None, max_length=512, description="accepted; nothing is done with it")
