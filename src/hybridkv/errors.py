@@ -7,6 +7,7 @@
     * `NoKernelError`    no kernel resolves for an attention case; carries each candidate's reason
     * `ContextError`     more tokens than the context holds, or more bytes than the budget
     * `AdmissionError`   a request that a scheduler cannot take: it can never fit, or too many wait; carries the numbers
+    * `SessionError`     a session file that is missing, torn, damaged or of another model
     * `GuardError`       the guard stopped a run on evidence
 
 The command line prints `error: ...` and `hint: ...` and exits with code 2 for all of them.
@@ -119,6 +120,10 @@ class AdmissionError(HybridKVError):
         self.reason = reason
         self.planned_bytes, self.budget_bytes = planned_bytes, budget_bytes
         self.n_tokens, self.most_tokens = n_tokens, most_tokens
+
+
+class SessionError(HybridKVError):
+    """A session file that is missing, torn, damaged, or of another model or version."""
 
 
 class GuardError(HybridKVError):

@@ -137,6 +137,8 @@ def test_what_is_refused_before_a_model_is_loaded(cli: Cli, monkeypatch: pytest.
     assert "--max-body 'much'; allowed" in refused(cli, "--max-body", "much")
     assert "--host 'no.such.host.invalid'" in refused(cli, "--host", "no.such.host.invalid")
     assert "--api-key is empty or not plain ASCII" in refused(cli, "--api-key", " ")
+    assert "--session-dir '/no/such' is not a directory" in refused(cli, "--session-dir", "/no/such")
+    assert "sessions are made of stored prefixes" in refused(cli, "--session-dir", ".", "--prefix-memory", 0)
     assert "q9_0" in refused(cli, "-ctk", "q9_0")
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))

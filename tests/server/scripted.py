@@ -6,8 +6,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from hybridkv.engine.requests import Event, Request, SchedulerStats, Ticket
+from hybridkv.errors import SessionError
 
 Step = int | Event | Exception
 """A token, an event as it is, or what `submit` raises."""
@@ -50,6 +52,12 @@ class Scripted:
         elif count == request.max_tokens:
             finished = "length"
         return Event(token, logprob, top, finished)  # type: ignore[arg-type]
+
+    def save(self, ticket: Ticket, path: Path) -> int:
+        raise SessionError(f"{path} cannot be written")
+
+    def restore(self, path: Path) -> tuple[int, ...]:
+        raise SessionError(f"{path} is no session")
 
     def stats(self) -> SchedulerStats:
         running = sum(not ticket.finished for ticket in self.tickets)

@@ -6,6 +6,8 @@ import asyncio
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -37,8 +39,8 @@ def specs_of(loaded: Loaded) -> Any:
     return Policy(TYPES).resolve(kv_facts(layer_facts(loaded.model.config)))
 
 
-@pytest.fixture(scope="module")
-def scheduler(reference: Loaded) -> Iterator[Scheduler]:
+@contextmanager
+def real_server(reference: Loaded, session_dir: Path | None = None) -> Iterator[Running]:
     scheduler = Scheduler(
         reference.model,
         specs_of(reference),
@@ -52,14 +54,6 @@ def scheduler(reference: Loaded) -> Iterator[Scheduler]:
     )
     thread = threading.Thread(target=scheduler.run_forever)
     thread.start()
-    yield scheduler
-    scheduler.shutdown(drain=False)
-    thread.join(30)
-    assert not thread.is_alive()
-
-
-@pytest.fixture(scope="module")
-def server(reference: Loaded, scheduler: Scheduler) -> Iterator[Running]:
     served = Served(
         runner=scheduler,
         tokenizer=reference.tokenizer,
@@ -71,8 +65,20 @@ def server(reference: Loaded, scheduler: Scheduler) -> Iterator[Running]:
         n_vocab=vocabulary_rows(reference.model.config),
         end_ids=reference.end_ids,
         fingerprint="test",
+        session_dir=session_dir,
     )
-    with running(served) as server:
+    try:
+        with running(served) as server:
+            yield server
+    finally:
+        scheduler.shutdown(drain=False)
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def server(reference: Loaded) -> Iterator[Running]:
+    with real_server(reference) as server:
         yield server
 
 
@@ -143,9 +149,10 @@ def test_logprobs_are_the_models(reference: Loaded, server: Running) -> None:
         assert own < 0
 
 
-def test_a_vanished_client_stops_its_sequence(server: Running, scheduler: Scheduler) -> None:
+def test_a_vanished_client_stops_its_sequence(server: Running) -> None:
+    stats = server.served.runner.stats
     for stream in (True, False):
-        before = scheduler.stats()
+        before = stats()
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=0.5)
         body: dict[str, Any] = {"model": "reference", "prompt": "The", "max_tokens": 500, "temperature": 1.5}
         if stream:
@@ -155,8 +162,8 @@ def test_a_vanished_client_stops_its_sequence(server: Running, scheduler: Schedu
             with pytest.raises(openai.APITimeoutError):
                 client.completions.create(**body, extra_body={"ignore_eos": True})
         client.close()
-        wait_for(lambda before=before: scheduler.stats().n_cancelled == before.n_cancelled + 1)
-        assert scheduler.stats().generated_tokens - before.generated_tokens < 450
+        wait_for(lambda before=before: stats().n_cancelled == before.n_cancelled + 1)
+        assert stats().generated_tokens - before.generated_tokens < 450
 
 
 def wait_for(condition: Any) -> None:
@@ -211,3 +218,51 @@ def test_types_of_a_request(server: Running) -> None:
     assert say() == say(type_k="q8_0", type_v="q8_0")
     with pytest.raises(openai.BadRequestError, match="q9_9"):
         say(type_k="q9_9", type_v="q4_0")
+
+
+def test_a_session_is_saved_and_restored(reference: Loaded, tmp_path: Path) -> None:
+    """Another server goes on from the file: the same answer, and what was said before is not processed again."""
+    prompt = "A conversation that goes on for a while. " * 12
+    told: list[str] = []
+    for life in ("first", "second"):
+        with real_server(reference, session_dir=tmp_path) as server, server.http as http:
+            ask: dict[str, Any] = {"model": "reference", "max_tokens": 12, "temperature": 0}
+            ask["extra_body"] = {"session": "talk-1", "ignore_eos": True}
+            if life == "first":
+                assert http.post("/v1/sessions/talk-1/save", json={}).status_code == 404
+                first = server.client.completions.create(prompt=prompt, **ask)
+                saved = http.post("/v1/sessions/talk-1/save", json={})
+                assert saved.status_code == 200, saved.text
+                assert saved.json()["n_tokens"] == first.usage.total_tokens  # type: ignore[union-attr]
+                assert [file.name for file in tmp_path.iterdir()] == ["talk-1.safetensors"]
+            else:
+                assert http.post("/v1/sessions/never/restore", json={}).status_code == 404
+                restored = http.post("/v1/sessions/talk-1/restore", json={})
+                assert restored.status_code == 200, restored.text
+                assert restored.json()["n_tokens"] == saved.json()["n_tokens"]
+            reply = server.client.completions.create(prompt=prompt + first.choices[0].text + " And", **ask)
+            told.append(reply.choices[0].text)
+            assert reply.usage is not None
+            assert reply.usage.prompt_tokens_details is not None
+            assert (reply.usage.prompt_tokens_details.cached_tokens or 0) > 60
+    assert told[0] == told[1]
+
+
+def test_names_of_sessions(server: Running, reference: Loaded, tmp_path: Path) -> None:
+    with server.http as http:
+        off = http.post("/v1/sessions/x/save", json={})
+        assert (off.status_code, off.json()["error"]["code"]) == (404, "no_sessions")
+    with pytest.raises(openai.NotFoundError, match="--session-dir"):
+        server.client.completions.create(model="reference", prompt="x", extra_body={"session": "x"})
+    with real_server(reference, session_dir=tmp_path / "in") as kept, kept.http as http:
+        (tmp_path / "in").mkdir()
+        for name in ("..", "%2e%2e", "a.b", "a%2Fb", "..%2Fx", "a b", "ä", "x" * 65, "a%00", "a%0A"):
+            for verb in ("save", "restore"):
+                assert http.post(f"/v1/sessions/{name}/{verb}", json={}).status_code in (400, 404), name
+        with pytest.raises(openai.BadRequestError, match="allowed: 1 to 64 letters"):
+            kept.client.completions.create(model="reference", prompt="x", extra_body={"session": "../x"})
+        (tmp_path / "in" / "torn.safetensors").write_bytes(b"not a session")
+        torn = http.post("/v1/sessions/torn/restore", json={})
+        assert torn.status_code == 409
+        assert str(tmp_path) not in torn.text
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]

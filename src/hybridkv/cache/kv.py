@@ -289,6 +289,13 @@ class KVLayer:
             self._exact.load(last.exact_k, last.exact_v, self._exact_target)
         self.n_seen = last.n_seen
 
+    def load_converted(self, other: KVLayer) -> None:
+        """Take the rows of a layer of other types, decoded and encoded again."""
+        self.reset()
+        if other.n_stored:
+            self.append(*other.decode())
+        self.n_seen = other.n_seen  # a window has let others go
+
     def _check(self, k: Tensor, v: Tensor) -> None:
         f = self.spec.facts
         got = (k.shape[1], k.shape[3], v.shape[1], v.shape[3])

@@ -19,7 +19,7 @@ from hybridkv.cache import KVSpec
 from hybridkv.engine.ladder import check_weights, labels_of, raised_specs
 from hybridkv.engine.sampling import Sampler, SamplingParams
 from hybridkv.errors import ContextError, UsageError
-from hybridkv.hf import ModelCache, Step, is_finite, resolve_step
+from hybridkv.hf import ModelCache, Step, is_finite, resolve_step, takes_chunks
 from hybridkv.policy import Guard, NonFiniteError
 
 
@@ -66,6 +66,13 @@ class Engine:
         Runs the model over new tokens; the best that runs it by default.
     make_cache
         Builds a cache for specs; `ModelCache` over all kernels by default.
+
+    Attributes
+    ----------
+    history
+        Tokens of all sequences up to now, int64 `[B, T]`.
+    n_held
+        How many of each the cache holds: the last that was drawn is processed with the next.
     """
 
     def __init__(
@@ -88,6 +95,7 @@ class Engine:
         self.step = resolve_step(model.config, self._device.type)(model) if step is None else step
         self.cache = self._make_cache(specs)
         self.history = torch.empty(1, 0, dtype=torch.long)
+        self.n_held = self._adopted = 0
         self.timings = Timings()
 
     def generate(
@@ -107,8 +115,9 @@ class Engine:
         self._check(prompt, n_predict, n_seqs)
         sampler = Sampler(params)
         start = time.perf_counter()
-        logits = self.prefill(prompt)
-        self.timings.n_prompt = len(prompt)
+        n_held, self._adopted = self._adopted, 0
+        logits = self.prefill(prompt, n_held)
+        self.timings.n_prompt = len(prompt) - n_held
         self.timings.prompt_s = time.perf_counter() - start
         if n_seqs > 1:
             self.cache.batch_repeat_interleave(n_seqs)
@@ -126,10 +135,24 @@ class Engine:
             self.timings.generation_s += time.perf_counter() - start
             yield tuple(tokens.tolist())
 
-    def prefill(self, prompt: Sequence[int]) -> Tensor:
-        """Process a prompt on an empty cache; the logits after it, float32 `[1, V]`, finite."""
-        self.history = torch.tensor([list(prompt)], dtype=torch.long)
-        return self._advance(self.history)
+    def new_cache(self, specs: Sequence[KVSpec]) -> ModelCache:
+        """An empty cache of this run's context."""
+        return self._make_cache(specs)
+
+    def adopt(self, cache: ModelCache, n_held: int) -> None:
+        """Go on from a cache of one sequence that holds `n_held` tokens; the next prompt must begin with them."""
+        self.cache, self.n_held, self._adopted = cache, n_held, n_held
+
+    def prefill(self, prompt: Sequence[int], n_held: int = 0) -> Tensor:
+        """Process a prompt, of which the cache holds the first tokens; the logits after it, `[1, V]`, finite."""
+        begin, pieces = n_held, 1
+        if begin and not takes_chunks(self._model.config):
+            pieces = len(prompt) - begin  # this model's code continues a state by single tokens only
+        for piece in torch.tensor(list(prompt[begin:]), dtype=torch.long).tensor_split(pieces):
+            begin += len(piece)
+            self.history = torch.tensor([list(prompt[:begin])], dtype=torch.long)
+            logits = self._advance(piece.unsqueeze(0))
+        return logits
 
     def advance(self, tokens: Tensor) -> Tensor:
         """Append one token per sequence, int64 `[B]`; the logits after them, float32 `[B, V]`, finite."""
@@ -189,6 +212,7 @@ class Engine:
             From the layer where it arose, or for the logits.
         """
         logits = self.step.forward(tokens, self.cache, self.history.shape[1] - tokens.shape[1])
+        self.n_held = self.history.shape[1]
         if not is_finite(logits):
             layers = self.cache.kv_layers
             raise NonFiniteError(

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -24,8 +25,9 @@ from hybridkv.engine.prefixes import PrefixStore
 from hybridkv.engine.requests import Event, Request, SchedulerStats, Ticket
 from hybridkv.engine.running import Running
 from hybridkv.engine.sampling import draw_each
+from hybridkv.engine.session import Session, load_session, resume, save_session
 from hybridkv.engine.tally import Tally
-from hybridkv.errors import AdmissionError, HybridKVError, UsageError
+from hybridkv.errors import AdmissionError, HybridKVError, SessionError, UsageError
 from hybridkv.hf import (
     ModelCache,
     NativeStep,
@@ -177,6 +179,63 @@ class Scheduler:
             prefix_budget_bytes=self.prefixes.budget_bytes,
             prefix_checkpoints=len(self.prefixes),
         )
+
+    def save(self, ticket: Ticket, path: Path) -> int:
+        """Write a sequence to a session file, as far as the stored prefixes hold it; the tokens that they hold.
+
+        For any thread but the scheduler's own. After the sequence has ended, that is all but its last token, unless
+        the budget has let it go.
+
+        Raises
+        ------
+        SessionError
+            If no prefix holds any of it, or the file cannot be written.
+        """
+        key, tokens = self._specs_of(ticket.request.types), ticket.token_ids
+
+        def take() -> Session:
+            found = self.prefixes.find(key, tokens, len(tokens))
+            if found is None:
+                raise SessionError(
+                    f"none of the {len(tokens)} tokens of request {ticket.number} are stored any more",
+                    hint="give stored prefixes more memory",
+                )
+            cache = self._cache(found.stored.specs, found.end)
+            cache.load(self.prefixes.copies(found))
+            return Session(tokens, found.end, cache.stored())
+
+        session = self.call(take).result()
+        save_session(path, session, self._model)
+        return session.n_cached
+
+    def restore(self, path: Path) -> tuple[int, ...]:
+        """Read a session file into the stored prefixes; its tokens, with which a prompt has to begin.
+
+        For any thread but the scheduler's own. Rows of other types are converted, and `notify` says so.
+
+        Raises
+        ------
+        SessionError
+            If the file is not a session of this model, or has no room among the stored prefixes.
+        """
+        session = load_session(path, self._model)
+        held = session.tokens[: session.n_cached]
+
+        def put() -> None:
+            cache, notice = resume(session, self._specs, lambda specs: self._cache(specs, len(held)))
+            stored = self.prefixes.add(self._specs, held, cache, None) if self._chunk is not None else None
+            if stored is None:
+                raise SessionError(
+                    f"no room for the {len(held)} tokens of {path}: stored prefixes may take "
+                    f"{self.prefixes.budget_bytes} bytes"
+                    if self._chunk is not None
+                    else "this model's code takes a prompt in one piece and cannot go on from a session",
+                )
+            if notice is not None:
+                self._notify(notice)
+
+        self.call(put).result()
+        return session.tokens
 
     def shutdown(self, *, drain: bool) -> None:
         """Take no more requests; finish those that are there, or cancel them. `run_forever` then returns."""

@@ -199,6 +199,15 @@ class ModelCache(Cache):  # type: ignore[misc]
         for layer, states in zip(stateful, last.states, strict=True):
             layer.load(states)
 
+    def load_converted(self, other: ModelCache) -> None:
+        """Go on from what another cache of the model holds at other types: rows are decoded and encoded again."""
+        for own, theirs in zip(self.layers, other.layers, strict=True):
+            if isinstance(own, QuantizedLayer):
+                own.store.load_converted(theirs.store)
+                own.watch.pending = False  # there are no unpacked rows left to compare with
+            if isinstance(own, StateLayer):
+                own.load(theirs.stored())
+
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the newest `-tokens_to_remove` tokens from every layer, or from none.
 
