@@ -159,7 +159,7 @@ class Models(Reply):
 
 
 class Session(Reply):
-    """A session that was saved or restored; `n_held` of its tokens need not be processed again."""
+    """A session that was saved or restored; the file holds `n_held` of its tokens, which a restore does not count."""
 
     id: str
     object: Literal["session"] = "session"
