@@ -235,6 +235,9 @@ def test_a_session_is_saved_and_restored(reference: Loaded, tmp_path: Path) -> N
                 assert saved.status_code == 200, saved.text
                 assert saved.json()["n_tokens"] == first.usage.total_tokens  # type: ignore[union-attr]
                 assert [file.name for file in tmp_path.iterdir()] == ["talk-1.safetensors"]
+                server.client.completions.create(prompt=prompt, stop=" ", **ask | {"extra_body": {"session": "cut"}})
+                assert http.post("/v1/sessions/cut/save", json={}).status_code == 200
+                (tmp_path / "cut.safetensors").unlink()
             else:
                 assert http.post("/v1/sessions/never/restore", json={}).status_code == 404
                 restored = http.post("/v1/sessions/talk-1/restore", json={})

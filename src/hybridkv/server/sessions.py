@@ -23,6 +23,8 @@ ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 MAX_REMEMBERED = 1024
 """Sessions whose last request is known; the one that was used longest ago is forgotten first."""
 
+_STOP_SECONDS = 30.0
+
 
 class Keeper(Protocol):
     """The scheduler, as far as sessions need it. Both block and are for any thread but its own."""
@@ -81,6 +83,8 @@ class Sessions:
         ticket = self._last.get(name)
         if ticket is None:
             raise RefusalError(404, f"no request of this server has named session {name!r}", code="session_not_found")
+        if ticket.cancelled:  # a stop string ended the reply, and the scheduler is about to hear of it
+            await asyncio.to_thread(ticket.wait, _STOP_SECONDS)
         if not ticket.finished:
             raise RefusalError(409, f"session {name!r} is being answered; save it then", code="session_busy")
         try:
