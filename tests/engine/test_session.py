@@ -263,9 +263,9 @@ def test_the_scheduler_saves_and_restores(tmp_path: Path) -> None:
     ticket = run.submit(Request(prompt(60), 10, GREEDY))
     assert ticket.wait(60)
     assert run.save(ticket, tmp_path / "s") == 69
+    other = run.submit(Request(prompt(3, 9), 2, GREEDY, reuse=False))
+    assert other.wait(60)
     with pytest.raises(SessionError, match="none of the 5 tokens of request 2"):
-        other = run.submit(Request(prompt(3, 9), 2, GREEDY, reuse=False))
-        other.wait(60)
         run.save(other, tmp_path / "t")
     run.shutdown(drain=True)
     worker.join(30)
