@@ -412,6 +412,19 @@ def test_whole_characters_reach_stdout_as_they_come(gguf: Path, capfd: pytest.Ca
     assert "" in pieces  # some byte had to wait
 
 
+@pytest.mark.parametrize("prompt", ["in", "in \ufffd"])
+def test_nothing_is_said_twice_and_nothing_lost(gguf: Path, capfd: pytest.CaptureFixture[str], prompt: str) -> None:
+    """A prompt may end as an unfinished character does; an answer may end in one."""
+    tokenizer = load_gguf(gguf).tokenizer
+    assert tokenizer is not None
+    streams = Streams(tokenizer, tokenizer.encode(prompt), 1, set(), prompt=prompt, live=True)
+    for token in tokenizer.encode(" 🎉☃")[:-1]:
+        streams.push((token,))
+    streams.close()
+    assert capfd.readouterr().out == f"{prompt} 🎉\ufffd\n"
+    assert streams.sequences[0].text == " 🎉\ufffd"
+
+
 def test_a_terminal_without_the_character_gets_a_question_mark(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", ascii_only)

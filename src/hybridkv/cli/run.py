@@ -10,23 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 from hybridkv.cli.cache_options import add_cache_arguments, policy_from
 from hybridkv.cli.model_options import (
-    Opened,
     add_model_arguments,
     check_limits,
     limit_spinning,
     open_model,
 )
 from hybridkv.cli.prompt import add_prompt_arguments, read_prompt
+from hybridkv.cli.resolve import resolve_types
 from hybridkv.cli.session import Conversation, check_session, open_conversation
-from hybridkv.cli.show import layer_table, notice, size, stderr_console, summary, warning
+from hybridkv.cli.show import notice, size, warning
 from hybridkv.errors import ContextError, UsageError
 
 if TYPE_CHECKING:
-    from hybridkv.cache import KVSpec, LayerKernels
     from hybridkv.cli.stream import Streams
     from hybridkv.engine import Engine, SamplingParams
     from hybridkv.engine.load import Loaded
-    from hybridkv.policy import Guard
 
 NAME = "run"
 HELP = "answer a prompt with a model on a quantized KV cache"
@@ -111,7 +109,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     opened = open_model(a)
     n_ctx = opened.n_ctx
-    specs = _resolve(opened, policy, guard)
+    specs = resolve_types(opened, policy, guard)
     loaded, step = opened.load()
     talk = open_conversation(a, prompt, loaded.model, loaded.tokenizer)
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
@@ -168,32 +166,6 @@ def _sampling(a: argparse.Namespace) -> SamplingParams:
     return SamplingParams(temp=a.temp, seed=seed, **filters)
 
 
-def _resolve(opened: Opened, policy: Any, guard: Guard) -> tuple[KVSpec, ...]:
-    """Types and kernels of every KV layer, printed, before any weight is loaded."""
-    from hybridkv.cache import resolve
-    from hybridkv.hf import is_hybrid, kv_facts
-    from hybridkv.kernels import ENCODERS, KERNELS
-
-    facts = opened.description.facts
-    asked = policy.resolve(kv_facts(facts))
-    specs, warnings = guard.before(asked, hybrid=is_hybrid(facts), n_ctx=opened.n_ctx)
-    resolved: list[tuple[KVSpec, LayerKernels]] = [
-        (spec, resolve(spec, opened.device_type, KERNELS, ENCODERS)) for spec in specs
-    ]
-    print(summary(opened.description), file=sys.stderr)
-    if not specs:
-        notice("no layer has a KV cache: nothing grows with the context and nothing is quantized")
-    elif not any(f.state for f in facts):
-        notice("this model is not a hybrid: it has no recurrent state, and its whole memory is the KV cache")
-    for line in policy.notices(asked, opened.n_ctx):
-        notice(line)
-    for line in warnings:
-        warning(line)
-    if resolved:
-        stderr_console().print(layer_table(resolved))
-    return specs
-
-
 def _generate(
     a: argparse.Namespace, loaded: Loaded, engine: Engine, sampling: SamplingParams, talk: Conversation
 ) -> int:
@@ -201,7 +173,7 @@ def _generate(
     from hybridkv.cli.stream import Streams
 
     text, ids = talk.text, talk.ids
-    ends = set() if a.ignore_eos else _end_ids(loaded.model)
+    ends = set() if a.ignore_eos else set(loaded.end_ids)
     streams = Streams(loaded.tokenizer if a.ids is None else None, ids, a.parallel, ends, prompt=text, live=not a.json)
     stopped = "n"
     try:
@@ -224,14 +196,6 @@ def _generate(
     else:
         _print_figures(engine, sampling)
     return 130 if stopped == "interrupted" else 0
-
-
-def _end_ids(model: Any) -> set[int]:
-    """Token ids that end a text."""
-    end = model.generation_config.eos_token_id
-    if end is None:
-        end = model.config.get_text_config(decoder=True).eos_token_id
-    return set() if end is None else {end} if isinstance(end, int) else set(end)
 
 
 def _print_figures(engine: Engine, sampling: SamplingParams) -> None:

@@ -6,14 +6,14 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokenizers.decoders import DecodeStream
+from hybridkv.hf.detokenize import TextStream
 
 
 @dataclass(slots=True)
 class Sequence:
     """One generated sequence: its ids (the end token left out) and its text so far."""
 
-    decoder: DecodeStream | None
+    decoder: TextStream | None
     ids: list[int] = field(default_factory=list)
     text: str = ""
     ended: bool = False
@@ -46,13 +46,11 @@ class Streams:
         prompt: str,
         live: bool,
     ) -> None:
-        self._backend: Any = None if tokenizer is None else tokenizer.backend_tokenizer
         self._end_ids = end_ids
         self._live = live
         self._prompt = prompt
         self.sequences = [
-            Sequence(None if tokenizer is None else DecodeStream(ids=prompt_ids, skip_special_tokens=True))
-            for _ in range(n_seqs)
+            Sequence(None if tokenizer is None else TextStream(tokenizer, prompt_ids)) for _ in range(n_seqs)
         ]
 
     @property
@@ -78,16 +76,21 @@ class Streams:
                 sequence.ended = True
                 continue
             sequence.ids.append(token)
-            piece = f"{token} " if sequence.decoder is None else sequence.decoder.step(self._backend, token) or ""
-            sequence.text += piece
-            if self._live and index == 0:
-                self.write(piece)
+            self._add(index, f"{token} " if sequence.decoder is None else sequence.decoder.push(token))
+
+    def _add(self, index: int, piece: str) -> None:
+        self.sequences[index].text += piece
+        if self._live and index == 0:
+            self.write(piece)
 
     def close(self) -> None:
-        """End the live line and print the other sequences."""
+        """End the texts and the live line, and print the other sequences."""
+        self._write_prompt()
+        for index, sequence in enumerate(self.sequences):
+            if sequence.decoder is not None:
+                self._add(index, sequence.decoder.close())
         if not self._live:
             return
-        self._write_prompt()
         self.write("\n")
         for index, sequence in enumerate(self.sequences[1:], start=2):
             self.write(f"\n--- sequence {index} of {len(self.sequences)}\n{sequence.text}\n")

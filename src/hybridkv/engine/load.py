@@ -65,6 +65,14 @@ class Loaded:
     tokenizer: Any | None
     notices: tuple[str, ...] = ()
 
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+        end = self.model.generation_config.eos_token_id
+        if end is None:
+            end = self.model.config.get_text_config(decoder=True).eos_token_id
+        return () if end is None else (end,) if isinstance(end, int) else tuple(end)
+
 
 def bundled_model() -> Path:
     """The reference model that comes with the package: 29 M parameters, 3 attention and 9 recurrent layers."""

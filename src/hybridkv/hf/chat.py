@@ -7,6 +7,7 @@ loop in loops, hence the limit on time. Called by the command line and by the se
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,9 +71,10 @@ def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
 
 @contextmanager
 def _time_limit() -> Iterator[None]:
-    """Raise `TimeoutError` after `MAX_SECONDS`, where signals can: in the main thread, not on Windows."""
+    """Raise `TimeoutError` after `MAX_SECONDS`: by a signal in the main thread, where there are signals."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
+        with _thread_limit():
+            yield
         return
 
     def stop(*_: object) -> None:
@@ -85,6 +87,29 @@ def _time_limit() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def _thread_limit() -> Iterator[None]:
+    """The same in any thread: another one has CPython raise the error here, between two of its instructions."""
+    here, lock, over = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False
+    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+
+    def stop() -> None:
+        with lock:
+            if not over:
+                raise_in(here, ctypes.py_object(TimeoutError))
+
+    timer = threading.Timer(MAX_SECONDS, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        with lock:
+            over = True
+            raise_in(here, None)  # one that was on its way as the template ended
+        timer.cancel()
 
 
 def _line(error: BaseException) -> str:

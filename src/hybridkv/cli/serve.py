@@ -1,0 +1,271 @@
+"""`hybridkv serve`: an OpenAI-compatible server on a quantized KV cache."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybridkv.cli.cache_options import add_cache_arguments, policy_from
+from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, limit_spinning, open_model
+from hybridkv.cli.resolve import resolve_types
+from hybridkv.cli.show import notice, size, warning
+from hybridkv.errors import UsageError
+
+if TYPE_CHECKING:
+    import socket
+
+    from hybridkv.cache import KVSpec
+    from hybridkv.engine import Scheduler
+    from hybridkv.engine.load import Loaded
+    from hybridkv.policy import Guard
+    from hybridkv.server.desk import Served
+
+NAME = "serve"
+HELP = "answer many clients over HTTP: OpenAI's completions, chat and a page"
+
+EXIT_INTERRUPTED = 130
+
+KEY_VARIABLE = "HYBRIDKV_API_KEY"
+
+_BEING_READ = 64
+"""Requests that may be in the reading beside those that run and wait."""
+
+_PACKAGES = ("fastapi", "uvicorn", "pydantic", "prometheus_client")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `hybridkv serve`, in llama-server's spellings where it has them."""
+    add_model_arguments(parser)
+    _add_server_arguments(parser.add_argument_group("server"))
+    _add_scheduler_arguments(parser.add_argument_group("sequences"))
+    add_cache_arguments(parser)
+
+
+def _add_server_arguments(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--host", default="127.0.0.1", metavar="HOST", help="address to listen on (default 127.0.0.1)")
+    group.add_argument(
+        "--port", type=int, default=8080, metavar="N", help="port to listen on; 0: a free one (default 8080)"
+    )
+    group.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"ask every client for this key; the environment's {KEY_VARIABLE} keeps it out of the process list",
+    )
+    group.add_argument("-a", "--alias", metavar="NAME", help="the model's name for clients (default: its own)")
+    group.add_argument(
+        "--session-dir", metavar="DIR", help="keep sessions that clients save there, and restore them (default: none)"
+    )
+    group.add_argument("--max-body", default="8MiB", metavar="SIZE", help="largest body of a request (default 8MiB)")
+
+
+def _session_dir(text: str | None) -> Path | None:
+    """Where sessions are kept.
+
+    Raises
+    ------
+    UsageError
+        If it is no directory that can be written to.
+    """
+    if text is None:
+        return None
+    path = Path(text).expanduser()
+    if not path.is_dir() or not os.access(path, os.W_OK | os.X_OK):
+        raise UsageError(f"--session-dir {text!r} is not a directory that can be written to", hint=f"mkdir -p {path}")
+    return path.resolve()
+
+
+def _add_scheduler_arguments(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "-np", "--parallel", type=int, default=4, metavar="N", help="sequences generated at once (default 4)"
+    )
+    group.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="most that KV and states of running sequences may take at their full length; others wait "
+        "(default: no limit but -np times -c)",
+    )
+    group.add_argument(
+        "--prefix-memory",
+        default="256MiB",
+        metavar="SIZE",
+        help="most that stored prefixes may take beside that, from which later prompts go on; 0: none (default 256MiB)",
+    )
+    group.add_argument(
+        "--max-waiting", type=int, default=64, metavar="N", help="requests that may wait for their turn (default 64)"
+    )
+    group.add_argument(
+        "--prefill-chunk",
+        type=int,
+        default=256,
+        metavar="N",
+        help="prompt tokens processed at once, while the other sequences wait (default 256)",
+    )
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Check, bind, resolve, print the table, load, listen, until a signal comes."""
+    limit_spinning()
+    a = arguments
+    check_limits(
+        a,
+        ("--port", "port", 0, 65535),
+        ("-np", "parallel", 1, 256),
+        ("--max-waiting", "max_waiting", 0, 2**20),
+        ("--prefill-chunk", "prefill_chunk", 1, 2**20),
+    )
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            f"hybridkv serve needs packages that are not installed: {', '.join(missing)}",
+            hint='pip install "hybridkv[serve]"',
+        )
+    from hybridkv.plan import parse_bytes
+    from hybridkv.policy import Guard, parse_mode
+    from hybridkv.server.listen import bind
+
+    a.memory = None if a.memory is None else parse_bytes(a.memory)
+    a.prefix_memory = 0 if a.prefix_memory == "0" else parse_bytes(a.prefix_memory, "--prefix-memory")
+    a.max_body = parse_bytes(a.max_body, "--max-body")
+    keys = _keys(a.api_key)
+    a.session_dir = _session_dir(a.session_dir)
+    if a.session_dir is not None and not a.prefix_memory:
+        raise UsageError("--session-dir with --prefix-memory 0: sessions are made of stored prefixes")
+    policy, guard = policy_from(a), Guard(mode=parse_mode(a.kv_guard))
+    listener = bind(a.host, a.port)
+    try:
+        opened = open_model(a)
+        specs = resolve_types(opened, policy, guard)
+        loaded, step = opened.load()
+        if loaded.tokenizer is None:
+            raise UsageError(
+                "this model has no tokenizer, and a server takes text", hint="hybridkv run --ids goes without"
+            )
+        print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
+        scheduler = _scheduler(a, opened, loaded, specs, guard, step)
+        served = _served(a, opened, loaded, specs, scheduler)
+        return _serve(a, served, scheduler, listener, keys)
+    finally:
+        listener.close()
+
+
+def _keys(option: str | None) -> tuple[str, ...]:
+    """The keys that let clients in; none for an open door.
+
+    Raises
+    ------
+    UsageError
+        For one that cannot be sent.
+    """
+    source, key = "--api-key", option
+    if key is None:
+        source, key = KEY_VARIABLE, os.environ.get(KEY_VARIABLE)
+    if key is None:
+        return ()
+    if not key.strip() or not key.isprintable() or not key.isascii():
+        raise UsageError(f"{source} is empty or not plain ASCII", hint="try `openssl rand -hex 32`")
+    return (key.strip(),)
+
+
+def _scheduler(
+    a: argparse.Namespace, opened: Opened, loaded: Loaded, specs: Sequence[KVSpec], guard: Guard, step: Any
+) -> Scheduler:
+    from hybridkv.engine import Scheduler
+
+    chunk = min(a.prefill_chunk, opened.n_ctx)
+    scheduler = Scheduler(
+        loaded.model,
+        specs,
+        n_parallel=a.parallel,
+        n_ctx=opened.n_ctx,
+        guard=guard,
+        notify=warning,
+        step=step,
+        memory_bytes=a.memory,
+        prefix_bytes=a.prefix_memory,
+        prefill_chunk=chunk,
+        max_waiting=a.max_waiting,
+    )
+    one = scheduler.admission.planned_bytes(specs, opened.n_ctx)
+    total = a.parallel * one if a.memory is None else min(a.memory, a.parallel * one)
+    print(
+        f"memory: {size(one)} for a sequence of {opened.n_ctx} tokens, at most {size(total)} for {a.parallel} at once, "
+        f"and {size(a.prefix_memory)} for stored prefixes",
+        file=sys.stderr,
+    )
+    if a.memory is not None and one > a.memory:
+        most = scheduler.admission.most_tokens(specs)
+        if not most:
+            raise UsageError(f"--memory {a.memory}: not a single token fits", hint=f"try --memory {one}")
+        notice(f"--memory holds {most} tokens of one sequence, not the {opened.n_ctx} of -c; longer ones are refused")
+    return scheduler
+
+
+def _served(
+    a: argparse.Namespace, opened: Opened, loaded: Loaded, specs: Sequence[KVSpec], scheduler: Scheduler
+) -> Served:
+    from hybridkv import __version__
+    from hybridkv.cache import KVTypes
+    from hybridkv.hf import vocabulary_rows
+    from hybridkv.server.desk import Served
+
+    types = specs[0].types if specs else KVTypes()
+    labels = ", ".join(dict.fromkeys(spec.types.label for spec in specs)) or "none"
+    return Served(
+        runner=scheduler,
+        tokenizer=loaded.tokenizer,
+        name=a.alias or loaded.description.name,
+        types=types,
+        types_label=labels,
+        n_ctx=opened.n_ctx,
+        parallel=a.parallel,
+        n_vocab=vocabulary_rows(loaded.model.config),
+        end_ids=loaded.end_ids,
+        session_dir=a.session_dir,
+        fingerprint=f"hybridkv-{__version__}-{labels}".replace(", ", "-"),
+    )
+
+
+def _serve(
+    a: argparse.Namespace, served: Served, scheduler: Scheduler, listener: socket.socket, keys: tuple[str, ...]
+) -> int:
+    """Answer until a signal comes; the exit code."""
+    from hybridkv.server.app import create_app
+    from hybridkv.server.gate import GateOptions, GateState
+    from hybridkv.server.listen import is_loopback, run, url_of
+
+    local = is_loopback(listener)
+    if not local and not keys:
+        warning("everybody who reaches this address can use the model; --api-key asks for a key")
+    options = GateOptions(
+        api_keys=keys,
+        max_body_bytes=a.max_body,
+        local_only=local and not keys,
+        max_in_flight=a.parallel + a.max_waiting + _BEING_READ,
+    )
+    state = GateState()
+    app = create_app(served, options, state)
+    with ThreadPoolExecutor(1, "scheduler") as pool:
+        running = pool.submit(scheduler.run_forever)
+
+        def ready() -> None:
+            print(f"{served.name} at {url_of(listener)}", file=sys.stderr, flush=True)
+
+        try:
+            finished = run(
+                app,
+                listener,
+                state,
+                ready=ready,
+                stop_now=lambda: scheduler.shutdown(drain=False),
+                alive=lambda: not running.done(),
+            )
+        finally:
+            scheduler.shutdown(drain=False)  # nobody is left to wait for anything
+        running.result()
+    return 0 if finished else EXIT_INTERRUPTED

@@ -1,0 +1,197 @@
+"""The application: routes, and what stands around them. Calls everything else here and is called by none of it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from importlib import resources
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+
+from hybridkv import __version__
+from hybridkv.errors import HybridKVError
+from hybridkv.server.desk import Desk, Served
+from hybridkv.server.gate import Gate, GateOptions, GateState
+from hybridkv.server.metrics import CONTENT_TYPE, Metrics
+from hybridkv.server.page import Page
+from hybridkv.server.refusals import RefusalError, refusal_for, refusal_for_mistakes
+from hybridkv.server.replies import ChatCompletion, Completion, Error, Health, Model, Models, Session, Status
+from hybridkv.server.respond import ChatWriter, CompletionWriter, json_response, respond
+from hybridkv.server.schema import ChatRequest, CompletionRequest
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Error, "description": "a body that is not JSON, or fields that are wrong together or alone"},
+    401: {"model": Error, "description": "a wrong API key, or none"},
+    403: {"model": Error, "description": "a host name that is not this machine's"},
+    404: {"model": Error, "description": "no such model"},
+    408: {"model": Error, "description": "a body that takes too long to arrive"},
+    409: {"model": Error, "description": "a session that is being answered, or cannot be kept or read"},
+    413: {"model": Error, "description": "a body that is too large, or more tokens or bytes than fit"},
+    415: {"model": Error, "description": "a body of another kind than JSON"},
+    429: {"model": Error, "description": "too many requests wait; Retry-After says when to come back"},
+    500: {"model": Error, "description": "the engine failed"},
+    503: {"model": Error, "description": "the server is shutting down"},
+}
+
+
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: _ERRORS[status] for status in statuses}
+
+
+_POST_ERRORS = _errors(400, 401, 403, 404, 408, 413, 415, 429, 500, 503)
+
+
+def create_app(served: Served, options: GateOptions, state: GateState) -> FastAPI:
+    """The application for one model.
+
+    Parameters
+    ----------
+    served
+        The model and what runs it.
+    options
+        Keys and limits.
+    state
+        Where a shutdown is announced, and how many requests are still answered.
+    """
+    metrics = Metrics(served.runner.stats)
+    desk = Desk(served, metrics)
+    app = FastAPI(
+        title="hybridkv",
+        version=__version__,
+        description="OpenAI's completions on a quantized KV cache.",
+        docs_url=None,  # its page loads code from elsewhere
+        redoc_url=None,
+        separate_input_output_schemas=False,
+    )
+    _add_handlers(app)
+    _add_completions(app, desk)
+    _add_sessions(app, desk)
+    _add_reports(app, desk, state)
+    _document_without_422(app)
+    app.add_middleware(Gate, options=options, state=state, count=metrics.count_reply)
+    return app
+
+
+def _add_completions(app: FastAPI, desk: Desk) -> None:
+    served = desk.served
+
+    @app.post(
+        "/v1/completions",
+        response_model=Completion,
+        responses=_POST_ERRORS | {200: {"content": {"text/event-stream": {}}}},
+    )
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Go on from a text."""
+        run = await desk.complete(body)
+        writer = CompletionWriter(served.name, served.fingerprint, run.created)
+        return await respond(run, writer, request, stream=bool(body.stream), with_usage=_with_usage(body))
+
+    @app.post(
+        "/v1/chat/completions",
+        response_model=ChatCompletion,
+        responses=_POST_ERRORS | {200: {"content": {"text/event-stream": {}}}},
+    )
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """Answer a conversation."""
+        run = await desk.chat(body)
+        writer = ChatWriter(served.name, served.fingerprint, run.created)
+        return await respond(run, writer, request, stream=bool(body.stream), with_usage=_with_usage(body))
+
+
+def _add_sessions(app: FastAPI, desk: Desk) -> None:
+    errors = _POST_ERRORS | _errors(409)
+
+    @app.post("/v1/sessions/{name}/save", response_model=Session, responses=errors)
+    async def save_session(name: str) -> Response:
+        """Write what a session's last request left, so that it outlives the server."""
+        return json_response(await desk.sessions.save(name))
+
+    @app.post("/v1/sessions/{name}/restore", response_model=Session, responses=errors)
+    async def restore_session(name: str) -> Response:
+        """Read it back, so that requests which go on from it do not start over."""
+        return json_response(await desk.sessions.restore(name))
+
+
+def _with_usage(body: CompletionRequest | ChatRequest) -> bool:
+    return body.stream_options is not None and bool(body.stream_options.include_usage)
+
+
+def _add_reports(app: FastAPI, desk: Desk, state: GateState) -> None:
+    served, page = desk.served, Page(resources.files("hybridkv.server").joinpath("page.html").read_text("utf-8"))
+
+    @app.get("/v1/models", response_model=Models, responses=_errors(401, 403))
+    async def models() -> Response:
+        """The one model that is served."""
+        return json_response(Models(data=[model()]))
+
+    @app.get("/v1/models/{name:path}", response_model=Model, responses=_errors(401, 403, 404))
+    async def model_by_name(name: str) -> Response:
+        """The served model, by its name."""
+        if name != served.name:
+            raise RefusalError(404, f"model {name!r}; this server has {served.name!r}", code="model_not_found")
+        return json_response(model())
+
+    def model() -> Model:
+        return Model(
+            id=served.name,
+            created=desk.created,
+            owned_by="hybridkv",
+            context_length=served.n_ctx,
+            cache_type_k=served.types.type_k,
+            cache_type_v=served.types.type_v,
+            chat=desk.prompts.can_chat,
+        )
+
+    @app.get("/v1/status", response_model=Status, responses=_errors(401, 403))
+    async def status() -> Response:
+        """Memory and speed, now."""
+        return json_response(desk.status())
+
+    @app.get("/health", response_model=Health, responses=_errors(403) | {503: {"model": Health}})
+    async def health() -> Response:
+        """Whether new requests are taken."""
+        return json_response(Health(status="stopping"), 503) if state.stopping else json_response(Health(status="ok"))
+
+    @app.get("/metrics", responses=_errors(401, 403) | {200: {"content": {"text/plain": {}}}}, response_class=Response)
+    async def metrics() -> Response:
+        """Counts for Prometheus."""
+        return Response(desk.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    @app.get("/", include_in_schema=False)
+    async def chat_page() -> Response:
+        """The chat page."""
+        return Response(page.text, media_type="text/html", headers=page.headers)
+
+
+def _add_handlers(app: FastAPI) -> None:
+    """Every error in OpenAI's shape."""
+
+    def add(kind: type[Exception], refuse: Callable[[Any], RefusalError]) -> None:
+        async def handle(_: Request, error: Exception) -> Response:
+            return refuse(error).response()
+
+        handler: Callable[[Request, Any], Awaitable[Response]] = handle
+        app.add_exception_handler(kind, handler)
+
+    def unmatched(error: HTTPException) -> RefusalError:
+        return RefusalError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+
+    add(RefusalError, lambda refusal: refusal)
+    add(HybridKVError, refusal_for)
+    add(RequestValidationError, lambda error: refusal_for_mistakes(error.errors()))
+    add(HTTPException, unmatched)
+    # The traceback goes to the server's log, not to the client.
+    add(Exception, lambda _: RefusalError(500, "the server failed; its log says more", code="internal_error"))
+
+
+def _document_without_422(app: FastAPI) -> None:
+    """FastAPI documents its own reply to wrong fields, which here is 400 in OpenAI's shape."""
+    document = app.openapi()
+    for path in document["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)

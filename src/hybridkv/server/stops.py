@@ -1,0 +1,44 @@
+"""Stop strings in a text that comes in pieces: what may become one is withheld until that is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """Passes text through up to the first stop string that is complete.
+
+    How the text is cut into pieces makes no difference: of several stop strings the one that is complete first counts,
+    of those that are complete at the same character the longest.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """What can be handed out now that `text` has come."""
+        if self.found or not text:
+            return ""
+        self._held += text
+        matches = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if matches:
+            _, at = min(matches)
+            said, self._held, self.found = self._held[:at], "", True
+            return said
+        n_held = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        cut = len(self._held) - n_held
+        said, self._held = self._held[:cut], self._held[cut:]
+        return said
+
+    def close(self) -> str:
+        """What was withheld and has not become a stop string."""
+        said, self._held = self._held, ""
+        return said
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of `text` with which `stop` begins; less than all of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,33 @@
+"""The process around the application: it ends with the engine."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from hybridkv.server.gate import GateState
+from hybridkv.server.listen import bind, is_loopback, run, url_of
+
+
+def test_a_server_ends_with_its_engine() -> None:
+    listener, ready = bind("127.0.0.1", 0), threading.Event()
+    started = time.monotonic()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError("nobody asks")
+
+    def alive() -> bool:
+        return time.monotonic() < started + 1
+
+    finished = run(app, listener, GateState(), ready=ready.set, stop_now=lambda: None, alive=alive)
+    assert ready.is_set()
+    assert finished
+    assert time.monotonic() > started + 1
+
+
+def test_addresses() -> None:
+    for host, local in (("127.0.0.1", True), ("localhost", True), ("0.0.0.0", False)):
+        with bind(host, 0) as listener:
+            assert is_loopback(listener) is local
+            assert url_of(listener).startswith(("http://127.0.0.1:", "http://[::1]:", "http://0.0.0.0:"))
