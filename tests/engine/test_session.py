@@ -242,9 +242,12 @@ def test_killed_at_any_moment_nothing_is_lost(tmp_path: Path) -> None:
             warnings.simplefilter("ignore")  # newer Pythons warn of forks beside threads
             child = os.fork()
         if child == 0:
-            while True:
-                for session in sessions:
-                    save_session(path, session, model())
+            try:
+                while True:
+                    for session in sessions:
+                        save_session(path, session, model())
+            finally:
+                os._exit(1)
         time.sleep(dice.uniform(0.0, 0.06))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -12,6 +12,8 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from glob import escape
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -188,10 +190,9 @@ def _session(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], model: 
             StoredState(tensors.get(f"state.{n}.{i}.conv"), tensors.get(f"state.{n}.{i}.recurrent"), bool(flag))
             for i, flag in enumerate(flags)
         ]
-        for state in layer if shape.known else ():
-            for tensor, allowed in ((state.conv, shape.conv), (state.recurrent, shape.recurrent)):
-                if tensor is not None:
-                    _demand(tensor.shape == (1, *allowed[0]), f"a state of shape {tuple(tensor.shape)}")
+        if shape.known:
+            _check_sizes([state.conv for state in layer], shape.conv)
+            _check_sizes([state.recurrent for state in layer], shape.recurrent)
         states.append(tuple(layer))
     pending, errors = json.loads(metadata["pending"]), json.loads(metadata["errors"])
     _demand(len(pending) == len(errors) == len(specs), "as many layers as the model")
@@ -224,6 +225,14 @@ def _rows(spec: KVSpec, n: int, tensors: Mapping[str, Tensor], n_seen: int) -> S
     return stored
 
 
+def _check_sizes(states: Sequence[Tensor | None], shapes: Sequence[tuple[int, ...]]) -> None:
+    """Of one sequence, and as many values as the model's; some families divide a state into several."""
+    held = [state for state in states if state is not None]
+    _demand(all(state.shape[:1] == (1,) and state.dtype.is_floating_point for state in held), "a state of no sequence")
+    n_values, wanted = sum(state.numel() for state in held), sum(map(prod, shapes))
+    _demand(n_values == wanted, f"a state of {n_values} values, not {wanted}")
+
+
 def _demand(holds: bool, what: str) -> None:
     if not holds:
         raise ValueError(what)
@@ -240,7 +249,7 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
 
 def _write(path: Path, data: bytes) -> None:
     """All of `data` at `path`, or nothing."""
-    for stale in path.parent.glob(f".{path.name}.*.part"):
+    for stale in path.parent.glob(f".{escape(path.name)}.*.part"):
         if not _runs(stale.suffixes[-2:-1]):
             stale.unlink(missing_ok=True)  # of a process that was killed while it wrote
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
