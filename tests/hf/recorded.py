@@ -37,7 +37,7 @@ def attend(q: Tensor, view: KVView, params: AttentionParams) -> Tensor:
     scores = scores.masked_fill(hidden[:, None, None], -torch.inf).view(q.shape[0], q.shape[1], 1, -1)
     if params.sinks is not None:
         scores = torch.cat([scores, params.sinks.float().view(1, -1, 1, 1).expand(q.shape[0], -1, -1, -1)], 3)
-    weights = torch.softmax(scores, -1)[..., : segment.length].view(grouped.shape[:3] + (-1,))
+    weights = torch.softmax(scores, -1)[..., : segment.length].view((*grouped.shape[:3], -1))
     return (weights @ v.masked_fill(hidden[:, None, :, None], 0.0)).view(*q.shape[:3], -1)
 
 

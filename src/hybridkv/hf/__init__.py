@@ -8,6 +8,9 @@ from hybridkv.hf.cache import ModelCache, quantized_cache
 from hybridkv.hf.facts import cache_argument, is_hybrid, kv_facts, layer_facts, takes_chunks
 from hybridkv.hf.step import (
     EagerStep,
+    FusedStep,
+    GraphMode,
+    GraphStep,
     NativeStep,
     Step,
     StepKind,
@@ -16,6 +19,7 @@ from hybridkv.hf.step import (
     packed_bytes,
     packed_parameter,
     packing_rejects,
+    parse_graphs,
     parse_step,
     parse_weights,
     resolve_step,
@@ -27,6 +31,9 @@ register()
 __all__ = [
     "IMPLEMENTATION",
     "EagerStep",
+    "FusedStep",
+    "GraphMode",
+    "GraphStep",
     "ModelCache",
     "NativeStep",
     "Step",
@@ -41,6 +48,7 @@ __all__ = [
     "packed_bytes",
     "packed_parameter",
     "packing_rejects",
+    "parse_graphs",
     "parse_step",
     "parse_weights",
     "quantized_cache",

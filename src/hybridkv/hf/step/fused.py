@@ -78,8 +78,8 @@ class Run:
         """Store k and v `[N, Hkv, D]`, and attend q `[N, Hq, D]`: float32 `[N, Hq, Dv]`."""
         stored = self.cache.layers[layer]
         assert isinstance(stored, QuantizedLayer)
-        heads_first = (x.unflatten(0, (self.n_seqs, self.n_tokens)).transpose(1, 2) for x in (q, k, v))
-        return attend_new(stored, *heads_first, AttentionParams(scale=scale)).transpose(1, 2).flatten(0, 1)
+        q, k, v = (torch.unflatten(x, 0, (self.n_seqs, self.n_tokens)).transpose(1, 2) for x in (q, k, v))
+        return attend_new(stored, q, k, v, AttentionParams(scale=scale)).transpose(1, 2).flatten(0, 1)
 
     def states(
         self, layer: int, conv: tuple[int, int], recurrent: tuple[int, ...], like: Tensor
@@ -125,12 +125,17 @@ FAMILY_NAMES = ("qwen3_5_text",)
 """What `families` gives, known without triton."""
 
 
-def rejects(config: Any, device: str) -> str | None:
-    """Why the fused step cannot run a model of this config on this type of device; None if it can."""
+def rejects_device(device: str) -> str | None:
+    """Why the fused step runs no model on this type of device; None if it runs some."""
     if device != "cuda":
         return f"runs on cuda, not on {device}"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+    return "triton is not installed" if importlib.util.find_spec("triton") is None else None
+
+
+def rejects(config: Any, device: str) -> str | None:
+    """Why the fused step cannot run a model of this config on this type of device; None if it can."""
+    if (missing := rejects_device(device)) is not None:
+        return missing
     text = config.get_text_config(decoder=True)
     if text.model_type not in FAMILY_NAMES:
         return f"knows no {text.model_type} layers on cuda; it knows {', '.join(FAMILY_NAMES)}"
@@ -168,7 +173,7 @@ class FusedStep:
         for part in self._parts(tokens):
             hidden = self._prompt(part, cache, position)
             position += part.shape[1]
-            logits.append(self._head(hidden.flatten(0, 1)).float().unflatten(0, part.shape))
+            logits.append(torch.unflatten(self._head(hidden.flatten(0, 1)).float(), 0, part.shape))
         return torch.cat(logits, dim=1)
 
     def decode(self, tokens: Tensor, cache: ModelCache, positions: Tensor) -> Tensor:
@@ -181,9 +186,10 @@ class FusedStep:
     def _prompt(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Hidden states `[B, T, hidden]`."""
         positions = torch.arange(position, position + tokens.shape[1], device=tokens.device)
-        return self._run(tokens, cache, positions.expand(tokens.shape)).unflatten(0, tokens.shape)
+        return torch.unflatten(self._run(tokens, cache, positions.expand(tokens.shape)), 0, tokens.shape)
 
     def _run(self, tokens: Tensor, cache: ModelCache, positions: Tensor) -> Tensor:
         """All layers over `tokens` `[B, T]`; hidden states `[B * T, hidden]`."""
-        run = Run(cache, *tokens.shape, positions.flatten().contiguous())
+        n_seqs, n_tokens = tokens.shape
+        run = Run(cache, n_seqs, n_tokens, positions.flatten().contiguous())
         return self._layers(self._embedding(tokens.flatten()), run)

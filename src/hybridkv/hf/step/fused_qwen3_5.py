@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hybridkv.hf.step.fused import FusedFamily, Head, Joined, Layers, Run
@@ -41,13 +42,13 @@ class _DeltaNet:
         recurrent = (shape.n_value, shape.head_k, shape.head_v)
         conv, state = run.states(self._index, (shape.channels, net.conv_kernel_size), recurrent, raw)
         kernel, eps = (conv, net.conv1d.weight, net.conv1d.bias), net.norm.variance_epsilon
+        gates = (alpha, beta, net.A_log, net.dt_bias)
         if run.n_tokens == 1:
-            mixed = conv_step(raw, *kernel)
-            gates = (alpha, beta, net.A_log, net.dt_bias)
-            return net.out_proj(delta_step(mixed, z, *gates, net.norm.weight, state, shape, eps=eps))
-        mixed = conv_prompt(raw, *kernel)
-        out = delta_prompt(mixed, alpha, beta, net.A_log, net.dt_bias, state, shape)
-        return net.out_proj(gated_norm(out, z, net.norm.weight, eps=eps))
+            out = delta_step(conv_step(raw, *kernel), z, *gates, net.norm.weight, state, shape, eps=eps)
+        else:
+            out = delta_prompt(conv_prompt(raw, *kernel), *gates, state, shape)
+            out = gated_norm(out, z, net.norm.weight, eps=eps)
+        return F.linear(out, net.out_proj.weight)
 
 
 class _Attention:
@@ -59,19 +60,14 @@ class _Attention:
 
     def __call__(self, normed: Tensor, run: Run) -> Tensor:
         attention = self._attention
-        both, k, v = (x.unflatten(1, (-1, w)) for x, w in zip(self._joined.split(normed), self._widths, strict=True))
-        q, gate = torch.chunk(both, 2, 2)
+        both, k, v = (torch.unflatten(x, 1, (-1, attention.head_dim)) for x in self._joined.split(normed))
+        q, gate = both[:, 0::2], both[:, 1::2]  # per head: q, then its gate
         q, k = (
             norm_rope(x, norm.weight, norm.eps, run.positions, self._frequencies, offset=1.0)
             for x, norm in ((q, attention.q_norm), (k, attention.k_norm))
         )
         out = run.attend(self._index, q, k, v, attention.scaling)
-        return attention.o_proj(gate_heads(out, gate))
-
-    @property
-    def _widths(self) -> tuple[int, int, int]:
-        head_dim = self._attention.head_dim
-        return 2 * head_dim, head_dim, head_dim
+        return F.linear(gate_heads(out, gate), attention.o_proj.weight)
 
 
 def _build(model: Any) -> tuple[Layers, Head]:
@@ -89,7 +85,7 @@ def _build(model: Any) -> tuple[Layers, Head]:
             first, second = layer.input_layernorm, layer.post_attention_layernorm
             added = mixer(add_norm(x, added, first.weight, first.eps, offset=1.0), run)
             normed = add_norm(x, added, second.weight, second.eps, offset=1.0)
-            added = layer.mlp.down_proj(swiglu(gate_up(normed)))
+            added = F.linear(swiglu(gate_up(normed)), layer.mlp.down_proj.weight)
         return x if added is None else x.add_(added)
 
     def head(hidden: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 from weakref import WeakKeyDictionary
 
@@ -29,7 +30,7 @@ from hybridkv.hf.facts import layer_facts
 from hybridkv.hf.layers import Fixed, Notify, QuantizedLayer, StateLayer
 from hybridkv.hf.step.record import Step
 
-_LOG = logging.getLogger("hybridkv")
+LOG = logging.getLogger("hybridkv")
 
 _HOST_ROPE = ("dynamic", "longrope")
 """Kinds of RoPE whose frequencies depend on the longest position, which Transformers asks the device for."""
@@ -134,7 +135,7 @@ class Recording:
     numbers: Tensor
     health: Tensor
     logits: Tensor | None = None
-    replay: Callable[[], object] | None = None
+    replay: Callable[[], object] = tuple
 
     @classmethod
     def of(cls, cache: ModelCache, n_seqs: int) -> Recording:
@@ -151,6 +152,21 @@ class Recording:
         self.staged[:-1] = tokens[:, 0]
         self.staged[-1] = position
         self.numbers.copy_(self.staged, non_blocking=True)
+
+    def result(self, cache: ModelCache) -> Tensor:
+        """The logits, once the step has ended: here the host waits for the device, and nowhere else in a step.
+
+        Raises
+        ------
+        NonFiniteError
+            For the first layer whose attention output is not finite, if the guard watches.
+        """
+        for layer, (output, source) in zip(_kv_layers(cache), self.health.tolist(), strict=True):
+            if output and layer.watch.guard.watches:
+                upstream: Literal["cache", "input"] = "input" if source else "cache"
+                raise non_finite(layer.store, layer.store.kernels.decode, upstream)
+        assert self.logits is not None
+        return self.logits.clone()
 
     def holds(self, memory: tuple[Tensor, ...]) -> bool:
         """Whether these are the very tensors that the recording reads and writes."""
@@ -173,7 +189,7 @@ class GraphStep:
         How it is recorded.
     """
 
-    def __init__(self, decoder: Decoder, *, notify: Notify = _LOG.warning, recorder: Recorder | None = None) -> None:
+    def __init__(self, decoder: Decoder, *, notify: Notify = LOG.warning, recorder: Recorder | None = None) -> None:
         self._decoder = decoder
         self._notify = notify
         self._recorder: Recorder = CudaRecorder() if recorder is None else recorder
@@ -199,15 +215,18 @@ class GraphStep:
             return self._decoder.forward(tokens, cache, position)
         _admit(cache, len(tokens), position)
         recording = self._recordings.get(cache)
-        if recording is None or recording.replay is None or not recording.holds(cache.memory):
-            self._recordings.pop(cache, None)  # what it holds goes before more is taken
-            recording = self._recordings[cache] = self._record(tokens, cache, position)
-        else:
+        if recording is not None and recording.holds(cache.memory):
             recording.stage(tokens, position)
             recording.replay()
-        _check(cache, recording)
-        assert recording.logits is not None
-        return recording.logits.clone()
+            return recording.result(cache)
+        self._recordings.pop(cache, None)  # what it holds goes before more is taken
+        recording = Recording.of(cache, len(tokens))
+        recording.stage(tokens, position)
+        self._run(cache, recording)
+        logits = recording.result(cache)
+        recording.replay = self._recorder.record(partial(self._run, cache, recording))
+        self._recordings[cache] = recording
+        return logits
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
@@ -252,21 +271,13 @@ class GraphStep:
         _admit(scratch, 1, _TRIAL_TOKENS)
         recording = Recording.of(scratch, 1)
         recording.stage(tokens[:, :1].cpu(), _TRIAL_TOKENS)
-        return self._recorder.trial(lambda: self._run(scratch, recording))
-
-    def _record(self, tokens: Tensor, cache: ModelCache, position: int) -> Recording:
-        """Run one step, and record it for those after it."""
-        recording = Recording.of(cache, len(tokens))
-        recording.stage(tokens, position)
-        self._run(cache, recording)
-        recording.replay = self._recorder.record(lambda: self._run(cache, recording))
-        return recording
+        return self._recorder.trial(partial(self._run, scratch, recording))
 
     def _run(self, cache: ModelCache, recording: Recording) -> None:
         """What is recorded: one step, by the numbers on the device alone."""
         n_seqs = len(recording.numbers) - 1
         tokens, positions = recording.numbers[:n_seqs].unsqueeze(1), recording.numbers[n_seqs:].expand(n_seqs, 1)
-        lengths = (positions.squeeze(1) + 1).to(torch.int32)
+        lengths = (positions.squeeze(1) + 1).to(torch.int32).contiguous()
         recording.health.zero_()
         with _fixed(cache, lengths, recording.health):
             logits = self._decoder.decode(tokens, cache, positions)
@@ -285,21 +296,6 @@ def _admit(cache: ModelCache, n_seqs: int, position: int) -> None:
         store = layer.store
         assert store.n_seen == position, (store.n_seen, position)
         store.admit(n_seqs, 1, store.memory[0].device)
-
-
-def _check(cache: ModelCache, recording: Recording) -> None:
-    """Read what the step left word of: here the host waits for the device, and nowhere else in a step.
-
-    Raises
-    ------
-    NonFiniteError
-        For the first layer whose attention output is not finite, if the guard watches.
-    """
-    found = recording.health.tolist()
-    for layer, (output, source) in zip(_kv_layers(cache), found, strict=True):
-        if output and layer.watch.guard.watches:
-            upstream: Literal["cache", "input"] = "input" if source else "cache"
-            raise non_finite(layer.store, layer.store.kernels.decode, upstream)
 
 
 @contextmanager

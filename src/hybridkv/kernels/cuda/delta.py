@@ -233,7 +233,9 @@ def _chunk_solve(mixed, alpha, beta, a_log, dt_bias, reads, keys, values, weight
     q *= (tl.rsqrt(tl.sum(q * q, 1) + l2_eps) * scale)[:, None]
     k *= tl.rsqrt(tl.sum(k * k, 1) + l2_eps)[:, None]
     # Rows past the last token neither decay nor write: their beta is 0, and so is the logarithm of their decay.
-    open_ = tl.where(valid, tl.sigmoid(tl.load(beta + row * beta_row + head, mask=valid, other=0.0).to(tl.float32)), 0.0)
+    open_ = tl.where(
+        valid, tl.sigmoid(tl.load(beta + row * beta_row + head, mask=valid, other=0.0).to(tl.float32)), 0.0
+    )
     step = tl.load(alpha + row * alpha_row + head, mask=valid, other=0.0).to(tl.float32)
     step += tl.load(dt_bias + head).to(tl.float32)
     log_decay = tl.where(valid, -tl.exp(tl.load(a_log + head).to(tl.float32)) * _softplus(step), 0.0)
@@ -332,7 +334,8 @@ def delta_prompt(
     block = min(32, wide_v)
     _chunk_scan[(triton.cdiv(shape.head_v, block), shape.n_value, batch)](
         reads, keys, values, weights, scores, decays, state, out, n_tokens, n_chunks, shape.n_value, shape.head_k,
-        shape.head_v, WIDE_K=wide_k, BLOCK=block, ROWS=CHUNK, PRECISION=precision, num_warps=4, num_stages=2,
+        shape.head_v, WIDE_K=wide_k, BLOCK=block, ROWS=CHUNK, PRECISION=precision, num_warps=4,
+        num_stages=1 if mixed.dtype == torch.float32 else 2,  # float32 tiles would not fit twice
     )  # fmt: skip
     return out
 

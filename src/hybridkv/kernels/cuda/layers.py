@@ -103,7 +103,9 @@ def _norm_rope(x, weight, positions, frequencies, out, x_row, x_head, out_row, o
     tl.store(out + row * out_row + head * out_head + dims, value.to(out.dtype.element_ty), mask=inside)
 
 
-def norm_rope(x: Tensor, weight: Tensor, eps: float, positions: Tensor, frequencies: Tensor, *, offset: float) -> Tensor:
+def norm_rope(
+    x: Tensor, weight: Tensor, eps: float, positions: Tensor, frequencies: Tensor, *, offset: float
+) -> Tensor:
     """RMSNorm of every head, and RoPE (halves, not pairs) of its first `2 * len(frequencies)` dims.
 
     Parameters
