@@ -58,9 +58,10 @@ class EagerStep:
         return torch.split(tokens, PREFILL_CHUNK if self._takes_chunks else tokens.shape[1], dim=1)
 
     @property
-    def takes_positions(self) -> bool:
-        """Whether the model is told where its tokens stand."""
-        return self._takes_positions
+    def device(self) -> torch.device:
+        """Where the model is."""
+        found: torch.device = next(self._model.parameters()).device
+        return found
 
     def decode(self, tokens: Tensor, cache: ModelCache, positions: Tensor) -> Tensor:
         """One token per sequence `[B, 1]` at int64 `positions` `[B, 1]`; the logits `[B, V]` in the model's dtype."""
@@ -68,7 +69,7 @@ class EagerStep:
 
     def _call(self, tokens: Tensor, cache: ModelCache, position: int, options: dict[str, Any]) -> Tensor:
         """One forward pass; the logits in the model's dtype."""
-        device = next(self._model.parameters()).device
+        device = self.device
         positions = torch.arange(position, position + tokens.shape[1], device=device)
         return self._model_logits(tokens.to(device), cache, positions.expand(tokens.shape), options)
 

@@ -160,6 +160,12 @@ class FusedStep:
         """Printed wherever the choice is shown."""
         return "native-triton"
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        found: torch.device = self._embedding.weight.device
+        return found
+
     def forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence; see `Step.forward`."""
         for part in self._parts(tokens):
@@ -181,7 +187,7 @@ class FusedStep:
         return self._head(self._run(tokens, cache, positions))
 
     def _parts(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        return torch.split(tokens.to(self._embedding.weight.device), max(1, PROMPT_ROWS // len(tokens)), dim=1)
+        return torch.split(tokens.to(self.device), max(1, PROMPT_ROWS // len(tokens)), dim=1)
 
     def _prompt(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Hidden states `[B, T, hidden]`."""

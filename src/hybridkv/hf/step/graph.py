@@ -61,6 +61,11 @@ def rejects(config: Any, device: str) -> str | None:
 class Decoder(Step, Protocol):
     """A step whose decoding can be recorded."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        ...
+
     def decode(self, tokens: Tensor, cache: ModelCache, positions: Tensor) -> Tensor:
         """One token per sequence: tokens and positions int64 `[B, 1]` on the device; logits `[B, V]`."""
         ...
@@ -237,29 +242,25 @@ class GraphStep:
 
     def _records(self, cache: ModelCache) -> bool:
         """Whether the next token of this cache is decoded from a recording."""
-        for layer in cache.layers:
-            if isinstance(layer, QuantizedLayer) and (layer.watch.pending or not layer.store.n_stored):
-                return False  # the guard has yet to measure it, or there is no memory yet
-            if isinstance(layer, StateLayer) and not all(layer.has_previous_state.values()):
-                return False
-        if cache in self._recordings:
-            return True
-        reason = self._reason(cache)
-        if reason is not None and reason not in self._said:
-            self._said.add(reason)
-            self._notify(f"decoding is not recorded as a graph: {reason}")
-        return reason is None
+        if cache not in self._recordings and (reason := self._reason(cache)) is not None:
+            if reason not in self._said:
+                self._said.add(reason)
+                self._notify(f"decoding is not recorded as a graph: {reason}")
+            return False
+        return _settled(cache)
 
     def _reason(self, cache: ModelCache) -> str | None:
-        """Why this cache's steps cannot be recorded; None if they can."""
+        """Why this cache's steps cannot be recorded; None if they can, or if it is too early to know."""
         layers = _kv_layers(cache)
         if not layers:
             return "no layer has a KV cache"
         key = (cache.specs, tuple(layer.store.kernels for layer in layers))
         if key not in self._answers:
-            device = cache.memory[0].device.type
+            device = self._decoder.device.type
             reasons = (layer.store.fixed_reason(device) for layer in layers)
             known = next((reason for reason in reasons if reason is not None), None)
+            if known is None and not _settled(cache):
+                return None
             self._answers[key] = self._trial(cache) if known is None else known
         return self._answers[key]
 
@@ -288,6 +289,16 @@ class GraphStep:
 
 def _kv_layers(cache: ModelCache) -> list[QuantizedLayer]:
     return [layer for layer in cache.layers if isinstance(layer, QuantizedLayer)]
+
+
+def _settled(cache: ModelCache) -> bool:
+    """Whether the cache has its memory, and the guard has measured what it wants to."""
+    for layer in cache.layers:
+        if isinstance(layer, QuantizedLayer) and (layer.watch.pending or not layer.store.n_stored):
+            return False
+        if isinstance(layer, StateLayer) and not all(layer.has_previous_state.values()):
+            return False
+    return True
 
 
 def _admit(cache: ModelCache, n_seqs: int, position: int) -> None:
