@@ -38,7 +38,6 @@ class Store(Protocol):
         """Store x."""
 
 
-
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """One way to attend over stored rows.
