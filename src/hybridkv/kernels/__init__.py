@@ -12,13 +12,13 @@ from torch import Tensor
 
 from hybridkv.errors import NoKernelError
 from hybridkv.formats import KVFormat, Scale
-from hybridkv.kernels import cpu, reference
+from hybridkv.kernels import cpu, cuda, reference
 from hybridkv.kernels.case import PHASES, AttentionCase, AttentionParams, KVView, Phase, Segment
 from hybridkv.kernels.registry import Encoder, Kernel, explain, select, select_encoder
 from hybridkv.rotation import rotate
 
-KERNELS: tuple[Kernel, ...] = cpu.KERNELS + reference.KERNELS
-ENCODERS: tuple[Encoder, ...] = cpu.ENCODERS + reference.ENCODERS
+KERNELS: tuple[Kernel, ...] = cpu.KERNELS + cuda.KERNELS + reference.KERNELS
+ENCODERS: tuple[Encoder, ...] = cpu.ENCODERS + cuda.ENCODERS + reference.ENCODERS
 
 
 def attend(kernel: Kernel, q: Tensor, view: KVView, params: AttentionParams) -> Tensor:

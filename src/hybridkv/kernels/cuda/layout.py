@@ -1,0 +1,143 @@
+"""What a kernel must know of a format at compile time, and a side's memory as the kernels' arguments.
+
+Everything here is read off `KVFormat`. Owns no kernel and imports no Triton. Called by the launchers.
+
+The kernels see a row as pairs of 16 lanes: a block of 32 is lanes 0..15 and lanes 16..31, and two dot products, one per
+half, take the place of one. Nibble planes are stored in this way, so that nothing is interleaved; the others follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hybridkv.formats import KVFormat, get_format
+
+NONE, BYTES, NIBBLES, F16, BF16, F32 = range(6)
+"""What a row's main plane holds."""
+
+_PLAIN = {"x_f16": F16, "x_bf16": BF16, "x_f32": F32}
+_MAIN = {"bytes": BYTES, "nibbles": NIBBLES}
+MAX_HEAD_DIM = 512
+
+
+class Side(NamedTuple):
+    """K or V at compile time.
+
+    Attributes
+    ----------
+    main
+        `BYTES`, `NIBBLES`, a plain dtype, or `NONE` if all bits lie in the two planes below.
+    pairs, bits
+        Lowest bit of the code that the plane of pairs and that of single bits stores, or -1 without one.
+    offset
+        What is subtracted from a code, made unsigned, to give its value.
+    flip
+        0x80 where a code is two's complement: flipping that bit makes it unsigned, 128 higher.
+    has_min, has_book
+        Whether a block stores its minimum, and whether values are looked up.
+    row_scale
+        Whether one float32 scale serves the row.
+    head_dim, n_blocks, blocks_padded
+        Values of a row, its blocks of 32, and the next power of two of these.
+    """
+
+    main: int
+    pairs: int
+    bits: int
+    offset: int
+    flip: int
+    has_min: bool
+    has_book: bool
+    row_scale: bool
+    head_dim: int
+    n_blocks: int
+    blocks_padded: int
+
+
+class Memory(NamedTuple):
+    """A side's memory: its planes by what they hold, and the codebook. Those that are missing stand for another one."""
+
+    main: Tensor
+    pairs: Tensor
+    bits: Tensor
+    d: Tensor
+    m: Tensor
+    book: Tensor
+
+
+def rejects_rows(fmt: KVFormat, head_dim: int) -> str | None:
+    """Why the kernels cannot read or write such rows; None if they can."""
+    if head_dim > MAX_HEAD_DIM:
+        return f"head dim {head_dim} is above {MAX_HEAD_DIM}"
+    if fmt.block not in (None, 1, 32):
+        return f"{fmt.name} has blocks of {fmt.block}; blocks of 32, whole rows and plain values are read"
+    return fmt.rejects(head_dim)
+
+
+@lru_cache(maxsize=256)
+def side(type_name: str, head_dim: int) -> Side:
+    """A format's rows of `head_dim` values, for the compiler."""
+    fmt = get_format(type_name)
+    kinds = {plane.kind: plane for plane in fmt.planes}
+    main = next((code for kind, code in (_PLAIN | _MAIN).items() if kind in kinds), NONE)
+    signed = fmt.is_quantized and fmt.code_range[0] < 0
+    n_blocks = -(-head_dim // 32)
+    return Side(
+        main=main,
+        pairs=kinds["pairs"].shift if "pairs" in kinds else -1,
+        bits=kinds["bits"].shift if "bits" in kinds else -1,
+        offset=128 if signed else fmt.zero,
+        flip=0x80 if signed else 0,
+        has_min=fmt.has_min,
+        has_book=fmt.codebook is not None,
+        row_scale=fmt.is_quantized and fmt.block is None,
+        head_dim=head_dim,
+        n_blocks=n_blocks,
+        blocks_padded=1 << (n_blocks - 1).bit_length(),
+    )
+
+
+def memory(fmt: KVFormat, planes: Sequence[Tensor]) -> Memory:
+    """The planes of a side, typed, in the order in which kernels take them."""
+    by_kind = {plane.kind: data for plane, data in zip(fmt.planes, planes, strict=True)}
+    plain = next((by_kind[kind] for kind in _PLAIN if kind in by_kind), None)
+    main = plain if plain is not None else by_kind.get("bytes", by_kind.get("nibbles"))
+    pairs, bits = by_kind.get("pairs"), by_kind.get("bits")
+    some = next(data for data in (main, pairs, bits) if data is not None)
+    d = by_kind.get("d_f16", by_kind.get("d_f32", some))
+    return Memory(
+        main=some if main is None else main,
+        pairs=some if pairs is None else pairs,
+        bits=some if bits is None else bits,
+        d=d,
+        m=by_kind.get("m_f16", d),
+        book=some if fmt.codebook is None else codebook(fmt.name, some.device),
+    )
+
+
+def capacity(fmt: KVFormat, planes: Sequence[Tensor], head_dim: int, heads: tuple[int, int] | int) -> int:
+    """Assert that the kernels may read the planes; rows per sequence and head, or per block of a table.
+
+    Parameters
+    ----------
+    heads
+        B and Hkv, or Hkv alone if a table names blocks.
+    """
+    rows = int(planes[0].shape[2])
+    for plane, size in zip(planes, fmt.plane_bytes(head_dim), strict=True):
+        assert plane.dtype == torch.uint8 and plane.is_contiguous(), (fmt.name, plane.dtype, plane.stride())
+        assert plane.shape[2:] == (rows, size), (fmt.name, plane.shape, rows, size)
+        leading = tuple(plane.shape[:2]) if isinstance(heads, tuple) else int(plane.shape[1])
+        assert leading == heads, (fmt.name, plane.shape, heads)
+    return rows
+
+
+@lru_cache(maxsize=64)
+def codebook(type_name: str, device: torch.device) -> Tensor:
+    """The values of a format's codes in units of the scale, float16: they are small integers."""
+    return torch.tensor(get_format(type_name).codebook, dtype=torch.float16, device=device)
