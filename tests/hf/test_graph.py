@@ -198,7 +198,7 @@ def test_numbers_that_are_not_finite_name_their_layer(mode: str) -> None:
     if mode == "off":
         assert step.forward(tokens(1, 1), cache, 7).isnan().any()
         return
-    with pytest.raises(NonFiniteError, match="layer 3 is not finite at token 8 .* rows-on-device") as caught:
+    with pytest.raises(NonFiniteError, match=r"layer 3 is not finite at token 8 .* rows-on-device") as caught:
         step.forward(tokens(1, 1), cache, 7)
     assert caught.value.source == "cache"
 

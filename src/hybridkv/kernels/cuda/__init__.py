@@ -45,7 +45,10 @@ def attend(q: Tensor, view: KVView, params: AttentionParams) -> Tensor:
 
 def write(x: Tensor, fmt: KVFormat, scale: Scale | None, planes: Sequence[Tensor], row: int) -> None:
     """Encode x `[B, Hkv, T, D]` into rows `[row, row + T)` of the planes."""
-    store(x, fmt, scale, planes, row, rotated=False, center=None, blocks=None)
+    # Not by the name of the function below: once it is imported, the module of that name stands in its place.
+    from hybridkv.kernels.cuda.store import store as launch
+
+    launch(x, fmt, scale, planes, row)
 
 
 def store(
