@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -25,8 +26,10 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from triton import TritonError
 
 from hybridkv.cache import KVTypes
+from hybridkv.errors import HybridKVError
 from hybridkv.hf import IMPLEMENTATION, EagerStep, ModelCache, Step, cache_argument, is_finite, kv_facts, layer_facts
 from hybridkv.hf.layers import QuantizedLayer
 from hybridkv.hf.step import resolve_step
@@ -96,7 +99,7 @@ class Bench:
     geometry: str
     step: Step
     bandwidth: float
-    lines: list[dict[str, Any]] = field(default_factory=list)
+    conditions: dict[str, Any] = field(default_factory=dict)
 
     @property
     def weight_bytes(self) -> int:
@@ -114,9 +117,11 @@ class Bench:
         return 1e3 * (n_read + cache.kv_bytes_used + cache.state_bytes) / self.bandwidth
 
     def report(self, part: str, **values: Any) -> None:
-        """Print a line, and keep it."""
+        """Print a line, and write it where results are kept."""
         line = {"part": part, "geometry": self.geometry, **values}
-        self.lines.append(line)
+        if self.options.out is not None:
+            with self.options.out.open("a") as out:
+                out.write(json.dumps({**self.conditions, **line}) + "\n")
         print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()), flush=True)
 
 
@@ -207,8 +212,8 @@ def check(bench: Bench) -> None:
         model = build(name, device, torch.float32).to(dtype)
         make = EagerStep if label in ("exact", "bf16 eager") else chosen_step(model, device, kind)
         step = make(model)
-        own = Bench(bench.options, model, name, step, 1.0)
-        cache = own.cache("f32" if dtype == torch.float32 else "f16", 256)
+        own = Bench(bench.options, model, name, step, 1.0, bench.conditions)
+        cache = own.cache("f16", 256)
         found = [step.forward(prompt, cache, 0)]
         found += [step.forward(answer[:, i : i + 1], cache, 150 + i) for i in range(answer.shape[1])]
         logits[label] = torch.stack(found).double()
@@ -393,18 +398,23 @@ def main() -> None:
     bench = Bench(o, model, o.geometry, chosen_step(model, o.device, o.engine)(model), bandwidth)
     conditions = {"card": card, "torch": torch.__version__, "transformers": transformers.__version__}
     conditions |= {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "engine": bench.step.name}
+    bench.conditions = conditions
     n_billion = sum(p.numel() for p in model.parameters()) / 1e9
-    bench.report("conditions", **conditions, parameters_b=n_billion, copy_tb_s=bandwidth / 1e12)
+    print("  ".join(f"{k} {v}" for k, v in conditions.items()))
+    bench.report("conditions", parameters_b=n_billion, copy_tb_s=bandwidth / 1e12)
     parts = {f.__name__: f for f in (check, baseline, decode, prefill, memory, profile)}
-    try:
-        for name in o.parts:
-            begin = time.perf_counter()
+    for name in o.parts:
+        begin = time.perf_counter()
+        try:
             parts[name](bench)
-            print(f"  {name}: {time.perf_counter() - begin:.1f} s", flush=True)
-    finally:
-        if o.out is not None:
-            o.out.write_text("".join(json.dumps({**conditions, **line}) + "\n" for line in bench.lines))
-        print(f"total {time.perf_counter() - start:.1f} s", flush=True)
+        except (RuntimeError, TritonError, HybridKVError) as error:
+            traceback.print_exc()
+            bench.report("failed", what=name, error=str(error).partition("\n")[0][:300])
+            if name == "check":
+                raise SystemExit("no figures without the check") from error
+        print(f"  {name}: {time.perf_counter() - begin:.1f} s", flush=True)
+        torch.cuda.empty_cache()
+    print(f"total {time.perf_counter() - start:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

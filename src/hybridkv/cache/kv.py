@@ -201,6 +201,12 @@ class KVLayer:
         ContextError
             If the context is full.
         """
+        past = self.past_rows()
+        self.count(batch, n_new, device)
+        return self.view(past + n_new)
+
+    def count(self, batch: int, n_new: int, device: torch.device) -> None:
+        """`admit`, without a view of the rows."""
         exact = self._exact
         assert n_new == 1 or exact is None, n_new
         self._open(batch, n_new, device)
@@ -211,7 +217,6 @@ class KVLayer:
             self._evict(exact, past)
             exact.extend(n_new, self._exact_target, batch, device)
         self.n_seen += n_new
-        return self.view(past + n_new)
 
     def append_at(self, k: Tensor, v: Tensor, lengths: Tensor) -> KVView:
         """Store one new token per sequence as its newest row, by numbers that only the device knows.

@@ -111,7 +111,7 @@ class CudaRecorder:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             body()
         replay: Callable[[], object] = graph.replay
         return replay
@@ -132,7 +132,7 @@ class Recording:
     logits
         float32 `[B, V]`, overwritten by every replay.
     replay
-        Runs the step.
+        Runs the step; None until the second.
     """
 
     memory: tuple[Tensor, ...]
@@ -140,7 +140,7 @@ class Recording:
     numbers: Tensor
     health: Tensor
     logits: Tensor | None = None
-    replay: Callable[[], object] = tuple
+    replay: Callable[[], object] | None = None
 
     @classmethod
     def of(cls, cache: ModelCache, n_seqs: int) -> Recording:
@@ -218,20 +218,19 @@ class GraphStep:
         """
         if tokens.shape[1] != 1 or not self._records(cache):
             return self._decoder.forward(tokens, cache, position)
-        _admit(cache, len(tokens), position)
+        _count(cache, len(tokens), position)
         recording = self._recordings.get(cache)
-        if recording is not None and recording.holds(cache.memory):
+        if recording is None or not recording.holds(cache.memory):
+            # A cache that decodes one token alone, as a copy for one label does, is not worth a recording.
+            recording = self._recordings[cache] = Recording.of(cache, len(tokens))
             recording.stage(tokens, position)
-            recording.replay()
+            self._run(cache, recording)
             return recording.result(cache)
-        self._recordings.pop(cache, None)  # what it holds goes before more is taken
-        recording = Recording.of(cache, len(tokens))
+        if recording.replay is None:
+            recording.replay = self._recorder.record(partial(self._run, cache, recording))
         recording.stage(tokens, position)
-        self._run(cache, recording)
-        logits = recording.result(cache)
-        recording.replay = self._recorder.record(partial(self._run, cache, recording))
-        self._recordings[cache] = recording
-        return logits
+        recording.replay()
+        return recording.result(cache)
 
     @torch.inference_mode()
     def logits(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
@@ -269,7 +268,7 @@ class GraphStep:
         device, scratch = cache.memory[0].device, cache.empty(n_ctx=_TRIAL_TOKENS + 1)
         tokens = torch.zeros(1, _TRIAL_TOKENS, dtype=torch.long, device=device)
         self._decoder.forward(tokens, scratch, 0)
-        _admit(scratch, 1, _TRIAL_TOKENS)
+        _count(scratch, 1, _TRIAL_TOKENS)
         recording = Recording.of(scratch, 1)
         recording.stage(tokens[:, :1].cpu(), _TRIAL_TOKENS)
         return self._recorder.trial(partial(self._run, scratch, recording))
@@ -301,12 +300,12 @@ def _settled(cache: ModelCache) -> bool:
     return True
 
 
-def _admit(cache: ModelCache, n_seqs: int, position: int) -> None:
+def _count(cache: ModelCache, n_seqs: int, position: int) -> None:
     """Count one token per sequence in every KV layer, which takes more memory where it must."""
     for layer in _kv_layers(cache):
         store = layer.store
         assert store.n_seen == position, (store.n_seen, position)
-        store.admit(n_seqs, 1, store.memory[0].device)
+        store.count(n_seqs, 1, store.memory[0].device)
 
 
 @contextmanager

@@ -307,7 +307,7 @@ def delta_prompt(
     Parameters
     ----------
     mixed
-        Any float dtype, `[B * T, channels]`, contiguous. float32 is multiplied exactly, other dtypes as they are.
+        Any float dtype, `[B * T, channels]`, contiguous. float32 is multiplied as three products of tf32, other dtypes as they are.
     alpha, beta, a_log, dt_bias, state
         As in `delta_step`, `[B * T, n_value]` and so on.
 
@@ -324,7 +324,7 @@ def delta_prompt(
     values, scores = mixed.new_empty((*places, CHUNK, shape.head_v)), mixed.new_empty((*places, CHUNK, CHUNK))
     decays = torch.empty(places, dtype=torch.float32, device=mixed.device)
     wide_k, wide_v = (max(16, triton.next_power_of_2(n)) for n in (shape.head_k, shape.head_v))
-    precision = "ieee" if mixed.dtype == torch.float32 else "tf32"
+    precision = "tf32x3" if mixed.dtype == torch.float32 else "tf32"  # "ieee" takes minutes to compile
     _chunk_solve[(n_chunks, shape.n_value, batch)](
         mixed, alpha, beta, a_log, dt_bias, reads, keys, values, weights, scores, decays, alpha.stride(0),
         beta.stride(0), mixed.stride(0), n_tokens, n_chunks, shape.n_key, shape.n_value, shape.head_k, shape.head_v,
