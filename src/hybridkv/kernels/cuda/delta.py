@@ -307,7 +307,8 @@ def delta_prompt(
     Parameters
     ----------
     mixed
-        Any float dtype, `[B * T, channels]`, contiguous. float32 is multiplied as three products of tf32, other dtypes as they are.
+        Any float dtype, `[B * T, channels]`, contiguous. float32 is multiplied as three products of tf32, other dtypes
+        as they are.
     alpha, beta, a_log, dt_bias, state
         As in `delta_step`, `[B * T, n_value]` and so on.
 
