@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from hybridkv.kernels.cuda.layout import BF16, F16, F32
-from hybridkv.kernels.cuda.tiles import INTERPRETED, decode_raw, find_slots, load_raw
+from hybridkv.kernels.cuda.tiles import INTERPRETED, decode_raw, find_slots, lanes, load_raw
 
 _F16, _BF16, _F32 = tl.constexpr(F16), tl.constexpr(BF16), tl.constexpr(F32)
 _WEIGHT_BITS = tl.constexpr(15.0)
@@ -25,15 +25,18 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 def _product(a, b, acc, KIND: tl.constexpr):
     """`acc + a @ b`, b as decoded: in float16, or where b's range is larger, without losing the precision of a."""
     if KIND == _F32:
-        return tl.dot(a, b, acc, input_precision="tf32x3")
-    if KIND == _BF16:
+        total = tl.dot(a, b, acc, input_precision="tf32x3")
+    elif KIND == _BF16:
         high = a.to(tl.bfloat16)
         low = (a - high.to(tl.float32)).to(tl.bfloat16)
         if INTERPRETED:  # it has no product of bfloat16
             b = b.to(tl.float32)
-            return tl.dot(low.to(tl.float32), b, tl.dot(high.to(tl.float32), b, acc))
-        return tl.dot(low, b, tl.dot(high, b, acc))
-    return tl.dot(a.to(tl.float16), b, acc)
+            total = tl.dot(low.to(tl.float32), b, tl.dot(high.to(tl.float32), b, acc))
+        else:
+            total = tl.dot(low, b, tl.dot(high, b, acc))
+    else:
+        total = tl.dot(a.to(tl.float16), b, acc)
+    return total
 
 
 @triton.jit
@@ -41,19 +44,19 @@ def _not_finite(low, high, scale, low_end, S: tl.constexpr):
     """Bool `[N]`: rows of V that decode to something that is not finite."""
     if S.main >= _F16:
         size = tl.maximum(tl.abs(low.to(tl.float32)), tl.abs(high.to(tl.float32)), propagate_nan=tl.PropagateNan.ALL)
+        bad = tl.max(((size < float("inf")) == 0).to(tl.int32), axis=2)
+    else:
+        size = tl.abs(scale.to(tl.float32))
+        if S.has_min:
+            size = tl.maximum(size, tl.abs(low_end.to(tl.float32)), propagate_nan=tl.PropagateNan.ALL)
         bad = ((size < float("inf")) == 0).to(tl.int32)
-        return tl.max(tl.max(bad, axis=2), axis=1) > 0
-    size = tl.abs(scale.to(tl.float32))
-    if S.has_min:
-        size = tl.maximum(size, tl.abs(low_end.to(tl.float32)), propagate_nan=tl.PropagateNan.ALL)
-    return tl.max(((size < float("inf")) == 0).to(tl.int32), axis=1) > 0
+    return tl.max(bad, axis=1) > 0
 
 
 @triton.jit
 def _query_half(q, rows, stride_t, stride_h, row_ok, half: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr):
     """Lanes 0..15 or 16..31 of each block of the query rows: float32 `[M, blocks * 16]`, zeros behind the head dim."""
-    lane = tl.arange(0, K.blocks_padded * 16)
-    column = (lane // 16) * 32 + lane % 16 + half * 16
+    column = lanes(half, K)
     at = (rows // GROUP).to(tl.int64) * stride_t + (rows % GROUP) * stride_h
     here = row_ok[:, None] & (column < K.head_dim)[None, :]
     return tl.load(q + at[:, None] + column[None, :], mask=here, other=0.0).to(tl.float32)
@@ -61,15 +64,13 @@ def _query_half(q, rows, stride_t, stride_h, row_ok, half: tl.constexpr, GROUP: 
 
 @triton.jit
 def _center_half(center, half: tl.constexpr, K: tl.constexpr):
-    lane = tl.arange(0, K.blocks_padded * 16)
-    column = (lane // 16) * 32 + lane % 16 + half * 16
+    column = lanes(half, K)
     return tl.load(center + column, mask=column < K.head_dim, other=0.0)[None, :]
 
 
 @triton.jit
 def _store_half(out, at, x, row_ok, half: tl.constexpr, V: tl.constexpr):
-    lane = tl.arange(0, V.blocks_padded * 16)
-    column = (lane // 16) * 32 + lane % 16 + half * 16
+    column = lanes(half, V)
     here = row_ok[:, None] & (column < V.head_dim)[None, :]
     tl.store(out + at[:, None] + column[None, :], x, mask=here)
 
@@ -256,7 +257,7 @@ def attend_segment(
             slots = find_slots(first_row + rows, ok, table_at, head, n_kv_heads, sequence, rows_v, PAGED, ROWS_LOG2)
             v0, v1, v2, v3, v4, v5 = load_raw(v_main, v_pairs, v_bits, v_d, v_m, slots, ok, V)
 
-        k_low, k_high = decode_raw(c0, c1, c2, c3, c4, c5, k_book, K)
+        k_low, k_high = decode_raw(c0, c1, c2, c3, c4, c5, k_book, BLOCK_M >= 64, K)
         scores = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         scores = _product(q_low, tl.trans(k_low), scores, K.main)
         scores = _product(q_high, tl.trans(k_high), scores, K.main)
@@ -296,7 +297,7 @@ def attend_segment(
         weights = tl.exp2(scores - (base - _WEIGHT_BITS)[:, None])
         shrink = tl.exp2(top - base)
         sums_m = sums_m * shrink + tl.sum(weights, axis=1)
-        v_low, v_high = decode_raw(w0, w1, w2, w3, w4, w5, v_book, V)
+        v_low, v_high = decode_raw(w0, w1, w2, w3, w4, w5, v_book, BLOCK_M >= 64, V)
         acc_low = _product(weights, v_low, acc_low * shrink[:, None], V.main)
         acc_high = _product(weights, v_high, acc_high * shrink[:, None], V.main)
         top = new_top

@@ -22,8 +22,7 @@ _INF = tl.constexpr(float("inf"))
 def _rotate(x, N: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
     """Walsh-Hadamard transform of each `BLOCK` lanes of x `[N, WIDTH]`, orthonormal."""
     for stage in tl.static_range(STAGES):
-        half: tl.constexpr = 1 << stage
-        pairs = tl.permute(tl.reshape(x, [N, WIDTH // (2 * half), 2, half]), [0, 1, 3, 2])
+        pairs = tl.permute(tl.reshape(x, [N, WIDTH // (2 << stage), 2, 1 << stage]), [0, 1, 3, 2])
         a, b = tl.split(pairs)
         x = tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 1, 3, 2]), [N, WIDTH])
     return tl.div_rn(x, tl.sqrt_rn(tl.full([N, WIDTH], BLOCK, tl.float32)))

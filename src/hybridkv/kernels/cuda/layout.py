@@ -8,6 +8,7 @@ half, take the place of one. Nibble planes are stored in this way, so that nothi
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -35,7 +36,7 @@ class Side(NamedTuple):
     pairs, bits
         Lowest bit of the code that the plane of pairs and that of single bits stores, or -1 without one.
     offset
-        What is subtracted from a code, made unsigned, to give its value.
+        What is subtracted from a code, made unsigned, or from an entry of the codebook, made so, to give its value.
     flip
         0x80 where a code is two's complement: flipping that bit makes it unsigned, 128 higher.
     has_min, has_book
@@ -44,6 +45,14 @@ class Side(NamedTuple):
         Whether one float32 scale serves the row.
     head_dim, n_blocks, blocks_padded
         Values of a row, its blocks of 32, and the next power of two of these.
+    high_factor
+        16 where the nibbles of lanes 16..31 are used where they lie in a byte, 16 times as large; else 1.
+    two_values, two_values_of_16
+        PTX that makes values of two codes, or of codes 16 times as large: from a word whose halves are the float16
+        1024 + code, the scale and the minimum.
+    table
+        Entries of a codebook as bytes, 128 higher, four to a word; of one with less than 16, the last two words count
+        nothing.
     """
 
     main: int
@@ -57,6 +66,10 @@ class Side(NamedTuple):
     head_dim: int
     n_blocks: int
     blocks_padded: int
+    high_factor: int
+    two_values: str
+    two_values_of_16: str
+    table: tuple[int, int, int, int]
 
 
 class Memory(NamedTuple):
@@ -76,6 +89,8 @@ def rejects_rows(fmt: KVFormat, head_dim: int) -> str | None:
         return f"head dim {head_dim} is above {MAX_HEAD_DIM}"
     if fmt.block not in (None, 1, 32):
         return f"{fmt.name} has blocks of {fmt.block}; blocks of 32, whole rows and plain values are read"
+    if fmt.is_quantized and head_dim % 4:
+        return f"{fmt.name} is read in words of 4 codes; head dim {head_dim} is no multiple of 4"
     return fmt.rejects(head_dim)
 
 
@@ -87,11 +102,12 @@ def side(type_name: str, head_dim: int) -> Side:
     main = next((code for kind, code in (_PLAIN | _MAIN).items() if kind in kinds), NONE)
     signed = fmt.is_quantized and fmt.code_range[0] < 0
     n_blocks = -(-head_dim // 32)
+    offset = 128 if signed or fmt.codebook else fmt.zero
     return Side(
         main=main,
         pairs=kinds["pairs"].shift if "pairs" in kinds else -1,
         bits=kinds["bits"].shift if "bits" in kinds else -1,
-        offset=128 if signed else fmt.zero,
+        offset=offset,
         flip=0x80 if signed else 0,
         has_min=fmt.has_min,
         has_book=fmt.codebook is not None,
@@ -99,7 +115,37 @@ def side(type_name: str, head_dim: int) -> Side:
         head_dim=head_dim,
         n_blocks=n_blocks,
         blocks_padded=1 << (n_blocks - 1).bit_length(),
+        high_factor=16 if main == NIBBLES and not {"pairs", "bits"} & kinds.keys() and not fmt.codebook else 1,
+        two_values=_two_values(offset, 1, has_min=fmt.has_min),
+        two_values_of_16=_two_values(offset, 16, has_min=fmt.has_min),
+        table=_table(fmt.codebook or ()),
     )
+
+
+def _two_values(offset: int, factor: int, *, has_min: bool) -> str:
+    """`(x / factor - 1024 / factor - offset) * d + m` of both halves of a word x: $0 and $1 of $2, $3 and $4."""
+    less = _twice(-1024 / factor - offset)
+    first = f"add.rn.f16x2 x, $2, {less}" if factor == 1 else f"fma.rn.f16x2 x, $2, {_twice(1 / factor)}, {less}"
+    last = "fma.rn.f16x2 x, x, d, m" if has_min else "mul.rn.f16x2 x, x, d"
+    m = "mov.b32 m, {$4, $4};" if has_min else ""
+    # A constant is an operand only by way of a register.
+    constants = f"mov.b32 a, {less}; mov.b32 b, {_twice(1 / factor)};"
+    first = first.replace(less, "a").replace(_twice(1 / factor), "b")
+    return (
+        f"{{ .reg .b32 x, d, m, a, b; {constants} mov.b32 d, {{$3, $3}}; {m} {first}; {last}; mov.b32 {{$0, $1}}, x; }}"
+    )
+
+
+def _twice(value: float) -> str:
+    """A float16 in both halves of a word."""
+    (bits,) = struct.unpack("<H", struct.pack("<e", value))
+    return f"0x{bits:04x}{bits:04x}"
+
+
+def _table(codebook: Sequence[int]) -> tuple[int, int, int, int]:
+    entries = [value + 128 for value in codebook] + [0] * (16 - len(codebook))
+    a, b, c, d = (int.from_bytes(entries[i : i + 4], "little") for i in range(0, 16, 4))
+    return a, b, c, d
 
 
 def memory(fmt: KVFormat, planes: Sequence[Tensor]) -> Memory:
