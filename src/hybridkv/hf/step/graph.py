@@ -84,10 +84,7 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records CUDA graphs. They share one pool of memory, for no two run at a time."""
-
-    def __init__(self) -> None:
-        self._pool: Any = None
+    """Records CUDA graphs, each with memory of its own: a pool is gone with the last graph that used it."""
 
     def trial(self, body: Callable[[], None]) -> str | None:
         """Run, run while whatever asks the device is an error, and record once in vain."""
@@ -108,10 +105,8 @@ class CudaRecorder:
 
     def record(self, body: Callable[[], None]) -> Callable[[], object]:
         """Capture the body."""
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             body()
         replay: Callable[[], object] = graph.replay
         return replay

@@ -333,10 +333,11 @@ def delta_prompt(
     )  # fmt: skip
     out = torch.empty((len(mixed), shape.n_value * shape.head_v), dtype=mixed.dtype, device=mixed.device)
     block = min(32, wide_v)
+    # Two warps, so that products are mma.sync. With four they are wgmma, and Triton 3.6 lets that of the transposed keys
+    # read beyond its shared memory: an illegal access with two stages, a wrong result in silence with one.
     _chunk_scan[(triton.cdiv(shape.head_v, block), shape.n_value, batch)](
         reads, keys, values, weights, scores, decays, state, out, n_tokens, n_chunks, shape.n_value, shape.head_k,
-        shape.head_v, WIDE_K=wide_k, BLOCK=block, ROWS=CHUNK, PRECISION=precision, num_warps=4,
-        num_stages=1 if mixed.dtype == torch.float32 else 2,  # float32 tiles would not fit twice
+        shape.head_v, WIDE_K=wide_k, BLOCK=block, ROWS=CHUNK, PRECISION=precision, num_warps=2, num_stages=1,
     )  # fmt: skip
     return out
 
