@@ -6,6 +6,8 @@
     * `ModelError`       a model (its config, layers or weights) that cannot be run as asked
     * `NoKernelError`    no kernel resolves for an attention case; carries each candidate's reason
     * `ContextError`     more tokens than the context holds, or more bytes than the budget
+    * `AdmissionError`   a request that a scheduler cannot take: it can never fit, or too many wait; carries the numbers
+    * `SessionError`     a session file that is missing, torn, damaged or of another model
     * `GuardError`       the guard stopped a run on evidence
 
 The command line prints `error: ...` and `hint: ...` and exits with code 2 for all of them.
@@ -14,7 +16,7 @@ The command line prints `error: ...` and `hint: ...` and exits with code 2 for a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 
 class HybridKVError(Exception):
@@ -83,6 +85,45 @@ class NoKernelError(HybridKVError):
 
 class ContextError(HybridKVError):
     """More tokens than the context holds, or more bytes than the budget allows."""
+
+
+class AdmissionError(HybridKVError):
+    """A request that a scheduler does not take.
+
+    Parameters
+    ----------
+    reason
+        `too_large`: it cannot fit even alone, and will not later either. `queue_full`: it may fit later. `closed`: the
+        scheduler is shutting down.
+    planned_bytes
+        What the request would hold at its full length, KV rows and states; 0 if it does not come to that.
+    budget_bytes
+        What all sequences together may hold; None for no limit.
+    n_tokens
+        Prompt and new tokens that were asked for.
+    most_tokens
+        The most that would fit; None for no limit.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: Literal["too_large", "queue_full", "closed"],
+        planned_bytes: int = 0,
+        budget_bytes: int | None = None,
+        n_tokens: int = 0,
+        most_tokens: int | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.reason = reason
+        self.planned_bytes, self.budget_bytes = planned_bytes, budget_bytes
+        self.n_tokens, self.most_tokens = n_tokens, most_tokens
+
+
+class SessionError(HybridKVError):
+    """A session file that is missing, torn, damaged, or of another model or version."""
 
 
 class GuardError(HybridKVError):

@@ -415,3 +415,54 @@ def test_a_model_that_takes_no_cache_is_refused() -> None:
 
     with pytest.raises(ModelError, match="Encoder takes no cache"):
         EagerStep(Encoder())
+
+
+@pytest.mark.parametrize("isa", ["best", "portable"])
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("family", NATIVE)
+def test_separate_caches_get_the_bits_that_they_get_alone(
+    family: str, rounded: bool, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eleven sequences of all lengths and several types in one run, weights of f32 and of q8_0."""
+    if isa != "best":
+        monkeypatch.setenv("HYBRIDKV_ISA", isa)
+    model = build(family, attention="hybridkv")
+    if rounded:
+        round_weights(model)
+    step = NativeStep(model)
+    kinds = (KVTypes("q8_0", "q8_0"), KVTypes("q4_0", "q4_0", rotate_k=True, tail=32, sink=2, center=True))
+    together, apart, positions, newest = [], [], [], []
+    for index in range(11):
+        prompt = tokens(1, 1 + 13 * index, seed=index)
+        cache = cache_for(model, kinds[index % 2])
+        logits = step.forward(prompt, cache, 0)
+        together.append(cache)
+        apart.append(cache.copy())
+        positions.append(prompt.shape[1])
+        newest.append(int(logits.argmax()))
+    for _ in range(4):
+        answers = step.forward_many(torch.tensor(newest), together, positions)
+        alone = [
+            step.forward(torch.tensor([[token]]), cache, position)
+            for token, cache, position in zip(newest, apart, positions, strict=True)
+        ]
+        assert not answers.failed
+        assert torch.equal(answers.logits, torch.cat(alone))
+        newest, positions = answers.logits.argmax(-1).tolist(), [p + 1 for p in positions]
+    for one, other in zip(together, apart, strict=True):
+        assert torch.equal(one.kv_layers[-1].decode()[0], other.kv_layers[-1].decode()[0])
+
+
+def test_a_sequence_that_is_not_finite_is_named_and_alone() -> None:
+    """Its neighbours' logits are those without it."""
+    model = build("qwen3_5_text", attention="hybridkv")
+    step, caches = NativeStep(model), []
+    for index in range(3):
+        caches.append(cache_for(model, KVTypes("f32", "f32")))
+        step.forward(tokens(1, 20, seed=index), caches[-1], 0)
+    caches[1].kv_layers[0]._packed.planes.v[0][:, :, 3] = 0xFF
+    expected = [step.forward(tokens(1, 1), caches[i].copy(), 20) for i in (0, 2)]
+    answers = step.forward_many(tokens(3, 1).flatten()[:1].repeat(3), caches, [20] * 3)
+    assert list(answers.failed) == [1]
+    assert answers.failed[1].layer == 1
+    assert torch.equal(answers.logits[[0, 2]], torch.cat(expected))

@@ -306,3 +306,12 @@ def test_types_are_those_of_the_record() -> None:
     assert pack(normal(17, 64), "q8_0").nbytes == 2 * 1088
     assert pack(normal(17, 64), "q4_0").nbytes == 2 * 576
     assert isinstance(pack(normal(1, 1), "f32"), PackedWeight)
+
+
+@pytest.mark.parametrize("kind", WEIGHT_TYPES)
+@pytest.mark.parametrize("n_rows", [2, 7, 8, 16, 33])
+def test_rows_of_each_alone_have_the_bits_of_single_rows(isa: str, kind: WeightType, n_rows: int) -> None:
+    weight = pack(torch.randn(75, 96, generator=torch.Generator().manual_seed(1)), kind)
+    x = torch.randn(n_rows, 96, generator=torch.Generator().manual_seed(2))
+    together = linear.linear(x, weight, sums="of each alone")
+    assert torch.equal(together, torch.cat([linear.linear(x[i : i + 1], weight) for i in range(n_rows)]))

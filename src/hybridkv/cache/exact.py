@@ -116,6 +116,22 @@ class ExactRows:
         parts = (self.planes.segment(0, self.sinks), packed, self.planes.segment(self.start, self.length))
         return tuple(part for part in parts if part.length)
 
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Copies of K's and V's rows, sinks before tail."""
+        sinks, tail = slice(0, self.sinks), slice(self.start, self.start + self.length)
+        (k,), (v,) = (tuple(torch.cat([p[:, :, sinks], p[:, :, tail]], 2) for p in side) for side in self._sides())
+        return k, v
+
+    def load(self, k: Tensor, v: Tensor, target: Callable[[int, int], int]) -> None:
+        """Hold the rows of a copy; none must be held yet."""
+        assert not self.n_held, self.n_held
+        row = self.extend(k.shape[2], target, k.shape[0], k.device)
+        for (plane,), x in zip(self._sides(), (k, v), strict=True):
+            plane[:, :, row : row + x.shape[2]] = x
+
+    def _sides(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        return self.planes.k, self.planes.v
+
     def copy(self) -> ExactRows:
         """The same rows in memory of their own."""
         twin = copy.copy(self)

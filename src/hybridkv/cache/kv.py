@@ -17,6 +17,7 @@ from torch import Tensor
 from hybridkv.cache.exact import ExactRows
 from hybridkv.cache.packed import PackedRows
 from hybridkv.cache.spec import FRESH_ROWS, UNBOUNDED, KVSpec, KVTypes
+from hybridkv.cache.stored import StoredRows
 from hybridkv.errors import ContextError, ModelError
 from hybridkv.formats import get_format
 from hybridkv.kernels import (
@@ -322,6 +323,33 @@ class KVLayer:
         twin._n_ctx = n_ctx
         twin.reset()
         return twin
+
+    def stored(self, first: int = 0) -> StoredRows:
+        """A copy of what is held: of packed rows those from the `first` on, or all where a window lets rows go."""
+        first = 0 if self.spec.facts.window is not None else first
+        exact_k, exact_v = (None, None) if self._exact is None else self._exact.stored()
+        k, v = self._packed.stored(first)
+        center = self._packed.center if self._packed.length else None  # before the first packed row it means nothing
+        return StoredRows(self.n_seen, first, k, v, exact_k, exact_v, None if center is None else center.clone())
+
+    def load(self, parts: Sequence[StoredRows]) -> None:
+        """Take what copies of one sequence, stored at the same spec, hold together; each begins where one ends."""
+        self.reset()
+        last = parts[-1]
+        parts = parts[-1:] if self.spec.facts.window is not None else parts
+        batch, device = last.packed_k[0].shape[0], last.packed_k[0].device
+        self._open(batch, 0, device)
+        self._packed.load(parts, self._packed_target, batch, device)
+        if self._exact is not None and last.exact_k is not None and last.exact_v is not None:
+            self._exact.load(last.exact_k, last.exact_v, self._exact_target)
+        self.n_seen = last.n_seen
+
+    def load_converted(self, other: KVLayer) -> None:
+        """Take the rows of a layer of other types, decoded and encoded again."""
+        self.reset()
+        if other.n_stored:
+            self.append(*other.decode())
+        self.n_seen = other.n_seen  # a window has let others go
 
     def _check(self, k: Tensor, v: Tensor) -> None:
         f = self.spec.facts

@@ -7,7 +7,7 @@ writes the rows that `extend` makes room for.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from hybridkv.cache import planes
 from hybridkv.cache.planes import Planes
 from hybridkv.cache.spec import KVSpec
+from hybridkv.cache.stored import StoredRows
 from hybridkv.formats import get_format
 from hybridkv.kernels import Segment
 
@@ -77,6 +78,25 @@ class PackedRows:
         self.planes.select(indices)
         if self.center is not None:
             self.center = self.center.index_select(0, indices.to(self.center.device))
+
+    def stored(self, first: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Copies of the planes' rows from the `first` held on."""
+        rows = slice(self.start + first, self.start + self.length)
+        k, v = (tuple(p[:, :, rows].clone() for p in side) for side in (self.planes.k, self.planes.v))
+        return k, v
+
+    def load(
+        self, parts: Sequence[StoredRows], target: Callable[[int, int], int], batch: int, device: torch.device
+    ) -> None:
+        """Hold the rows of all parts, which must be nobody's yet, and the center of the last that has one."""
+        for part in parts:
+            assert part.first == self.length, (part.first, self.length)
+            row = self.extend(part.n_packed, self.length, target, batch, device)
+            for own, other in zip((*self.planes.k, *self.planes.v), (*part.packed_k, *part.packed_v), strict=True):
+                own[:, :, row : row + part.n_packed] = other
+            if part.center is not None:
+                assert self.center is not None
+                self.center.copy_(part.center)
 
     def copy(self) -> PackedRows:
         """The same rows in memory of their own."""

@@ -16,7 +16,6 @@ from hybridkv.cli.model_options import (
     Opened,
     add_model_arguments,
     check_limits,
-    is_out_of_memory,
     limit_spinning,
     open_model,
 )
@@ -211,6 +210,8 @@ def _resolve(opened: Opened, policies: Sequence[AnyPolicy], guard: Guard) -> lis
 def _score(name: str, classifier: Classifier, prompts: list[list[int]], lengths: list[int]) -> Scored:
     """One run over all rows."""
     import torch
+
+    from hybridkv.engine.admission import is_out_of_memory
 
     try:
         scores = classifier.score(prompts)

@@ -169,13 +169,6 @@ def open_model(a: argparse.Namespace, *, default_ctx: int = DEFAULT_CTX) -> Open
     return Opened(description, device, n_ctx, weights, dtype, make_step)
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether torch or Python could not allocate; torch's CPU allocator has no error type of its own."""
-    import torch
-
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
-
-
 def _context(asked: int | None, trained: int | None, default_ctx: int) -> int:
     """Tokens in the context: 0 asks for the trained length, the default never exceeds it."""
     if asked is None:

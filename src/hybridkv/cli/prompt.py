@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,23 @@ def read_prompt(a: argparse.Namespace) -> str | list[int]:
     return prompt
 
 
-def prompt_ids(prompt: str | list[int], model: Any, tokenizer: Any | None, *, chat: bool) -> tuple[str, list[int]]:
+def prompt_ids(
+    prompt: str | list[int],
+    model: Any,
+    tokenizer: Any | None,
+    *,
+    chat: bool,
+    before: Sequence[Mapping[str, str]] = (),
+    continues: bool = False,
+) -> tuple[str, list[int]]:
     """The text that the model sees ("" for ids) and its tokens.
+
+    Parameters
+    ----------
+    before
+        Earlier messages of the conversation, with `chat`.
+    continues
+        Whether plain text follows other text, so that nothing marks its beginning.
 
     Raises
     ------
@@ -59,9 +75,9 @@ def prompt_ids(prompt: str | list[int], model: Any, tokenizer: Any | None, *, ch
     if chat:
         from hybridkv.hf.chat import chat_text
 
-        text = chat_text(tokenizer, [{"role": "user", "content": prompt}])
+        text = chat_text(tokenizer, [*before, {"role": "user", "content": prompt}])
         return text, list(tokenizer.encode(text, add_special_tokens=False))
-    return prompt, list(tokenizer.encode(prompt))
+    return prompt, list(tokenizer.encode(prompt, add_special_tokens=not continues))
 
 
 def _parse_ids(text: str) -> list[int]:

@@ -13,11 +13,11 @@ from hybridkv.cli.model_options import (
     Opened,
     add_model_arguments,
     check_limits,
-    is_out_of_memory,
     limit_spinning,
     open_model,
 )
-from hybridkv.cli.prompt import add_prompt_arguments, prompt_ids, read_prompt
+from hybridkv.cli.prompt import add_prompt_arguments, read_prompt
+from hybridkv.cli.session import Conversation, check_session, open_conversation
 from hybridkv.cli.show import layer_table, notice, size, stderr_console, summary, warning
 from hybridkv.errors import ContextError, UsageError
 
@@ -51,6 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1,
         metavar="N",
         help="sequences generated side by side from the prompt (default 1)",
+    )
+    parser.add_argument(
+        "--session",
+        metavar="FILE",
+        help="go on with the conversation in FILE, if it is there, and keep it there",
     )
     parser.add_argument(
         "-fa",
@@ -102,16 +107,18 @@ def main(arguments: argparse.Namespace) -> int:
     sampling = _sampling(a)
 
     from hybridkv.engine import Engine
+    from hybridkv.engine.admission import is_out_of_memory
 
     opened = open_model(a)
     n_ctx = opened.n_ctx
     specs = _resolve(opened, policy, guard)
     loaded, step = opened.load()
-    text, ids = prompt_ids(prompt, loaded.model, loaded.tokenizer, chat=a.chat)
+    talk = open_conversation(a, prompt, loaded.model, loaded.tokenizer)
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
     try:
         engine = Engine(loaded.model, specs, n_ctx=n_ctx, guard=guard, notify=warning, step=step)
-        return _generate(a, loaded, engine, sampling, text, ids)
+        talk.hand_over(engine)
+        return _generate(a, loaded, engine, sampling, talk)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -128,6 +135,7 @@ def _check(a: argparse.Namespace) -> None:
         raise UsageError(f"-fa {a.flash_attn!r}; allowed: on, off, auto")
     if a.n_predict == 0 or a.n_predict < -1:
         raise UsageError(f"-n {a.n_predict}; allowed: 1 or more, or -1 until the context is full", hint="try -n 64")
+    check_session(a)
     check_limits(a, ("-np", "parallel", 1, 1024))
     if a.flash_attn == "off":
         notice(
@@ -187,11 +195,12 @@ def _resolve(opened: Opened, policy: Any, guard: Guard) -> tuple[KVSpec, ...]:
 
 
 def _generate(
-    a: argparse.Namespace, loaded: Loaded, engine: Engine, sampling: SamplingParams, text: str, ids: list[int]
+    a: argparse.Namespace, loaded: Loaded, engine: Engine, sampling: SamplingParams, talk: Conversation
 ) -> int:
     """Stream the answer, then print what it took. Nothing reaches stdout before the first token is there."""
     from hybridkv.cli.stream import Streams
 
+    text, ids = talk.text, talk.ids
     ends = set() if a.ignore_eos else _end_ids(loaded.model)
     streams = Streams(loaded.tokenizer if a.ids is None else None, ids, a.parallel, ends, prompt=text, live=not a.json)
     stopped = "n"
@@ -207,6 +216,7 @@ def _generate(
     except KeyboardInterrupt:
         stopped = "interrupted"
     streams.close()
+    talk.keep(engine, loaded.model, answer=streams.sequences[0].text, ended=stopped == "end of text")
     if stopped == "context full":
         notice(f"stopped: the context is full at {engine.history.shape[1]} tokens")
     if a.json:

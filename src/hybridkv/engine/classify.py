@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from hybridkv.cache import KVSpec
-from hybridkv.errors import ContextError, GuardError, UsageError
+from hybridkv.engine.ladder import labels_of, raised_specs
+from hybridkv.errors import ContextError, UsageError
 from hybridkv.hf import ModelCache, Step, is_finite, resolve_step, takes_chunks
-from hybridkv.policy import Guard, NonFiniteError, next_types
+from hybridkv.policy import Guard, NonFiniteError
 
 Ids = Sequence[int]
 T = TypeVar("T")
@@ -302,11 +303,8 @@ class Classifier:
                 self._climb(error)
 
     def _climb(self, error: NonFiniteError) -> None:
-        raised = tuple(replace(s, types=next_types(s.types) or s.types) for s in self.specs)
-        if self._guard.mode in ("strict", "off") or raised == self.specs:
-            why = "and no larger type is left" if raised == self.specs else f"and the guard is {self._guard.mode!r}"
-            raise GuardError(f"{error.message}, {why}", hint=error.hint) from error
-        self._notify(f"{error.message}; going on at {', '.join(dict.fromkeys(s.types.label for s in raised))}")
+        raised = raised_specs(self.specs, self._guard, error)
+        self._notify(f"{error.message}; going on at {labels_of(raised)}")
         self.specs, self._start = raised, None
         self.figures.n_rebuilds += 1
 

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hybridkv.cache import KVSpec
+from hybridkv.engine.ladder import check_weights, labels_of, raised_specs
 from hybridkv.engine.sampling import Sampler, SamplingParams
-from hybridkv.errors import ContextError, GuardError, ModelError, UsageError
-from hybridkv.hf import ModelCache, Step, is_finite, resolve_step
-from hybridkv.policy import Guard, NonFiniteError, next_types
+from hybridkv.errors import ContextError, UsageError
+from hybridkv.hf import ModelCache, Step, is_finite, resolve_step, takes_chunks
+from hybridkv.policy import Guard, MismatchError, NonFiniteError
 
 
 @dataclass(slots=True)
@@ -65,6 +66,13 @@ class Engine:
         Runs the model over new tokens; the best that runs it by default.
     make_cache
         Builds a cache for specs; `ModelCache` over all kernels by default.
+
+    Attributes
+    ----------
+    history
+        Tokens of all sequences up to now, int64 `[B, T]`.
+    n_held
+        How many of each the cache holds: the last that was drawn is processed with the next.
     """
 
     def __init__(
@@ -87,6 +95,7 @@ class Engine:
         self.step = resolve_step(model.config, self._device.type)(model) if step is None else step
         self.cache = self._make_cache(specs)
         self.history = torch.empty(1, 0, dtype=torch.long)
+        self.n_held = self._adopted = 0
         self.timings = Timings()
 
     def generate(
@@ -106,8 +115,9 @@ class Engine:
         self._check(prompt, n_predict, n_seqs)
         sampler = Sampler(params)
         start = time.perf_counter()
-        logits = self.prefill(prompt)
-        self.timings.n_prompt = len(prompt)
+        n_held, self._adopted = self._adopted, 0
+        logits = self.prefill(prompt, n_held)
+        self.timings.n_prompt = len(prompt) - n_held
         self.timings.prompt_s = time.perf_counter() - start
         if n_seqs > 1:
             self.cache.batch_repeat_interleave(n_seqs)
@@ -125,10 +135,24 @@ class Engine:
             self.timings.generation_s += time.perf_counter() - start
             yield tuple(tokens.tolist())
 
-    def prefill(self, prompt: Sequence[int]) -> Tensor:
-        """Process a prompt on an empty cache; the logits after it, float32 `[1, V]`, finite."""
-        self.history = torch.tensor([list(prompt)], dtype=torch.long)
-        return self._advance(self.history)
+    def new_cache(self, specs: Sequence[KVSpec]) -> ModelCache:
+        """An empty cache of this run's context."""
+        return self._make_cache(specs)
+
+    def adopt(self, cache: ModelCache, n_held: int) -> None:
+        """Go on from a cache of one sequence that holds `n_held` tokens; the next prompt must begin with them."""
+        self.cache, self.n_held, self._adopted = cache, n_held, n_held
+
+    def prefill(self, prompt: Sequence[int], n_held: int = 0) -> Tensor:
+        """Process a prompt, of which the cache holds the first tokens; the logits after it, `[1, V]`, finite."""
+        begin, pieces = n_held, 1
+        if begin and not takes_chunks(self._model.config):
+            pieces = len(prompt) - begin  # this model's code continues a state by single tokens only
+        for piece in torch.tensor(list(prompt[begin:]), dtype=torch.long).tensor_split(pieces):
+            begin += len(piece)
+            self.history = torch.tensor([list(prompt[:begin])], dtype=torch.long)
+            logits = self._advance(piece.unsqueeze(0))
+        return logits
 
     def advance(self, tokens: Tensor) -> Tensor:
         """Append one token per sequence, int64 `[B]`; the logits after them, float32 `[B, V]`, finite."""
@@ -162,25 +186,20 @@ class Engine:
         """Process the newest tokens of the history, `[B, T]`; the logits after them, finite, `[B, V]`."""
         try:
             return self._forward(tokens)
-        except NonFiniteError as error:
+        except (NonFiniteError, MismatchError) as error:
             return self._rebuild(error)
 
-    def _rebuild(self, error: NonFiniteError) -> Tensor:
+    def _rebuild(self, error: NonFiniteError | MismatchError) -> Tensor:
         """Climb the ladder: the whole history again at the next types, until its logits are finite."""
-        self._explain_weights()
+        check_weights(self._model)
         while True:
-            specs = [replace(s, types=next_types(s.types) or s.types) for s in self.cache.specs]
-            climbed = any(new != old for new, old in zip(specs, self.cache.specs, strict=True))
-            if self._guard.mode in ("strict", "off") or not climbed:
-                why = "and no larger type is left" if not climbed else f"and the guard is {self._guard.mode!r}"
-                raise GuardError(f"{error.message}, {why}", hint=error.hint) from error
-            labels = ", ".join(dict.fromkeys(s.types.label for s in specs))
-            self._notify(f"{error.message}; rebuilding {self.history.shape[1]} tokens at {labels}")
+            specs = raised_specs(self.cache.specs, self._guard, error)
+            self._notify(f"{error.message}; rebuilding {self.history.shape[1]} tokens at {labels_of(specs)}")
             self.timings.n_rebuilds += 1
             self.cache = self._make_cache(specs)
             try:
                 return self._forward(self.history)
-            except NonFiniteError as again:
+            except (NonFiniteError, MismatchError) as again:
                 error = again
 
     @torch.inference_mode()
@@ -193,6 +212,7 @@ class Engine:
             From the layer where it arose, or for the logits.
         """
         logits = self.step.forward(tokens, self.cache, self.history.shape[1] - tokens.shape[1])
+        self.n_held = self.history.shape[1]
         if not is_finite(logits):
             layers = self.cache.kv_layers
             raise NonFiniteError(
@@ -203,18 +223,3 @@ class Engine:
                 source="cache",
             )
         return logits
-
-    def _explain_weights(self) -> None:
-        """If the weights themselves are to blame, say which.
-
-        Raises
-        ------
-        ModelError
-            Naming the first tensor that is not finite.
-        """
-        for name, weight in self._model.named_parameters():
-            if not torch.isfinite(weight).all():
-                raise ModelError(
-                    f"the weights are not finite: {name} holds NaN or infinity",
-                    hint="the model file is damaged or was converted wrongly; no cache type can help",
-                )

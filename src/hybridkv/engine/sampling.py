@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,6 +62,34 @@ class Sampler:
         """int64 `[B]` from finite float32 logits `[B, V]`."""
         if self.params.temp == 0:
             return logits.argmax(-1).cpu()
-        p = self.params
-        kept = warp(logits.float().cpu(), top_k=p.top_k, top_p=p.top_p, min_p=p.min_p, temp=p.temp)
-        return torch.multinomial(torch.softmax(kept, -1), 1, generator=self._generator).squeeze(-1)
+        return self.pick(_probabilities(logits, self.params))
+
+    def pick(self, probabilities: Tensor) -> Tensor:
+        """int64 `[B]` from probabilities `[B, V]`; moves the generator on."""
+        return torch.multinomial(probabilities, 1, generator=self._generator).squeeze(-1)
+
+
+def draw_each(samplers: Sequence[Sampler], logits: Tensor) -> list[int]:
+    """One token per sampler from its row of finite float32 logits `[N, V]`, the same as each draws alone.
+
+    Rows of equal parameters are filtered together: a filter costs more in calls than in work.
+    """
+    alike: dict[SamplingParams, list[int]] = {}
+    for row, sampler in enumerate(samplers):
+        alike.setdefault(replace(sampler.params, seed=None), []).append(row)
+    drawn = [0] * len(samplers)
+    for params, rows in alike.items():
+        own = logits if len(rows) == len(samplers) else logits[rows]
+        if params.temp == 0:
+            tokens = own.argmax(-1).tolist()
+        else:
+            probabilities = _probabilities(own, params)
+            tokens = [int(samplers[row].pick(probabilities[i : i + 1])) for i, row in enumerate(rows)]
+        for row, token in zip(rows, tokens, strict=True):
+            drawn[row] = token
+    return drawn
+
+
+def _probabilities(logits: Tensor, p: SamplingParams) -> Tensor:
+    kept = warp(logits.float().cpu(), top_k=p.top_k, top_p=p.top_p, min_p=p.min_p, temp=p.temp)
+    return torch.softmax(kept, -1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from hybridkv.formats import Scale
 from hybridkv.hf.attention import IMPLEMENTATION, register
 from hybridkv.hf.facts import is_hybrid, kv_facts, layer_facts, takes_chunks
 from hybridkv.hf.layers import EmptyLayer, LayerWatch, Notify, QuantizedAndStateLayer, QuantizedLayer, StateLayer
+from hybridkv.hf.stored import StoredCache
 from hybridkv.kernels import ENCODERS, KERNELS, Encoder, Kernel
 from hybridkv.policy import Guard, GuardMode, KVConfig, Policy, parse_mode, parse_override, parse_scale, read_config
 
@@ -82,11 +84,20 @@ class ModelCache(Cache):  # type: ignore[misc]
             "takes_chunks": takes_chunks(config),
         }
 
+        kinds: set[KVSpec] = set()
+
+        def leads(spec: KVSpec) -> bool:
+            kind = replace(spec, facts=replace(spec.facts, layer=0))
+            first = kind not in kinds
+            kinds.add(kind)
+            return first
+
         def build(index: int, layer: LayerFacts) -> Any:
             if layer.attention is None:
                 return EmptyLayer() if layer.state is None else StateLayer(**states)
-            store = KVLayer(specs_by_layer[index], choose, n_ctx=n_ctx)
-            parts = (store, LayerWatch(guard, notify), packed)
+            spec = specs_by_layer[index]
+            watch = LayerWatch(guard, notify, leads=leads(spec))
+            parts = (KVLayer(spec, choose, n_ctx=n_ctx), watch, packed)
             if layer.state is None:
                 return QuantizedLayer(*parts)
             return QuantizedAndStateLayer(*parts, **states)
@@ -177,6 +188,49 @@ class ModelCache(Cache):  # type: ignore[misc]
         parts = [layer.store.memory for layer in self.layers if isinstance(layer, QuantizedLayer)]
         parts += [layer.memory for layer in self.layers if isinstance(layer, StateLayer)]
         return tuple(tensor for part in parts for tensor in part)
+
+    def stored(self, after: StoredCache | None = None) -> StoredCache:
+        """A copy of what is held now, never to be changed.
+
+        Parameters
+        ----------
+        after
+            An earlier copy of the same sequence at the same specs: packed rows that it holds, it or those before it,
+            are left out.
+        """
+        held = [layer for layer in self.layers if isinstance(layer, QuantizedLayer)]
+        before = [0] * len(held) if after is None else [rows.first + rows.n_packed for rows in after.rows]
+        return StoredCache(
+            specs=self.specs,
+            rows=tuple(layer.store.stored(first) for layer, first in zip(held, before, strict=True)),
+            pending=tuple(layer.watch.pending for layer in held),
+            errors=tuple(layer.watch.error for layer in held),
+            states=tuple(layer.stored() for layer in self.layers if isinstance(layer, StateLayer)),
+        )
+
+    def load(self, copies: Sequence[StoredCache]) -> None:
+        """Go on from the last of several copies of one sequence, each of which begins where the one before ends.
+
+        The cache must have been built for their specs.
+        """
+        last = copies[-1]
+        assert self.specs == last.specs, (self.specs, last.specs)
+        held = [layer for layer in self.layers if isinstance(layer, QuantizedLayer)]
+        for index, layer in enumerate(held):
+            layer.store.load([copy.rows[index] for copy in copies])
+            layer.watch.pending, layer.watch.error = last.pending[index], last.errors[index]
+        stateful = [layer for layer in self.layers if isinstance(layer, StateLayer)]
+        for layer, states in zip(stateful, last.states, strict=True):
+            layer.load(states)
+
+    def load_converted(self, other: ModelCache) -> None:
+        """Go on from what another cache of the model holds at other types: rows are decoded and encoded again."""
+        for own, theirs in zip(self.layers, other.layers, strict=True):
+            if isinstance(own, QuantizedLayer):
+                own.store.load_converted(theirs.store)
+                own.watch.pending = False  # there are no unpacked rows left to compare with
+            if isinstance(own, StateLayer):
+                own.load(theirs.stored())
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the newest `-tokens_to_remove` tokens from every layer, or from none.

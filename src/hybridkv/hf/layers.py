@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,8 +17,9 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from hybridkv.cache import KVLayer
 from hybridkv.errors import ContextError, ModelError
+from hybridkv.hf.stored import StoredState
 from hybridkv.kernels import KVView
-from hybridkv.policy import Guard
+from hybridkv.policy import Guard, Schedule
 
 Notify = Callable[[str], None]
 
@@ -37,12 +38,22 @@ class LayerWatch:
         True until the first call over packed rows has been measured.
     error
         The last measured relative RMSE, or None.
+    schedule
+        Which calls are checked after that one.
+    leads
+        Whether it is the first layer of its kind; in a short prompt it stands for the others.
     """
 
     guard: Guard
     notify: Notify
     pending: bool = field(default=True)
     error: float | None = None
+    schedule: Schedule = field(default=Schedule())
+    leads: bool = field(default=True)
+
+    def takes(self, n_seen: int, n_new: int) -> bool:
+        """Whether to check this call: of `n_new` tokens, after which the cache has seen `n_seen`."""
+        return self.guard.measures and not self.pending and self.schedule.due(n_seen, n_new)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +193,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget all tokens; a raised type stays raised, and the next prompt is measured again."""
         self.store.reset()
-        self.watch.pending = True
+        self.watch.pending, self.watch.schedule = True, Schedule()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: sequence i continues from sequence `beam_idx[i]`."""
@@ -384,6 +395,30 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
         twin = copy.copy(self)
         StateLayer.reset(twin)
         return twin
+
+    def stored(self) -> tuple[StoredState, ...]:
+        """Copies of the states."""
+
+        def clone(state: Tensor | None) -> Tensor | None:
+            return None if state is None else state.clone()
+
+        return tuple(
+            StoredState(clone(self.conv_states[i]), clone(self.recurrent_states[i]), self.has_previous_state[i])
+            for i in range(self.number_of_states)
+        )
+
+    def load(self, states: Sequence[StoredState]) -> None:
+        """Go on from copies of states."""
+        StateLayer.reset(self)
+        for index, state in enumerate(states):
+            self.has_previous_state[index] = state.fed
+            if state.conv is not None:
+                self.dtype, self.device = state.conv.dtype, state.conv.device
+                self.conv_states[index], self.conv_kernel_size[index] = state.conv.clone(), state.conv.shape[-1]
+                self.is_conv_states_initialized[index] = True
+            if state.recurrent is not None:
+                self.recurrent_states[index] = state.recurrent.clone()
+                self.is_recurrent_states_initialized[index] = True
 
     def reset(self) -> None:
         """Forget all tokens, and the batch size with them."""

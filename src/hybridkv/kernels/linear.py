@@ -124,6 +124,7 @@ def linear(
     *,
     out: Tensor | None = None,
     into: Literal["write", "add"] = "write",
+    sums: Literal["of all rows", "of each alone"] = "of all rows",
     n_threads: int | None = None,
 ) -> Tensor:
     """X W^T in float32.
@@ -136,6 +137,8 @@ def linear(
         float32 [n, n_out], rows contiguous; a new tensor if None.
     into
         Whether `out` is overwritten or added to.
+    sums
+        Whether the number of rows may decide how products are summed, or each row gets the bits that it gets alone.
     """
     assert x.dim() == 2 and x.shape[1] == weight.n_in, (x.shape, weight.n_in)
     assert into == "write" or out is not None
@@ -147,7 +150,7 @@ def linear(
     assert out.stride(1) == 1 or weight.n_out == 1, out.stride()
     _native().linear(
         isa(), weight.type, weight.n_out, weight.n_in, _address(weight), x.data_ptr(), x.stride(0), x.shape[0],
-        out.data_ptr(), out.stride(0), into == "add", n_threads or torch.get_num_threads(),
+        sums == "of each alone", out.data_ptr(), out.stride(0), into == "add", n_threads or torch.get_num_threads(),
     )  # fmt: skip
     return out
 

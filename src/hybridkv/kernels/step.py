@@ -20,6 +20,7 @@ from hybridkv.kernels.linear import PackedWeight
 from hybridkv.rotation import rotation_block
 
 Columns = tuple[int, int, int, int, int]
+Caches = Literal["shared", "separate"]
 Health = Literal["finite", "bad output", "bad input"]
 _HEALTH: tuple[Health, ...] = get_args(Health)
 
@@ -63,7 +64,8 @@ class StepProgram:
     """Operations on float32 buffers `[rows, width]`; a view `[rows, heads, width]` names heads within a buffer.
 
     A run works on the first B * T rows; row `b * T + t` is token t of sequence b. All buffers have the same number
-    of rows, the most that a run may have.
+    of rows, the most that a run may have. Sequences of one cache run together; those of separate caches too, one token
+    of each, and every one gets the bits that it gets alone.
     """
 
     def __init__(self) -> None:
@@ -156,6 +158,11 @@ class StepProgram:
             assert state.shape == (n_seqs, *shape) and state.dtype == torch.float32 and state.is_contiguous(), index
         return [state.data_ptr() for state in states]
 
+    def separate_addresses(self, states: Sequence[Sequence[Tensor]]) -> list[int]:
+        """The same for sequences of separate caches, given by sequence and taken by operation."""
+        each = [self.addresses(own, 1) for own in states]
+        return [address for by_sequence in zip(*each, strict=True) for address in by_sequence]
+
     def run(
         self,
         begin: int,
@@ -166,6 +173,7 @@ class StepProgram:
         angles: tuple[Tensor, Tensor] | None = None,
         states: Sequence[int] = (),
         rows: Sequence[Rows] = (),
+        caches: Caches = "shared",
         n_threads: int | None = None,
     ) -> list[Health]:
         """Run the operations `[begin, end)` on the first `n_seqs * n_tokens` rows.
@@ -173,11 +181,13 @@ class StepProgram:
         Parameters
         ----------
         angles
-            Cosines and sines, float32 `[T, n_rotated / 2]` each.
+            Cosines and sines, float32 `[T, n_rotated / 2]` each; `[B, n_rotated / 2]` for separate caches.
         states
-            Of `addresses`; continued in place.
+            Of `addresses`, or `separate_addresses`; continued in place.
         rows
-            One per `attend`, where one runs.
+            One per `attend`, where one runs; for separate caches, one per `attend` and sequence, in that order.
+        caches
+            Whether the sequences share one cache or have one each, of lengths of their own.
 
         Returns
         -------
@@ -186,17 +196,22 @@ class StepProgram:
         """
         assert not rows or n_tokens == 1, n_tokens
         assert self._rows is None or 0 < n_seqs * n_tokens <= self._rows, (n_seqs, n_tokens, self._rows)
-        assert not self._states or len(states) > max(self._states), (len(states), self._states)
+        separate = caches == "separate"
+        n_angles, n_sets = (n_seqs, n_seqs) if separate else (n_tokens, 1)
+        assert not separate or n_tokens == 1, n_tokens
+        assert not self._states or len(states) >= n_sets * (max(self._states) + 1), (len(states), self._states)
         cos, sin = angles or (None, None)
         for x in (cos, sin):
-            assert x is None or (x.dtype == torch.float32 and x.is_contiguous() and x.shape[0] == n_tokens), x
-        calls = [r.native(n_seqs, *shape) for r, shape in zip(rows, self._calls, strict=True)] if rows else []
+            assert x is None or (x.dtype == torch.float32 and x.is_contiguous() and x.shape[0] == n_angles), x
+        shapes = [shape for shape in self._calls for _ in range(n_sets)]
+        calls = [r.native(n_seqs // n_sets, *shape) for r, shape in zip(rows, shapes, strict=True)] if rows else []
         health = self._native.run(
             cpu_native.isa(),
             begin,
             end,
             n_seqs,
             n_tokens,
+            separate,
             0 if cos is None else cos.data_ptr(),
             0 if sin is None else sin.data_ptr(),
             states,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from hybridkv.hf.cache import ModelCache
 from hybridkv.hf.facts import cache_argument, takes_chunks
+from hybridkv.hf.step.record import Answers, one_by_one
 from hybridkv.hf.step.weights import packed_types
 
 PREFILL_CHUNK = 512
@@ -45,6 +47,10 @@ class EagerStep:
             logits = self._call(chunk, cache, position, self._last_only)
             position += chunk.shape[1]
         return logits[:, -1].float()
+
+    def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> Answers:
+        """One sequence after the other: Transformers' layers take one cache; see `Step.forward_many`."""
+        return one_by_one(self, tokens, caches, positions)
 
     def logits(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence; see `Step.logits`."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hybridkv.hf.attention import attend_new
 from hybridkv.hf.cache import ModelCache
 from hybridkv.hf.layers import QuantizedLayer, StateLayer
+from hybridkv.hf.step.record import Answers, one_by_one
 from hybridkv.kernels import AttentionParams
 
 PROMPT_ROWS = 1024
@@ -172,6 +173,10 @@ class FusedStep:
             hidden = self._prompt(part, cache, position)
             position += part.shape[1]
         return self._head(hidden[:, -1]).float()
+
+    def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> Answers:
+        """One sequence after the other; see `Step.forward_many`."""
+        return one_by_one(self, tokens, caches, positions)
 
     def logits(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence; see `Step.logits`."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,7 @@ from hybridkv.hf.attention import non_finite
 from hybridkv.hf.cache import ModelCache
 from hybridkv.hf.facts import layer_facts
 from hybridkv.hf.layers import Fixed, Notify, QuantizedLayer, StateLayer
-from hybridkv.hf.step.record import Step
+from hybridkv.hf.step.record import Answers, Step, one_by_one
 
 LOG = logging.getLogger("hybridkv")
 
@@ -227,6 +227,10 @@ class GraphStep:
         recording.replay()
         return recording.result(cache)
 
+    def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> Answers:
+        """One replay after the other: a recording is of one cache; see `Step.forward_many`."""
+        return one_by_one(self, tokens, caches, positions)
+
     @torch.inference_mode()
     def logits(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence; see `Step.logits`."""
@@ -286,10 +290,12 @@ def _kv_layers(cache: ModelCache) -> list[QuantizedLayer]:
 
 
 def _settled(cache: ModelCache) -> bool:
-    """Whether the cache has its memory, and the guard has measured what it wants to."""
+    """Whether the cache has its memory, and the guard has nothing to measure in the next step."""
     for layer in cache.layers:
-        if isinstance(layer, QuantizedLayer) and (layer.watch.pending or not layer.store.n_stored):
-            return False
+        if isinstance(layer, QuantizedLayer):
+            store, watch = layer.store, layer.watch
+            if watch.pending or not store.n_stored or watch.takes(store.n_seen + 1, 1):
+                return False
         if isinstance(layer, StateLayer) and not all(layer.has_previous_state.values()):
             return False
     return True

@@ -7,20 +7,22 @@ the modules, and tests compare each result with theirs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from hybridkv.hf.attention import attend_new, non_finite
+from hybridkv.hf.attention import attend_new, non_finite, verify_call
 from hybridkv.hf.cache import ModelCache
-from hybridkv.hf.layers import QuantizedLayer, StateLayer
+from hybridkv.hf.layers import LayerView, QuantizedLayer, StateLayer
 from hybridkv.hf.step import llama, qwen3_5
-from hybridkv.hf.step.record import Build, Builder, Family
-from hybridkv.hf.step.weights import packed_of
+from hybridkv.hf.step.record import Answers, Build, Builder, Family, Fault, one_by_one
+from hybridkv.hf.step.weights import packed_of, vocabulary_rows
 from hybridkv.kernels import AttentionParams, cpu, cpu_native
 from hybridkv.kernels.linear import PackedWeight, exact_type, gather, pack
-from hybridkv.kernels.step import Rows
+from hybridkv.kernels.step import Caches, Health, Rows
+from hybridkv.policy import NonFiniteError
 
 FAMILIES = {family.model_type: family for family in (qwen3_5.FAMILY, llama.LLAMA, llama.QWEN3)}
 
@@ -60,6 +62,7 @@ class NativeStep:
         # The parameter is kept, so that its id stays its own.
         self._packed: dict[int, tuple[Tensor, PackedWeight]] = {}
         self._angles: tuple[Tensor, Tensor] | None = None
+        self._n_vocab = vocabulary_rows(model.config)
         self._embedding = self._pack(model.get_input_embeddings().weight)
         self._layers = self._write(self._family.build, 1)
         self._head = self._write(self._family.build_head, 1)
@@ -77,6 +80,27 @@ class NativeStep:
             position += part.shape[1]
         return self._logits(hidden[:, -1])
 
+    def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> Answers:
+        """All in one run, weights read once; see `Step.forward_many`.
+
+        A cache whose next call the guard checks, or whose kernels are not native, goes by itself.
+        """
+        n_seqs = len(caches)
+        layers = [[cache.layers[call.layer] for call in self._layers.calls] for cache in caches]
+        together = [i for i in range(n_seqs) if all(map(_unwatched, layers[i]))]
+        if len(together) == n_seqs:
+            hidden, failed = self._decode_many(tokens, caches, layers, positions)
+            return Answers(self._logits(hidden, "separate"), failed)
+        alone = [i for i in range(n_seqs) if i not in together]
+        logits = torch.full((n_seqs, self._n_vocab), torch.nan)
+        failed = {}
+        for group, run in ((alone, partial(one_by_one, self)), (together, self.forward_many)):
+            if group:
+                part = run(tokens[group], [caches[i] for i in group], [positions[i] for i in group])
+                logits[group] = part.logits
+                failed |= {group[i]: error for i, error in part.failed.items()}
+        return Answers(logits, failed)
+
     def logits(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence; see `Step.logits`."""
         logits = []
@@ -89,7 +113,7 @@ class NativeStep:
     def _parts(self, tokens: Tensor) -> tuple[Tensor, ...]:
         return torch.split(tokens, max(1, MAX_ROWS // len(tokens)), dim=1)
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def _logits(self, hidden: Tensor, caches: Caches = "shared") -> Tensor:
         """The head over hidden states `[N, hidden size]`: `[N, V]`."""
         if self._head.n_rows < min(len(hidden), HEAD_ROWS):
             self._head = self._write(self._family.build_head, min(len(hidden), HEAD_ROWS))
@@ -97,18 +121,15 @@ class NativeStep:
         logits = torch.empty(len(hidden), head.buffer("logits").shape[1])
         for rows, out in zip(*(torch.split(x, head.n_rows) for x in (hidden, logits)), strict=True):
             head.buffer("x")[: len(rows)] = rows
-            head.program.run(0, len(head.program), len(rows), 1)
+            head.program.run(0, len(head.program), len(rows), 1, caches=caches)
             out.copy_(head.buffer("logits")[: len(rows)])
         return logits
 
     def _run(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """All layers over `tokens` `[B, T]`; the hidden states `[B, T, hidden size]`, until the next run."""
         n_seqs, n_tokens = tokens.shape
-        if self._layers.n_rows < n_seqs * n_tokens:
-            self._layers = self._write(self._family.build, n_seqs * n_tokens)
+        x = self._embedded(tokens.flatten())
         builder, program = self._layers, self._layers.program
-        x = builder.buffer("x")[: n_seqs * n_tokens]
-        x.copy_(gather(self._embedding, tokens.flatten()))
         states = program.addresses(self._cache_states(cache, n_seqs), n_seqs)
         angles = self._turns(position, n_tokens)
         layers = [cache.layers[call.layer] for call in builder.calls]
@@ -125,23 +146,68 @@ class NativeStep:
         program.run(begin, len(program), n_seqs, n_tokens, angles=angles, states=states)
         return x.view(n_seqs, n_tokens, -1)
 
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        """The first rows of buffer `x`, which now hold the embedding of `tokens` `[N]`."""
+        if self._layers.n_rows < len(tokens):
+            self._layers = self._write(self._family.build, len(tokens))
+        x = self._layers.buffer("x")[: len(tokens)]
+        return x.copy_(gather(self._embedding, tokens))
+
+    def _decode_many(
+        self,
+        tokens: Tensor,
+        caches: Sequence[ModelCache],
+        layers: Sequence[Sequence[QuantizedLayer]],
+        positions: Sequence[int],
+    ) -> tuple[Tensor, dict[int, Fault]]:
+        """All layers over one token of each cache in one run; the hidden states `[N, hidden size]`, and failures."""
+        n_seqs = len(caches)
+        x = self._embedded(tokens)
+        program = self._layers.program
+        states = program.separate_addresses([self._cache_states(cache, 1) for cache in caches])
+        cos, sin = self._turns(0, max(positions) + 1)
+        angles = cos[list(positions)], sin[list(positions)]
+        by_call = [layer for call in zip(*layers, strict=True) for layer in call]
+        rows = [_new_rows(layer, 1) for layer in by_call]
+        health = program.run(0, len(program), n_seqs, 1, angles=angles, states=states, rows=rows, caches="separate")
+        failed: dict[int, Fault] = {}
+        for index, (layer, found) in enumerate(zip(by_call, health, strict=True)):
+            if found != "finite" and layer.watch.guard.watches:
+                failed.setdefault(index % n_seqs, _found(layer, found))
+        return x, failed
+
     def _decode(
         self, layers: Sequence[QuantizedLayer], n_seqs: int, angles: tuple[Tensor, Tensor], states: list[int]
     ) -> None:
-        """All layers over one token per sequence in a single run, attention included.
+        """All layers over one token per sequence, attention included, in a single run but where the guard looks in.
 
         Raises
         ------
         NonFiniteError
             For the first layer whose attention output is not finite, if the guard watches.
+        MismatchError
+            If the guard measures and a layer's rows or attention are not what its types mean.
         """
         rows = [_new_rows(layer, n_seqs) for layer in layers]
         program = self._layers.program
-        health = program.run(0, len(program), n_seqs, 1, angles=angles, states=states, rows=rows)
+        run = partial(program.run, n_seqs=n_seqs, n_tokens=1, angles=angles, states=states, rows=rows)
+        begin = 0
+        for call, layer, new in zip(self._layers.calls, layers, rows, strict=True):
+            if layer.watch.takes(layer.store.n_seen, 1):
+                self._raise_non_finite(layers, run(begin, call.index))
+                begin = call.index + 1
+                # The buffers are other layers' too, and the native code rotates in place.
+                q, k, v = (_heads_first(x, n_seqs, 1).clone() for x in (call.q, call.k, call.v))
+                self._raise_non_finite(layers, run(call.index, begin))
+                packed = LayerView(layer.store, new.view, layer.watch, k, v)
+                verify_call(q, packed, AttentionParams(scale=call.scale), _heads_first(call.out, n_seqs, 1))
+        self._raise_non_finite(layers, run(begin, len(program)))
+
+    @staticmethod
+    def _raise_non_finite(layers: Sequence[QuantizedLayer], health: Sequence[Health]) -> None:
         for layer, found in zip(layers, health, strict=True):
             if found != "finite" and layer.watch.guard.watches:
-                source: Literal["cache", "input"] = "cache" if found == "bad output" else "input"
-                raise non_finite(layer.store, layer.store.kernels.decode, source)
+                raise _found(layer, found)
 
     def _cache_states(self, cache: ModelCache, n_seqs: int) -> list[Tensor]:
         """Convolution and recurrent state of every layer that has them, in the operations' order."""
@@ -183,6 +249,16 @@ def _direct(layer: Any) -> bool:
     kernels = layer.store.kernels
     native = kernels.decode in cpu.KERNELS and kernels.write_k in cpu.ENCODERS and kernels.write_v in cpu.ENCODERS
     return native and not layer.watch.pending
+
+
+def _unwatched(layer: Any) -> bool:
+    """Whether the native code takes the layer's next token, and the guard does not look at it."""
+    return _direct(layer) and not layer.watch.takes(layer.store.n_seen + 1, 1)
+
+
+def _found(layer: QuantizedLayer, health: Health) -> NonFiniteError:
+    source: Literal["cache", "input"] = "cache" if health == "bad output" else "input"
+    return non_finite(layer.store, layer.store.kernels.decode, source)
 
 
 def _new_rows(layer: QuantizedLayer, n_seqs: int) -> Rows:

@@ -5,7 +5,7 @@ Owns `Step`, the one interface that the engine calls, and `Builder`, in which a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +15,27 @@ from torch import Tensor
 from hybridkv.hf.cache import ModelCache
 from hybridkv.kernels.linear import PackedWeight
 from hybridkv.kernels.step import StepProgram, Target
+from hybridkv.policy import MismatchError, NonFiniteError
+
+Fault = NonFiniteError | MismatchError
+"""What a sequence can be rebuilt after, at larger types."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What a step gives for sequences of separate caches.
+
+    Attributes
+    ----------
+    logits
+        float32 `[N, V]`; of a sequence that failed, whatever is there.
+    failed
+        Sequence -> what the guard found in the first of its layers that is not sound. Its cache is of no more use; the
+        others are not touched by it.
+    """
+
+    logits: Tensor
+    failed: dict[int, Fault]
 
 
 class Step(Protocol):
@@ -40,9 +61,36 @@ class Step(Protocol):
         """
         ...
 
+    def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> Answers:
+        """Continue sequences of separate caches by one token each; every one as `forward` continues it alone.
+
+        Parameters
+        ----------
+        tokens
+            int64 `[N]`.
+        caches, positions
+            Of one sequence each; no cache twice.
+        """
+        ...
+
     def logits(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence as `forward` does; float32 `[B, T, V]`: the logits after every token."""
         ...
+
+
+def one_by_one(step: Step, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> Answers:
+    """`Step.forward_many` as so many calls of `Step.forward`."""
+    logits: list[Tensor | None] = []
+    failed: dict[int, Fault] = {}
+    for index, (cache, position) in enumerate(zip(caches, positions, strict=True)):
+        try:
+            logits.append(step.forward(tokens[index].view(1, 1), cache, position))
+        except (NonFiniteError, MismatchError) as error:
+            logits.append(None)
+            failed[index] = error
+    width = max((part.shape[1] for part in logits if part is not None), default=0)
+    rows = [torch.full((1, width), torch.nan) if part is None else part for part in logits]
+    return Answers(torch.cat(rows), failed)
 
 
 @dataclass(frozen=True, slots=True)

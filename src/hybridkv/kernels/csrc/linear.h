@@ -151,28 +151,28 @@ HYBRIDKV_PHASE void panel_integers(const uint8_t* panel, int64_t bytes, int64_t 
 
 enum class Form { floats, blocks, integers, tiles };
 
-inline Form form_of(Code code, int64_t n_rows) {
+inline Form form_of(Code code, RowCount rows) {
 #if defined(HYBRIDKV_AMX)
-    if (code != Code::f32 && n_rows >= Tiles::min_rows) return Form::tiles;
+    if (code != Code::f32 && rows.deciding() >= Tiles::min_rows) return Form::tiles;
 #endif
-    if (Blocks::wins(code, n_rows) && !(in_blocks(code) && Dots::bytes)) return Form::blocks;
+    if (Blocks::wins(code, rows.deciding()) && !(in_blocks(code) && Dots::bytes)) return Form::blocks;
     return in_blocks(code) ? Form::integers : Form::floats;
 }
 
-size_t prepared_bytes(Code code, int64_t n_in, int64_t n_rows) {
-    switch (form_of(code, n_rows)) {
+size_t prepared_bytes(Code code, int64_t n_in, RowCount rows) {
+    switch (form_of(code, rows)) {
 #if defined(HYBRIDKV_AMX)
-        case Form::tiles: return static_cast<size_t>(Tiles::prepared_bytes(packed_inputs(code, n_in), n_rows));
+        case Form::tiles: return static_cast<size_t>(Tiles::prepared_bytes(packed_inputs(code, n_in), rows.n));
 #endif
-        case Form::integers: return static_cast<size_t>(n_rows * integers_stride(n_in));
-        default: return static_cast<size_t>(n_rows * floats_stride(code, n_in));
+        case Form::integers: return static_cast<size_t>(rows.n * integers_stride(n_in));
+        default: return static_cast<size_t>(rows.n * floats_stride(code, n_in));
     }
 }
 
-void prepare(Code code, const float* x, int64_t x_stride, int64_t n_in, int64_t n_rows, int64_t r0, int64_t r1,
+void prepare(Code code, const float* x, int64_t x_stride, int64_t n_in, RowCount rows, int64_t r0, int64_t r1,
              void* prepared) {
     uint8_t* out = static_cast<uint8_t*>(prepared);
-    const Form form = form_of(code, n_rows);
+    const Form form = form_of(code, rows);
     for (int64_t r = r0; r < r1; ++r) {
         const float* row = x + r * x_stride;
 #if defined(HYBRIDKV_AMX)
@@ -184,12 +184,12 @@ void prepare(Code code, const float* x, int64_t x_stride, int64_t n_in, int64_t 
     }
 }
 
-size_t linear_scratch_bytes(Code code, int64_t n_in, int64_t n_rows) {
+size_t linear_scratch_bytes(Code code, int64_t n_in, RowCount rows) {
 #if defined(HYBRIDKV_AMX)
-    if (form_of(code, n_rows) == Form::tiles) return Tiles::scratch_bytes(n_rows);
+    if (form_of(code, rows) == Form::tiles) return Tiles::scratch_bytes(rows.n);
 #endif
     (void)n_in;
-    return form_of(code, n_rows) == Form::blocks ? Blocks::scratch_bytes : 0;
+    return form_of(code, rows) == Form::blocks ? Blocks::scratch_bytes : 0;
 }
 
 // Vectors of a panel that a micro-kernel of NQ rows takes at once: four sums or more are under way.
@@ -199,32 +199,38 @@ constexpr int vectors() {
     return all < most ? all : most;
 }
 
+// Panels times groups of rows, each row by itself if `alone`: a panel is still in the first caches then.
 template <class Kernel>
-inline void for_panels(const Weight& w, int64_t n_rows, int64_t panel0, int64_t panel1, const Output& out,
+inline void for_panels(const Weight& w, int64_t n_rows, bool alone, int64_t panel0, int64_t panel1, const Output& out,
                        Kernel&& kernel) {
     const int64_t bytes = panel_bytes(w.code, w.n_in);
     for (int64_t p = panel0; p < panel1; ++p) {
-        for_row_groups(static_cast<int>(n_rows), [&](auto group, int r) {
+        const auto multiply = [&](auto group, int r) {
             constexpr int n = decltype(group)::count;
             alignas(64) float sums[n * kPanel];
             for (int lane = 0; lane < kPanel; lane += vectors<n>() * L) {
                 kernel(group, w.data + p * bytes, r, lane, sums);
             }
             out.put(sums, n, r, p);
-        });
+        };
+        if (!alone) for_row_groups(static_cast<int>(n_rows), multiply);
+        for (int r = 0; alone && r < n_rows; ++r) multiply(Rows<1>{}, r);
     }
 }
 
+// The number of chains of sums depends on that of rows in a group: rows that are to get their own bits go alone.
 template <Code C>
-void linear_floats(const Weight& w, const uint8_t* x, int64_t n_rows, int64_t panel0, int64_t panel1,
+void linear_floats(const Weight& w, const uint8_t* x, RowCount rows, int64_t panel0, int64_t panel1,
                    const Output& out) {
     const int64_t stride = floats_stride(C, w.n_in), steps = C == Code::f32 ? w.n_in : packed_inputs(C, w.n_in) / 2;
-    for_panels(w, n_rows, panel0, panel1, out, [&](auto group, const uint8_t* panel, int r, int lane, float* sums) {
+    const bool alone = rows.each_alone;
+    for_panels(w, rows.n, alone, panel0, panel1, out, [&](auto group, const uint8_t* panel, int r, int lane, float* sums) {
         constexpr int n = decltype(group)::count;
         panel_floats<C, n, vectors<n>()>(panel, steps, x + r * stride, stride, lane, sums);
     });
 }
 
+// A block's sum of products is exact and blocks are added in order: a row has the same bits in every group.
 template <Code C>
 void linear_integers(const Weight& w, const uint8_t* x, int64_t n_rows, int64_t panel0, int64_t panel1,
                      const Output& out) {
@@ -241,28 +247,28 @@ void linear_integers(const Weight& w, const uint8_t* x, int64_t n_rows, int64_t 
             });
         }
     }
-    for_panels(w, n_rows, panel0, panel1, out, [&](auto group, const uint8_t* panel, int r, int lane, float* sums) {
+    for_panels(w, n_rows, false, panel0, panel1, out, [&](auto group, const uint8_t* panel, int r, int lane, float* sums) {
         constexpr int n = decltype(group)::count;
         panel_integers<C, n, vectors<n>()>(panel, bytes, blocks, x + r * stride, stride, lane, sums);
     });
 }
 
-void linear(const Weight& w, const void* prepared, int64_t n_rows, int64_t panel0, int64_t panel1, float* y,
+void linear(const Weight& w, const void* prepared, RowCount rows, int64_t panel0, int64_t panel1, float* y,
             int64_t y_stride, bool add, void* scratch) {
     const uint8_t* x = static_cast<const uint8_t*>(prepared);
     const Output out{y, y_stride, w.n_out, add};
-    switch (form_of(w.code, n_rows)) {
+    switch (form_of(w.code, rows)) {
 #if defined(HYBRIDKV_AMX)
-        case Form::tiles: return Tiles::linear(w, x, n_rows, panel0, panel1, scratch, out);
+        case Form::tiles: return Tiles::linear(w, x, rows.n, panel0, panel1, scratch, out);
 #endif
-        case Form::blocks: return Blocks::linear(w, x, n_rows, panel0, panel1, scratch, out);
+        case Form::blocks: return Blocks::linear(w, x, rows.n, panel0, panel1, scratch, out);
         default: break;
     }
     switch (w.code) {
-        case Code::nibbles: return linear_integers<Code::nibbles>(w, x, n_rows, panel0, panel1, out);
-        case Code::bytes: return linear_integers<Code::bytes>(w, x, n_rows, panel0, panel1, out);
-        case Code::bf16: return linear_floats<Code::bf16>(w, x, n_rows, panel0, panel1, out);
-        default: return linear_floats<Code::f32>(w, x, n_rows, panel0, panel1, out);
+        case Code::nibbles: return linear_integers<Code::nibbles>(w, x, rows.n, panel0, panel1, out);
+        case Code::bytes: return linear_integers<Code::bytes>(w, x, rows.n, panel0, panel1, out);
+        case Code::bf16: return linear_floats<Code::bf16>(w, x, rows, panel0, panel1, out);
+        default: return linear_floats<Code::f32>(w, x, rows, panel0, panel1, out);
     }
 }
 

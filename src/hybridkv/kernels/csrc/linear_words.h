@@ -37,12 +37,12 @@ struct Dots {
             }
 #pragma GCC unroll 4
             for (int q = 0; q < NQ; ++q) {
-                int32_t pair[2];
-                std::memcpy(pair, x + q * stride + 8 * quad, 8);
+                const I first = Simd::set1i(x + q * stride + 8 * quad), second = Simd::set1i(x + q * stride + 8 * quad + 4);
 #pragma GCC unroll 4
                 for (int v = 0; v < NV; ++v) {
-                    sums[q][v] = Simd::dot2(sums[q][v], even[v], Simd::set1i(pair[0]));
-                    sums[q][v] = Simd::dot2(sums[q][v], odd[v], Simd::set1i(pair[1]));
+                    sums[q][v] = Simd::dot2(sums[q][v], even[v], first);
+                    sums[q][v] = Simd::dot2(sums[q][v], odd[v], second);
+                    Simd::settle(sums[q][v]);
                 }
             }
         }

@@ -56,20 +56,21 @@ struct Free {
 };
 
 void linear(const std::string& isa, const std::string& type, int64_t n_out, int64_t n_in, Address data, Address x,
-            int64_t x_stride, int64_t n_rows, Address y, int64_t y_stride, bool add, int n_threads) {
+            int64_t x_stride, int64_t n_rows, bool each_alone, Address y, int64_t y_stride, bool add, int n_threads) {
+    const RowCount rows{n_rows, each_alone};
     const StepKernels& kernels = *isa_named(isa).step;
     const Weight w{format_named(type).code, n_out, n_in, reinterpret_cast<const uint8_t*>(data)};
     nb::gil_scoped_release unlocked;
     const std::unique_ptr<void, Free> prepared(
-        ::operator new(kernels.prepared_bytes(w.code, n_in, n_rows), std::align_val_t{64}));
+        ::operator new(kernels.prepared_bytes(w.code, n_in, rows), std::align_val_t{64}));
     parallel_for((n_rows + kRowsPerTask - 1) / kRowsPerTask, n_threads, [&](int64_t task, int) {
-        kernels.prepare(w.code, reinterpret_cast<const float*>(x), x_stride, n_in, n_rows, task * kRowsPerTask,
+        kernels.prepare(w.code, reinterpret_cast<const float*>(x), x_stride, n_in, rows, task * kRowsPerTask,
                         std::min(n_rows, (task + 1) * kRowsPerTask), prepared.get());
     });
     const int64_t panels = panels_per_task(w, n_rows, n_threads);
-    const size_t scratch = kernels.linear_scratch_bytes(w.code, n_in, n_rows);
+    const size_t scratch = kernels.linear_scratch_bytes(w.code, n_in, rows);
     parallel_for((w.n_panels() + panels - 1) / panels, n_threads, [&](int64_t task, int) {
-        kernels.linear(w, prepared.get(), n_rows, task * panels, std::min(w.n_panels(), (task + 1) * panels),
+        kernels.linear(w, prepared.get(), rows, task * panels, std::min(w.n_panels(), (task + 1) * panels),
                        reinterpret_cast<float*>(y), y_stride, add, thread_scratch(scratch));
     });
 }

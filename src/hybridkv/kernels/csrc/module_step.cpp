@@ -76,13 +76,14 @@ public:
     size_t size() const { return ops_.size(); }
 
     // The health of each call's output, as Health counts.
-    std::vector<int> run(const std::string& isa, size_t begin, size_t end, int64_t n_seqs, int64_t n_tokens, Address cos,
-                         Address sin, const std::vector<Address>& states, const std::vector<Call>& calls,
-                         int n_threads) const {
+    std::vector<int> run(const std::string& isa, size_t begin, size_t end, int64_t n_seqs, int64_t n_tokens,
+                         bool separate, Address cos, Address sin, const std::vector<Address>& states,
+                         const std::vector<Call>& calls, int n_threads) const {
         if (begin > end || end > ops_.size()) throw std::out_of_range("operations of a step");
+        if (separate && n_tokens != 1) throw std::invalid_argument("separate sequences take one token each");
         std::vector<AttendCall> attended;
         for (const Call& call : calls) attended.push_back(attend_call(call));
-        StepRun run{isa_named(isa), n_seqs, n_tokens, reinterpret_cast<const float*>(cos),
+        StepRun run{isa_named(isa), n_seqs, n_tokens, separate, reinterpret_cast<const float*>(cos),
                     reinterpret_cast<const float*>(sin), {}, attended, n_threads};
         for (const Address state : states) run.states.push_back(reinterpret_cast<float*>(state));
         {

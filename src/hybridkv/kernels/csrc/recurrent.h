@@ -63,10 +63,10 @@ void gate_rows(const GateOp& op, int64_t r0, int64_t r1) {
     }
 }
 
-void rope_rows(const RopeOp& op, const float* cos, const float* sin, int64_t n_tokens, int64_t r0, int64_t r1) {
+void rope_rows(const RopeOp& op, const float* cos, const float* sin, int64_t n_angles, int64_t r0, int64_t r1) {
     const int64_t half = op.n_rotated / 2;
     for (int64_t r = r0; r < r1; ++r) {
-        const float *c = cos + r % n_tokens * half, *s = sin + r % n_tokens * half;
+        const float *c = cos + r % n_angles * half, *s = sin + r % n_angles * half;
         for (int64_t g = 0; g < op.x.groups; ++g) {
             float *a = op.x.at(r, g), *b = a + half;
             for (int64_t i = 0; i < half; ++i) {

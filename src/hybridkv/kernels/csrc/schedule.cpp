@@ -61,8 +61,8 @@ void visible(const AttendParams& a, AttendTask& t) {
 }
 
 // One query row of `splits` parts: m, l and accumulators each.
-void merge(const AttendParams& a, const float* part, int64_t stride, int64_t splits, int64_t batch, int64_t head,
-           int64_t token) {
+void merge_row(const AttendParams& a, const float* part, int64_t stride, int64_t splits, int64_t batch, int64_t head,
+               int64_t token) {
     const int64_t dims = a.head_dim_v();
     float top = -std::numeric_limits<float>::infinity();
     for (int64_t i = 0; i < splits; ++i) top = std::max(top, part[i * stride]);
@@ -82,14 +82,20 @@ void merge(const AttendParams& a, const float* part, int64_t stride, int64_t spl
     for (int64_t e = 0; e < dims; ++e) out[e] *= factor;
 }
 
-}  // namespace
+// One call among several: its tasks are `first` and those after it.
+struct Part {
+    const AttendParams& a;
+    const Cut c;
+    const int64_t first;
+    std::unique_ptr<float[]> parts;  // what the splits of the cache gave, if there are several
 
-void run_attention(const Isa& isa, const AttendParams& a, int n_threads) {
-    const Cut c = cut(a, n_threads);
-    const size_t scratch = isa.scratch_bytes(a);
-    std::unique_ptr<float[]> parts;
-    if (c.splits > 1) parts.reset(new float[static_cast<size_t>(c.n_tasks * c.part_floats)]);
-    parallel_for(c.n_tasks, n_threads, [&](int64_t i, int) {
+    Part(const AttendParams& params, const Cut& cuts, int64_t first_task) : a(params), c(cuts), first(first_task) {
+        if (c.splits > 1) parts.reset(new float[static_cast<size_t>(c.n_tasks * c.part_floats)]);
+    }
+
+    int64_t end() const { return first + c.n_tasks; }
+
+    AttendTask task(int64_t i) const {
         // The last blocks of rows see most of a causal cache: hand them out first.
         const int64_t split = i % c.splits, block = c.blocks - 1 - i / c.splits % c.blocks;
         const int64_t head = i / (c.splits * c.blocks);
@@ -102,18 +108,43 @@ void run_attention(const Isa& isa, const AttendParams& a, int n_threads) {
         t.j1 = std::min(a.n_stored(), c.begin(split + 1));
         visible(a, t);
         t.partial = parts ? parts.get() + ((head * c.blocks + block) * c.splits + split) * c.part_floats : nullptr;
-        isa.attend(a, t, thread_scratch(scratch));
-    });
-    if (!parts) return;
-    for (int64_t head = 0; head < a.n_batch * a.n_kv_heads; ++head) {
-        for (int64_t row = 0; row < c.all_rows; ++row) {
-            const int64_t block = row / kMaxRows;
-            const float* part = parts.get() + (head * c.blocks + block) * c.splits * c.part_floats +
-                                row % kMaxRows * (2 + a.head_dim_v());
-            merge(a, part, c.part_floats, c.splits, head / a.n_kv_heads,
-                  head % a.n_kv_heads * a.group() + row % a.group(), row / a.group());
+        return t;
+    }
+
+    void merge() const {
+        if (!parts) return;
+        for (int64_t head = 0; head < a.n_batch * a.n_kv_heads; ++head) {
+            for (int64_t row = 0; row < c.all_rows; ++row) {
+                const int64_t block = row / kMaxRows;
+                const float* part = parts.get() + (head * c.blocks + block) * c.splits * c.part_floats +
+                                    row % kMaxRows * (2 + a.head_dim_v());
+                merge_row(a, part, c.part_floats, c.splits, head / a.n_kv_heads,
+                          head % a.n_kv_heads * a.group() + row % a.group(), row / a.group());
+            }
         }
     }
+};
+
+}  // namespace
+
+void run_attention(const Isa& isa, const AttendParams& a, int n_threads) {
+    run_attention(isa, std::vector<AttendParams>{a}, n_threads);
+}
+
+void run_attention(const Isa& isa, const std::vector<AttendParams>& calls, int n_threads) {
+    std::vector<Part> parts;
+    int64_t n_tasks = 0;
+    size_t scratch = 0;
+    for (const AttendParams& a : calls) {
+        parts.emplace_back(a, cut(a, n_threads), n_tasks);
+        n_tasks = parts.back().end();
+        scratch = std::max(scratch, isa.scratch_bytes(a));
+    }
+    parallel_for(n_tasks, n_threads, [&](int64_t i, int) {
+        const auto part = std::find_if(parts.begin(), parts.end(), [&](const Part& p) { return i < p.end(); });
+        isa.attend(part->a, part->task(i - part->first), thread_scratch(scratch));
+    });
+    for (const Part& part : parts) part.merge();
 }
 
 void run_encode(const Isa& isa, const EncodeParams& e, int64_t n_rows, int n_threads) {

@@ -23,6 +23,10 @@ struct Simd {
     static I loadi(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const I*>(p)); }
     static void storei(int32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<I*>(p), v); }
     static I set1i(int32_t x) { return _mm256_set1_epi32(x); }
+    // Of four bytes in memory: one load, where a way through a general register costs two shuffles.
+    static I set1i(const uint8_t* p) { return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(p))); }
+    // A sum that the compiler may not put off: it would keep the products of a whole block in memory until then.
+    static void settle(I& x) { asm("" : "+x"(x)); }
     static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
     static F add(F a, F b) { return _mm256_add_ps(a, b); }
     static F sub(F a, F b) { return _mm256_sub_ps(a, b); }

@@ -24,6 +24,12 @@ struct Simd {
     static I loadi(const int32_t* p) { I v; std::memcpy(&v, p, sizeof v); return v; }
     static void storei(int32_t* p, I v) { std::memcpy(p, &v, sizeof v); }
     static I set1i(int32_t x) { return I{x, x, x, x}; }
+    static void settle(I&) {}
+    static I set1i(const uint8_t* p) {
+        int32_t x;
+        std::memcpy(&x, p, 4);
+        return set1i(x);
+    }
     static F fma(F a, F b, F c) { return a * b + c; }
     static F add(F a, F b) { return a + b; }
     static F sub(F a, F b) { return a - b; }

@@ -75,30 +75,39 @@ struct DeltaOp {
 };
 
 // Attention of one layer for one new token per sequence: k and v are stored, q attends. Where the rows lie comes with
-// each run: `call` is an index into its calls.
+// each run: `call` counts the operations of this kind.
 struct AttendOp {
     View q, k, v, dst;
     float scale;
     int64_t call;
 };
 
+// Rows of a linear layer. Their number decides in which form and in which order products are summed, unless each row is
+// to get the bits that it gets alone.
+struct RowCount {
+    int64_t n;
+    bool each_alone;
+
+    int64_t deciding() const { return each_alone ? 1 : n; }
+};
+
 struct StepKernels {
     // y = W x in two steps: inputs are brought once into the form that all weights of one code and n_in take, then
-    // panels are multiplied. `n_rows` is the whole call's in both, and decides the form.
-    size_t (*prepared_bytes)(Code code, int64_t n_in, int64_t n_rows);
+    // panels are multiplied. `rows` are the whole call's in both.
+    size_t (*prepared_bytes)(Code code, int64_t n_in, RowCount rows);
     // rows [r0, r1) of x; rows of x are x_stride floats apart
-    void (*prepare)(Code code, const float* x, int64_t x_stride, int64_t n_in, int64_t n_rows, int64_t r0, int64_t r1,
+    void (*prepare)(Code code, const float* x, int64_t x_stride, int64_t n_in, RowCount rows, int64_t r0, int64_t r1,
                     void* prepared);
-    size_t (*linear_scratch_bytes)(Code code, int64_t n_in, int64_t n_rows);
-    // y[n_rows][16 * panel0 .. 16 * panel1), cut at n_out; added to what is there if `add`
-    void (*linear)(const Weight& w, const void* prepared, int64_t n_rows, int64_t panel0, int64_t panel1, float* y,
+    size_t (*linear_scratch_bytes)(Code code, int64_t n_in, RowCount rows);
+    // y[rows][16 * panel0 .. 16 * panel1), cut at n_out; added to what is there if `add`
+    void (*linear)(const Weight& w, const void* prepared, RowCount rows, int64_t panel0, int64_t panel1, float* y,
                    int64_t y_stride, bool add, void* scratch);
 
     // Rows [r0, r1). Widths need not be multiples of anything.
     void (*norm)(const NormOp& op, int64_t r0, int64_t r1);
     void (*gate)(const GateOp& op, int64_t r0, int64_t r1);
-    // cos, sin: [token of the call][n_rotated / 2]
-    void (*rope)(const RopeOp& op, const float* cos, const float* sin, int64_t n_tokens, int64_t r0, int64_t r1);
+    // cos, sin: [n_angles][n_rotated / 2]; row r turns by those of r % n_angles
+    void (*rope)(const RopeOp& op, const float* cos, const float* sin, int64_t n_angles, int64_t r0, int64_t r1);
     void (*decay)(const DecayOp& op, int64_t r0, int64_t r1);
     // Orthonormal Walsh-Hadamard transform of blocks of `block` values (a power of two), in place.
     void (*rotate)(const View& x, int64_t block, int64_t r0, int64_t r1);

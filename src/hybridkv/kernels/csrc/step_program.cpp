@@ -36,7 +36,7 @@ public:
     }
     void operator()(const RopeOp& op) const {
         by_rows(rows_, op.x.groups * op.n_rotated, run_.n_threads,
-                [&](int64_t a, int64_t b) { step_.rope(op, run_.cos, run_.sin, run_.n_tokens, a, b); });
+                [&](int64_t a, int64_t b) { step_.rope(op, run_.cos, run_.sin, run_.separate ? run_.n_seqs : run_.n_tokens, a, b); });
     }
     void operator()(const DecayOp& op) const {
         by_rows(rows_, op.a.width * 32, run_.n_threads, [&](int64_t a, int64_t b) { step_.decay(op, a, b); });
@@ -46,7 +46,7 @@ public:
         const int64_t channels = op.x.width, parts = (channels + kConvChannels - 1) / kConvChannels;
         const auto part = [&](int64_t i) {
             const int64_t seq = i / parts, c0 = i % parts * kConvChannels;
-            float* state = run_.states[static_cast<size_t>(op.state)] + seq * op.kernel * channels;
+            float* state = run_.state(op.state, seq, op.kernel * channels);
             step_.conv(op, state, seq * run_.n_tokens, run_.n_tokens, c0, std::min(channels, c0 + kConvChannels));
         };
         const int threads = rows_ * channels * op.kernel < kTaskValues ? 1 : run_.n_threads;
@@ -57,49 +57,33 @@ public:
         const int64_t heads = op.v.groups, dims = op.v.width, parts = (dims + kDeltaDims - 1) / kDeltaDims;
         parallel_for(run_.n_seqs * heads * parts, run_.n_threads, [&](int64_t i, int) {
             const int64_t seq = i / parts / heads, head = i / parts % heads, d0 = i % parts * kDeltaDims;
-            float* state = run_.states[static_cast<size_t>(op.state)] + (seq * heads + head) * op.head_floats();
+            float* state = run_.state(op.state, seq, heads * op.head_floats()) + head * op.head_floats();
             step_.delta(op, state, seq * run_.n_tokens, run_.n_tokens, head, d0, std::min(dims, d0 + kDeltaDims));
         });
     }
 
     void operator()(const AttendOp& op) const {
-        AttendCall& call = run_.calls[static_cast<size_t>(op.call)];
-        if (call.block_k) {
-            step_.rotate(op.q, call.block_k, 0, rows_);
-            step_.rotate(op.k, call.block_k, 0, rows_);
-        }
-        if (call.block_v) step_.rotate(op.v, call.block_v, 0, rows_);
-        const Segment& newest = call.segments.back();
-        const int64_t row = newest.end - 1 + newest.shift;
-        if (newest.center) subtract(op.k, newest.center);
-        store(op.k, newest.k, row, call.refit_k);
-        store(op.v, newest.v, row, call.refit_v);
-        AttendParams a{};
-        a.q = op.q.data;
-        a.q_stride_b = op.q.row_stride;
-        a.q_stride_h = op.q.group_stride;
-        a.segments = call.segments;
-        a.n_batch = rows_;
-        a.n_heads = op.q.groups;
-        a.n_kv_heads = op.k.groups;
-        a.n_tokens = 1;
-        a.scale = op.scale;
-        a.window = call.window;
-        a.causal = true;
-        a.out = op.dst.data;
-        run_attention(run_.isa, a, run_.n_threads);
-        if (call.block_v) step_.rotate(op.dst, call.block_v, 0, rows_);
-        if (!finite(op.dst)) {
-            call.health = finite(op.q) && finite(op.k) && finite(op.v) ? Health::bad_output : Health::bad_input;
+        const int64_t n_calls = run_.separate ? run_.n_seqs : 1, share = rows_ / n_calls;
+        AttendCall* calls = run_.calls.data() + op.call * n_calls;
+        std::vector<AttendParams> attended;
+        for (int64_t i = 0; i < n_calls; ++i) attended.push_back(store_new(op, calls[i], i * share, share));
+        run_attention(run_.isa, attended, run_.n_threads);
+        for (int64_t i = 0; i < n_calls; ++i) {
+            const int64_t r0 = i * share, r1 = r0 + share;
+            if (calls[i].block_v) step_.rotate(op.dst, calls[i].block_v, r0, r1);
+            if (finite(op.dst, r0, r1)) continue;
+            const bool fine = finite(op.q, r0, r1) && finite(op.k, r0, r1) && finite(op.v, r0, r1);
+            calls[i].health = fine ? Health::bad_output : Health::bad_input;
         }
     }
 
     void operator()(const LinearOp& op) const {
         const Code code = op.targets[0].weight.code;
+        const RowCount rows{rows_, run_.separate};
         const int64_t n_in = op.x.width;
-        char* prepared = static_cast<char*>(call_memory(step_.prepared_bytes(code, n_in, rows_)));
+        char* prepared = static_cast<char*>(call_memory(step_.prepared_bytes(code, n_in, rows)));
         by_rows(rows_, n_in, run_.n_threads, [&](int64_t a, int64_t b) {
-            step_.prepare(code, op.x.data, op.x.row_stride, n_in, rows_, a, b, prepared);
+            step_.prepare(code, op.x.data, op.x.row_stride, n_in, rows, a, b, prepared);
         });
         struct Part {
             const LinearOp::Target* target;
@@ -110,28 +94,56 @@ public:
             const int64_t n = t.weight.n_panels(), step = panels_per_task(t.weight, rows_, run_.n_threads);
             for (int64_t p = 0; p < n; p += step) parts.push_back({&t, p, std::min(n, p + step)});
         }
-        const size_t scratch = step_.linear_scratch_bytes(code, n_in, rows_);
+        const size_t scratch = step_.linear_scratch_bytes(code, n_in, rows);
         parallel_for(static_cast<int64_t>(parts.size()), run_.n_threads, [&](int64_t i, int) {
             const Part& part = parts[static_cast<size_t>(i)];
             const LinearOp::Target& t = *part.target;
-            step_.linear(t.weight, prepared, rows_, part.panel0, part.panel1, t.dst, t.dst_stride, t.add,
+            step_.linear(t.weight, prepared, rows, part.panel0, part.panel1, t.dst, t.dst_stride, t.add,
                          thread_scratch(scratch));
         });
     }
 
 private:
+    // Stores the new rows [r0, r0 + n_rows) of one cache; how they are attended.
+    AttendParams store_new(const AttendOp& op, const AttendCall& call, int64_t r0, int64_t n_rows) const {
+        if (call.block_k) {
+            step_.rotate(op.q, call.block_k, r0, r0 + n_rows);
+            step_.rotate(op.k, call.block_k, r0, r0 + n_rows);
+        }
+        if (call.block_v) step_.rotate(op.v, call.block_v, r0, r0 + n_rows);
+        const Segment& newest = call.segments.back();
+        const int64_t row = newest.end - 1 + newest.shift;
+        if (newest.center) subtract(op.k, newest.center, r0, n_rows);
+        store(op.k, newest.k, row, call.refit_k, r0, n_rows);
+        store(op.v, newest.v, row, call.refit_v, r0, n_rows);
+        AttendParams a{};
+        a.q = op.q.at(r0, 0);
+        a.q_stride_b = op.q.row_stride;
+        a.q_stride_h = op.q.group_stride;
+        a.segments = call.segments;
+        a.n_batch = n_rows;
+        a.n_heads = op.q.groups;
+        a.n_kv_heads = op.k.groups;
+        a.n_tokens = 1;
+        a.scale = op.scale;
+        a.window = call.window;
+        a.causal = true;
+        a.out = op.dst.at(r0, 0);
+        return a;
+    }
+
     // y: [row][group][width]
-    void subtract(const View& x, const float* y) const {
-        for (int64_t r = 0; r < rows_; ++r) {
+    void subtract(const View& x, const float* y, int64_t r0, int64_t n_rows) const {
+        for (int64_t r = r0; r < r0 + n_rows; ++r) {
             for (int64_t g = 0; g < x.groups; ++g, y += x.width) {
                 for (int64_t i = 0; i < x.width; ++i) x.at(r, g)[i] -= y[i];
             }
         }
     }
 
-    void store(const View& x, const Stored& to, int64_t row, bool refit) const {
+    void store(const View& x, const Stored& to, int64_t row, bool refit, int64_t r0, int64_t n_rows) const {
         EncodeParams e{};
-        e.x = x.data;
+        e.x = x.at(r0, 0);
         e.x_type = Code::f32;
         e.x_stride_b = x.row_stride;
         e.x_stride_h = x.group_stride;
@@ -143,13 +155,13 @@ private:
         e.n_tokens = 1;
         e.refit = refit;
         for (int i = 0; i < to.format->n_planes; ++i) e.planes[i] = const_cast<uint8_t*>(to.planes[i]);
-        run_encode(run_.isa, e, rows_ * x.groups, run_.n_threads);
+        run_encode(run_.isa, e, n_rows * x.groups, run_.n_threads);
     }
 
-    bool finite(const View& x) const {
+    bool finite(const View& x, int64_t r0, int64_t r1) const {
         constexpr uint32_t kExponent = 0x7f800000u;
         uint32_t found = 0;
-        for (int64_t r = 0; r < rows_; ++r) {
+        for (int64_t r = r0; r < r1; ++r) {
             for (int64_t g = 0; g < x.groups; ++g) {
                 const float* p = x.at(r, g);
                 for (int64_t i = 0; i < x.width; ++i) {

@@ -26,7 +26,7 @@ using Op = std::variant<LinearOp, NormOp, GateOp, RopeOp, ConvOp, DecayOp, Delta
 
 enum class Health : int8_t { finite, bad_output, bad_input };
 
-// One layer's cache in a run.
+// One layer's cache in a run, of all sequences or of one.
 struct AttendCall {
     std::vector<Segment> segments;  // what the new token attends: its own row is the last of the last
     int64_t window;                 // 0: none
@@ -36,13 +36,23 @@ struct AttendCall {
 };
 
 // What changes from run to run: rows are sequences times tokens.
+//
+// Sequences share one cache, or are `separate`: each has a cache, a length and a position of its own, and one token. What
+// comes by layer comes by layer and sequence then, and every sequence gets the bits that it gets in a run of its own.
 struct StepRun {
     const Isa& isa;
     int64_t n_seqs, n_tokens;
-    const float *cos, *sin;      // [token][half of the rotated dims], where a RopeOp runs
-    std::vector<float*> states;  // by the operations' indices, all sequences
+    bool separate;
+    const float *cos, *sin;      // [token, or sequence if separate][half of the rotated dims], where a RopeOp runs
+    std::vector<float*> states;  // by the operations' indices: of all sequences together, or of each if separate
     std::vector<AttendCall>& calls;
     int n_threads;
+
+    // A state of one sequence, of `floats` values.
+    float* state(int64_t index, int64_t seq, int64_t floats) const {
+        return separate ? states[static_cast<size_t>(index * n_seqs + seq)]
+                        : states[static_cast<size_t>(index)] + seq * floats;
+    }
 };
 
 void run_step(const std::vector<Op>& ops, size_t begin, size_t end, const StepRun& run);

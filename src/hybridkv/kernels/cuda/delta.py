@@ -333,7 +333,7 @@ def delta_prompt(
     )  # fmt: skip
     out = torch.empty((len(mixed), shape.n_value * shape.head_v), dtype=mixed.dtype, device=mixed.device)
     block = min(32, wide_v)
-    # Two warps, so that products are mma.sync. With four they are wgmma, and Triton 3.6 lets that of the transposed keys
+    # Two warps, so that products are mma.sync. With four they are wgmma, and Triton 3.6 lets the one of transposed keys
     # read beyond its shared memory: an illegal access with two stages, a wrong result in silence with one.
     _chunk_scan[(triton.cdiv(shape.head_v, block), shape.n_value, batch)](
         reads, keys, values, weights, scores, decays, state, out, n_tokens, n_chunks, shape.n_value, shape.head_k,

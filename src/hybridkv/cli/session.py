@@ -1,0 +1,142 @@
+"""`hybridkv run --session FILE`: go on with a conversation, and keep it."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybridkv.cli.prompt import prompt_ids
+from hybridkv.cli.show import notice
+from hybridkv.errors import UsageError
+
+if TYPE_CHECKING:
+    from hybridkv.engine import Engine
+    from hybridkv.engine.session import Session
+
+
+def check_session(a: argparse.Namespace) -> None:
+    """Refuse what a session cannot be combined with, before a model is touched.
+
+    Raises
+    ------
+    UsageError
+        Saying why.
+    """
+    if a.session is None:
+        return
+    if a.parallel > 1:
+        raise UsageError(f"--session and -np {a.parallel}; a session is one sequence", hint="leave -np out")
+    directory = Path(a.session).resolve().parent
+    if not directory.is_dir():
+        raise UsageError(f"--session {a.session}: there is no directory {directory}")
+
+
+@dataclass(slots=True)
+class Conversation:
+    """What a run goes on from, and what it asks.
+
+    Attributes
+    ----------
+    path
+        Of the session file; None without one.
+    session
+        What was there; None at the beginning.
+    text, ids
+        What the model sees now: all of the ids; of plain text only what is new.
+    question
+        The user's message, in a chat.
+    """
+
+    path: Path | None
+    session: Session | None
+    text: str
+    ids: list[int]
+    question: str | None
+
+    @property
+    def n_held(self) -> int:
+        """How many tokens need not be processed again: all that the session holds, or none.
+
+        A state cannot go back, so a template that writes earlier turns another way has everything start over.
+        """
+        session = self.session
+        if session is None:
+            return 0
+        held = session.n_cached
+        return held if held < len(self.ids) and tuple(self.ids[:held]) == session.tokens[:held] else 0
+
+    def hand_over(self, engine: Engine) -> None:
+        """Let the engine go on from the session, and say what comes of it."""
+        from hybridkv.engine.session import resume
+
+        if self.session is None:
+            return
+        if not self.n_held:
+            notice(
+                f"--session: the prompt does not begin with the session's {self.session.n_cached} tokens (the chat "
+                "template writes earlier turns another way); all is processed again"
+            )
+            return
+        cache, converted = resume(self.session, engine.cache.specs, engine.new_cache)
+        if converted is not None:
+            notice(f"--session: {converted}")
+        engine.adopt(cache, self.n_held)
+        notice(f"--session: {self.n_held} of {len(self.ids)} prompt tokens reused")
+
+    def keep(self, engine: Engine, model: Any, *, answer: str, ended: bool) -> None:
+        """Write the session, if there is one to write and anything was processed.
+
+        An end token that was drawn is left out: what follows goes on behind the answer.
+        """
+        from hybridkv.engine.session import Session, save_session
+
+        if self.path is None or not engine.n_held:
+            return
+        messages = () if self.session is None else self.session.messages
+        if self.question is not None:
+            asked = {"role": "user", "content": self.question}
+            messages = (*messages, asked, {"role": "assistant", "content": answer})
+        tokens = tuple(engine.history[0].tolist())
+        tokens = tokens[: engine.n_held] if ended else tokens
+        save_session(self.path, Session(tokens, engine.n_held, engine.cache.stored(), messages), model)
+
+
+def open_conversation(
+    a: argparse.Namespace, prompt: str | list[int], model: Any, tokenizer: Any | None
+) -> Conversation:
+    """The prompt as tokens, behind those of the session file if there is one.
+
+    Raises
+    ------
+    UsageError
+        As `prompt_ids` does, and for a session of the other kind: text or chat.
+    SessionError
+        If the file is not a session of this model.
+    """
+    from hybridkv.engine.session import load_session
+
+    path = None if a.session is None else Path(a.session)
+    session = load_session(path, model) if path is not None and path.exists() else None
+    if session is not None and bool(session.messages) != a.chat:
+        kind, other = ("a chat", "with --chat") if session.messages else ("plain text", "without --chat")
+        raise UsageError(f"--session {path}: it is {kind}", hint=f"go on {other}, or give another file")
+    before = () if session is None else session.messages
+    text, ids = prompt_ids(
+        prompt, model, tokenizer, chat=a.chat, before=before, continues=session is not None and not a.chat
+    )
+    if session is not None and not a.chat:
+        ids = [*session.tokens, *ids]
+    elif session is not None:
+        ids = _behind(session, text, ids, tokenizer)
+    return Conversation(path, session, text, ids, prompt if a.chat and isinstance(prompt, str) else None)
+
+
+def _behind(session: Session, text: str, ids: list[int], tokenizer: Any) -> list[int]:
+    """A conversation's tokens: those of the session where its text begins so, whatever a tokenizer makes of it now."""
+    held = session.tokens[: session.n_cached]
+    begun = tokenizer.decode(held, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if not text.startswith(begun):
+        return ids
+    return [*held, *tokenizer.encode(text[len(begun) :], add_special_tokens=False)]

@@ -1,0 +1,50 @@
+"""What follows numbers that are not finite: the next types of the ladder, or an error that says whose doing it was."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from hybridkv.cache import KVSpec
+from hybridkv.errors import GuardError, ModelError
+from hybridkv.policy import Guard, MismatchError, NonFiniteError, next_types
+
+
+def raised_specs(specs: Sequence[KVSpec], guard: Guard, error: NonFiniteError | MismatchError) -> tuple[KVSpec, ...]:
+    """Every layer at the next types of the ladder, as far as there are any.
+
+    Raises
+    ------
+    GuardError
+        If there are none, or the mode forbids a fallback.
+    """
+    raised = tuple(replace(s, types=next_types(s.types) or s.types) for s in specs)
+    climbed = raised != tuple(specs)
+    if guard.mode in ("strict", "off") or not climbed:
+        why = f"and the guard is {guard.mode!r}" if climbed else "and no larger type is left"
+        raise GuardError(f"{error.message}, {why}", hint=error.hint) from error
+    return raised
+
+
+def labels_of(specs: Sequence[KVSpec]) -> str:
+    """The types' names, each once."""
+    return ", ".join(dict.fromkeys(s.types.label for s in specs))
+
+
+def check_weights(model: Any) -> None:
+    """If the weights themselves are to blame, say which.
+
+    Raises
+    ------
+    ModelError
+        Naming the first tensor that is not finite.
+    """
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise ModelError(
+                f"the weights are not finite: {name} holds NaN or infinity",
+                hint="the model file is damaged or was converted wrongly; no cache type can help",
+            )

@@ -1,0 +1,104 @@
+"""One sequence of a scheduler, from its request to its last token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hybridkv.cache import KVSpec
+from hybridkv.engine.prefixes import Checkpoint, Key
+from hybridkv.engine.requests import Event, Finish, Ticket
+from hybridkv.engine.sampling import Sampler
+from hybridkv.hf import ModelCache
+
+
+@dataclass(eq=False, slots=True)
+class Running:
+    """A sequence's tokens, and how far its cache has come with them.
+
+    Attributes
+    ----------
+    ticket
+        Who waits for it.
+    key
+        How it was asked to be stored.
+    specs
+        How it is to be stored: raised ones after a rebuild.
+    planned_bytes
+        What it takes at its full length.
+    history
+        Prompt and generated tokens.
+    n_prefill
+        Tokens of the history to process before the next is drawn: the prompt's, or all of them after a rebuild.
+    position
+        Tokens that the cache holds.
+    checkpoint
+        The last that it left behind or began from.
+    reuses
+        Whether it takes part in the stored prefixes.
+    """
+
+    ticket: Ticket
+    key: Key
+    specs: tuple[KVSpec, ...]
+    planned_bytes: int
+    reuses: bool
+    sampler: Sampler = field(init=False)
+    history: list[int] = field(init=False)
+    n_prefill: int = field(init=False)
+    position: int = 0
+    checkpoint: Checkpoint | None = None
+    cache: ModelCache | None = None
+
+    def __post_init__(self) -> None:
+        self.sampler = Sampler(self.ticket.request.params)
+        self.history = list(self.ticket.request.prompt_ids)
+        self.n_prefill = len(self.history)
+
+    @property
+    def prefills(self) -> bool:
+        """Whether tokens are to be processed before the next is drawn."""
+        return self.position < self.n_prefill
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens at its full length."""
+        request = self.ticket.request
+        return len(request.prompt_ids) + request.max_tokens
+
+    def chunk_end(self, chunk: int | None) -> int:
+        """Where the next piece of the prompt ends: at a multiple of the chunk, wherever it begins, or at its end.
+
+        So the pieces after a checkpoint at such a multiple are those of a sequence that started over.
+        """
+        if chunk is None:
+            return self.n_prefill
+        return min(self.n_prefill, (self.position // chunk + 1) * chunk)
+
+    def start_over(self, specs: tuple[KVSpec, ...], planned_bytes: int) -> None:
+        """Let the cache go; everything up to now is to be processed again, at other types."""
+        self.cache = self.checkpoint = None
+        self.specs, self.planned_bytes, self.reuses = specs, planned_bytes, False
+        self.position, self.n_prefill = 0, len(self.history)
+
+    def take(self, token: int, logits: Tensor) -> Event:
+        """Append the next token, drawn from `logits` float32 `[V]`; its event, which may be the last."""
+        request = self.ticket.request
+        self.history.append(token)
+        finished: Finish | None = None
+        if token in request.stop_ids:
+            finished = "stop"
+        elif len(self.history) == self.n_ctx:
+            finished = "length"
+        if request.logprobs is None:
+            return Event(token, finished=finished)
+        return Event(token, *_logprobs(logits, token, request.logprobs), finished)
+
+
+def _logprobs(logits: Tensor, token: int, n: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    logprobs = torch.log_softmax(logits.float(), -1)
+    best = torch.topk(logprobs, min(n, logprobs.shape[0])) if n else None
+    top = () if best is None else tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return float(logprobs[token]), top

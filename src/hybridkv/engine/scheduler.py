@@ -1,0 +1,545 @@
+"""Many sequences on one model: each iteration decodes a token of all that run, and a piece of one prompt.
+
+Owns the sequences, who may begin and when, and the stored prefixes. A sequence has a cache of its own, so that none
+sees another's state; the step brings them together only where weights are read. One thread calls `step` or
+`run_forever`; everything else may be called from any thread. Knows no text and no HTTP; `hybridkv.server` does.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from hybridkv.cache import KVSpec, KVTypes, resolve
+from hybridkv.engine.admission import Admission, is_out_of_memory
+from hybridkv.engine.ladder import check_weights, labels_of, raised_specs
+from hybridkv.engine.prefixes import PrefixStore
+from hybridkv.engine.requests import Event, Request, SchedulerStats, Ticket
+from hybridkv.engine.running import Running
+from hybridkv.engine.sampling import draw_each
+from hybridkv.engine.session import Session, load_session, resume, save_session
+from hybridkv.engine.tally import Tally
+from hybridkv.errors import AdmissionError, HybridKVError, SessionError, UsageError
+from hybridkv.hf import (
+    ModelCache,
+    NativeStep,
+    Step,
+    is_finite,
+    is_hybrid,
+    kv_facts,
+    layer_facts,
+    resolve_step,
+    takes_chunks,
+    vocabulary_rows,
+)
+from hybridkv.kernels import ENCODERS, KERNELS
+from hybridkv.policy import Guard, MismatchError, NonFiniteError, Policy
+
+MAX_PARALLEL = 256
+"""Sequences that may run at once; the native step's buffers hold a row for each."""
+
+CHECKPOINT_TOKENS = 1024
+"""Tokens of a prompt between two checkpoints, beside those near its end; rounded to whole chunks."""
+
+T = TypeVar("T")
+
+
+class Scheduler:
+    """Runs requests.
+
+    Parameters
+    ----------
+    model
+        A Transformers causal language model, loaded with `attn_implementation="hybridkv"`.
+    specs
+        How KV layers are stored where a request does not say.
+    n_parallel
+        Sequences that run at once.
+    n_ctx
+        Most tokens of a sequence, prompt and answer.
+    guard
+        What is watched, in every sequence.
+    notify
+        Where fallbacks and rebuilds are reported, on the scheduler's thread.
+    step
+        Runs the model over new tokens; the best that runs it by default.
+    memory_bytes
+        What KV rows and states of running sequences may take; None for no limit. Requests wait for it.
+    prefix_bytes
+        What stored prefixes may take beside that; 0 stores none.
+    prefill_chunk
+        Most prompt tokens in one iteration, while which the others wait.
+    max_waiting
+        Requests that may wait to begin.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        specs: Sequence[KVSpec],
+        *,
+        n_parallel: int,
+        n_ctx: int,
+        guard: Guard,
+        notify: Callable[[str], None],
+        step: Step | None = None,
+        memory_bytes: int | None = None,
+        prefix_bytes: int = 0,
+        prefill_chunk: int = 256,
+        max_waiting: int = 64,
+    ) -> None:
+        for name, value, most in (("n_parallel", n_parallel, MAX_PARALLEL), ("prefill_chunk", prefill_chunk, n_ctx)):
+            if not 1 <= value <= most:
+                raise UsageError(f"{name} {value}; allowed: 1 to {most}")
+        self._model, self._specs = model, tuple(specs)
+        self._n_parallel, self._max_waiting = n_parallel, max_waiting
+        self._guard, self._notify = guard, notify
+        self._device = next(model.parameters()).device.type
+        self._chunk = prefill_chunk if takes_chunks(model.config) else None
+        self.step_of_model = resolve_step(model.config, self._device)(model) if step is None else step
+        native = isinstance(self.step_of_model, NativeStep)
+        self.admission = Admission(
+            model,
+            n_ctx=n_ctx,
+            budget_bytes=memory_bytes,
+            prefill_chunk=prefill_chunk,
+            conv_itemsize=4 if native else next(model.parameters()).dtype.itemsize,
+        )
+        self.prefixes = PrefixStore(prefix_bytes)
+        self._waiting: deque[Running] = deque()
+        self._running: tuple[Running, ...] = ()
+        self._turn = 0
+        self._commands: deque[tuple[Future[Any], Callable[[], None]]] = deque()
+        self._changed = threading.Condition()
+        self._n_submitted = 0
+        self._open, self._stopped = True, False
+        self._tally = Tally()
+
+    # ---- From any thread.
+
+    def submit(self, request: Request, listener: Callable[[Event], None] | None = None) -> Ticket:
+        """Queue a request.
+
+        Parameters
+        ----------
+        listener
+            Gets each event on the scheduler's thread, in place of the ticket's iterator.
+
+        Raises
+        ------
+        AdmissionError
+            If it can never fit, too many wait, or the scheduler is shutting down; carries the numbers.
+        UsageError, NoKernelError
+            For token ids that the model does not have, or types that do not exist or do not run here.
+        """
+        self._check_ids(request)
+        specs = self._specs_of(request.types)
+        planned = self.admission.check(specs, len(request.prompt_ids), request.max_tokens)
+        with self._changed:
+            if not self._open:
+                raise AdmissionError("the scheduler is shutting down and takes no more requests", reason="closed")
+            if len(self._waiting) >= self._max_waiting:
+                raise AdmissionError(
+                    f"{len(self._waiting)} requests wait already, as many as may",
+                    reason="queue_full",
+                    planned_bytes=planned,
+                    budget_bytes=self.admission.budget_bytes,
+                    n_tokens=len(request.prompt_ids) + request.max_tokens,
+                    most_tokens=self.admission.most_tokens(specs),
+                    hint="try again later",
+                )
+            self._n_submitted += 1
+            ticket = Ticket(self._n_submitted, request, listener)
+            reuses = request.reuse and self._chunk is not None and self.prefixes.budget_bytes > 0
+            self._waiting.append(Running(ticket, specs, specs, planned, reuses))
+            self._changed.notify()
+        return ticket
+
+    def stats(self) -> SchedulerStats:
+        """Counts up to now; of what is running, as it is at this moment."""
+        running = self._running
+        caches = [s.cache for s in running if s.cache is not None]
+        return self._tally.stats(
+            running=len(running),
+            waiting=len(self._waiting),
+            kv_bytes=sum(cache.kv_bytes for cache in caches),
+            kv_bytes_used=sum(cache.kv_bytes_used for cache in caches),
+            state_bytes=sum(cache.state_bytes for cache in caches),
+            reserved_bytes=sum(s.planned_bytes for s in running),
+            budget_bytes=self.admission.budget_bytes,
+            prefix_bytes=self.prefixes.nbytes,
+            prefix_budget_bytes=self.prefixes.budget_bytes,
+            prefix_checkpoints=len(self.prefixes),
+        )
+
+    def save(self, ticket: Ticket, path: Path) -> int:
+        """Write a sequence to a session file, as far as the stored prefixes hold it; the tokens that they hold.
+
+        For any thread but the scheduler's own. After the sequence has ended, that is all but its last token, unless
+        the budget has let it go.
+
+        Raises
+        ------
+        SessionError
+            If no prefix holds any of it, or the file cannot be written.
+        """
+        key, tokens = self._specs_of(ticket.request.types), ticket.token_ids
+
+        def take() -> Session:
+            found = self.prefixes.find(key, tokens, len(tokens))
+            if found is None:
+                raise SessionError(
+                    f"none of the {len(tokens)} tokens of request {ticket.number} are stored any more",
+                    hint="give stored prefixes more memory",
+                )
+            cache = self._cache(found.stored.specs, found.end)
+            cache.load(self.prefixes.copies(found))
+            return Session(tokens, found.end, cache.stored())
+
+        session = self.call(take).result()
+        save_session(path, session, self._model)
+        return session.n_cached
+
+    def restore(self, path: Path) -> tuple[int, ...]:
+        """Read a session file into the stored prefixes; its tokens, with which a prompt has to begin.
+
+        For any thread but the scheduler's own. Rows of other types are converted, and `notify` says so.
+
+        Raises
+        ------
+        SessionError
+            If the file is not a session of this model, or has no room among the stored prefixes.
+        """
+        session = load_session(path, self._model)
+        held = session.tokens[: session.n_cached]
+
+        def put() -> None:
+            cache, notice = resume(session, self._specs, lambda specs: self._cache(specs, len(held)))
+            stored = self.prefixes.add(self._specs, held, cache, None) if self._chunk is not None else None
+            if stored is None:
+                raise SessionError(
+                    f"no room for the {len(held)} tokens of {path}: stored prefixes may take "
+                    f"{self.prefixes.budget_bytes} bytes"
+                    if self._chunk is not None
+                    else "this model's code takes a prompt in one piece and cannot go on from a session",
+                )
+            if notice is not None:
+                self._notify(notice)
+
+        self.call(put).result()
+        return session.tokens
+
+    def shutdown(self, *, drain: bool) -> None:
+        """Take no more requests; finish those that are there, or cancel them. `run_forever` then returns."""
+        with self._changed:
+            self._open = False
+            for sequence in () if drain else (*self._running, *self._waiting):
+                sequence.ticket.cancel()
+            self._changed.notify()
+
+    def call(self, work: Callable[[], T]) -> Future[T]:
+        """Have something done between two iterations, on the scheduler's thread.
+
+        Raises
+        ------
+        AdmissionError
+            If the scheduler has stopped.
+        """
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(work())
+                except HybridKVError as error:
+                    future.set_exception(error)
+                except BaseException as error:
+                    future.set_exception(error)
+                    raise
+
+        with self._changed:
+            if self._stopped:
+                raise AdmissionError("the scheduler has stopped", reason="closed")
+            self._commands.append((future, run))
+            self._changed.notify()
+        return future
+
+    # ---- On the scheduler's thread.
+
+    def run_forever(self) -> None:
+        """Iterate until `shutdown`, sleeping while there is nothing to do.
+
+        Whatever goes wrong here ends all sequences with an error event before it is raised.
+        """
+        try:
+            while True:
+                if self.step():
+                    continue
+                with self._changed:
+                    if not (self._open or self._waiting or self._running or self._commands):
+                        return
+                    self._changed.wait_for(lambda: self._waiting or self._commands or not self._open)
+        finally:
+            with self._changed:
+                self._open, self._stopped = False, True
+                left = (*self._running, *self._waiting)
+                self._waiting.clear()
+            for future, _ in self._commands:
+                future.cancel()
+            for sequence in left:
+                sequence.reuses = False
+                self._end(sequence, Event(finished="error", message="the scheduler has stopped"))
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """One iteration; False if there was nothing to run."""
+        while self._commands:
+            self._commands.popleft()[1]()
+        self._drop_cancelled()
+        self._admit()
+        if not self._running:
+            return False
+        start = time.perf_counter()
+        decoding = [s for s in self._running if not s.prefills]
+        prefilling = [s for s in self._running if s.prefills]
+        if decoding:
+            self._decode(decoding)
+        if prefilling:
+            self._prefill(self._next_of(prefilling))
+        self._tally.step(time.perf_counter() - start)
+        return True
+
+    def _next_of(self, prefilling: list[Running]) -> Running:
+        """The prompt whose turn it is: the first behind the one that was last, in the order of requests."""
+        chosen = next((s for s in prefilling if s.ticket.number > self._turn), prefilling[0])
+        self._turn = chosen.ticket.number
+        return chosen
+
+    def _drop_cancelled(self) -> None:
+        with self._changed:
+            gone = [s for s in self._waiting if s.ticket.cancelled]
+            self._waiting = deque(s for s in self._waiting if not s.ticket.cancelled)
+        for sequence in (*gone, *(s for s in self._running if s.ticket.cancelled)):
+            self._end(sequence, Event(finished="cancelled"))
+
+    def _admit(self) -> None:
+        """Let waiting sequences begin in their order, as far as there are places and bytes."""
+        while len(self._running) < self._n_parallel:
+            with self._changed:
+                if not self._waiting or not self._fits(self._waiting[0]):
+                    return
+                sequence = self._waiting.popleft()
+                self._running = (*self._running, sequence)
+            try:
+                self._begin(sequence)
+            except (HybridKVError, MemoryError, RuntimeError) as error:
+                self._fail(sequence, error)
+
+    def _fits(self, sequence: Running) -> bool:
+        budget = self.admission.budget_bytes
+        return budget is None or sum(s.planned_bytes for s in self._running) + sequence.planned_bytes <= budget
+
+    def _begin(self, sequence: Running) -> None:
+        """Give a sequence its cache, filled from the furthest checkpoint that leaves it a token to process."""
+        found = None
+        if sequence.reuses:
+            found = self.prefixes.find(sequence.key, sequence.history, len(sequence.history) - 1)
+        sequence.cache = self._cache(sequence.specs if found is None else found.stored.specs, sequence.n_ctx)
+        if found is not None:
+            sequence.cache.load(self.prefixes.copies(found))
+            sequence.position, sequence.checkpoint = found.end, found
+            sequence.ticket.count_cached(found.end)
+            self._tally.cached_tokens += found.end
+
+    def _decode(self, batch: list[Running]) -> None:
+        """One token of each."""
+        start = time.perf_counter()
+        tokens = torch.tensor([s.history[-1] for s in batch])
+        caches = [s.cache for s in batch if s.cache is not None]
+        try:
+            answers = self.step_of_model.forward_many(tokens, caches, [s.position for s in batch])
+        except (HybridKVError, MemoryError, RuntimeError) as error:
+            for sequence in batch:  # whose doing it was is not known, and the states may be half a token on
+                self._fail(sequence, error)
+            return
+        finite = torch.isfinite(answers.logits).all(-1).tolist()
+        good: list[int] = []
+        for index, sequence in enumerate(batch):
+            sequence.position += 1
+            if index in answers.failed:
+                self._rebuild(sequence, answers.failed[index])
+            elif not finite[index]:
+                self._rebuild(sequence, self._bad_logits(sequence))
+            else:
+                good.append(index)
+        self._draw([batch[i] for i in good], answers.logits[good] if len(good) < len(batch) else answers.logits)
+        self._tally.decode_s += time.perf_counter() - start
+
+    def _prefill(self, sequence: Running) -> None:
+        """The next piece of one prompt, and the first token after its last."""
+        start = time.perf_counter()
+        cache, begin, end = sequence.cache, sequence.position, sequence.chunk_end(self._chunk)
+        assert cache is not None
+        try:
+            logits = self.step_of_model.forward(torch.tensor([sequence.history[begin:end]]), cache, begin)
+            if not is_finite(logits):
+                sequence.position = end
+                raise self._bad_logits(sequence)
+        except (NonFiniteError, MismatchError) as error:
+            self._rebuild(sequence, error)
+            return
+        except (HybridKVError, MemoryError, RuntimeError) as error:
+            self._fail(sequence, error)
+            return
+        sequence.position = end
+        self._tally.prompt_tokens += end - begin
+        self._tally.prefill_s += time.perf_counter() - start
+        if cache.specs != sequence.specs and not self._keep_within(sequence, cache):
+            return
+        if self._is_checkpoint(sequence):
+            self._leave_checkpoint(sequence)
+        if not sequence.prefills:
+            self._draw([sequence], logits)
+
+    def _draw(self, batch: Sequence[Running], logits: Tensor) -> None:
+        """Draw and hand out the next token of each, from finite logits `[N, V]`."""
+        drawn = draw_each([s.sampler for s in batch], logits)
+        for index, (sequence, token) in enumerate(zip(batch, drawn, strict=True)):
+            self._tally.generated_tokens += 1
+            event = sequence.take(token, logits[index])
+            if event.finished is not None:
+                self._tally.n_finished += 1
+                self._retire(sequence)
+            sequence.ticket.put(event)
+
+    # ---- Checkpoints.
+
+    def _is_checkpoint(self, sequence: Running) -> bool:
+        """At the end of a prompt, at the last boundary of chunks before it, and every so many tokens.
+
+        A template may write the end of a prompt another way once there is an answer: then the boundary serves.
+        """
+        assert self._chunk is not None or not sequence.reuses
+        if not sequence.reuses or self._chunk is None:
+            return False
+        spacing = max(1, CHECKPOINT_TOKENS // self._chunk) * self._chunk
+        return sequence.n_prefill - sequence.position <= self._chunk or sequence.position % spacing == 0
+
+    def _leave_checkpoint(self, sequence: Running) -> None:
+        assert sequence.cache is not None
+        sequence.checkpoint = self.prefixes.add(
+            sequence.key, sequence.history[: sequence.position], sequence.cache, sequence.checkpoint
+        )
+
+    # ---- Ends.
+
+    def _rebuild(self, sequence: Running, error: NonFiniteError | MismatchError) -> None:
+        """Put a sequence back in front of the queue, to process all its tokens again at larger types."""
+        assert sequence.cache is not None
+        try:
+            check_weights(self._model)
+            specs = raised_specs(sequence.cache.specs, self._guard, error)
+            planned = self.admission.check(specs, sequence.n_ctx, 0)
+        except HybridKVError as final:
+            self._fail(sequence, final)
+            return
+        self._notify(f"{error.message}; rebuilding {len(sequence.history)} tokens at {labels_of(specs)}")
+        self._tally.n_rebuilds += 1
+        self._requeue(sequence, specs, planned)
+
+    def _keep_within(self, sequence: Running, cache: ModelCache) -> bool:
+        """Count the bytes of types that the guard has raised; without room for them, the sequence waits for it."""
+        sequence.specs = cache.specs
+        try:
+            sequence.planned_bytes = self.admission.check(cache.specs, sequence.n_ctx, 0)
+        except AdmissionError as error:
+            self._fail(sequence, error)
+            return False
+        budget = self.admission.budget_bytes
+        if budget is None or sum(s.planned_bytes for s in self._running) <= budget:
+            return True
+        self._requeue(sequence, cache.specs, sequence.planned_bytes)
+        return False
+
+    def _requeue(self, sequence: Running, specs: tuple[KVSpec, ...], planned_bytes: int) -> None:
+        sequence.start_over(specs, planned_bytes)
+        with self._changed:
+            self._running = tuple(s for s in self._running if s is not sequence)
+            self._waiting.appendleft(sequence)
+
+    def _fail(self, sequence: Running, error: Exception) -> None:
+        """End one sequence with an error; what is not an error of its own ends them all.
+
+        Raises
+        ------
+        RuntimeError
+            The error, if it is a fault of the program.
+        """
+        if isinstance(error, HybridKVError):
+            message = str(error)
+        elif is_out_of_memory(error):
+            message = f"not enough memory for a sequence of {sequence.n_ctx} tokens"
+        else:
+            raise error
+        sequence.checkpoint, sequence.reuses = None, False  # what it holds may be wrong
+        self._tally.n_failed += 1
+        self._end(sequence, Event(finished="error", message=message))
+
+    def _end(self, sequence: Running, event: Event) -> None:
+        if event.finished == "cancelled":
+            self._tally.n_cancelled += 1
+        self._retire(sequence)
+        sequence.ticket.put(event)
+
+    def _retire(self, sequence: Running) -> None:
+        """Take a sequence out, leaving a checkpoint at the end of what it has processed."""
+        if sequence.reuses and sequence.cache is not None and not sequence.prefills:
+            self._leave_checkpoint(sequence)
+        sequence.cache = None
+        with self._changed:
+            self._running = tuple(s for s in self._running if s is not sequence)
+
+    # ---- Parts.
+
+    def _check_ids(self, request: Request) -> None:
+        n_vocab = vocabulary_rows(self._model.config)
+        bad = next((i for i in request.prompt_ids if not 0 <= i < n_vocab), None)
+        if bad is not None:
+            raise UsageError(f"token id {bad}; allowed: 0 to {n_vocab - 1}")
+
+    def _specs_of(self, types: KVTypes | None) -> tuple[KVSpec, ...]:
+        """How a request's KV layers are stored; checked, so that nothing can be missing later."""
+        if types is None:
+            return self._specs
+        facts = layer_facts(self._model.config)
+        asked = Policy(types).resolve(kv_facts(facts))
+        specs, warnings = self._guard.before(asked, hybrid=is_hybrid(facts), n_ctx=self.admission.n_ctx)
+        for spec in specs:
+            resolve(spec, self._device, KERNELS, ENCODERS)
+        for line in warnings:
+            self._notify(line)
+        return specs
+
+    def _cache(self, specs: Sequence[KVSpec], n_ctx: int) -> ModelCache:
+        return ModelCache(
+            self._model.config, specs, device=self._device, n_ctx=n_ctx, guard=self._guard, notify=self._notify
+        )
+
+    def _bad_logits(self, sequence: Running) -> NonFiniteError:
+        assert sequence.cache is not None
+        layers = sequence.cache.kv_layers
+        return NonFiniteError(
+            layer=None,
+            label=layers[0].types.label if layers else "none",
+            kernel=layers[0].kernels.label if layers else "none",
+            n_tokens=sequence.position,
+            source="cache",
+        )

@@ -1,0 +1,273 @@
+"""One sequence in a file: its tokens, KV blocks in ggml's layout, states, and how they are stored.
+
+A session is a safetensors file, so that anyone can look into it. It carries a format version, a fingerprint of the
+model and a checksum over all else; what is torn, changed or another model's is refused. It is written beside its place,
+brought to disk and put there in one move: whoever is killed at any moment leaves the old file or the new one, whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from hybridkv.cache import KVSpec, KVTypes
+from hybridkv.cache.stored import StoredRows
+from hybridkv.engine.ladder import labels_of
+from hybridkv.errors import SessionError, UsageError
+from hybridkv.formats import get_format
+from hybridkv.hf import ModelCache, kv_facts, layer_facts
+from hybridkv.hf.stored import StoredCache, StoredState
+
+FORMAT, VERSION = "hybridkv session", "1"
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A sequence to go on with.
+
+    Attributes
+    ----------
+    tokens
+        All of them.
+    n_cached
+        How many, from the first, `cache` holds; the last that was drawn was never processed.
+    cache
+        Rows and states, in one piece.
+    messages
+        The conversation that the tokens are, if it is one.
+    """
+
+    tokens: tuple[int, ...]
+    n_cached: int
+    cache: StoredCache
+    messages: tuple[Message, ...] = ()
+
+
+def fingerprint(model: Any) -> str:
+    """What tells models apart: the config, and the shapes and small parameters (norms, decays) as float32."""
+    config = {k: v for k, v in model.config.get_text_config(decoder=True).to_dict().items() if k not in _PASSING}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        if parameter.dim() == 1:
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+_PASSING = frozenset({"transformers_version", "_name_or_path", "name_or_path", "dtype", "torch_dtype", "use_cache"})
+
+
+def save_session(path: Path, session: Session, model: Any) -> int:
+    """Write a session; its bytes.
+
+    Raises
+    ------
+    SessionError
+        If it cannot be written there; what was there before is untouched.
+    """
+    tensors = {"tokens": torch.tensor(session.tokens, dtype=torch.int64), **_tensors(session.cache)}
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": fingerprint(model),
+        "n_cached": str(session.n_cached),
+        "types": json.dumps([asdict(spec.types) for spec in session.cache.specs]),
+        "pending": json.dumps(session.cache.pending),
+        "errors": json.dumps(session.cache.errors),
+        "fed": json.dumps([[state.fed for state in layer] for layer in session.cache.states]),
+        "messages": json.dumps([dict(m) for m in session.messages]),
+    }
+    metadata["sha256"] = _checksum(tensors, metadata)
+    data = save(tensors, metadata)
+    try:
+        _write(path, data)
+    except OSError as error:
+        raise SessionError(f"the session cannot be written to {path}: {error.strerror}") from error
+    return len(data)
+
+
+def load_session(path: Path, model: Any) -> Session:
+    """Read a session of this model.
+
+    Raises
+    ------
+    SessionError
+        If the file is missing, torn, changed, of another version or of another model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    except FileNotFoundError as error:
+        raise SessionError(f"no session at {path}") from error
+    except (OSError, SafetensorError) as error:
+        raise SessionError(f"{path} is no session, or is torn: {error}", hint=_DELETE) from error
+    if metadata.get("format") != FORMAT:
+        raise SessionError(f"{path} is no session of hybridkv", hint="give another file")
+    if metadata.get("version") != VERSION:
+        raise SessionError(f"{path} is of version {metadata.get('version')}; this hybridkv reads {VERSION}")
+    if metadata.pop("sha256", None) != _checksum(tensors, metadata):
+        raise SessionError(f"{path} is damaged: its checksum is not that of its contents", hint=_DELETE)
+    if metadata["model"] != fingerprint(model):
+        raise SessionError(
+            f"{path} is of another model, or of this one loaded in another dtype",
+            hint="give the model that it was saved with (-m)",
+        )
+    try:
+        return _session(tensors, metadata, model)
+    except (IndexError, KeyError, TypeError, UsageError, ValueError) as error:
+        raise SessionError(f"{path} contradicts itself: {error}", hint=_DELETE) from error
+
+
+_DELETE = "delete it, or give another file"
+
+
+def resume(
+    session: Session, specs: Sequence[KVSpec], make_cache: Callable[[Sequence[KVSpec]], ModelCache]
+) -> tuple[ModelCache, str | None]:
+    """A cache to go on with, stored as `specs` say.
+
+    Returns
+    -------
+    tuple
+        The cache, and what was done to its rows, if anything.
+    """
+    held = session.cache
+    if held.specs == tuple(specs):
+        cache = make_cache(specs)
+        cache.load([held])
+        return cache, None
+    before = make_cache(held.specs)
+    before.load([held])
+    cache = make_cache(specs)
+    cache.load_converted(before)
+    asked, saved = labels_of(specs), labels_of(held.specs)
+    change = f"{saved} -> {asked}" if asked != saved else f"{asked}, other options"
+    return cache, f"the session's rows were decoded and encoded again ({change}); they keep the error of both"
+
+
+def _tensors(cache: StoredCache) -> dict[str, Tensor]:
+    """By name: `kv.N` counts KV layers, `state.N` layers with states; rows uint8 `[B, Hkv, n, row bytes]`."""
+    found: dict[str, Tensor | None] = {}
+    for n, (spec, rows) in enumerate(zip(cache.specs, cache.rows, strict=True)):
+        types, facts = spec.types, spec.facts
+        found[f"kv.{n}.k"] = get_format(types.type_k).to_ggml(rows.packed_k, facts.head_dim_k)
+        found[f"kv.{n}.v"] = get_format(types.type_v).to_ggml(rows.packed_v, facts.head_dim_v)
+        found |= {f"kv.{n}.exact_k": rows.exact_k, f"kv.{n}.exact_v": rows.exact_v, f"kv.{n}.center": rows.center}
+    for n, layer in enumerate(cache.states):
+        for i, state in enumerate(layer):
+            found |= {f"state.{n}.{i}.conv": state.conv, f"state.{n}.{i}.recurrent": state.recurrent}
+    return {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
+
+
+def _session(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], model: Any) -> Session:
+    """Put together and check against the model: native code trusts these shapes."""
+    facts = layer_facts(model.config)
+    tokens, n_cached = tuple(tensors["tokens"].tolist()), int(metadata["n_cached"])
+    _demand(0 < n_cached <= len(tokens), f"{n_cached} of {len(tokens)} tokens")
+    types = [KVTypes(**kv) for kv in json.loads(metadata["types"])]
+    specs = tuple(KVSpec(kv, t) for kv, t in zip(kv_facts(facts), types, strict=True))
+    rows = tuple(_rows(spec, n, tensors, n_cached) for n, spec in enumerate(specs))
+    shapes = [f.state for f in facts if f.state is not None]
+    fed = json.loads(metadata["fed"])
+    states = []
+    for n, (shape, flags) in enumerate(zip(shapes, fed, strict=True)):
+        layer = [
+            StoredState(tensors.get(f"state.{n}.{i}.conv"), tensors.get(f"state.{n}.{i}.recurrent"), bool(flag))
+            for i, flag in enumerate(flags)
+        ]
+        for state in layer if shape.known else ():
+            for tensor, allowed in ((state.conv, shape.conv), (state.recurrent, shape.recurrent)):
+                if tensor is not None:
+                    _demand(tensor.shape == (1, *allowed[0]), f"a state of shape {tuple(tensor.shape)}")
+        states.append(tuple(layer))
+    pending, errors = json.loads(metadata["pending"]), json.loads(metadata["errors"])
+    _demand(len(pending) == len(errors) == len(specs), "as many layers as the model")
+    cache = StoredCache(specs, rows, tuple(pending), tuple(errors), tuple(states))
+    return Session(tokens, n_cached, cache, tuple(json.loads(metadata["messages"])))
+
+
+def _rows(spec: KVSpec, n: int, tensors: Mapping[str, Tensor], n_seen: int) -> StoredRows:
+    facts, types = spec.facts, spec.types
+    packed = []
+    for side, name, dim in (("k", types.type_k, facts.head_dim_k), ("v", types.type_v, facts.head_dim_v)):
+        blocks, fmt = tensors[f"kv.{n}.{side}"], get_format(name)
+        _demand(blocks.dtype == torch.uint8, f"rows of {blocks.dtype}")
+        _demand(
+            (*blocks.shape[:2], blocks.shape[3]) == (1, facts.n_kv_heads, fmt.row_bytes(dim)),
+            f"rows {tuple(blocks.shape)}",
+        )
+        packed.append(fmt.from_ggml(blocks, dim))
+    exact_k, exact_v = (tensors.get(f"kv.{n}.exact_{side}") for side in "kv")
+    center = tensors.get(f"kv.{n}.center")
+    exact = bool(spec.tail or spec.sink)
+    _demand((exact_k is None) == (exact_v is None) == (not exact), "exact rows that the types do not have")
+    for rows, dim in ((exact_k, facts.head_dim_k), (exact_v, facts.head_dim_v)):
+        _demand(rows is None or (rows.dtype == torch.uint8 and rows.shape[3] == 2 * dim), "exact rows")
+    _demand(center is None or (spec.center and center.shape == (1, facts.n_kv_heads, facts.head_dim_k)), "a center")
+    stored = StoredRows(n_seen, 0, packed[0], packed[1], exact_k, exact_v, center)
+    held = stored.n_packed + stored.n_exact
+    _demand(stored.packed_v[0].shape[2] == stored.n_packed, "as many rows of V as of K")
+    _demand(held == n_seen if facts.window is None else min(n_seen, facts.window - 1) <= held <= n_seen, f"{held} rows")
+    return stored
+
+
+def _demand(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(what)
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """All of `data` at `path`, or nothing."""
+    for stale in path.parent.glob(f".{path.name}.*.part"):
+        if not _runs(stale.suffixes[-2:-1]):
+            stale.unlink(missing_ok=True)  # of a process that was killed while it wrote
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # the new name is on disk too
+    finally:
+        os.close(directory)
+
+
+def _runs(pid: Sequence[str]) -> bool:
+    """Whether the process of a partial file (`.PID`) may still be there."""
+    if not pid or not pid[0][1:].isdigit():
+        return True
+    try:
+        os.kill(int(pid[0][1:]), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

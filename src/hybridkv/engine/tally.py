@@ -1,0 +1,51 @@
+"""A scheduler's counts since it began."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from hybridkv.engine.requests import SchedulerStats
+
+NEWEST_STEPS = 512
+"""Iterations whose times are kept."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What `SchedulerStats` says of the past; written by the scheduler's thread alone."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    n_steps: int = 0
+    n_rebuilds: int = 0
+    n_finished: int = 0
+    n_cancelled: int = 0
+    n_failed: int = 0
+    _times: deque[float] = field(default_factory=lambda: deque(maxlen=NEWEST_STEPS))
+
+    def step(self, seconds: float) -> None:
+        """Count an iteration."""
+        self.n_steps += 1
+        self._times.append(seconds)
+
+    def stats(self, **present: Any) -> SchedulerStats:
+        """These counts, with what is there at this moment."""
+        return SchedulerStats(
+            **present,
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            generated_tokens=self.generated_tokens,
+            prefill_s=self.prefill_s,
+            decode_s=self.decode_s,
+            n_steps=self.n_steps,
+            n_rebuilds=self.n_rebuilds,
+            n_finished=self.n_finished,
+            n_cancelled=self.n_cancelled,
+            n_failed=self.n_failed,
+            step_s=tuple(self._times.copy()),
+        )

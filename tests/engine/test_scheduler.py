@@ -1,0 +1,392 @@
+"""The scheduler: every sequence gets what it gets alone, none waits for ever, and nothing is over the budget."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hybridkv.cache import KVTypes
+from hybridkv.engine import Event, Request, SamplingParams
+from hybridkv.errors import AdmissionError, NoKernelError, UsageError
+from hybridkv.hf import ModelCache, NativeStep, resolve_step
+from hybridkv.hf.step.record import Answers
+from hybridkv.kernels import cpu_native
+from hybridkv.policy import Guard, NonFiniteError
+from tests.engine.serving import (
+    GREEDY,
+    Q8,
+    TAILED,
+    alone,
+    drain,
+    events,
+    model,
+    prompt,
+    requests,
+    scheduler,
+    specs_for,
+    tokens,
+)
+
+LENGTHS = (5, 70, 1, 33, 64)
+needs_native = pytest.mark.skipif(cpu_native.available() is not None, reason="the native extension is not built")
+
+
+@pytest.mark.parametrize(
+    ("family", "types"),
+    [
+        ("qwen3_5_text", Q8),
+        ("qwen3_5_text", TAILED),
+        ("qwen3_5_text", KVTypes("f32", "f32")),
+        ("qwen3", TAILED),
+        ("bamba", Q8),
+        ("jamba", TAILED),
+        ("falcon_h1", Q8),
+        ("gemma2", TAILED),
+    ],
+)
+def test_sequences_get_what_they_get_alone(family: str, types: KVTypes) -> None:
+    """More of them than places, of all lengths, so that they meet at every point of each other's lives."""
+    asked = requests(LENGTHS, 8)
+    run = scheduler(family, types=types)
+    tickets = [run.submit(request) for request in asked]
+    drain(run)
+    got = [tokens(ticket) for ticket in tickets]
+    assert got == [alone(request, family, types=types) for request in asked]
+    assert len({tuple(ids) for ids in got}) == len(got)
+    assert all(len(ids) == 8 for ids in got)
+
+
+def test_sampled_sequences_get_what_they_get_alone() -> None:
+    """Each has a generator of its own; parameters are mixed, so that rows are filtered together and apart."""
+    params = [
+        SamplingParams(temp=1.2, seed=1),
+        SamplingParams(temp=1.2, seed=2),
+        GREEDY,
+        SamplingParams(temp=0.7, top_k=5, seed=1),
+    ]
+    asked = [Request(prompt(20), 12, p) for p in params]
+    run = scheduler()
+    tickets = [run.submit(request) for request in asked]
+    drain(run)
+    got = [tokens(ticket) for ticket in tickets]
+    assert got == [alone(request) for request in asked]
+    assert len({tuple(ids) for ids in got}) == 4
+
+
+def test_types_of_a_request() -> None:
+    """Sequences of other types run side by side."""
+    asked = [Request(prompt(40), 16, GREEDY, types=types) for types in (None, KVTypes("q4_0", "q4_0"), TAILED, Q8)]
+    run = scheduler(types=Q8)
+    tickets = [run.submit(request) for request in asked]
+    drain(run)
+    got = [tokens(ticket) for ticket in tickets]
+    assert got == [alone(request, types=Q8) for request in asked]
+    assert got[0] == got[3]
+    assert got[1] == alone(Request(prompt(40), 16, GREEDY), types=KVTypes("q4_0", "q4_0"))
+    assert got[1] != got[0]
+
+
+def test_a_long_prompt_does_not_stall_others() -> None:
+    """While it is processed, every iteration gives a running sequence its token, and a short prompt has its turn."""
+    run = scheduler(n_ctx=2048)
+    running = run.submit(Request(prompt(4), 40, GREEDY))
+    for _ in range(2):
+        run.step()
+    long = run.submit(Request(prompt(640, 1), 4, GREEDY))
+    short = run.submit(Request(prompt(10, 2), 4, GREEDY))
+    before, steps = running.usage.generated_tokens, 0
+    while not long.usage.generated_tokens:
+        run.step()
+        steps += 1
+        if steps == 2:
+            assert short.usage.generated_tokens >= 1
+    assert steps == 640 // 32 + 1
+    assert running.usage.generated_tokens == before + steps
+    drain(run)
+    assert tokens(long) == alone(Request(prompt(640, 1), 4, GREEDY), n_ctx=2048)
+
+
+def test_stop_ids_and_length() -> None:
+    whole = alone(Request(prompt(9), 20, GREEDY))
+    stop = whole[7]
+    assert stop is not None
+    first = whole.index(stop)
+    run = scheduler()
+    ticket = run.submit(Request(prompt(9), 20, GREEDY, stop_ids=(stop, 1000)))
+    drain(run)
+    got = events(ticket)
+    assert [event.token for event in got] == whole[: first + 1]
+    assert [event.finished for event in got] == [None] * first + ["stop"]
+    assert ticket.usage.generated_tokens == first + 1
+    assert ticket.token_ids == (*prompt(9), *whole[: first + 1])
+    ticket = run.submit(Request(prompt(9), 3, GREEDY))
+    drain(run)
+    assert [event.finished for event in events(ticket)] == [None, None, "length"]
+
+
+def test_logprobs_are_the_models() -> None:
+    request = Request(prompt(30), 5, SamplingParams(temp=1.3, seed=4), logprobs=3)
+    run = scheduler(types=KVTypes("f32", "f32"))
+    ticket = run.submit(request)
+    drain(run)
+    history = list(request.prompt_ids)
+    for event in events(ticket):
+        with torch.inference_mode():
+            exact = torch.log_softmax(model()(torch.tensor([history])).logits[0, -1], -1)
+        assert event.token is not None
+        assert event.logprob == pytest.approx(float(exact[event.token]), abs=1e-3)
+        best = torch.topk(exact, 3)
+        assert [i for i, _ in event.top_logprobs] == best.indices.tolist()
+        assert [p for _, p in event.top_logprobs] == pytest.approx(best.values.tolist(), abs=1e-3)
+        history.append(event.token)
+
+
+def test_cancel_running_and_waiting() -> None:
+    run = scheduler(n_parallel=2)
+    tickets = [run.submit(request) for request in requests((8, 40, 12, 6))]
+    for _ in range(4):
+        run.step()
+    tickets[0].cancel()
+    tickets[3].cancel()
+    run.step()
+    assert tickets[0].finished
+    assert tickets[3].finished
+    assert events(tickets[0])[-1].finished == events(tickets[3])[-1].finished == "cancelled"
+    assert tickets[3].usage.generated_tokens == 0
+    drain(run)
+    for ticket in tickets[1:3]:
+        assert tokens(ticket) == alone(ticket.request)
+    stats = run.stats()
+    assert (stats.n_finished, stats.n_cancelled, stats.n_failed) == (2, 2, 0)
+    assert (stats.running, stats.waiting, stats.kv_bytes, stats.state_bytes, stats.reserved_bytes) == (0, 0, 0, 0, 0)
+    tickets[0].cancel()
+    assert not run.step()
+
+
+@pytest.mark.parametrize("types", [Q8, TAILED], ids=["q8_0", "tail"])
+def test_never_over_the_budget(types: KVTypes) -> None:
+    """Planned bytes are those that caches allocate, and sequences wait for them in their order."""
+    specs = specs_for(model(), types)
+    planned = scheduler(types=types).admission.planned_bytes(specs, 100 + 12)
+    run = scheduler(types=types, memory_bytes=2 * planned + planned // 2)
+    tickets = [run.submit(request) for request in requests((100, 100, 100, 100))]
+    most = 0
+    while run.step():
+        stats = run.stats()
+        most = max(most, stats.running)
+        assert stats.kv_bytes + stats.state_bytes <= stats.reserved_bytes <= 2 * planned + planned // 2
+    assert most == 2
+    assert [tokens(t) for t in tickets] == [alone(t.request, types=types) for t in tickets]
+
+
+def test_what_cannot_fit_is_refused_with_numbers() -> None:
+    run = scheduler()
+    planned = run.admission.planned_bytes(specs_for(model()), 112)
+    run = scheduler(memory_bytes=planned)
+    run.submit(Request(prompt(100), 12, GREEDY))
+    with pytest.raises(
+        AdmissionError, match=r"100 prompt tokens and 13 new ones take \d+ bytes, and \d+ are"
+    ) as caught:
+        run.submit(Request(prompt(100), 13, GREEDY))
+    error = caught.value
+    assert error.reason == "too_large"
+    assert error.planned_bytes > planned == error.budget_bytes
+    assert (error.n_tokens, error.most_tokens) == (113, 112)
+    with pytest.raises(AdmissionError, match="do not fit a context of 512") as caught:
+        scheduler().submit(Request(prompt(500), 13, GREEDY))
+    assert caught.value.most_tokens == 512
+    scheduler().submit(Request(prompt(500), 12, GREEDY))
+
+
+def test_queue_is_bounded() -> None:
+    run = scheduler(max_waiting=2)
+    for request in requests((3, 3)):
+        run.submit(request)
+    with pytest.raises(AdmissionError, match="2 requests wait") as caught:
+        run.submit(Request(prompt(3), 4, GREEDY))
+    assert caught.value.reason == "queue_full"
+    run.step()
+    run.submit(Request(prompt(3), 4, GREEDY))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"prompt_ids": ()}, UsageError, "prompt is empty"),
+        ({"max_tokens": 0}, UsageError, "max_tokens 0"),
+        ({"logprobs": 21}, UsageError, "logprobs 21; allowed: 0 to 20"),
+        ({"prompt_ids": (3, 97)}, UsageError, "token id 97; allowed: 0 to 96"),
+        ({"prompt_ids": (-1,)}, UsageError, "token id -1"),
+        ({"types": KVTypes("q9", "q9")}, UsageError, "q9"),
+        ({"types": KVTypes("q8_KV", "q8_KV", rotate_k=True)}, None, ""),
+    ],
+)
+def test_bad_requests(options: dict[str, Any], error: type[Exception] | None, message: str) -> None:
+    run = scheduler()
+    if error is None:
+        run.submit(Request(**{"prompt_ids": (3, 4), "max_tokens": 2, **options}))
+        return
+    with pytest.raises((error, NoKernelError), match=message):
+        run.submit(Request(**{"prompt_ids": (3, 4), "max_tokens": 2, **options}))
+    assert not run.step()
+
+
+def test_bad_settings() -> None:
+    with pytest.raises(UsageError, match="n_parallel 0"):
+        scheduler(n_parallel=0)
+    with pytest.raises(UsageError, match="prefill_chunk 0"):
+        scheduler(prefill_chunk=0)
+
+
+class Faulty:
+    """A step in which the attention of one sequence is not finite, at types of so few bits."""
+
+    def __init__(self, victim: int, at: int, bad_types: tuple[str, ...]) -> None:
+        self.inner = resolve_step(model().config, "cpu")(model())
+        self.name = "faulty"
+        self.victim, self.at, self.bad_types = victim, at, bad_types
+        self.fired = 0
+
+    def forward(self, ids: Tensor, cache: ModelCache, position: int) -> Tensor:
+        return self.inner.forward(ids, cache, position)
+
+    def logits(self, ids: Tensor, cache: ModelCache, position: int) -> Tensor:
+        return self.inner.logits(ids, cache, position)
+
+    def forward_many(self, ids: Tensor, caches: list[ModelCache], positions: list[int]) -> Answers:
+        answers = self.inner.forward_many(ids, caches, positions)
+        for index, cache in enumerate(caches):
+            due = positions[index] >= self.at and cache.specs[0].types.type_k in self.bad_types
+            if due and cache.kv_layers[0]._n_ctx == self.victim:
+                self.fired += 1
+                answers.logits[index] = torch.nan
+                answers.failed[index] = NonFiniteError(layer=1, label="q8_0", kernel="k", n_tokens=1, source="cache")
+        return answers
+
+
+def test_a_fault_in_one_sequence_is_rebuilt_and_hurts_no_other() -> None:
+    """The sequence with 20 + 12 tokens fails at its 25th; it goes on at f16 without losing a token."""
+    said: list[str] = []
+    step = Faulty(32, 24, ("q8_0",))
+    run = scheduler(step=step, notify=said.append, prefix_bytes=1 << 24)
+    tickets = [run.submit(request) for request in requests((7, 20, 40, 9))]
+    drain(run)
+    assert step.fired == 1
+    assert run.stats().n_rebuilds == 1
+    assert len(said) == 1
+    assert said[0].endswith("rebuilding 25 tokens at f16")
+    for ticket in (tickets[0], tickets[2], tickets[3]):
+        assert tokens(ticket) == alone(ticket.request)
+    got = tokens(tickets[1])
+    assert len(got) == 12
+    assert got[:5] == alone(tickets[1].request)[:5]
+    with torch.inference_mode():
+        exact = model()(torch.tensor([list(tickets[1].token_ids[:-1])])).logits[0, -8:].argmax(-1).tolist()
+    assert got[5:] == exact[-7:]
+
+
+def test_a_fault_that_stays_ends_its_sequence_alone() -> None:
+    step = Faulty(32, 24, ("q8_0", "f16"))
+    run = scheduler(step=step)
+    tickets = [run.submit(request) for request in requests((7, 20, 40))]
+    drain(run)
+    last = events(tickets[1])[-1]
+    assert last.finished == "error"
+    assert last.message is not None
+    assert "no larger type is left" in last.message
+    assert tickets[1].usage.generated_tokens == 6  # the sixth came of the rebuild, and the step after it fails again
+    for ticket in (tickets[0], tickets[2]):
+        assert tokens(ticket) == alone(ticket.request)
+    assert run.stats().n_failed == 1
+
+
+def test_a_fault_of_the_program_ends_all_and_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = scheduler()
+    tickets = [run.submit(request) for request in requests((7, 20))]
+
+    def broken(*_: object) -> Answers:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(run.step_of_model, "forward_many", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run.run_forever()
+    assert [events(t)[-1].finished for t in tickets] == ["error", "error"]
+    with pytest.raises(AdmissionError, match="shutting down"):
+        run.submit(Request(prompt(3), 3, GREEDY))
+    with pytest.raises(AdmissionError, match="has stopped"):
+        run.call(lambda: 1)
+
+
+def test_types_raised_by_the_guard_are_counted() -> None:
+    """With a limit that 4 bits do not hold, each sequence is stored at larger types, and waits for their bytes."""
+    said: list[str] = []
+    q4 = KVTypes("q4_0", "q4_0")
+    strict = Guard(limit=0.02)
+    room = scheduler().admission.planned_bytes(specs_for(model(), Q8), 82)
+    run = scheduler(types=q4, guard=strict, notify=said.append, memory_bytes=room + room // 2)
+    tickets = [run.submit(request) for request in requests((70, 70))]
+    while run.step():
+        assert run.stats().reserved_bytes <= room + room // 2
+    assert said
+    assert all(len(tokens(t)) == 12 for t in tickets)
+    ample = scheduler(types=q4, guard=strict)
+    others = [ample.submit(request) for request in requests((70, 70))]
+    drain(ample)
+    assert [t.token_ids for t in tickets] == [t.token_ids for t in others]
+
+
+def test_a_thread_runs_it_and_shutdown_drains() -> None:
+    run = scheduler(n_parallel=2)
+    worker = threading.Thread(target=run.run_forever)
+    worker.start()
+    heard: list[Event] = []
+    asked = requests((8, 40, 12, 6))
+    tickets = [run.submit(request) for request in asked[:3]]
+    last = run.submit(asked[3], heard.append)
+    assert run.call(lambda: 7).result(10) == 7
+    run.shutdown(drain=True)
+    with pytest.raises(AdmissionError) as caught:
+        run.submit(asked[0])
+    assert caught.value.reason == "closed"
+    got = [[event.token for event in ticket] for ticket in tickets]
+    assert last.wait(30)
+    worker.join(30)
+    assert not worker.is_alive()
+    assert got == [alone(request) for request in asked[:3]]
+    assert [event.token for event in heard] == alone(asked[3])
+
+
+def test_shutdown_without_draining_cancels() -> None:
+    run = scheduler(n_ctx=4096)
+    worker = threading.Thread(target=run.run_forever)
+    worker.start()
+    ticket = run.submit(Request(prompt(5), 4000, GREEDY))
+    stream = iter(ticket)
+    next(stream)
+    run.shutdown(drain=False)
+    worker.join(30)
+    assert not worker.is_alive()
+    assert [event.finished for event in stream][-1] == "cancelled"
+
+
+@needs_native
+def test_the_native_step_takes_them_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run of the program for all that decode, not one each."""
+    run = scheduler()
+    assert isinstance(run.step_of_model, NativeStep)
+    sizes: list[int] = []
+    original = run.step_of_model._decode_many
+
+    def spy(ids: Tensor, *rest: Any) -> Any:
+        sizes.append(len(ids))
+        return original(ids, *rest)
+
+    monkeypatch.setattr(run.step_of_model, "_decode_many", spy)
+    for request in requests((3, 4, 5, 6)):
+        run.submit(request)
+    drain(run)
+    assert max(sizes) == 4
