@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,6 +10,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 from torch import Tensor
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    # Triton decides on its import whether its interpreter runs kernels, and so do these modules. Afterwards nothing
+    # is offered on the CPU that would run in it.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        import hybridkv.kernels.cuda.delta
+        import hybridkv.kernels.cuda.launch
+        import hybridkv.kernels.cuda.layers
+        import hybridkv.kernels.cuda.store  # noqa: F401
+
 from transformers.utils import logging
 
 from hybridkv.cache import planes

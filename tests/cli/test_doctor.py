@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -20,7 +21,7 @@ def test_what_is_printed(cli: Cli) -> None:
     assert done.code == 0
     assert done.err == ""
     assert f"hybridkv {hybridkv.__version__}, torch 2." in done.out
-    for line in ("cpu         ", "cuda        ", "refusals"):
+    for line in ("cpu         ", "cuda        ", "recurrent   ", "refusals"):
         assert f"\n{line}" in done.out
     rows = [line.split() for line in done.out.splitlines() if line.startswith(" cpu ")]
     assert [(int(row[1]), row[2]) for row in rows] == [(d, p) for d in HEAD_DIMS for p in ("prefill", "decode")]
@@ -40,8 +41,11 @@ def test_a_head_dim_that_blocks_do_not_divide(cli: Cli) -> None:
 def test_json_is_the_truth_about_every_case(cli: Cli) -> None:
     done = cli("doctor", "--json", "--device", "cpu")
     answer = json.loads(done.out)
-    assert answer.keys() == {"versions", "cpu", "cuda", "engines", "matrix"}
+    assert answer.keys() == {"versions", "cpu", "cuda", "engines", "recurrent", "matrix"}
     assert "qwen3_5_text" in answer["engines"]["native"]
+    assert answer["engines"].keys() == {"native", "native-triton", "eager"}
+    fla = importlib.util.find_spec("fla") is not None
+    assert answer["recurrent"]["delta rules"].startswith("flash-linear-attention" if fla else "torch")
     assert answer["versions"]["hybridkv"] == hybridkv.__version__
     assert {"torch", "transformers", "gguf", "tokenizers", "numpy", "python"} < answer["versions"].keys()
     keys = {"device", "type_k", "type_v", "head_dim", "phase", "kernel", "refusals"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from hybridkv.errors import ModelError, UsageError
 from hybridkv.formats import FORMATS
 from hybridkv.hf import (
     EagerStep,
+    FusedStep,
+    GraphStep,
     ModelCache,
     NativeStep,
     WeightKind,
@@ -22,11 +25,13 @@ from hybridkv.hf import (
     layer_facts,
     pack_model,
     packed_parameter,
+    parse_graphs,
     parse_step,
     parse_weights,
     resolve_step,
 )
 from hybridkv.hf.step import eager
+from hybridkv.hf.step.fused import FAMILY_NAMES
 from hybridkv.hf.step.native import HEAD_ROWS, MAX_ROWS
 from hybridkv.hf.step.weights import packed_of
 from hybridkv.kernels import KERNELS, cpu_native
@@ -367,10 +372,25 @@ def test_what_resolves_runs_and_what_does_not_says_why(family: str) -> None:
     chosen = resolve_step(config, "cpu")
     assert chosen is (NativeStep if family in NATIVE else EagerStep)
     assert resolve_step(config, "cpu", "eager") is EagerStep
-    assert resolve_step(config, "cuda") is EagerStep
+    on_cuda = FusedStep if family in FAMILY_NAMES and find_spec("triton") else EagerStep
+    assert resolve_step(config, "cuda", graphs="off") is on_cuda
+    assert resolve_step(config, "cuda", "eager", graphs="off") is EagerStep
     if family not in NATIVE:
         with pytest.raises(UsageError, match=f"cannot run this model: knows no {family} layers"):
             resolve_step(config, "cpu", "native")
+
+
+def test_graphs_on_cuda_by_default() -> None:
+    said = list[str]()
+    step = resolve_step(build("lfm2").config, "cuda", notify=said.append)(build("lfm2"))
+    assert isinstance(step, GraphStep)
+    assert step.name == "eager, decode as a graph"
+    assert said == []
+    windowed = build("gemma2").config
+    assert resolve_step(windowed, "cuda", notify=said.append) is EagerStep
+    assert said == ["decoding is not recorded as a graph: layers 0 have a sliding window, whose rows move"]
+    with pytest.raises(UsageError, match="--graph 'yes'; allowed: on, off"):
+        parse_graphs("yes")
 
 
 def test_configs_that_the_family_refuses() -> None:

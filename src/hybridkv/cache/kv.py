@@ -28,6 +28,7 @@ from hybridkv.kernels import (
     Segment,
     select,
     select_encoder,
+    store,
 )
 from hybridkv.rotation import rotate, rotation_block
 
@@ -201,6 +202,12 @@ class KVLayer:
         ContextError
             If the context is full.
         """
+        past = self.past_rows()
+        self.count(batch, n_new, device)
+        return self.view(past + n_new)
+
+    def count(self, batch: int, n_new: int, device: torch.device) -> None:
+        """`admit`, without a view of the rows."""
         exact = self._exact
         assert n_new == 1 or exact is None, n_new
         self._open(batch, n_new, device)
@@ -211,7 +218,48 @@ class KVLayer:
             self._evict(exact, past)
             exact.extend(n_new, self._exact_target, batch, device)
         self.n_seen += n_new
-        return self.view(past + n_new)
+
+    def append_at(self, k: Tensor, v: Tensor, lengths: Tensor) -> KVView:
+        """Store one new token per sequence as its newest row, by numbers that only the device knows.
+
+        `admit` has counted the token, and `fixed_reason` says None.
+
+        Parameters
+        ----------
+        k, v
+            Any float dtype, `[B, Hkv, 1, D]` and `[B, Hkv, 1, Dv]`.
+        lengths
+            int32 `[B]`: rows that each sequence holds, the new one included.
+        """
+        self._check(k, v)
+        types, planes, chosen = self.spec.types, self._packed.planes, self.kernels
+        rows = lengths - 1
+        for encoder, x, fmt, memory, rotated in (
+            (chosen.write_k, k, self._k_format, planes.k, types.rotate_k),
+            (chosen.write_v, v, self._v_format, planes.v, types.rotate_v),
+        ):
+            store(encoder, x, fmt, types.scale_for(fmt.name), memory, rows, rotated=rotated)
+        return replace(self.view(0), segments=(replace(planes.segment(0, planes.capacity), lengths=lengths),))
+
+    def fixed_reason(self, device: str) -> str | None:
+        """Why rows cannot be stored and attended by numbers that only the device knows; None if they can."""
+        layer = self.spec.facts.layer
+        if self.spec.tail or self.spec.sink:
+            return f"layer {layer} moves rows out of its exact tail and sinks"
+        if self.spec.facts.window is not None:
+            return f"layer {layer} has a sliding window, whose rows move"
+        decode = self.kernels.decode
+        if (reason := decode.rejects(replace(self.spec.case(device, "decode"), device_rows=True))) is not None:
+            return f"layer {layer}: {decode.name} {reason}"
+        for encoder in (self.kernels.write_k, self.kernels.write_v):
+            if encoder.store is None:
+                return f"layer {layer}: {encoder.name} takes the numbers of rows from the host"
+        return None
+
+    @property
+    def memory(self) -> tuple[Tensor, ...]:
+        """The tensors that hold the packed rows; other ones once they have moved."""
+        return (*self._packed.planes.k, *self._packed.planes.v)
 
     def view(self, length: int | None = None) -> KVView:
         """The newest `length` rows, all by default."""
@@ -267,6 +315,13 @@ class KVLayer:
         twin._packed = self._packed.copy()
         twin._exact = None if self._exact is None else self._exact.copy()
         twin._n_ctx = n_ctx
+        return twin
+
+    def empty(self, n_ctx: int | None) -> KVLayer:
+        """A layer of the same types that holds no rows, for a context of its own."""
+        twin = copy.copy(self)
+        twin._n_ctx = n_ctx
+        twin.reset()
         return twin
 
     def stored(self, first: int = 0) -> StoredRows:

@@ -21,7 +21,10 @@ HELP = "print versions, CPU features, devices and the kernel matrix with the rea
 HEAD_DIMS = (64, 80, 96, 112, 128, 160, 192, 256, 512)
 """Head dims of released hybrid models."""
 
-_PACKAGES = ("torch", "transformers", "gguf", "tokenizers", "numpy")
+_PACKAGES = ("torch", "transformers", "gguf", "tokenizers", "numpy", "triton")
+_RECURRENT = {"fla": "delta rules", "causal_conv1d": "short convolutions", "mamba_ssm": "Mamba scans"}
+"""Packages that Transformers' own code takes for recurrent layers on CUDA where they are installed."""
+
 _FEATURES = (
     "avx2",
     "fma",
@@ -59,10 +62,11 @@ def main(arguments: argparse.Namespace) -> int:
     versions["python"] = platform.python_version()
     features = _cpu_features()
     matrix = [row for device in devices for row in _matrix(device, dims)]
-    engines = _engines()
+    engines, recurrent = _engines(), _recurrent()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     if a.json:
-        print(json.dumps({"versions": versions, "cpu": features, "cuda": gpus, "engines": engines, "matrix": matrix}))
+        found = {"versions": versions, "cpu": features, "cuda": gpus, "engines": engines, "recurrent": recurrent}
+        print(json.dumps({**found, "matrix": matrix}))
         return 0
     console = stdout_console()
     console.print("versions    " + ", ".join(f"{name} {version}" for name, version in versions.items()))
@@ -71,6 +75,9 @@ def main(arguments: argparse.Namespace) -> int:
     )
     console.print(f"cuda        {', '.join(gpus) or 'none that torch can use'}")
     console.print("engines     " + "; ".join(f"{name}: {models}" for name, models in engines.items()))
+    console.print(
+        "recurrent   eager engine on cuda: " + ", ".join(f"{kind} by {package}" for kind, package in recurrent.items())
+    )
     _print_full(matrix) if a.full else _print_summary(matrix)
     return 0
 
@@ -91,12 +98,24 @@ def _cpu_features() -> list[str]:
 
 def _engines() -> dict[str, str]:
     """What runs the layers outside of attention, and which models each engine takes."""
+    from hybridkv.hf.step import fused as fused_step
     from hybridkv.hf.step.native import FAMILIES
     from hybridkv.kernels import cpu_native
 
     missing = cpu_native.available()
     native = f"cannot run, {missing}" if missing else f"{', '.join(FAMILIES)} on cpu-{cpu_native.isa()}"
-    return {"native": native, "eager": "whatever Transformers runs"}
+    reason = fused_step.rejects_device("cuda")
+    fused = f"cannot run, {reason}" if reason else f"{', '.join(fused_step.FAMILY_NAMES)} on cuda, decode as a graph"
+    return {"native": native, "native-triton": fused, "eager": "whatever Transformers runs"}
+
+
+def _recurrent() -> dict[str, str]:
+    """What serves the recurrent layers of the eager engine on CUDA, per kind of layer."""
+    names = metadata.packages_distributions()
+    return {
+        kind: f"{names[package][0]} {_version(names[package][0])}" if package in names else "torch"
+        for package, kind in _RECURRENT.items()
+    }
 
 
 def _matrix(device: str, dims: tuple[int, ...]) -> list[dict[str, Any]]:

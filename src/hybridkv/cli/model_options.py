@@ -21,7 +21,7 @@ DEFAULT_CTX = 4096
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, *, default_ctx: int = DEFAULT_CTX) -> None:
-    """Add `-m`, `-c`, `-t`, `--device`, `--engine`, `--weights` and `--trust-remote-code`."""
+    """Add `-m`, `-c`, `-t`, `--device`, `--engine`, `--graph`, `--weights` and `--trust-remote-code`."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "-m", "--model", metavar="PATH", help="GGUF file or model directory (default: the bundled model)"
@@ -39,8 +39,14 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, default_ctx: int = D
         "--engine",
         default="auto",
         metavar="auto|native|eager",
-        help="what runs the layers outside of attention: native code where it knows the model, or Transformers' own "
-        "forward pass (default auto)",
+        help="what runs the layers outside of attention: native code where it knows the model (C++ on the CPU, Triton "
+        "on CUDA), or Transformers' own forward pass (default auto)",
+    )
+    group.add_argument(
+        "--graph",
+        metavar="on|off",
+        help="on CUDA, whether a decode step of either engine is recorded as a graph and replayed, where it can be "
+        "(default on)",
     )
     group.add_argument(
         "--weights",
@@ -141,8 +147,9 @@ def open_model(a: argparse.Namespace, *, default_ctx: int = DEFAULT_CTX) -> Open
     from transformers.utils import logging as transformers_logging
 
     from hybridkv.engine.load import bundled_model, describe
-    from hybridkv.hf import parse_step, parse_weights, resolve_step
+    from hybridkv.hf import parse_graphs, parse_step, parse_weights, resolve_step
 
+    graphs = parse_graphs(a.graph or "on")
     kind, asked = parse_step(a.engine), parse_weights(a.weights)
     transformers_logging.set_verbosity_error()  # its notes on missing speed packages are not this command's
     transformers_logging.disable_progress_bar()
@@ -154,7 +161,10 @@ def open_model(a: argparse.Namespace, *, default_ctx: int = DEFAULT_CTX) -> Open
     if a.trust_remote_code and path.is_file():
         notice("--trust-remote-code changes nothing: there is no code in this model")
     n_ctx = _context(a.ctx_size, description.n_ctx_train, default_ctx)
-    make_step = resolve_step(description.config, device.partition(":")[0], kind)
+    device_type = device.partition(":")[0]
+    if a.graph is not None and device_type != "cuda":
+        notice(f"--graph {a.graph} changes nothing: graphs are CUDA's, and this runs on {device_type}")
+    make_step = resolve_step(description.config, device_type, kind, graphs=graphs, notify=notice)
     weights, dtype = _weights(asked, kind, device)
     return Opened(description, device, n_ctx, weights, dtype, make_step)
 

@@ -9,6 +9,9 @@ from hybridkv.hf.evidence import is_finite
 from hybridkv.hf.facts import cache_argument, is_hybrid, kv_facts, layer_facts, takes_chunks
 from hybridkv.hf.step import (
     EagerStep,
+    FusedStep,
+    GraphMode,
+    GraphStep,
     NativeStep,
     Step,
     StepKind,
@@ -17,6 +20,7 @@ from hybridkv.hf.step import (
     packed_bytes,
     packed_parameter,
     packing_rejects,
+    parse_graphs,
     parse_step,
     parse_weights,
     resolve_step,
@@ -28,6 +32,9 @@ register()
 __all__ = [
     "IMPLEMENTATION",
     "EagerStep",
+    "FusedStep",
+    "GraphMode",
+    "GraphStep",
     "ModelCache",
     "NativeStep",
     "Step",
@@ -42,6 +49,7 @@ __all__ = [
     "packed_bytes",
     "packed_parameter",
     "packing_rejects",
+    "parse_graphs",
     "parse_step",
     "parse_weights",
     "quantized_cache",

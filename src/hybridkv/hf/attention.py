@@ -148,6 +148,11 @@ def _attend_stored(query: Tensor, packed: LayerView, params: AttentionParams) ->
     watch = packed.watch
     kernel = _kernel(query, packed, params)
     out = attend(kernel, query, packed.view, params)
+    if packed.fixed is not None:
+        if params.mask is not None:
+            raise ModelError("a recorded step was given a mask", hint="use --graph off")
+        _record_health(out, query, packed, packed.fixed.health)
+        return out
     n_new = query.shape[2]
     if watch.pending:
         watch.pending = watch.guard.measures and not packed.layer.shows_packed(packed.view)
@@ -179,8 +184,19 @@ def _kernel(query: Tensor, packed: LayerView, params: AttentionParams) -> Kernel
     kernel = packed.layer.kernels.attend_for(phase)
     if facts.softcap == (params.softcap is not None) and facts.sinks == (params.sinks is not None):
         return kernel
-    case = packed.layer.spec.case(query.device.type, phase)
+    case = replace(packed.layer.spec.case(query.device.type, phase), device_rows=packed.fixed is not None)
     return select(replace(case, softcap=params.softcap is not None, sinks=params.sinks is not None), KERNELS)
+
+
+def _record_health(out: Tensor, query: Tensor, packed: LayerView, health: Tensor) -> None:
+    """Leave word on the device of numbers that are not finite; see `Fixed`."""
+    if out.is_cuda:
+        from hybridkv.kernels.cuda.layers import watch_finite  # needs triton, which only a CUDA device's step does
+
+        watch_finite(out, query, packed.fresh_k, packed.fresh_v, health)
+        return
+    inputs = torch.stack([torch.isfinite(x).all() for x in (query, packed.fresh_k, packed.fresh_v)]).all()
+    health.copy_(torch.stack([torch.isfinite(out).all(), inputs]).logical_not())
 
 
 def _checked(query: Tensor, packed: LayerView, params: AttentionParams, out: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from hybridkv.cache import KVLayer, KVSpec, KVTypes, LayerFacts, LayerKernels, resolve
@@ -174,6 +175,19 @@ class ModelCache(Cache):  # type: ignore[misc]
         twin = copy.copy(self)
         twin.layers = [layer.copy(n_ctx) for layer in self.layers]
         return twin
+
+    def empty(self, *, n_ctx: int | None = None) -> ModelCache:
+        """A cache of the same types and kernels that holds nothing and is not guarded."""
+        twin = copy.copy(self)
+        twin.layers = [layer.empty(n_ctx) for layer in self.layers]
+        return twin
+
+    @property
+    def memory(self) -> tuple[Tensor, ...]:
+        """Every tensor that holds rows or states. The same objects mean the same memory."""
+        parts = [layer.store.memory for layer in self.layers if isinstance(layer, QuantizedLayer)]
+        parts += [layer.memory for layer in self.layers if isinstance(layer, StateLayer)]
+        return tuple(tensor for part in parts for tensor in part)
 
     def stored(self, after: StoredCache | None = None) -> StoredCache:
         """A copy of what is held now, never to be changed.

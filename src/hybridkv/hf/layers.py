@@ -57,6 +57,23 @@ class LayerWatch:
 
 
 @dataclass(frozen=True, slots=True)
+class Fixed:
+    """A decode step whose numbers only the device knows, so that it can be recorded once and run again and again.
+
+    Attributes
+    ----------
+    lengths
+        int32 `[B]`: rows that each sequence holds, this step's included.
+    health
+        int32 `[2]`, for this layer: not 0 where the attention output (first) or what went into it (second) was not
+        finite.
+    """
+
+    lengths: Tensor
+    health: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class LayerView:
     """What `update` hands to the attention function in place of tensors.
 
@@ -71,6 +88,8 @@ class LayerView:
     fresh_k, fresh_v
         The new tokens before they were encoded, for this call only. In the call that the guard measures, the earlier
         tokens before them, as they were before they were packed.
+    fixed
+        In a step that is recorded: where this layer's health goes.
     """
 
     layer: KVLayer
@@ -78,6 +97,7 @@ class LayerView:
     watch: LayerWatch
     fresh_k: Tensor
     fresh_v: Tensor
+    fixed: Fixed | None = None
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
@@ -108,6 +128,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.store = store
         self.watch = watch
         self.is_sliding = store.spec.facts.window is not None
+        self.fixed: Fixed | None = None
         self._packed = packed
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -127,6 +148,9 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def store_new(self, k: Tensor, v: Tensor) -> LayerView:
         """Store T new tokens `[B, Hkv, T, D]`; what an attention over the packed rows reads."""
+        if self.fixed is not None:
+            view = self.store.append_at(k, v, self.fixed.lengths)
+            return LayerView(self.store, view, self.watch, k, v, self.fixed)
         if not self.is_initialized:
             self.lazy_initialization(k, v)
         fresh_k, fresh_v = self._unpacked(k, v) if self.watch.pending else (k, v)
@@ -146,12 +170,12 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Rows that the next call attends, and the position of the first."""
-        past = self.store.past_rows()
-        return past + query_length, self.store.n_seen - past
+        past = self.store.past_rows() - (self.fixed is not None)  # `admit` has counted the new one
+        return past + query_length, self.get_seq_length() - past
 
     def get_seq_length(self) -> int:
-        """Tokens seen."""
-        return self.store.n_seen
+        """Tokens seen before the call."""
+        return self.store.n_seen - (self.fixed is not None)
 
     def get_max_length(self) -> int:
         """-1: no maximum that masks would have to know."""
@@ -191,6 +215,13 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         twin.store, twin.watch = self.store.copy(n_ctx), replace(self.watch)
         return twin
 
+    def empty(self, n_ctx: int | None) -> QuantizedLayer:
+        """A layer of the same types that holds nothing, for a context of its own, and that no guard looks at."""
+        twin = copy.copy(self)
+        twin.store = self.store.empty(n_ctx)
+        twin.watch = LayerWatch(replace(self.watch.guard, mode="off"), self.watch.notify)
+        return twin
+
     def offload(self) -> None:
         """Not offered: packed rows are read where they are."""
         raise ModelError("a quantized cache cannot be offloaded", hint="drop offloading=True")
@@ -225,6 +256,8 @@ class EmptyLayer:
         """Itself: there is nothing that two could disagree on."""
         del n_ctx
         return self
+
+    empty = copy
 
     def get_max_length(self) -> int:
         """-1: no maximum that masks would have to know."""
@@ -301,6 +334,24 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
             self.conv_states[0] = wide.transpose(1, 2)
         return wide, self.recurrent_states[0]
 
+    def states(
+        self, batch: int, conv: tuple[int, int], recurrent: tuple[int, ...], like: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Convolution state `[B, channels, kernel]`, in the dtype and on the device of `like`, and float32 recurrent
+        state, to continue in place.
+        """
+        if not self.has_previous_state[0]:
+            self.lazy_initialization(
+                conv_states=like.new_zeros((batch, *conv)), recurrent_states=like.new_zeros((batch, *recurrent))
+            )
+            self.has_previous_state[0] = True
+        return self.conv_states[0], self.recurrent_states[0]
+
+    @property
+    def memory(self) -> tuple[Tensor, ...]:
+        """The tensors that hold the states; other ones once the batch has changed."""
+        return tuple(s for s in (*self.conv_states.values(), *self.recurrent_states.values()) if s is not None)
+
     def crop(self, tokens_to_remove: int) -> None:
         """A state has no past to return to; 0 tokens is the only crop.
 
@@ -336,6 +387,13 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
             if isinstance(by_index, dict):
                 setattr(twin, name, dict(by_index))
         twin._map(Tensor.clone)
+        return twin
+
+    def empty(self, n_ctx: int | None) -> StateLayer:
+        """A layer of the same kind that has seen nothing."""
+        del n_ctx
+        twin = copy.copy(self)
+        StateLayer.reset(twin)
         return twin
 
     def stored(self) -> tuple[StoredState, ...]:
@@ -421,6 +479,13 @@ class QuantizedAndStateLayer(StateLayer, QuantizedLayer):
         twin = StateLayer.copy(self, n_ctx)
         assert isinstance(twin, QuantizedAndStateLayer)
         twin.store, twin.watch = self.store.copy(n_ctx), replace(self.watch)
+        return twin
+
+    def empty(self, n_ctx: int | None) -> QuantizedAndStateLayer:
+        """A layer of the same types and kind that holds nothing."""
+        twin = QuantizedLayer.empty(self, n_ctx)
+        assert isinstance(twin, QuantizedAndStateLayer)
+        StateLayer.reset(twin)
         return twin
 
     def get_max_length(self) -> int:

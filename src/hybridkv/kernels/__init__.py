@@ -1,20 +1,24 @@
 """How stored rows are written and attended: cases, kernels, and the choice between them.
 
-Each backend exports `KERNELS` and `ENCODERS`; this file concatenates them, and `attend` is the one door
-through which attention over a cache goes.
+Each backend exports `KERNELS` and `ENCODERS`; this file concatenates them. `attend` and `store` are the doors
+through which rotated rows are read and written.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from hybridkv.kernels import cpu, reference
+from hybridkv.errors import NoKernelError
+from hybridkv.formats import KVFormat, Scale
+from hybridkv.kernels import cpu, cuda, reference
 from hybridkv.kernels.case import PHASES, AttentionCase, AttentionParams, KVView, Phase, Segment
 from hybridkv.kernels.registry import Encoder, Kernel, explain, select, select_encoder
 from hybridkv.rotation import rotate
 
-KERNELS: tuple[Kernel, ...] = cpu.KERNELS + reference.KERNELS
-ENCODERS: tuple[Encoder, ...] = cpu.ENCODERS + reference.ENCODERS
+KERNELS: tuple[Kernel, ...] = cpu.KERNELS + cuda.KERNELS + reference.KERNELS
+ENCODERS: tuple[Encoder, ...] = cpu.ENCODERS + cuda.ENCODERS + reference.ENCODERS
 
 
 def attend(kernel: Kernel, q: Tensor, view: KVView, params: AttentionParams) -> Tensor:
@@ -34,6 +38,52 @@ def attend(kernel: Kernel, q: Tensor, view: KVView, params: AttentionParams) -> 
     return rotate(out) if view.rotate_v else out
 
 
+def store(
+    encoder: Encoder,
+    x: Tensor,
+    fmt: KVFormat,
+    scale: Scale | None,
+    planes: Sequence[Tensor],
+    row: int | Tensor,
+    *,
+    rotated: bool = False,
+    center: Tensor | None = None,
+    blocks: Tensor | None = None,
+) -> None:
+    """Rotate new rows, take a center off, encode them, and store them: one kernel where the encoder has one.
+
+    Parameters
+    ----------
+    x
+        Any float dtype, `[B, Hkv, T, D]`, any strides, not rotated.
+    planes
+        uint8 `[B, Hkv, capacity, plane bytes]` each, or with `blocks` `[blocks in all, Hkv, R, plane bytes]`.
+    row
+        Where the first of the T rows goes: an int, or int32 `[B]` on the device, one per sequence.
+    rotated
+        Whether the rows are stored rotated.
+    center
+        float32 `[B, Hkv, D]`, rotated if the rows are, that is subtracted after the rotation; or None.
+    blocks
+        Block table, as in `Segment`; or None.
+
+    Raises
+    ------
+    NoKernelError
+        If this encoder knows neither rows on the device nor block tables, and is given some.
+    """
+    if encoder.store is not None:
+        encoder.store(x, fmt, scale, planes, row, rotated=rotated, center=center, blocks=blocks)
+        return
+    if not isinstance(row, int) or blocks is not None:
+        raise NoKernelError(
+            f"{encoder.name} stores rows by number, not by tensors on the device",
+            hint="on a CUDA device with triton installed, cuda-triton does",
+        )
+    x = rotate(x) if rotated else x
+    encoder.write(x if center is None else x.float() - center.unsqueeze(2), fmt, scale, planes, row)
+
+
 __all__ = [
     "ENCODERS",
     "KERNELS",
@@ -49,4 +99,5 @@ __all__ = [
     "explain",
     "select",
     "select_encoder",
+    "store",
 ]

@@ -5,15 +5,19 @@ Plain frozen records. Nothing here runs; the registry matches cases to kernels, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
+from hybridkv.errors import NoKernelError
 from hybridkv.formats import KVFormat
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
+
+DEVICE_ROWS_REFUSAL = "reads row numbers from the host, not from the device, and no block tables"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,10 @@ class AttentionCase:
         `decode` is one new token per sequence, `prefill` is more.
     window, softcap, sinks
         Whether the layer attends a sliding window, caps its scores, or has sink logits.
+    device_rows
+        Whether the numbers of rows are read on the device, from tensors (`Segment.lengths`, `Segment.starts`).
+    paged
+        Whether rows lie in blocks that a table names (`Segment.blocks`).
     """
 
     device: str
@@ -46,9 +54,13 @@ class AttentionCase:
     window: bool = False
     softcap: bool = False
     sinks: bool = False
+    device_rows: bool = False
+    paged: bool = False
 
     def __str__(self) -> str:
-        extras = "".join(f", {n}" for n in ("window", "softcap", "sinks") if getattr(self, n))
+        names = {"window": "window", "softcap": "softcap", "sinks": "sinks", "paged": "paged"}
+        names["device_rows"] = "row numbers on the device"
+        extras = "".join(f", {text}" for name, text in names.items() if getattr(self, name))
         dims = f"{self.head_dim_k}" if self.head_dim_k == self.head_dim_v else f"{self.head_dim_k}/{self.head_dim_v}"
         return (
             f"{self.phase} on {self.device}, K {self.type_k}, V {self.type_v}, head dim {dims}, "
@@ -59,6 +71,10 @@ class AttentionCase:
 @dataclass(frozen=True, slots=True)
 class Segment:
     """Consecutive stored rows of one format. Holds the cache's own memory, not a copy.
+
+    The first two numbers below are the host's. A captured graph replays with the numbers of its capture, and a batch
+    may hold sequences of different lengths; both read the last three, which are tensors on the device. A kernel that
+    does not know these refuses the case, and calls `require_host_rows`.
 
     Attributes
     ----------
@@ -72,6 +88,15 @@ class Segment:
     center
         float32 `[B, Hkv, D]` that was subtracted from K before it was stored, rotated if K is, or None. A kernel adds
         its product with the query to the scores.
+    lengths
+        int32 `[B]` on the device, each in `[0, length]`, or None. Sequence b then has `lengths[b]` rows, and `length`
+        only bounds them.
+    starts
+        int32 `[B]` on the device, or None. The first row of sequence b is then `start + starts[b]`.
+    blocks
+        int32 `[B, n]` on the device, or None. Row r of sequence b then lies in block `blocks[b, r // R]` at row
+        `r % R`, and the planes are `[blocks in all, Hkv, R, plane bytes]`, shared by the sequences. R is a power of
+        two, 16 or more. Entries of rows that are not valid may hold anything.
     """
 
     k: tuple[Tensor, ...]
@@ -81,6 +106,9 @@ class Segment:
     start: int
     length: int
     center: Tensor | None = None
+    lengths: Tensor | None = None
+    starts: Tensor | None = None
+    blocks: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +136,36 @@ class KVView:
 
     @property
     def length(self) -> int:
-        """S, rows of all segments."""
+        """S, rows of all segments; a bound where the device knows the numbers. A mask has that many columns, and
+        column c of a segment stands for its row c, valid or not.
+        """
         return sum(segment.length for segment in self.segments)
+
+    @property
+    def device_rows(self) -> bool:
+        """Whether a number of rows is on the device."""
+        return any(s.lengths is not None or s.starts is not None for s in self.segments)
+
+    @property
+    def paged(self) -> bool:
+        """Whether rows lie in blocks that a table names."""
+        return any(segment.blocks is not None for segment in self.segments)
+
+
+def require_host_rows(segments: Sequence[Segment], reader: str) -> None:
+    """For a kernel that knows neither numbers on the device nor block tables.
+
+    Raises
+    ------
+    NoKernelError
+        If a segment has one of them.
+    """
+    for name in ("lengths", "starts", "blocks"):
+        if any(getattr(segment, name) is not None for segment in segments):
+            raise NoKernelError(
+                f"{reader} was given stored rows with `{name}` on the device, which it does not read",
+                hint="choose the kernel by a case that says so: AttentionCase(device_rows=..., paged=...)",
+            )
 
 
 @dataclass(frozen=True, slots=True)

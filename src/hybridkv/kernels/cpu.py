@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hybridkv.formats import FORMATS, KVFormat, Scale
 from hybridkv.kernels import cpu_native
-from hybridkv.kernels.case import AttentionCase, AttentionParams, KVView
+from hybridkv.kernels.case import DEVICE_ROWS_REFUSAL, AttentionCase, AttentionParams, KVView
 from hybridkv.kernels.registry import Encoder, Kernel
 
 TOLERANCE = 2e-3
@@ -47,6 +47,8 @@ def _rejects(case: AttentionCase) -> str | None:
         return f"runs on cpu, not on {case.device}"
     if (missing := cpu_native.available()) is not None:
         return missing
+    if case.device_rows or case.paged:
+        return DEVICE_ROWS_REFUSAL
     for type_name, head_dim in ((case.type_k, case.head_dim_k), (case.type_v, case.head_dim_v)):
         if reason := _rejects_rows("cpu", FORMATS[type_name], head_dim):
             return reason

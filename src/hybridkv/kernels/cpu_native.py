@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hybridkv.errors import UsageError
 from hybridkv.formats import Scale, get_format
-from hybridkv.kernels.case import Segment
+from hybridkv.kernels.case import Segment, require_host_rows
 
 Isa = Literal["amx", "avx512", "avx2", "portable"]
 
@@ -225,6 +225,7 @@ def native_rows(
     segments: Sequence[Segment], n_batch: int, n_kv_heads: int, head_dim_k: int, head_dim_v: int
 ) -> list[tuple[object, ...]]:
     """Segments as the native code takes them: per side type, addresses and capacity; start, length, center or 0."""
+    require_host_rows(segments, "the CPU kernel")
     rows: list[tuple[object, ...]] = []
     heads = (n_batch, n_kv_heads)
     for s in segments:

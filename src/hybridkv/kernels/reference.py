@@ -13,9 +13,17 @@ import torch
 from torch import Tensor
 
 from hybridkv.formats import FORMATS, KVFormat, Scale
-from hybridkv.kernels.case import AttentionCase, AttentionParams, KVView, Segment
+from hybridkv.kernels.case import (
+    DEVICE_ROWS_REFUSAL,
+    AttentionCase,
+    AttentionParams,
+    KVView,
+    Segment,
+    require_host_rows,
+)
 from hybridkv.kernels.registry import Encoder, Kernel
 
+NAME = "torch-reference"
 TILE_QUERIES = 128
 TILE_ROWS = 2048
 
@@ -25,6 +33,7 @@ def attend(q: Tensor, view: KVView, params: AttentionParams) -> Tensor:
 
     A query that sees no row gives zeros.
     """
+    require_host_rows(view.segments, NAME)
     n_new = q.shape[2]
     out = torch.empty(*q.shape[:3], view.head_dim_v, dtype=torch.float32, device=q.device)
     for first in range(0, n_new, TILE_QUERIES):
@@ -127,6 +136,8 @@ def write(x: Tensor, fmt: KVFormat, scale: Scale | None, planes: Sequence[Tensor
 
 
 def _rejects(case: AttentionCase) -> str | None:
+    if case.device_rows or case.paged:
+        return DEVICE_ROWS_REFUSAL
     return FORMATS[case.type_k].rejects(case.head_dim_k) or FORMATS[case.type_v].rejects(case.head_dim_v)
 
 
@@ -135,5 +146,5 @@ def _rejects_rows(device: str, fmt: KVFormat, head_dim: int) -> str | None:
     return fmt.rejects(head_dim)
 
 
-KERNELS = (Kernel(name="torch-reference", rank=0, tolerance=1e-5, rejects=_rejects, attend=attend),)
-ENCODERS = (Encoder(name="torch-reference", rank=0, rejects=_rejects_rows, write=write),)
+KERNELS = (Kernel(name=NAME, rank=0, tolerance=1e-5, rejects=_rejects, attend=attend),)
+ENCODERS = (Encoder(name=NAME, rank=0, rejects=_rejects_rows, write=write),)

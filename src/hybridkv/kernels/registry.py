@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
@@ -18,6 +18,24 @@ from hybridkv.kernels.case import AttentionCase, AttentionParams, KVView
 
 Attend = Callable[[Tensor, KVView, AttentionParams], Tensor]
 Write = Callable[[Tensor, KVFormat, Scale | None, Sequence[Tensor], int], None]
+
+
+class Store(Protocol):
+    """Rotation, center, encoding and storing in one; the arguments are those of `hybridkv.kernels.store`."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        fmt: KVFormat,
+        scale: Scale | None,
+        planes: Sequence[Tensor],
+        row: int | Tensor,
+        *,
+        rotated: bool,
+        center: Tensor | None,
+        blocks: Tensor | None,
+    ) -> None:
+        """Store x."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +75,16 @@ class Encoder:
     write
         `(x, format, scale rule, planes, row)`: encode x `[B, Hkv, T, D]`, any float dtype, into rows
         `[row, row + T)` of the planes.
+    store
+        Does all that `hybridkv.kernels.store` asks by itself, row numbers on the device and block tables included; None
+        if `write` is all there is.
     """
 
     name: str
     rank: int
     rejects: Callable[[str, KVFormat, int], str | None]
     write: Write
+    store: Store | None = None
 
 
 C = TypeVar("C", Kernel, Encoder)

@@ -63,13 +63,26 @@ class EagerStep:
     def _chunks(self, tokens: Tensor) -> tuple[Tensor, ...]:
         return torch.split(tokens, PREFILL_CHUNK if self._takes_chunks else tokens.shape[1], dim=1)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        found: torch.device = next(self._model.parameters()).device
+        return found
+
+    def decode(self, tokens: Tensor, cache: ModelCache, positions: Tensor) -> Tensor:
+        """One token per sequence `[B, 1]` at int64 `positions` `[B, 1]`; the logits `[B, V]` in the model's dtype."""
+        return self._model_logits(tokens, cache, positions, self._last_only)[:, -1]
+
     def _call(self, tokens: Tensor, cache: ModelCache, position: int, options: dict[str, Any]) -> Tensor:
         """One forward pass; the logits in the model's dtype."""
-        device = next(self._model.parameters()).device
+        device = self.device
+        positions = torch.arange(position, position + tokens.shape[1], device=device)
+        return self._model_logits(tokens.to(device), cache, positions.expand(tokens.shape), options)
+
+    def _model_logits(self, tokens: Tensor, cache: ModelCache, positions: Tensor, options: dict[str, Any]) -> Tensor:
         arguments = {**options, self._cache_argument: cache}
         if self._takes_positions:
             # Not every model counts the past itself: Bamba would start each call at position 0.
-            positions = torch.arange(position, position + tokens.shape[1], device=device)
-            arguments["position_ids"] = positions.expand(tokens.shape)
-        logits: Tensor = self._model(input_ids=tokens.to(device), use_cache=True, **arguments).logits
+            arguments["position_ids"] = positions
+        logits: Tensor = self._model(input_ids=tokens, use_cache=True, **arguments).logits
         return logits

@@ -1,0 +1,322 @@
+"""The graph step: a decode step recorded once as a CUDA graph and replayed for every token after it.
+
+A decode step of a hybrid is hundreds of launches of a few microseconds, and the host takes far longer to ask for them
+than the device to run them. A replay asks once. What changes from step to step (tokens, positions, numbers of rows)
+lies in memory that the recorded kernels read, and so do states and rows, which they update in place.
+
+A recording belongs to one cache and to the very tensors that this cache held when it was made: it is looked up by the
+cache, compared tensor by tensor before each replay, dropped if one of them is another, and dies with the cache. So it
+can run neither on another sequence's state nor on memory that has moved.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from hybridkv.errors import ModelError
+from hybridkv.hf.attention import non_finite
+from hybridkv.hf.cache import ModelCache
+from hybridkv.hf.facts import layer_facts
+from hybridkv.hf.layers import Fixed, Notify, QuantizedLayer, StateLayer
+from hybridkv.hf.step.record import Answers, Step, one_by_one
+
+LOG = logging.getLogger("hybridkv")
+
+_HOST_ROPE = ("dynamic", "longrope")
+"""Kinds of RoPE whose frequencies depend on the longest position, which Transformers asks the device for."""
+
+_TRIAL_TOKENS = 2
+
+
+def rejects(config: Any, device: str) -> str | None:
+    """Why decode steps of a model of this config cannot be recorded on this type of device; None if they can.
+
+    Whatever shows only when the model runs is found out before the first recording; see `GraphStep`.
+    """
+    if device != "cuda":
+        return f"graphs are CUDA's, and this runs on {device}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    text = config.get_text_config(decoder=True)
+    rope = getattr(text, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind in _HOST_ROPE:
+        return f"RoPE of type {kind!r} asks the device for its positions at each step"
+    windows = [f.attention.layer for f in layer_facts(config) if f.attention is not None and f.attention.window]
+    if windows:
+        return f"layers {', '.join(map(str, windows))} have a sliding window, whose rows move"
+    return None
+
+
+class Decoder(Step, Protocol):
+    """A step whose decoding can be recorded."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        ...
+
+    def decode(self, tokens: Tensor, cache: ModelCache, positions: Tensor) -> Tensor:
+        """One token per sequence: tokens and positions int64 `[B, 1]` on the device; logits `[B, V]`."""
+        ...
+
+
+class Recorder(Protocol):
+    """Makes a function of no arguments into one that does the same work on the same memory without its Python code."""
+
+    def trial(self, body: Callable[[], None]) -> str | None:
+        """Run the body as often as it takes to find out why it cannot be recorded; None if it can."""
+        ...
+
+    def record(self, body: Callable[[], None]) -> Callable[[], object]:
+        """The body as a recording. Nothing is run."""
+        ...
+
+
+class CudaRecorder:
+    """Records CUDA graphs, each with memory of its own: a pool is gone with the last graph that used it."""
+
+    def trial(self, body: Callable[[], None]) -> str | None:
+        """Run, run while whatever asks the device is an error, and record once in vain."""
+        body()
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            body()
+        except (RuntimeError, ModelError) as error:
+            return str(error).partition("\n")[0]
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        try:
+            self.record(body)
+        except RuntimeError as error:
+            return str(error).partition("\n")[0]
+        return None
+
+    def record(self, body: Callable[[], None]) -> Callable[[], object]:
+        """Capture the body."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            body()
+        replay: Callable[[], object] = graph.replay
+        return replay
+
+
+@dataclass(slots=True)
+class Recording:
+    """A recorded step of one cache.
+
+    Attributes
+    ----------
+    memory
+        The cache's tensors at the time.
+    staged, numbers
+        int64 `[B + 1]`: tokens and their position, on the host and on the device.
+    health
+        int32 `[KV layers, 2]` on the device; see `Fixed`.
+    logits
+        float32 `[B, V]`, overwritten by every replay.
+    replay
+        Runs the step; None until the second.
+    """
+
+    memory: tuple[Tensor, ...]
+    staged: Tensor
+    numbers: Tensor
+    health: Tensor
+    logits: Tensor | None = None
+    replay: Callable[[], object] | None = None
+
+    @classmethod
+    def of(cls, cache: ModelCache, n_seqs: int) -> Recording:
+        """Numbers and health for a cache; nothing is recorded yet."""
+        memory = cache.memory
+        device = memory[0].device
+        staged = torch.empty(n_seqs + 1, dtype=torch.long, pin_memory=device.type == "cuda")
+        numbers = torch.empty(n_seqs + 1, dtype=torch.long, device=device)
+        health = torch.zeros(len(_kv_layers(cache)), 2, dtype=torch.int32, device=device)
+        return cls(memory, staged, numbers, health)
+
+    def stage(self, tokens: Tensor, position: int) -> None:
+        """Hand the step its numbers. The copy needs no waiting: the step before it has ended."""
+        self.staged[:-1] = tokens[:, 0]
+        self.staged[-1] = position
+        self.numbers.copy_(self.staged, non_blocking=True)
+
+    def result(self, cache: ModelCache) -> Tensor:
+        """The logits, once the step has ended: here the host waits for the device, and nowhere else in a step.
+
+        Raises
+        ------
+        NonFiniteError
+            For the first layer whose attention output is not finite, if the guard watches.
+        """
+        for layer, (output, source) in zip(_kv_layers(cache), self.health.tolist(), strict=True):
+            if output and layer.watch.guard.watches:
+                upstream: Literal["cache", "input"] = "input" if source else "cache"
+                raise non_finite(layer.store, layer.store.kernels.decode, upstream)
+        assert self.logits is not None
+        return self.logits.clone()
+
+    def holds(self, memory: tuple[Tensor, ...]) -> bool:
+        """Whether these are the very tensors that the recording reads and writes."""
+        return len(memory) == len(self.memory) and all(a is b for a, b in zip(memory, self.memory, strict=True))
+
+
+class GraphStep:
+    """Replays recordings of another step's decoding; what is no decoding, that step does itself.
+
+    Before the first recording a trial on an empty cache of the same types finds out whether anything in the model asks
+    the device; if so, that is said once, and the other step goes on by itself.
+
+    Parameters
+    ----------
+    decoder
+        Does the work.
+    notify
+        Where it is reported that nothing is recorded.
+    recorder
+        How it is recorded.
+    """
+
+    def __init__(self, decoder: Decoder, *, notify: Notify = LOG.warning, recorder: Recorder | None = None) -> None:
+        self._decoder = decoder
+        self._notify = notify
+        self._recorder: Recorder = CudaRecorder() if recorder is None else recorder
+        self._recordings: WeakKeyDictionary[ModelCache, Recording] = WeakKeyDictionary()
+        self._answers: dict[tuple[Any, ...], str | None] = {}
+        self._said: set[str] = set()
+
+    @property
+    def name(self) -> str:
+        """The other step's, and that its decoding is recorded."""
+        return f"{self._decoder.name}, decode as a graph"
+
+    @torch.inference_mode()
+    def forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
+        """Continue every sequence; see `Step.forward`.
+
+        Raises
+        ------
+        NonFiniteError
+            For the first layer whose attention output is not finite, if the guard watches.
+        """
+        if tokens.shape[1] != 1 or not self._records(cache):
+            return self._decoder.forward(tokens, cache, position)
+        _count(cache, len(tokens), position)
+        recording = self._recordings.get(cache)
+        if recording is None or not recording.holds(cache.memory):
+            # A cache that decodes one token alone, as a copy for one label does, is not worth a recording.
+            recording = self._recordings[cache] = Recording.of(cache, len(tokens))
+            recording.stage(tokens, position)
+            self._run(cache, recording)
+            return recording.result(cache)
+        if recording.replay is None:
+            recording.replay = self._recorder.record(partial(self._run, cache, recording))
+        recording.stage(tokens, position)
+        recording.replay()
+        return recording.result(cache)
+
+    def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> Answers:
+        """One replay after the other: a recording is of one cache; see `Step.forward_many`."""
+        return one_by_one(self, tokens, caches, positions)
+
+    @torch.inference_mode()
+    def logits(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
+        """Continue every sequence; see `Step.logits`."""
+        if tokens.shape[1] == 1:
+            return self.forward(tokens, cache, position).unsqueeze(1)
+        return self._decoder.logits(tokens, cache, position)
+
+    def _records(self, cache: ModelCache) -> bool:
+        """Whether the next token of this cache is decoded from a recording."""
+        if cache not in self._recordings and (reason := self._reason(cache)) is not None:
+            if reason not in self._said:
+                self._said.add(reason)
+                self._notify(f"decoding is not recorded as a graph: {reason}")
+            return False
+        return _settled(cache)
+
+    def _reason(self, cache: ModelCache) -> str | None:
+        """Why this cache's steps cannot be recorded; None if they can, or if it is too early to know."""
+        layers = _kv_layers(cache)
+        if not layers:
+            return "no layer has a KV cache"
+        key = (cache.specs, tuple(layer.store.kernels for layer in layers))
+        if key not in self._answers:
+            device = self._decoder.device.type
+            reasons = (layer.store.fixed_reason(device) for layer in layers)
+            known = next((reason for reason in reasons if reason is not None), None)
+            if known is None and not _settled(cache):
+                return None
+            self._answers[key] = self._trial(cache) if known is None else known
+        return self._answers[key]
+
+    def _trial(self, cache: ModelCache) -> str | None:
+        """Decode a token on an empty cache of the same types, which nobody needs afterwards."""
+        device, scratch = cache.memory[0].device, cache.empty(n_ctx=_TRIAL_TOKENS + 1)
+        tokens = torch.zeros(1, _TRIAL_TOKENS, dtype=torch.long, device=device)
+        self._decoder.forward(tokens, scratch, 0)
+        _count(scratch, 1, _TRIAL_TOKENS)
+        recording = Recording.of(scratch, 1)
+        recording.stage(tokens[:, :1].cpu(), _TRIAL_TOKENS)
+        return self._recorder.trial(partial(self._run, scratch, recording))
+
+    def _run(self, cache: ModelCache, recording: Recording) -> None:
+        """What is recorded: one step, by the numbers on the device alone."""
+        n_seqs = len(recording.numbers) - 1
+        tokens, positions = recording.numbers[:n_seqs].unsqueeze(1), recording.numbers[n_seqs:].expand(n_seqs, 1)
+        lengths = (positions.squeeze(1) + 1).to(torch.int32).contiguous()
+        recording.health.zero_()
+        with _fixed(cache, lengths, recording.health):
+            logits = self._decoder.decode(tokens, cache, positions)
+        if recording.logits is None:
+            recording.logits = torch.empty_like(logits, dtype=torch.float32)
+        recording.logits.copy_(logits)
+
+
+def _kv_layers(cache: ModelCache) -> list[QuantizedLayer]:
+    return [layer for layer in cache.layers if isinstance(layer, QuantizedLayer)]
+
+
+def _settled(cache: ModelCache) -> bool:
+    """Whether the cache has its memory, and the guard has nothing to measure in the next step."""
+    for layer in cache.layers:
+        if isinstance(layer, QuantizedLayer):
+            store, watch = layer.store, layer.watch
+            if watch.pending or not store.n_stored or watch.takes(store.n_seen + 1, 1):
+                return False
+        if isinstance(layer, StateLayer) and not all(layer.has_previous_state.values()):
+            return False
+    return True
+
+
+def _count(cache: ModelCache, n_seqs: int, position: int) -> None:
+    """Count one token per sequence in every KV layer, which takes more memory where it must."""
+    for layer in _kv_layers(cache):
+        store = layer.store
+        assert store.n_seen == position, (store.n_seen, position)
+        store.count(n_seqs, 1, store.memory[0].device)
+
+
+@contextmanager
+def _fixed(cache: ModelCache, lengths: Tensor, health: Tensor) -> Iterator[None]:
+    """Let every KV layer store and attend by numbers on the device."""
+    layers = _kv_layers(cache)
+    try:
+        for layer, word in zip(layers, health, strict=True):
+            layer.fixed = Fixed(lengths, word)
+        yield
+    finally:
+        for layer in layers:
+            layer.fixed = None

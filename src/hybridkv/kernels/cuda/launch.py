@@ -1,0 +1,227 @@
+"""From a view to launches: how the work is divided, and the arguments of the attention kernels.
+
+Owns the choice of tiles and shares, made from facts that the host knows without asking the device. No call waits for
+the device, and every call may be captured in a graph once the kernels are compiled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from hybridkv.kernels.case import AttentionParams, KVView, Segment
+from hybridkv.kernels.cuda.attention import attend_segment, combine_parts
+from hybridkv.kernels.cuda.layout import BF16, F32, Side, capacity, memory, side
+
+MAX_PARTS = 512
+"""Parts of one query row that are summed; more would be many short ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How one call's work is divided.
+
+    Attributes
+    ----------
+    block_m, block_n
+        Query rows and stored rows of a tile.
+    warps
+        Of a program.
+    programs
+        Programs that one multiprocessor is given at least, if there are rows enough: shares are made for that.
+    prefetch
+        Whether the bytes of the next tile are loaded while one is computed.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    programs: int
+    prefetch: bool = True
+
+
+def choose_tiling(side_k: Side, side_v: Side, n_query_rows: int) -> Tiling:
+    """A tiling for a case: narrow in query rows for decode, wide for prefill."""
+    lanes = 32 * max(side_k.blocks_padded, side_v.blocks_padded)
+    wide = any(s.main in (F32, BF16) for s in (side_k, side_v))
+    if n_query_rows <= 64:
+        block_m = max(16, 1 << (n_query_rows - 1).bit_length())
+        block_n = max(16, min(64, 8192 // lanes // (2 if wide else 1)))
+        return Tiling(block_m, block_n, warps=4, programs=4)
+    if lanes <= 128 and not wide:
+        return Tiling(128, 64, warps=8, programs=1)
+    return Tiling(64, 32 if lanes <= 256 else 16, warps=4, programs=1)
+
+
+@lru_cache(maxsize=16)
+def _n_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def n_shares(tiling: Tiling, n_rows: int, n_tiles: int, n_pairs: int, device: torch.device) -> int:
+    """Shares of `n_rows` stored rows, for `n_tiles` tiles of query rows and `n_pairs` of sequence and KV head."""
+    wanted = -(-_n_multiprocessors(device) * tiling.programs // (n_tiles * n_pairs))
+    return max(1, min(wanted, -(-n_rows // tiling.block_n), MAX_PARTS))
+
+
+def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | None = None) -> Tensor:
+    """Attention of q `[B, Hq, T, D]` over the view's rows; float32 `[B, Hq, T, Dv]`.
+
+    A query that sees no row gives zeros. Without a `tiling`, one is chosen.
+    """
+    n_batch, n_heads, n_new, head_dim = q.shape
+    segments = view.segments
+    n_kv_heads = int(segments[0].k[0].shape[1])
+    assert head_dim == view.head_dim_k and n_heads % n_kv_heads == 0, (q.shape, view.head_dim_k, n_kv_heads)
+    assert view.window is None or view.window > 0, view.window
+    group = n_heads // n_kv_heads
+    if q.stride(3) != 1:
+        q = q.contiguous()
+    out = q.new_empty(n_batch, n_heads, n_new, view.head_dim_v, dtype=torch.float32)
+    n_query_rows, n_pairs = n_new * group, n_batch * n_kv_heads
+    sides = [(side(s.format_k.name, view.head_dim_k), side(s.format_v.name, view.head_dim_v)) for s in segments]
+    tilings = [tiling or choose_tiling(*pair, n_query_rows) for pair in sides]
+    tiles = [-(-n_query_rows // t.block_m) for t in tilings]
+    shares = [n_shares(t, s.length, n, n_pairs, q.device) for t, s, n in zip(tilings, segments, tiles, strict=True)]
+    n_parts = sum(shares)
+    partial = n_parts > 1
+    if partial:
+        parts = q.new_empty(n_pairs, n_parts, n_query_rows, view.head_dim_v, dtype=torch.float32)
+        tops, sums = (q.new_empty(n_pairs, n_parts, n_query_rows, dtype=torch.float32) for _ in range(2))
+    else:
+        parts = tops = sums = out
+    sinks = None if params.sinks is None else params.sinks.to(device=q.device, dtype=torch.float32).contiguous()
+    mask, mask_strides = _mask(params.mask, n_batch, n_heads, n_new, view.length)
+    lengths = _lengths(segments, n_batch)
+    before = 0
+    for i, segment in enumerate(segments):
+        k_rows, v_rows = _rows(segment, view, n_batch, n_kv_heads)
+        t = tilings[i]
+        attend_segment[(tiles[i], shares[i], n_pairs)](
+            q,
+            parts,
+            tops,
+            sums,
+            _or(sinks, q),
+            _or(mask, q),
+            _or(segment.center, q),
+            *memory(segment.format_k, segment.k),
+            *memory(segment.format_v, segment.v),
+            _or(segment.blocks, q),
+            _or(segment.starts, q),
+            _or(lengths, q),
+            n_new,
+            n_batch,
+            n_kv_heads,
+            segment.start,
+            segment.length,
+            before,
+            before,
+            view.length,
+            k_rows,
+            v_rows,
+            params.scale,
+            params.softcap or 1.0,
+            view.window or 0,
+            0 if segment.blocks is None else segment.blocks.shape[1],
+            n_parts,
+            sum(shares[:i]),
+            *q.stride()[:3],
+            *mask_strides,
+            K=sides[i][0],
+            V=sides[i][1],
+            GROUP=group,
+            BLOCK_M=t.block_m,
+            BLOCK_N=t.block_n,
+            ONE_TOKEN=n_new == 1,
+            HAS_MASK=mask is not None,
+            HAS_WINDOW=view.window is not None and mask is None,
+            HAS_SOFTCAP=params.softcap is not None,
+            HAS_SINKS=sinks is not None,
+            HAS_CENTER=segment.center is not None,
+            HAS_STARTS=segment.starts is not None,
+            N_LENGTHS=0 if lengths is None else len(segments),
+            SEGMENT=i if lengths is not None else 0,
+            ROWS_LOG2=0 if segment.blocks is None else k_rows.bit_length() - 1,
+            PAGED=segment.blocks is not None,
+            PARTIAL=partial,
+            PREFETCH=t.prefetch,
+            num_warps=t.warps,
+            num_stages=1,
+            enable_fp_fusion=True,
+        )
+        before += segment.length
+    if partial:
+        lanes = 1 << (view.head_dim_v - 1).bit_length()
+        combine_parts[(n_query_rows, n_pairs)](
+            parts,
+            tops,
+            sums,
+            _or(sinks, q),
+            out,
+            n_parts,
+            n_new,
+            GROUP=group,
+            HEAD_DIM=view.head_dim_v,
+            HEAD_DIM_PADDED=lanes,
+            PARTS_PADDED=1 << (n_parts - 1).bit_length(),
+            STEP=16,
+            HAS_SINKS=sinks is not None,
+            N_KV_HEADS=n_kv_heads,
+            num_warps=4,
+            num_stages=1,
+            enable_fp_fusion=True,
+        )
+    return out
+
+
+def _or(tensor: Tensor | None, placeholder: Tensor) -> Tensor:
+    """An address for an argument that the kernel will not read."""
+    return placeholder if tensor is None else tensor
+
+
+def _mask(
+    mask: Tensor | None, n_batch: int, n_heads: int, n_new: int, n_rows: int
+) -> tuple[Tensor | None, tuple[int, ...]]:
+    """The mask's bytes and strides, the last of which is 1."""
+    if mask is None:
+        return None, (0, 0, 0)
+    assert mask.dtype == torch.bool, mask.dtype
+    if mask.stride(3) != 1:
+        mask = mask.contiguous()
+    mask = mask.view(torch.uint8).expand(n_batch, n_heads, n_new, n_rows)
+    return mask, mask.stride()[:3]
+
+
+def _lengths(segments: tuple[Segment, ...], n_batch: int) -> Tensor | None:
+    """int32 `[segments, B]` on the device if any segment's length is there."""
+    known = [s.lengths for s in segments if s.lengths is not None]
+    if not known:
+        return None
+    for lengths in known:
+        assert lengths.shape == (n_batch,) and lengths.dtype == torch.int32, (lengths.shape, lengths.dtype)
+    if len(segments) == 1:
+        return known[0].contiguous()
+    return torch.stack([torch.full_like(known[0], s.length) if s.lengths is None else s.lengths for s in segments])
+
+
+def _rows(segment: Segment, view: KVView, n_batch: int, n_kv_heads: int) -> tuple[int, int]:
+    """Rows per sequence, or per block of the table, of K's and of V's planes; checked against what is to be read."""
+    heads = n_kv_heads if segment.blocks is not None else (n_batch, n_kv_heads)
+    k_rows = capacity(segment.format_k, segment.k, view.head_dim_k, heads)
+    v_rows = capacity(segment.format_v, segment.v, view.head_dim_v, heads)
+    end = segment.start + segment.length
+    if segment.blocks is None:
+        assert segment.start >= 0 and end <= min(k_rows, v_rows), (segment.start, segment.length, k_rows, v_rows)
+    else:
+        table = segment.blocks
+        assert k_rows == v_rows and k_rows >= 16 and k_rows & (k_rows - 1) == 0, (k_rows, v_rows)
+        assert table.dtype == torch.int32 and table.is_contiguous() and table.shape[0] == n_batch, table.shape
+        assert segment.start >= 0 and end <= table.shape[1] * k_rows, (segment.start, end, table.shape)
+    if segment.center is not None:
+        assert segment.center.shape == (n_batch, n_kv_heads, view.head_dim_k), segment.center.shape
+        assert segment.center.is_contiguous() and segment.center.dtype == torch.float32, segment.center.dtype
+    return k_rows, v_rows

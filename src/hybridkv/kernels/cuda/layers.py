@@ -1,0 +1,193 @@
+"""What a decoder layer does between its matrix products, each in one launch: Triton kernels and how they are called.
+
+A layer of Transformers' own code launches some sixty kernels for a token; the launches, not the bytes, are its time.
+Every kernel here takes rows `[N, width]` whose last dim is contiguous, so that slices of one joined projection can be
+given as they are. Arithmetic is float32, results are in the dtype of what they go into.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ELEMENTS = 1024
+"""Elements per program of an elementwise kernel."""
+
+WATCHED = 4096
+"""Elements that one program looks through for numbers that are not finite."""
+
+
+@triton.jit
+def _add_norm(x, delta, weight, out, x_stride, delta_stride, out_stride, width, eps, offset,
+              ADD: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    inside = cols < width
+    at = x + row * x_stride + cols
+    value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        value += tl.load(delta + row * delta_stride + cols, mask=inside, other=0.0).to(tl.float32)
+        rounded = value.to(x.dtype.element_ty)  # the residual is what later layers read
+        tl.store(at, rounded, mask=inside)
+        value = rounded.to(tl.float32)
+    value *= tl.rsqrt(tl.sum(value * value, 0) / width + eps)
+    value *= tl.load(weight + cols, mask=inside, other=0.0).to(tl.float32) + offset
+    tl.store(out + row * out_stride + cols, value.to(out.dtype.element_ty), mask=inside)
+
+
+def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
+    """`x += delta` in place, if there is one, and RMSNorm of the sum.
+
+    Parameters
+    ----------
+    x, delta
+        Any float dtype, `[N, width]`.
+    weight
+        `[width]`; `weight + offset` multiplies.
+
+    Returns
+    -------
+    Tensor
+        In x's dtype, `[N, width]`, contiguous.
+    """
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    n_rows, width = x.shape
+    block = triton.next_power_of_2(width)
+    _add_norm[(n_rows,)](
+        x, x if delta is None else delta, weight, out, x.stride(0), 0 if delta is None else delta.stride(0),
+        out.stride(0), width, eps, offset, ADD=delta is not None, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _swiglu(both, out, both_stride, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < width
+    gate = tl.load(both + row * both_stride + cols, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(both + row * both_stride + width + cols, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * width + cols, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
+
+
+def swiglu(both: Tensor) -> Tensor:
+    """`silu(gate) * up` of joined rows `[N, gate | up]`; `[N, width]` in their dtype."""
+    n_rows, width = both.shape[0], both.shape[1] // 2
+    out = torch.empty((n_rows, width), dtype=both.dtype, device=both.device)
+    _swiglu[(n_rows, triton.cdiv(width, ELEMENTS))](both, out, both.stride(0), width, BLOCK=ELEMENTS)
+    return out
+
+
+@triton.jit
+def _norm_rope(x, weight, positions, frequencies, out, x_row, x_head, out_row, out_head, head_dim, rotated, eps, offset,
+               BLOCK: tl.constexpr):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    dims = tl.arange(0, BLOCK)
+    inside = dims < head_dim
+    half = rotated // 2
+    turned = dims < rotated
+    # The other of the two dims that turn together; itself where nothing turns.
+    partner = tl.where(turned, tl.where(dims < half, dims + half, dims - half), dims)
+    source = x + row * x_row + head * x_head
+    value = tl.load(source + dims, mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(source + partner, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value, 0) / head_dim + eps)
+    value *= scale * (tl.load(weight + dims, mask=inside, other=0.0).to(tl.float32) + offset)
+    other *= scale * (tl.load(weight + partner, mask=inside, other=0.0).to(tl.float32) + offset)
+    index = tl.where(dims < half, dims, dims - half)
+    frequency = tl.load(frequencies + index, mask=turned, other=0.0).to(tl.float32)
+    angle = tl.load(positions + row).to(tl.float32) * frequency
+    value = value * tl.cos(angle) + tl.where(dims < half, -other, other) * tl.sin(angle)
+    tl.store(out + row * out_row + head * out_head + dims, value.to(out.dtype.element_ty), mask=inside)
+
+
+def norm_rope(
+    x: Tensor, weight: Tensor, eps: float, positions: Tensor, frequencies: Tensor, *, offset: float
+) -> Tensor:
+    """RMSNorm of every head, and RoPE (halves, not pairs) of its first `2 * len(frequencies)` dims.
+
+    Parameters
+    ----------
+    x
+        Any float dtype, `[N, heads, D]`, the last dim contiguous.
+    weight
+        `[D]`; `weight + offset` multiplies.
+    positions
+        int64 `[N]`.
+    frequencies
+        float32 `[rotated / 2]`: radians per position.
+
+    Returns
+    -------
+    Tensor
+        In x's dtype, `[N, heads, D]`, contiguous.
+    """
+    assert positions.is_contiguous() and frequencies.is_contiguous()
+    n_rows, n_heads, head_dim = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _norm_rope[(n_rows, n_heads)](
+        x, weight, positions, frequencies, out, x.stride(0), x.stride(1), out.stride(0), out.stride(1), head_dim,
+        2 * len(frequencies), eps, offset, BLOCK=triton.next_power_of_2(head_dim), num_warps=2,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _gate(x, gate, out, x_row, x_head, gate_row, gate_head, n_heads, head_dim, BLOCK: tl.constexpr):
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    dims = tl.arange(0, BLOCK)
+    inside = dims < head_dim
+    value = tl.load(x + row * x_row + head * x_head + dims, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.sigmoid(tl.load(gate + row * gate_row + head * gate_head + dims, mask=inside, other=0.0).to(tl.float32))
+    to = out + (row * n_heads + head) * head_dim + dims
+    tl.store(to, (value * weight).to(out.dtype.element_ty), mask=inside)
+
+
+def gate_heads(x: Tensor, gate: Tensor) -> Tensor:
+    """`x * sigmoid(gate)`, both `[N, heads, D]` with the last dim contiguous; `[N, heads * D]` in the gate's dtype."""
+    n_rows, n_heads, head_dim = x.shape
+    out = torch.empty((n_rows, n_heads * head_dim), dtype=gate.dtype, device=gate.device)
+    _gate[(n_rows, n_heads)](
+        x, gate, out, x.stride(0), x.stride(1), gate.stride(0), gate.stride(1), n_heads, head_dim,
+        BLOCK=triton.next_power_of_2(head_dim), num_warps=2,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _watch(out, q, k, v, health, n_out, n_q, n_kv, n_v, BLOCK: tl.constexpr):
+    which = tl.program_id(1)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.zeros((BLOCK,), tl.float32)
+    if which == 0:
+        value = tl.load(out + at, mask=at < n_out, other=0.0).to(tl.float32)
+    elif which == 1:
+        value = tl.load(q + at, mask=at < n_q, other=0.0).to(tl.float32)
+    elif which == 2:
+        value = tl.load(k + at, mask=at < n_kv, other=0.0).to(tl.float32)
+    else:
+        value = tl.load(v + at, mask=at < n_v, other=0.0).to(tl.float32)
+    bad = tl.max(tl.where(tl.abs(value) < float("inf"), 0, 1), 0)  # a comparison with NaN is false
+    tl.store(health + tl.where(which == 0, 0, 1), 1, mask=bad > 0)
+
+
+def watch_finite(out: Tensor, q: Tensor, k: Tensor, v: Tensor, health: Tensor) -> None:
+    """Set `health[0]` if anything in `out` is not finite, `health[1]` if anything in q, k or v is not.
+
+    Nothing is asked of the device. The tensors are of any float dtype and shape.
+
+    Parameters
+    ----------
+    health
+        int32 `[2]`.
+    """
+    flat = [x.contiguous() for x in (out, q, k, v)]
+    sizes = [x.numel() for x in flat]
+    grid = (triton.cdiv(max(sizes), WATCHED), 4)
+    _watch[grid](*flat, health, *sizes, BLOCK=WATCHED, num_warps=8)
+
+
+def _warps(block: int) -> int:
+    return min(16, max(1, block // 256))

@@ -1,0 +1,304 @@
+"""Tiles of stored rows in registers: raw bytes as they lie in memory, and their values. Triton device functions.
+
+A tile is N rows of a side, as two tensors `[N, blocks * 16]`: lanes 0..15 of each block, and lanes 16..31. Loading and
+decoding are apart, so that the bytes of the next tile are under way while one is computed.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+from hybridkv.kernels.cuda.layout import BF16, BYTES, F16, F32, NIBBLES, NONE
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+"""Whether Triton's interpreter runs the kernels; fixed when they are imported, as Triton does it."""
+
+# Bytes of a table are chosen by 3 bits of a nibble (prmt). Of 16 entries, a second choice by the fourth bit.
+_LOOK_UP_16 = tl.constexpr(
+    """
+    {
+    .reg .b32 t, u, v, w, x, y;
+    and.b32 t, $4, 0x77777777;
+    shr.b32 u, $4, 1;
+    and.b32 u, u, 0x44444444;
+    or.b32 u, u, 0x32103210;
+    prmt.b32 x, $5, $6, t;
+    prmt.b32 y, $7, $8, t;
+    prmt.b32 v, x, y, u;
+    shr.b32 t, t, 16;
+    shr.b32 u, u, 16;
+    prmt.b32 x, $5, $6, t;
+    prmt.b32 y, $7, $8, t;
+    prmt.b32 w, x, y, u;
+    mov.b32 t, 0;
+    prmt.b32 x, v, w, 0x5410;
+    prmt.b32 y, v, w, 0x7632;
+    prmt.b32 $0, x, t, 0x4240;
+    prmt.b32 $1, y, t, 0x4240;
+    prmt.b32 $2, x, t, 0x4341;
+    prmt.b32 $3, y, t, 0x4341;
+    }
+    """
+)
+_LOOK_UP_8 = tl.constexpr(
+    "{\n.reg .b32 t, z;\nmov.b32 z, 0;\n"
+    + "".join(
+        f"shr.b32 t, ${4 + i}, 12;\nor.b32 t, t, ${4 + i};\nprmt.b32 t, $8, $9, t;\nprmt.b32 ${i}, t, z, 0x4140;\n"
+        for i in range(4)
+    )
+    + "}"
+)
+
+_NONE, _BYTES, _NIBBLES = tl.constexpr(NONE), tl.constexpr(BYTES), tl.constexpr(NIBBLES)
+_F16, _BF16, _F32 = tl.constexpr(F16), tl.constexpr(BF16), tl.constexpr(F32)
+
+
+@triton.jit
+def find_slots(rows, ok, table, head, n_kv_heads, sequence, n_rows, PAGED: tl.constexpr, ROWS_LOG2: tl.constexpr):
+    """Where rows of a sequence lie, counted in rows from the planes' begin: int64 `[N]`.
+
+    `table` is the sequence's own; `n_rows` is the capacity, or the rows of a block.
+    """
+    if PAGED:
+        block = tl.load(table + (rows >> ROWS_LOG2), mask=ok, other=0).to(tl.int64)
+        slots = (block * n_kv_heads + head) * n_rows + (rows & ((1 << ROWS_LOG2) - 1))
+    else:
+        slots = (sequence.to(tl.int64) * n_kv_heads + head) * n_rows + rows
+    return slots
+
+
+@triton.jit
+def load_raw(main, pairs, bits, d, m, slots, ok, S: tl.constexpr):
+    """Words and numbers of the rows at `slots` int64 `[N]`, zeros where not `ok`: what `decode_raw` takes.
+
+    Codes are int32 words of four bytes, `[N, blocks, 4]` for 16 lanes: as bytes, each would take a register.
+    """
+    block = tl.arange(0, S.blocks_padded)[None, :, None]
+    word = tl.arange(0, 4)[None, None, :]
+    row = slots[:, None, None]
+    here = ok[:, None, None]
+    at = slots[:, None] * S.n_blocks + tl.arange(0, S.blocks_padded)[None, :]
+    block_here = ok[:, None]
+    if S.n_blocks != S.blocks_padded:
+        here = here & (block < S.n_blocks)
+        block_here = block_here & (tl.arange(0, S.blocks_padded)[None, :] < S.n_blocks)
+    if S.main >= _F16:
+        lane = tl.arange(0, 16)[None, None, :]
+        column = block * 32 + lane
+        low_here = here
+        high_here = here
+        if S.head_dim % 32 != 0:
+            low_here = here & (column < S.head_dim)
+            high_here = here & (column + 16 < S.head_dim)
+        source = main.to(tl.pointer_type(tl.float32))
+        if S.main == _F16:
+            source = main.to(tl.pointer_type(tl.float16))
+        elif S.main == _BF16:
+            source = main.to(tl.pointer_type(tl.bfloat16))
+        low = tl.load(source + row * S.head_dim + column, mask=low_here, other=0)
+        high = tl.load(source + row * S.head_dim + (column + 16), mask=high_here, other=0)
+    elif S.main == _BYTES:
+        width: tl.constexpr = S.head_dim // 4 if S.row_scale else S.n_blocks * 8
+        column = block * 8 + word
+        low_here = here
+        high_here = here
+        if width % 8 != 0:
+            low_here = here & (column < width)
+            high_here = here & (column + 4 < width)
+        source = main.to(tl.pointer_type(tl.int32)) + row * width
+        low = tl.load(source + column, mask=low_here, other=0)
+        high = tl.load(source + (column + 4), mask=high_here, other=0)
+    elif S.main == _NIBBLES:
+        source = main.to(tl.pointer_type(tl.int32)) + row * (S.n_blocks * 4)
+        low = tl.load(source + (block * 4 + word), mask=here, other=0)
+        high = low
+    else:
+        low = _load_pairs(pairs, row, block, here, S)
+        high = low
+    pair = low
+    if S.pairs >= 0 and S.main != _NONE:
+        pair = _load_pairs(pairs, row, block, here, S)
+    bit = tl.zeros([1, 1], dtype=tl.int32)
+    if S.bits >= 0:
+        bit = tl.load(bits.to(tl.pointer_type(tl.int32)) + at, mask=block_here, other=0)
+    scale = tl.zeros([1, 1], dtype=tl.float16)
+    low_end = scale
+    if S.row_scale:
+        scale = tl.load(d.to(tl.pointer_type(tl.float32)) + slots[:, None], mask=ok[:, None], other=0.0)
+    elif S.main < _F16:
+        scale = tl.load(d.to(tl.pointer_type(tl.float16)) + at, mask=block_here, other=0.0)
+    if S.has_min:
+        low_end = tl.load(m.to(tl.pointer_type(tl.float16)) + at, mask=block_here, other=0.0)
+    return low, high, pair, bit, scale, low_end
+
+
+@triton.jit
+def _load_pairs(pairs, row, block, here, S: tl.constexpr):
+    """A block's two words of pairs, twice: int32 `[N, blocks, 4]`. Lanes 8..15 have the same bytes as lanes 0..7."""
+    at = row * (S.n_blocks * 2) + (block * 2 + tl.arange(0, 2)[None, None, :])
+    words = tl.load(pairs.to(tl.pointer_type(tl.int32)) + at, mask=here, other=0)
+    n: tl.constexpr = words.shape[0]
+    twice = tl.broadcast_to(words[:, :, None, :], [n, S.blocks_padded, 2, 2])
+    return tl.reshape(twice, [n, S.blocks_padded, 4])
+
+
+@triton.jit
+def lanes(half: tl.constexpr, S: tl.constexpr):
+    """The row's value that each column of a decoded tile stands for, int32 `[blocks * 16]`.
+
+    Codes are taken out of words two at a time, bytes 0 and 2, then 1 and 3: so they come in that order.
+    """
+    column = tl.arange(0, S.blocks_padded * 16)
+    lane = column % 16
+    if S.main < _F16:
+        lane = lane // 4 * 4 + lane % 2 * 2 + lane // 2 % 2
+    return column // 16 * 32 + half * 16 + lane
+
+
+@triton.jit
+def decode_raw(low, high, pair, bit, scale, low_end, book, FOR_WGMMA: tl.constexpr, S: tl.constexpr):
+    """Values of a tile: two tensors `[N, blocks * 16]`, float16 for codes, else in their own dtype; see `lanes`."""
+    if S.main >= _F16:
+        n: tl.constexpr = low.shape[0]
+        width: tl.constexpr = S.blocks_padded * 16
+        low_values = tl.reshape(low, [n, width])
+        high_values = tl.reshape(high, [n, width])
+    else:
+        a, b, c, d = _codes(low, high, pair, bit, S)
+        if S.has_book:
+            a, b, c, d = _entries(a, b, c, d, low, book, S)
+        low_values = _values(a, b, 1, scale, low_end, S)
+        high_values = _values(c, d, S.high_factor, scale, low_end, S)
+    if FOR_WGMMA:
+        low_values, high_values = _as_they_are(low_values), _as_they_are(high_values)
+    return low_values, high_values
+
+
+@triton.jit
+def _as_they_are(x):
+    """x. Where its product is a wgmma, Triton 3.6 would move the reshape behind the store to shared memory, and fail."""
+    if INTERPRETED:
+        y = x
+    elif x.dtype == tl.float32:
+        y = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=1)
+    else:
+        y = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2)
+    return y
+
+
+@triton.jit
+def _codes(low, high, pair, bit, S: tl.constexpr):
+    """Codes, made unsigned, two to a word, in the lower bytes of its halves: int32 `[N, blocks, 4]`.
+
+    Of lanes 0..15 those of bytes 0 and 2, and of bytes 1 and 3; then the same of lanes 16..31.
+    """
+    word = tl.arange(0, 4)[None, None, :]
+    if S.main == _BYTES:
+        flip: tl.constexpr = S.flip * 0x00010001
+        a, b = (low & 0x00FF00FF) ^ flip, ((low >> 8) & 0x00FF00FF) ^ flip
+        c, d = (high & 0x00FF00FF) ^ flip, ((high >> 8) & 0x00FF00FF) ^ flip
+    elif S.main == _NIBBLES:
+        a, b = low & 0x000F000F, (low >> 8) & 0x000F000F
+        if S.high_factor == 16:  # left where they are, and so 16 times as large
+            c, d = low & 0x00F000F0, (low >> 8) & 0x00F000F0
+        else:
+            c, d = (low >> 4) & 0x000F000F, (low >> 12) & 0x000F000F
+    else:
+        a = tl.zeros_like(low)
+        b, c, d = a, a, a
+    if S.pairs >= 0:
+        fields = pair >> (word // 2 * 4)
+        a = a | ((fields & 0x00030003) << S.pairs)
+        b = b | (((fields >> 8) & 0x00030003) << S.pairs)
+        c = c | (((fields >> 2) & 0x00030003) << S.pairs)
+        d = d | (((fields >> 10) & 0x00030003) << S.pairs)
+    if S.bits >= 0:
+        fields = bit[:, :, None] >> (word * 4)
+        a = a | (((fields & 1) | ((fields & 4) << 14)) << S.bits)
+        b = b | ((((fields >> 1) & 1) | ((fields & 8) << 13)) << S.bits)
+        fields = fields >> 16
+        c = c | (((fields & 1) | ((fields & 4) << 14)) << S.bits)
+        d = d | ((((fields >> 1) & 1) | ((fields & 8) << 13)) << S.bits)
+    return a, b, c, d
+
+
+@triton.jit
+def _values(even, odd, factor: tl.constexpr, scale, low_end, S: tl.constexpr):
+    """`(code / factor - offset) * scale + minimum` of 16 lanes a block: float16 `[N, blocks * 16]`."""
+    n: tl.constexpr = even.shape[0]
+    a, b = _two_values(even, factor, scale, low_end, S)
+    c, d = _two_values(odd, factor, scale, low_end, S)
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [n, S.blocks_padded * 16])
+
+
+@triton.jit
+def _two_values(codes, factor: tl.constexpr, scale, low_end, S: tl.constexpr):
+    """Values of the codes in the lower and in the upper halves of words.
+
+    0x6400 is the float16 1024, whose last bit counts 1: no conversion of integers. The compiler takes the halves of a
+    word apart before it computes; the instructions keep two in a register.
+    """
+    d = scale[:, :, None]
+    m = low_end[:, :, None]
+    words = codes | 0x64006400
+    if INTERPRETED or S.row_scale:
+        a = _one_value(words, factor, d, m, S)
+        b = _one_value(words >> 16, factor, d, m, S)
+    else:
+        text: tl.constexpr = S.two_values if factor == 1 else S.two_values_of_16
+        if S.has_min:
+            a, b = tl.inline_asm_elementwise(
+                text, "=h,=h,r,h,h", [words, d, m], dtype=(tl.float16, tl.float16), is_pure=True, pack=1
+            )
+        else:
+            a, b = tl.inline_asm_elementwise(
+                text, "=h,=h,r,h", [words, d], dtype=(tl.float16, tl.float16), is_pure=True, pack=1
+            )
+    return a, b
+
+
+@triton.jit
+def _one_value(words, factor: tl.constexpr, d, m, S: tl.constexpr):
+    x = words.to(tl.int16).to(tl.float16, bitcast=True) * (1.0 / factor) - (1024.0 / factor + S.offset)
+    x = (x.to(tl.float32) * d).to(tl.float16) if S.row_scale else x * d
+    if S.has_min:
+        x = x + m
+    return x
+
+
+@triton.jit
+def _entries(a, b, c, d, words, book, S: tl.constexpr):
+    """What the codebook has for codes, laid out like these; as bytes, 128 higher."""
+    if INTERPRETED:
+        a, b = _entries_from_memory(a, book), _entries_from_memory(b, book)
+        c, d = _entries_from_memory(c, book), _entries_from_memory(d, book)
+    elif S.main == _NIBBLES and S.bits < 0 and S.pairs < 0:
+        a, b, c, d = tl.inline_asm_elementwise(
+            _LOOK_UP_16,
+            "=&r,=&r,=&r,=&r,r,r,r,r,r",
+            [words, S.table[0], S.table[1], S.table[2], S.table[3]],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        a, b, c, d = tl.inline_asm_elementwise(
+            _LOOK_UP_8,
+            "=&r,=&r,=&r,=&r,r,r,r,r,r,r",
+            [a, b, c, d, S.table[0], S.table[1]],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    return a, b, c, d
+
+
+@triton.jit
+def _entries_from_memory(codes, book):
+    """As the instructions give it, where there are none."""
+    even = tl.load(book + (codes & 0xFF)).to(tl.int32) + 128
+    odd = tl.load(book + ((codes >> 16) & 0xFF)).to(tl.int32) + 128
+    return even | (odd << 16)

@@ -1,0 +1,112 @@
+"""The fused step against Transformers' own forward pass in float64; its kernels run in Triton's interpreter here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from hybridkv.cache import KVTypes
+from hybridkv.hf import EagerStep, ModelCache, kv_facts, layer_facts
+from hybridkv.hf.step import fused
+from hybridkv.hf.step.graph import GraphStep
+from hybridkv.policy import Guard, Policy
+from tests.families import build, remembering
+from tests.hf import recorded
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from hybridkv.hf.step.fused import FusedStep
+from hybridkv.kernels.cuda import delta
+
+ON_CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if ON_CUDA else "cpu"
+TWO_LAYERS = {
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+}
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if not ON_CUDA:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr(delta, "CHUNK", 16)
+    with np.errstate(all="ignore"), torch.inference_mode():
+        yield
+
+
+def cache_for(model: PreTrainedModel, types: KVTypes | None = None) -> ModelCache:
+    specs = Policy(types or KVTypes("f32", "f32")).resolve(kv_facts(layer_facts(model.config)))
+    kernels, encoders = recorded.KERNELS, recorded.ENCODERS
+    return ModelCache(model.config, specs, device=DEVICE, n_ctx=60, guard=Guard(), kernels=kernels, encoders=encoders)
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    assert torch.isfinite(got).all()
+    return float((got.cpu().double() - exact).norm() / exact.norm())
+
+
+def transformers_logits(pieces: list[Tensor]) -> list[Tensor]:
+    model = build("qwen3_5_text", **TWO_LAYERS).double()
+    cache, position, logits = DynamicCache(config=model.config), 0, []
+    for piece in pieces:
+        positions = torch.arange(position, position + piece.shape[1]).expand(piece.shape)
+        answer = model(input_ids=piece, position_ids=positions, **remembering(cache), use_cache=True)
+        logits.append(answer.logits)
+        position += piece.shape[1]
+    return logits
+
+
+def test_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt in several runs, single tokens as a recording, more of a prompt, a single token."""
+    monkeypatch.setattr(fused, "PROMPT_ROWS", 12)
+    pieces = [tokens(2, n, seed) for seed, n in enumerate((9, 1, 1, 3, 1))]
+    model = build("qwen3_5_text", attention="hybridkv", **TWO_LAYERS).to(DEVICE)
+    recorder = recorded.Again()
+    step = GraphStep(FusedStep(model), recorder=recorder, notify=pytest.fail)
+    cache, position = cache_for(model), 0
+    for piece, exact in zip(pieces, transformers_logits(pieces), strict=True):
+        got = step.logits(piece, cache, position)
+        assert got.dtype == torch.float32
+        assert error(got, exact) < 2e-5
+        position += piece.shape[1]
+    assert recorder.recorded == 1
+
+
+def test_both_steps_continue_the_same_cache_and_the_model_stays_as_it_was() -> None:
+    """Projections are joined in memory; Transformers' own code goes on reading the model's parameters."""
+    model, untouched = (build("qwen3_5_text", attention="hybridkv", **TWO_LAYERS).to(DEVICE) for _ in range(2))
+    steps = [FusedStep(model), EagerStep(model)]
+    for (name, own), (_, other) in zip(model.named_parameters(), untouched.named_parameters(), strict=True):
+        assert torch.equal(own, other), name
+    projections = model.model.layers[0].mlp
+    assert projections.gate_proj.weight.untyped_storage().data_ptr() == (
+        projections.up_proj.weight.untyped_storage().data_ptr()
+    )
+    pieces = [tokens(1, n, seed) for seed, n in enumerate((3, 1, 2, 1, 1))]
+    cache, position = cache_for(model), 0
+    for i, (piece, exact) in enumerate(zip(pieces, transformers_logits(pieces), strict=True)):
+        assert error(steps[i % 2].forward(piece, cache, position), exact[:, -1]) < 2e-5
+        position += piece.shape[1]
+
+
+def test_configs_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = build("qwen3_5_text").config
+    assert fused.rejects(config, "cuda") is None
+    assert fused.rejects(config, "cpu") == "runs on cuda, not on cpu"
+    assert "knows no lfm2 layers on cuda" in str(fused.rejects(build("lfm2").config, "cuda"))
+    assert set(fused.FAMILY_NAMES) == set(fused.families())
+    config.hidden_act = "gelu"
+    assert fused.rejects(config, "cuda") == "activation 'gelu', not silu"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert fused.rejects(config, "cuda") == "triton is not installed"
