@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tuned import tuning_table
+
 from quality import pictures, quality_table, recommended_table, targets_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -219,6 +221,11 @@ def quality() -> str:
     return with_parts("docs/quality.md", {"targets": targets_table(), **tables})
 
 
+def tuning() -> str:
+    """docs/tuning.md with its table renewed."""
+    return with_parts("docs/tuning.md", {"tuned": tuning_table()})
+
+
 def main() -> int:
     """Write or check every generated file."""
     stale = 0
@@ -227,6 +234,7 @@ def main() -> int:
         "docs/cli.md": cli_page(),
         "docs/performance.md": performance(),
         "docs/quality.md": quality(),
+        "docs/tuning.md": tuning(),
         **pictures(),
         "README.md": readme(),
     }

@@ -44,6 +44,10 @@ def test_performance_tables_are_the_committed_measurements(generate: ModuleType)
     assert (ROOT / "docs/performance.md").read_text() == generate.performance()
 
 
+def test_tuning_table_is_the_committed_measurements(generate: ModuleType) -> None:
+    assert (ROOT / "docs/tuning.md").read_text() == generate.tuning()
+
+
 def test_readme_tables_are_generated(generate: ModuleType) -> None:
     assert generate.readme() == README
 

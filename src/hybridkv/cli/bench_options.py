@@ -42,8 +42,8 @@ def add_bench_arguments(parser: argparse.ArgumentParser, *, types: str, against:
     )
 
 
-def types_from(text: str) -> list[str]:
-    """The types of `--types`, in order, each once.
+def types_from(text: str, option: str = "--types") -> list[str]:
+    """The types of `--types`, or of another option, in order, each once.
 
     Raises
     ------
@@ -54,7 +54,9 @@ def types_from(text: str) -> list[str]:
 
     names = [get_format(name).name for name in words(text)]
     if not names:
-        raise UsageError("--types is empty; allowed: KV cache types, separated by commas", hint="try --types q8_0,q4_0")
+        raise UsageError(
+            f"{option} is empty; allowed: KV cache types, separated by commas", hint=f"try {option} q8_0,q4_0"
+        )
     return list(dict.fromkeys(names))
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hybridkv.errors import UsageError
+
 if TYPE_CHECKING:
-    from hybridkv.policy import Policy
+    from hybridkv.policy import AnyPolicy
 
 DEFAULT_TYPE = "f16"
 TYPES = "f32 f16 bf16 q8_0 q8_1 q8_KV q6_0 q5_0 q5_1 q4_0 q4_1 iq4_nl hq4_nl hq3_nl hq2_nl"
@@ -14,13 +17,17 @@ TYPES = "f32 f16 bf16 q8_0 q8_1 q8_KV q6_0 q5_0 q5_1 q4_0 q4_1 iq4_nl hq4_nl hq3
 
 
 def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `-ctk`, `-ctv`, rotation, first/last layers, scale rule, exact rows and guard."""
+    """Add `-ctk`, `-ctv`, rotation, first/last layers, scale rule, exact rows, guard, and a file instead of these."""
     group = parser.add_argument_group("KV cache")
+    group.add_argument(
+        "--kv-config",
+        metavar="FILE",
+        help="types for each layer, as `hybridkv tune` writes them, instead of the options below but the guard",
+    )
     for side, name in (("k", "K"), ("v", "V")):
         group.add_argument(
             f"-ct{side}",
             f"--cache-type-{side}",
-            default=DEFAULT_TYPE,
             metavar="TYPE",
             help=f"type of {name}: {TYPES} (default {DEFAULT_TYPE})",
         )
@@ -55,7 +62,6 @@ def add_exact_arguments(group: argparse._ActionsContainer) -> None:
         group.add_argument(
             f"--kv-{name}",
             type=int,
-            default=0,
             metavar="N",
             help=f"keep the {which} N tokens as f16 where K or V is quantized (default 0)",
         )
@@ -66,19 +72,45 @@ def add_exact_arguments(group: argparse._ActionsContainer) -> None:
     )
 
 
-def policy_from(arguments: argparse.Namespace) -> Policy:
+_EXCLUDED = {
+    "cache_type_k": "-ctk",
+    "cache_type_v": "-ctv",
+    "k_cache_hadamard": "-khad",
+    "v_cache_hadamard": "-vhad",
+    "cache_type_k_first": "-ctk-first",
+    "cache_type_k_last": "-ctk-last",
+    "cache_type_v_first": "-ctv-first",
+    "cache_type_v_last": "-ctv-last",
+    "kv_scale": "--kv-scale",
+    "kv_tail": "--kv-tail",
+    "kv_sink": "--kv-sink",
+    "kv_center": "--kv-center",
+}
+"""What `--kv-config` says itself. Not given, they are None or False."""
+
+
+def policy_from(arguments: argparse.Namespace) -> AnyPolicy:
     """The policy that the options ask for.
 
     Raises
     ------
     UsageError
-        For an unknown type, rule or count.
+        For an unknown type, rule or count, or for a file together with what it says itself.
     """
     from hybridkv.cache import KVTypes
     from hybridkv.formats import get_format
-    from hybridkv.policy import Policy, parse_override, parse_scale
+    from hybridkv.policy import Policy, parse_override, parse_scale, read_config
 
     a = arguments
+    if a.kv_config is not None:
+        values = {option: getattr(a, name) for name, option in _EXCLUDED.items()}
+        given = [option for option, value in values.items() if value is not None and value is not False]
+        if given:
+            raise UsageError(
+                f"--kv-config was given together with {', '.join(given)}, which the file says itself",
+                hint=f"leave {', '.join(given)} out, or change the file",
+            )
+        return read_config(Path(a.kv_config))
     overrides = {
         f"{side}_{place}": parse_override(text, f"-ct{side}-{place}")
         for side in "kv"
@@ -86,13 +118,13 @@ def policy_from(arguments: argparse.Namespace) -> Policy:
         if (text := getattr(a, f"cache_type_{side}_{place}")) is not None
     }
     types = KVTypes(
-        type_k=get_format(a.cache_type_k).name,
-        type_v=get_format(a.cache_type_v).name,
+        type_k=get_format(DEFAULT_TYPE if a.cache_type_k is None else a.cache_type_k).name,
+        type_v=get_format(DEFAULT_TYPE if a.cache_type_v is None else a.cache_type_v).name,
         rotate_k=a.k_cache_hadamard,
         rotate_v=a.v_cache_hadamard,
         scale=None if a.kv_scale is None else parse_scale(a.kv_scale),
-        tail=a.kv_tail,
-        sink=a.kv_sink,
+        tail=a.kv_tail or 0,
+        sink=a.kv_sink or 0,
         center=a.kv_center,
     )
     return Policy(types=types, **overrides)

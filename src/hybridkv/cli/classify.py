@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from hybridkv.cache import KVSpec
     from hybridkv.engine.classify import Classifier, Figures
-    from hybridkv.policy import Guard, Policy
+    from hybridkv.policy import AnyPolicy, Guard
 
 NAME = "classify"
 HELP = "score labels for every row of a JSONL file, with what the prompts share processed once"
@@ -133,7 +133,8 @@ def main(arguments: argparse.Namespace) -> int:
 
     lengths = [len(ids) if a.normalize == "length" else 1 for ids in continuations]
     scored = []
-    for policy, layers in zip(policies, specs, strict=True):
+    names = [label(policy.types) if a.kv_config is None else Path(a.kv_config).name for policy in policies]
+    for name, layers in zip(names, specs, strict=True):
         classifier = Classifier(
             loaded.model,
             layers,
@@ -144,7 +145,7 @@ def main(arguments: argparse.Namespace) -> int:
             batch=a.batch,
             step=step,
         )
-        scored.append(_score(label(policy.types), classifier, prompts, lengths))
+        scored.append(_score(name, classifier, prompts, lengths))
     if a.compare_types is None:
         _print_rows(scored[0], rows, labels, a.json)
     else:
@@ -164,7 +165,7 @@ def _check(a: argparse.Namespace) -> None:
     check_limits(a, ("--batch", "batch", 1, 1024))
 
 
-def _policies(a: argparse.Namespace) -> list[Policy]:
+def _policies(a: argparse.Namespace) -> list[AnyPolicy]:
     """What each run stores: what the cache options say, or each of the types to compare."""
     from hybridkv.cache import KVTypes
     from hybridkv.lab.candidates import expand
@@ -184,7 +185,7 @@ def _policies(a: argparse.Namespace) -> list[Policy]:
     return [reference, *(one.policy for one in expand(named) if one.policy != reference)]
 
 
-def _resolve(opened: Opened, policies: Sequence[Policy], guard: Guard) -> list[tuple[KVSpec, ...]]:
+def _resolve(opened: Opened, policies: Sequence[AnyPolicy], guard: Guard) -> list[tuple[KVSpec, ...]]:
     """Every layer's types and kernels at each run, printed, before any weight is loaded."""
     from hybridkv.cache import resolve
     from hybridkv.hf import is_hybrid, kv_facts

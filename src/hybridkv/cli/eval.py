@@ -62,6 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T,K/V,...",
         help=f"types or pairs K/V; options may follow, as in q4_0+kv+tail128+sink4+center (default {_TYPES})",
     )
+    group.add_argument(
+        "--kv-config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="types for each layer, as `hybridkv tune` writes them, as one more candidate; may be repeated",
+    )
     group.add_argument("--rotate", metavar="none,k,v,kv", help="sides to rotate")
     group.add_argument("--scale", metavar="absmax,refit", help="scale rules")
     group.add_argument("--tail", metavar="N,...", help="newest tokens kept as f16")
@@ -131,7 +138,7 @@ def _candidates(a: argparse.Namespace) -> list[Candidate]:
     """The reference, the reference once more, and all that was asked for."""
     from hybridkv.cache import KVTypes
     from hybridkv.lab.candidates import Candidate, expand, label
-    from hybridkv.policy import Policy
+    from hybridkv.policy import Policy, read_config
 
     asked = expand(
         words(a.types),
@@ -141,6 +148,10 @@ def _candidates(a: argparse.Namespace) -> list[Candidate]:
         sinks=_counts("--sink", a.sink),
         centers=(True,) if a.center else (),
     )
+    configs = [read_config(Path(path)) for path in a.kv_config]
+    asked += [Candidate(config.name, config, config=config.name) for config in configs]
+    if len({config.name for config in configs}) < len(configs):
+        raise UsageError("--kv-config: two files have the same name", hint="candidates are told apart by it")
     if not asked:
         raise UsageError("--types is empty; allowed: KV cache types, separated by commas", hint="try --types q8_0,q4_0")
     reference = Policy(KVTypes(a.reference, a.reference))

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from hybridkv import __version__
-from hybridkv.cli import bench, classify, convert, doctor, plan, report, run
+from hybridkv.cli import bench, classify, convert, doctor, plan, report, run, tune
 from hybridkv.cli import eval as evaluate
 from hybridkv.errors import HybridKVError, UsageError
 
@@ -24,7 +24,7 @@ EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
-_COMMANDS = (run, classify, plan, evaluate, report, bench, convert, doctor)
+_COMMANDS = (run, classify, plan, evaluate, tune, report, bench, convert, doctor)
 _OPTION = re.compile(r"--?[A-Za-z][\w-]*")
 
 

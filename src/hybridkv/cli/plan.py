@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridkv.cli.cache_options import add_exact_arguments
@@ -14,7 +15,7 @@ from hybridkv.errors import NoKernelError, UsageError
 if TYPE_CHECKING:
     from hybridkv.cache import KVSpec
     from hybridkv.engine.load import Description
-    from hybridkv.policy import Policy
+    from hybridkv.policy import AnyPolicy
 
 NAME = "plan"
 HELP = "print KV, state and weight bytes for cache types, and the largest context that fits"
@@ -48,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"types, or pairs K/V, or `all` (default {_DEFAULT_TYPES})",
     )
     add_exact_arguments(parser)
+    parser.add_argument(
+        "--kv-config", metavar="FILE", help="count types for each layer, as `hybridkv tune` writes them, too"
+    )
     parser.add_argument("--memory", metavar="SIZE", help="a budget such as 24GiB: prints the largest context that fits")
     parser.add_argument(
         "--dtype",
@@ -66,7 +70,7 @@ def main(arguments: argparse.Namespace) -> int:
     from hybridkv.cache import KVTypes
     from hybridkv.engine.load import bundled_model, describe
     from hybridkv.plan import parse_bytes, unknown_states
-    from hybridkv.policy import Policy
+    from hybridkv.policy import Policy, read_config
 
     a = arguments
     if a.dtype == "auto":
@@ -80,9 +84,12 @@ def main(arguments: argparse.Namespace) -> int:
     n_ctx = a.ctx_size or description.n_ctx_train
     if not n_ctx:
         raise UsageError("this model does not say what context it was trained for", hint="give -c N")
-    policies = [Policy(KVTypes(k, v, tail=a.kv_tail, sink=a.kv_sink, center=a.kv_center)) for k, v in pairs]
+    exact = {"tail": a.kv_tail or 0, "sink": a.kv_sink or 0, "center": a.kv_center}
+    policies: list[AnyPolicy] = [Policy(KVTypes(k, v, **exact)) for k, v in pairs]
+    if a.kv_config is not None:
+        policies.append(read_config(Path(a.kv_config)))
     rows = _rows(description, policies, n_ctx, a.parallel, a.dtype, budget)
-    for line in _notices(description, policies, n_ctx) if a.kv_tail or a.kv_sink or a.kv_center else ():
+    for line in _notices(description, policies, n_ctx) if a.kv_tail or a.kv_sink or a.kv_center or a.kv_config else ():
         notice(line)
     for reason in dict.fromkeys(row["refused"] for row in rows if row["refused"]):
         notice(f"left out, no kernel: {reason}")
@@ -118,15 +125,16 @@ def _pairs(text: str) -> list[tuple[str, str]]:
 
 def _rows(
     description: Description,
-    policies: Sequence[Policy],
+    policies: Sequence[AnyPolicy],
     n_ctx: int,
     n_seqs: int,
     dtype_name: str,
     budget: int | None,
 ) -> list[dict[str, Any]]:
-    """One object per pair of types, bytes as integers."""
+    """One object per pair of types or file, bytes as integers."""
     from hybridkv.hf import kv_facts
     from hybridkv.plan import largest_context, plan
+    from hybridkv.policy import KVConfig
 
     bits = _WEIGHT_BITS[dtype_name]
     weight_bytes = description.weight_bytes(bits)
@@ -144,6 +152,7 @@ def _rows(
         row: dict[str, Any] = {
             "type_k": policy.types.type_k,
             "type_v": policy.types.type_v,
+            "config": policy.name if isinstance(policy, KVConfig) else None,
             "refused": _refusal(specs),
             "bytes_per_token": sum(spec.bytes_per_token for spec in specs),
             "kv_bytes": counted.kv_bytes,
@@ -159,7 +168,7 @@ def _rows(
     return rows
 
 
-def _notices(description: Description, policies: Sequence[Policy], n_ctx: int) -> list[str]:
+def _notices(description: Description, policies: Sequence[AnyPolicy], n_ctx: int) -> list[str]:
     """What has no effect; of an unquantized pair among others it goes without saying."""
     from hybridkv.hf import kv_facts
 
@@ -196,7 +205,8 @@ def _print(
     for row in rows:
         if row["refused"]:
             continue
-        cells = [row["type_k"], row["type_v"], str(row["bytes_per_token"])]
+        names = [row["type_k"], row["type_v"]] if row["config"] is None else [row["config"], "per layer"]
+        cells = [*names, str(row["bytes_per_token"])]
         cells += [size(row[key]) for key in ("kv_bytes", "state_bytes", "weight_bytes", "total_bytes")]
         if memory is not None:
             most = row["largest_n_ctx"]

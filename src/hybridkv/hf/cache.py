@@ -9,20 +9,22 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers.cache_utils import Cache
 
 from hybridkv.cache import KVLayer, KVSpec, KVTypes, LayerFacts, LayerKernels, resolve
-from hybridkv.errors import ContextError
+from hybridkv.errors import ContextError, UsageError
 from hybridkv.formats import Scale
 from hybridkv.hf.attention import IMPLEMENTATION, register
 from hybridkv.hf.facts import is_hybrid, kv_facts, layer_facts, takes_chunks
 from hybridkv.hf.layers import EmptyLayer, LayerWatch, Notify, QuantizedAndStateLayer, QuantizedLayer, StateLayer
 from hybridkv.kernels import ENCODERS, KERNELS, Encoder, Kernel
-from hybridkv.policy import Guard, GuardMode, Policy, TypeOverride, parse_mode, parse_override, parse_scale
+from hybridkv.policy import Guard, GuardMode, KVConfig, Policy, parse_mode, parse_override, parse_scale, read_config
 
 _LOG = logging.getLogger("hybridkv")
+_OVERRIDES = ("k_first", "k_last", "v_first", "v_last")
 _PLAN_CONTEXT = 4096  # what the guard's warnings count bytes at when no context was given
 
 
@@ -187,18 +189,19 @@ class ModelCache(Cache):  # type: ignore[misc]
 def quantized_cache(
     model: Any,
     *,
-    type_k: str = "q8_0",
-    type_v: str = "q8_0",
-    rotate_k: bool = False,
-    rotate_v: bool = False,
+    config: str | Path | None = None,
+    type_k: str | None = None,
+    type_v: str | None = None,
+    rotate_k: bool | None = None,
+    rotate_v: bool | None = None,
     scale: Scale | str | None = None,
     k_first: str | None = None,
     k_last: str | None = None,
     v_first: str | None = None,
     v_last: str | None = None,
-    tail: int = 0,
-    sink: int = 0,
-    center: bool = False,
+    tail: int | None = None,
+    sink: int | None = None,
+    center: bool | None = None,
     n_ctx: int | None = None,
     guard: GuardMode | str = "check",
     notify: Notify = _LOG.warning,
@@ -210,18 +213,20 @@ def quantized_cache(
     model
         A causal language model. Load it with `attn_implementation="hybridkv"` to attend packed rows; with any
         other implementation the cache stores the same bytes and gives dequantized tensors.
+    config
+        A file with types for each layer, as `hybridkv tune` writes it, instead of all that follows but n_ctx and guard.
     type_k, type_v
-        Any of `hybridkv.formats.FORMATS`, in any pair.
+        Any of `hybridkv.formats.FORMATS`, in any pair; q8_0 by default.
     rotate_k, rotate_v
-        Hadamard rotation before quantizing.
+        Hadamard rotation before quantizing; off by default.
     scale
         `absmax`, `refit`, or None for each type's own default.
     k_first, k_last, v_first, v_last
         `TYPE,N`: another type for the first or last N KV layers.
     tail, sink
-        How many of the newest and of the first tokens stay f16 where K or V is quantized.
+        How many of the newest and of the first tokens stay f16 where K or V is quantized; 0 by default.
     center
-        Whether K is stored minus its mean over early tokens; needs a tail of at least 32.
+        Whether K is stored minus its mean over early tokens; needs a tail of at least 32. Off by default.
     n_ctx
         Tokens per sequence to reserve and not to exceed; None grows as needed.
     guard
@@ -232,6 +237,12 @@ def quantized_cache(
     ModelCache
         Pass it as `cache` (before Transformers 5.24: `past_key_values`) to `model(...)` or `model.generate(...)`.
 
+    Raises
+    ------
+    UsageError
+        For an unknown type, rule or count; for a `config` that is none, or is of another model, or comes together with
+        what it says itself.
+
     Examples
     --------
     >>> cache = quantized_cache(model, type_k="q4_0", type_v="q4_0", rotate_k=True)  # doctest: +SKIP
@@ -239,22 +250,22 @@ def quantized_cache(
     """
     register()
     facts = layer_facts(model.config)
-    policy = Policy(
-        types=KVTypes(
-            type_k,
-            type_v,
-            rotate_k,
-            rotate_v,
-            scale=None if scale is None else parse_scale(scale),
-            tail=tail,
-            sink=sink,
-            center=center,
-        ),
-        k_first=_override(k_first, "k_first"),
-        k_last=_override(k_last, "k_last"),
-        v_first=_override(v_first, "v_first"),
-        v_last=_override(v_last, "v_last"),
-    )
+    asked_types: dict[str, Any] = {
+        "type_k": type_k,
+        "type_v": type_v,
+        "rotate_k": rotate_k,
+        "rotate_v": rotate_v,
+        "scale": scale,
+        "k_first": k_first,
+        "k_last": k_last,
+        "v_first": v_first,
+        "v_last": v_last,
+        "tail": tail,
+        "sink": sink,
+        "center": center,
+    }
+    given = {name: value for name, value in asked_types.items() if value is not None}
+    policy = _policy(given) if config is None else _configured(Path(config), given)
     watcher = Guard(mode=parse_mode(guard))
     asked = policy.resolve(kv_facts(facts))
     specs, warnings = watcher.before(asked, hybrid=is_hybrid(facts), n_ctx=n_ctx or _PLAN_CONTEXT)
@@ -264,5 +275,18 @@ def quantized_cache(
     return ModelCache(model.config, specs, device=device, n_ctx=n_ctx, guard=watcher, notify=notify)
 
 
-def _override(text: str | None, option: str) -> TypeOverride | None:
-    return None if text is None else parse_override(text, option)
+def _policy(given: dict[str, Any]) -> Policy:
+    """The policy of the arguments that were given."""
+    overrides = {name: parse_override(given.pop(name), name) for name in _OVERRIDES if name in given}
+    if "scale" in given:
+        given["scale"] = parse_scale(given["scale"])
+    return Policy(types=KVTypes(**{"type_k": "q8_0", "type_v": "q8_0"} | given), **overrides)
+
+
+def _configured(path: Path, given: dict[str, Any]) -> KVConfig:
+    if given:
+        raise UsageError(
+            f"config was given together with {', '.join(given)}, which the file says itself",
+            hint=f"leave {', '.join(given)} out, or change the file",
+        )
+    return read_config(path)

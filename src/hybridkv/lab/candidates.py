@@ -16,7 +16,7 @@ from hybridkv.cache import KVTypes
 from hybridkv.errors import UsageError
 from hybridkv.formats import get_format
 from hybridkv.lab.results import Role
-from hybridkv.policy import Policy, parse_scale
+from hybridkv.policy import AnyPolicy, Policy, parse_scale
 
 Rotation = Literal["none", "k", "v", "kv"]
 ROTATIONS: tuple[Rotation, ...] = get_args(Rotation)
@@ -40,7 +40,7 @@ class Candidate:
     """
 
     label: str
-    policy: Policy
+    policy: AnyPolicy
     role: Role = "candidate"
     config: str | None = None
 

@@ -76,6 +76,31 @@ def cut(name: str, ids: Sequence[int], n_ctx: int, n_windows: int | None) -> Cor
     return Corpus(name, tuple(tokens[i * n_ctx : (i + 1) * n_ctx + 1] for i in range(wanted)))
 
 
+def split(name: str, ids: Sequence[int], n_ctx: int, n_first: int, n_second: int) -> tuple[Corpus, Corpus]:
+    """Two sets of windows that share no token, both spread over the whole text.
+
+    Windows begin at equal distances, and the sets take turns as evenly as their sizes allow.
+
+    Raises
+    ------
+    UsageError
+        If the text is too short.
+    """
+    total = n_first + n_second
+    distance = (len(ids) - 1) // total
+    if distance < n_ctx + 1 and (total > 1 or distance < n_ctx):
+        raise UsageError(
+            f"{name} has {len(ids)} tokens; {total} windows of {n_ctx} need {total * (n_ctx + 1)}",
+            hint="take a longer text (-f), or a smaller --window, --calibrate or --verify",
+        )
+    windows = [torch.tensor(ids[i * distance : i * distance + n_ctx + 1]) for i in range(total)]
+    first = [(i + 1) * n_first // total > i * n_first // total for i in range(total)]
+    return (
+        Corpus(name, tuple(w for w, taken in zip(windows, first, strict=True) if taken)),
+        Corpus(name, tuple(w for w, taken in zip(windows, first, strict=True) if not taken)),
+    )
+
+
 def snippet(tokenizer: Any | None, window: Tensor, position: int, n_before: int = 12) -> str:
     """The text before the token that follows `position`, and that token in brackets; ids without a tokenizer."""
     first = max(0, position + 1 - n_before)

@@ -21,7 +21,7 @@ from hybridkv.cache import AttentionFacts
 from hybridkv.errors import GuardError
 from hybridkv.hf import ModelCache, Step
 from hybridkv.lab.candidates import Candidate
-from hybridkv.lab.measure import Trace, compare
+from hybridkv.lab.measure import Expected, Trace
 from hybridkv.policy import Guard
 
 Mode = Literal["prefill", "decode"]
@@ -94,12 +94,12 @@ class Evaluator:
         for first in range(0, len(window) - 1, self.piece):
             tokens = window[first : min(first + self.piece, len(window) - 1)].unsqueeze(0)
             following = window[first + 1 : first + 1 + tokens.shape[1]]
-            reference: Tensor | None = None
+            expected: Expected | None = None
             traces = {}
             for candidate, cache in zip(candidates, caches, strict=True):
                 logits = self._logits(candidate, cache, tokens, first, mode)
-                reference = logits if reference is None else reference
-                traces[candidate.label] = compare(reference, logits, following, first)
+                expected = Expected(logits, following, first) if expected is None else expected
+                traces[candidate.label] = expected.compare(logits)
             yield traces
 
     @torch.inference_mode()

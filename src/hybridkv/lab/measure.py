@@ -59,7 +59,39 @@ def join(traces: list[Trace]) -> Trace:
     return Trace(*(np.concatenate([getattr(t, f.name) for t in traces]) for f in fields(Trace)))
 
 
-@torch.inference_mode()
+class Expected:
+    """What the reference says of some tokens, prepared once for all that are compared with it.
+
+    Parameters
+    ----------
+    logits
+        The reference's, float32 `[T, V]`.
+    following
+        int64 `[T]`: the token after each.
+    position
+        Of the first token in its window.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, logits: Tensor, following: Tensor, position: int) -> None:
+        self._log_p = logits.double().log_softmax(-1)
+        self._p = self._log_p.exp()
+        self._index = following.unsqueeze(1)
+        self._top = logits.argmax(-1)
+        self._position = torch.arange(position, position + len(following))
+
+    @torch.inference_mode()
+    def compare(self, logits: Tensor) -> Trace:
+        """What a candidate's logits, float32 `[T, V]`, differ by."""
+        log_q = logits.double().log_softmax(-1)
+        p, q = (x.gather(1, self._index).squeeze(1) for x in (self._log_p, log_q))
+        # A token of no probability adds nothing, whatever the candidate says of it: 0 * inf would be NaN.
+        terms = torch.sub(self._log_p, log_q, out=log_q).mul_(self._p).masked_fill_(self._p == 0, 0.0)
+        kld = terms.sum(-1).clamp_min(0.0)
+        same = self._top == logits.argmax(-1)
+        return Trace(*(x.float().numpy() for x in (self._position, -q, -p, kld, same, q.exp() - p.exp())))
+
+
 def compare(reference: Tensor, candidate: Tensor, following: Tensor, position: int) -> Trace:
     """Compare logits, float32 `[T, V]`, after tokens that stand at `position` and on.
 
@@ -68,21 +100,7 @@ def compare(reference: Tensor, candidate: Tensor, following: Tensor, position: i
     following
         int64 `[T]`: the token after each.
     """
-    reference, candidate = reference.double().log_softmax(-1), candidate.double().log_softmax(-1)
-    index = following.unsqueeze(1)
-    p, q = (x.gather(1, index).squeeze(1) for x in (reference, candidate))
-    # A token of no probability adds nothing, whatever the candidate says of it: 0 * inf would be NaN.
-    terms = reference.exp() * (reference - candidate)
-    kld = terms.masked_fill(reference == -torch.inf, 0.0).sum(-1).clamp_min(0.0)
-    numbers = (
-        torch.arange(position, position + len(following)),
-        -q,
-        -p,
-        kld,
-        reference.argmax(-1) == candidate.argmax(-1),
-        q.exp() - p.exp(),
-    )
-    return Trace(*(x.float().numpy() for x in numbers))
+    return Expected(reference, following, position).compare(candidate)
 
 
 @dataclass(frozen=True, slots=True)

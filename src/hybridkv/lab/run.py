@@ -69,20 +69,28 @@ class Run:
     @property
     def n_ticks(self) -> int:
         """Tokens that `execute` will count, all candidates together."""
-        windows = sum(len(self._missing(i)) for i in range(len(self._corpus.windows))) * self._corpus.n_ctx
         extra = min(2 * PIECE, self._corpus.n_ctx) + N_PROMPTS * self._n_greedy
-        return windows + len(self._candidates) * extra
+        return self.n_window_ticks + len(self._candidates) * extra
+
+    @property
+    def n_window_ticks(self) -> int:
+        """Those that `windows` will count."""
+        return sum(len(self._missing(i)) for i in range(len(self._corpus.windows))) * self._corpus.n_ctx
 
     def execute(self, tick: Tick) -> bool:
         """Run what is missing; False if it was interrupted. `tick` is told tokens as they are done."""
         try:
-            for index in range(len(self._corpus.windows)):
-                self._window(index, tick)
+            self.windows(tick)
             self._greedy(tick)
             self._layers(tick)
         except KeyboardInterrupt:
             return False
         return True
+
+    def windows(self, tick: Tick) -> None:
+        """Run what is missing of the windows alone. Whoever interrupts it finds what was done in the journal."""
+        for index in range(len(self._corpus.windows)):
+            self._window(index, tick)
 
     def results(self, facts: Sequence[AttentionFacts], snippet: Callable[[int, int], str]) -> list[Result]:
         """What is known of each candidate; `snippet` gives the text at a window and position."""

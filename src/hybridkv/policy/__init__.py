@@ -1,5 +1,6 @@
 """Which types the KV layers get, and what is done when they do not hold."""
 
+from hybridkv.policy.config import AnyPolicy, KVConfig, LayerConfig, config_of, format_config, read_config
 from hybridkv.policy.guard import (
     ERROR_LIMIT,
     GUARD_MODES,
@@ -15,24 +16,32 @@ from hybridkv.policy.guard import (
     next_types,
     parse_mode,
 )
-from hybridkv.policy.rules import Policy, TypeOverride, parse_override, parse_scale
+from hybridkv.policy.rules import Policy, TypeOverride, check_exact, parse_override, parse_scale, with_types
 
 __all__ = [
     "ERROR_LIMIT",
     "GUARD_MODES",
     "LADDER",
+    "AnyPolicy",
     "Evidence",
     "Fallback",
     "Guard",
     "GuardMode",
+    "KVConfig",
+    "LayerConfig",
     "NonFiniteError",
     "Ok",
     "Policy",
     "Stop",
     "TypeOverride",
     "Verdict",
+    "check_exact",
+    "config_of",
+    "format_config",
     "next_types",
     "parse_mode",
     "parse_override",
     "parse_scale",
+    "read_config",
+    "with_types",
 ]

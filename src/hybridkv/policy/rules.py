@@ -82,11 +82,11 @@ class Policy:
         """
         for name in (self.types.type_k, self.types.type_v):
             get_format(name)
-        _check_exact(self.types)
+        check_exact(self.types)
         n = len(facts)
         k_types = _override([self.types.type_k] * n, self.k_first, self.k_last, "K")
         v_types = _override([self.types.type_v] * n, self.v_first, self.v_last, "V")
-        return tuple(KVSpec(f, _with(self.types, k, v)) for f, k, v in zip(facts, k_types, v_types, strict=True))
+        return tuple(KVSpec(f, with_types(self.types, k, v)) for f, k, v in zip(facts, k_types, v_types, strict=True))
 
     def notices(self, specs: Sequence[KVSpec], n_ctx: int | None = None) -> list[str]:
         """Options that change nothing, or less than asked, for these layers: said, never silent."""
@@ -97,10 +97,10 @@ class Policy:
             said.append(f"--kv-scale {asked_scale} has no effect: {', '.join(sorted(used))} have no scale to fit")
         if not specs and (self.types != KVTypes() or any((self.k_first, self.k_last, self.v_first, self.v_last))):
             said.append("this model has no attention layer: the KV cache options have no effect")
-        return said + _exact_notices(self.types, specs, n_ctx)
+        return said + exact_notices(self.types, specs, n_ctx)
 
 
-def _check_exact(types: KVTypes) -> None:
+def check_exact(types: KVTypes) -> None:
     """Refuse counts that are none, and a center without rows to take it from.
 
     Raises
@@ -118,7 +118,7 @@ def _check_exact(types: KVTypes) -> None:
         )
 
 
-def _exact_notices(types: KVTypes, specs: Sequence[KVSpec], n_ctx: int | None) -> list[str]:
+def exact_notices(types: KVTypes, specs: Sequence[KVSpec], n_ctx: int | None) -> list[str]:
     """Where exact rows and the center change nothing, or less than asked."""
     tail, sink, center = f"--kv-tail {types.tail}", f"--kv-sink {types.sink}", "--kv-center"
     asked = " ".join(text for text, given in ((tail, types.tail), (sink, types.sink), (center, types.center)) if given)
@@ -147,7 +147,7 @@ def _layers(specs: Sequence[KVSpec]) -> str:
     return f"layer {numbers}" if len(specs) == 1 else f"layers {numbers}"
 
 
-def _with(types: KVTypes, k: str, v: str) -> KVTypes:
+def with_types(types: KVTypes, k: str, v: str) -> KVTypes:
     """`types` with these types; a format made for rotated rows rotates its side."""
     rotate_k, rotate_v = types.rotate_k or get_format(k).rotated, types.rotate_v or get_format(v).rotated
     return replace(types, type_k=k, type_v=v, rotate_k=rotate_k, rotate_v=rotate_v)

@@ -1,0 +1,44 @@
+"""The generated part of docs/tuning.md, from committed tunings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+MEASUREMENTS = Path(__file__).resolve().parent / "measurements"
+
+
+def tuning_table() -> str:
+    """What types per layer gain over the best uniform pair, by model and budget."""
+    lines = [
+        "| model | budget | best uniform pair: mean KLD | types per layer: bits, predicted and measured mean KLD | ratio | "
+        "gain on the same tokens | written |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    conditions: dict[str, None] = {}
+    for path in sorted(MEASUREMENTS.glob("tune-*.json")):
+        data: dict[str, Any] = json.loads(path.read_text())
+        c, tuned = data["conditions"], data["tuned"]
+        rival = data["uniform"][0]
+        per_layer = len(set(tuned["types"])) > 1
+        gain = "" if data["gain"] is None else f"{data['gain']:.1e} ± {data['gain_se']:.0e}"
+        cells = (
+            c["model"],
+            f"{c['limit']:g} bits",
+            f"{rival['label']}: {rival['kld_mean']:.2e} ± {rival['kld_mean_se']:.0e}",
+            f"{tuned['bits']:.2f}, {tuned['predicted']:.2e}, {tuned['kld_mean']:.2e} ± {tuned['kld_mean_se']:.0e}",
+            f"{tuned['kld_mean'] / rival['kld_mean']:.2f}",
+            gain,
+            f"[{'per layer' if per_layer and data['chosen'] == 'per layer' else data['chosen']}]"
+            f"(measurements/{path.with_suffix('.toml').name})",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+        layers = ", ".join(data["measured_by_layer"])
+        conditions[
+            f"{c['model']}: {c['mode']}, windows of {c['window']} tokens of {c['text']}, {c['calibration_tokens']} to choose "
+            f"by and {c['held_out_tokens']} held out; {layers} measured layer by layer; {c['engine']}, {c['threads']} "
+            f"thread, {c['cpu']}; hybridkv {c['hybridkv']}, torch {c['torch']}, Transformers {c['transformers']}, "
+            f"{c['date'][:10]}."
+        ] = None
+    return "\n".join([*lines, "", "`python bench/tune.py`. " + " ".join(conditions)])
