@@ -43,7 +43,8 @@ from hybridkv.kernels.cuda.store import store
 
 DISTINCT = 4096
 COLD_BYTES = 160 << 20
-FAILED = (RuntimeError, TritonError)
+FAILED = (RuntimeError, TypeError, ValueError, TritonError)
+"""What a backend, or a tiling, that does not run a shape ends in."""
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -210,11 +211,24 @@ def torch_calls(shape: Shape) -> Iterator[tuple[str, Callable[[Tensor, Tensor, T
             with sdpa_kernel(backend):
                 return sdpa(q, k, v, is_causal=True, enable_gqa=True)
 
+        expanded_of: dict[int, Tensor] = {}
+
+        def expand(x: Tensor, seen: dict[int, Tensor] = expanded_of) -> Tensor:  # before the timing, once
+            if x.data_ptr() not in seen:
+                seen[x.data_ptr()] = x.repeat_interleave(group, 1)
+            return seen[x.data_ptr()]
+
+        def expanded(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend = backend) -> Tensor:
+            with sdpa_kernel(backend):
+                return sdpa(q, expand(k), expand(v), attn_mask=bias)
+
         yield f"{name} gqa", gqa
         if shape.t == 1:
             yield f"{name} folded", folded
-        elif shape.t == shape.s:
-            yield f"{name} causal", causal
+        else:
+            yield f"{name} expanded", expanded
+            if shape.t == shape.s:
+                yield f"{name} causal", causal
 
 
 def measure_torch(shape: Shape, quick: bool) -> dict[str, tuple[float, float]]:

@@ -40,4 +40,4 @@ def test_main_job(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert out.startswith("Hello world")
     assert len(out.split()) > 8
-    assert "torch-reference" in err
+    assert "cuda-triton" in err

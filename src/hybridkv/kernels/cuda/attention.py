@@ -44,13 +44,11 @@ def _not_finite(low, high, scale, low_end, S: tl.constexpr):
     """Bool `[N]`: rows of V that decode to something that is not finite."""
     if S.main >= _F16:
         size = tl.maximum(tl.abs(low.to(tl.float32)), tl.abs(high.to(tl.float32)), propagate_nan=tl.PropagateNan.ALL)
-        bad = tl.max(((size < float("inf")) == 0).to(tl.int32), axis=2)
     else:
         size = tl.abs(scale.to(tl.float32))
         if S.has_min:
             size = tl.maximum(size, tl.abs(low_end.to(tl.float32)), propagate_nan=tl.PropagateNan.ALL)
-        bad = ((size < float("inf")) == 0).to(tl.int32)
-    return tl.max(bad, axis=1) > 0
+    return tl.max(((size < float("inf")) == 0).to(tl.int32), axis=1) > 0
 
 
 @triton.jit
@@ -285,8 +283,8 @@ def attend_segment(
             bad = _not_finite(w0, w1, w4, w5, V)
             scores += tl.where(bad, float("nan"), 0.0)[None, :]
             if V.main >= _F16:
-                w0 = tl.where(bad[:, None, None], 0.0, w0)
-                w1 = tl.where(bad[:, None, None], 0.0, w1)
+                w0 = tl.where(bad[:, None], 0.0, w0)
+                w1 = tl.where(bad[:, None], 0.0, w1)
             else:
                 w4 = tl.where(bad[:, None], 0.0, w4)
                 w5 = tl.where(bad[:, None], 0.0, w5)

@@ -37,19 +37,19 @@ class Side(NamedTuple):
         Lowest bit of the code that the plane of pairs and that of single bits stores, or -1 without one.
     offset
         What is subtracted from a code, made unsigned, or from an entry of the codebook, made so, to give its value.
-    flip
-        0x80 where a code is two's complement: flipping that bit makes it unsigned, 128 higher.
     has_min, has_book
         Whether a block stores its minimum, and whether values are looked up.
     row_scale
         Whether one float32 scale serves the row.
     head_dim, n_blocks, blocks_padded
         Values of a row, its blocks of 32, and the next power of two of these.
+    low_mask, high_mask, magic
+        Two codes of lanes 0..15, or 16..31, are `word & mask`; with the magic bits flipped, its halves are the float16
+        numbers 1024 + code. Where a code is two's complement, a flip of its sign makes it unsigned, 128 higher.
     high_factor
         16 where the nibbles of lanes 16..31 are used where they lie in a byte, 16 times as large; else 1.
-    two_values, two_values_of_16
-        PTX that makes values of two codes, or of codes 16 times as large: from a word whose halves are the float16
-        1024 + code, the scale and the minimum.
+    low_values, high_values
+        PTX that makes values of such words, the scale and the minimum.
     table
         Entries of a codebook as bytes, 128 higher, four to a word; of one with less than 16, the last two words count
         nothing.
@@ -59,16 +59,18 @@ class Side(NamedTuple):
     pairs: int
     bits: int
     offset: int
-    flip: int
     has_min: bool
     has_book: bool
     row_scale: bool
     head_dim: int
     n_blocks: int
     blocks_padded: int
+    low_mask: int
+    high_mask: int
+    magic: int
     high_factor: int
-    two_values: str
-    two_values_of_16: str
+    low_values: str
+    high_values: str
     table: tuple[int, int, int, int]
 
 
@@ -103,37 +105,46 @@ def side(type_name: str, head_dim: int) -> Side:
     signed = fmt.is_quantized and fmt.code_range[0] < 0
     n_blocks = -(-head_dim // 32)
     offset = 128 if signed or fmt.codebook else fmt.zero
+    low_mask = high_mask = 0x00FF00FF
+    if main == NIBBLES and not {"pairs", "bits"} & kinds.keys() and not fmt.codebook:
+        low_mask, high_mask = 0x000F000F, 0x00F000F0
+    magic = 0x64006400 ^ (0x00800080 if signed else 0)
+    high_factor = 16 if high_mask == 0x00F000F0 else 1
     return Side(
         main=main,
         pairs=kinds["pairs"].shift if "pairs" in kinds else -1,
         bits=kinds["bits"].shift if "bits" in kinds else -1,
         offset=offset,
-        flip=0x80 if signed else 0,
         has_min=fmt.has_min,
         has_book=fmt.codebook is not None,
         row_scale=fmt.is_quantized and fmt.block is None,
         head_dim=head_dim,
         n_blocks=n_blocks,
         blocks_padded=1 << (n_blocks - 1).bit_length(),
-        high_factor=16 if main == NIBBLES and not {"pairs", "bits"} & kinds.keys() and not fmt.codebook else 1,
-        two_values=_two_values(offset, 1, has_min=fmt.has_min),
-        two_values_of_16=_two_values(offset, 16, has_min=fmt.has_min),
+        low_mask=low_mask,
+        high_mask=high_mask,
+        magic=magic,
+        high_factor=high_factor,
+        low_values=_two_values(low_mask, magic, offset, 1, has_min=fmt.has_min),
+        high_values=_two_values(high_mask, magic, offset, high_factor, has_min=fmt.has_min),
         table=_table(fmt.codebook or ()),
     )
 
 
-def _two_values(offset: int, factor: int, *, has_min: bool) -> str:
-    """`(x / factor - 1024 / factor - offset) * d + m` of both halves of a word x: $0 and $1 of $2, $3 and $4."""
-    less = _twice(-1024 / factor - offset)
-    first = f"add.rn.f16x2 x, $2, {less}" if factor == 1 else f"fma.rn.f16x2 x, $2, {_twice(1 / factor)}, {less}"
-    last = "fma.rn.f16x2 x, x, d, m" if has_min else "mul.rn.f16x2 x, x, d"
-    m = "mov.b32 m, {$4, $4};" if has_min else ""
-    # A constant is an operand only by way of a register.
-    constants = f"mov.b32 a, {less}; mov.b32 b, {_twice(1 / factor)};"
-    first = first.replace(less, "a").replace(_twice(1 / factor), "b")
-    return (
-        f"{{ .reg .b32 x, d, m, a, b; {constants} mov.b32 d, {{$3, $3}}; {m} {first}; {last}; mov.b32 {{$0, $1}}, x; }}"
-    )
+def _two_values(mask: int, magic: int, offset: int, factor: int, *, has_min: bool) -> str:
+    """`((x & mask) ^ magic) / factor - (1024 / factor + offset)) * d + m`: $0 and $1 of $2, $3 and $4."""
+    steps = [
+        ".reg .b32 x, d, m, a, b",
+        f"mov.b32 a, {mask}",
+        f"lop3.b32 x, $2, a, {magic}, 0x6a",
+        f"mov.b32 a, {_twice(-1024 / factor - offset)}",
+        f"mov.b32 b, {_twice(1 / factor)}",
+        "add.rn.f16x2 x, x, a" if factor == 1 else "fma.rn.f16x2 x, x, b, a",
+        "mov.b32 d, {$3, $3}",
+        *(["mov.b32 m, {$4, $4}", "fma.rn.f16x2 x, x, d, m"] if has_min else ["mul.rn.f16x2 x, x, d"]),
+        "mov.b32 {$0, $1}, x",
+    ]
+    return f"{{ {'; '.join(steps)}; }}"
 
 
 def _twice(value: float) -> str:

@@ -76,72 +76,74 @@ def load_raw(main, pairs, bits, d, m, slots, ok, S: tl.constexpr):
 
     Codes are int32 words of four bytes, `[N, blocks, 4]` for 16 lanes: as bytes, each would take a register.
     """
-    block = tl.arange(0, S.blocks_padded)[None, :, None]
-    word = tl.arange(0, 4)[None, None, :]
-    row = slots[:, None, None]
-    here = ok[:, None, None]
-    at = slots[:, None] * S.n_blocks + tl.arange(0, S.blocks_padded)[None, :]
+    n: tl.constexpr = slots.shape[0]
+    block = tl.arange(0, S.blocks_padded)
+    at = slots[:, None] * S.n_blocks + block[None, :]
     block_here = ok[:, None]
     if S.n_blocks != S.blocks_padded:
-        here = here & (block < S.n_blocks)
-        block_here = block_here & (tl.arange(0, S.blocks_padded)[None, :] < S.n_blocks)
+        block_here = block_here & (block < S.n_blocks)[None, :]
+    bit = tl.zeros([1, 1], dtype=tl.int32)
+    scale = tl.zeros([1, 1], dtype=tl.float16)
+    low_end = scale
     if S.main >= _F16:
-        lane = tl.arange(0, 16)[None, None, :]
-        column = block * 32 + lane
-        low_here = here
-        high_here = here
-        if S.head_dim % 32 != 0:
-            low_here = here & (column < S.head_dim)
-            high_here = here & (column + 16 < S.head_dim)
+        column = tl.arange(0, S.blocks_padded * 16)[None, :]
+        column = column // 16 * 32 + column % 16
+        low_here = ok[:, None]
+        high_here = low_here
+        if S.head_dim != S.blocks_padded * 32:
+            low_here = low_here & (column < S.head_dim)
+            high_here = high_here & (column + 16 < S.head_dim)
         source = main.to(tl.pointer_type(tl.float32))
         if S.main == _F16:
             source = main.to(tl.pointer_type(tl.float16))
         elif S.main == _BF16:
             source = main.to(tl.pointer_type(tl.bfloat16))
-        low = tl.load(source + row * S.head_dim + column, mask=low_here, other=0)
-        high = tl.load(source + row * S.head_dim + (column + 16), mask=high_here, other=0)
-    elif S.main == _BYTES:
-        width: tl.constexpr = S.head_dim // 4 if S.row_scale else S.n_blocks * 8
-        column = block * 8 + word
-        low_here = here
-        high_here = here
-        if width % 8 != 0:
-            low_here = here & (column < width)
-            high_here = here & (column + 4 < width)
-        source = main.to(tl.pointer_type(tl.int32)) + row * width
-        low = tl.load(source + column, mask=low_here, other=0)
-        high = tl.load(source + (column + 4), mask=high_here, other=0)
-    elif S.main == _NIBBLES:
-        source = main.to(tl.pointer_type(tl.int32)) + row * (S.n_blocks * 4)
-        low = tl.load(source + (block * 4 + word), mask=here, other=0)
-        high = low
+        at = slots[:, None] * S.head_dim + column
+        low = tl.load(source + at, mask=low_here, other=0)
+        high = tl.load(source + (at + 16), mask=high_here, other=0)
+        pair = low
     else:
-        low = _load_pairs(pairs, row, block, here, S)
-        high = low
-    pair = low
-    if S.pairs >= 0 and S.main != _NONE:
-        pair = _load_pairs(pairs, row, block, here, S)
-    bit = tl.zeros([1, 1], dtype=tl.int32)
-    if S.bits >= 0:
-        bit = tl.load(bits.to(tl.pointer_type(tl.int32)) + at, mask=block_here, other=0)
-    scale = tl.zeros([1, 1], dtype=tl.float16)
-    low_end = scale
-    if S.row_scale:
-        scale = tl.load(d.to(tl.pointer_type(tl.float32)) + slots[:, None], mask=ok[:, None], other=0.0)
-    elif S.main < _F16:
-        scale = tl.load(d.to(tl.pointer_type(tl.float16)) + at, mask=block_here, other=0.0)
+        if S.main == _BYTES:
+            width: tl.constexpr = S.head_dim // 4 if S.row_scale else S.n_blocks * 8
+            column = tl.arange(0, S.blocks_padded * 4)
+            column = column // 4 * 8 + column % 4
+            low = tl.reshape(_load_words(main, slots, ok, column, width), [n, S.blocks_padded, 4])
+            high = tl.reshape(_load_words(main, slots, ok, column + 4, width), [n, S.blocks_padded, 4])
+        elif S.main == _NIBBLES:
+            words = _load_words(main, slots, ok, tl.arange(0, S.blocks_padded * 4), S.n_blocks * 4)
+            low = tl.reshape(words, [n, S.blocks_padded, 4])
+            high = low
+        else:
+            low = _load_pairs(pairs, slots, ok, S)
+            high = low
+        pair = low
+        if S.pairs >= 0 and S.main != _NONE:
+            pair = _load_pairs(pairs, slots, ok, S)
+        if S.bits >= 0:
+            bit = tl.load(bits.to(tl.pointer_type(tl.int32)) + at, mask=block_here, other=0)
+        if S.row_scale:
+            scale = tl.load(d.to(tl.pointer_type(tl.float32)) + slots[:, None], mask=ok[:, None], other=0.0)
+        else:
+            scale = tl.load(d.to(tl.pointer_type(tl.float16)) + at, mask=block_here, other=0.0)
     if S.has_min:
         low_end = tl.load(m.to(tl.pointer_type(tl.float16)) + at, mask=block_here, other=0.0)
     return low, high, pair, bit, scale, low_end
 
 
 @triton.jit
-def _load_pairs(pairs, row, block, here, S: tl.constexpr):
+def _load_words(plane, slots, ok, columns, WIDTH: tl.constexpr):
+    """Some int32 words of rows, `[N, columns]`: in three dimensions, Triton 3.6 gives neighbours to distant threads."""
+    here = ok[:, None] & (columns < WIDTH)[None, :]
+    at = slots[:, None] * WIDTH + columns[None, :]
+    return tl.load(plane.to(tl.pointer_type(tl.int32)) + at, mask=here, other=0)
+
+
+@triton.jit
+def _load_pairs(pairs, slots, ok, S: tl.constexpr):
     """A block's two words of pairs, twice: int32 `[N, blocks, 4]`. Lanes 8..15 have the same bytes as lanes 0..7."""
-    at = row * (S.n_blocks * 2) + (block * 2 + tl.arange(0, 2)[None, None, :])
-    words = tl.load(pairs.to(tl.pointer_type(tl.int32)) + at, mask=here, other=0)
+    words = _load_words(pairs, slots, ok, tl.arange(0, S.blocks_padded * 2), S.n_blocks * 2)
     n: tl.constexpr = words.shape[0]
-    twice = tl.broadcast_to(words[:, :, None, :], [n, S.blocks_padded, 2, 2])
+    twice = tl.broadcast_to(tl.reshape(words, [n, S.blocks_padded, 1, 2]), [n, S.blocks_padded, 2, 2])
     return tl.reshape(twice, [n, S.blocks_padded, 4])
 
 
@@ -162,16 +164,14 @@ def lanes(half: tl.constexpr, S: tl.constexpr):
 def decode_raw(low, high, pair, bit, scale, low_end, book, FOR_WGMMA: tl.constexpr, S: tl.constexpr):
     """Values of a tile: two tensors `[N, blocks * 16]`, float16 for codes, else in their own dtype; see `lanes`."""
     if S.main >= _F16:
-        n: tl.constexpr = low.shape[0]
-        width: tl.constexpr = S.blocks_padded * 16
-        low_values = tl.reshape(low, [n, width])
-        high_values = tl.reshape(high, [n, width])
+        low_values = low
+        high_values = high
     else:
         a, b, c, d = _codes(low, high, pair, bit, S)
         if S.has_book:
             a, b, c, d = _entries(a, b, c, d, low, book, S)
-        low_values = _values(a, b, 1, scale, low_end, S)
-        high_values = _values(c, d, S.high_factor, scale, low_end, S)
+        low_values = _values(a, b, 0, scale, low_end, S)
+        high_values = _values(c, d, 1, scale, low_end, S)
     if FOR_WGMMA:
         low_values, high_values = _as_they_are(low_values), _as_they_are(high_values)
     return low_values, high_values
@@ -179,7 +179,7 @@ def decode_raw(low, high, pair, bit, scale, low_end, book, FOR_WGMMA: tl.constex
 
 @triton.jit
 def _as_they_are(x):
-    """x. Where its product is a wgmma, Triton 3.6 would move the reshape behind the store to shared memory, and fail."""
+    """A border: for a wgmma, Triton 3.6 would move the reshape behind the store to shared memory, and fail."""
     if INTERPRETED:
         y = x
     elif x.dtype == tl.float32:
@@ -191,21 +191,18 @@ def _as_they_are(x):
 
 @triton.jit
 def _codes(low, high, pair, bit, S: tl.constexpr):
-    """Codes, made unsigned, two to a word, in the lower bytes of its halves: int32 `[N, blocks, 4]`.
+    """Codes, two to a word, under the masks of `Side`: int32 `[N, blocks, 4]`.
 
     Of lanes 0..15 those of bytes 0 and 2, and of bytes 1 and 3; then the same of lanes 16..31.
     """
     word = tl.arange(0, 4)[None, None, :]
     if S.main == _BYTES:
-        flip: tl.constexpr = S.flip * 0x00010001
-        a, b = (low & 0x00FF00FF) ^ flip, ((low >> 8) & 0x00FF00FF) ^ flip
-        c, d = (high & 0x00FF00FF) ^ flip, ((high >> 8) & 0x00FF00FF) ^ flip
+        a, b, c, d = low, low >> 8, high, high >> 8
+    elif S.high_factor == 16:  # those of lanes 16..31 stay where they are, and so 16 times as large
+        a, b, c, d = low, low >> 8, low, low >> 8
     elif S.main == _NIBBLES:
         a, b = low & 0x000F000F, (low >> 8) & 0x000F000F
-        if S.high_factor == 16:  # left where they are, and so 16 times as large
-            c, d = low & 0x00F000F0, (low >> 8) & 0x00F000F0
-        else:
-            c, d = (low >> 4) & 0x000F000F, (low >> 12) & 0x000F000F
+        c, d = (low >> 4) & 0x000F000F, (low >> 12) & 0x000F000F
     else:
         a = tl.zeros_like(low)
         b, c, d = a, a, a
@@ -226,16 +223,16 @@ def _codes(low, high, pair, bit, S: tl.constexpr):
 
 
 @triton.jit
-def _values(even, odd, factor: tl.constexpr, scale, low_end, S: tl.constexpr):
+def _values(even, odd, half: tl.constexpr, scale, low_end, S: tl.constexpr):
     """`(code / factor - offset) * scale + minimum` of 16 lanes a block: float16 `[N, blocks * 16]`."""
     n: tl.constexpr = even.shape[0]
-    a, b = _two_values(even, factor, scale, low_end, S)
-    c, d = _two_values(odd, factor, scale, low_end, S)
+    a, b = _two_values(even, half, scale, low_end, S)
+    c, d = _two_values(odd, half, scale, low_end, S)
     return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [n, S.blocks_padded * 16])
 
 
 @triton.jit
-def _two_values(codes, factor: tl.constexpr, scale, low_end, S: tl.constexpr):
+def _two_values(words, half: tl.constexpr, scale, low_end, S: tl.constexpr):
     """Values of the codes in the lower and in the upper halves of words.
 
     0x6400 is the float16 1024, whose last bit counts 1: no conversion of integers. The compiler takes the halves of a
@@ -243,12 +240,14 @@ def _two_values(codes, factor: tl.constexpr, scale, low_end, S: tl.constexpr):
     """
     d = scale[:, :, None]
     m = low_end[:, :, None]
-    words = codes | 0x64006400
     if INTERPRETED or S.row_scale:
+        mask: tl.constexpr = S.low_mask if half == 0 else S.high_mask
+        factor: tl.constexpr = 1 if half == 0 else S.high_factor
+        words = (words & mask) ^ S.magic
         a = _one_value(words, factor, d, m, S)
         b = _one_value(words >> 16, factor, d, m, S)
     else:
-        text: tl.constexpr = S.two_values if factor == 1 else S.two_values_of_16
+        text: tl.constexpr = S.low_values if half == 0 else S.high_values
         if S.has_min:
             a, b = tl.inline_asm_elementwise(
                 text, "=h,=h,r,h,h", [words, d, m], dtype=(tl.float16, tl.float16), is_pure=True, pack=1
