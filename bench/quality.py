@@ -22,13 +22,22 @@ from tests.models import gemma3, smollm2  # noqa: E402
 from hybridkv.cli.main import main as hybridkv  # noqa: E402
 
 EXACT = "+tail128+sink4+center"
+FAR = "+tail256+sink4+center"
 TYPES = (
     *("q8_0", "q8_0+kv" + EXACT, "q6_0", "q6_0+kv" + EXACT, "q5_1", "q5_0", "q5_0+kv" + EXACT, "q4_1"),
     *("q4_0+absmax", "q4_0", "q4_0+kv", "q4_0+tail128", "q4_0+kv+tail128", "q4_0+kv" + EXACT),
     *("iq4_nl", "iq4_nl+kv" + EXACT, "hq4_nl", "hq4_nl" + EXACT, "q8_0/hq3_nl" + EXACT),
-    *("hq3_nl", "hq3_nl+tail128", "hq3_nl" + EXACT, "hq2_nl", "hq2_nl+tail128", "hq2_nl" + EXACT),
+    *("hq3_nl", "hq3_nl+tail128", "hq3_nl" + EXACT, "hq3_nl" + FAR, "hq3_nl/hq2_nl" + EXACT),
+    *("hq2_nl", "hq2_nl+tail128", "hq2_nl" + EXACT, "hq2_nl" + FAR),
 )
+KEY_TYPES = (
+    *("q8_0", "q6_0", "q4_0+absmax", "q4_0", "q4_0+kv+tail128", "q4_0+kv" + EXACT, "hq4_nl" + EXACT),
+    *("hq3_nl" + EXACT, "hq3_nl" + FAR, "hq2_nl" + EXACT),
+)
+"""What the larger models are asked."""
+
 N_CTX = {"reference": 8192, "smollm2": 2048, "gemma3": 2048}
+N_GREEDY = {"reference": 64, "smollm2": 64, "gemma3": 0}
 
 
 def model_options(name: str) -> list[str]:
@@ -47,7 +56,9 @@ def main() -> int:
     arguments.work.mkdir(exist_ok=True)
     for name in arguments.models.split(","):
         made = arguments.work / f"eval-{name}-decode.jsonl"
-        options = ["--mode", "decode", "-c", str(N_CTX[name]), "-t", arguments.threads, "--types", ",".join(TYPES)]
+        types = ",".join(TYPES if name == "reference" else KEY_TYPES)
+        options = ["--mode", "decode", "-c", str(N_CTX[name]), "-t", arguments.threads, "--types", types]
+        options += ["-n", str(N_GREEDY[name])]
         if made.with_suffix(".npz").exists():
             options.append("--resume")
         if code := hybridkv(["eval", *model_options(name), *options, "-o", str(made)]):

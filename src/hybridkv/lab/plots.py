@@ -155,10 +155,11 @@ def layers(results: Sequence[Result], width: int) -> str | None:
     if not seen:
         return None
     cells = [[dict(r.layers).get(layer, math.nan) for layer in columns] for r in drawn]
-    low, high = min(seen), max(seen)
+    low, high = math.floor(math.log10(min(seen))), math.ceil(math.log10(max(seen)))
+    height = 105 + 21 * len(drawn)
     with _drawing():
-        figure, axes = _figure(width, 105 + 21 * len(drawn))
-        norm = LogNorm(low, high if high > low else 1.01 * low)
+        figure, axes = _figure(width, height)
+        norm = LogNorm(10.0**low, 10.0 ** max(high, low + 1))  # whole decades, so that the bar always has its numbers
         shown = [[v if _seen(v) else math.nan for v in row] for row in cells]
         axes.set_facecolor("none")
         edges = [i - 0.5 for i in range(len(columns) + 1)], [i - 0.5 for i in range(len(drawn) + 1)]
@@ -173,7 +174,7 @@ def layers(results: Sequence[Result], width: int) -> str | None:
         _rows(axes, [r.label for r in drawn])
         axes.spines[:].set_visible(False)
         axes.set_xlabel("model layer")
-        bar = figure.colorbar(mesh, ax=axes, location="top", aspect=40, pad=0.02, fraction=0.05)
+        bar = figure.colorbar(mesh, ax=axes, location="top", aspect=(width - 170) / 8, pad=0.02, fraction=8 / height)
         bar.set_label("relative error of the attention output")
         _plain_numbers(bar.ax.xaxis)
         bar.outline.set_visible(False)
