@@ -149,13 +149,13 @@ class TestGuard:
         logits = run(model, cache, LONG, chunks)
         assert [spec.types.label for spec in cache.specs] == ["f16", "f16"]
         assert len(calls) == 2 * 3  # q4_0, q6_0, q8_0 in each layer, and never again
-        assert re.match(r"layer 1: q4_0, error (1|0\.99)", said[0])
+        assert re.match(r"layer 1: q4_0, attention over the stored rows is off by (1|0\.99)", said[0])
         assert change(logits, run(model, cache_of(model, KVTypes("f16", "f16")), LONG, chunks)) < 2e-3
 
     def test_strict_stops(self) -> None:
         model = model_of()
         cache = cache_of(model, replace(Q4, tail=32), kernels=wrong_over_packed_rows([]), mode="strict")
-        with pytest.raises(GuardError, match="layer 1: q4_0, error"):
+        with pytest.raises(GuardError, match="layer 1: q4_0, attention over the stored rows is off by 1"):
             run(model, cache, LONG, CHUNKS)
 
     def test_a_prompt_that_stays_in_the_tail_is_not_judged(self) -> None:

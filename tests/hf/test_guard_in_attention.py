@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hybridkv import GuardError, quantized_cache
 from hybridkv.cache import KVTypes
-from hybridkv.hf import ModelCache, kv_facts, layer_facts
+from hybridkv.hf import ModelCache, evidence, kv_facts, layer_facts
 from hybridkv.kernels import AttentionParams, Kernel, KVView, reference
 from hybridkv.policy import Guard, NonFiniteError, Policy
 from tests.families import build
@@ -160,23 +160,32 @@ def test_off_does_nothing() -> None:
     assert cache.errors == {}
 
 
-def test_the_check_is_bounded() -> None:
-    """At most 1 query in 32 is attended a second time, and never more than 16."""
+def test_the_check_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handful of queries are attended once more, however long the prompt, and those of few single tokens."""
     seen: list[int] = []
     model = build("qwen3", attention="hybridkv")
-    from hybridkv.hf import attention
 
-    original = attention.reference_attend
+    def count(name: str) -> None:
+        original = getattr(evidence, name)
 
-    def counting(q: Tensor, view: KVView, params: AttentionParams) -> Tensor:
-        seen.append(q.shape[2])
-        return original(q, view, params)
+        def counting(q: Tensor, *arguments: Any) -> Tensor:
+            seen.append(q.shape[2])
+            result: Tensor = original(q, *arguments)
+            return result
 
-    attention.reference_attend = counting
-    try:
-        run(model, quantized_cache(model, type_k="q4_0"), tokens(1, 1200), chunks=(64, 1136))
-        run(model, quantized_cache(model, type_k="q4_0"), tokens(1, 1200), chunks=(1200,))
-        run(model, quantized_cache(model, type_k="q4_0"), tokens(1, 2), chunks=(2,))
-    finally:
-        attention.reference_attend = original
-    assert seen == [2, 2, 16, 16, 1, 1]
+        monkeypatch.setattr(evidence, name, counting)
+
+    count("reference_attend")
+    count("_attend_float")
+
+    def counts(length: int, *chunks: int) -> list[int]:
+        seen.clear()
+        run(model, quantized_cache(model, type_k="q4_0"), tokens(1, length), chunks=chunks)
+        return seen[::2]  # of the first of two layers, which are counted alike
+
+    most = evidence.SAMPLED_QUERIES + len(evidence.EARLY_QUERIES)
+    assert counts(1200, 1200) == [most]
+    assert counts(1200, 64, 1136) == [most] * 2
+    assert counts(1200, 600, 400, 200) == [most] * 2  # 1000 tokens are not yet twice 600
+    # Tokens 2 (the first), 31 and 32 (a block's edges), 64 and 128 (powers of two).
+    assert counts(130, 2) == [2] + [1] * 5

@@ -10,6 +10,8 @@ from hybridkv.formats import FORMATS, get_format
 from hybridkv.policy import (
     ERROR_LIMIT,
     GUARD_MODES,
+    KERNEL_LIMIT,
+    STORE_LIMIT,
     Evidence,
     Fallback,
     Guard,
@@ -56,6 +58,34 @@ def test_every_ladder_ends_above_where_it_began(name: str) -> None:
 
 def evidence(error: float, types: KVTypes | None = None) -> Evidence:
     return Evidence(layer=7, types=types or KVTypes("q4_0", "q4_0"), error=error)
+
+
+@pytest.mark.parametrize(
+    ("types", "limit"),
+    [
+        (("f16", "f16"), ERROR_LIMIT),
+        (("q8_0", "q8_0"), ERROR_LIMIT),
+        (("q4_0", "q4_0"), ERROR_LIMIT),
+        (("hq3_nl", "f16"), 2 * 1.35 / 8),
+        (("hq3_nl", "hq3_nl"), 2 * 1.35 / 8 * 2**0.5),
+        (("hq2_nl", "hq2_nl"), 2 * 1.35 / 4 * 2**0.5),
+    ],
+)
+def test_the_limit_follows_from_the_bits(types: tuple[str, str], limit: float) -> None:
+    assert Guard().limit_for(KVTypes(*types)) == pytest.approx(limit)
+    assert Guard(limit=0.1).limit_for(KVTypes(*types)) == 0.1
+
+
+def test_rows_and_attention_that_are_not_the_types_own_are_named_at_any_error() -> None:
+    q8 = KVTypes("q8_0", "q8_0")
+    assert Guard().judge(Evidence(3, q8, 0.01, store_error=STORE_LIMIT, kernel_error=KERNEL_LIMIT)) == Ok()
+    stored = Guard().judge(Evidence(3, q8, 0.01, store_error=2 * STORE_LIMIT))
+    assert stored == Fallback(
+        KVTypes("f16", "f16"), "layer 3: q8_0, stored rows err 0.01 more than these types do, limit 0.005"
+    )
+    kernel = Guard(mode="strict").judge(Evidence(3, q8, 0.01, kernel_error=2 * KERNEL_LIMIT))
+    assert kernel == Stop("layer 3: q8_0, attention over the stored rows is off by 0.02, limit 0.01")
+    assert Guard().judge(Evidence(3, q8, 0.01, store_error=float("nan"))) != Ok()
 
 
 def test_within_the_limit_is_ok() -> None:

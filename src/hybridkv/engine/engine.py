@@ -19,7 +19,7 @@ from hybridkv.cache import KVSpec
 from hybridkv.engine.sampling import Sampler, SamplingParams
 from hybridkv.errors import ContextError, GuardError, ModelError, UsageError
 from hybridkv.hf import ModelCache, Step, is_finite, resolve_step
-from hybridkv.policy import Guard, NonFiniteError, next_types
+from hybridkv.policy import Guard, MismatchError, NonFiniteError, next_types
 
 
 @dataclass(slots=True)
@@ -162,10 +162,10 @@ class Engine:
         """Process the newest tokens of the history, `[B, T]`; the logits after them, finite, `[B, V]`."""
         try:
             return self._forward(tokens)
-        except NonFiniteError as error:
+        except (NonFiniteError, MismatchError) as error:
             return self._rebuild(error)
 
-    def _rebuild(self, error: NonFiniteError) -> Tensor:
+    def _rebuild(self, error: NonFiniteError | MismatchError) -> Tensor:
         """Climb the ladder: the whole history again at the next types, until its logits are finite."""
         self._explain_weights()
         while True:
@@ -180,7 +180,7 @@ class Engine:
             self.cache = self._make_cache(specs)
             try:
                 return self._forward(self.history)
-            except NonFiniteError as again:
+            except (NonFiniteError, MismatchError) as again:
                 error = again
 
     @torch.inference_mode()

@@ -3,8 +3,9 @@
 Importing this package registers `attn_implementation="hybridkv"` through Transformers' own registries.
 """
 
-from hybridkv.hf.attention import IMPLEMENTATION, is_finite, register
+from hybridkv.hf.attention import IMPLEMENTATION, register
 from hybridkv.hf.cache import ModelCache, quantized_cache
+from hybridkv.hf.evidence import is_finite
 from hybridkv.hf.facts import cache_argument, is_hybrid, kv_facts, layer_facts, takes_chunks
 from hybridkv.hf.step import (
     EagerStep,

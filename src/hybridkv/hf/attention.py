@@ -17,16 +17,13 @@ from transformers.masking_utils import sdpa_mask
 
 from hybridkv.cache import KVLayer, KVTypes
 from hybridkv.errors import GuardError, ModelError
-from hybridkv.formats import FORMATS
+from hybridkv.hf.evidence import float_view, is_finite, measure, verify
 from hybridkv.hf.layers import LayerView, QuantizedLayer
-from hybridkv.kernels import KERNELS, AttentionParams, Kernel, KVView, Phase, Segment, attend, select
+from hybridkv.kernels import KERNELS, AttentionParams, Kernel, KVView, Phase, attend, select
 from hybridkv.kernels.reference import attend as reference_attend
-from hybridkv.policy import Evidence, Fallback, NonFiniteError, Stop
+from hybridkv.policy import Fallback, MismatchError, NonFiniteError, Ok, Stop
 
 IMPLEMENTATION = "hybridkv"
-
-SAMPLED_QUERIES = 16
-"""The guard compares at most this many queries of a call, and at most 1 in 32."""
 
 
 def register() -> None:
@@ -119,7 +116,7 @@ def attention_forward(
         out = _attend_stored(query, key, params)
     else:
         assert isinstance(value, Tensor)
-        out = reference_attend(query, _float_view(key, value), params)
+        out = reference_attend(query, float_view(key, value), params)
     return out.transpose(1, 2).contiguous().to(query.dtype), None
 
 
@@ -151,10 +148,14 @@ def _attend_stored(query: Tensor, packed: LayerView, params: AttentionParams) ->
     watch = packed.watch
     kernel = _kernel(query, packed, params)
     out = attend(kernel, query, packed.view, params)
+    n_new = query.shape[2]
     if watch.pending:
         watch.pending = watch.guard.measures and not packed.layer.shows_packed(packed.view)
         if watch.guard.measures and not watch.pending and packed.fresh_k.shape[2] >= packed.view.length:
             out = _checked(query, packed, params, out)
+            watch.schedule = watch.schedule.checked(packed.layer.n_seen, n_new)
+    elif watch.takes(packed.layer.n_seen, n_new) and is_finite(out):
+        verify_call(query, packed, params, out)
     if watch.guard.watches and not is_finite(out):
         raise non_finite(packed.layer, kernel, "cache" if _inputs_finite(query, packed) else "input")
     return out
@@ -183,19 +184,14 @@ def _kernel(query: Tensor, packed: LayerView, params: AttentionParams) -> Kernel
 
 
 def _checked(query: Tensor, packed: LayerView, params: AttentionParams, out: Tensor) -> Tensor:
-    """Measure the layer's output; store its rows at the next types of the ladder until it holds."""
+    """Measure the layer's first output; store its rows at the next types of the ladder until it holds."""
     layer, watch = packed.layer, packed.watch
-    n_new = query.shape[2]
-    count = min(SAMPLED_QUERIES, max(1, n_new // 32))
-    rows = torch.linspace(0, n_new - 1, count + 1, device=query.device)[1:].round().long()
-    exact = reference_attend(
-        query[:, :, rows], _float_view(packed.fresh_k, packed.fresh_v), _at_rows(params, rows, n_new, packed.view)
-    )
-    if not is_finite(exact):
-        return out  # not the cache's doing; the finiteness watch reports it
     while True:
-        watch.error = _relative_rmse(out[:, :, rows], exact)
-        verdict = watch.guard.judge(Evidence(layer.spec.facts.layer, layer.types, watch.error))
+        evidence = measure(query, packed, params, out)
+        if evidence is None:
+            return out  # not the cache's doing; the finiteness watch reports it
+        watch.error = evidence.error
+        verdict = watch.guard.judge(evidence)
         if isinstance(verdict, Stop):
             raise GuardError(
                 f"the guard stopped at {verdict.reason}",
@@ -204,14 +200,35 @@ def _checked(query: Tensor, packed: LayerView, params: AttentionParams, out: Ten
         if not isinstance(verdict, Fallback):
             return out
         before = layer.nbytes
-        view = _stored_again(packed, verdict.types, n_new)
+        watch.leads = True  # no other layer need have these types
+        packed = replace(packed, view=_stored_again(packed, verdict.types, query.shape[2]))
         watch.notify(
             f"{verdict.reason}: stored as {verdict.types.label} instead, {(layer.nbytes - before) / 2**10:+.0f} KiB"
         )
-        out = attend(_kernel(query, packed, params), query, view, params)
-        if not layer.shows_packed(view):
+        out = attend(_kernel(query, packed, params), query, packed.view, params)
+        if not layer.shows_packed(packed.view):
             watch.error, watch.pending = None, True  # the new types have not been seen at work yet
             return out
+
+
+def verify_call(query: Tensor, packed: LayerView, params: AttentionParams, out: Tensor) -> None:
+    """Check a call after the first prompt.
+
+    Parameters
+    ----------
+    query, out
+        The call's queries `[B, Hq, T, D]` and its attention output, float32 `[B, Hq, T, Dv]`.
+
+    Raises
+    ------
+    MismatchError
+        If its rows or its attention are not what the layer's types mean.
+    """
+    watch, n_new = packed.watch, query.shape[2]
+    watch.schedule = watch.schedule.checked(packed.layer.n_seen, n_new)
+    verdict = watch.guard.judge(verify(query, packed, params, out))
+    if not isinstance(verdict, Ok):
+        raise MismatchError(verdict.reason)
 
 
 def _stored_again(packed: LayerView, types: KVTypes, n_new: int) -> KVView:
@@ -226,41 +243,5 @@ def _stored_again(packed: LayerView, types: KVTypes, n_new: int) -> KVView:
     return view
 
 
-def _at_rows(params: AttentionParams, rows: Tensor, n_new: int, view: KVView) -> AttentionParams:
-    """The same call for some of its queries: their visibility as an explicit mask."""
-    if params.mask is not None:
-        return replace(params, mask=params.mask[:, :, rows])
-    position = (view.length - n_new + rows).unsqueeze(-1)
-    key = torch.arange(view.length, device=rows.device)
-    visible = key <= position
-    if view.window is not None:
-        visible &= key > position - view.window
-    return replace(params, mask=visible.view(1, 1, len(rows), view.length))
-
-
-def _relative_rmse(out: Tensor, exact: Tensor) -> float:
-    """Root mean square of the difference over that of `exact`; 0 if both are zero, inf if `out` is not finite."""
-    if not is_finite(out):
-        return float("inf")
-    size = exact.square().mean().sqrt().item()
-    difference = (out - exact).square().mean().sqrt().item()
-    return difference / size if size > 0 else (0.0 if difference == 0 else float("inf"))
-
-
 def _inputs_finite(query: Tensor, packed: LayerView) -> bool:
     return all(is_finite(x) for x in (query, packed.fresh_k, packed.fresh_v))
-
-
-def is_finite(x: Tensor) -> bool:
-    """Whether all of `x` is finite: one pass over it, and a second only if the sum is not."""
-    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
-
-
-def _float_view(k: Tensor, v: Tensor) -> KVView:
-    """Plain tensors as a view of f32 rows, so that one attention serves stored and unstored rows."""
-    f32 = FORMATS["f32"]
-    return KVView(
-        segments=(Segment(f32.encode(k), f32.encode(v), f32, f32, 0, k.shape[2]),),
-        head_dim_k=k.shape[-1],
-        head_dim_v=v.shape[-1],
-    )

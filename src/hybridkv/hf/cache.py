@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +82,20 @@ class ModelCache(Cache):  # type: ignore[misc]
             "takes_chunks": takes_chunks(config),
         }
 
+        kinds: set[KVSpec] = set()
+
+        def leads(spec: KVSpec) -> bool:
+            kind = replace(spec, facts=replace(spec.facts, layer=0))
+            first = kind not in kinds
+            kinds.add(kind)
+            return first
+
         def build(index: int, layer: LayerFacts) -> Any:
             if layer.attention is None:
                 return EmptyLayer() if layer.state is None else StateLayer(**states)
-            store = KVLayer(specs_by_layer[index], choose, n_ctx=n_ctx)
-            parts = (store, LayerWatch(guard, notify), packed)
+            spec = specs_by_layer[index]
+            watch = LayerWatch(guard, notify, leads=leads(spec))
+            parts = (KVLayer(spec, choose, n_ctx=n_ctx), watch, packed)
             if layer.state is None:
                 return QuantizedLayer(*parts)
             return QuantizedAndStateLayer(*parts, **states)

@@ -18,7 +18,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 from hybridkv.cache import KVLayer
 from hybridkv.errors import ContextError, ModelError
 from hybridkv.kernels import KVView
-from hybridkv.policy import Guard
+from hybridkv.policy import Guard, Schedule
 
 Notify = Callable[[str], None]
 
@@ -37,12 +37,22 @@ class LayerWatch:
         True until the first call over packed rows has been measured.
     error
         The last measured relative RMSE, or None.
+    schedule
+        Which calls are checked after that one.
+    leads
+        Whether it is the first layer of its kind; in a short prompt it stands for the others.
     """
 
     guard: Guard
     notify: Notify
     pending: bool = field(default=True)
     error: float | None = None
+    schedule: Schedule = field(default=Schedule())
+    leads: bool = field(default=True)
+
+    def takes(self, n_seen: int, n_new: int) -> bool:
+        """Whether to check this call: of `n_new` tokens, after which the cache has seen `n_seen`."""
+        return self.guard.measures and not self.pending and self.schedule.due(n_seen, n_new)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +168,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget all tokens; a raised type stays raised, and the next prompt is measured again."""
         self.store.reset()
-        self.watch.pending = True
+        self.watch.pending, self.watch.schedule = True, Schedule()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: sequence i continues from sequence `beam_idx[i]`."""

@@ -23,7 +23,19 @@ LADDER = ("q6_0", "q8_0", "f16")
 """Where a layer goes when its type does not hold, in order."""
 
 ERROR_LIMIT = 0.25
-"""Largest relative RMSE of a layer's attention output that `check` accepts; docs/decisions/guard-limit.md."""
+"""Relative RMSE of a layer's attention output that a model bears, whatever its types; docs/decisions/guard-limit.md."""
+
+STEP_ERROR = 1.35
+"""What K or V alone adds to that error on ordinary rows, in units of 2^-w for codes of w bits."""
+
+HEADROOM = 2.0
+"""How many times what its types promise a layer's error may be."""
+
+STORE_LIMIT = 0.005
+"""How much more a stored row may err than the type's own encoding of it, relative to the row."""
+
+KERNEL_LIMIT = 0.01
+"""Largest relative error of a query's attention against float attention over the rows as they are stored."""
 
 _RULE_BITS = 8.0
 
@@ -39,12 +51,20 @@ class Evidence:
     types
         The types it was stored at.
     error
-        Relative RMSE; NaN or infinite if the quantized output was not finite.
+        Relative RMSE against attention over the activations before they were stored; NaN or infinite if the quantized
+        output was not finite. Says whether the types suit the layer.
+    store_error
+        How much more the worst sampled row errs than the same row encoded again by other code, relative to the row.
+    kernel_error
+        Relative error of the worst sampled query against float attention over the rows as they are stored. This and
+        `store_error` say whether the code does what the types mean; both are near 0 if it does, at any number of bits.
     """
 
     layer: int
     types: KVTypes
     error: float
+    store_error: float = 0.0
+    kernel_error: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +109,12 @@ def parse_mode(name: str) -> GuardMode:
     return one_of(name, GUARD_MODES, "unknown guard mode", hint="try check")
 
 
+def promised_error(types: KVTypes) -> float:
+    """Relative RMSE of the attention output that these types have on ordinary rows."""
+    widths = (get_format(name).code_bits for name in (types.type_k, types.type_v) if get_format(name).is_quantized)
+    return math.hypot(*(STEP_ERROR * 2.0**-width for width in widths))
+
+
 @dataclass(frozen=True, slots=True)
 class Guard:
     """A mode and a limit.
@@ -98,11 +124,11 @@ class Guard:
     mode
         What may be done on evidence.
     limit
-        Largest relative RMSE of a layer's attention output.
+        Largest relative RMSE of a layer's attention output; None for what its types promise, see `limit_for`.
     """
 
     mode: GuardMode = "check"
-    limit: float = ERROR_LIMIT
+    limit: float | None = None
 
     @property
     def measures(self) -> bool:
@@ -114,16 +140,35 @@ class Guard:
         """Whether outputs and logits are watched for numbers that are not finite."""
         return self.mode != "off"
 
+    def limit_for(self, types: KVTypes) -> float:
+        """Largest relative RMSE of the attention output of a layer of these types.
+
+        What a model bears or, for types of few bits, what they promise with headroom: who asks for 2 bits gets them
+        where they measure as 2 bits do.
+        """
+        return max(ERROR_LIMIT, HEADROOM * promised_error(types)) if self.limit is None else self.limit
+
     def judge(self, evidence: Evidence) -> Verdict:
         """What to do with a layer after it was measured."""
-        if math.isfinite(evidence.error) and evidence.error <= self.limit:
+        found = self._complaint(evidence)
+        if found is None:
             return Ok()
-        measured = f"error {evidence.error:.3g}" if math.isfinite(evidence.error) else "output not finite"
-        reason = f"layer {evidence.layer}: {evidence.types.label}, {measured}, limit {self.limit:g}"
+        reason = f"layer {evidence.layer}: {evidence.types.label}, {found}"
         raised = next_types(evidence.types)
         if self.mode == "strict" or raised is None:
             return Stop(reason)
         return Fallback(raised, reason)
+
+    def _complaint(self, evidence: Evidence) -> str | None:
+        """What does not hold, with the measured error and its limit."""
+        limit = self.limit_for(evidence.types)
+        if not math.isfinite(evidence.error):
+            return f"output not finite, limit {limit:g}"
+        if not evidence.store_error <= STORE_LIMIT:
+            return f"stored rows err {evidence.store_error:.3g} more than these types do, limit {STORE_LIMIT:g}"
+        if not evidence.kernel_error <= KERNEL_LIMIT:
+            return f"attention over the stored rows is off by {evidence.kernel_error:.3g}, limit {KERNEL_LIMIT:g}"
+        return None if evidence.error <= limit else f"error {evidence.error:.3g}, limit {limit:.3g}"
 
     def before(self, specs: tuple[KVSpec, ...], *, hybrid: bool, n_ctx: int) -> tuple[tuple[KVSpec, ...], list[str]]:
         """Apply the rules of `upgrade` and `warn` before anything is loaded.
@@ -157,6 +202,18 @@ def _raised(types: KVTypes, *, to: str, below: float) -> KVTypes:
     """`types` with what has fewer than `below` bits raised to the type `to`."""
     k, v = (to if _bits(name) < below else name for name in (types.type_k, types.type_v))
     return replace(types, type_k=k, type_v=v)
+
+
+class MismatchError(GuardError):
+    """A call after the first prompt whose rows or attention are not what the layer's types mean.
+
+    Rows that were stored before it cannot be stored again from here: whoever holds the token history can.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"the guard stopped at {reason}", hint="use a larger type; `hybridkv doctor` prints the kernels"
+        )
 
 
 class NonFiniteError(GuardError):

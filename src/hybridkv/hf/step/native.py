@@ -7,20 +7,21 @@ the modules, and tests compare each result with theirs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from hybridkv.hf.attention import attend_new, non_finite
+from hybridkv.hf.attention import attend_new, non_finite, verify_call
 from hybridkv.hf.cache import ModelCache
-from hybridkv.hf.layers import QuantizedLayer, StateLayer
+from hybridkv.hf.layers import LayerView, QuantizedLayer, StateLayer
 from hybridkv.hf.step import llama, qwen3_5
 from hybridkv.hf.step.record import Build, Builder, Family
 from hybridkv.hf.step.weights import packed_of
 from hybridkv.kernels import AttentionParams, cpu, cpu_native
 from hybridkv.kernels.linear import PackedWeight, exact_type, gather, pack
-from hybridkv.kernels.step import Rows
+from hybridkv.kernels.step import Health, Rows
 
 FAMILIES = {family.model_type: family for family in (qwen3_5.FAMILY, llama.LLAMA, llama.QWEN3)}
 
@@ -128,16 +129,32 @@ class NativeStep:
     def _decode(
         self, layers: Sequence[QuantizedLayer], n_seqs: int, angles: tuple[Tensor, Tensor], states: list[int]
     ) -> None:
-        """All layers over one token per sequence in a single run, attention included.
+        """All layers over one token per sequence, attention included, in a single run but where the guard looks in.
 
         Raises
         ------
         NonFiniteError
             For the first layer whose attention output is not finite, if the guard watches.
+        MismatchError
+            If the guard measures and a layer's rows or attention are not what its types mean.
         """
         rows = [_new_rows(layer, n_seqs) for layer in layers]
         program = self._layers.program
-        health = program.run(0, len(program), n_seqs, 1, angles=angles, states=states, rows=rows)
+        run = partial(program.run, n_seqs=n_seqs, n_tokens=1, angles=angles, states=states, rows=rows)
+        begin = 0
+        for call, layer, new in zip(self._layers.calls, layers, rows, strict=True):
+            if layer.watch.takes(layer.store.n_seen, 1):
+                self._raise_non_finite(layers, run(begin, call.index))
+                begin = call.index + 1
+                # The buffers are other layers' too, and the native code rotates in place.
+                q, k, v = (_heads_first(x, n_seqs, 1).clone() for x in (call.q, call.k, call.v))
+                self._raise_non_finite(layers, run(call.index, begin))
+                packed = LayerView(layer.store, new.view, layer.watch, k, v)
+                verify_call(q, packed, AttentionParams(scale=call.scale), _heads_first(call.out, n_seqs, 1))
+        self._raise_non_finite(layers, run(begin, len(program)))
+
+    @staticmethod
+    def _raise_non_finite(layers: Sequence[QuantizedLayer], health: Sequence[Health]) -> None:
         for layer, found in zip(layers, health, strict=True):
             if found != "finite" and layer.watch.guard.watches:
                 source: Literal["cache", "input"] = "cache" if found == "bad output" else "input"
