@@ -22,7 +22,7 @@ from tests.models import smollm2  # noqa: E402
 from hybridkv.cli.main import main as hybridkv  # noqa: E402
 
 OPTIONS = {
-    "reference": ("--window", "2048", "--calibrate", "1", "--verify", "3", "--rounds", "2"),
+    "reference": ("--window", "2048", "--calibrate", "1", "--verify", "3", "--rounds", "0"),
     "smollm2": (
         *("--window", "512", "--calibrate", "1", "--verify", "4", "--rounds", "2"),
         *("-c", "8192", "--weights", "int8", "--measure", "hq3_nl"),

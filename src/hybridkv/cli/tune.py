@@ -294,14 +294,15 @@ def _begin(progress: Progress, what: str, n_ticks: int) -> Tick:
 def _guard_errors(evaluator: Evaluator, tuner: Tuner, outcome: Outcome, parts: dict[Part, Corpus]) -> dict[int, float]:
     """Each layer's attention error as the guard would measure it; what the guard would raise is said."""
     from hybridkv.lab.candidates import Candidate
-    from hybridkv.policy import ERROR_LIMIT
+    from hybridkv.policy import Guard
 
-    chosen = Candidate("chosen", tuner.config(outcome.chosen.pairs, "tuning", ""))
-    errors = evaluator.layer_errors(chosen, parts["calibration"].windows[0])
-    if over := [layer for layer, error in errors.items() if not error <= ERROR_LIMIT]:
+    policy = tuner.config(outcome.chosen.pairs, "tuning", "")
+    errors = evaluator.layer_errors(Candidate("chosen", policy), parts["calibration"].windows[0])
+    limits = {spec.facts.layer: Guard().limit_for(spec.types) for spec in policy.resolve(evaluator.facts)}
+    if over := [layer for layer, error in errors.items() if not error <= limits[layer]]:
         notice(
-            f"layers {', '.join(map(str, over))}: attention errs by more than {ERROR_LIMIT:g}, the limit of --kv-guard "
-            "check, which would store them in more bits; --kv-guard off or warn keeps these types"
+            f"layers {', '.join(map(str, over))}: attention errs by more than --kv-guard check allows for their types; "
+            "it would store them in more bits, --kv-guard off or warn keeps them"
         )
     return errors
 

@@ -71,7 +71,7 @@ class Evaluator:
     def __init__(self, model: Any, step: Step, facts: Sequence[AttentionFacts], n_ctx: int) -> None:
         self._model = model
         self._step = step
-        self._facts = facts
+        self.facts = facts
         self._n_ctx = n_ctx
         self._device = next(model.parameters()).device.type
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
@@ -80,7 +80,7 @@ class Evaluator:
 
     def cache(self, candidate: Candidate, guard: Guard | None = None) -> ModelCache:
         """An empty cache; nothing is watched unless a guard is given."""
-        specs = candidate.policy.resolve(self._facts)
+        specs = candidate.policy.resolve(self.facts)
         guard = Guard(mode="off") if guard is None else guard
         return ModelCache(self._model.config, specs, device=self._device, n_ctx=self._n_ctx, guard=guard)
 

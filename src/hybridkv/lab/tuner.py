@@ -27,7 +27,7 @@ GoalKind = Literal["bits", "memory", "kld"]
 STANDARD_ERRORS = 2.0
 """By how many standard errors of the paired difference layers of their own must beat a uniform pair."""
 
-N_UNIFORM = 4
+N_UNIFORM = 3
 """Uniform pairs that are measured beside the solution: the best by prediction."""
 
 _N_NEIGHBOURS = 8
