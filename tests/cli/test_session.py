@@ -10,7 +10,7 @@ from tests.cli.conftest import Cli
 
 def test_goes_on_as_one_run(cli: Cli, hybrid: Path, tmp_path: Path) -> None:
     """Two runs through a file give the tokens of one run over all that was said."""
-    path, options = tmp_path / "talk", ("--temp", "0", "--json", "-c", "128", "-ctk", "q8_0", "-ctv", "q8_0")
+    path, options = tmp_path / "talk", ("--temp", "0", "--json", "--ignore-eos", "-c", "128", "-ctk", "q8_0")
     first = cli("run", "-m", hybrid, "--ids", "3,4,5", "-n", "6", "--session", path, *options)
     assert first.code == 0, first.err
     answer = json.loads(first.out)["sequences"][0]["ids"]
@@ -29,7 +29,7 @@ def test_goes_on_as_one_run(cli: Cli, hybrid: Path, tmp_path: Path) -> None:
 
 def test_other_types_are_converted_and_said(cli: Cli, hybrid: Path, tmp_path: Path) -> None:
     path, options = tmp_path / "talk", ("--temp", "0", "-c", "128", "-n", "3", "--session", tmp_path / "talk")
-    assert cli("run", "-m", hybrid, "--ids", "3,4,5", *options).code == 0
+    assert cli("run", "-m", hybrid, "--ids", "3,4,5", *options, "-ctk", "q8_0").code == 0
     done = cli("run", "-m", hybrid, "--ids", "6", *options, "-ctk", "f16", "-ctv", "f16")
     assert done.code == 0, done.err
     assert "were decoded and encoded again" in " ".join(done.err.split())
