@@ -20,18 +20,17 @@ def tuning_table() -> str:
     for path in sorted(MEASUREMENTS.glob("tune-*.json")):
         data: dict[str, Any] = json.loads(path.read_text())
         c, tuned = data["conditions"], data["tuned"]
-        rival = data["uniform"][0]
         per_layer = len(set(tuned["types"])) > 1
-        gain = "" if data["gain"] is None else f"{data['gain']:.1e} ± {data['gain_se']:.0e}"
+        rival = data["uniform"][0] if per_layer else tuned
+        found = f"{tuned['bits']:.2f}, {tuned['predicted']:.2e}, {tuned['kld_mean']:.2e} ± {tuned['kld_mean_se']:.0e}"
         cells = (
             c["model"],
             f"{c['limit']:g} bits",
             f"{rival['label']}: {rival['kld_mean']:.2e} ± {rival['kld_mean_se']:.0e}",
-            f"{tuned['bits']:.2f}, {tuned['predicted']:.2e}, {tuned['kld_mean']:.2e} ± {tuned['kld_mean_se']:.0e}",
-            f"{tuned['kld_mean'] / rival['kld_mean']:.2f}",
-            gain,
-            f"[{'per layer' if per_layer and data['chosen'] == 'per layer' else data['chosen']}]"
-            f"(measurements/{path.with_suffix('.toml').name})",
+            found if per_layer else "the search ends at the uniform pair",
+            f"{tuned['kld_mean'] / rival['kld_mean']:.2f}" if per_layer else "",
+            "" if data["gain"] is None else f"{data['gain']:.1e} ± {data['gain_se']:.0e}",
+            f"[{data['chosen']}](measurements/{path.with_suffix('.toml').name})",
         )
         lines.append("| " + " | ".join(cells) + " |")
         layers = ", ".join(data["measured_by_layer"])
