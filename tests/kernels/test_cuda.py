@@ -321,7 +321,7 @@ def test_stored_bytes_are_those_of_encode(type_name: str, scale: Scale, head_dim
         if scale == "refit" and fmt.refit in ("pairs", "search") and plane.role in ("d", "s"):
             kind = torch.float32 if plane.kind == "d_f32" else torch.float16
             got, want = (p.contiguous().view(kind) for p in (got, want))
-            assert torch.allclose(got, want, rtol=2e-7 if kind == torch.float32 else 1e-3, atol=6e-8)
+            assert torch.allclose(got, want, rtol=1e-6 if kind == torch.float32 else 1e-3, atol=6e-8)
         else:
             assert torch.equal(got, want), plane
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hybridkv.kernels.case import AttentionParams, KVView, Segment
 from hybridkv.kernels.cuda.attention import attend_segment, combine_parts
-from hybridkv.kernels.cuda.layout import BF16, F32, Side, capacity, memory, side
+from hybridkv.kernels.cuda.layout import BF16, F16, F32, Side, capacity, memory, side
 
 MAX_PARTS = 512
 """Parts of one query row that are summed; more would be many short ones."""
@@ -44,16 +44,21 @@ class Tiling:
 
 
 def choose_tiling(side_k: Side, side_v: Side, n_query_rows: int) -> Tiling:
-    """A tiling for a case: narrow in query rows for decode, wide for prefill."""
+    """A tiling for a case: narrow in query rows for decode, wide for prefill.
+
+    Of those that `bench/attention_cuda.py --tune` times on an H100, the ones that lose least in the geometric mean.
+    """
     lanes = 32 * max(side_k.blocks_padded, side_v.blocks_padded)
-    wide = any(s.main in (F32, BF16) for s in (side_k, side_v))
+    plain, wide = ([s.main in kinds for s in (side_k, side_v)] for kinds in ((F16, F32, BF16), (F32, BF16)))
     if n_query_rows <= 64:
         block_m = max(16, 1 << (n_query_rows - 1).bit_length())
-        block_n = max(16, min(64, 8192 // lanes // (2 if wide else 1)))
-        return Tiling(block_m, block_n, warps=4, programs=4)
-    if lanes <= 128 and not wide:
-        return Tiling(128, 64, warps=8, programs=1)
-    return Tiling(64, 32 if lanes <= 256 else 16, warps=4, programs=1)
+        values = 8192 if any(plain) else 16384
+        return Tiling(block_m, max(16, min(128, values // lanes // (2 if any(wide) else 1))), warps=4, programs=4)
+    if any(wide) or lanes > 256:
+        return Tiling(64, 32 if lanes <= 256 else 16, warps=4, programs=1)
+    if lanes <= 128:
+        return Tiling(128, 64, warps=8, programs=1) if any(plain) else Tiling(64, 128, 4, 1, prefetch=False)
+    return Tiling(128, 32, 8, 1, prefetch=False) if any(plain) else Tiling(64, 64, 4, 1, prefetch=False)
 
 
 @lru_cache(maxsize=16)
