@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cuda import attention_cuda_table, step_cuda_table
 from tuned import tuning_table
 
 from quality import pictures, quality_table, recommended_table, targets_table
@@ -192,6 +193,8 @@ def performance() -> str:
             "attention": attention_table(attention),
             "store": store_table(attention),
             "perplexity-ik": perplexity_ik_table(),
+            "attention-cuda": attention_cuda_table(),
+            "step-cuda": step_cuda_table(),
             "decode-29m": steps_table("decode-29m", "hybridkv bench decode --against ik -t 2"),
             "decode-0.8b": steps_table(
                 "decode-0.8b", "hybridkv bench decode -m random-0.8b-q8_0.gguf --against ik -t 2"

@@ -1,0 +1,85 @@
+"""The generated tables of docs/performance.md on CUDA, from committed runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+MEASUREMENTS = Path(__file__).resolve().parent / "measurements"
+BITS = {"q8_0": 8.5, "q6_0": 6.5, "q4_0": 4.5, "hq4_nl": 4.5, "hq3_nl": 3.5, "f16": 16.0}
+
+
+def _lines(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (MEASUREMENTS / f"{name}.jsonl").read_text().splitlines()]
+
+
+def attention_cuda_table() -> str:
+    """Attention beside the best of torch's bfloat16 backends, case by case."""
+    head, *records = _lines("attention-cuda-h100")
+    lines = [
+        "| case | torch bf16, best, us | "
+        + " | ".join(f"{kv_type}: us, times torch, of ideal" for kv_type in BITS)
+        + " | store of one call, q8_0, us |",
+        "|---|---|" + "---|" * (len(BITS) + 1),
+    ]
+    shapes: dict[str, dict[str, Any]] = {}
+    for record in records:
+        case = shapes.setdefault(json.dumps(record["shape"]), {})
+        if "torch" in record:
+            case["torch"] = min(graph for graph, _ in record["torch"].values())
+        else:
+            case[record["type"]] = record
+    for text, case in shapes.items():
+        s = json.loads(text)
+        what = f"D={s['d']} {s['hq']}/{s['hkv']}, batch {s['b']}, T={s['t']}, S={s['s']}"
+        cells = [what, f"{case['torch']:.0f}"]
+        for kv_type, bits in BITS.items():
+            ours = case[kv_type]["ours"][0]["graph_us"]
+            ratio = case["torch"] / ours
+            cells.append(f"{ours:.0f}, {ratio:.2f}" + (f", {ratio * bits / 16:.2f}" if s["t"] == 1 else ""))
+        cells.append(f"{case['q8_0']['store_us']:.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    conditions = (
+        f"`python bench/attention.py --device cuda`: {head['device']}, torch {head['torch']}, Triton 3.6, copy "
+        f"{head['copy_gb_s'] / 1000:.2f} TB/s; medians of graph replays, the error of every case at most 4.1e-4 (gate 2e-3)."
+    )
+    return "\n".join([*lines, "", conditions])
+
+
+def step_cuda_table() -> str:
+    """Whole decode steps, prefill and memory."""
+    records = _lines("step-cuda-h100")
+    baseline = {(r["n_seqs"], r["depth"]): r["ms"] for r in records if r["part"] == "baseline decode"}
+    lines = [
+        "| batch | depth | type | ms a step | 90th percentile | floor, ms | times floor | tokens/s | Transformers, ms |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in records:
+        if r["part"] == "decode":
+            cells = (
+                *(str(r["n_seqs"]), str(r["depth"]), r["type"], f"{r['ms']:.2f}", f"{r['p90_ms']:.2f}"),
+                *(f"{r['floor_ms']:.2f}", f"{r['times_floor']:.2f}", f"{r['tok_s']:.0f}"),
+                f"{baseline[r['n_seqs'], r['depth']]:.1f}",
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+    prefill = ", ".join(f"{r['type']} {r['tok_s']:.0f}" for r in records if r["part"] == "prefill")
+    theirs = next(r["tok_s"] for r in records if r["part"] == "baseline prefill")
+    lines += ["", f"Prompt of 4096 tokens, tokens/s: {prefill}; Transformers {theirs:.0f}.", ""]
+    lines += ["| context | type | planned, GiB | peak, GiB | over the plan |", "|---|---|---|---|---|"]
+    for r in records:
+        if r["part"].startswith("memory"):
+            cells = (
+                *(str(r["n_ctx"]), r["type"], f"{r['planned_gib']:.2f}", f"{r['peak_gib']:.2f}"),
+                f"{100 * r['over']:.1f} %",
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+    c = records[0]
+    lines += [
+        "",
+        f"`python bench/step_cuda.py --parts check,decode,prefill,memory,baseline`: {c['card']}, torch {c['torch']}, "
+        f"Transformers {c['transformers']} (eager, DynamicCache, its torch code for the recurrent layers), "
+        f"{c['parameters_b']:.2f} B random bfloat16 weights at a Qwen3.5-4B-like geometry, copy {c['copy_tb_s']:.2f} TB/s, "
+        f"{c['date']}. The floor is weights, packed rows and states, read once at that speed.",
+    ]
+    return "\n".join(lines)
