@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from hybridkv.lab.plots import WIDE, positions, quality_svg
+from hybridkv.lab.plots import positions_svg, quality_svg
 from hybridkv.lab.results import Conditions, Result, read_jsonl
 
 MEASUREMENTS = Path(__file__).resolve().parent / "measurements"
@@ -55,9 +55,10 @@ def load(name: str) -> tuple[Conditions, Results]:
 
 def conditions_line(c: Conditions) -> str:
     """What an evaluation was made with."""
+    commit = f", commit {c.commit}" if c.commit else ""
     return (
         f"`hybridkv eval --mode {c.mode} -c {c.n_ctx} --windows {c.n_windows}`: {c.model}, {c.n_tokens} tokens of "
-        f"{c.text}, {c.engine}, {c.threads} threads; {c.cpu}; hybridkv {c.hybridkv}, commit {c.commit}, torch {c.torch}, "
+        f"{c.text}, {c.engine}, {c.threads} threads; {c.cpu}; hybridkv {c.hybridkv}{commit}, torch {c.torch}, "
         f"Transformers {c.transformers}, {c.date[:10]}."
     )
 
@@ -101,7 +102,7 @@ def recommended_table() -> str:
     first = next(iter(evaluations.values()))[0]
     lines += [
         "",
-        f"`hybridkv eval --mode decode`, token by token against an f16 cache: {where}; {first.cpu}, commit {first.commit}. "
+        f"`hybridkv eval --mode decode`, token by token against an f16 cache: {where}; {first.cpu}, hybridkv {first.hybridkv}, `python bench/quality.py`. "
         "[All types, how it is measured, what was aimed at](docs/quality.md).",
     ]
     return "\n".join(lines)
@@ -161,10 +162,11 @@ _AIMS: tuple[tuple[str, Judge], ...] = (
 )
 
 
+ALONG = ("q8_0", "q6_0", "q5_0", "q4_0", "q4_0+kv+tail128", "hq3_nl", "hq2_nl")
+
+
 def pictures() -> dict[str, str]:
     """The README's picture, and where along the context the error lies."""
     _, results = load(MODELS["reference-hybrid-29m"])
-    shown: Sequence[Result] = list(results.values())
-    along = positions(shown, WIDE)
-    assert along is not None
-    return {"docs/quality.svg": quality_svg(shown), "docs/divergence.svg": along}
+    along = [r for r in results.values() if r.role != "candidate" or r.label in ALONG]
+    return {"docs/quality.svg": quality_svg(list(results.values())), "docs/divergence.svg": positions_svg(along)}

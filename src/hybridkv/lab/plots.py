@@ -83,7 +83,16 @@ def quality_svg(results: Sequence[Result], *, width: int = WIDE) -> str:
     UsageError
         If there is no candidate to draw.
     """
-    svg = quality(results, width)
+    return _standalone(quality(results, width))
+
+
+def positions_svg(results: Sequence[Result], *, width: int = WIDE) -> str:
+    """Divergence along the window as a file of its own; see `quality_svg`."""
+    return _standalone(positions(results, width))
+
+
+def _standalone(svg: str | None) -> str:
+    """A picture within a page as one by itself."""
     if svg is None:
         raise UsageError("nothing to draw: no candidate has a finite divergence")
     head, _, rest = svg.partition(">")
