@@ -105,16 +105,18 @@ inline void expect_pair(const uint8_t* pair) {
 }
 
 // NV vectors of output rows from `lane` on, of NQ rows: they lie side by side in a panel, or are whole panels that lie
-// `bytes` apart. sums[panel][NQ][16]
+// `bytes` apart; with `ahead`, the memory to come is asked for. sums[panel][NQ][16]
 template <Code C, int NQ, int NV>
 HYBRIDKV_PHASE void panel_integers(const uint8_t* panel, int64_t bytes, int64_t blocks, const uint8_t* x,
-                                   int64_t x_stride, int lane, float* sums) {
+                                   int64_t x_stride, int lane, bool ahead, float* sums) {
     constexpr bool whole = L == kPanel;
     F acc[NQ][NV];
 #pragma GCC unroll 8
     for (auto& row : acc) for (F& a : row) a = Simd::set1(0.f);
     for (int64_t b = 0; b < blocks; b += 2, panel += pair_bytes(C)) {
-        if constexpr (NQ <= 4 && !(whole && NV > 1)) expect_pair<C>(panel);
+        if constexpr (NQ <= 4 && !(whole && NV > 1)) {
+            if (ahead) expect_pair<C>(panel);
+        }
 #pragma GCC unroll 2
         for (int64_t half = 0; half < 2; ++half) {
             Unit unit[NQ];
@@ -241,7 +243,8 @@ void linear_integers(const Weight& w, const uint8_t* x, int64_t n_rows, int64_t 
             Blocks::for_rows<4>(n_rows, [&](auto group, int64_t r) {
                 constexpr int n = decltype(group)::count;
                 alignas(64) float sums[2 * n * kPanel];
-                panel_integers<C, n, 2>(w.data + panel0 * bytes, bytes, blocks, x + r * stride, stride, 0, sums);
+                panel_integers<C, n, 2>(w.data + panel0 * bytes, bytes, blocks, x + r * stride, stride, 0, false,
+                                     sums);
                 out.put(sums, n, r, panel0);
                 out.put(sums + n * kPanel, n, r, panel0 + 1);
             });
@@ -249,7 +252,7 @@ void linear_integers(const Weight& w, const uint8_t* x, int64_t n_rows, int64_t 
     }
     for_panels(w, n_rows, false, panel0, panel1, out, [&](auto group, const uint8_t* panel, int r, int lane, float* sums) {
         constexpr int n = decltype(group)::count;
-        panel_integers<C, n, vectors<n>()>(panel, bytes, blocks, x + r * stride, stride, lane, sums);
+        panel_integers<C, n, vectors<n>()>(panel, bytes, blocks, x + r * stride, stride, lane, r == 0, sums);
     });
 }
 
