@@ -153,12 +153,22 @@ def _hq2_nl(model: str, results: Results) -> tuple[str, bool | None]:
     return measured, found.ratio - 1 <= 0.03 if model == next(iter(MODELS)) else None
 
 
+def _per_layer(model: str, _: Results) -> tuple[str, bool | None]:
+    if model != next(iter(MODELS)):
+        return "not run", None
+    found = load("eval-reference-2.9bpv")[1]["ref-2.9.toml"]
+    return f"{found.bits_per_value:.2f} bits: {100 * (found.ratio - 1):+.2f} ± {100 * found.ratio_se:.2f} %", (
+        found.ratio - 1 <= 0.03
+    )
+
+
 _AIMS: tuple[tuple[str, Judge], ...] = (
     ("q8_0: mean KLD at most 0.001 above the floor", _q8_0),
     ("q6_0: perplexity within 0.1 %", _q6_0),
     ("q4_0, rotated, refit, tail 128: mean and 99.9 % KLD at most half of plain q4_0's", _q4_0),
     ("3.5 bits (hq3_nl, tail 256, 4 sinks, centred): mean KLD at most plain q4_0's at 4.5", _hq3_nl),
     ("2.5 bits (hq2_nl, tail 128, 4 sinks, centred): perplexity within 3 % on the reference model", _hq2_nl),
+    ("under 3 bits, [types per layer](measurements/ref-2.9.toml), likewise: within 3 %", _per_layer),
 )
 
 
