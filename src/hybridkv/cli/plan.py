@@ -186,7 +186,7 @@ def _refusal(specs: Sequence[KVSpec]) -> str | None:
         try:
             resolve(spec, "cpu", KERNELS, ENCODERS)
         except NoKernelError as error:
-            return "; ".join(dict.fromkeys(reason for _, reason in error.reasons))
+            return error.reasons[-1][1]  # the reference's, the last one asked: others may run on other devices
     return None
 
 
