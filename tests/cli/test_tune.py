@@ -133,7 +133,7 @@ BAD: dict[str, tuple[list[object], str]] = {
     "divergence that is none": (["--max-kld", "nan"], "--max-kld nan; allowed: more than 0"),
     "too small a budget": (
         ["--budget", "2bpv", "--window", "16", "--types", "q8_0,q4_0"],
-        "2 bits per value is less than the smallest types need: ",
+        "2.0 bits per value is less than the smallest types need: ",
     ),
     "unknown type": (["--budget", "5", "--types", "q9_0"], "unknown KV cache type 'q9_0'"),
     "no types": (["--budget", "5", "--types", ","], "--types is empty"),

@@ -153,8 +153,12 @@ def test_bytes_are_those_of_the_planner() -> None:
 
 
 def test_goals_that_cannot_be_reached() -> None:
-    with pytest.raises(UsageError, match=r"2 bits per value is less than the smallest types need: 2.5 bits"):
-        tune(Formula(additive(EVEN)), Goal("bits", 2.0, 64))
+    with pytest.raises(UsageError, match=r"2.0 bits per value is less than the smallest types need: 2.5"):
+        Goal("bits", 2.0, 64).check(FACTS, Storage(), TYPES)
+    with pytest.raises(UsageError, match="100 bytes at 64 tokens is less than the smallest types need: 20480"):
+        Goal("memory", 100, 64).check(FACTS, Storage(), TYPES)
+    Goal("bits", 2.5, 64).check(FACTS, Storage(), TYPES)
+    Goal("memory", 20480, 64).check(FACTS, Storage(), TYPES)
     with pytest.raises(UsageError, match="no combination of these types stays within a mean KLD of 1e-09; the best"):
         tune(Formula(additive(EVEN)), Goal("kld", 1e-9, 64), types=("q8_0", "q5_0"))
 

@@ -109,6 +109,7 @@ def main(arguments: argparse.Namespace) -> int:
     opened = open_model(a)
     goal = _goal(a, opened.n_ctx)
     facts = _resolve(opened, types, storage)
+    goal.check(facts, storage, types)
     loaded, step = opened.load()
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
     parts = _parts(a, loaded)

@@ -51,6 +51,31 @@ class Goal:
     limit: float
     n_ctx: int
 
+    def cost(self, spec: KVSpec) -> int:
+        """What a layer costs: bytes per token for `bits`, else bytes at `n_ctx` tokens."""
+        return spec.bytes_per_token if self.kind == "bits" else spec.bytes_at(self.n_ctx)
+
+    def check(self, facts: Sequence[AttentionFacts], storage: Storage, types: Sequence[str]) -> None:
+        """Refuse a limit that no combination of types is within, before anything is measured.
+
+        Raises
+        ------
+        UsageError
+            With what the smallest types need.
+        """
+        if self.kind == "kld":
+            return
+        pairs = [(k, v) for k in types for v in types]
+        least = sum(min(self.cost(KVSpec(f, storage.types(*pair))) for pair in pairs) for f in facts)
+        n_values = sum(f.n_kv_heads * (f.head_dim_k + f.head_dim_v) for f in facts)
+        unit, asked = (8 / n_values, self.limit) if self.kind == "bits" else (1, int(self.limit))
+        if least * unit > asked:
+            what = "bits per value" if self.kind == "bits" else f"bytes at {self.n_ctx} tokens"
+            need = f"{least * unit:.4g}" if self.kind == "bits" else str(least)
+            raise UsageError(
+                f"{asked} {what} is less than the smallest types need: {need}", hint="give more, or smaller --types"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:
@@ -163,11 +188,8 @@ class Tuner:
         else:
             budget = self._budget
             found = frontier.within_cost(budget)
-            if found is None:
-                raise UsageError(
-                    f"{self._said(budget)} is less than the smallest types need: {self._said(int(frontier.costs[0]))}",
-                    hint="give more, or smaller --types",
-                )
+            if found is None:  # types that gave no finite numbers are not among the choices
+                raise UsageError("no types that give finite numbers are within the limit", hint="give more")
             (tuned,) = self._held_out([self._improved(found, budget, n_rounds)])
         if not math.isfinite(tuned.loss) and not self._ranked_uniform(budget):
             raise UsageError(
@@ -186,16 +208,11 @@ class Tuner:
         limit = self._goal.limit
         return int(limit * self._n_values / 8) if self._goal.kind == "bits" else int(limit)
 
-    def _said(self, cost: int) -> str:
-        return f"{8 * cost / self._n_values:.3g} bits per value" if self._goal.kind == "bits" else f"{cost} bytes"
-
     def _spec(self, layer: int, pair: Pair) -> KVSpec:
         return KVSpec(self._facts[layer], self._storage.types(*pair))
 
     def _choice(self, layer: int, pair: Pair) -> Choice:
-        spec = self._spec(layer, pair)
-        cost = spec.bytes_per_token if self._goal.kind == "bits" else spec.bytes_at(self._goal.n_ctx)
-        return Choice(cost, self._sensitivities.loss(layer, pair))
+        return Choice(self._goal.cost(self._spec(layer, pair)), self._sensitivities.loss(layer, pair))
 
     def _useful(self, layer: int, pairs: Sequence[Pair]) -> list[Pair]:
         """Those that no other beats in this layer."""
