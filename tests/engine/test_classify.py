@@ -112,7 +112,7 @@ def test_the_guard_measures_one_whole_prompt_and_all_rows_are_stored_alike() -> 
     model = build("qwen3_5_text", attention="hybridkv")
     said: list[str] = []
     step = Counted(EagerStep(model))
-    q4_0, limit = KVTypes("q4_0", "q4_0"), 0.02
+    q4_0, limit = KVTypes("q4_0", "q4_0"), 0.012
     scorer = classifier(model, q4_0, guard=Guard(mode="check", limit=limit), step=step, said=said)
     scorer.score(PROMPTS)
     assert step.calls[:2] == [(1, 9), (1, 5)]
