@@ -135,8 +135,8 @@ def faulty(kernels: tuple[Kernel, ...], *, at_call: int) -> tuple[Kernel, ...]:
 def test_nan_from_a_kernel_is_caught_where_it_arose() -> None:
     model = build("qwen3_5_text", attention="hybridkv")
     specs = Policy(KVTypes("q8_0", "q8_0")).resolve(kv_facts(layer_facts(model.config)))
-    # Two KV layers, so call 2n is layer 3's n-th: prefill, prefill, then tokens.
-    cache = ModelCache(model.config, specs, kernels=faulty(reference.KERNELS, at_call=8))
+    # Calls 1 and 2 are the prompt in two KV layers; the first token takes three in each, the second one.
+    cache = ModelCache(model.config, specs, kernels=faulty(reference.KERNELS, at_call=10))
     with pytest.raises(NonFiniteError, match="attention output of layer 3 is not finite at token 18") as caught:
         run(model, cache, tokens())
     assert caught.value.layer == 3
@@ -181,11 +181,12 @@ def test_the_check_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     def counts(length: int, *chunks: int) -> list[int]:
         seen.clear()
         run(model, quantized_cache(model, type_k="q4_0"), tokens(1, length), chunks=chunks)
-        return seen[::2]  # of the first of two layers, which are counted alike
+        return seen
 
     most = evidence.SAMPLED_QUERIES + len(evidence.EARLY_QUERIES)
-    assert counts(1200, 1200) == [most]
-    assert counts(1200, 64, 1136) == [most] * 2
-    assert counts(1200, 600, 400, 200) == [most] * 2  # 1000 tokens are not yet twice 600
+    prompt = [most, most, evidence.SAMPLED_QUERIES]  # the first layer's activations and rows, the second's activations
+    assert counts(1200, 1200) == prompt
+    assert counts(1200, 64, 1136) == [*prompt, most]
+    assert counts(1200, 600, 400, 200) == [*prompt, most]  # 1000 tokens are not yet twice 600
     # Tokens 2 (the first), 31 and 32 (a block's edges), 64 and 128 (powers of two).
-    assert counts(130, 2) == [2] + [1] * 5
+    assert counts(130, 2) == [2, 2, 2] + [3, 3] * 5  # the token's own query and two that look for rows

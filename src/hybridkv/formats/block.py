@@ -180,13 +180,15 @@ class KVFormat:
         if not self.is_quantized:
             return packing.unpack_number(self.planes[0], planes[0]).float()
         lanes, n_blocks = self.lanes(head_dim), self.n_blocks(head_dim)
-        codes = torch.zeros((), dtype=torch.uint8, device=planes[0].device)
+        codes: Tensor | None = None
         numbers: dict[packing.Role, Tensor] = {}
         for plane, data in zip(self.planes, planes, strict=True):
             if plane.role == "codes":
-                codes = codes | packing.unpack_codes(plane, _split_blocks(data, n_blocks), lanes)
+                share = packing.unpack_codes(plane, _split_blocks(data, n_blocks), lanes)
+                codes = share if codes is None else codes | share
             else:
                 numbers[plane.role] = packing.unpack_number(plane, data).float()[..., None]
+        assert codes is not None
         x = self._values(codes).mul_(numbers["d"])
         if self.has_min:
             x += numbers["m"]
@@ -256,7 +258,7 @@ class KVFormat:
         """Codes, uint8, to their values in units of the scale, float32."""
         book = self._book(codes.device)
         if book is not None:
-            return book[codes.int()]
+            return book.index_select(0, codes.flatten().int()).view(codes.shape)
         if self.code_range[0] < 0:
             return codes.view(torch.int8).float()
         return codes.float().sub_(self.zero)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Final, Literal
 
@@ -52,6 +53,7 @@ class Placement:
         assert n_lanes % known == 0
         return tuple(size or n_lanes // known for size, _ in self.axes)
 
+    @cache  # noqa: B019  # a handful of placements and devices, for good
     def bit_offsets(self, device: torch.device) -> Tensor:
         """First bit of a lane within its byte: uint8, one dim per axis, size 1 along the byte axis."""
         offsets = torch.zeros(1, dtype=torch.uint8, device=device)
@@ -144,7 +146,13 @@ def pack_codes(plane: Plane, codes: Tensor) -> Tensor:
 def unpack_codes(plane: Plane, data: Tensor, n_lanes: int) -> Tensor:
     """Unpack one plane's bytes, uint8 [..., bytes], to its share of the codes, uint8 [..., lanes]."""
     place = PLACEMENTS[plane.kind]
-    byte_axis = [1 if size else data.shape[-1] for size, _ in place.axes]
-    fields = data.reshape(*data.shape[:-1], *byte_axis) >> place.bit_offsets(data.device)
-    fields = (fields & ((1 << place.width) - 1)) << plane.shift
-    return fields.reshape(*data.shape[:-1], n_lanes)
+    if place.width == 8:
+        return data << plane.shift if plane.shift else data
+    if len(place.axes) == 2 and not place.axes[1][0]:  # numbers instead of a tensor of them: several times faster
+        size, step = place.axes[0]
+        fields = torch.stack([data >> (i * step) for i in range(size)], -2)
+    else:
+        byte_axis = [1 if size else data.shape[-1] for size, _ in place.axes]
+        fields = data.reshape(*data.shape[:-1], *byte_axis) >> place.bit_offsets(data.device)
+    fields = fields & ((1 << place.width) - 1)
+    return (fields << plane.shift if plane.shift else fields).reshape(*data.shape[:-1], n_lanes)

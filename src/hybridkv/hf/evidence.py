@@ -11,8 +11,10 @@ written out for the sampled queries. Measures only; `hybridkv.hf.attention` acts
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +32,8 @@ SAMPLED_QUERIES = 16
 EARLY_QUERIES = (0, 1, 2)
 """They see so few rows that one row too many or too few weighs much."""
 
-SHORT_PROMPT = 256
-"""In a first prompt shorter than this, only the first layer of each kind has its rows and its attention verified."""
+PROBE_SCORE = 40.0
+"""Largest score, up to the angle, of a query that looks for a row: as large as models' own are, and no larger."""
 
 SAMPLED_ROWS = 8
 """Rows of a call that are encoded again: as many of those that err most, and as many evenly spaced."""
@@ -49,43 +51,86 @@ def measure(query: Tensor, packed: LayerView, params: AttentionParams, out: Tens
     fresh = packed.fresh_k.float(), packed.fresh_v.float()
     if view.length != fresh[0].shape[2]:
         return replace(_evidence(packed), store_error=float("inf"))
-    rows = _sampled(n_new, query.device)
-    at_rows = _at_rows(params, rows, n_new, view)
+    rows, at_rows = _sampled_call(params, n_new, view, query.device)
     q, found = query[:, :, rows].float(), out[:, :, rows]
     even = slice(-min(n_new, SAMPLED_QUERIES), None)  # the early ones see few rows and would count for all of the sum
-    if not packed.watch.leads and n_new < SHORT_PROMPT:
-        exact = _attend_float(q, *fresh, at_rows)
-        error = _relative_rmse(found[:, :, even], exact[:, :, even])
-        return replace(_evidence(packed), error=error) if is_finite(exact) else None
+    if not packed.watch.leads:
+        exact = _attend_float(q[:, :, even], *fresh, _last(at_rows, even))
+        error = _relative_rmse(found[:, :, even], exact)
+        return None if error is None else replace(_evidence(packed), error=error)
     stored = _decoded(view, view.length)
     k, v = (butterfly(x) if turned else x for x, turned in zip(stored, (view.rotate_k, view.rotate_v), strict=True))
-    both = _attend_float(q, torch.stack([fresh[0], k]), torch.stack([fresh[1], v]), at_rows)
-    exact, expected = both.unbind()
-    if not is_finite(exact):
+    exact, expected = _attend_float(q, *fresh, at_rows), _attend_float(q, k, v, at_rows)
+    error = _relative_rmse(found[:, :, even], exact[:, :, even])
+    if error is None:
         return None
     return replace(
         _evidence(packed),
-        error=_relative_rmse(found[:, :, even], exact[:, :, even]),
+        error=error,
         store_error=_store_error(packed, stored, n_new),
         kernel_error=_query_error(found, expected),
     )
 
 
-def verify(query: Tensor, packed: LayerView, params: AttentionParams, out: Tensor) -> Evidence:
+def verify(
+    query: Tensor, packed: LayerView, params: AttentionParams, out: Tensor, attend: Callable[[Tensor], Tensor]
+) -> Evidence:
     """Evidence of any call: of the rows whose activations are at hand, and of the attention over all stored rows.
 
-    Its `error` is 0: nothing is left to compare the older rows with.
+    Its `error` is 0: nothing is left to compare the older rows with. In a call of one token, two more queries are put
+    to the kernel: one that looks for the oldest row and one that looks for the newest. In the model's own queries
+    a row of many hardly counts; in these it is most of the output.
+
+    Parameters
+    ----------
+    query, out
+        The call's queries `[B, Hq, T, D]` and its attention output, float32 `[B, Hq, T, Dv]`.
+    attend
+        The call's kernel, for other queries.
     """
     view, n_new = packed.view, query.shape[2]
-    rows = _sampled(n_new, query.device)
-    q = query[:, :, rows]
+    rows, at_rows = _sampled_call(params, n_new, view, query.device)
+    q, found = query[:, :, rows], out[:, :, rows]
+    if n_new == 1:
+        probes = _probes(query, view, at_rows)
+        assert at_rows.mask is not None
+        found = torch.cat([found, *(attend(probe) for probe in probes)], 2)
+        q = torch.cat([q, *probes], 2)
+        at_rows = replace(at_rows, mask=at_rows.mask.expand(-1, -1, q.shape[2], -1))
     plain = replace(view, rotate_k=False, rotate_v=False)  # turned here, by other code
-    expected = reference_attend(butterfly(q) if view.rotate_k else q, plain, _at_rows(params, rows, n_new, view))
+    expected = reference_attend(butterfly(q) if view.rotate_k else q, plain, at_rows)
     return replace(
         _evidence(packed),
         store_error=_store_error(packed, _decoded(view, min(view.length, packed.fresh_k.shape[2])), n_new),
-        kernel_error=_query_error(out[:, :, rows], butterfly(expected) if view.rotate_v else expected),
+        kernel_error=_query_error(found, butterfly(expected) if view.rotate_v else expected),
     )
+
+
+def _probes(query: Tensor, view: KVView, params: AttentionParams) -> tuple[Tensor, Tensor]:
+    """Queries like `query` `[B, Hq, 1, D]` that weigh each sequence's oldest row, and its newest, above all others."""
+    assert params.mask is not None
+    seen = params.mask[:, 0, -1].expand(query.shape[0], -1).int()
+    oldest, newest = _keys(view, seen.argmax(-1)), _keys(view, view.length - 1 - seen.flip(-1).argmax(-1))
+    apart, longest = oldest - newest, torch.maximum(oldest.norm(dim=-1), newest.norm(dim=-1))
+    distance = apart.norm(dim=-1)
+    # The other rows' scores lie half-way between the two on average; one row is to outweigh their sum.
+    wanted = 2 * (math.log(view.length) + 4) / distance.square()
+    bearable = PROBE_SCORE / (distance * longest)  # rounding grows with the product of the sizes
+    factor = (torch.minimum(wanted, bearable) / params.scale).nan_to_num(0.0, 0.0).unsqueeze(-1)
+    group = query.shape[1] // oldest.shape[1]
+    probe = (apart * factor).repeat_interleave(group, 1).to(query.dtype)
+    return probe, -probe
+
+
+def _keys(view: KVView, rows: Tensor) -> Tensor:
+    """One stored row of K per sequence, not rotated: of `rows` int64 `[B]`, float32 `[B, Hkv, 1, D]`."""
+    keys = []
+    for sequence, row in enumerate(rows.tolist()):
+        *_, (segment, _, _) = _newest(view, view.length - row)
+        here = slice(sequence, sequence + 1), slice(None), slice(segment.start, segment.start + 1)
+        k = segment.format_k.decode([plane[here] for plane in segment.k], view.head_dim_k)
+        keys.append(k if segment.center is None else k + segment.center[here[:2]].unsqueeze(2))
+    return butterfly(torch.cat(keys)) if view.rotate_k else torch.cat(keys)
 
 
 def float_view(k: Tensor, v: Tensor) -> KVView:
@@ -100,7 +145,7 @@ def float_view(k: Tensor, v: Tensor) -> KVView:
 
 def is_finite(x: Tensor) -> bool:
     """Whether all of `x` is finite: one pass over it, and a second only if the sum is not."""
-    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+    return math.isfinite(x.sum().item()) or bool(torch.isfinite(x).all())
 
 
 def butterfly(x: Tensor) -> Tensor:
@@ -122,27 +167,31 @@ def _evidence(packed: LayerView) -> Evidence:
     return Evidence(packed.layer.spec.facts.layer, packed.layer.types, error=0.0)
 
 
-def _attend_float(q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
-    """Float attention of few queries `[B, Hq, N, D]` with an explicit mask; K and V may be several, along a first dim.
+def _last(params: AttentionParams, queries: slice) -> AttentionParams:
+    assert params.mask is not None
+    return replace(params, mask=params.mask[:, :, queries])
 
-    Written out once more, so that a fault of the reference kernel shows too. Several at once, because operations on so
-    little cost what it takes to start them.
+
+def _attend_float(q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
+    """Float attention of few queries `[B, Hq, N, D]` with an explicit mask.
+
+    Written out once more, so that a fault of the reference kernel shows too, and in few operations: on so little they
+    cost what it takes to start them.
     """
     batch, n_heads, n_queries, _ = q.shape
-    several, (n_kv_heads, n_rows) = k.shape[:-4], k.shape[-3:-1]
-    grouped = q.reshape(batch, n_kv_heads, -1, q.shape[-1])
-    scores = (grouped @ k.transpose(-1, -2)).view(*several, batch, n_heads, n_queries, n_rows) * params.scale
+    n_kv_heads, n_rows = k.shape[1:3]
+    grouped = (q * params.scale).reshape(batch, n_kv_heads, -1, q.shape[-1])
+    scores = (grouped @ k.transpose(-1, -2)).view(batch, n_heads, n_queries, n_rows)
     if params.softcap is not None:
         scores = params.softcap * torch.tanh(scores / params.softcap)
     assert params.mask is not None
-    scores = scores.masked_fill(~params.mask, -torch.inf)
-    top = scores.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
-    sinks = None if params.sinks is None else params.sinks.float().view(-1, 1, 1)
-    top = top if sinks is None else torch.maximum(top, sinks)
-    weights = torch.exp(scores - top)
-    total = weights.sum(-1, keepdim=True) + (0.0 if sinks is None else torch.exp(sinks - top))
-    grouped = weights.view(*several, batch, n_kv_heads, -1, n_rows) @ v
-    return grouped.view(*several, batch, n_heads, n_queries, -1) / total.masked_fill(total == 0, 1.0)
+    scores.masked_fill_(~params.mask, -torch.inf)
+    if params.sinks is not None:
+        sinks = params.sinks.float().view(-1, 1, 1).expand(batch, -1, n_queries, 1)
+        weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1).masked_fill_(~params.mask.any(-1, keepdim=True), 0.0)
+    return (weights.reshape(batch, n_kv_heads, -1, n_rows) @ v).view(batch, n_heads, n_queries, -1)
 
 
 def _query_error(out: Tensor, expected: Tensor) -> float:
@@ -157,12 +206,8 @@ def _decoded(view: KVView, n_rows: int) -> tuple[Tensor, Tensor]:
     parts: list[tuple[Tensor, Tensor]] = []
     for segment, _, _ in _newest(view, n_rows):
         k_planes, v_planes = _planes(segment)
-        if segment.format_k is segment.format_v and view.head_dim_k == view.head_dim_v:
-            both = [torch.cat(pair, 1) for pair in zip(k_planes, v_planes, strict=True)]
-            k, v = segment.format_k.decode(both, view.head_dim_k).chunk(2, 1)
-        else:
-            k = segment.format_k.decode(k_planes, view.head_dim_k)
-            v = segment.format_v.decode(v_planes, view.head_dim_v)
+        k = segment.format_k.decode(k_planes, view.head_dim_k)
+        v = segment.format_v.decode(v_planes, view.head_dim_v)
         parts.insert(0, (k if segment.center is None else k + segment.center.unsqueeze(2), v))
     k, v = (side[0] if len(side) == 1 else torch.cat(side, 2) for side in zip(*parts, strict=True))
     return k, v
@@ -187,40 +232,66 @@ def _store_error(packed: LayerView, stored: tuple[Tensor, Tensor], n_new: int) -
     worst = 0.0
     for segment, offset, n_rows in _newest(view, n_fresh):
         at = slice(offset, offset + n_rows)
-        k_planes, v_planes = _planes(segment)
-        wanted, held = (k[:, :, at], v[:, :, at]), (stored[0][:, :, at], stored[1][:, :, at])
-        if segment.format_k is segment.format_v and view.head_dim_k == view.head_dim_v and segment.center is None:
-            both = [torch.cat(pair, 1) for pair in zip(k_planes, v_planes, strict=True)]
-            error = _excess(both, segment.format_k, torch.cat(wanted, 1), torch.cat(held, 1), None, layer.types)
+        sample_k, sample_v = (
+            _sample(planes, wanted[:, :, at], held[:, :, at], center)
+            for planes, wanted, held, center in zip(
+                _planes(segment), (k, v), stored, (segment.center, None), strict=True
+            )
+        )
+        if segment.format_k is segment.format_v and sample_k.rows.shape == sample_v.rows.shape:
+            error = _excess(_together(sample_k, sample_v), segment.format_k, layer.types)
         else:
             error = max(
-                _excess(k_planes, segment.format_k, wanted[0], held[0], segment.center, layer.types),
-                _excess(v_planes, segment.format_v, wanted[1], held[1], None, layer.types),
+                _excess(sample_k, segment.format_k, layer.types), _excess(sample_v, segment.format_v, layer.types)
             )
         worst = max(worst, error)
     return worst
 
 
-def _excess(
-    planes: list[Tensor], fmt: KVFormat, wanted: Tensor, stored: Tensor, center: Tensor | None, types: KVTypes
-) -> float:
-    """How much more stored rows `[B, Hkv, S, D]` err than the wanted ones encoded again, relative to the row."""
-    found, size = (stored - wanted).square().sum(-1), wanted.square().sum(-1)
-    if not is_finite(size):
-        return 0.0  # not the cache's doing; the finiteness watch reports it
-    order = (found / size).nan_to_num(0.0, torch.inf).amax((0, 1))
-    n = min(SAMPLED_ROWS, len(order))
-    rows = torch.cat([order.topk(n).indices, _spaced(len(order), n, order.device)])
-    if len(order) <= 2 * n:
-        rows = torch.arange(len(order), device=order.device)
-    x = wanted[:, :, rows] if center is None else wanted[:, :, rows] - center.unsqueeze(2)
-    again = fmt.encode(x, types.scale_for(fmt.name))
-    if all(torch.equal(mine, plane[:, :, rows]) for mine, plane in zip(again, planes, strict=True)):
+class _Sample(NamedTuple):
+    """Some rows of a side: as they should be encoded, and what of them is stored.
+
+    `rows` are float32 `[B, Hkv, N, D]`; `error` and `size` are the norms of what is stored less what was wanted, and of
+    what was wanted, `[B, Hkv, N]`.
+    """
+
+    rows: Tensor
+    error: Tensor
+    size: Tensor
+    planes: list[Tensor]
+
+
+def _together(k: _Sample, v: _Sample) -> _Sample:
+    """Both sides as more heads of one: encoding so little costs what it takes to start it."""
+    return _Sample(
+        torch.cat([k.rows, v.rows], 1),
+        torch.cat([k.error, v.error], 1),
+        torch.cat([k.size, v.size], 1),
+        [torch.cat(pair, 1) for pair in zip(k.planes, v.planes, strict=True)],
+    )
+
+
+def _sample(planes: list[Tensor], wanted: Tensor, stored: Tensor, center: Tensor | None) -> _Sample:
+    """Of rows `[B, Hkv, S, D]` those that err most, and evenly spaced ones."""
+    error, size = torch.linalg.vector_norm(stored - wanted, dim=-1), torch.linalg.vector_norm(wanted, dim=-1)
+    n_rows = size.shape[2]
+    n = min(SAMPLED_ROWS, n_rows)
+    if n_rows > 2 * n:
+        order = (error / size).nan_to_num_(0.0, torch.inf).amax((0, 1))
+        rows = torch.cat([order.topk(n).indices, _spaced(n_rows, n, order.device)])
+        planes, wanted = [plane[:, :, rows] for plane in planes], wanted[:, :, rows]
+        error, size = error[:, :, rows], size[:, :, rows]
+    return _Sample(wanted if center is None else wanted - center.unsqueeze(2), error, size, planes)
+
+
+def _excess(sample: _Sample, fmt: KVFormat, types: KVTypes) -> float:
+    """How much more stored rows err than the wanted ones encoded again, relative to the row."""
+    again = fmt.encode(sample.rows, types.scale_for(fmt.name))
+    if all(torch.equal(mine, plane) for mine, plane in zip(again, sample.planes, strict=True)):
         return 0.0
-    own = (fmt.decode(again, x.shape[-1]) - x).square().sum(-1)
-    found, size = found[:, :, rows], size[:, :, rows]
-    beyond = (found.sqrt() - own.sqrt()).masked_fill(~torch.isfinite(own), 0.0)  # out of the type's range: not finite
-    return _worst(beyond / size.sqrt(), size, beyond)
+    own = torch.linalg.vector_norm(fmt.decode(again, sample.rows.shape[-1]) - sample.rows, dim=-1)
+    beyond = (sample.error - own).masked_fill_(~torch.isfinite(own), 0.0)  # out of the type's range: not finite
+    return _worst(beyond / sample.size, sample.size, beyond)
 
 
 def _worst(ratio: Tensor, size: Tensor, difference: Tensor) -> float:
@@ -240,10 +311,26 @@ def _newest(view: KVView, n_rows: int) -> Iterator[tuple[Segment, int, int]]:
         yield replace(segment, start=segment.start + segment.length - n, length=n), end, n
 
 
-def _sampled(n_new: int, device: torch.device) -> Tensor:
-    """The queries of a call to compare: the first few, then evenly spaced ones."""
+def _sampled_call(
+    params: AttentionParams, n_new: int, view: KVView, device: torch.device
+) -> tuple[Tensor, AttentionParams]:
+    """The queries of a call to compare, and the same call for these alone: their visibility as an explicit mask."""
+    rows, visible = _sampled(n_new, view.length, view.window, device)
+    return rows, replace(params, mask=visible if params.mask is None else params.mask[:, :, rows])
+
+
+@lru_cache(maxsize=8)
+def _sampled(n_new: int, length: int, window: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which queries: the first few, then evenly spaced ones; and the rows each sees. The same in a model's layers."""
     rows = _spaced(n_new, SAMPLED_QUERIES, device)
-    return rows if n_new <= SAMPLED_QUERIES else torch.cat([torch.tensor(EARLY_QUERIES, device=device), rows])
+    if n_new > SAMPLED_QUERIES:
+        rows = torch.cat([torch.tensor(EARLY_QUERIES, device=device), rows])
+    position = (length - n_new + rows).unsqueeze(-1)
+    key = torch.arange(length, device=device)
+    visible = key <= position
+    if window is not None:
+        visible &= key > position - window
+    return rows, visible.view(1, 1, len(rows), length)
 
 
 def _spaced(n: int, count: int, device: torch.device) -> Tensor:
@@ -252,22 +339,16 @@ def _spaced(n: int, count: int, device: torch.device) -> Tensor:
     return torch.linspace(0, n, count + 1, device=device)[1:].round().long() - 1
 
 
-def _at_rows(params: AttentionParams, rows: Tensor, n_new: int, view: KVView) -> AttentionParams:
-    """The same call for some of its queries: their visibility as an explicit mask."""
-    if params.mask is not None:
-        return replace(params, mask=params.mask[:, :, rows])
-    position = (view.length - n_new + rows).unsqueeze(-1)
-    key = torch.arange(view.length, device=rows.device)
-    visible = key <= position
-    if view.window is not None:
-        visible &= key > position - view.window
-    return replace(params, mask=visible.view(1, 1, len(rows), view.length))
+def _relative_rmse(out: Tensor, exact: Tensor) -> float | None:
+    """The norm of the difference over that of `exact`; None if `exact` is not finite, inf if only `out` is not.
 
-
-def _relative_rmse(out: Tensor, exact: Tensor) -> float:
-    """Root mean square of the difference over that of `exact`; 0 if both are zero, inf if `out` is not finite."""
-    if not is_finite(out):
-        return float("inf")
-    size = exact.square().mean().sqrt().item()
-    difference = (out - exact).square().mean().sqrt().item()
-    return difference / size if size > 0 else (0.0 if difference == 0 else float("inf"))
+    0 if both are zero.
+    """
+    size, difference = (torch.linalg.vector_norm(x).item() for x in (exact, out - exact))
+    if not math.isfinite(size):  # finite values may be too large to be squared
+        if not is_finite(exact):
+            return None
+        size, difference = (torch.linalg.vector_norm(x.double()).item() for x in (exact, out - exact))
+    if not math.isfinite(difference):
+        return math.inf
+    return difference / size if size > 0 else (0.0 if difference == 0 else math.inf)

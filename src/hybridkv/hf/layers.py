@@ -41,7 +41,8 @@ class LayerWatch:
     schedule
         Which calls are checked after that one.
     leads
-        Whether it is the first layer of its kind; in a short prompt it stands for the others.
+        Whether it is the first layer of its kind; in calls of several tokens its rows and its attention stand for the
+        others'.
     """
 
     guard: Guard
@@ -53,7 +54,9 @@ class LayerWatch:
 
     def takes(self, n_seen: int, n_new: int) -> bool:
         """Whether to check this call: of `n_new` tokens, after which the cache has seen `n_seen`."""
-        return self.guard.measures and not self.pending and self.schedule.due(n_seen, n_new)
+        if not self.guard.measures or self.pending or (n_new > 1 and not self.leads):
+            return False
+        return self.schedule.due(n_seen, n_new)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ under the mask, NaN or not, never reach a result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -94,13 +95,13 @@ def _weigh(weights: Tensor, v: Tensor, visible: Tensor) -> Tensor:
     """
     batch, n_heads, n_queries, n_rows = weights.shape
     n_kv_heads = v.shape[1]
+    grouped = weights.reshape(batch, n_kv_heads, -1, n_rows)
+    if math.isfinite(v.sum().item()):  # one pass where all is well
+        return (grouped @ v).view(batch, n_heads, n_queries, -1)
     stale = ~torch.isfinite(v).all(-1)
-    clean = v.masked_fill(stale.unsqueeze(-1), 0.0) if stale.any() else v
-    out = (weights.reshape(batch, n_kv_heads, -1, n_rows) @ clean).view(batch, n_heads, n_queries, -1)
-    if clean is not v:
-        per_head = stale.repeat_interleave(n_heads // n_kv_heads, dim=1).unsqueeze(2)
-        out = out.masked_fill((visible & per_head).any(-1, keepdim=True), torch.nan)
-    return out
+    out = (grouped @ v.masked_fill(stale.unsqueeze(-1), 0.0)).view(batch, n_heads, n_queries, -1)
+    per_head = stale.repeat_interleave(n_heads // n_kv_heads, dim=1).unsqueeze(2)
+    return out.masked_fill((visible & per_head).any(-1, keepdim=True), torch.nan)
 
 
 def _visible(
