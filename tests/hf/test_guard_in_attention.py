@@ -135,8 +135,8 @@ def faulty(kernels: tuple[Kernel, ...], *, at_call: int) -> tuple[Kernel, ...]:
 def test_nan_from_a_kernel_is_caught_where_it_arose() -> None:
     model = build("qwen3_5_text", attention="hybridkv")
     specs = Policy(KVTypes("q8_0", "q8_0")).resolve(kv_facts(layer_facts(model.config)))
-    # Calls 1 and 2 are the prompt in two KV layers; the first token takes three in each, the second one.
-    cache = ModelCache(model.config, specs, kernels=faulty(reference.KERNELS, at_call=10))
+    # Calls 1 to 4 are a prompt in two parts and two KV layers; then a token takes three calls in each, the next one.
+    cache = ModelCache(model.config, specs, kernels=faulty(reference.KERNELS, at_call=12))
     with pytest.raises(NonFiniteError, match="attention output of layer 3 is not finite at token 18") as caught:
         run(model, cache, tokens())
     assert caught.value.layer == 3
