@@ -24,14 +24,15 @@ from hybridkv.cli.main import main as hybridkv  # noqa: E402
 EXACT = "+tail128+sink4+center"
 FAR = "+tail256+sink4+center"
 TYPES = (
-    *("q8_0", "q8_0+kv" + EXACT, "q6_0", "q6_0+kv" + EXACT, "q5_1", "q5_0", "q5_0+kv" + EXACT, "q4_1"),
+    *("q8_0", "q8_0+kv" + EXACT, "q6_0", "q6_0+kv", "q6_0+kv" + EXACT, "q5_1", "q5_0", "q5_0+kv" + EXACT, "q4_1"),
     *("q4_0+absmax", "q4_0", "q4_0+kv", "q4_0+tail128", "q4_0+kv+tail128", "q4_0+kv" + EXACT),
     *("iq4_nl", "iq4_nl+kv" + EXACT, "hq4_nl", "hq4_nl" + EXACT, "q8_0/hq3_nl" + EXACT),
     *("hq3_nl", "hq3_nl+tail128", "hq3_nl" + EXACT, "hq3_nl" + FAR, "hq3_nl/hq2_nl" + EXACT),
     *("hq2_nl", "hq2_nl+tail128", "hq2_nl" + EXACT, "hq2_nl" + FAR),
 )
 KEY_TYPES = (
-    *("q8_0", "q6_0", "q4_0+absmax", "q4_0", "q4_0+kv+tail128", "q4_0+kv" + EXACT, "hq4_nl" + EXACT),
+    *("q8_0", "q6_0", "q6_0+kv", "q6_0+kv" + EXACT),
+    *("q4_0+absmax", "q4_0", "q4_0+kv+tail128", "q4_0+kv" + EXACT, "hq4_nl" + EXACT),
     *("hq3_nl" + EXACT, "hq3_nl" + FAR, "hq2_nl" + EXACT),
 )
 """What the larger models are asked."""
