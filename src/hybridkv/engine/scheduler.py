@@ -32,6 +32,7 @@ from hybridkv.hf import (
     ModelCache,
     NativeStep,
     Step,
+    finite_rows,
     is_finite,
     is_hybrid,
     kv_facts,
@@ -370,7 +371,7 @@ class Scheduler:
             for sequence in batch:  # whose doing it was is not known, and the states may be half a token on
                 self._fail(sequence, error)
             return
-        finite = torch.isfinite(answers.logits).all(-1).tolist()
+        finite = finite_rows(answers.logits)
         good: list[int] = []
         for index, sequence in enumerate(batch):
             sequence.position += 1

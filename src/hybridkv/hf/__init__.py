@@ -5,7 +5,7 @@ Importing this package registers `attn_implementation="hybridkv"` through Transf
 
 from hybridkv.hf.attention import IMPLEMENTATION, register
 from hybridkv.hf.cache import ModelCache, quantized_cache
-from hybridkv.hf.evidence import is_finite
+from hybridkv.hf.evidence import finite_rows, is_finite
 from hybridkv.hf.facts import cache_argument, is_hybrid, kv_facts, layer_facts, takes_chunks
 from hybridkv.hf.step import (
     EagerStep,
@@ -41,6 +41,7 @@ __all__ = [
     "StepKind",
     "WeightKind",
     "cache_argument",
+    "finite_rows",
     "is_finite",
     "is_hybrid",
     "kv_facts",

@@ -148,6 +148,11 @@ def is_finite(x: Tensor) -> bool:
     return math.isfinite(x.sum().item()) or bool(torch.isfinite(x).all())
 
 
+def finite_rows(x: Tensor) -> list[bool]:
+    """Whether each row of `x` `[N, D]` is finite, at the same price."""
+    return [math.isfinite(total) or is_finite(row) for total, row in zip(x.sum(-1).tolist(), x, strict=True)]
+
+
 def butterfly(x: Tensor) -> Tensor:
     """What `hybridkv.rotation.rotate` must give, float32: stage by stage instead of by a matrix.
 

@@ -41,8 +41,8 @@ class LayerWatch:
     schedule
         Which calls are checked after that one.
     leads
-        Whether it is the first layer of its kind; in calls of several tokens its rows and its attention stand for the
-        others'.
+        Whether it is the first layer of its kind. Its rows and its attention stand for the others', but for the first
+        single token, which is checked in all.
     """
 
     guard: Guard
@@ -54,9 +54,9 @@ class LayerWatch:
 
     def takes(self, n_seen: int, n_new: int) -> bool:
         """Whether to check this call: of `n_new` tokens, after which the cache has seen `n_seen`."""
-        if not self.guard.measures or self.pending or (n_new > 1 and not self.leads):
+        if not self.guard.measures or self.pending:
             return False
-        return self.schedule.due(n_seen, n_new)
+        return (self.leads or (n_new == 1 and not self.schedule.decoded)) and self.schedule.due(n_seen, n_new)
 
 
 @dataclass(frozen=True, slots=True)

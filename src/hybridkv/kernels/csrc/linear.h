@@ -114,8 +114,11 @@ HYBRIDKV_PHASE void panel_integers(const uint8_t* panel, int64_t bytes, int64_t 
 #pragma GCC unroll 8
     for (auto& row : acc) for (F& a : row) a = Simd::set1(0.f);
     for (int64_t b = 0; b < blocks; b += 2, panel += pair_bytes(C)) {
-        if constexpr (NQ <= 4 && !(whole && NV > 1)) {
-            if (ahead) expect_pair<C>(panel);
+        if constexpr (NQ <= 4) {
+#pragma GCC unroll 2
+            for (int v = 0; v < (whole ? NV : 1); ++v) {
+                if (ahead) expect_pair<C>(panel + v * bytes);
+            }
         }
 #pragma GCC unroll 2
         for (int64_t half = 0; half < 2; ++half) {
@@ -239,11 +242,11 @@ void linear_integers(const Weight& w, const uint8_t* x, int64_t n_rows, int64_t 
     const int64_t stride = integers_stride(w.n_in), blocks = packed_inputs(w.code, w.n_in) / 32;
     const int64_t bytes = panel_bytes(w.code, w.n_in);
     if constexpr (L == kPanel) {  // two panels at once: one broadcast for two products
-        for (; n_rows >= 32 && panel0 + 2 <= panel1; panel0 += 2) {
+        for (; n_rows > 4 && panel0 + 2 <= panel1; panel0 += 2) {
             Blocks::for_rows<4>(n_rows, [&](auto group, int64_t r) {
                 constexpr int n = decltype(group)::count;
                 alignas(64) float sums[2 * n * kPanel];
-                panel_integers<C, n, 2>(w.data + panel0 * bytes, bytes, blocks, x + r * stride, stride, 0, false,
+                panel_integers<C, n, 2>(w.data + panel0 * bytes, bytes, blocks, x + r * stride, stride, 0, r == 0,
                                      sums);
                 out.put(sums, n, r, panel0);
                 out.put(sums + n * kPanel, n, r, panel0 + 1);
