@@ -188,6 +188,6 @@ def test_the_check_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts(1200, 1200) == prompt
     assert counts(1200, 64, 1136) == [*prompt, most]
     assert counts(1200, 600, 400, 200) == [*prompt, most]  # 1000 tokens are not yet twice 600
-    # Token 2, the first, in both layers; 31 and 32 (a block's edges), 64 and 128 (powers of two) in the first. Each has its
-    # own query and two that look for rows.
+    # Token 2, the first, in both layers; 31 and 32 (a block's edges), 64 and 128 (powers of two) in the first. Each has
+    # its own query and two that look for rows.
     assert counts(130, 2) == [2, 2, 2] + [3, 3] + [3] * 4
