@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from tests.cli.conftest import Cli
+from tests.gguf.write_qwen35 import draft, tiny_model
 
 
 def test_goes_on_as_one_run(cli: Cli, hybrid: Path, tmp_path: Path) -> None:
@@ -45,6 +46,53 @@ def test_text_goes_on_behind_text(cli: Cli, gguf: Path, tmp_path: Path) -> None:
     n = len(before["prompt_ids"]) + 4
     assert after["prompt_ids"][:n] == [*before["prompt_ids"], *before["sequences"][0]["ids"]]
     assert f"--session: {n - 1} of {len(after['prompt_ids'])} prompt tokens reused" in " ".join(second.err.split())
+
+
+def chat_model(directory: Path, template: str) -> Path:
+    file = draft(tiny_model())
+    file.keys["tokenizer.chat_template"] = template
+    return file.write(directory / "chat.gguf")
+
+
+def test_a_chat_goes_on_behind_its_own_tokens(cli: Cli, tmp_path: Path) -> None:
+    """The second question stands behind the first answer, and only what is new is processed."""
+    model = chat_model(tmp_path, "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>")
+    path, options = tmp_path / "talk", ("--temp", "0", "--json", "-c", "256", "-n", "4", "--ignore-eos", "--chat")
+    first = cli("run", "-m", model, "-p", "the", "--session", path, *options)
+    second = cli("run", "-m", model, "-p", "and", "--session", path, *options)
+    assert (first.code, second.code) == (0, 0), second.err
+    before, after = json.loads(first.out), json.loads(second.out)
+    said = before["sequences"][0]["text"]
+    assert after["prompt"] == f"<user>the<assistant>{said}<user>and<assistant>"
+    n_held = len(before["prompt_ids"]) + 3  # all but the last token of the answer
+    assert after["prompt_ids"][:n_held] == [*before["prompt_ids"], *before["sequences"][0]["ids"]][:n_held]
+    assert f"--session: {n_held} of {len(after['prompt_ids'])} prompt tokens reused" in " ".join(second.err.split())
+    ids = ",".join(map(str, after["prompt_ids"]))
+    alone = cli("run", "-m", model, "--ids", ids, *options[:-1])
+    assert json.loads(alone.out)["sequences"][0]["ids"] == after["sequences"][0]["ids"]
+
+
+def test_a_chat_whose_template_rewrites_earlier_turns_starts_over_and_says_so(cli: Cli, tmp_path: Path) -> None:
+    model = chat_model(
+        tmp_path, "{{ messages | length }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}:"
+    )
+    path, options = tmp_path / "talk", ("--temp", "0", "-c", "256", "-n", "4", "--ignore-eos", "--chat")
+    assert cli("run", "-m", model, "-p", "the", "--session", path, *options).code == 0
+    second = cli("run", "-m", model, "-p", "and", "--session", path, *options)
+    assert second.code == 0, second.err
+    assert "(the chat template writes earlier turns another way); all is processed again" in " ".join(
+        second.err.split()
+    )
+
+
+def test_a_chat_and_plain_text_are_not_mixed(cli: Cli, gguf: Path, tmp_path: Path) -> None:
+    model = chat_model(tmp_path, "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}:")
+    path, options = tmp_path / "talk", ("--temp", "0", "-c", "256", "-n", "2")
+    assert cli("run", "-m", model, "-p", "the", "--session", path, "--chat", *options).code == 0
+    plain = cli("run", "-m", model, "-p", "the", "--session", path, *options)
+    assert (plain.code, plain.out) == (2, "")
+    assert "it is a chat" in plain.err
+    assert "hint: go on with --chat, or give another file" in plain.err
 
 
 def test_refusals(cli: Cli, hybrid: Path, gguf: Path, tmp_path: Path) -> None:
