@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cuda import attention_cuda_table, step_cuda_table
+from guard import cost_table, faults_table, real_faults_table
 from tuned import tuning_table
 
 from quality import pictures, quality_table, recommended_table, targets_table
@@ -229,6 +230,12 @@ def tuning() -> str:
     return with_parts("docs/tuning.md", {"tuned": tuning_table()})
 
 
+def guard() -> str:
+    """docs/decisions/guard-limit.md with its tables renewed."""
+    tables = {"faults": faults_table(), "real-faults": real_faults_table(), "cost": cost_table()}
+    return with_parts("docs/decisions/guard-limit.md", tables)
+
+
 def main() -> int:
     """Write or check every generated file."""
     stale = 0
@@ -238,6 +245,7 @@ def main() -> int:
         "docs/performance.md": performance(),
         "docs/quality.md": quality(),
         "docs/tuning.md": tuning(),
+        "docs/decisions/guard-limit.md": guard(),
         **pictures(),
         "README.md": readme(),
     }

@@ -48,6 +48,10 @@ def test_tuning_table_is_the_committed_measurements(generate: ModuleType) -> Non
     assert (ROOT / "docs/tuning.md").read_text() == generate.tuning()
 
 
+def test_guard_tables_are_the_committed_measurements(generate: ModuleType) -> None:
+    assert (ROOT / "docs/decisions/guard-limit.md").read_text() == generate.guard()
+
+
 def test_readme_tables_are_generated(generate: ModuleType) -> None:
     assert generate.readme() == README
 
