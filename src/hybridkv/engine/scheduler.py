@@ -18,37 +18,31 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hybridkv.cache import KVSpec, KVTypes, resolve
+from hybridkv.cache import KVSpec
 from hybridkv.engine.admission import Admission, is_out_of_memory
+from hybridkv.engine.host import Host, bad_logits
 from hybridkv.engine.ladder import check_weights, labels_of, raised_specs
 from hybridkv.engine.prefixes import PrefixStore
 from hybridkv.engine.requests import Event, Request, SchedulerStats, Ticket
+from hybridkv.engine.reuse import Reuse
 from hybridkv.engine.running import Running
 from hybridkv.engine.sampling import draw_each
-from hybridkv.engine.session import Session, load_session, resume, save_session
+from hybridkv.engine.session import load_session, save_session
 from hybridkv.engine.tally import Tally
-from hybridkv.errors import AdmissionError, HybridKVError, SessionError, UsageError
+from hybridkv.errors import AdmissionError, HybridKVError, UsageError
 from hybridkv.hf import (
     ModelCache,
     NativeStep,
     Step,
     finite_rows,
     is_finite,
-    is_hybrid,
-    kv_facts,
-    layer_facts,
     resolve_step,
     takes_chunks,
-    vocabulary_rows,
 )
-from hybridkv.kernels import ENCODERS, KERNELS
-from hybridkv.policy import Guard, MismatchError, NonFiniteError, Policy
+from hybridkv.policy import Guard, MismatchError, NonFiniteError
 
 MAX_PARALLEL = 256
 """Sequences that may run at once; the native step's buffers hold a row for each."""
-
-CHECKPOINT_TOKENS = 1024
-"""Tokens of a prompt between two checkpoints, beside those near its end; rounded to whole chunks."""
 
 T = TypeVar("T")
 
@@ -100,12 +94,10 @@ class Scheduler:
         for name, value, most in (("n_parallel", n_parallel, MAX_PARALLEL), ("prefill_chunk", prefill_chunk, n_ctx)):
             if not 1 <= value <= most:
                 raise UsageError(f"{name} {value}; allowed: 1 to {most}")
-        self._model, self._specs = model, tuple(specs)
+        self._host = Host(model, specs, n_ctx=n_ctx, guard=guard, notify=notify)
         self._n_parallel, self._max_waiting = n_parallel, max_waiting
-        self._guard, self._notify = guard, notify
-        self._device = next(model.parameters()).device.type
         self._chunk = prefill_chunk if takes_chunks(model.config) else None
-        self.step_of_model = resolve_step(model.config, self._device)(model) if step is None else step
+        self.step_of_model = resolve_step(model.config, self._host.device)(model) if step is None else step
         native = isinstance(self.step_of_model, NativeStep)
         self.admission = Admission(
             model,
@@ -115,6 +107,7 @@ class Scheduler:
             conv_itemsize=4 if native else next(model.parameters()).dtype.itemsize,
         )
         self.prefixes = PrefixStore(prefix_bytes)
+        self._reuse = Reuse(self._host, self.prefixes, self._chunk)
         self._waiting: deque[Running] = deque()
         self._running: tuple[Running, ...] = ()
         self._turn = 0
@@ -141,8 +134,8 @@ class Scheduler:
         UsageError, NoKernelError
             For token ids that the model does not have, or types that do not exist or do not run here.
         """
-        self._check_ids(request)
-        specs = self._specs_of(request.types)
+        self._host.check_ids(request)
+        specs = self._host.specs_of(request.types)
         planned = self.admission.check(specs, len(request.prompt_ids), request.max_tokens)
         with self._changed:
             if not self._open:
@@ -159,8 +152,7 @@ class Scheduler:
                 )
             self._n_submitted += 1
             ticket = Ticket(self._n_submitted, request, listener)
-            reuses = request.reuse and self._chunk is not None and self.prefixes.budget_bytes > 0
-            self._waiting.append(Running(ticket, specs, specs, planned, reuses))
+            self._waiting.append(Running(ticket, specs, specs, planned, self._reuse.wanted(request)))
             self._changed.notify()
         return ticket
 
@@ -192,21 +184,9 @@ class Scheduler:
         SessionError
             If no prefix holds any of it, or the file cannot be written.
         """
-        key, tokens = self._specs_of(ticket.request.types), ticket.token_ids
-
-        def take() -> Session:
-            found = self.prefixes.find(key, tokens, len(tokens))
-            if found is None:
-                raise SessionError(
-                    f"none of the {len(tokens)} tokens of request {ticket.number} are stored any more",
-                    hint="give stored prefixes more memory",
-                )
-            cache = self._cache(found.stored.specs, found.end)
-            cache.load(self.prefixes.copies(found))
-            return Session(tokens, found.end, cache.stored())
-
-        session = self.call(take).result()
-        save_session(path, session, self._model)
+        name = f"request {ticket.number}"
+        session = self.call(lambda: self._reuse.take(ticket.request, ticket.token_ids, name)).result()
+        save_session(path, session, self._host.model)
         return session.n_cached
 
     def restore(self, path: Path) -> tuple[int, ...]:
@@ -219,23 +199,8 @@ class Scheduler:
         SessionError
             If the file is not a session of this model, or has no room among the stored prefixes.
         """
-        session = load_session(path, self._model)
-        held = session.tokens[: session.n_cached]
-
-        def put() -> None:
-            cache, notice = resume(session, self._specs, lambda specs: self._cache(specs, len(held)))
-            stored = self.prefixes.add(self._specs, held, cache, None) if self._chunk is not None else None
-            if stored is None:
-                raise SessionError(
-                    f"no room for the {len(held)} tokens of {path}: stored prefixes may take "
-                    f"{self.prefixes.budget_bytes} bytes"
-                    if self._chunk is not None
-                    else "this model's code takes a prompt in one piece and cannot go on from a session",
-                )
-            if notice is not None:
-                self._notify(notice)
-
-        self.call(put).result()
+        session = load_session(path, self._host.model)
+        self.call(lambda: self._reuse.put(session, path)).result()
         return session.tokens
 
     def shutdown(self, *, drain: bool) -> None:
@@ -349,14 +314,9 @@ class Scheduler:
         return budget is None or sum(s.planned_bytes for s in self._running) + sequence.planned_bytes <= budget
 
     def _begin(self, sequence: Running) -> None:
-        """Give a sequence its cache, filled from the furthest checkpoint that leaves it a token to process."""
-        found = None
-        if sequence.reuses:
-            found = self.prefixes.find(sequence.key, sequence.history, len(sequence.history) - 1)
-        sequence.cache = self._cache(sequence.specs if found is None else found.stored.specs, sequence.n_ctx)
+        """Give a sequence its cache."""
+        found = self._reuse.begin(sequence)
         if found is not None:
-            sequence.cache.load(self.prefixes.copies(found))
-            sequence.position, sequence.checkpoint = found.end, found
             sequence.ticket.count_cached(found.end)
             self._tally.cached_tokens += found.end
 
@@ -378,7 +338,7 @@ class Scheduler:
             if index in answers.failed:
                 self._rebuild(sequence, answers.failed[index])
             elif not finite[index]:
-                self._rebuild(sequence, self._bad_logits(sequence))
+                self._rebuild(sequence, bad_logits(caches[index], sequence.position))
             else:
                 good.append(index)
         self._draw([batch[i] for i in good], answers.logits[good] if len(good) < len(batch) else answers.logits)
@@ -393,7 +353,7 @@ class Scheduler:
             logits = self.step_of_model.forward(torch.tensor([sequence.history[begin:end]]), cache, begin)
             if not is_finite(logits):
                 sequence.position = end
-                raise self._bad_logits(sequence)
+                raise bad_logits(cache, end)
         except (NonFiniteError, MismatchError) as error:
             self._rebuild(sequence, error)
             return
@@ -405,8 +365,8 @@ class Scheduler:
         self._tally.prefill_s += time.perf_counter() - start
         if cache.specs != sequence.specs and not self._keep_within(sequence, cache):
             return
-        if self._is_checkpoint(sequence):
-            self._leave_checkpoint(sequence)
+        if self._reuse.is_due(sequence):
+            self._reuse.leave(sequence)
         if not sequence.prefills:
             self._draw([sequence], logits)
 
@@ -421,38 +381,19 @@ class Scheduler:
                 self._retire(sequence)
             sequence.ticket.put(event)
 
-    # ---- Checkpoints.
-
-    def _is_checkpoint(self, sequence: Running) -> bool:
-        """At the end of a prompt, at the last boundary of chunks before it, and every so many tokens.
-
-        A template may write the end of a prompt another way once there is an answer: then the boundary serves.
-        """
-        assert self._chunk is not None or not sequence.reuses
-        if not sequence.reuses or self._chunk is None:
-            return False
-        spacing = max(1, CHECKPOINT_TOKENS // self._chunk) * self._chunk
-        return sequence.n_prefill - sequence.position <= self._chunk or sequence.position % spacing == 0
-
-    def _leave_checkpoint(self, sequence: Running) -> None:
-        assert sequence.cache is not None
-        sequence.checkpoint = self.prefixes.add(
-            sequence.key, sequence.history[: sequence.position], sequence.cache, sequence.checkpoint
-        )
-
     # ---- Ends.
 
     def _rebuild(self, sequence: Running, error: NonFiniteError | MismatchError) -> None:
         """Put a sequence back in front of the queue, to process all its tokens again at larger types."""
         assert sequence.cache is not None
         try:
-            check_weights(self._model)
-            specs = raised_specs(sequence.cache.specs, self._guard, error)
+            check_weights(self._host.model)
+            specs = raised_specs(sequence.cache.specs, self._host.guard, error)
             planned = self.admission.check(specs, sequence.n_ctx, 0)
         except HybridKVError as final:
             self._fail(sequence, final)
             return
-        self._notify(f"{error.message}; rebuilding {len(sequence.history)} tokens at {labels_of(specs)}")
+        self._host.notify(f"{error.message}; rebuilding {len(sequence.history)} tokens at {labels_of(specs)}")
         self._tally.n_rebuilds += 1
         self._requeue(sequence, specs, planned)
 
@@ -503,44 +444,7 @@ class Scheduler:
     def _retire(self, sequence: Running) -> None:
         """Take a sequence out, leaving a checkpoint at the end of what it has processed."""
         if sequence.reuses and sequence.cache is not None and not sequence.prefills:
-            self._leave_checkpoint(sequence)
+            self._reuse.leave(sequence)
         sequence.cache = None
         with self._changed:
             self._running = tuple(s for s in self._running if s is not sequence)
-
-    # ---- Parts.
-
-    def _check_ids(self, request: Request) -> None:
-        n_vocab = vocabulary_rows(self._model.config)
-        bad = next((i for i in request.prompt_ids if not 0 <= i < n_vocab), None)
-        if bad is not None:
-            raise UsageError(f"token id {bad}; allowed: 0 to {n_vocab - 1}")
-
-    def _specs_of(self, types: KVTypes | None) -> tuple[KVSpec, ...]:
-        """How a request's KV layers are stored; checked, so that nothing can be missing later."""
-        if types is None:
-            return self._specs
-        facts = layer_facts(self._model.config)
-        asked = Policy(types).resolve(kv_facts(facts))
-        specs, warnings = self._guard.before(asked, hybrid=is_hybrid(facts), n_ctx=self.admission.n_ctx)
-        for spec in specs:
-            resolve(spec, self._device, KERNELS, ENCODERS)
-        for line in warnings:
-            self._notify(line)
-        return specs
-
-    def _cache(self, specs: Sequence[KVSpec], n_ctx: int) -> ModelCache:
-        return ModelCache(
-            self._model.config, specs, device=self._device, n_ctx=n_ctx, guard=self._guard, notify=self._notify
-        )
-
-    def _bad_logits(self, sequence: Running) -> NonFiniteError:
-        assert sequence.cache is not None
-        layers = sequence.cache.kv_layers
-        return NonFiniteError(
-            layer=None,
-            label=layers[0].types.label if layers else "none",
-            kernel=layers[0].kernels.label if layers else "none",
-            n_tokens=sequence.position,
-            source="cache",
-        )

@@ -1,0 +1,88 @@
+"""A model as a scheduler holds it: what its requests may ask for, and the caches made for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hybridkv.cache import KVSpec, KVTypes, resolve
+from hybridkv.engine.requests import Request
+from hybridkv.errors import UsageError
+from hybridkv.hf import ModelCache, is_hybrid, kv_facts, layer_facts, vocabulary_rows
+from hybridkv.kernels import ENCODERS, KERNELS
+from hybridkv.policy import Guard, NonFiniteError, Policy
+
+
+class Host:
+    """Checks requests against a model and makes its caches.
+
+    Parameters
+    ----------
+    model
+        A Transformers causal language model, loaded with `attn_implementation="hybridkv"`.
+    specs
+        How KV layers are stored where a request does not say.
+    n_ctx
+        Most tokens of a sequence.
+    guard
+        What is watched, in every sequence.
+    notify
+        Where the guard reports.
+    """
+
+    def __init__(
+        self, model: Any, specs: Sequence[KVSpec], *, n_ctx: int, guard: Guard, notify: Callable[[str], None]
+    ) -> None:
+        self.model, self.specs, self.guard, self.notify = model, tuple(specs), guard, notify
+        self.device: str = next(model.parameters()).device.type
+        self._n_ctx = n_ctx
+
+    def check_ids(self, request: Request) -> None:
+        """Refuse token ids that the model does not have.
+
+        Raises
+        ------
+        UsageError
+            Naming the first.
+        """
+        n_vocab = vocabulary_rows(self.model.config)
+        bad = next((i for i in request.prompt_ids if not 0 <= i < n_vocab), None)
+        if bad is not None:
+            raise UsageError(f"token id {bad}; allowed: 0 to {n_vocab - 1}")
+
+    def specs_of(self, types: KVTypes | None) -> tuple[KVSpec, ...]:
+        """How a request's KV layers are stored; checked, so that nothing can be missing later.
+
+        Raises
+        ------
+        UsageError, NoKernelError
+            For types that do not exist or do not run here.
+        """
+        if types is None:
+            return self.specs
+        facts = layer_facts(self.model.config)
+        asked = Policy(types).resolve(kv_facts(facts))
+        specs, warnings = self.guard.before(asked, hybrid=is_hybrid(facts), n_ctx=self._n_ctx)
+        for spec in specs:
+            resolve(spec, self.device, KERNELS, ENCODERS)
+        for line in warnings:
+            self.notify(line)
+        return specs
+
+    def new_cache(self, specs: Sequence[KVSpec], n_ctx: int) -> ModelCache:
+        """An empty cache for one sequence."""
+        return ModelCache(
+            self.model.config, specs, device=self.device, n_ctx=n_ctx, guard=self.guard, notify=self.notify
+        )
+
+
+def bad_logits(cache: ModelCache, n_tokens: int) -> NonFiniteError:
+    """What to report where a sequence's logits are not finite though every attention output was."""
+    layers = cache.kv_layers
+    return NonFiniteError(
+        layer=None,
+        label=layers[0].types.label if layers else "none",
+        kernel=layers[0].kernels.label if layers else "none",
+        n_tokens=n_tokens,
+        source="cache",
+    )

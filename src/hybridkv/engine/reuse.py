@@ -1,0 +1,105 @@
+"""Stored prefixes as a scheduler uses them: where sequences leave checkpoints, what they begin from, session files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hybridkv.engine.host import Host
+from hybridkv.engine.prefixes import Checkpoint, PrefixStore
+from hybridkv.engine.requests import Request
+from hybridkv.engine.running import Running
+from hybridkv.engine.session import Session, resume
+from hybridkv.errors import SessionError
+
+CHECKPOINT_TOKENS = 1024
+"""Tokens of a prompt between two checkpoints, beside those near its end; rounded to whole chunks."""
+
+
+class Reuse:
+    """What sequences leave behind and take up. Used on the scheduler's thread alone.
+
+    Parameters
+    ----------
+    host
+        Makes the caches.
+    store
+        Holds the prefixes.
+    chunk
+        Tokens of a prompt in one iteration; None if the model takes a prompt in one piece, and so goes on from nothing.
+    """
+
+    def __init__(self, host: Host, store: PrefixStore, chunk: int | None) -> None:
+        self._host, self._store, self._chunk = host, store, chunk
+
+    def wanted(self, request: Request) -> bool:
+        """Whether this request's sequence begins from stored prefixes and leaves its own."""
+        return request.reuse and self._chunk is not None and self._store.budget_bytes > 0
+
+    def begin(self, sequence: Running) -> Checkpoint | None:
+        """Give a sequence its cache, filled from the furthest checkpoint that leaves it a token to process."""
+        found = None
+        if sequence.reuses:
+            found = self._store.find(sequence.key, sequence.history, len(sequence.history) - 1)
+        specs = sequence.specs if found is None else found.stored.specs
+        sequence.cache = self._host.new_cache(specs, sequence.n_ctx)
+        if found is not None:
+            sequence.cache.load(self._store.copies(found))
+            sequence.position, sequence.checkpoint = found.end, found
+        return found
+
+    def is_due(self, sequence: Running) -> bool:
+        """At the end of a prompt, at the last boundary of chunks before it, and every so many tokens.
+
+        A template may write the end of a prompt another way once there is an answer: then the boundary serves.
+        """
+        assert self._chunk is not None or not sequence.reuses
+        if not sequence.reuses or self._chunk is None:
+            return False
+        spacing = max(1, CHECKPOINT_TOKENS // self._chunk) * self._chunk
+        return sequence.n_prefill - sequence.position <= self._chunk or sequence.position % spacing == 0
+
+    def leave(self, sequence: Running) -> None:
+        """Store what a sequence has processed."""
+        assert sequence.cache is not None
+        sequence.checkpoint = self._store.add(
+            sequence.key, sequence.history[: sequence.position], sequence.cache, sequence.checkpoint
+        )
+
+    def take(self, request: Request, tokens: tuple[int, ...], name: str) -> Session:
+        """As much of a sequence as the stored prefixes hold, for a file.
+
+        Raises
+        ------
+        SessionError
+            If they hold none of it.
+        """
+        found = self._store.find(self._host.specs_of(request.types), tokens, len(tokens))
+        if found is None:
+            raise SessionError(
+                f"none of the {len(tokens)} tokens of {name} are stored any more",
+                hint="give stored prefixes more memory",
+            )
+        cache = self._host.new_cache(found.stored.specs, found.end)
+        cache.load(self._store.copies(found))
+        return Session(tokens, found.end, cache.stored())
+
+    def put(self, session: Session, path: Path) -> None:
+        """Take a file's session into the stored prefixes.
+
+        Raises
+        ------
+        SessionError
+            If there is no room for it, or the model cannot go on from it.
+        """
+        held = session.tokens[: session.n_cached]
+        specs = self._host.specs
+        cache, notice = resume(session, specs, lambda specs: self._host.new_cache(specs, len(held)))
+        if self._chunk is None:
+            raise SessionError("this model's code takes a prompt in one piece and cannot go on from a session")
+        if self._store.add(specs, held, cache, None) is None:
+            raise SessionError(
+                f"no room for the {len(held)} tokens of {path}: stored prefixes may take "
+                f"{self._store.budget_bytes} bytes"
+            )
+        if notice is not None:
+            self._host.notify(notice)
