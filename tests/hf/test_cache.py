@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from hybridkv import ContextError, ModelError, NoKernelError, UsageError, quantized_cache
 from hybridkv.formats import get_format
 from hybridkv.hf import EagerStep
-from hybridkv.hf.layers import LayerView
+from hybridkv.hf.view import LayerView
 from tests.families import FAMILIES, build, remembering
 from tests.hf.test_families import change, run, tokens
 

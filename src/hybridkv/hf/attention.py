@@ -18,7 +18,8 @@ from transformers.masking_utils import sdpa_mask
 from hybridkv.cache import KVLayer, KVTypes
 from hybridkv.errors import GuardError, ModelError
 from hybridkv.hf.evidence import float_view, is_finite, measure, verify
-from hybridkv.hf.layers import LayerView, QuantizedLayer
+from hybridkv.hf.layers import QuantizedLayer
+from hybridkv.hf.view import LayerView
 from hybridkv.kernels import KERNELS, AttentionParams, Kernel, KVView, Phase, attend, select
 from hybridkv.kernels.reference import attend as reference_attend
 from hybridkv.policy import Fallback, MismatchError, NonFiniteError, Ok, Stop

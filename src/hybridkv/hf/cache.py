@@ -21,8 +21,9 @@ from hybridkv.errors import ContextError, UsageError
 from hybridkv.formats import Scale
 from hybridkv.hf.attention import IMPLEMENTATION, register
 from hybridkv.hf.facts import is_hybrid, kv_facts, layer_facts, takes_chunks
-from hybridkv.hf.layers import EmptyLayer, LayerWatch, Notify, QuantizedAndStateLayer, QuantizedLayer, StateLayer
+from hybridkv.hf.layers import EmptyLayer, QuantizedAndStateLayer, QuantizedLayer, StateLayer
 from hybridkv.hf.stored import StoredCache
+from hybridkv.hf.view import LayerWatch, Notify
 from hybridkv.kernels import ENCODERS, KERNELS, Encoder, Kernel
 from hybridkv.policy import Guard, GuardMode, KVConfig, Policy, parse_mode, parse_override, parse_scale, read_config
 

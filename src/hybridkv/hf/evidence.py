@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hybridkv.cache import KVTypes
 from hybridkv.formats import FORMATS, KVFormat
-from hybridkv.hf.layers import LayerView
+from hybridkv.hf.view import LayerView
 from hybridkv.kernels import AttentionParams, KVView, Segment
 from hybridkv.kernels.reference import attend as reference_attend
 from hybridkv.policy import Evidence

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 from hybridkv.errors import UsageError, one_of
-from hybridkv.hf.layers import Notify
 from hybridkv.hf.step import fused, graph, native
 from hybridkv.hf.step.eager import EagerStep
 from hybridkv.hf.step.fused import FusedStep
@@ -28,6 +27,7 @@ from hybridkv.hf.step.weights import (
     parse_weights,
     vocabulary_rows,
 )
+from hybridkv.hf.view import Notify
 
 StepKind = Literal["auto", "native", "eager"]
 GraphMode = Literal["on", "off"]

@@ -27,8 +27,9 @@ from hybridkv.errors import ModelError
 from hybridkv.hf.attention import non_finite
 from hybridkv.hf.cache import ModelCache
 from hybridkv.hf.facts import layer_facts
-from hybridkv.hf.layers import Fixed, Notify, QuantizedLayer, StateLayer
+from hybridkv.hf.layers import QuantizedLayer, StateLayer
 from hybridkv.hf.step.record import Answers, Step, one_by_one
+from hybridkv.hf.view import Fixed, Notify
 
 LOG = logging.getLogger("hybridkv")
 

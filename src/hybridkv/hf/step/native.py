@@ -15,10 +15,11 @@ from torch import Tensor
 
 from hybridkv.hf.attention import attend_new, non_finite, verify_call
 from hybridkv.hf.cache import ModelCache
-from hybridkv.hf.layers import LayerView, QuantizedLayer, StateLayer
+from hybridkv.hf.layers import QuantizedLayer, StateLayer
 from hybridkv.hf.step import llama, qwen3_5
 from hybridkv.hf.step.record import Answers, Build, Builder, Family, Fault, one_by_one
 from hybridkv.hf.step.weights import packed_of, vocabulary_rows
+from hybridkv.hf.view import LayerView
 from hybridkv.kernels import AttentionParams, cpu, cpu_native
 from hybridkv.kernels.linear import PackedWeight, exact_type, gather, pack
 from hybridkv.kernels.step import Caches, Health, Rows

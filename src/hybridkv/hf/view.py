@@ -1,0 +1,100 @@
+"""What a cache layer hands to the attention function: the rows, the guard's part, and a recorded step's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from hybridkv.cache import KVLayer
+from hybridkv.kernels import KVView
+from hybridkv.policy import Guard, Schedule
+
+Notify = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class LayerWatch:
+    """What the guard wants of one KV layer.
+
+    Attributes
+    ----------
+    guard
+        Mode and limit.
+    notify
+        Where a fallback is reported.
+    pending
+        True until the first call over packed rows has been measured.
+    error
+        The last measured relative RMSE, or None.
+    schedule
+        Which calls are checked after that one.
+    leads
+        Whether it is the first layer of its kind. Its rows and its attention stand for the others', but for the first
+        single token, which is checked in all.
+    """
+
+    guard: Guard
+    notify: Notify
+    pending: bool = field(default=True)
+    error: float | None = None
+    schedule: Schedule = field(default=Schedule())
+    leads: bool = field(default=True)
+
+    def takes(self, n_seen: int, n_new: int) -> bool:
+        """Whether to check this call: of `n_new` tokens, after which the cache has seen `n_seen`."""
+        if not self.guard.measures or self.pending:
+            return False
+        return (self.leads or (n_new == 1 and not self.schedule.decoded)) and self.schedule.due(n_seen, n_new)
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """A decode step whose numbers only the device knows, so that it can be recorded once and run again and again.
+
+    Attributes
+    ----------
+    lengths
+        int32 `[B]`: rows that each sequence holds, this step's included.
+    health
+        int32 `[2]`, for this layer: not 0 where the attention output (first) or what went into it (second) was not
+        finite.
+    """
+
+    lengths: Tensor
+    health: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LayerView:
+    """What `update` hands to the attention function in place of tensors.
+
+    Attributes
+    ----------
+    layer
+        The packed rows' owner.
+    view
+        The rows that this call attends.
+    watch
+        The guard's part.
+    fresh_k, fresh_v
+        The new tokens before they were encoded, for this call only. In the call that the guard measures, the earlier
+        tokens before them, as they were before they were packed.
+    fixed
+        In a step that is recorded: where this layer's health goes.
+    """
+
+    layer: KVLayer
+    view: KVView
+    watch: LayerWatch
+    fresh_k: Tensor
+    fresh_v: Tensor
+    fixed: Fixed | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"packed K/V rows have no attribute {name!r}: this model handles K and V as tensors before attention. "
+            "hint: load it with attn_implementation='sdpa'; the same cache then gives dequantized tensors"
+        )
