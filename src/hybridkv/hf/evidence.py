@@ -324,7 +324,7 @@ def _sampled_call(
     return rows, replace(params, mask=visible if params.mask is None else params.mask[:, :, rows])
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)  # full attention and one window
 def _sampled(n_new: int, length: int, window: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
     """Which queries: the first few, then evenly spaced ones; and the rows each sees. The same in a model's layers."""
     rows = _spaced(n_new, SAMPLED_QUERIES, device)
