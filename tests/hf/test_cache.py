@@ -42,7 +42,9 @@ def live_bytes() -> int:
 def test_no_full_precision_copy_is_alive(dense: PreTrainedModel) -> None:
     """Everything that a long prompt leaves in memory is codes and scales."""
     ids = tokens(1, 400)
-    run(dense, quantized_cache(dense, type_k="q4_0", type_v="q4_0"), ids)  # the guard keeps the mask of a call
+    run(
+        dense, quantized_cache(dense, type_k="q4_0", type_v="q4_0"), ids, chunks=(400,)
+    )  # the guard keeps the mask of a call
     before = live_bytes()
     cache = quantized_cache(dense, type_k="q4_0", type_v="q4_0", n_ctx=400)
     with torch.inference_mode():
