@@ -135,6 +135,13 @@ def record(subject: Subject, label: str, fault: Fault | None) -> dict[str, Any] 
     }
 
 
+def as_json(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """One row to a line, numbers to three digits."""
+    short = [{k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+    head = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in about.items())
+    return "{\n" + head + ',\n"rows": [\n' + ",\n".join(map(json.dumps, short)) + "\n]\n}\n"
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     """One line per fault: how many runs, how many the guard objects to, and the three numbers' smallest and largest."""
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -181,7 +188,7 @@ def main() -> int:
         if a.output:  # after each model: a long run that is ended early keeps what it has
             about = {"commit": measured, "cpu": cpu_name(), "torch": torch.__version__}
             about |= {"transformers": transformers.__version__, "kernels": [k.name for k in KERNELS]}
-            a.output.write_text(json.dumps({**about, "rows": rows}, indent=0) + "\n")
+            a.output.write_text(as_json(about, rows))
     show(rows)
     sound = [row for row in rows if row["fault"] is None]
     faulty = [row for row in rows if row["fault"] is not None]
