@@ -77,9 +77,9 @@ def verify(
 ) -> Evidence:
     """Evidence of any call: of the rows whose activations are at hand, and of the attention over all stored rows.
 
-    Its `error` is 0: nothing is left to compare the older rows with. In a call of one token, two more queries are put
-    to the kernel: one that looks for the oldest row and one that looks for the newest. In the model's own queries
-    a row of many hardly counts; in these it is most of the output.
+    Its `error` is 0: nothing is left to compare the older rows with. In a call of one token, more queries are put to
+    the kernel, which look for the rows at the ends. In the model's own queries a row of many hardly counts; in these it
+    is most of the output.
 
     Parameters
     ----------
@@ -106,20 +106,35 @@ def verify(
     )
 
 
-def _probes(query: Tensor, view: KVView, params: AttentionParams) -> tuple[Tensor, Tensor]:
-    """Queries like `query` `[B, Hq, 1, D]` that weigh each sequence's oldest row, and its newest, above all others."""
+def _probes(query: Tensor, view: KVView, params: AttentionParams) -> list[Tensor]:
+    """Queries like `query` `[B, Hq, 1, D]`, each of which weighs one row above all others.
+
+    They look for each sequence's oldest row and its newest and, where a row before the oldest is stored, for that one:
+    it is not to be seen.
+    """
     assert params.mask is not None
     seen = params.mask[:, 0, -1].expand(query.shape[0], -1).int()
-    oldest, newest = _keys(view, seen.argmax(-1)), _keys(view, view.length - 1 - seen.flip(-1).argmax(-1))
-    apart, longest = oldest - newest, torch.maximum(oldest.norm(dim=-1), newest.norm(dim=-1))
+    oldest, newest = seen.argmax(-1), view.length - 1 - seen.flip(-1).argmax(-1)
+    old, new = _keys(view, oldest), _keys(view, newest)
+    pairs = [(old, new), (new, old)]
+    if bool(oldest.any()):
+        pairs.append((_keys(view, (oldest - 1).clamp(min=0)), new))
+    group = query.shape[1] // old.shape[1]
+    return [
+        _between(wanted, other, params.scale, view.length).repeat_interleave(group, 1).to(query.dtype)
+        for wanted, other in pairs
+    ]
+
+
+def _between(wanted: Tensor, other: Tensor, scale: float, n_rows: int) -> Tensor:
+    """A query that prefers one row of K to another, and to those that lie between them, float32 `[B, Hkv, 1, D]`."""
+    apart, longest = wanted - other, torch.maximum(wanted.norm(dim=-1), other.norm(dim=-1))
     distance = apart.norm(dim=-1)
     # The other rows' scores lie half-way between the two on average; one row is to outweigh their sum.
-    wanted = 2 * (math.log(view.length) + 4) / distance.square()
+    needed = 2 * (math.log(n_rows) + 4) / distance.square()
     bearable = PROBE_SCORE / (distance * longest)  # rounding grows with the product of the sizes
-    factor = (torch.minimum(wanted, bearable) / params.scale).nan_to_num(0.0, 0.0).unsqueeze(-1)
-    group = query.shape[1] // oldest.shape[1]
-    probe = (apart * factor).repeat_interleave(group, 1).to(query.dtype)
-    return probe, -probe
+    factor = (torch.minimum(needed, bearable) / scale).nan_to_num(0.0, 0.0)
+    return apart * factor.unsqueeze(-1)
 
 
 def _keys(view: KVView, rows: Tensor) -> Tensor:
