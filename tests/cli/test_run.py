@@ -64,7 +64,8 @@ def test_the_main_job_as_a_process() -> None:
         assert figure in done.stderr
 
 
-def test_every_pair_of_types_answers(reference: Loaded) -> None:
+@pytest.mark.parametrize("k", FORMATS)
+def test_every_pair_of_types_answers(reference: Loaded, k: str) -> None:
     """All, as asked for to the end (nothing raised by the guard); with 8 bits and up as with f32."""
     ids = reference.tokenizer.encode(PROMPT)  # type: ignore[union-attr]
     said: list[str] = []
@@ -79,10 +80,9 @@ def test_every_pair_of_types_answers(reference: Loaded) -> None:
         return tokens
 
     exact = answer("f32", "f32")
-    answers = {(k, v): answer(k, v) for k in FORMATS for v in FORMATS}
-    assert len(answers) == len(FORMATS) ** 2
+    answers = {v: answer(k, v) for v in FORMATS}
     assert said == []
-    for (k, v), tokens in answers.items():
+    for v, tokens in answers.items():
         if min(get_format(k).bits_per_value(256), get_format(v).bits_per_value(256)) >= 8:
             assert tokens == exact, (k, v)
 

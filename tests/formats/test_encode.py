@@ -174,7 +174,7 @@ def test_decode_ignores_poisoned_padding(fmt: KVFormat) -> None:
     poisoned = list(clean)
     for i, plane in enumerate(fmt.planes):
         if plane.role == "codes":
-            codes = packing.unpack_codes(plane, clean[i].reshape(20, 2, -1), 32)
+            codes = packing.unpack_codes(plane, clean[i].reshape(20, 2, -1), 32).clone()
             codes[:, 1, 16:] = 0xFF
             poisoned[i] = packing.pack_codes(plane, codes).flatten(-2)
     assert any(not torch.equal(a, b) for a, b in zip(clean, poisoned, strict=True))

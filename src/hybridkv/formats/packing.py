@@ -144,7 +144,10 @@ def pack_codes(plane: Plane, codes: Tensor) -> Tensor:
 
 
 def unpack_codes(plane: Plane, data: Tensor, n_lanes: int) -> Tensor:
-    """Unpack one plane's bytes, uint8 [..., bytes], to its share of the codes, uint8 [..., lanes]."""
+    """Unpack one plane's bytes, uint8 [..., bytes], to its share of the codes, uint8 [..., lanes].
+
+    Codes that are whole bytes may share their memory.
+    """
     place = PLACEMENTS[plane.kind]
     if place.width == 8:
         return data << plane.shift if plane.shift else data
