@@ -6,6 +6,7 @@ The whole matrix, with the numbers, is bench/guard_faults.py's.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 from hybridkv.cache import KVLayer, KVTypes
 from hybridkv.errors import GuardError
 from hybridkv.hf import ModelCache, kv_facts, layer_facts
-from hybridkv.hf.evidence import butterfly
+from hybridkv.hf.probes import butterfly
 from hybridkv.kernels import ENCODERS, KERNELS, KVView
 from hybridkv.policy import Guard, GuardMode, MismatchError, Policy
 from hybridkv.rotation import rotate
@@ -42,10 +43,12 @@ def run(
     said: list[str],
     n_decode: int = 4,
     n_pad: int = 3,
+    n_prompt: int = N_PROMPT,
+    **changes: Any,
 ) -> ModelCache:
     """A prompt of two sequences, one padded on the left, and tokens past the edge of a block of 32 rows."""
-    model = build(family, attention="hybridkv")
-    ids = torch.randint(3, 97, (2, N_PROMPT + n_decode), generator=torch.Generator().manual_seed(4))
+    model = build(family, attention="hybridkv", **changes)
+    ids = torch.randint(3, 97, (2, n_prompt + n_decode), generator=torch.Generator().manual_seed(4))
     mask = torch.ones_like(ids)
     mask[0, :n_pad] = 0
     specs = Policy(TYPES[label]).resolve(kv_facts(layer_facts(model.config)))
@@ -55,7 +58,7 @@ def run(
     )
     first = 0
     with fault.rotation():
-        for size in (N_PROMPT, *[1] * n_decode):
+        for size in (n_prompt, *[1] * n_decode):
             last = first + size
             positions = torch.arange(first, last).expand(2, size)
             model(ids[:, first:last], attention_mask=mask[:, :last], position_ids=positions, **remembering(cache))
@@ -99,6 +102,26 @@ def test_a_fault_in_decode_is_caught_within_a_block(fault: Fault, turn: int) -> 
     run(family, label, fault, "strict", [], n_decode=0)
     with pytest.raises(MismatchError, match=r"the guard stopped at layer \d+: .*, limit "):
         run(family, label, fault, "check", [])
+
+
+def of_name(name: str) -> Fault:
+    (fault,) = (fault for fault in FAULTS if fault.name == name)
+    return fault
+
+
+@pytest.mark.parametrize("name", ["oldest row missing, decode", "newest row missing, decode"])
+def test_a_row_of_hundreds_is_missed(name: str) -> None:
+    """In the model's own queries it weighs a few thousandths: a probe looks for it."""
+    run("qwen3", "q8_0", SOUND, "check", [], n_prompt=700, n_pad=0)
+    with pytest.raises(MismatchError, match=r"attention over the stored rows is off by [01]\.\d+, limit"):
+        run("qwen3", "q8_0", of_name(name), "check", [], n_prompt=700, n_pad=0)
+
+
+def test_a_row_behind_a_window_of_hundreds_is_noticed() -> None:
+    options: dict[str, Any] = {"n_prompt": 700, "n_pad": 0, "sliding_window": 500}
+    run("gemma3_text", "q8_0", SOUND, "strict", [], **options)
+    with pytest.raises(GuardError, match=r"layer 0: q8_0, attention over the stored rows is off by [01]\.\d+, limit"):
+        run("gemma3_text", "q8_0", of_name("one row before the oldest"), "strict", [], **options)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

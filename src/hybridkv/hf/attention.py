@@ -7,6 +7,7 @@ finiteness. Stored rows are never expanded to tensors here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from hybridkv.cache import KVLayer, KVTypes
 from hybridkv.errors import GuardError, ModelError
 from hybridkv.hf.evidence import float_view, is_finite, measure, verify
 from hybridkv.hf.layers import QuantizedLayer
+from hybridkv.hf.probes import Probe
 from hybridkv.hf.view import LayerView
 from hybridkv.kernels import KERNELS, AttentionParams, Kernel, KVView, Phase, attend, select
 from hybridkv.kernels.reference import attend as reference_attend
@@ -204,7 +206,7 @@ def _checked(query: Tensor, packed: LayerView, params: AttentionParams, out: Ten
     """Measure the layer's first output; store its rows at the next types of the ladder until it holds."""
     layer, watch = packed.layer, packed.watch
     while True:
-        evidence = measure(query, packed, params, out)
+        evidence = measure(query, packed, params, out, _again(packed))
         if evidence is None:
             return out  # not the cache's doing; the finiteness watch reports it
         watch.error = evidence.error
@@ -228,6 +230,15 @@ def _checked(query: Tensor, packed: LayerView, params: AttentionParams, out: Ten
             return out
 
 
+def _again(packed: LayerView) -> Callable[[Probe], Tensor]:
+    """The call's kernel and rows, for other queries."""
+
+    def attend_probe(probe: Probe) -> Tensor:
+        return attend(_kernel(probe.query, packed, probe.params), probe.query, packed.view, probe.params)
+
+    return attend_probe
+
+
 def verify_call(query: Tensor, packed: LayerView, params: AttentionParams, out: Tensor) -> None:
     """Check a call after the first prompt.
 
@@ -243,11 +254,7 @@ def verify_call(query: Tensor, packed: LayerView, params: AttentionParams, out: 
     """
     watch, n_new = packed.watch, query.shape[2]
     watch.schedule = watch.schedule.checked(packed.layer.n_seen, n_new)
-
-    def again(q: Tensor) -> Tensor:
-        return attend(_kernel(q, packed, params), q, packed.view, params)
-
-    verdict = watch.guard.judge(verify(query, packed, params, out, again))
+    verdict = watch.guard.judge(verify(query, packed, params, out, _again(packed)))
     if not isinstance(verdict, Ok):
         raise MismatchError(verdict.reason)
 

@@ -4,14 +4,14 @@ Three numbers of one call, on a bounded sample of its queries and rows: how far 
 the activations (do the types suit the layer?), how far the stored rows are from what the types make of the activations,
 and how far the attention is from float attention over the rows that are stored (does the code do what the types mean?).
 
-Stored rows are encoded again by `KVFormat`, rotated by the butterfly below and not by `hybridkv.rotation`; the mask is
-written out for the sampled queries. Measures only; `hybridkv.hf.attention` acts.
+Stored rows are encoded again by `KVFormat`, rotated by a butterfly and not by `hybridkv.rotation`; the mask is written
+out for the sampled queries. Measures only; `hybridkv.hf.attention` acts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -21,10 +21,13 @@ from torch import Tensor
 
 from hybridkv.cache import KVTypes
 from hybridkv.formats import FORMATS, KVFormat
+from hybridkv.hf.probes import Probe, butterfly, newest_rows, probes, visible_rows
 from hybridkv.hf.view import LayerView
 from hybridkv.kernels import AttentionParams, KVView, Segment
 from hybridkv.kernels.reference import attend as reference_attend
 from hybridkv.policy import Evidence
+
+Attend = Callable[[Probe], Tensor]
 
 SAMPLED_QUERIES = 16
 """Queries of a call that are compared at most, evenly spaced; the first few come in addition."""
@@ -32,20 +35,19 @@ SAMPLED_QUERIES = 16
 EARLY_QUERIES = (0, 1, 2)
 """They see so few rows that one row too many or too few weighs much."""
 
-PROBE_SCORE = 40.0
-"""Largest score, up to the angle, of a query that looks for a row: as large as models' own are, and no larger."""
-
 SAMPLED_ROWS = 8
 """Rows of a call that are encoded again: as many of those that err most, and as many evenly spaced."""
 
 
-def measure(query: Tensor, packed: LayerView, params: AttentionParams, out: Tensor) -> Evidence | None:
+def measure(query: Tensor, packed: LayerView, params: AttentionParams, out: Tensor, attend: Attend) -> Evidence | None:
     """Evidence of a call that attends nothing but rows whose activations are at hand; None if they are not finite.
 
     Parameters
     ----------
     query, out
         The call's queries `[B, Hq, T, D]` and its attention output, float32 `[B, Hq, T, Dv]`.
+    attend
+        The call's kernel, for the probes; see `verify`.
     """
     n_new, view = query.shape[2], packed.view
     fresh = packed.fresh_k.float(), packed.fresh_v.float()
@@ -64,39 +66,39 @@ def measure(query: Tensor, packed: LayerView, params: AttentionParams, out: Tens
     error = _relative_rmse(found[:, :, even], exact[:, :, even])
     if error is None:
         return None
+    kernel_error = _query_error(found, expected)
+    for probe in probes(query, view, params):
+        expected = _attend_float(probe.query, k, v, replace(params, mask=probe.visible))
+        kernel_error = max(kernel_error, _query_error(attend(probe), expected))
     return replace(
         _evidence(packed),
         error=error,
         store_error=_store_error(packed, stored, n_new),
-        kernel_error=_query_error(found, expected),
+        kernel_error=kernel_error,
     )
 
 
-def verify(
-    query: Tensor, packed: LayerView, params: AttentionParams, out: Tensor, attend: Callable[[Tensor], Tensor]
-) -> Evidence:
+def verify(query: Tensor, packed: LayerView, params: AttentionParams, out: Tensor, attend: Attend) -> Evidence:
     """Evidence of any call: of the rows whose activations are at hand, and of the attention over all stored rows.
 
-    Its `error` is 0: nothing is left to compare the older rows with. In a call of one token, more queries are put to
-    the kernel, which look for the rows at the ends. In the model's own queries a row of many hardly counts; in these it
-    is most of the output.
+    Its `error` is 0: nothing is left to compare the older rows with.
 
     Parameters
     ----------
     query, out
         The call's queries `[B, Hq, T, D]` and its attention output, float32 `[B, Hq, T, Dv]`.
     attend
-        The call's kernel, for other queries.
+        The call's kernel, for other queries: those that look for the rows at the ends of what is attended. In the
+        model's own queries a row of many hardly counts; in these it is most of the output.
     """
     view, n_new = packed.view, query.shape[2]
     rows, at_rows = _sampled_call(params, n_new, view, query.device)
-    q, found = query[:, :, rows], out[:, :, rows]
-    if n_new == 1:
-        probes = _probes(query, view, at_rows)
-        assert at_rows.mask is not None
-        found = torch.cat([found, *(attend(probe) for probe in probes)], 2)
-        q = torch.cat([q, *probes], 2)
-        at_rows = replace(at_rows, mask=at_rows.mask.expand(-1, -1, q.shape[2], -1))
+    more = probes(query, view, params)
+    q = torch.cat([query[:, :, rows], *(probe.query for probe in more)], 2)
+    found = torch.cat([out[:, :, rows], *(attend(probe) for probe in more)], 2)
+    assert at_rows.mask is not None
+    masks = [mask.expand(len(q), q.shape[1], -1, -1) for mask in (at_rows.mask, *(probe.visible for probe in more))]
+    at_rows = replace(at_rows, mask=torch.cat(masks, 2))
     plain = replace(view, rotate_k=False, rotate_v=False)  # turned here, by other code
     expected = reference_attend(butterfly(q) if view.rotate_k else q, plain, at_rows)
     return replace(
@@ -104,48 +106,6 @@ def verify(
         store_error=_store_error(packed, _decoded(view, min(view.length, packed.fresh_k.shape[2])), n_new),
         kernel_error=_query_error(found, butterfly(expected) if view.rotate_v else expected),
     )
-
-
-def _probes(query: Tensor, view: KVView, params: AttentionParams) -> list[Tensor]:
-    """Queries like `query` `[B, Hq, 1, D]`, each of which weighs one row above all others.
-
-    They look for each sequence's oldest row and its newest and, where a row before the oldest is stored, for that one:
-    it is not to be seen.
-    """
-    assert params.mask is not None
-    seen = params.mask[:, 0, -1].expand(query.shape[0], -1).int()
-    oldest, newest = seen.argmax(-1), view.length - 1 - seen.flip(-1).argmax(-1)
-    old, new = _keys(view, oldest), _keys(view, newest)
-    pairs = [(old, new), (new, old)]
-    if bool(oldest.any()):
-        pairs.append((_keys(view, (oldest - 1).clamp(min=0)), new))
-    group = query.shape[1] // old.shape[1]
-    return [
-        _between(wanted, other, params.scale, view.length).repeat_interleave(group, 1).to(query.dtype)
-        for wanted, other in pairs
-    ]
-
-
-def _between(wanted: Tensor, other: Tensor, scale: float, n_rows: int) -> Tensor:
-    """A query that prefers one row of K to another, and to those that lie between them, float32 `[B, Hkv, 1, D]`."""
-    apart, longest = wanted - other, torch.maximum(wanted.norm(dim=-1), other.norm(dim=-1))
-    distance = apart.norm(dim=-1)
-    # The other rows' scores lie half-way between the two on average; one row is to outweigh their sum.
-    needed = 2 * (math.log(n_rows) + 4) / distance.square()
-    bearable = PROBE_SCORE / (distance * longest)  # rounding grows with the product of the sizes
-    factor = (torch.minimum(needed, bearable) / scale).nan_to_num(0.0, 0.0)
-    return apart * factor.unsqueeze(-1)
-
-
-def _keys(view: KVView, rows: Tensor) -> Tensor:
-    """One stored row of K per sequence, not rotated: of `rows` int64 `[B]`, float32 `[B, Hkv, 1, D]`."""
-    keys = []
-    for sequence, row in enumerate(rows.tolist()):
-        *_, (segment, _, _) = _newest(view, view.length - row)
-        here = slice(sequence, sequence + 1), slice(None), slice(segment.start, segment.start + 1)
-        k = segment.format_k.decode([plane[here] for plane in segment.k], view.head_dim_k)
-        keys.append(k if segment.center is None else k + segment.center[here[:2]].unsqueeze(2))
-    return butterfly(torch.cat(keys)) if view.rotate_k else torch.cat(keys)
 
 
 def float_view(k: Tensor, v: Tensor) -> KVView:
@@ -166,21 +126,6 @@ def is_finite(x: Tensor) -> bool:
 def finite_rows(x: Tensor) -> list[bool]:
     """Whether each row of `x` `[N, D]` is finite, at the same price."""
     return [math.isfinite(total) or is_finite(row) for total, row in zip(x.sum(-1).tolist(), x, strict=True)]
-
-
-def butterfly(x: Tensor) -> Tensor:
-    """What `hybridkv.rotation.rotate` must give, float32: stage by stage instead of by a matrix.
-
-    Every other orthonormal transform gives right scores too, only not the mixing that the types count on.
-    """
-    shape, block = x.shape, x.shape[-1] & -x.shape[-1]
-    x = x.float()
-    step = 1
-    while step < block:
-        pairs = x.reshape(*shape[:-1], -1, 2, step)
-        x = torch.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], -2)
-        step *= 2
-    return x.reshape(shape) / math.sqrt(block)
 
 
 def _evidence(packed: LayerView) -> Evidence:
@@ -224,7 +169,7 @@ def _query_error(out: Tensor, expected: Tensor) -> float:
 def _decoded(view: KVView, n_rows: int) -> tuple[Tensor, Tensor]:
     """The newest rows of K and V, float32 `[B, Hkv, S, D]`, with the center and as rotated as they are stored."""
     parts: list[tuple[Tensor, Tensor]] = []
-    for segment, _, _ in _newest(view, n_rows):
+    for segment, _, _ in newest_rows(view, n_rows):
         k_planes, v_planes = _planes(segment)
         k = segment.format_k.decode(k_planes, view.head_dim_k)
         v = segment.format_v.decode(v_planes, view.head_dim_v)
@@ -250,7 +195,7 @@ def _store_error(packed: LayerView, stored: tuple[Tensor, Tensor], n_new: int) -
     k = butterfly(packed.fresh_k) if view.rotate_k else packed.fresh_k.float()
     v = butterfly(packed.fresh_v) if view.rotate_v else packed.fresh_v.float()
     worst = 0.0
-    for segment, offset, n_rows in _newest(view, n_fresh):
+    for segment, offset, n_rows in newest_rows(view, n_fresh):
         at = slice(offset, offset + n_rows)
         sample_k, sample_v = (
             _sample(planes, wanted[:, :, at], held[:, :, at], center)
@@ -320,17 +265,6 @@ def _worst(ratio: Tensor, size: Tensor, difference: Tensor) -> float:
     return max(0.0, ratio.nan_to_num(torch.inf, torch.inf).max().item())
 
 
-def _newest(view: KVView, n_rows: int) -> Iterator[tuple[Segment, int, int]]:
-    """The parts of the view's newest rows: segments cut to them, first row among the newest, number of rows."""
-    end = n_rows
-    for segment in reversed(view.segments):
-        n = min(segment.length, end)
-        if not n:
-            return
-        end -= n
-        yield replace(segment, start=segment.start + segment.length - n, length=n), end, n
-
-
 def _sampled_call(
     params: AttentionParams, n_new: int, view: KVView, device: torch.device
 ) -> tuple[Tensor, AttentionParams]:
@@ -345,12 +279,7 @@ def _sampled(n_new: int, length: int, window: int | None, device: torch.device) 
     rows = _spaced(n_new, SAMPLED_QUERIES, device)
     if n_new > SAMPLED_QUERIES:
         rows = torch.cat([torch.tensor(EARLY_QUERIES, device=device), rows])
-    position = (length - n_new + rows).unsqueeze(-1)
-    key = torch.arange(length, device=device)
-    visible = key <= position
-    if window is not None:
-        visible &= key > position - window
-    return rows, visible.view(1, 1, len(rows), length)
+    return rows, visible_rows(length - n_new + rows, length, window)
 
 
 def _spaced(n: int, count: int, device: torch.device) -> Tensor:
