@@ -113,14 +113,14 @@ def of_name(name: str) -> Fault:
 def test_a_row_of_hundreds_is_missed(name: str) -> None:
     """In the model's own queries it weighs a few thousandths: a probe looks for it."""
     run("qwen3", "q8_0", SOUND, "check", [], n_prompt=700, n_pad=0)
-    with pytest.raises(MismatchError, match=r"attention over the stored rows is off by [01]\.\d+, limit"):
+    with pytest.raises(MismatchError, match=r"attention over the stored rows is off by (1|0\.[5-9])[\d.]*, limit"):
         run("qwen3", "q8_0", of_name(name), "check", [], n_prompt=700, n_pad=0)
 
 
 def test_a_row_behind_a_window_of_hundreds_is_noticed() -> None:
     options: dict[str, Any] = {"n_prompt": 700, "n_pad": 0, "sliding_window": 500}
     run("gemma3_text", "q8_0", SOUND, "strict", [], **options)
-    with pytest.raises(GuardError, match=r"layer 0: q8_0, attention over the stored rows is off by [01]\.\d+, limit"):
+    with pytest.raises(GuardError, match=r"layer 0: q8_0, attention over the stored rows is off by [12]\.\d+, limit"):
         run("gemma3_text", "q8_0", of_name("one row before the oldest"), "strict", [], **options)
 
 
