@@ -14,8 +14,13 @@ from torch import Tensor
 
 from hybridkv.kernels.case import AttentionParams, KVView, Segment
 from hybridkv.kernels.cuda.attention import attend_segment, combine_parts
-from hybridkv.kernels.cuda.layout import BF16, F16, F32, Side, capacity, memory, side
+from hybridkv.kernels.cuda.layout import BF16, BYTES, F16, F32, NIBBLES, NONE, Side, capacity, memory, side
+from hybridkv.kernels.cuda.one_token import attend_one_token
 
+ONE_TOKEN_ROWS = 8
+"""Query rows of a tile of the kernel for one token (one_token.py); the general kernel's are 16 and more."""
+COMBINED_COLUMNS = 32
+"""Values of a row that one program sums over the parts."""
 MAX_PARTS = 512
 """Parts of one query row that are summed; more would be many short ones."""
 
@@ -43,12 +48,19 @@ class Tiling:
     prefetch: bool = True
 
 
-def choose_tiling(side_k: Side, side_v: Side, n_query_rows: int) -> Tiling:
+def choose_tiling(side_k: Side, side_v: Side, n_query_rows: int, *, one_token: bool = False) -> Tiling:
     """A tiling for a case: narrow in query rows for decode, wide for prefill.
 
     Of those that `bench/attention_cuda.py --tune` times on an H100, the ones that lose least in the geometric mean.
+
+    Parameters
+    ----------
+    one_token
+        Whether the kernel for one token may be used, as far as the call is concerned.
     """
     lanes = 32 * max(side_k.blocks_padded, side_v.blocks_padded)
+    if one_token and all(_by_words(s) for s in (side_k, side_v)):
+        return Tiling(ONE_TOKEN_ROWS, 64, warps=4, programs=2 if lanes > 128 else 3)
     plain, wide = ([s.main in kinds for s in (side_k, side_v)] for kinds in ((F16, F32, BF16), (F32, BF16)))
     if n_query_rows <= 64:
         block_m = max(16, 1 << (n_query_rows - 1).bit_length())
@@ -61,6 +73,21 @@ def choose_tiling(side_k: Side, side_v: Side, n_query_rows: int) -> Tiling:
     return Tiling(128, 32, 8, 1, prefetch=False) if any(plain) else Tiling(64, 64, 4, 1, prefetch=False)
 
 
+def _by_words(s: Side) -> bool:
+    """Whether lanes may share a row's words evenly, as the kernel for one token has it."""
+    return s.main in (NONE, BYTES, NIBBLES) and not s.row_scale and s.head_dim in (64, 128, 256)
+
+
+def _aligned(segment: Segment) -> bool:
+    """Whether four words may be loaded at once."""
+    return all(plane.data_ptr() % 16 == 0 for plane in (*segment.k, *segment.v))
+
+
+def _loads_eights(q: Tensor) -> bool:
+    """Whether eight numbers of a query may be loaded at once."""
+    return q.data_ptr() % 16 == 0 and q.stride(0) % 8 == 0 and q.stride(1) % 8 == 0
+
+
 @lru_cache(maxsize=16)
 def _n_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
@@ -68,7 +95,9 @@ def _n_multiprocessors(device: torch.device) -> int:
 
 def n_shares(tiling: Tiling, n_rows: int, n_tiles: int, n_pairs: int, device: torch.device) -> int:
     """Shares of `n_rows` stored rows, for `n_tiles` tiles of query rows and `n_pairs` of sequence and KV head."""
-    wanted = -(-_n_multiprocessors(device) * tiling.programs // (n_tiles * n_pairs))
+    slots = _n_multiprocessors(device) * tiling.programs
+    # All programs of one token's kernel run at once: one more would run alone, after the others.
+    wanted = slots // (n_tiles * n_pairs) if tiling.block_m == ONE_TOKEN_ROWS else -(-slots // (n_tiles * n_pairs))
     return max(1, min(wanted, -(-n_rows // tiling.block_n), MAX_PARTS))
 
 
@@ -83,16 +112,20 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
     assert head_dim == view.head_dim_k and n_heads % n_kv_heads == 0, (q.shape, view.head_dim_k, n_kv_heads)
     assert view.window is None or view.window > 0, view.window
     group = n_heads // n_kv_heads
-    if q.stride(3) != 1:
+    one_token = n_new == 1 and group <= ONE_TOKEN_ROWS and params.mask is None
+    if q.stride(3) != 1 or (one_token and not _loads_eights(q)):
         q = q.contiguous()
     out = q.new_empty(n_batch, n_heads, n_new, view.head_dim_v, dtype=torch.float32)
     n_query_rows, n_pairs = n_new * group, n_batch * n_kv_heads
     sides = [(side(s.format_k.name, view.head_dim_k), side(s.format_v.name, view.head_dim_v)) for s in segments]
-    tilings = [tiling or choose_tiling(*pair, n_query_rows) for pair in sides]
+    tilings = [
+        tiling or choose_tiling(*pair, n_query_rows, one_token=one_token and _aligned(s))
+        for pair, s in zip(sides, segments, strict=True)
+    ]
     tiles = [-(-n_query_rows // t.block_m) for t in tilings]
     shares = [n_shares(t, s.length, n, n_pairs, q.device) for t, s, n in zip(tilings, segments, tiles, strict=True)]
     n_parts = sum(shares)
-    partial = n_parts > 1
+    partial = n_parts > 1 or tilings[0].block_m == ONE_TOKEN_ROWS
     if partial:
         parts = q.new_empty(n_pairs, n_parts, n_query_rows, view.head_dim_v, dtype=torch.float32)
         tops, sums = (q.new_empty(n_pairs, n_parts, n_query_rows, dtype=torch.float32) for _ in range(2))
@@ -105,6 +138,51 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
     for i, segment in enumerate(segments):
         k_rows, v_rows = _rows(segment, view, n_batch, n_kv_heads)
         t = tilings[i]
+        if t.block_m == ONE_TOKEN_ROWS:
+            attend_one_token[(shares[i], n_pairs)](
+                q,
+                parts,
+                tops,
+                sums,
+                _or(segment.center, q),
+                *memory(segment.format_k, segment.k),
+                *memory(segment.format_v, segment.v),
+                _or(segment.blocks, q),
+                _or(segment.starts, q),
+                _or(lengths, q),
+                n_batch,
+                n_kv_heads,
+                segment.start,
+                segment.length,
+                before,
+                view.length,
+                k_rows,
+                v_rows,
+                params.scale,
+                params.softcap or 1.0,
+                view.window or 0,
+                0 if segment.blocks is None else segment.blocks.shape[1],
+                n_parts,
+                sum(shares[:i]),
+                *q.stride()[:2],
+                K=sides[i][0],
+                V=sides[i][1],
+                GROUP=group,
+                SUBTILES=t.block_n // (16 * t.warps),
+                WARPS=t.warps,
+                HAS_WINDOW=view.window is not None,
+                HAS_SOFTCAP=params.softcap is not None,
+                HAS_CENTER=segment.center is not None,
+                HAS_STARTS=segment.starts is not None,
+                N_LENGTHS=0 if lengths is None else len(segments),
+                SEGMENT=i if lengths is not None else 0,
+                ROWS_LOG2=0 if segment.blocks is None else k_rows.bit_length() - 1,
+                PAGED=segment.blocks is not None,
+                num_warps=t.warps,
+                num_stages=1,
+            )
+            before += segment.length
+            continue
         attend_segment[(tiles[i], shares[i], n_pairs)](
             q,
             parts,
@@ -160,8 +238,8 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
         )
         before += segment.length
     if partial:
-        lanes = 1 << (view.head_dim_v - 1).bit_length()
-        combine_parts[(n_query_rows, n_pairs)](
+        padded = 1 << (n_parts - 1).bit_length()
+        combine_parts[(n_query_rows, n_pairs, -(-view.head_dim_v // COMBINED_COLUMNS))](
             parts,
             tops,
             sums,
@@ -171,9 +249,9 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
             n_new,
             GROUP=group,
             HEAD_DIM=view.head_dim_v,
-            HEAD_DIM_PADDED=lanes,
-            PARTS_PADDED=1 << (n_parts - 1).bit_length(),
-            STEP=16,
+            COLUMNS=COMBINED_COLUMNS,
+            PARTS_PADDED=padded,
+            STEP=min(padded, 128),
             HAS_SINKS=sinks is not None,
             N_KV_HEADS=n_kv_heads,
             num_warps=4,

@@ -169,7 +169,7 @@ def decode_raw(low, high, pair, bit, scale, low_end, book, FOR_WGMMA: tl.constex
     else:
         a, b, c, d = _codes(low, high, pair, bit, S)
         if S.has_book:
-            a, b, c, d = _entries(a, b, c, d, low, book, S)
+            a, b, c, d = entries(a, b, c, d, low, book, S)
         low_values = _values(a, b, 0, scale, low_end, S)
         high_values = _values(c, d, 1, scale, low_end, S)
     if FOR_WGMMA:
@@ -269,7 +269,7 @@ def _one_value(words, factor: tl.constexpr, d, m, S: tl.constexpr):
 
 
 @triton.jit
-def _entries(a, b, c, d, words, book, S: tl.constexpr):
+def entries(a, b, c, d, words, book, S: tl.constexpr):
     """What the codebook has for codes, laid out like these; as bytes, 128 higher."""
     if INTERPRETED:
         a, b = _entries_from_memory(a, book), _entries_from_memory(b, book)
