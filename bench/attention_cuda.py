@@ -43,6 +43,7 @@ from hybridkv.kernels.cuda.store import store
 
 DISTINCT = 4096
 COLD_BYTES = 160 << 20
+WARM_UP_S = 0.01
 FAILED = (RuntimeError, TypeError, ValueError, TritonError)
 """What a backend, or a tiling, that does not run a shape ends in."""
 BACKENDS = {
@@ -115,8 +116,12 @@ def graph_us(calls: Sequence[Callable[[], object]], replays: int = 12) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
+    begin_s = time.perf_counter()
+    while time.perf_counter() - begin_s < WARM_UP_S:  # clocks fall between measurements
+        graph.replay()
+        torch.cuda.synchronize()
     times = []
-    for _ in range(replays + 2):
+    for _ in range(replays):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         graph.replay()
@@ -124,7 +129,7 @@ def graph_us(calls: Sequence[Callable[[], object]], replays: int = 12) -> float:
         end.synchronize()
         times.append(1e3 * begin.elapsed_time(end) / len(calls))
     del graph
-    return statistics.median(times[2:])
+    return statistics.median(times)
 
 
 def single_us(call: Callable[[], object], quick: bool) -> float:

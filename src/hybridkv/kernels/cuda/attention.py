@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from hybridkv.kernels.cuda.layout import BF16, F16, F32
 from hybridkv.kernels.cuda.tiles import INTERPRETED, decode_raw, find_slots, lanes, load_raw
@@ -336,41 +337,34 @@ def combine_parts(
     HEAD_DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     PARTS_PADDED: tl.constexpr,
-    STEP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     N_KV_HEADS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """The sum of the parts of some values of one query row. Grid: T * group, B * Hkv, runs of COLUMNS values."""
     row = tl.program_id(0)
     pair = tl.program_id(1)
     n_rows = n_new * GROUP
-    first = pair.to(tl.int64) * n_parts * n_rows + row
     index = tl.arange(0, PARTS_PADDED)
-    each = tl.load(tops + first + index * n_rows, mask=index < n_parts, other=float("-inf"))
+    here = index < n_parts
+    at = pair.to(tl.int64) * n_parts * n_rows + row + index * n_rows
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    if OVERLAPS:
+        gdc_wait()
+    each = tl.load(tops + at, mask=here, other=float("-inf"))
+    weights = tl.load(sums + at, mask=here, other=0.0)
+    values = tl.load(
+        parts + at[:, None] * HEAD_DIM + column[None, :], mask=here[:, None] & (column < HEAD_DIM)[None, :], other=0.0
+    )
     top = tl.max(each, axis=0)
     if HAS_SINKS:
         sink = tl.load(sinks + (pair % N_KV_HEADS) * GROUP + row % GROUP) * LOG2_E
         top = tl.maximum(top, sink)
     base = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(
-        tl.exp2(each - base) * tl.load(sums + first + index * n_rows, mask=index < n_parts, other=0.0), axis=0
-    )
+    share = tl.exp2(each - base)
+    total = tl.sum(share * weights, axis=0)
     if HAS_SINKS:
         total += tl.exp2(sink - base + WEIGHT_BITS)
-    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    acc = tl.zeros([STEP, COLUMNS], tl.float32)
-    for i in range(0, n_parts, STEP):
-        part = i + tl.arange(0, STEP)
-        here = part < n_parts
-        at = first + part.to(tl.int64) * n_rows
-        weight = tl.exp2(tl.load(tops + at, mask=here, other=float("-inf")) - base)
-        values = tl.load(
-            parts + at[:, None] * HEAD_DIM + column[None, :],
-            mask=here[:, None] & (column < HEAD_DIM)[None, :],
-            other=0.0,
-        )
-        acc += weight[:, None] * values
-    value = tl.sum(acc, axis=0) / tl.where(total == 0.0, 1.0, total)
+    value = tl.sum(values * share[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
     head = pair.to(tl.int64) * GROUP + row % GROUP
-    at = (head * n_new + row // GROUP) * HEAD_DIM
-    tl.store(out + at + column, value, mask=column < HEAD_DIM)
+    tl.store(out + (head * n_new + row // GROUP) * HEAD_DIM + column, value, mask=column < HEAD_DIM)

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from hybridkv.kernels.case import AttentionParams, KVView, Segment
+from hybridkv.kernels.cuda import staged
 from hybridkv.kernels.cuda.attention import attend_segment, combine_parts
 from hybridkv.kernels.cuda.layout import BF16, BYTES, F16, F32, NIBBLES, NONE, Side, capacity, memory, side
 from hybridkv.kernels.cuda.one_token import attend_one_token
 
 ONE_TOKEN_ROWS = 8
 """Query rows of a tile of the kernel for one token (one_token.py); the general kernel's are 16 and more."""
-COMBINED_COLUMNS = 32
-"""Values of a row that one program sums over the parts."""
+COMBINED = 4096
+"""Numbers that one program sums, all loaded at once."""
 MAX_PARTS = 512
 """Parts of one query row that are summed; more would be many short ones."""
 
@@ -93,6 +94,12 @@ def _n_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@lru_cache(maxsize=16)
+def _has_dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel may be launched while the one before ends, and wait for it on the device."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def n_shares(tiling: Tiling, n_rows: int, n_tiles: int, n_pairs: int, device: torch.device) -> int:
     """Shares of `n_rows` stored rows, for `n_tiles` tiles of query rows and `n_pairs` of sequence and KV head."""
     slots = _n_multiprocessors(device) * tiling.programs
@@ -108,6 +115,8 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
     """
     n_batch, n_heads, n_new, head_dim = q.shape
     segments = view.segments
+    if tiling is None and q.is_cuda and staged.takes(q, view, params):
+        return staged.attend(q, view, params)
     n_kv_heads = int(segments[0].k[0].shape[1])
     assert head_dim == view.head_dim_k and n_heads % n_kv_heads == 0, (q.shape, view.head_dim_k, n_kv_heads)
     assert view.window is None or view.window > 0, view.window
@@ -134,6 +143,7 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
     sinks = None if params.sinks is None else params.sinks.to(device=q.device, dtype=torch.float32).contiguous()
     mask, mask_strides = _mask(params.mask, n_batch, n_heads, n_new, view.length)
     lengths = _lengths(segments, n_batch)
+    overlaps = all(t.block_m == ONE_TOKEN_ROWS for t in tilings) and _has_dependent_launch(q.device)
     before = 0
     for i, segment in enumerate(segments):
         k_rows, v_rows = _rows(segment, view, n_batch, n_kv_heads)
@@ -178,8 +188,10 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
                 SEGMENT=i if lengths is not None else 0,
                 ROWS_LOG2=0 if segment.blocks is None else k_rows.bit_length() - 1,
                 PAGED=segment.blocks is not None,
+                OVERLAPS=overlaps,
                 num_warps=t.warps,
                 num_stages=1,
+                **({"launch_pdl": True} if overlaps else {}),
             )
             before += segment.length
             continue
@@ -239,7 +251,8 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
         before += segment.length
     if partial:
         padded = 1 << (n_parts - 1).bit_length()
-        combine_parts[(n_query_rows, n_pairs, -(-view.head_dim_v // COMBINED_COLUMNS))](
+        columns = max(8, min(64, COMBINED // padded))
+        combine_parts[(n_query_rows, n_pairs, -(-view.head_dim_v // columns))](
             parts,
             tops,
             sums,
@@ -249,14 +262,15 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
             n_new,
             GROUP=group,
             HEAD_DIM=view.head_dim_v,
-            COLUMNS=COMBINED_COLUMNS,
+            COLUMNS=columns,
             PARTS_PADDED=padded,
-            STEP=min(padded, 128),
             HAS_SINKS=sinks is not None,
             N_KV_HEADS=n_kv_heads,
+            OVERLAPS=overlaps,
             num_warps=4,
             num_stages=1,
             enable_fp_fusion=True,
+            **({"launch_pdl": True} if overlaps else {}),
         )
     return out
 

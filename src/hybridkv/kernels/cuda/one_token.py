@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hybridkv.kernels.cuda.attention import LOG2_E, WEIGHT_BITS
 from hybridkv.kernels.cuda.fragments import (
@@ -495,11 +496,14 @@ def attend_one_token(
     SEGMENT: tl.constexpr,
     ROWS_LOG2: tl.constexpr,
     PAGED: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One part of the attention of a KV head's group of query heads, at most 8, as `attend_segment` leaves it.
 
     Grid: shares, B * Hkv. A warp takes 16 * SUBTILES rows at a time.
     """
+    if OVERLAPS:
+        gdc_wait()
     share = tl.program_id(0)
     sequence = tl.program_id(1) // n_kv_heads
     head = tl.program_id(1) % n_kv_heads
@@ -525,7 +529,8 @@ def attend_one_token(
     if HAS_WINDOW:
         from_row = tl.maximum(0, total - before - window)
     step: tl.constexpr = WARPS * SUBTILES * 16
-    share_rows = tl.cdiv(tl.cdiv(tl.maximum(to_row - from_row, 0), step), tl.num_programs(0)) * step
+    tile: tl.constexpr = SUBTILES * 16  # shares are whole tiles of a warp: the last step may leave some warps idle
+    share_rows = tl.cdiv(tl.cdiv(tl.maximum(to_row - from_row, 0), tile), tl.num_programs(0)) * tile
     from_row += share * share_rows
     to_row = tl.minimum(to_row, from_row + share_rows)
 
@@ -603,16 +608,18 @@ def attend_one_token(
         )
         v = _load_rows(v_main, v_pairs, v_bits, v_d, v_m, v_slots, v_row, to_row, group, v_deltas, 8, PAGED, V)
 
+    if OVERLAPS:
+        gdc_launch_dependents()
     sum0, sum1 = sum_of_groups(sum0, WARPS), sum_of_groups(sum1, WARPS)
     warp, lane = thread // 32, thread % 32
     values, top0, top1, sum0, sum1 = _of_warps(acc, top0, top1, sum0, sum1, warp, lane, WARPS, V)
     part = tl.program_id(1).to(tl.int64) * n_parts + first_part + share
     column = place * 2
-    at = part * GROUP + column
-    tl.store(tops + at, top0, mask=(thread < 4) & (column < GROUP))
-    tl.store(tops + at + 1, top1, mask=(thread < 4) & (column + 1 < GROUP))
-    tl.store(sums + at, sum0, mask=(thread < 4) & (column < GROUP))
-    tl.store(sums + at + 1, sum1, mask=(thread < 4) & (column + 1 < GROUP))
+    to = part * GROUP + column
+    tl.store(tops + to, top0, mask=(thread < 4) & (column < GROUP))
+    tl.store(tops + to + 1, top1, mask=(thread < 4) & (column + 1 < GROUP))
+    tl.store(sums + to, sum0, mask=(thread < 4) & (column < GROUP))
+    tl.store(sums + to + 1, sum1, mask=(thread < 4) & (column + 1 < GROUP))
     mine: tl.constexpr = _runs_of_warp(V, WARPS)
     n_words: tl.constexpr = _n_words(V, 8)
     for j in tl.static_range(mine):
@@ -620,11 +627,11 @@ def attend_one_token(
         word = group * n_words + (run if V.main == _BYTES else run // 2)
         dim = 4 * word if V.main == _BYTES else word // 4 * 32 + word % 4 * 4 + run % 2 * 16
         here = (run < V.head_dim // 32) & (column < GROUP)
-        to = out + at * V.head_dim + dim
-        store_four(to, values[8 * j], values[8 * j + 2], values[8 * j + 4], values[8 * j + 6], here)
+        out_at = out + to * V.head_dim + dim
+        store_four(out_at, values[8 * j], values[8 * j + 2], values[8 * j + 4], values[8 * j + 6], here)
         here = here & (column + 1 < GROUP)
-        to += V.head_dim
-        store_four(to, values[8 * j + 1], values[8 * j + 3], values[8 * j + 5], values[8 * j + 7], here)
+        out_at += V.head_dim
+        store_four(out_at, values[8 * j + 1], values[8 * j + 3], values[8 * j + 5], values[8 * j + 7], here)
 
 
 @triton.jit
