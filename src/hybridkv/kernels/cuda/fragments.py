@@ -20,15 +20,19 @@ _TURN = tl.constexpr("{ .reg .b32 t; cvt.rn.f16x2.f32 t, $2, $1; movmatrix.sync.
 
 
 @triton.constexpr_function
-def _load_text(n_words, offset):
-    """Words at `offset` bytes behind an address, or zeros unless one number is below another."""
+def _load_text(n_words, offset, once):
+    """Words at `offset` bytes behind an address, or zeros unless one number is below another.
+
+    A lane's two or four words and its neighbours' fill whole sectors of memory: nothing is left to keep in the first cache.
+    """
     names = [f"${i}" for i in range(n_words)]
     vector = f".v{n_words}" if n_words > 1 else ""
+    where = ".L1::no_allocate" if once else ""
     zeros = " ".join(f"mov.b32 {name}, 0;" for name in names)
     target = f"{{{', '.join(names)}}}" if n_words > 1 else names[0]
     return (
         f"{{ .reg .pred p; setp.lt.s32 p, ${n_words + 1}, ${n_words + 2}; {zeros} "
-        f"@p ld.global.nc{vector}.b32 {target}, [${n_words}+{offset}]; }}"
+        f"@p ld.global{where}{vector}.b32 {target}, [${n_words}+{offset}]; }}"
     )
 
 
@@ -36,7 +40,7 @@ def _load_text(n_words, offset):
 def _load_half_text(offset):
     return (
         "{ .reg .pred p; setp.lt.s32 p, $2, $3; mov.b32 $0, 0; "
-        f"@p ld.global.nc.u16 $0, [$1+{offset}]; }}"
+        f"@p ld.global.u16 $0, [$1+{offset}]; }}"
     )  # fmt: skip
 
 
@@ -77,12 +81,12 @@ def load_words(at, row, end, N: tl.constexpr, OFFSET: tl.constexpr):
         for i in tl.static_range((N + 3) // 4):
             if N == 1:
                 x = tl.inline_asm_elementwise(
-                    _load_text(1, OFFSET * 4), "=&r,l,r,r", [address, row, end], tl.int32, is_pure=False, pack=1
+                    _load_text(1, OFFSET * 4, False), "=&r,l,r,r", [address, row, end], tl.int32, is_pure=False, pack=1
                 )
                 words = words + (x,)
             elif N == 2:
                 x, y = tl.inline_asm_elementwise(
-                    _load_text(2, OFFSET * 4),
+                    _load_text(2, OFFSET * 4, True),
                     "=&r,=&r,l,r,r",
                     [address, row, end],
                     (tl.int32, tl.int32),
@@ -92,7 +96,7 @@ def load_words(at, row, end, N: tl.constexpr, OFFSET: tl.constexpr):
                 words = words + (x, y)
             else:
                 x, y, z, w = tl.inline_asm_elementwise(
-                    _load_text(4, OFFSET * 4 + i * 16),
+                    _load_text(4, OFFSET * 4 + i * 16, N == 4),
                     "=&r,=&r,=&r,=&r,l,r,r",
                     [address, row, end],
                     (tl.int32, tl.int32, tl.int32, tl.int32),
@@ -131,6 +135,15 @@ def store_four(at, a, b, c, d, here):
             tl.int32,
             is_pure=False,
             pack=1,
+        )
+
+
+@triton.jit
+def keep_order(thread):
+    """What is loaded before is asked for before: the assembler would put off loads until registers are free."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            "bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [thread], tl.int32, is_pure=False, pack=1
         )
 
 

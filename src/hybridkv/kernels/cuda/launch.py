@@ -149,7 +149,9 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
         k_rows, v_rows = _rows(segment, view, n_batch, n_kv_heads)
         t = tilings[i]
         if t.block_m == ONE_TOKEN_ROWS:
-            attend_one_token[(shares[i], n_pairs)](
+            tile = t.block_n // t.warps
+            share_rows = -(-segment.length // (shares[i] * tile)) * tile
+            attend_one_token[(shares[i], n_kv_heads, n_batch)](
                 q,
                 parts,
                 tops,
@@ -174,6 +176,7 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
                 0 if segment.blocks is None else segment.blocks.shape[1],
                 n_parts,
                 sum(shares[:i]),
+                share_rows,
                 *q.stride()[:2],
                 K=sides[i][0],
                 V=sides[i][1],

@@ -23,6 +23,7 @@ from hybridkv.kernels.cuda.attention import LOG2_E, WEIGHT_BITS
 from hybridkv.kernels.cuda.fragments import (
     get_four,
     high_halves,
+    keep_order,
     load_half,
     load_words,
     low_halves,
@@ -221,14 +222,14 @@ def _both(x, UPPER: tl.constexpr):
 
 
 @triton.jit
-def _add_scores(c, k, sub: tl.constexpr, q, part, book, WARPS: tl.constexpr, S: tl.constexpr):
-    """Scores of 16 rows: c four float32, plus the products of rows `2 * sub` and `2 * sub + 1` of k with the queries."""
+def _scores(zero, k, sub: tl.constexpr, q, part, book, WARPS: tl.constexpr, S: tl.constexpr):
+    """Scores of 16 rows, four float32: the products of rows `2 * sub` and `2 * sub + 1` of k with the queries."""
     x, p, b, s, low = k
     n: tl.constexpr = _n_words(S, 4)
     n_blocks: tl.constexpr = _n_blocks(S, 4)
     bytes: tl.constexpr = S.main == _BYTES
     per_word: tl.constexpr = 1 if bytes else 2
-    c0, c1, c2, c3 = c
+    chains = (zero, zero, zero, zero, zero, zero, zero, zero)  # two sums, since a product waits for the one before
     i: tl.constexpr = 2 * sub
     for w in tl.static_range(n):
         d0, d1 = _both(s[i], n_blocks * w // n), _both(s[i + 1], n_blocks * w // n)
@@ -240,11 +241,12 @@ def _add_scores(c, k, sub: tl.constexpr, q, part, book, WARPS: tl.constexpr, S: 
         pair, bit = _fields(p, b, i + 1, w, part, n, 4, S)
         lower = _values_of(x[(i + 1) * n + w] if S.main != _NONE else pair, pair, bit, d1, m1, book, S)
         for h in tl.static_range(per_word):
-            c0, c1, c2, c3 = multiply(
+            chains = (chains[4], chains[5], chains[6], chains[7]) + multiply(
                 upper[2 * h], lower[2 * h], upper[2 * h + 1], lower[2 * h + 1],
-                q[2 * (w * per_word + h)], q[2 * (w * per_word + h) + 1], c0, c1, c2, c3, WARPS,
+                q[2 * (w * per_word + h)], q[2 * (w * per_word + h) + 1],
+                chains[0], chains[1], chains[2], chains[3], WARPS,
             )  # fmt: skip
-    return c0, c1, c2, c3
+    return chains[0] + chains[4], chains[1] + chains[5], chains[2] + chains[6], chains[3] + chains[7]
 
 
 @triton.jit
@@ -307,7 +309,7 @@ def _two_rows_of_bits(x, y, half: tl.constexpr):
 @triton.jit
 def _queries(q, stride_h, scale, center, group, place, GROUP: tl.constexpr, HAS_CENTER: tl.constexpr,
              WARPS: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """Words of the queries as `_add_scores` takes them; per column of the scores a factor and the center's score."""
+    """Words of the queries as `_scores` takes them; per column of the scores a factor and the center's score."""
     n: tl.constexpr = _n_words(K, 4)
     bytes: tl.constexpr = K.main == _BYTES
     per_word: tl.constexpr = 1 if bytes else 2
@@ -442,7 +444,7 @@ def _over_warps(x, WARPS: tl.constexpr, LARGEST: tl.constexpr):
 
 
 _NUMBERS = ["n_batch", "n_kv_heads", "start", "length", "before", "total", "rows_k", "rows_v", "window", "n_blocks",
-            "n_parts", "first_part", "stride_qb", "stride_qh"]  # fmt: skip
+            "n_parts", "first_part", "share_rows", "stride_qb", "stride_qh"]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
@@ -481,6 +483,7 @@ def attend_one_token(
     n_blocks,
     n_parts,
     first_part,
+    share_rows,
     stride_qb,
     stride_qh,
     K: tl.constexpr,
@@ -500,13 +503,13 @@ def attend_one_token(
 ):
     """One part of the attention of a KV head's group of query heads, at most 8, as `attend_segment` leaves it.
 
-    Grid: shares, B * Hkv. A warp takes 16 * SUBTILES rows at a time.
+    Grid: shares, Hkv, B. A warp takes 16 * SUBTILES rows at a time.
     """
     if OVERLAPS:
         gdc_wait()
     share = tl.program_id(0)
-    sequence = tl.program_id(1) // n_kv_heads
-    head = tl.program_id(1) % n_kv_heads
+    head = tl.program_id(1)
+    sequence = tl.program_id(2)
     thread = tl.arange(0, WARPS * 32)
     group = thread % 32 // 4
     place = thread % 4
@@ -530,7 +533,8 @@ def attend_one_token(
         from_row = tl.maximum(0, total - before - window)
     step: tl.constexpr = WARPS * SUBTILES * 16
     tile: tl.constexpr = SUBTILES * 16  # shares are whole tiles of a warp: the last step may leave some warps idle
-    share_rows = tl.cdiv(tl.cdiv(tl.maximum(to_row - from_row, 0), tile), tl.num_programs(0)) * tile
+    if N_LENGTHS > 0 or HAS_WINDOW:
+        share_rows = tl.cdiv(tl.cdiv(tl.maximum(to_row - from_row, 0), tile), tl.num_programs(0)) * tile
     from_row += share * share_rows
     to_row = tl.minimum(to_row, from_row + share_rows)
 
@@ -553,6 +557,7 @@ def attend_one_token(
     k = _load_rows(k_main, k_pairs, k_bits, k_d, k_m, k_slots, k_row, to_row, place, k_deltas, 4, PAGED, K)
     v_slots = _slots(v_row, to_row, first_row, table_at, head, n_kv_heads, sequence, rows_v, v_deltas, PAGED, ROWS_LOG2)
     v = _load_rows(v_main, v_pairs, v_bits, v_d, v_m, v_slots, v_row, to_row, group, v_deltas, 8, PAGED, V)
+    keep_order(thread)
     q_at = q + sequence.to(tl.int64) * stride_qb + (head * GROUP).to(tl.int64) * stride_qh
     center_at = center
     if HAS_CENTER:
@@ -566,7 +571,7 @@ def attend_one_token(
     for _ in range(from_row, to_row, step):
         scores = ()
         for sub in tl.static_range(SUBTILES):
-            c0, c1, c2, c3 = _add_scores((zero, zero, zero, zero), k, sub, words, place, k_book, WARPS, K)
+            c0, c1, c2, c3 = _scores(zero, k, sub, words, place, k_book, WARPS, K)
             near = k_row + 16 * sub < to_row
             far = k_row + (16 * sub + 8) < to_row
             c0, c1 = _finish(c0, factor0, offset0, softcap, near, HAS_SOFTCAP, HAS_CENTER), _finish(
@@ -581,6 +586,7 @@ def attend_one_token(
             k_row, to_row, first_row, table_at, head, n_kv_heads, sequence, rows_k, k_deltas, PAGED, ROWS_LOG2
         )
         k = _load_rows(k_main, k_pairs, k_bits, k_d, k_m, k_slots, k_row, to_row, place, k_deltas, 4, PAGED, K)
+        keep_order(thread)
 
         most0, most1 = tl.maximum(scores[0], scores[2]), tl.maximum(scores[1], scores[3])
         for sub in tl.static_range(1, SUBTILES):
@@ -613,7 +619,7 @@ def attend_one_token(
     sum0, sum1 = sum_of_groups(sum0, WARPS), sum_of_groups(sum1, WARPS)
     warp, lane = thread // 32, thread % 32
     values, top0, top1, sum0, sum1 = _of_warps(acc, top0, top1, sum0, sum1, warp, lane, WARPS, V)
-    part = tl.program_id(1).to(tl.int64) * n_parts + first_part + share
+    part = (sequence * n_kv_heads + head).to(tl.int64) * n_parts + first_part + share
     column = place * 2
     to = part * GROUP + column
     tl.store(tops + to, top0, mask=(thread < 4) & (column < GROUP))
