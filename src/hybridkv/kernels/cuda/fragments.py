@@ -21,10 +21,7 @@ _TURN = tl.constexpr("{ .reg .b32 t; cvt.rn.f16x2.f32 t, $2, $1; movmatrix.sync.
 
 @triton.constexpr_function
 def _load_text(n_words, offset, once):
-    """Words at `offset` bytes behind an address, or zeros unless one number is below another.
-
-    A lane's two or four words and its neighbours' fill whole sectors of memory: nothing is left to keep in the first cache.
-    """
+    """Words at `offset` bytes behind an address, or zeros unless one number is below another."""
     names = [f"${i}" for i in range(n_words)]
     vector = f".v{n_words}" if n_words > 1 else ""
     where = ".L1::no_allocate" if once else ""
@@ -70,8 +67,11 @@ def _values_text(mask, other_mask, magic, minus, has_min):
 
 
 @triton.jit
-def load_words(at, row, end, N: tl.constexpr, OFFSET: tl.constexpr):
-    """N words (1, 2, or some fours) at OFFSET words behind the pointers `at`; zeros unless `row < end`."""
+def load_words(at, row, end, N: tl.constexpr, OFFSET: tl.constexpr, ONCE: tl.constexpr = False):
+    """N words (1, 2, or some fours) at OFFSET words behind the pointers `at`; zeros unless `row < end`.
+
+    ONCE: nobody will want their neighbourhood in the first cache.
+    """
     words = ()
     if INTERPRETED:
         for i in tl.static_range(N):
@@ -86,7 +86,7 @@ def load_words(at, row, end, N: tl.constexpr, OFFSET: tl.constexpr):
                 words = words + (x,)
             elif N == 2:
                 x, y = tl.inline_asm_elementwise(
-                    _load_text(2, OFFSET * 4, True),
+                    _load_text(2, OFFSET * 4, ONCE),
                     "=&r,=&r,l,r,r",
                     [address, row, end],
                     (tl.int32, tl.int32),
@@ -96,7 +96,7 @@ def load_words(at, row, end, N: tl.constexpr, OFFSET: tl.constexpr):
                 words = words + (x, y)
             else:
                 x, y, z, w = tl.inline_asm_elementwise(
-                    _load_text(4, OFFSET * 4 + i * 16, N == 4),
+                    _load_text(4, OFFSET * 4 + i * 16, ONCE),
                     "=&r,=&r,=&r,=&r,l,r,r",
                     [address, row, end],
                     (tl.int32, tl.int32, tl.int32, tl.int32),

@@ -102,12 +102,13 @@ def _load_row(main, pairs, bits, d, m, slot, row, end, part, DELTA: tl.constexpr
     first = part * n_words  # in words of nibbles, four to a block; of bytes, eight
     block = first // 8 if S.main == _BYTES else first // 4
     x, p, b, low = (), (), (), ()
+    # Up to four words of a lane and its neighbours' are whole sectors of memory, and need no place in the first cache.
     if S.main == _BYTES:
         at = main.to(tl.pointer_type(tl.int32)) + (slot * (S.head_dim // 4) + first)
-        x = load_words(at, row, end, n_words, DELTA * (S.head_dim // 4))
+        x = load_words(at, row, end, n_words, DELTA * (S.head_dim // 4), n_words <= 4)
     elif S.main == _NIBBLES:
         at = main.to(tl.pointer_type(tl.int32)) + (slot * (S.head_dim // 8) + first)
-        x = load_words(at, row, end, n_words, DELTA * (S.head_dim // 8))
+        x = load_words(at, row, end, n_words, DELTA * (S.head_dim // 8), n_words <= 4)
     if S.pairs >= 0:
         inside = first % 2 if n_pairs == 1 else 0
         at = pairs.to(tl.pointer_type(tl.int32)) + (slot * (S.head_dim // 16) + block * 2 + inside)
