@@ -170,6 +170,7 @@ def shared_memory(offset, N_BYTES: tl.constexpr):
 
 @triton.jit
 def put_four(at, a, b, c, d, OFFSET: tl.constexpr):
+    """Write four float32 to shared memory, OFFSET bytes behind addresses of 16 bytes each."""
     tl.inline_asm_elementwise(
         _put_text(OFFSET), "=r,r,f,f,f,f,~{memory}", [at, a, b, c, d], tl.int32, is_pure=False, pack=1
     )
@@ -177,6 +178,7 @@ def put_four(at, a, b, c, d, OFFSET: tl.constexpr):
 
 @triton.jit
 def get_four(at, OFFSET: tl.constexpr):
+    """Read what `put_four` wrote."""
     return tl.inline_asm_elementwise(
         _get_text(OFFSET),
         "=f,=f,=f,=f,r,~{memory}",
@@ -218,11 +220,13 @@ def choose(x, y, SELECTOR: tl.constexpr, TEXT: tl.constexpr):
 
 @triton.jit
 def low_halves(x, y):
+    """The lower half of x, and of y above it."""
     return choose(x, y, 0x5410, "prmt.b32 $0, $1, $2, 0x5410;")
 
 
 @triton.jit
 def high_halves(x, y):
+    """The upper half of x, and of y above it."""
     return choose(x, y, 0x7632, "prmt.b32 $0, $1, $2, 0x7632;")
 
 
@@ -318,6 +322,7 @@ def max_of_groups(x, WARPS: tl.constexpr):
 
 @triton.jit
 def sum_of_groups(x, WARPS: tl.constexpr):
+    """The sum over the lanes of the same place."""
     if INTERPRETED:
         y = tl.sum(tl.reshape(x, [WARPS, 8, 4]), axis=1)[:, None, :]
         y = tl.reshape(tl.broadcast_to(y, [WARPS, 8, 4]), [WARPS * 32])
@@ -341,6 +346,7 @@ def max_of_places(x, WARPS: tl.constexpr):
 
 @triton.jit
 def sum_of_places(x, WARPS: tl.constexpr):
+    """The sum over the lanes of the same group."""
     if INTERPRETED:
         y = tl.sum(tl.reshape(x, [WARPS * 8, 4]), axis=1)[:, None]
         y = tl.reshape(tl.broadcast_to(y, [WARPS * 8, 4]), [WARPS * 32])

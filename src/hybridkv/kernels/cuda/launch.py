@@ -37,7 +37,7 @@ class Tiling:
     warps
         Of a program.
     programs
-        Programs that one multiprocessor is given at least, if there are rows enough: shares are made for that.
+        Programs that one multiprocessor is given, if there are rows enough: shares are made for that.
     prefetch
         Whether the bytes of the next tile are loaded while one is computed.
     """
@@ -61,7 +61,7 @@ def choose_tiling(side_k: Side, side_v: Side, n_query_rows: int, *, one_token: b
     """
     lanes = 32 * max(side_k.blocks_padded, side_v.blocks_padded)
     if one_token and all(_by_words(s) for s in (side_k, side_v)):
-        return Tiling(ONE_TOKEN_ROWS, 64, warps=4, programs=2 if lanes > 128 else 3)
+        return Tiling(ONE_TOKEN_ROWS, 64, warps=4, programs=2 if lanes > 128 else 4)  # as many as registers allow
     plain, wide = ([s.main in kinds for s in (side_k, side_v)] for kinds in ((F16, F32, BF16), (F32, BF16)))
     if n_query_rows <= 64:
         block_m = max(16, 1 << (n_query_rows - 1).bit_length())
@@ -115,7 +115,7 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
     """
     n_batch, n_heads, n_new, head_dim = q.shape
     segments = view.segments
-    if tiling is None and q.is_cuda and staged.takes(q, view, params):
+    if tiling is None and staged.available(q.device) and staged.takes(q, view, params):
         return staged.attend(q, view, params)
     n_kv_heads = int(segments[0].k[0].shape[1])
     assert head_dim == view.head_dim_k and n_heads % n_kv_heads == 0, (q.shape, view.head_dim_k, n_kv_heads)
@@ -149,53 +149,9 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
         k_rows, v_rows = _rows(segment, view, n_batch, n_kv_heads)
         t = tilings[i]
         if t.block_m == ONE_TOKEN_ROWS:
-            tile = t.block_n // t.warps
-            share_rows = -(-segment.length // (shares[i] * tile)) * tile
-            attend_one_token[(shares[i], n_kv_heads, n_batch)](
-                q,
-                parts,
-                tops,
-                sums,
-                _or(segment.center, q),
-                *memory(segment.format_k, segment.k),
-                *memory(segment.format_v, segment.v),
-                _or(segment.blocks, q),
-                _or(segment.starts, q),
-                _or(lengths, q),
-                n_batch,
-                n_kv_heads,
-                segment.start,
-                segment.length,
-                before,
-                view.length,
-                k_rows,
-                v_rows,
-                params.scale,
-                params.softcap or 1.0,
-                view.window or 0,
-                0 if segment.blocks is None else segment.blocks.shape[1],
-                n_parts,
-                sum(shares[:i]),
-                share_rows,
-                *q.stride()[:2],
-                K=sides[i][0],
-                V=sides[i][1],
-                GROUP=group,
-                SUBTILES=t.block_n // (16 * t.warps),
-                WARPS=t.warps,
-                HAS_WINDOW=view.window is not None,
-                HAS_SOFTCAP=params.softcap is not None,
-                HAS_CENTER=segment.center is not None,
-                HAS_STARTS=segment.starts is not None,
-                N_LENGTHS=0 if lengths is None else len(segments),
-                SEGMENT=i if lengths is not None else 0,
-                ROWS_LOG2=0 if segment.blocks is None else k_rows.bit_length() - 1,
-                PAGED=segment.blocks is not None,
-                OVERLAPS=overlaps,
-                num_warps=t.warps,
-                num_stages=1,
-                **({"launch_pdl": True} if overlaps else {}),
-            )
+            numbers = (before, k_rows, v_rows, n_parts, sum(shares[:i]))
+            at = None if lengths is None else (i, len(segments))
+            _one_token(q, view, params, segment, t, shares[i], (parts, tops, sums), lengths, at, numbers, overlaps)
             before += segment.length
             continue
         attend_segment[(tiles[i], shares[i], n_pairs)](
@@ -276,6 +232,79 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
             **({"launch_pdl": True} if overlaps else {}),
         )
     return out
+
+
+def _one_token(
+    q: Tensor,
+    view: KVView,
+    params: AttentionParams,
+    segment: Segment,
+    tiling: Tiling,
+    n_shares: int,
+    results: tuple[Tensor, Tensor, Tensor],
+    lengths: Tensor | None,
+    place: tuple[int, int] | None,
+    numbers: tuple[int, int, int, int, int],
+    overlaps: bool,
+) -> None:
+    """Launch the kernel for one token on one segment.
+
+    Parameters
+    ----------
+    results
+        Parts, their tops and their sums.
+    place
+        Which segment of how many, if `lengths` are on the device.
+    numbers
+        Rows before the segment; rows per sequence or block of K and of V; parts in all and before.
+    """
+    before, k_rows, v_rows, n_parts, first_part = numbers
+    n_batch, n_heads = q.shape[:2]
+    n_kv_heads = int(segment.k[0].shape[1])
+    tile = tiling.block_n // tiling.warps
+    attend_one_token[(n_shares, n_kv_heads, n_batch)](
+        q,
+        *results,
+        _or(segment.center, q),
+        *memory(segment.format_k, segment.k),
+        *memory(segment.format_v, segment.v),
+        _or(segment.blocks, q),
+        _or(segment.starts, q),
+        _or(lengths, q),
+        n_batch,
+        n_kv_heads,
+        segment.start,
+        segment.length,
+        before,
+        view.length,
+        k_rows,
+        v_rows,
+        params.scale,
+        params.softcap or 1.0,
+        view.window or 0,
+        0 if segment.blocks is None else segment.blocks.shape[1],
+        n_parts,
+        first_part,
+        -(-segment.length // (n_shares * tile)) * tile,
+        *q.stride()[:2],
+        K=side(segment.format_k.name, view.head_dim_k),
+        V=side(segment.format_v.name, view.head_dim_v),
+        GROUP=n_heads // n_kv_heads,
+        SUBTILES=tile // 16,
+        WARPS=tiling.warps,
+        HAS_WINDOW=view.window is not None,
+        HAS_SOFTCAP=params.softcap is not None,
+        HAS_CENTER=segment.center is not None,
+        HAS_STARTS=segment.starts is not None,
+        SEGMENT=place[0] if place else 0,
+        N_LENGTHS=place[1] if place else 0,
+        ROWS_LOG2=0 if segment.blocks is None else k_rows.bit_length() - 1,
+        PAGED=segment.blocks is not None,
+        OVERLAPS=overlaps,
+        num_warps=tiling.warps,
+        num_stages=1,
+        **({"launch_pdl": True} if overlaps else {}),
+    )
 
 
 def _or(tensor: Tensor | None, placeholder: Tensor) -> Tensor:

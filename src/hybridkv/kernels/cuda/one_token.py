@@ -1,9 +1,9 @@
 """Attention of one new token over one segment of quantized rows. A Triton kernel.
 
-The general kernel leaves it to the compiler where values lie, and pays for it: what it decodes goes through shared memory
-to the tensor cores, and query rows are padded to 16. Here a thread loads the very words whose values it must hold when
-the tensor core multiplies, so that a value costs two to four instructions from the load to the product. The head dim and
-the rows may be counted in any order, as long as both operands agree; so a thread takes whole words:
+The general kernel leaves it to the compiler where values lie, and pays for it: what it decodes goes through shared
+memory to the tensor cores, and query rows are padded to 16. Here a thread loads the very words whose values it must
+hold when the tensor core multiplies, so that a value costs 2.5 to 4 instructions in all. The head dim and the rows may
+be counted in any order, as long as both operands agree; so a thread takes whole words:
 
 - Scores are keys `[16 rows, D]` times queries `[D, 8]`. Of its two rows a lane takes the words of a quarter.
 - The result is values `[D, 16 rows]` times weights `[16 rows, 8]`. Of its four rows a lane takes an eighth, and joins
@@ -22,14 +22,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hybridkv.kernels.cuda.attention import LOG2_E, WEIGHT_BITS
 from hybridkv.kernels.cuda.fragments import (
     get_four,
-    high_halves,
     keep_order,
-    load_half,
     load_words,
-    low_halves,
     max_of_groups,
     max_of_places,
-    multiply,
     of_columns,
     pack,
     put_four,
@@ -38,289 +34,29 @@ from hybridkv.kernels.cuda.fragments import (
     sum_of_groups,
     sum_of_places,
     turn,
-    two_values,
     unpack,
 )
-from hybridkv.kernels.cuda.layout import BYTES, NIBBLES, NONE
-from hybridkv.kernels.cuda.tiles import INTERPRETED, entries, find_slots
+from hybridkv.kernels.cuda.layout import BYTES
+from hybridkv.kernels.cuda.tiles import INTERPRETED, find_slots
+from hybridkv.kernels.cuda.words import add_values, load_rows, n_words_of, rows_of_keys, rows_of_values, scores_of
 
-_BYTES, _NIBBLES, _NONE = tl.constexpr(BYTES), tl.constexpr(NIBBLES), tl.constexpr(NONE)
-
-
-@triton.constexpr_function
-def _n_words(side, parts):
-    """Words of a row's main plane that one of so many lanes takes; of a plane of nibbles, if there is none."""
-    return side.head_dim // parts // (4 if side.main == BYTES else 8)
-
-
-@triton.constexpr_function
-def _n_blocks(side, parts):
-    return max(1, side.head_dim // parts // 32)
-
-
-@triton.constexpr_function
-def _n_pairs(side, parts):
-    """Words of its pairs: two of a block, which serve a half of it each, or one if it takes a quarter."""
-    n_values = side.head_dim // parts
-    return 1 if n_values == 8 else 2 * max(1, n_values // 32)
-
-
-@triton.constexpr_function
-def _rows_of_keys(subtiles):
-    """Rows of a lane, counted from its first: where fragments of 16 x 16 have them."""
-    return tuple(8 * i for i in range(2 * subtiles))
-
-
-@triton.constexpr_function
-def _rows_of_values(subtiles):
-    return tuple(8 * (i // 2) + i % 2 for i in range(4 * subtiles))
-
-
-@triton.jit
-def _load_rows(main, pairs, bits, d, m, slots, rows, end, part, DELTAS: tl.constexpr, PARTS: tl.constexpr,
-               PAGED: tl.constexpr, S: tl.constexpr):  # fmt: skip
-    """Words of the rows `rows + DELTAS`, of one of PARTS of each; per plane a tuple, row after row.
-
-    `slots` are where these rows lie, one per delta; or of the first alone, if the others follow it as they are counted.
-    """
-    x, p, b, s, low = (), (), (), (), ()
-    for i in tl.static_range(len(DELTAS)):
-        x1, p1, b1, s1, low1 = _load_row(
-            main, pairs, bits, d, m, slots[i if PAGED else 0], rows + DELTAS[i], end, part,
-            0 if PAGED else DELTAS[i], PARTS, S,
-        )  # fmt: skip
-        x, p, b, s, low = x + x1, p + p1, b + b1, s + s1, low + low1
-    return x, p, b, s, low
-
-
-@triton.jit
-def _load_row(main, pairs, bits, d, m, slot, row, end, part, DELTA: tl.constexpr, PARTS: tl.constexpr,
-              S: tl.constexpr):  # fmt: skip
-    n_words: tl.constexpr = _n_words(S, PARTS)
-    n_blocks: tl.constexpr = _n_blocks(S, PARTS)
-    n_pairs: tl.constexpr = _n_pairs(S, PARTS)
-    first = part * n_words  # in words of nibbles, four to a block; of bytes, eight
-    block = first // 8 if S.main == _BYTES else first // 4
-    x, p, b, low = (), (), (), ()
-    # Up to four words of a lane and its neighbours' are whole sectors of memory, and need no place in the first cache.
-    if S.main == _BYTES:
-        at = main.to(tl.pointer_type(tl.int32)) + (slot * (S.head_dim // 4) + first)
-        x = load_words(at, row, end, n_words, DELTA * (S.head_dim // 4), n_words <= 4)
-    elif S.main == _NIBBLES:
-        at = main.to(tl.pointer_type(tl.int32)) + (slot * (S.head_dim // 8) + first)
-        x = load_words(at, row, end, n_words, DELTA * (S.head_dim // 8), n_words <= 4)
-    if S.pairs >= 0:
-        inside = first % 2 if n_pairs == 1 else 0
-        at = pairs.to(tl.pointer_type(tl.int32)) + (slot * (S.head_dim // 16) + block * 2 + inside)
-        p = load_words(at, row, end, n_pairs, DELTA * (S.head_dim // 16))
-    if S.bits >= 0:
-        at = bits.to(tl.pointer_type(tl.int32)) + (slot * S.n_blocks + block)
-        b = load_words(at, row, end, n_blocks, DELTA * S.n_blocks)
-    s = _load_numbers(d, slot * S.n_blocks + block, row, end, n_blocks, DELTA * S.n_blocks)
-    if S.has_min:
-        low = _load_numbers(m, slot * S.n_blocks + block, row, end, n_blocks, DELTA * S.n_blocks)
-    return x, p, b, s, low
-
-
-@triton.jit
-def _load_numbers(plane, at, row, end, N: tl.constexpr, OFFSET: tl.constexpr):
-    """N float16 (1 or 2), each in the lower half of a word, or both in one."""
-    if N == 1:
-        x = (load_half(plane.to(tl.pointer_type(tl.int16)) + at, row, end, OFFSET),)
-    else:
-        x = load_words(plane.to(tl.pointer_type(tl.int32)) + at // 2, row, end, 1, OFFSET // 2)
-    return x
-
-
-@triton.jit
-def _values_of(x, pair, bit, d, m, book, S: tl.constexpr):
-    """Values of the codes in a word, two to a word, in a tuple.
-
-    Of bytes: those of bytes 0 and 2, and of 1 and 3. Of nibbles: the same of the lower nibbles, then of the upper.
-    `pair` and `bit` have their fields where the word's are: of byte i at bits 8i, and at bits i and 16 + i.
-    """
-    if S.main == _BYTES:
-        even = two_values(x, x, d, m, S.low_mask, 0, S.magic, 1024 + S.offset, S.has_min)
-        odd = two_values(x >> 8, x, d, m, S.low_mask, 0, S.magic, 1024 + S.offset, S.has_min)
-        values = (even, odd)
-    else:
-        low_minus: tl.constexpr = 1024 + S.offset
-        high_minus: tl.constexpr = 1024 + S.offset if S.has_book else 64 + S.offset
-        if S.has_book:
-            a, b, c, e = _codes(x, pair, bit, S)
-            a, b, c, e = entries(a, b, c, e, x, book, S)
-            w0 = two_values(a, a, d, m, 0x00FF00FF, 0, 0x64006400, low_minus, S.has_min)
-            w1 = two_values(b, a, d, m, 0x00FF00FF, 0, 0x64006400, low_minus, S.has_min)
-            w2 = two_values(c, a, d, m, 0x00FF00FF, 0, 0x64006400, high_minus, S.has_min)
-            w3 = two_values(e, a, d, m, 0x00FF00FF, 0, 0x64006400, high_minus, S.has_min)
-        else:
-            # The upper nibbles stay where they are. More bits of a code go above them, and above the lower ones.
-            a, b, c, e = x, x, x, x
-            low_more: tl.constexpr = 0x00300030 if S.pairs >= 0 else (0x00100010 if S.bits >= 0 else 0)
-            high_more: tl.constexpr = low_more * 16
-            if S.pairs >= 0:
-                a, b, c, e = pair << 4, pair >> 4, pair << 6, pair >> 2
-            elif S.bits >= 0:
-                a = (bit << 4) & 0x10 | (bit << 18) & 0x00100000
-                b = (bit << 3) & 0x10 | (bit << 17) & 0x00100000
-                c = (bit >> 8) & 0x100 | (bit << 6) & 0x01000000
-                e = (bit >> 9) & 0x100 | (bit << 5) & 0x01000000
-            y = x >> 8
-            w0 = two_values(x, a, d, m, 0x000F000F, low_more, 0x64006400, low_minus, S.has_min)
-            w1 = two_values(y, b, d, m, 0x000F000F, low_more, 0x64006400, low_minus, S.has_min)
-            w2 = two_values(x, c, d, m, 0x00F000F0, high_more, 0x54005400, high_minus, S.has_min)
-            w3 = two_values(y, e, d, m, 0x00F000F0, high_more, 0x54005400, high_minus, S.has_min)
-        values = (w0, w1, w2, w3)
-    return values
-
-
-@triton.jit
-def _codes(x, pair, bit, S: tl.constexpr):
-    """Codes of formats with a codebook, two to a word, in the order of `_values_of`."""
-    if S.main == _NIBBLES:
-        a, b, c, e = x & 0x000F000F, (x >> 8) & 0x000F000F, (x >> 4) & 0x000F000F, (x >> 12) & 0x000F000F
-    else:
-        a = (pair & 0x00030003) << S.pairs
-        b = ((pair >> 8) & 0x00030003) << S.pairs
-        c = ((pair >> 2) & 0x00030003) << S.pairs
-        e = ((pair >> 10) & 0x00030003) << S.pairs
-    if S.bits >= 0:
-        a = a | (((bit & 1) | ((bit & 4) << 14)) << S.bits)
-        b = b | ((((bit >> 1) & 1) | ((bit & 8) << 13)) << S.bits)
-        f = bit >> 16
-        c = c | (((f & 1) | ((f & 4) << 14)) << S.bits)
-        e = e | ((((f >> 1) & 1) | ((f & 8) << 13)) << S.bits)
-    return a, b, c, e
-
-
-@triton.jit
-def _fields(p, b, i, w, part, N_WORDS: tl.constexpr, PARTS: tl.constexpr, S: tl.constexpr):
-    """Of row i, the pairs and the bits that belong to its word w, shifted to where `_values_of` takes them."""
-    pair, bit = 0, 0
-    if S.pairs >= 0:
-        n: tl.constexpr = _n_pairs(S, PARTS)
-        if N_WORDS >= 4:
-            pair = p[i * n + w // 4 * 2 + w % 2] >> (w % 4 // 2 * 4)
-        else:
-            pair = p[i * n + w] >> (part * N_WORDS % 4 // 2 * 4)
-    if S.bits >= 0:
-        m: tl.constexpr = _n_blocks(S, PARTS)
-        if N_WORDS >= 4:
-            bit = b[i * m + w // 4] >> (w % 4 * 4)
-        else:
-            bit = b[i * m] >> ((part * N_WORDS + w) % 4 * 4)
-    return pair, bit
-
-
-@triton.jit
-def _both(x, UPPER: tl.constexpr):
-    """One half of a word, twice."""
-    if UPPER:
-        y = high_halves(x, x)
-    else:
-        y = low_halves(x, x)
-    return y
-
-
-@triton.jit
-def _scores(zero, k, sub: tl.constexpr, q, part, book, WARPS: tl.constexpr, S: tl.constexpr):
-    """Scores of 16 rows, four float32: the products of rows `2 * sub` and `2 * sub + 1` of k with the queries."""
-    x, p, b, s, low = k
-    n: tl.constexpr = _n_words(S, 4)
-    n_blocks: tl.constexpr = _n_blocks(S, 4)
-    bytes: tl.constexpr = S.main == _BYTES
-    per_word: tl.constexpr = 1 if bytes else 2
-    chains = (zero, zero, zero, zero, zero, zero, zero, zero)  # two sums, since a product waits for the one before
-    i: tl.constexpr = 2 * sub
-    for w in tl.static_range(n):
-        d0, d1 = _both(s[i], n_blocks * w // n), _both(s[i + 1], n_blocks * w // n)
-        m0, m1 = d0, d1
-        if S.has_min:
-            m0, m1 = _both(low[i], n_blocks * w // n), _both(low[i + 1], n_blocks * w // n)
-        pair, bit = _fields(p, b, i, w, part, n, 4, S)
-        upper = _values_of(x[i * n + w] if S.main != _NONE else pair, pair, bit, d0, m0, book, S)
-        pair, bit = _fields(p, b, i + 1, w, part, n, 4, S)
-        lower = _values_of(x[(i + 1) * n + w] if S.main != _NONE else pair, pair, bit, d1, m1, book, S)
-        for h in tl.static_range(per_word):
-            chains = (chains[4], chains[5], chains[6], chains[7]) + multiply(
-                upper[2 * h], lower[2 * h], upper[2 * h + 1], lower[2 * h + 1],
-                q[2 * (w * per_word + h)], q[2 * (w * per_word + h) + 1],
-                chains[0], chains[1], chains[2], chains[3], WARPS,
-            )  # fmt: skip
-    return chains[0] + chains[4], chains[1] + chains[5], chains[2] + chains[6], chains[3] + chains[7]
-
-
-@triton.jit
-def _add_values(acc, v, sub: tl.constexpr, p0, p1, part, book, WARPS: tl.constexpr, S: tl.constexpr):
-    """`acc`, four float32 for two dims, dims after dims, plus the products of four of v's rows with the weights."""
-    x, p, b, s, low = v
-    n: tl.constexpr = _n_words(S, 8)
-    bytes: tl.constexpr = S.main == _BYTES
-    per_half: tl.constexpr = 1 if bytes else 2
-    i: tl.constexpr = 4 * sub
-    d0, d1 = low_halves(s[i], s[i + 1]), low_halves(s[i + 2], s[i + 3])
-    m0, m1 = d0, d1
-    if S.has_min:
-        m0, m1 = low_halves(low[i], low[i + 1]), low_halves(low[i + 2], low[i + 3])
-    out = ()
-    for w in tl.static_range(n):
-        pair_a, bit_a = _fields(p, b, i, w, part, n, 8, S)
-        pair_b, bit_b = _fields(p, b, i + 1, w, part, n, 8, S)
-        pair_c, bit_c = _fields(p, b, i + 2, w, part, n, 8, S)
-        pair_d, bit_d = _fields(p, b, i + 3, w, part, n, 8, S)
-        for half in tl.static_range(2):
-            first, second, pair0, pair1, bit0, bit1 = 0, 0, 0, 0, 0, 0
-            if S.main != _NONE:
-                first = _two_rows(x[i * n + w], x[(i + 1) * n + w], half)
-                second = _two_rows(x[(i + 2) * n + w], x[(i + 3) * n + w], half)
-            if S.pairs >= 0:
-                pair0, pair1 = _two_rows(pair_a, pair_b, half), _two_rows(pair_c, pair_d, half)
-            if S.bits >= 0:
-                bit0, bit1 = _two_rows_of_bits(bit_a, bit_b, half), _two_rows_of_bits(bit_c, bit_d, half)
-            near = _values_of(first if S.main != _NONE else pair0, pair0, bit0, d0, m0, book, S)
-            far = _values_of(second if S.main != _NONE else pair1, pair1, bit1, d1, m1, book, S)
-            for h in tl.static_range(per_half):
-                out = out + _into(
-                    acc, near[2 * h], near[2 * h + 1], far[2 * h], far[2 * h + 1], p0, p1,
-                    4 * ((w * 2 + half) * per_half + h), WARPS,
-                )  # fmt: skip
-    return out
-
-
-@triton.jit
-def _into(acc, a0, a1, a2, a3, p0, p1, i: tl.constexpr, WARPS: tl.constexpr):
-    return multiply(a0, a1, a2, a3, p0, p1, acc[i], acc[i + 1], acc[i + 2], acc[i + 3], WARPS)
-
-
-@triton.jit
-def _two_rows(x, y, half: tl.constexpr):
-    """Bytes 0 and 1, or 2 and 3, of two words: the first word's in the lower half."""
-    if half == 0:
-        z = low_halves(x, y)
-    else:
-        z = high_halves(x, y)
-    return z
-
-
-@triton.jit
-def _two_rows_of_bits(x, y, half: tl.constexpr):
-    return ((x >> (2 * half)) & 0x00030003) | (((y >> (2 * half)) & 0x00030003) << 2)
+_BYTES = tl.constexpr(BYTES)
 
 
 @triton.jit
 def _queries(q, stride_h, scale, center, group, place, GROUP: tl.constexpr, HAS_CENTER: tl.constexpr,
              WARPS: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """Words of the queries as `_scores` takes them; per column of the scores a factor and the center's score."""
-    n: tl.constexpr = _n_words(K, 4)
-    bytes: tl.constexpr = K.main == _BYTES
-    per_word: tl.constexpr = 1 if bytes else 2
+    """Words of the queries as `scores_of` takes them; per column of the scores a factor and the center's score."""
+    n: tl.constexpr = n_words_of(K, 4)
+    of_bytes: tl.constexpr = K.main == _BYTES
+    per_word: tl.constexpr = 1 if of_bytes else 2
     values = ()
     largest = tl.zeros([WARPS * 32], tl.float32)
     offset = tl.zeros([WARPS * 32], tl.float32)
     for w in tl.static_range(n // 2):  # two words of a row are eight dims that follow each other, or twice that
         for h in tl.static_range(per_word):
             word = place * n + 2 * w
-            dim = 4 * word if bytes else word // 4 * 32 + word % 4 * 4 + 16 * h
+            dim = 4 * word if of_bytes else word // 4 * 32 + word % 4 * 4 + 16 * h
             eight = _load_eight(q + group * stride_h + dim, group, GROUP)
             values = values + eight
             for j in tl.static_range(8):
@@ -348,9 +84,9 @@ def _four(x, factor, i: tl.constexpr):
 @triton.jit
 def _load_eight(at, row, end):
     """Eight numbers at pointers to where 16 bytes may be read at once, float32; zeros unless `row < end`."""
-    type: tl.constexpr = at.dtype.element_ty
+    kind: tl.constexpr = at.dtype.element_ty
     words = at.to(tl.pointer_type(tl.int32))
-    if type == tl.float32:
+    if kind == tl.float32:
         x = load_words(words, row, end, 8, 0)
         out = ()
         for i in tl.static_range(8):
@@ -359,7 +95,7 @@ def _load_eight(at, row, end):
         x = load_words(words, row, end, 4, 0)
         out = ()
         for i in tl.static_range(4):
-            if type == tl.bfloat16:
+            if kind == tl.bfloat16:
                 out = out + ((x[i] << 16).to(tl.float32, bitcast=True), (x[i] & -65536).to(tl.float32, bitcast=True))
             else:
                 a, b = unpack(x[i])
@@ -418,9 +154,7 @@ def _of_warps(acc, top0, top1, sum0, sum1, warp, lane, WARPS: tl.constexpr, V: t
                     from_tile = tl.minimum(_tile(warp * mine + j, half, V), tiles - 1)
                     four = get_four(at + from_tile * 512, w * tiles * 512)
                     for i in tl.static_range(4):
-                        added = added + (
-                            out[8 * j + 4 * half + i] + four[i] * (shrink0 if i % 2 == 0 else shrink1),
-                        )
+                        added = added + (out[8 * j + 4 * half + i] + four[i] * (shrink0 if i % 2 == 0 else shrink1),)
             out = added
     return out, most0, most1, total0, total1
 
@@ -543,8 +277,8 @@ def attend_one_token(
     warp_row = thread // 32 * (SUBTILES * 16)
     k_row = from_row + warp_row + group
     v_row = from_row + warp_row + place * 2
-    k_deltas: tl.constexpr = _rows_of_keys(SUBTILES)
-    v_deltas: tl.constexpr = _rows_of_values(SUBTILES)
+    k_deltas: tl.constexpr = rows_of_keys(SUBTILES)
+    v_deltas: tl.constexpr = rows_of_values(SUBTILES)
     n_acc: tl.constexpr = V.head_dim // 4
     zero = tl.zeros([WARPS * 32], tl.float32)
     top0 = zero - float("inf")
@@ -555,9 +289,9 @@ def attend_one_token(
         acc = acc + (zero,)
 
     k_slots = _slots(k_row, to_row, first_row, table_at, head, n_kv_heads, sequence, rows_k, k_deltas, PAGED, ROWS_LOG2)
-    k = _load_rows(k_main, k_pairs, k_bits, k_d, k_m, k_slots, k_row, to_row, place, k_deltas, 4, PAGED, K)
+    k = load_rows(k_main, k_pairs, k_bits, k_d, k_m, k_slots, k_row, to_row, place, k_deltas, 4, PAGED, K)
     v_slots = _slots(v_row, to_row, first_row, table_at, head, n_kv_heads, sequence, rows_v, v_deltas, PAGED, ROWS_LOG2)
-    v = _load_rows(v_main, v_pairs, v_bits, v_d, v_m, v_slots, v_row, to_row, group, v_deltas, 8, PAGED, V)
+    v = load_rows(v_main, v_pairs, v_bits, v_d, v_m, v_slots, v_row, to_row, group, v_deltas, 8, PAGED, V)
     keep_order(thread)
     q_at = q + sequence.to(tl.int64) * stride_qb + (head * GROUP).to(tl.int64) * stride_qh
     center_at = center
@@ -572,21 +306,23 @@ def attend_one_token(
     for _ in range(from_row, to_row, step):
         scores = ()
         for sub in tl.static_range(SUBTILES):
-            c0, c1, c2, c3 = _scores(zero, k, sub, words, place, k_book, WARPS, K)
+            c0, c1, c2, c3 = scores_of(zero, k, sub, words, place, k_book, WARPS, K)
             near = k_row + 16 * sub < to_row
             far = k_row + (16 * sub + 8) < to_row
-            c0, c1 = _finish(c0, factor0, offset0, softcap, near, HAS_SOFTCAP, HAS_CENTER), _finish(
-                c1, factor1, offset1, softcap, near, HAS_SOFTCAP, HAS_CENTER
+            c0, c1 = (
+                _finish(c0, factor0, offset0, softcap, near, HAS_SOFTCAP, HAS_CENTER),
+                _finish(c1, factor1, offset1, softcap, near, HAS_SOFTCAP, HAS_CENTER),
             )
-            c2, c3 = _finish(c2, factor0, offset0, softcap, far, HAS_SOFTCAP, HAS_CENTER), _finish(
-                c3, factor1, offset1, softcap, far, HAS_SOFTCAP, HAS_CENTER
+            c2, c3 = (
+                _finish(c2, factor0, offset0, softcap, far, HAS_SOFTCAP, HAS_CENTER),
+                _finish(c3, factor1, offset1, softcap, far, HAS_SOFTCAP, HAS_CENTER),
             )
             scores = scores + (c0, c1, c2, c3)
         k_row += step
         k_slots = _slots(
             k_row, to_row, first_row, table_at, head, n_kv_heads, sequence, rows_k, k_deltas, PAGED, ROWS_LOG2
         )
-        k = _load_rows(k_main, k_pairs, k_bits, k_d, k_m, k_slots, k_row, to_row, place, k_deltas, 4, PAGED, K)
+        k = load_rows(k_main, k_pairs, k_bits, k_d, k_m, k_slots, k_row, to_row, place, k_deltas, 4, PAGED, K)
         keep_order(thread)
 
         most0, most1 = tl.maximum(scores[0], scores[2]), tl.maximum(scores[1], scores[3])
@@ -608,12 +344,12 @@ def attend_one_token(
             w0, w1 = tl.exp2(scores[4 * sub] - base0), tl.exp2(scores[4 * sub + 1] - base1)
             w2, w3 = tl.exp2(scores[4 * sub + 2] - base0), tl.exp2(scores[4 * sub + 3] - base1)
             sum0, sum1 = sum0 + (w0 + w2), sum1 + (w1 + w3)
-            acc = _add_values(acc, v, sub, turn(w0, w1, WARPS), turn(w2, w3, WARPS), group, v_book, WARPS, V)
+            acc = add_values(acc, v, sub, turn(w0, w1, WARPS), turn(w2, w3, WARPS), group, v_book, WARPS, V)
         v_row += step
         v_slots = _slots(
             v_row, to_row, first_row, table_at, head, n_kv_heads, sequence, rows_v, v_deltas, PAGED, ROWS_LOG2
         )
-        v = _load_rows(v_main, v_pairs, v_bits, v_d, v_m, v_slots, v_row, to_row, group, v_deltas, 8, PAGED, V)
+        v = load_rows(v_main, v_pairs, v_bits, v_d, v_m, v_slots, v_row, to_row, group, v_deltas, 8, PAGED, V)
 
     if OVERLAPS:
         gdc_launch_dependents()
@@ -628,7 +364,7 @@ def attend_one_token(
     tl.store(sums + to, sum0, mask=(thread < 4) & (column < GROUP))
     tl.store(sums + to + 1, sum1, mask=(thread < 4) & (column + 1 < GROUP))
     mine: tl.constexpr = _runs_of_warp(V, WARPS)
-    n_words: tl.constexpr = _n_words(V, 8)
+    n_words: tl.constexpr = n_words_of(V, 8)
     for j in tl.static_range(mine):
         run = warp * mine + j
         word = group * n_words + (run if V.main == _BYTES else run // 2)

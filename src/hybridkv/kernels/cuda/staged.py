@@ -2,11 +2,11 @@
 
 Unpacking reads and writes memory once; attention of many queries over a row costs hundreds of times that, so what is
 unpacked may as well go to the fastest kernel there is. The scratch is bounded by `SCRATCH_BYTES`: a longer history is
-attended window by window, and the windows' results are summed by their weights, which the kernels return as logarithms.
+attended window by window, and the windows' results are summed by their weights, which the kernels return too.
 What is attended is what is stored, the newest rows included.
 
-Takes plain cases: no mask, window, cap, sinks or centers, rows that the host knows, types that decode to float16. Called
-by launch.py.
+Takes plain cases: no mask, window, cap, sinks or centers, rows that the host knows, types that decode to float16.
+Called by launch.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, is_flash_attention_available
 
 from hybridkv.kernels.case import AttentionParams, KVView, Segment
 from hybridkv.kernels.cuda.layout import BF16, F32, memory, side
@@ -87,6 +88,13 @@ def add_part(total, weight, part, part_weight, out, out_weight, width, n, BLOCK:
     tl.store(out_weight + query, top + tl.log(share_a + share_b), mask=ok & (at % width == 0))
 
 
+def available(device: torch.device) -> bool:
+    """Whether torch has a kernel of its own for the device."""
+    return (
+        device.type == "cuda" and is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
 def takes(q: Tensor, view: KVView, params: AttentionParams) -> bool:
     """Whether a call is one of those that this module attends."""
     plain = params.mask is None and params.softcap is None and params.sinks is None and view.window is None
@@ -135,10 +143,19 @@ def attend(q: Tensor, view: KVView, params: AttentionParams) -> Tensor:
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """torch's attention in float16, `[B, Hq, T, D]`, and per query the logarithm of its weight, float32 `[B, Hq, T]`."""
-    out, weight = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, True, 0.0, causal, False, scale=scale
-    )[:2]
+    """Attention by torch in float16, `[B, Hq, T, D]`, and per query the logarithm of its weight, float32 `[B, Hq, T]`.
+
+    cuDNN's kernel is the faster one where its tiles of 128 queries fill half of the multiprocessors. The operators are
+    those behind scaled_dot_product_attention, which keeps the weights to itself.
+    """
+    tiles = q.shape[0] * q.shape[1] * -(-q.shape[2] // 128)
+    many = 2 * tiles >= torch.cuda.get_device_properties(q.device).multi_processor_count - 4
+    if many and can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, causal, True)):
+        out, weight = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, causal, False, scale=scale
+        )[:2]
+    else:
+        out, weight = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
     return out, weight.reshape(q.shape[:3])
 
 
