@@ -95,6 +95,12 @@ def _n_multiprocessors(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=16)
+def _has_products_of_fragments(device: torch.device) -> bool:
+    """Whether the instructions of the kernel for one token are there; the interpreter has its own."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@lru_cache(maxsize=16)
 def _has_dependent_launch(device: torch.device) -> bool:
     """Whether a kernel may be launched while the one before ends, and wait for it on the device."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
@@ -121,7 +127,7 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
     assert head_dim == view.head_dim_k and n_heads % n_kv_heads == 0, (q.shape, view.head_dim_k, n_kv_heads)
     assert view.window is None or view.window > 0, view.window
     group = n_heads // n_kv_heads
-    one_token = n_new == 1 and group <= ONE_TOKEN_ROWS and params.mask is None
+    one_token = n_new == 1 and group <= ONE_TOKEN_ROWS and params.mask is None and _has_products_of_fragments(q.device)
     if q.stride(3) != 1 or (one_token and not _loads_eights(q)):
         q = q.contiguous()
     out = q.new_empty(n_batch, n_heads, n_new, view.head_dim_v, dtype=torch.float32)
@@ -303,6 +309,7 @@ def _one_token(
         OVERLAPS=overlaps,
         num_warps=tiling.warps,
         num_stages=1,
+        enable_fp_fusion=True,
         **({"launch_pdl": True} if overlaps else {}),
     )
 

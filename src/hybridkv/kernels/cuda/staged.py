@@ -131,6 +131,7 @@ def attend(q: Tensor, view: KVView, params: AttentionParams) -> Tensor:
                     S=side(fmt.name, head_dim),
                     BLOCK_N=ROWS,
                     num_warps=4,
+                    enable_fp_fusion=True,
                 )
         part, part_weight = dense(q, k, v, params.scale, causal=first == n_seen)
         del k, v
@@ -183,5 +184,6 @@ def _sum(total: Tensor, weight: Tensor, part: Tensor, part_weight: Tensor) -> tu
         out.numel(),
         BLOCK=ELEMENTS,
         num_warps=8,
+        enable_fp_fusion=True,
     )
     return out, out_weight
