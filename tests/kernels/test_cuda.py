@@ -23,14 +23,18 @@ from tests.oracles.attention import exact_attention, relative_rmse
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from hybridkv.kernels.cuda import launch
-from hybridkv.kernels.cuda.launch import Tiling
+from hybridkv.kernels.cuda import launch, staged
+from hybridkv.kernels.cuda.launch import ONE_TOKEN_ROWS, Tiling
 from hybridkv.kernels.cuda.store import store
 
 ON_CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if ON_CUDA else "cpu"
 NARROW = Tiling(16, 16, warps=4, programs=1)
 """Small tiles, so that a few rows make several of them."""
+ONE_TOKEN = Tiling(ONE_TOKEN_ROWS, 16, warps=1, programs=1)
+"""The same of the kernel for one token."""
+WORDS = tuple(n for n, f in FORMATS.items() if f.is_quantized and f.block == 32)
+"""Types that it reads."""
 TYPES = tuple(FORMATS)
 
 
@@ -97,6 +101,39 @@ def test_every_type(type_name: str) -> None:
     check(type_k=other, type_v=type_name, n_new=1, n_rows=20, head_dim_k=80, head_dim_v=48)
 
 
+@pytest.mark.parametrize("type_name", WORDS)
+def test_one_token_of_every_type(type_name: str) -> None:
+    other = WORDS[(WORDS.index(type_name) + 4) % len(WORDS)]
+    check(type_k=type_name, type_v=other, n_rows=37, group=8, tiling=replace(ONE_TOKEN, block_n=32))
+    check(type_k=other, type_v=type_name, n_rows=20, group=3, tiling=ONE_TOKEN)
+
+
+@pytest.mark.parametrize("type_name", ["q8_0", "q6_0", "q5_1", "q4_0", "hq3_nl"])
+@pytest.mark.parametrize("dims", [(64, 128), (128, 64), (256, 256)], ids=str)
+def test_one_token_of_every_head_dim(dims: tuple[int, int], type_name: str) -> None:
+    options = {"type_k": type_name, "type_v": type_name, "n_rows": 20, "n_kv_heads": 1}
+    check(**options, head_dim_k=dims[0], head_dim_v=dims[1], tiling=ONE_TOKEN)
+
+
+@pytest.mark.parametrize("n_rows", [1, 31, 33, 257])
+@pytest.mark.parametrize(("warps", "rows"), [(1, 16), (2, 16), (4, 16), (4, 32)])
+def test_one_token_over_odd_rows(warps: int, rows: int, n_rows: int) -> None:
+    check(n_rows=n_rows, n_kv_heads=1, group=8, tiling=Tiling(ONE_TOKEN_ROWS, rows * warps, warps, programs=1))
+
+
+def test_queries_that_do_not_lie_in_eights() -> None:
+    stored = store_parts((Part("q8_0", "q4_0", 20),))
+    both = torch.randn(2, 4, 1, 68, generator=torch.Generator().manual_seed(3))
+    q = both[..., 3:67]
+    exact = exact_attention(q, stored.k, stored.v, scale=0.125)
+    assert relative_rmse(attend(q, stored.view, None, scale=0.125), exact) <= cuda.TOLERANCE
+    half = attend(q.bfloat16(), stored.view, None, scale=0.125)
+    exact = exact_attention(q.bfloat16(), stored.k, stored.v, scale=0.125)
+    assert relative_rmse(half, exact) <= cuda.TOLERANCE
+    exact = exact_attention(q.half(), stored.k, stored.v, scale=0.125)
+    assert relative_rmse(attend(q.half(), stored.view, None, scale=0.125), exact) <= cuda.TOLERANCE
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not ON_CUDA, reason="no CUDA device that torch can use")
 @pytest.mark.parametrize("n_new", [1, 3])
@@ -135,6 +172,8 @@ def test_tilings(tiling: Tiling | None) -> None:
 @pytest.mark.parametrize(("window", "n_new"), [(1, 1), (8, 7), (40, 1)])
 def test_window(window: int, n_new: int) -> None:
     check(window=window, n_new=n_new, n_rows=37)
+    if n_new == 1:
+        check(window=window, n_rows=37, tiling=ONE_TOKEN)
 
 
 @pytest.mark.parametrize("n_new", [1, 7])
@@ -142,6 +181,9 @@ def test_softcap_and_sinks(n_new: int) -> None:
     check(n_new=n_new, params={"softcap": 2.0, "scale": 1.0}, n_rows=20)
     check(n_new=n_new, params={"sinks": torch.tensor([0.5, -3.0, 4.0, 0.0])}, n_rows=20)
     check(n_new=n_new, params={"sinks": torch.tensor([0.5, -3.0, 4.0, 0.0])}, n_rows=9)  # one part, no sum of parts
+    if n_new == 1:
+        check(params={"softcap": 2.0, "scale": 1.0}, n_rows=20, tiling=ONE_TOKEN)
+        check(params={"sinks": torch.tensor([0.5, -3.0, 4.0, 0.0])}, n_rows=9, tiling=ONE_TOKEN)
 
 
 @pytest.mark.parametrize(("heads", "n_new"), [(1, 1), (4, 6)])
@@ -155,6 +197,7 @@ def test_mask_with_unseen_rows_and_unseeing_queries(heads: int, n_new: int) -> N
 def test_segments_centers_and_rotation(n_new: int) -> None:
     parts = (Part("f16", "f16", 5, "exact"), Part("q8_0", "q4_0", 21, centered=True), Part("f16", "f16", 9, "exact"))
     check(parts=parts, n_new=n_new, batch=2, n_kv_heads=1, rotated=True)
+    check(parts=parts, n_new=n_new, batch=2, n_kv_heads=1, rotated=True, tiling=None)  # a kernel for each segment
     check(parts=parts, n_new=n_new, n_kv_heads=1, params={"softcap": 3.0, "scale": 0.2})
 
 
@@ -212,11 +255,12 @@ def test_stale_rows_under_the_mask_do_not_leak(types: tuple[str, str]) -> None:
     assert relative_rmse(got, exact) <= cuda.TOLERANCE
 
 
-def test_a_visible_nan_is_not_hidden() -> None:
+@pytest.mark.parametrize("tiling", [NARROW, ONE_TOKEN])
+def test_a_visible_nan_is_not_hidden(tiling: Tiling) -> None:
     stored = store_parts((Part("q8_0", "q8_0", 20),))
     s = stored.view.segments[0]
     s.v[0][0, 0, s.start + 4] = 0xFF
-    got = attend(queries(stored.view, 1, 2, 2, 2), stored.view, NARROW, scale=0.125)
+    got = attend(queries(stored.view, 1, 2, 2, 2), stored.view, tiling, scale=0.125)
     assert torch.isnan(got[0, :2]).any()
     assert torch.isfinite(got[0, 2:]).all()
     assert torch.isfinite(got[1]).all()
@@ -243,9 +287,10 @@ def test_lengths_on_the_device(n_new: int, window: int | None) -> None:
     segments[0] = replace(segments[0], lengths=None) if n_new == 1 else segments[0]
     counts = [[5, *c[1:]] for c in counts] if n_new == 1 else counts
     q = queries(stored.view, n_new, 2, 3, 1)
-    got = attend(q, replace(stored.view, segments=tuple(segments), window=window), NARROW, scale=0.125)
     exact = each_sequence(stored, q, counts, window)
-    assert relative_rmse(got, exact) <= cuda.TOLERANCE
+    for tiling in (NARROW, None):
+        got = attend(q, replace(stored.view, segments=tuple(segments), window=window), tiling, scale=0.125)
+        assert relative_rmse(got, exact) <= cuda.TOLERANCE
 
 
 def test_starts_on_the_device() -> None:
@@ -254,12 +299,12 @@ def test_starts_on_the_device() -> None:
     starts, lengths = torch.tensor([s.start, s.start + 7], dtype=torch.int32), torch.tensor([30, 23], dtype=torch.int32)
     view = replace(stored.view, segments=(replace(s, start=0, starts=starts, lengths=lengths),))
     q = queries(view, 1, 2, 2, 1)
-    got = attend(q, view, NARROW, scale=0.125)
     exact = torch.cat(
         [exact_attention(q[b : b + 1], stored.k[b : b + 1, :, n:], stored.v[b : b + 1, :, n:], scale=0.125)
          for b, n in enumerate((0, 7))]
     )  # fmt: skip
-    assert relative_rmse(got, exact) <= cuda.TOLERANCE
+    for tiling in (NARROW, ONE_TOKEN):
+        assert relative_rmse(attend(q, view, tiling, scale=0.125), exact) <= cuda.TOLERANCE
 
 
 def paged(planes: tuple[Tensor, ...], table: Tensor, n_blocks: int, block_rows: int) -> tuple[Tensor, ...]:
@@ -286,9 +331,47 @@ def test_block_tables(n_new: int) -> None:
     table[1, 2] = 10**6  # nothing valid lies there: must not be followed
     segment = replace(s, k=k, v=v, blocks=table, lengths=lengths)
     q = queries(stored.view, n_new, 2, 2, 2)
-    got = attend(q, replace(stored.view, segments=(segment,)), NARROW, scale=0.125)
     exact = each_sequence(stored, q, [[int(n)] for n in lengths])
-    assert relative_rmse(got, exact) <= cuda.TOLERANCE
+    for tiling in (NARROW, ONE_TOKEN)[: 2 if n_new == 1 else 1]:
+        got = attend(q, replace(stored.view, segments=(segment,)), tiling, scale=0.125)
+        assert relative_rmse(got, exact) <= cuda.TOLERANCE
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """What `staged.dense` asks torch for, in float64."""
+    k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = q.double() @ k.transpose(-1, -2) * scale
+    if causal:
+        scores.masked_fill_(~torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(), -torch.inf)
+    return (scores.softmax(-1) @ v).half(), scores.logsumexp(-1).float()
+
+
+@pytest.mark.parametrize("type_name", ["q8_0", "q6_0", "q5_1", "hq3_nl"])
+def test_a_prompt_over_unpacked_windows(type_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A history of several windows, whose borders lie within segments; and none."""
+    if not ON_CUDA:
+        monkeypatch.setattr(staged, "dense", plain_attention)
+    monkeypatch.setattr(staged, "SCRATCH_BYTES", 1)
+    params = AttentionParams(scale=0.125)
+    for history in (90, 0):
+        parts = (Part("f16", "f16", 5), Part(type_name, "q4_0", 61 + history))
+        stored = store_parts(parts, batch=2)
+        q = queries(stored.view, 66, 2, 2, 2)
+        assert staged.takes(q, stored.view, params)
+        got = staged.attend(q.to(DEVICE), on_device(stored.view), params).cpu()
+        assert relative_rmse(got, exact_attention(q, stored.k, stored.v, scale=0.125)) <= cuda.TOLERANCE
+
+
+def test_prompts_that_are_not_plain_are_not_unpacked() -> None:
+    stored = store_parts((Part("q8_0", "q4_0", 70),))
+    q = queries(stored.view, 64, 2, 1, 2)
+    assert staged.takes(q, stored.view, AttentionParams(scale=1.0))
+    assert not staged.takes(q[:, :, :63], stored.view, AttentionParams(scale=1.0))
+    assert not staged.takes(q, stored.view, AttentionParams(scale=1.0, softcap=2.0))
+    assert not staged.takes(q, stored.view, AttentionParams(scale=1.0, mask=torch.ones(1, 1, 64, 70, dtype=torch.bool)))
+    assert not staged.takes(q, replace(stored.view, window=8), AttentionParams(scale=1.0))
+    exact = store_parts((Part("bf16", "q4_0", 70),))
+    assert not staged.takes(q, exact.view, AttentionParams(scale=1.0))
 
 
 def store_in(

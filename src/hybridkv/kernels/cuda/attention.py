@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from hybridkv.kernels.cuda.layout import BF16, F16, F32
 from hybridkv.kernels.cuda.tiles import INTERPRETED, decode_raw, find_slots, lanes, load_raw
 
 _F16, _BF16, _F32 = tl.constexpr(F16), tl.constexpr(BF16), tl.constexpr(F32)
-_WEIGHT_BITS = tl.constexpr(15.0)
-_LOG2_E = tl.constexpr(1.4426950408889634)
+WEIGHT_BITS = tl.constexpr(15.0)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -194,9 +195,9 @@ def attend_segment(
         q_high = q_high.to(tl.float16)
     factor = largest * scale
     if not HAS_SOFTCAP:  # scores count in powers of 2 from the start
-        factor *= _LOG2_E
+        factor *= LOG2_E
         if HAS_CENTER:
-            offset *= _LOG2_E
+            offset *= LOG2_E
 
     if N_LENGTHS > 0:
         total = 0
@@ -263,8 +264,8 @@ def attend_segment(
         if HAS_CENTER:
             scores += offset[:, None]
         if HAS_SOFTCAP:
-            tanh = 1.0 - 2.0 / (tl.exp2(scores * (2.0 * _LOG2_E / softcap)) + 1.0)
-            scores = tanh * (softcap * _LOG2_E)
+            tanh = 1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2_E / softcap)) + 1.0)
+            scores = tanh * (softcap * LOG2_E)
 
         key = n + columns
         visible = (key < to_row)[None, :] & m_ok[:, None]
@@ -292,7 +293,7 @@ def attend_segment(
 
         new_top = tl.maximum(top, tl.max(scores, axis=1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(scores - (base - _WEIGHT_BITS)[:, None])
+        weights = tl.exp2(scores - (base - WEIGHT_BITS)[:, None])
         shrink = tl.exp2(top - base)
         sums_m = sums_m * shrink + tl.sum(weights, axis=1)
         v_low, v_high = decode_raw(w0, w1, w2, w3, w4, w5, v_book, BLOCK_M >= 64, V)
@@ -309,11 +310,11 @@ def attend_segment(
         _store_half(out, at * V.head_dim, acc_high, m_ok, 1, V)
     else:
         if HAS_SINKS:
-            sink = tl.load(sinks + head * GROUP + rows_m % GROUP, mask=m_ok, other=float("-inf")) * _LOG2_E
+            sink = tl.load(sinks + head * GROUP + rows_m % GROUP, mask=m_ok, other=float("-inf")) * LOG2_E
             new_top = tl.maximum(top, sink)
             base = tl.where(new_top == float("-inf"), 0.0, new_top)
             shrink = tl.exp2(top - base)
-            sums_m = sums_m * shrink + tl.exp2(sink - base + _WEIGHT_BITS)
+            sums_m = sums_m * shrink + tl.exp2(sink - base + WEIGHT_BITS)
             acc_low = acc_low * shrink[:, None]
             acc_high = acc_high * shrink[:, None]
         divisor = tl.where(sums_m == 0.0, 1.0, sums_m)[:, None]
@@ -334,43 +335,36 @@ def combine_parts(
     n_new,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    HEAD_DIM_PADDED: tl.constexpr,
+    COLUMNS: tl.constexpr,
     PARTS_PADDED: tl.constexpr,
-    STEP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     N_KV_HEADS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
-    """The sum of the parts of one query row. Grid: T * group, B * Hkv."""
+    """The sum of the parts of some values of one query row. Grid: T * group, B * Hkv, runs of COLUMNS values."""
     row = tl.program_id(0)
     pair = tl.program_id(1)
     n_rows = n_new * GROUP
-    first = pair.to(tl.int64) * n_parts * n_rows + row
     index = tl.arange(0, PARTS_PADDED)
-    each = tl.load(tops + first + index * n_rows, mask=index < n_parts, other=float("-inf"))
+    here = index < n_parts
+    at = pair.to(tl.int64) * n_parts * n_rows + row + index * n_rows
+    column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
+    if OVERLAPS:
+        gdc_wait()
+    each = tl.load(tops + at, mask=here, other=float("-inf"))
+    weights = tl.load(sums + at, mask=here, other=0.0)
+    values = tl.load(
+        parts + at[:, None] * HEAD_DIM + column[None, :], mask=here[:, None] & (column < HEAD_DIM)[None, :], other=0.0
+    )
     top = tl.max(each, axis=0)
     if HAS_SINKS:
-        sink = tl.load(sinks + (pair % N_KV_HEADS) * GROUP + row % GROUP) * _LOG2_E
+        sink = tl.load(sinks + (pair % N_KV_HEADS) * GROUP + row % GROUP) * LOG2_E
         top = tl.maximum(top, sink)
     base = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.sum(
-        tl.exp2(each - base) * tl.load(sums + first + index * n_rows, mask=index < n_parts, other=0.0), axis=0
-    )
+    share = tl.exp2(each - base)
+    total = tl.sum(share * weights, axis=0)
     if HAS_SINKS:
-        total += tl.exp2(sink - base + _WEIGHT_BITS)
-    column = tl.arange(0, HEAD_DIM_PADDED)
-    acc = tl.zeros([STEP, HEAD_DIM_PADDED], tl.float32)
-    for i in range(0, n_parts, STEP):
-        part = i + tl.arange(0, STEP)
-        here = part < n_parts
-        at = first + part.to(tl.int64) * n_rows
-        weight = tl.exp2(tl.load(tops + at, mask=here, other=float("-inf")) - base)
-        values = tl.load(
-            parts + at[:, None] * HEAD_DIM + column[None, :],
-            mask=here[:, None] & (column < HEAD_DIM)[None, :],
-            other=0.0,
-        )
-        acc += weight[:, None] * values
-    value = tl.sum(acc, axis=0) / tl.where(total == 0.0, 1.0, total)
+        total += tl.exp2(sink - base + WEIGHT_BITS)
+    value = tl.sum(values * share[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
     head = pair.to(tl.int64) * GROUP + row % GROUP
-    at = (head * n_new + row // GROUP) * HEAD_DIM
-    tl.store(out + at + column, value, mask=column < HEAD_DIM)
+    tl.store(out + (head * n_new + row // GROUP) * HEAD_DIM + column, value, mask=column < HEAD_DIM)

@@ -13,9 +13,15 @@ import torch
 from torch import Tensor
 
 from hybridkv.kernels.case import AttentionParams, KVView, Segment
+from hybridkv.kernels.cuda import staged
 from hybridkv.kernels.cuda.attention import attend_segment, combine_parts
-from hybridkv.kernels.cuda.layout import BF16, F16, F32, Side, capacity, memory, side
+from hybridkv.kernels.cuda.layout import BF16, BYTES, F16, F32, NIBBLES, NONE, Side, capacity, memory, side
+from hybridkv.kernels.cuda.one_token import attend_one_token
 
+ONE_TOKEN_ROWS = 8
+"""Query rows of a tile of the kernel for one token (one_token.py); the general kernel's are 16 and more."""
+COMBINED = 4096
+"""Numbers that one program sums, all loaded at once."""
 MAX_PARTS = 512
 """Parts of one query row that are summed; more would be many short ones."""
 
@@ -31,7 +37,7 @@ class Tiling:
     warps
         Of a program.
     programs
-        Programs that one multiprocessor is given at least, if there are rows enough: shares are made for that.
+        Programs that one multiprocessor is given, if there are rows enough: shares are made for that.
     prefetch
         Whether the bytes of the next tile are loaded while one is computed.
     """
@@ -43,12 +49,19 @@ class Tiling:
     prefetch: bool = True
 
 
-def choose_tiling(side_k: Side, side_v: Side, n_query_rows: int) -> Tiling:
+def choose_tiling(side_k: Side, side_v: Side, n_query_rows: int, *, one_token: bool = False) -> Tiling:
     """A tiling for a case: narrow in query rows for decode, wide for prefill.
 
     Of those that `bench/attention_cuda.py --tune` times on an H100, the ones that lose least in the geometric mean.
+
+    Parameters
+    ----------
+    one_token
+        Whether the kernel for one token may be used, as far as the call is concerned.
     """
     lanes = 32 * max(side_k.blocks_padded, side_v.blocks_padded)
+    if one_token and all(_by_words(s) for s in (side_k, side_v)):
+        return Tiling(ONE_TOKEN_ROWS, 64, warps=4, programs=2 if lanes > 128 else 4)  # as many as registers allow
     plain, wide = ([s.main in kinds for s in (side_k, side_v)] for kinds in ((F16, F32, BF16), (F32, BF16)))
     if n_query_rows <= 64:
         block_m = max(16, 1 << (n_query_rows - 1).bit_length())
@@ -61,14 +74,43 @@ def choose_tiling(side_k: Side, side_v: Side, n_query_rows: int) -> Tiling:
     return Tiling(128, 32, 8, 1, prefetch=False) if any(plain) else Tiling(64, 64, 4, 1, prefetch=False)
 
 
+def _by_words(s: Side) -> bool:
+    """Whether lanes may share a row's words evenly, as the kernel for one token has it."""
+    return s.main in (NONE, BYTES, NIBBLES) and not s.row_scale and s.head_dim in (64, 128, 256)
+
+
+def _aligned(segment: Segment) -> bool:
+    """Whether four words may be loaded at once."""
+    return all(plane.data_ptr() % 16 == 0 for plane in (*segment.k, *segment.v))
+
+
+def _loads_eights(q: Tensor) -> bool:
+    """Whether eight numbers of a query may be loaded at once."""
+    return q.data_ptr() % 16 == 0 and q.stride(0) % 8 == 0 and q.stride(1) % 8 == 0
+
+
 @lru_cache(maxsize=16)
 def _n_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@lru_cache(maxsize=16)
+def _has_products_of_fragments(device: torch.device) -> bool:
+    """Whether the instructions of the kernel for one token are there; the interpreter has its own."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@lru_cache(maxsize=16)
+def _has_dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel may be launched while the one before ends, and wait for it on the device."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def n_shares(tiling: Tiling, n_rows: int, n_tiles: int, n_pairs: int, device: torch.device) -> int:
     """Shares of `n_rows` stored rows, for `n_tiles` tiles of query rows and `n_pairs` of sequence and KV head."""
-    wanted = -(-_n_multiprocessors(device) * tiling.programs // (n_tiles * n_pairs))
+    slots = _n_multiprocessors(device) * tiling.programs
+    # All programs of one token's kernel run at once: one more would run alone, after the others.
+    wanted = slots // (n_tiles * n_pairs) if tiling.block_m == ONE_TOKEN_ROWS else -(-slots // (n_tiles * n_pairs))
     return max(1, min(wanted, -(-n_rows // tiling.block_n), MAX_PARTS))
 
 
@@ -79,20 +121,26 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
     """
     n_batch, n_heads, n_new, head_dim = q.shape
     segments = view.segments
+    if tiling is None and staged.available(q.device) and staged.takes(q, view, params):
+        return staged.attend(q, view, params)
     n_kv_heads = int(segments[0].k[0].shape[1])
     assert head_dim == view.head_dim_k and n_heads % n_kv_heads == 0, (q.shape, view.head_dim_k, n_kv_heads)
     assert view.window is None or view.window > 0, view.window
     group = n_heads // n_kv_heads
-    if q.stride(3) != 1:
+    one_token = n_new == 1 and group <= ONE_TOKEN_ROWS and params.mask is None and _has_products_of_fragments(q.device)
+    if q.stride(3) != 1 or (one_token and not _loads_eights(q)):
         q = q.contiguous()
     out = q.new_empty(n_batch, n_heads, n_new, view.head_dim_v, dtype=torch.float32)
     n_query_rows, n_pairs = n_new * group, n_batch * n_kv_heads
     sides = [(side(s.format_k.name, view.head_dim_k), side(s.format_v.name, view.head_dim_v)) for s in segments]
-    tilings = [tiling or choose_tiling(*pair, n_query_rows) for pair in sides]
+    tilings = [
+        tiling or choose_tiling(*pair, n_query_rows, one_token=one_token and _aligned(s))
+        for pair, s in zip(sides, segments, strict=True)
+    ]
     tiles = [-(-n_query_rows // t.block_m) for t in tilings]
     shares = [n_shares(t, s.length, n, n_pairs, q.device) for t, s, n in zip(tilings, segments, tiles, strict=True)]
     n_parts = sum(shares)
-    partial = n_parts > 1
+    partial = n_parts > 1 or tilings[0].block_m == ONE_TOKEN_ROWS
     if partial:
         parts = q.new_empty(n_pairs, n_parts, n_query_rows, view.head_dim_v, dtype=torch.float32)
         tops, sums = (q.new_empty(n_pairs, n_parts, n_query_rows, dtype=torch.float32) for _ in range(2))
@@ -101,10 +149,17 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
     sinks = None if params.sinks is None else params.sinks.to(device=q.device, dtype=torch.float32).contiguous()
     mask, mask_strides = _mask(params.mask, n_batch, n_heads, n_new, view.length)
     lengths = _lengths(segments, n_batch)
+    overlaps = all(t.block_m == ONE_TOKEN_ROWS for t in tilings) and _has_dependent_launch(q.device)
     before = 0
     for i, segment in enumerate(segments):
         k_rows, v_rows = _rows(segment, view, n_batch, n_kv_heads)
         t = tilings[i]
+        if t.block_m == ONE_TOKEN_ROWS:
+            numbers = (before, k_rows, v_rows, n_parts, sum(shares[:i]))
+            at = None if lengths is None else (i, len(segments))
+            _one_token(q, view, params, segment, t, shares[i], (parts, tops, sums), lengths, at, numbers, overlaps)
+            before += segment.length
+            continue
         attend_segment[(tiles[i], shares[i], n_pairs)](
             q,
             parts,
@@ -160,8 +215,9 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
         )
         before += segment.length
     if partial:
-        lanes = 1 << (view.head_dim_v - 1).bit_length()
-        combine_parts[(n_query_rows, n_pairs)](
+        padded = 1 << (n_parts - 1).bit_length()
+        columns = max(8, min(64, COMBINED // padded))
+        combine_parts[(n_query_rows, n_pairs, -(-view.head_dim_v // columns))](
             parts,
             tops,
             sums,
@@ -171,16 +227,91 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
             n_new,
             GROUP=group,
             HEAD_DIM=view.head_dim_v,
-            HEAD_DIM_PADDED=lanes,
-            PARTS_PADDED=1 << (n_parts - 1).bit_length(),
-            STEP=16,
+            COLUMNS=columns,
+            PARTS_PADDED=padded,
             HAS_SINKS=sinks is not None,
             N_KV_HEADS=n_kv_heads,
+            OVERLAPS=overlaps,
             num_warps=4,
             num_stages=1,
             enable_fp_fusion=True,
+            **({"launch_pdl": True} if overlaps else {}),
         )
     return out
+
+
+def _one_token(
+    q: Tensor,
+    view: KVView,
+    params: AttentionParams,
+    segment: Segment,
+    tiling: Tiling,
+    n_shares: int,
+    results: tuple[Tensor, Tensor, Tensor],
+    lengths: Tensor | None,
+    place: tuple[int, int] | None,
+    numbers: tuple[int, int, int, int, int],
+    overlaps: bool,
+) -> None:
+    """Launch the kernel for one token on one segment.
+
+    Parameters
+    ----------
+    results
+        Parts, their tops and their sums.
+    place
+        Which segment of how many, if `lengths` are on the device.
+    numbers
+        Rows before the segment; rows per sequence or block of K and of V; parts in all and before.
+    """
+    before, k_rows, v_rows, n_parts, first_part = numbers
+    n_batch, n_heads = q.shape[:2]
+    n_kv_heads = int(segment.k[0].shape[1])
+    tile = tiling.block_n // tiling.warps
+    attend_one_token[(n_shares, n_kv_heads, n_batch)](
+        q,
+        *results,
+        _or(segment.center, q),
+        *memory(segment.format_k, segment.k),
+        *memory(segment.format_v, segment.v),
+        _or(segment.blocks, q),
+        _or(segment.starts, q),
+        _or(lengths, q),
+        n_batch,
+        n_kv_heads,
+        segment.start,
+        segment.length,
+        before,
+        view.length,
+        k_rows,
+        v_rows,
+        params.scale,
+        params.softcap or 1.0,
+        view.window or 0,
+        0 if segment.blocks is None else segment.blocks.shape[1],
+        n_parts,
+        first_part,
+        -(-segment.length // (n_shares * tile)) * tile,
+        *q.stride()[:2],
+        K=side(segment.format_k.name, view.head_dim_k),
+        V=side(segment.format_v.name, view.head_dim_v),
+        GROUP=n_heads // n_kv_heads,
+        SUBTILES=tile // 16,
+        WARPS=tiling.warps,
+        HAS_WINDOW=view.window is not None,
+        HAS_SOFTCAP=params.softcap is not None,
+        HAS_CENTER=segment.center is not None,
+        HAS_STARTS=segment.starts is not None,
+        SEGMENT=place[0] if place else 0,
+        N_LENGTHS=place[1] if place else 0,
+        ROWS_LOG2=0 if segment.blocks is None else k_rows.bit_length() - 1,
+        PAGED=segment.blocks is not None,
+        OVERLAPS=overlaps,
+        num_warps=tiling.warps,
+        num_stages=1,
+        enable_fp_fusion=True,
+        **({"launch_pdl": True} if overlaps else {}),
+    )
 
 
 def _or(tensor: Tensor | None, placeholder: Tensor) -> Tensor:

@@ -161,17 +161,21 @@ def lanes(half: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def decode_raw(low, high, pair, bit, scale, low_end, book, FOR_WGMMA: tl.constexpr, S: tl.constexpr):
-    """Values of a tile: two tensors `[N, blocks * 16]`, float16 for codes, else in their own dtype; see `lanes`."""
+def decode_raw(low, high, pair, bit, scale, low_end, book, FOR_WGMMA: tl.constexpr, S: tl.constexpr,
+               IN_ORDER: tl.constexpr = False):  # fmt: skip
+    """Values of a tile: two tensors `[N, blocks * 16]`, float16 for codes, else in their own dtype.
+
+    They come as `lanes` has it, or IN_ORDER.
+    """
     if S.main >= _F16:
         low_values = low
         high_values = high
     else:
         a, b, c, d = _codes(low, high, pair, bit, S)
         if S.has_book:
-            a, b, c, d = _entries(a, b, c, d, low, book, S)
-        low_values = _values(a, b, 0, scale, low_end, S)
-        high_values = _values(c, d, 1, scale, low_end, S)
+            a, b, c, d = entries(a, b, c, d, low, book, S)
+        low_values = _values(a, b, 0, scale, low_end, IN_ORDER, S)
+        high_values = _values(c, d, 1, scale, low_end, IN_ORDER, S)
     if FOR_WGMMA:
         low_values, high_values = _as_they_are(low_values), _as_they_are(high_values)
     return low_values, high_values
@@ -223,12 +227,13 @@ def _codes(low, high, pair, bit, S: tl.constexpr):
 
 
 @triton.jit
-def _values(even, odd, half: tl.constexpr, scale, low_end, S: tl.constexpr):
+def _values(even, odd, half: tl.constexpr, scale, low_end, IN_ORDER: tl.constexpr, S: tl.constexpr):
     """`(code / factor - offset) * scale + minimum` of 16 lanes a block: float16 `[N, blocks * 16]`."""
     n: tl.constexpr = even.shape[0]
     a, b = _two_values(even, half, scale, low_end, S)
     c, d = _two_values(odd, half, scale, low_end, S)
-    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [n, S.blocks_padded * 16])
+    values = tl.join(tl.join(a, b), tl.join(c, d)) if IN_ORDER else tl.join(tl.join(a, c), tl.join(b, d))
+    return tl.reshape(values, [n, S.blocks_padded * 16])
 
 
 @triton.jit
@@ -269,7 +274,7 @@ def _one_value(words, factor: tl.constexpr, d, m, S: tl.constexpr):
 
 
 @triton.jit
-def _entries(a, b, c, d, words, book, S: tl.constexpr):
+def entries(a, b, c, d, words, book, S: tl.constexpr):
     """What the codebook has for codes, laid out like these; as bytes, 128 higher."""
     if INTERPRETED:
         a, b = _entries_from_memory(a, book), _entries_from_memory(b, book)

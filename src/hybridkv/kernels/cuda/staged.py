@@ -1,0 +1,189 @@
+"""Prompts over quantized rows: a window of rows is unpacked at a time, and torch's attention runs over it.
+
+Unpacking reads and writes memory once; attention of many queries over a row costs hundreds of times that, so what is
+unpacked may as well go to the fastest kernel there is. The scratch is bounded by `SCRATCH_BYTES`: a longer history is
+attended window by window, and the windows' results are summed by their weights, which the kernels return too.
+What is attended is what is stored, the newest rows included.
+
+Takes plain cases: no mask, window, cap, sinks or centers, rows that the host knows, types that decode to float16.
+Called by launch.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, is_flash_attention_available
+
+from hybridkv.kernels.case import AttentionParams, KVView, Segment
+from hybridkv.kernels.cuda.layout import BF16, F32, memory, side
+from hybridkv.kernels.cuda.tiles import decode_raw, find_slots, load_raw
+
+SCRATCH_BYTES = 64 << 20
+"""Unpacked rows of K and V that exist at a time."""
+MIN_NEW_TOKENS = 64
+"""With fewer, unpacking the history costs more than the faster kernel gains."""
+ROWS = 32
+"""Rows that a program unpacks."""
+ELEMENTS = 4096
+"""Numbers that a program sums."""
+
+
+@triton.jit(do_not_specialize=["n_kv_heads", "start", "n_rows", "capacity", "to_row", "to_rows"])
+def unpack_rows(
+    main,
+    pairs,
+    bits,
+    d,
+    m,
+    book,
+    out,
+    n_kv_heads,
+    start,
+    n_rows,
+    capacity,
+    to_row,
+    to_rows,
+    S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Rows `[start, start + n_rows)` as float16, into rows `[to_row, ...)` of `out` `[B, Hkv, to_rows, D]`.
+
+    Grid: tiles of rows, B * Hkv.
+    """
+    pair = tl.program_id(1)
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ok = rows < n_rows
+    sequence, head = pair // n_kv_heads, pair % n_kv_heads
+    slots = find_slots(start + rows, ok, main, head, n_kv_heads, sequence, capacity, False, 0)
+    r0, r1, r2, r3, r4, r5 = load_raw(main, pairs, bits, d, m, slots, ok, S)
+    low, high = decode_raw(r0, r1, r2, r3, r4, r5, book, False, S, IN_ORDER=True)
+    column = tl.arange(0, S.blocks_padded * 16)
+    column = column // 16 * 32 + column % 16
+    at = out + (pair.to(tl.int64) * to_rows + to_row + rows)[:, None] * S.head_dim + column[None, :]
+    tl.store(at, low.to(tl.float16), mask=ok[:, None] & (column < S.head_dim)[None, :])
+    tl.store(at + 16, high.to(tl.float16), mask=ok[:, None] & (column + 16 < S.head_dim)[None, :])
+
+
+@triton.jit
+def add_part(total, weight, part, part_weight, out, out_weight, width, n, BLOCK: tl.constexpr):
+    """`out`, the sum of two attentions over different rows, and the logarithm of its weight. Grid: runs of numbers.
+
+    `total` and `part` are `[queries, width]`, `n` numbers in all.
+    """
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ok = at < n
+    query = at // width
+    a = tl.load(weight + query, mask=ok, other=0.0)
+    b = tl.load(part_weight + query, mask=ok, other=0.0)
+    top = tl.maximum(a, b)
+    share_a, share_b = tl.exp(a - top), tl.exp(b - top)
+    x = tl.load(total + at, mask=ok, other=0.0).to(tl.float32)
+    y = tl.load(part + at, mask=ok, other=0.0).to(tl.float32)
+    tl.store(out + at, (x * share_a + y * share_b) / (share_a + share_b), mask=ok)
+    tl.store(out_weight + query, top + tl.log(share_a + share_b), mask=ok & (at % width == 0))
+
+
+def available(device: torch.device) -> bool:
+    """Whether torch has a kernel of its own for the device."""
+    return (
+        device.type == "cuda" and is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+
+
+def takes(q: Tensor, view: KVView, params: AttentionParams) -> bool:
+    """Whether a call is one of those that this module attends."""
+    plain = params.mask is None and params.softcap is None and params.sinks is None and view.window is None
+    on_host = not view.device_rows and not view.paged and all(s.center is None for s in view.segments)
+    dims = view.head_dim_k == view.head_dim_v and view.head_dim_k % 8 == 0 and view.head_dim_k <= 256
+    sides = [side(f.name, view.head_dim_k) for s in view.segments for f in (s.format_k, s.format_v)]
+    float16 = all(s.main not in (F32, BF16) for s in sides)
+    return plain and on_host and dims and float16 and q.shape[2] >= MIN_NEW_TOKENS and view.length >= q.shape[2]
+
+
+def attend(q: Tensor, view: KVView, params: AttentionParams) -> Tensor:
+    """Attention of q `[B, Hq, T, D]`; float32, contiguous, of the same shape."""
+    n_batch, _, n_new, head_dim = q.shape
+    n_kv_heads = int(view.segments[0].k[0].shape[1])
+    q = q.to(torch.float16)
+    n_seen = view.length - n_new  # by every query; the rest is triangular
+    most = max(ROWS, SCRATCH_BYTES // (4 * n_batch * n_kv_heads * head_dim) // ROWS * ROWS)
+    bounds = [*range(0, n_seen, most), n_seen] if n_seen else [0]
+    total: Tensor | None = None
+    weight = q.new_empty(0)
+    for first, end in [*zip(bounds, bounds[1:], strict=False), (n_seen, view.length)]:
+        k, v = (q.new_empty(n_batch, n_kv_heads, end - first, head_dim) for _ in range(2))
+        for segment, row, to_row, n_rows in _runs(view, first, end):
+            for fmt, planes, out in ((segment.format_k, segment.k, k), (segment.format_v, segment.v, v)):
+                unpack_rows[(-(-n_rows // ROWS), n_batch * n_kv_heads)](
+                    *memory(fmt, planes),
+                    out,
+                    n_kv_heads,
+                    row,
+                    n_rows,
+                    planes[0].shape[2],
+                    to_row,
+                    end - first,
+                    S=side(fmt.name, head_dim),
+                    BLOCK_N=ROWS,
+                    num_warps=4,
+                    enable_fp_fusion=True,
+                )
+        part, part_weight = dense(q, k, v, params.scale, causal=first == n_seen)
+        del k, v
+        if total is None:
+            total, weight = part, part_weight
+        else:
+            total, weight = _sum(total, weight, part, part_weight)
+    assert total is not None
+    return total.to(torch.float32).contiguous()
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """Attention by torch in float16, `[B, Hq, T, D]`, and per query the logarithm of its weight, float32 `[B, Hq, T]`.
+
+    cuDNN's kernel is the faster one where its tiles of 128 queries fill half of the multiprocessors. The operators are
+    those behind scaled_dot_product_attention, which keeps the weights to itself.
+    """
+    tiles = q.shape[0] * q.shape[1] * -(-q.shape[2] // 128)
+    many = 2 * tiles >= torch.cuda.get_device_properties(q.device).multi_processor_count - 4
+    if many and can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, causal, True)):
+        out, weight = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, causal, False, scale=scale
+        )[:2]
+    else:
+        out, weight = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
+    return out, weight.reshape(q.shape[:3])
+
+
+def _runs(view: KVView, first: int, end: int) -> Iterator[tuple[Segment, int, int, int]]:
+    """Rows of segments that make up the view's rows `[first, end)`: from where, to where, and how many."""
+    before = 0
+    for segment in view.segments:
+        a, b = max(first, before), min(end, before + segment.length)
+        if a < b:
+            yield segment, segment.start + a - before, a - first, b - a
+        before += segment.length
+
+
+def _sum(total: Tensor, weight: Tensor, part: Tensor, part_weight: Tensor) -> tuple[Tensor, Tensor]:
+    out = torch.empty(total.shape, dtype=torch.float32, device=total.device)
+    out_weight = torch.empty_like(weight)
+    add_part[(-(-out.numel() // ELEMENTS),)](
+        total.contiguous(),
+        weight.contiguous(),
+        part.contiguous(),
+        part_weight.contiguous(),
+        out,
+        out_weight,
+        out.shape[3],
+        out.numel(),
+        BLOCK=ELEMENTS,
+        num_warps=8,
+        enable_fp_fusion=True,
+    )
+    return out, out_weight
