@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hybridkv.cache import KVTypes
 from hybridkv.hf import EagerStep, GraphStep, ModelCache, kv_facts, layer_facts, resolve_step, takes_chunks
+from hybridkv.hf.step.graph import set_sync_debug_mode
 from hybridkv.policy import Guard, NonFiniteError, Policy
 from tests.families import FAMILIES, build
 
@@ -95,10 +96,10 @@ def test_a_step_asks_the_device_once() -> None:
     step.forward(tokens(1, 9), cache, 0)
     for position in (9, 10, 11):
         step.forward(tokens(1, 1), cache, position)
-    torch.cuda.set_sync_debug_mode("warn")
+    set_sync_debug_mode("warn")
     try:
         with pytest.warns(UserWarning, match="synchronizing") as asked:
             step.forward(tokens(1, 1), cache, 12)
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        set_sync_debug_mode("default")
     assert len(asked) == 1

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,6 +85,13 @@ class Recorder(Protocol):
         ...
 
 
+def set_sync_debug_mode(mode: int | str) -> None:
+    """torch's, without its word that the mode is a prototype."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode", UserWarning)
+        torch.cuda.set_sync_debug_mode(mode)
+
+
 class CudaRecorder:
     """Records CUDA graphs, each with memory of its own: a pool is gone with the last graph that used it."""
 
@@ -91,13 +99,13 @@ class CudaRecorder:
         """Run, run while whatever asks the device is an error, and record once in vain."""
         body()
         mode = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
+        set_sync_debug_mode("error")
         try:
             body()
         except (RuntimeError, ModelError) as error:
             return str(error).partition("\n")[0]
         finally:
-            torch.cuda.set_sync_debug_mode(mode)
+            set_sync_debug_mode(mode)
         try:
             self.record(body)
         except RuntimeError as error:
