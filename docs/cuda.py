@@ -48,6 +48,23 @@ def attention_cuda_table() -> str:
     return "\n".join([*lines, "", conditions])
 
 
+def _peers_table() -> list[str]:
+    """Transformers in its other forms, decode."""
+    found: dict[tuple[int, int], dict[str, float]] = {}
+    for name in ("step-cuda-h100", "step-cuda-h100-fla", "step-cuda-h100-compiled"):
+        for r in _lines(name):
+            if r["part"] in ("baseline decode", "compiled decode"):
+                found.setdefault((r["n_seqs"], r["depth"]), {})[name] = r["ms"]
+    lines = [
+        "| batch | depth | Transformers eager, ms | with flash-linear-attention 0.6.0 | compiled, static cache |",
+        "|---|---|---|---|---|",
+    ]
+    for (n_seqs, depth), ms in found.items():
+        cells = [f"{ms[name]:.1f}" if name in ms else "not run" for name in (*list(ms)[:2], "step-cuda-h100-compiled")]
+        lines.append("| " + " | ".join([str(n_seqs), str(depth), *cells]) + " |")
+    return lines
+
+
 def step_cuda_table() -> str:
     """Whole decode steps, prefill and memory."""
     records = _lines("step-cuda-h100")
@@ -65,8 +82,17 @@ def step_cuda_table() -> str:
             )
             lines.append("| " + " | ".join(cells) + " |")
     prefill = ", ".join(f"{r['type']} {r['tok_s']:.0f}" for r in records if r["part"] == "prefill")
-    theirs = next(r["tok_s"] for r in records if r["part"] == "baseline prefill")
-    lines += ["", f"Prompt of 4096 tokens, tokens/s: {prefill}; Transformers {theirs:.0f}.", ""]
+    theirs, with_fla = (
+        next(r["tok_s"] for r in _lines(name) if r["part"] == "baseline prefill")
+        for name in ("step-cuda-h100", "step-cuda-h100-fla")
+    )
+    lines += [
+        "",
+        f"Prompt of 4096 tokens, tokens/s: {prefill}; Transformers {theirs:.0f}, with flash-linear-attention {with_fla:.0f}.",
+        "",
+        *_peers_table(),
+        "",
+    ]
     lines += ["| context | type | planned, GiB | peak, GiB | over the plan |", "|---|---|---|---|---|"]
     for r in records:
         if r["part"].startswith("memory"):
