@@ -68,6 +68,11 @@ class Forwarded:
 class PrefixRouter(RequestRouter):  # type: ignore[misc]
     """Ray's question which replica a request should go to, put to `Affinity`."""
 
+    # Ray asks a replica that it has not heard of for a while how much it has to do, and passes over one that does not
+    # say. Its tenth of a second is short for a process that computes on all cores: the prefix would be made elsewhere.
+    queue_len_response_deadline_s = 2.0
+    max_queue_len_response_deadline_s = 8.0
+
     def initialize_state(self, slack: int) -> None:
         """Called by Ray, with `request_router_kwargs`."""
         self._affinity = Affinity(slack)
@@ -267,6 +272,7 @@ def application(
         num_replicas=1,
         max_ongoing_requests=_MANY,
         ray_actor_options={"num_cpus": 0},
+        max_surge_percent=100,  # the new one is there before the old one goes
         graceful_shutdown_timeout_s=_DRAIN_SECONDS,
         logging_config=quiet,
     )

@@ -82,7 +82,7 @@ class Replica:
         return message
 
     async def metrics(self) -> tuple[str, bytes]:
-        """This replica's name and its counts."""
+        """The replica's name and its counts."""
         messages = [m async for batch in self.answer(Forwarded(_get("/metrics"), b"")) for m in batch]
         return self._name, b"".join(message.get("body", b"") for message in messages)
 
