@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridkv.cli.cache_options import add_cache_arguments, policy_from
 from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, limit_spinning, open_model
+from hybridkv.cli.ray_options import LOCAL
 from hybridkv.cli.resolve import resolve_types
 from hybridkv.cli.show import notice, size, warning
 from hybridkv.errors import UsageError
@@ -31,9 +32,6 @@ NAME = "serve"
 HELP = "answer many clients over HTTP: OpenAI's completions, chat and a page"
 
 EXIT_INTERRUPTED = 130
-
-LOCAL = "local"
-"""Where `--ray` serves if it is given no address."""
 
 KEY_VARIABLE = "HYBRIDKV_API_KEY"
 

@@ -15,12 +15,12 @@ import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from hybridkv.cli.model_options import open_model
+from hybridkv.cli.ray_options import LOCAL, check_ray, connect
 from hybridkv.cli.resolve import resolve_types
-from hybridkv.cli.serve import EXIT_INTERRUPTED, LOCAL, check, gate_options, load_served
+from hybridkv.cli.serve import EXIT_INTERRUPTED, check, gate_options, load_served
 from hybridkv.cli.show import model_path
 from hybridkv.errors import UsageError
 
@@ -47,18 +47,6 @@ class Recipe:
     def __call__(self) -> tuple[Served, Scheduler]:
         """Load it; what is worth knowing goes to the replica's stderr, which Ray keeps and passes on."""
         return load_served(self.options, open_model(self.options), self.specs, self.guard)
-
-
-def check_ray() -> None:
-    """Refuse to go on without Ray.
-
-    Raises
-    ------
-    UsageError
-        Saying how to install it.
-    """
-    if find_spec("ray") is None:
-        raise UsageError("--ray needs a package that is not installed: ray", hint='pip install "hybridkv[ray]"')
 
 
 def app(args: Mapping[str, str]) -> Any:
@@ -96,7 +84,8 @@ def serve(a: argparse.Namespace, policy: AnyPolicy, guard: Guard, keys: tuple[st
         a.port = listener.getsockname()[1]
         listener.close()
     deployment, name = _application(a, policy, guard, keys)
-    _connect(a)
+    n_gpus = int(a.device == "cuda")
+    connect(a.ray, n_at_once=a.replicas, n_cpus=a.threads, n_gpus=n_gpus, what="replicas")
     import ray
     from ray import serve as ray_serve
 
@@ -190,32 +179,3 @@ def _application(a: argparse.Namespace, policy: AnyPolicy, guard: Guard, keys: t
         resources={"num_cpus": a.threads, "num_gpus": int(opened.device_type == "cuda")},
     )
     return deployed, a.alias or opened.description.name
-
-
-def _connect(a: argparse.Namespace) -> None:
-    """Start Ray, or find the one that runs.
-
-    Raises
-    ------
-    UsageError
-        If there is none, or it has not what the replicas need.
-    """
-    import ray
-
-    needed = a.replicas * a.threads
-    if a.ray == LOCAL:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing of what is served here is reported
-        cpus = max(needed, os.cpu_count() or 1)
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level="warning")
-    else:
-        try:
-            ray.init(address=a.ray, logging_level="warning")
-        except (ConnectionError, ValueError) as error:
-            raise UsageError(f"--ray {a.ray}: no Ray is found there", hint="`ray start --head` starts one") from error
-    there = ray.cluster_resources()
-    for kind, wanted in (("CPU", needed), ("GPU", a.replicas if a.device == "cuda" else 0)):
-        if there.get(kind, 0) < wanted:
-            raise UsageError(
-                f"{a.replicas} replicas need {wanted} {kind}s, and Ray has {there.get(kind, 0):g}",
-                hint="take fewer --replicas or threads (-t)",
-            )
