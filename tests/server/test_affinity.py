@@ -24,6 +24,11 @@ def shared(one: tuple[bytes, ...], other: tuple[bytes, ...]) -> int:
     return len(set(one) & set(other))
 
 
+def send(affinity: Affinity, keys: tuple[bytes, ...], replica: str) -> None:
+    affinity.sent(replica)
+    affinity.learn(keys, replica)
+
+
 def test_a_prompt_that_goes_on_has_the_keys_of_its_beginning() -> None:
     first = "What a text begins with, " * 40
     before, after = keys(prompt=first), keys(prompt=first + "and how it goes on.")
@@ -67,7 +72,7 @@ def test_a_known_beginning_leads_back() -> None:
     affinity = Affinity(slack=4)
     text = "A conversation that was begun somewhere. " * 20
     (chosen, *_), *_ = affinity.rank(keys(prompt=text), REPLICAS)
-    affinity.sent(keys(prompt=text), chosen)
+    send(affinity, keys(prompt=text), chosen)
     for _ in range(20):
         groups = affinity.rank(keys(prompt=text + "More."), REPLICAS)
         assert groups[0] == [chosen]
@@ -77,8 +82,8 @@ def test_a_known_beginning_leads_back() -> None:
 def test_the_longest_beginning_counts() -> None:
     affinity = Affinity(slack=4)
     common = "What every conversation here begins with. " * 20
-    affinity.sent(keys(prompt=common), "a")
-    affinity.sent(keys(prompt=common + "One that went elsewhere. " * 20), "b")
+    send(affinity, keys(prompt=common), "a")
+    send(affinity, keys(prompt=common + "One that went elsewhere. " * 20), "b")
     assert affinity.rank(keys(prompt=common + "One that went elsewhere. " * 25), REPLICAS)[0] == ["b"]
     assert set(affinity.rank(keys(prompt=common + "Another."), REPLICAS)[0]) == {"a", "b"}
 
@@ -87,7 +92,7 @@ def test_a_busy_holder_is_passed_over_until_it_is_not() -> None:
     affinity = Affinity(slack=2)
     known = keys(prompt="x" * 100)
     for _ in range(2):
-        affinity.sent(known, "a")
+        send(affinity, known, "a")
     first = affinity.rank(known, REPLICAS)[0]
     assert "a" not in first[:1]
     affinity.answered("a")
@@ -98,7 +103,7 @@ def test_without_a_beginning_the_less_loaded_of_two_comes_first() -> None:
     affinity = Affinity(slack=4)
     for name, n in (("a", 3), ("b", 2), ("c", 1)):
         for _ in range(n):
-            affinity.sent((), name)
+            send(affinity, (), name)
     pairs = {tuple(affinity.rank((), REPLICAS)[0]) for _ in range(200)}
     assert pairs == {("b", "a"), ("c", "a"), ("c", "b")}
     assert affinity.rank((), ("a",)) == [["a"]]
@@ -109,7 +114,7 @@ def test_a_replica_that_is_gone_is_forgotten() -> None:
     affinity = Affinity(slack=9)
     known = keys(prompt="x" * 100)
     for _ in range(3):
-        affinity.sent(known, "a")
+        send(affinity, known, "a")
     assert len(affinity.rank(known, ("b", "c"))[0]) == 2
     affinity.keep(("b", "c", "d"))
     affinity.answered("a")  # its last requests end after it
@@ -120,7 +125,7 @@ def test_a_replica_that_is_gone_is_forgotten() -> None:
 def test_what_is_remembered_has_a_bound() -> None:
     affinity = Affinity(slack=4, max_known=10)
     old, new = keys(prompt="o" * 320), keys(prompt="n" * 320)
-    affinity.sent(old, "a")
-    affinity.sent(new, "b")
+    send(affinity, old, "a")
+    send(affinity, new, "b")
     assert affinity.rank(new, REPLICAS)[0] == ["b"]
     assert {len(affinity.rank(old, REPLICAS)[0]) for _ in range(5)} == {2}

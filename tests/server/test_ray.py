@@ -52,7 +52,8 @@ class Cluster:
             text=True,
             env=self.environment,
         )
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         self.url = ""
 
     def wait(self) -> None:
@@ -114,6 +115,9 @@ class Cluster:
             return self.popen.wait(60)
         finally:
             self.popen.kill()
+            self._reader.join(10)
+            if self.popen.stderr is not None:
+                self.popen.stderr.close()
             shutil.rmtree(self.directory, ignore_errors=True)
 
 

@@ -113,10 +113,14 @@ class Affinity:
         groups = [sorted(group, key=lambda name: (load[name], random.random())) for group in (best, there - best)]
         return [group for group in groups if group]
 
-    def sent(self, keys: Sequence[bytes], replica: str) -> None:
-        """A request went to a replica, which from now on holds its prompt."""
+    def sent(self, replica: str) -> None:
+        """A request goes to a replica."""
         with self._lock:
             self._load[replica] += 1
+
+    def learn(self, keys: Sequence[bytes], replica: str) -> None:
+        """A replica has taken a request: from now on it holds its prompt."""
+        with self._lock:
             for key in keys:
                 self._holders.setdefault(key, set()).add(replica)
                 self._holders.move_to_end(key)
@@ -124,7 +128,7 @@ class Affinity:
                 self._holders.popitem(last=False)
 
     def answered(self, replica: str) -> None:
-        """A request has its answer, whatever it is."""
+        """It has its answer, whatever that is."""
         with self._lock:
             self._load[replica] = max(0, self._load[replica] - 1)
 

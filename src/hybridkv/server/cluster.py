@@ -90,20 +90,27 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
         super().update_replicas(replicas)
         self._affinity.keep(replica.replica_id.unique_id for replica in replicas)
 
+    def on_send_request(self, replica_id: Any) -> None:
+        """Called by Ray as it sends a request; the replica may still refuse it."""
+        super().on_send_request(replica_id)
+        self._affinity.sent(replica_id.unique_id)
+
     def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
-        """Called by Ray once a request is on its way."""
+        """Called by Ray once a replica has taken it."""
         super().on_request_routed(pending_request, replica_id, result)
-        self._affinity.sent(_keys(pending_request), replica_id.unique_id)
+        self._affinity.learn(_keys(pending_request), replica_id.unique_id)
 
     def on_request_completed(self, replica_id: Any, internal_request_id: str) -> None:
-        """Called by Ray once it is answered."""
+        """Called by Ray once it is answered or refused."""
         super().on_request_completed(replica_id, internal_request_id)
         self._affinity.answered(replica_id.unique_id)
 
 
 def _keys(pending_request: Any) -> tuple[bytes, ...]:
     asked = pending_request.args[0] if pending_request is not None and pending_request.args else None
-    return asked.keys if isinstance(asked, Forwarded) else ()
+    # By its attribute: Ray pickles a router's module by value, and this one's `Forwarded` is another class.
+    keys = getattr(asked, "keys", ())
+    return keys if isinstance(keys, tuple) else ()
 
 
 class Front:
