@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cuda import attention_cuda_table, step_cuda_table
+from scaling import ranks_table, replicas_table
 from tuned import tuning_table
 
 from quality import pictures, quality_table, recommended_table, targets_table
@@ -229,6 +230,11 @@ def tuning() -> str:
     return with_parts("docs/tuning.md", {"tuned": tuning_table()})
 
 
+def scaling() -> str:
+    """docs/scaling.md with its tables renewed."""
+    return with_parts("docs/scaling.md", {"replicas": replicas_table(), "ranks": ranks_table()})
+
+
 def main() -> int:
     """Write or check every generated file."""
     stale = 0
@@ -238,6 +244,7 @@ def main() -> int:
         "docs/performance.md": performance(),
         "docs/quality.md": quality(),
         "docs/tuning.md": tuning(),
+        "docs/scaling.md": scaling(),
         **pictures(),
         "README.md": readme(),
     }

@@ -48,6 +48,10 @@ def test_tuning_table_is_the_committed_measurements(generate: ModuleType) -> Non
     assert (ROOT / "docs/tuning.md").read_text() == generate.tuning()
 
 
+def test_sizing_tables_are_what_plan_counts(generate: ModuleType) -> None:
+    assert (ROOT / "docs/scaling.md").read_text() == generate.scaling()
+
+
 def test_readme_tables_are_generated(generate: ModuleType) -> None:
     assert generate.readme() == README
 
