@@ -39,7 +39,7 @@ def figures(path: Path) -> list[Result]:
 
 
 @needs_ray
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")  # Ray's
 @pytest.mark.usefixtures("own_ray")
 def test_figures_are_those_without_ray(cli: Cli, tmp_path: Path) -> None:
     """To the last digit; and a run that was begun without Ray goes on with it."""
@@ -68,6 +68,7 @@ def test_what_one_machine_alone_has_is_refused(cli: Cli, tmp_path: Path, monkeyp
 
 
 @needs_ray
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own
 def test_what_a_served_cluster_cannot_do_is_refused(cli: Cli, tmp_path: Path) -> None:
     assert "--session-dir with --ray" in one_error(cli("serve", "--ray", "--session-dir", tmp_path))
     assert "--device cuda:1 with --ray" in one_error(cli("serve", "--ray", "--device", "cuda:1"))
