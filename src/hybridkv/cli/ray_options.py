@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import socket
 from importlib.util import find_spec
 
 from hybridkv.errors import UsageError
 
 LOCAL = "local"
 """Where `--ray` goes if it is given no address."""
+
+_SECONDS = 5.0
 
 
 def check_ray() -> None:
@@ -46,8 +49,9 @@ def connect(address: str, *, n_at_once: int, n_cpus: int, n_gpus: int, what: str
         ray.init(address=LOCAL, num_cpus=cpus, include_dashboard=False, logging_level="warning")
     else:
         try:
+            _knock(address)
             ray.init(address=address, logging_level="warning")
-        except (ConnectionError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise UsageError(f"--ray {address}: no Ray is found there", hint="`ray start --head` starts one") from error
     there = ray.cluster_resources()
     for kind, each in (("CPU", n_cpus), ("GPU", n_gpus)):
@@ -56,3 +60,16 @@ def connect(address: str, *, n_at_once: int, n_cpus: int, n_gpus: int, what: str
                 f"{n_at_once} {what} of {each} {kind}s at once, and Ray has {there.get(kind, 0):g}",
                 hint="take fewer, or fewer threads (-t)",
             )
+
+
+def _knock(address: str) -> None:
+    """Find out in seconds that nobody is there: Ray itself tries for minutes.
+
+    Raises
+    ------
+    OSError
+        If nobody is.
+    """
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS).close()
