@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hybridkv.errors import UsageError
 from hybridkv.lab.results import Result, read_jsonl
 from tests.cli.conftest import Cli
 from tests.cli.test_bad_input import one_error
@@ -73,3 +74,17 @@ def test_what_a_served_cluster_cannot_do_is_refused(cli: Cli, tmp_path: Path) ->
     assert "--session-dir with --ray" in one_error(cli("serve", "--ray", "--session-dir", tmp_path))
     assert "--device cuda:1 with --ray" in one_error(cli("serve", "--ray", "--device", "cuda:1"))
     assert "no Ray is found there" in one_error(cli("serve", "--ray", "127.0.0.1:1", "--replicas", "1"))
+
+
+@needs_ray
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own
+def test_what_rays_own_tools_import(capfd: pytest.CaptureFixture[str]) -> None:
+    from hybridkv.cli.serve_ray import app
+
+    built = app({"options": "-ctk q8_0 --replicas 1 -t 1 --api-key k"})
+    assert type(built).__name__ == "Application"
+    assert "q8_0   f16" in capfd.readouterr().err
+    with pytest.raises(UsageError, match="argument 'replicas'; allowed: options"):
+        app({"replicas": "2"})
+    with pytest.raises(UsageError, match="unknown option '--replica'"):
+        app({"options": "--replica 2"})

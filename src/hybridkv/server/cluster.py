@@ -257,7 +257,7 @@ def application(
 
     def front() -> ASGIApp:
         def handle() -> Any:
-            return serve.get_deployment_handle(REPLICA, app_name=APP)
+            return serve.get_deployment_handle(REPLICA)  # of this application, whatever its name
 
         return Gate(Front(handle), options=gate, state=GateState(), count=lambda _path, _status: None)
 
