@@ -18,8 +18,11 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.metadata import version
 
 import openai
+
+from hybridkv.lab.machine import cpu_model
 
 TURNS = 3
 
@@ -93,7 +96,8 @@ def main() -> None:
             print(f"{name:28} {n_clients:3} clients {row['tok_s']:8.1f} tokens/s, first after {row['first_ms']:.0f} ms")
         process.send_signal(signal.SIGTERM)
         process.wait(60)
-    print(json.dumps({"cores": cores, "tokens": a.n, "turns": TURNS, "rounds": a.rounds, "rows": found}))
+    told = {"cpu": cpu_model(), "cores": cores, "ray": version("ray"), "hybridkv": version("hybridkv")}
+    print(json.dumps({**told, "tokens": a.n, "turns": TURNS, "rounds": a.rounds, "rows": found}))
 
 
 if __name__ == "__main__":

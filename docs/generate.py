@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cuda import attention_cuda_table, step_cuda_table
-from scaling import ranks_table, replicas_table
+from scaling import ranks_table, replicas_speed_table, replicas_table
 from tuned import tuning_table
 
 from quality import pictures, quality_table, recommended_table, targets_table
@@ -232,7 +232,8 @@ def tuning() -> str:
 
 def scaling() -> str:
     """docs/scaling.md with its tables renewed."""
-    return with_parts("docs/scaling.md", {"replicas": replicas_table(), "ranks": ranks_table()})
+    parts = {"speed": replicas_speed_table(), "replicas": replicas_table(), "ranks": ranks_table()}
+    return with_parts("docs/scaling.md", parts)
 
 
 def main() -> int:

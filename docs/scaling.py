@@ -50,6 +50,19 @@ def _models(directory: str) -> dict[str, tuple[Path, tuple[int, ...]]]:
     }
 
 
+def replicas_speed_table() -> str:
+    """Replicas beside one process, as measured."""
+    data = json.loads((ROOT / "docs/measurements/serve-replicas.json").read_text())
+    lines = ["| | clients | tokens/s, all together | first token after |", "|---|---|---|---|"]
+    lines += [f"| {r['variant']} | {r['clients']} | {r['tok_s']:.0f} | {r['first_ms']:.0f} ms |" for r in data["rows"]]
+    conditions = (
+        f"`python bench/serve_replicas.py`: {data['cpu']}, {data['cores']} cores, shared; the bundled model, q8_0; each "
+        f"client {data['turns']} turns of {data['tokens']} tokens; median of {data['rounds']} rounds; hybridkv "
+        f"{data['hybridkv']}, commit {data['commit']}, Ray {data['ray']}."
+    )
+    return "\n".join([*lines, "", conditions])
+
+
 def ranks_table() -> str:
     """What one of several ranks holds."""
     lines = [

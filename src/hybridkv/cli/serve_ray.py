@@ -117,13 +117,12 @@ def serve(a: argparse.Namespace, policy: AnyPolicy, guard: Guard, keys: tuple[st
 
 
 def _end() -> None:
-    """Let the replicas finish what they answer, then end Serve."""
+    """Let the replicas finish what they answer; what is left of Serve ends with this Ray."""
     from ray import serve as ray_serve
 
     from hybridkv.server.cluster import APP
 
     ray_serve.delete(APP)
-    ray_serve.shutdown()
 
 
 @dataclass(frozen=True, slots=True)
