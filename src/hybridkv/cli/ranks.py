@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +37,7 @@ def speak_on_one_rank(n_ranks: int) -> Callable[[str], None]:
         return warning
     if rank() == 0:
         return lambda text: warning(f"rank 0: {text}")
-    silent = Path("/dev/null").open("w", encoding="utf-8")  # noqa: SIM115 - for as long as the process is there
+    silent = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for as long as the process is there
     sys.stdout = sys.stderr = silent
     return _say
 
