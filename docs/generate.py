@@ -17,6 +17,7 @@ from typing import Any
 
 from cuda import attention_cuda_table, step_cuda_table
 from guard import cost_table, faults_table, real_faults_table
+from scaling import ranks_table, replicas_speed_table, replicas_table
 from tuned import tuning_table
 
 from quality import pictures, quality_table, recommended_table, targets_table
@@ -236,6 +237,12 @@ def guard() -> str:
     return with_parts("docs/decisions/guard-limit.md", tables)
 
 
+def scaling() -> str:
+    """docs/scaling.md with its tables renewed."""
+    parts = {"speed": replicas_speed_table(), "replicas": replicas_table(), "ranks": ranks_table()}
+    return with_parts("docs/scaling.md", parts)
+
+
 def main() -> int:
     """Write or check every generated file."""
     stale = 0
@@ -246,6 +253,7 @@ def main() -> int:
         "docs/quality.md": quality(),
         "docs/tuning.md": tuning(),
         "docs/decisions/guard-limit.md": guard(),
+        "docs/scaling.md": scaling(),
         **pictures(),
         "README.md": readme(),
     }

@@ -32,6 +32,7 @@ ONLY_IN = {
     "starlette": ("server",),
     "uvicorn": ("server",),
     "prometheus_client": ("server",),
+    "ray": ("server", "lab", "cli"),
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

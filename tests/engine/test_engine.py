@@ -150,6 +150,17 @@ def test_when_every_type_fails_it_stops_with_a_diagnosis(reference: Loaded) -> N
         text_of(reference, faulty, PROMPT, 16)
 
 
+def test_ranks_do_not_rebuild_apart(reference: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may wait in the middle of the step: what is not finite on one rank ends the run."""
+    monkeypatch.setattr("hybridkv.engine.engine.ranks_of", lambda _: 2)
+    monkeypatch.setattr("hybridkv.engine.engine.same_everywhere", lambda tokens, _: tokens)
+    fault = Fault(1, 3)
+    run = engine(reference, KVTypes("q8_0", "q8_0"), fault=fault, mode="warn")
+    with pytest.raises(GuardError, match="ranks do not rebuild a cache apart"):
+        list(run.generate([5, 6, 7], GREEDY, n_predict=8))
+    assert run.timings.n_rebuilds == 0
+
+
 @pytest.mark.parametrize("mode", ["strict", "off"])
 def test_strict_and_off_stop_instead_of_rebuilding(reference: Loaded, mode: GuardMode) -> None:
     faulty = engine(reference, KVTypes("q8_0", "q8_0"), fault=Fault(1, 3), mode=mode)

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 
 from hybridkv import __version__
 from hybridkv.cli.bench_options import check_range, words
+from hybridkv.cli.eval_ray import prepare, spread
 from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, limit_spinning, open_model
+from hybridkv.cli.ray_options import LOCAL
 from hybridkv.cli.show import notice, simple_table, stdout_console, summary
 from hybridkv.errors import UsageError, one_of
 
@@ -55,6 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--output", default="hybridkv-eval.jsonl", metavar="FILE", help="results as JSON lines")
     parser.add_argument("--resume", action="store_true", help="go on with -o: run only what it lacks")
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const=LOCAL,
+        metavar="ADDRESS",
+        help="run each candidate as a Ray task of -t threads (default then: 1): on this machine, or on the cluster at "
+        "ADDRESS (auto: the one that is running here)",
+    )
     group = parser.add_argument_group("candidates", "options multiply: each type with each rotation, rule and length")
     group.add_argument(
         "--types",
@@ -88,6 +98,8 @@ def main(arguments: argparse.Namespace) -> int:
 
     mode = one_of(a.mode, MODES, "--mode", hint="decode is what generation does, prefill is faster")
     candidates = _candidates(a)
+    if a.ray is not None:
+        prepare(a)
     opened = open_model(a, default_ctx=DEFAULT_CTX)
     facts = _resolve(opened, candidates)
     loaded, step = opened.load()
@@ -105,7 +117,10 @@ def main(arguments: argparse.Namespace) -> int:
     if a.resume:
         journal.load()
     evaluator = Evaluator(loaded.model, step, facts, corpus.n_ctx)
-    run = Run(evaluator, corpus, candidates, mode, journal, n_greedy=a.greedy)
+    if a.ray is None:
+        run = Run(evaluator, corpus, candidates, mode, journal, n_greedy=a.greedy)
+    else:
+        run = spread(a, evaluator, corpus, candidates, mode, journal)
     complete = _measure(run)
     conditions = replace(_conditions(a, loaded, step, corpus, candidates), complete=complete)
     results = run.results(facts, _snippet(loaded, corpus))

@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hybridkv.cli.show import MAX_CONTEXT, model_path, notice, size
 from hybridkv.errors import UsageError
@@ -133,8 +133,15 @@ class Opened:
         return loaded, self.make_step(loaded.model)
 
 
-def open_model(a: argparse.Namespace, *, default_ctx: int = DEFAULT_CTX) -> Opened:
+def open_model(
+    a: argparse.Namespace, *, default_ctx: int = DEFAULT_CTX, ranks: Literal["one", "many"] = "one"
+) -> Opened:
     """Describe the model that the options name.
+
+    Parameters
+    ----------
+    ranks
+        Whether the command knows what to do when torchrun starts several of it.
 
     Raises
     ------
@@ -148,16 +155,21 @@ def open_model(a: argparse.Namespace, *, default_ctx: int = DEFAULT_CTX) -> Open
 
     from hybridkv.engine.load import bundled_model, describe
     from hybridkv.hf import parse_graphs, parse_step, parse_weights, resolve_step
+    from hybridkv.hf.ranks import n_ranks
 
     graphs = parse_graphs(a.graph or "on")
     kind, asked = parse_step(a.engine), parse_weights(a.weights)
+    n = n_ranks()
+    if n > 1:
+        _check_ranks(a, n, ranks)
+        kind, graphs = "eager", "off"
     transformers_logging.set_verbosity_error()  # its notes on missing speed packages are not this command's
     transformers_logging.disable_progress_bar()
-    device = _device(a.device)
+    device = _device(a.device) if n == 1 else _device_of_rank(a.device, n)
     if a.threads is not None:
         torch.set_num_threads(a.threads)
     path = bundled_model() if a.model is None else model_path(a.model)
-    description = describe(path, remote_code="trusted" if a.trust_remote_code else "refused")
+    description = describe(path, remote_code="trusted" if a.trust_remote_code else "refused", n_ranks=n)
     if a.trust_remote_code and path.is_file():
         notice("--trust-remote-code changes nothing: there is no code in this model")
     n_ctx = _context(a.ctx_size, description.n_ctx_train, default_ctx)
@@ -167,6 +179,33 @@ def open_model(a: argparse.Namespace, *, default_ctx: int = DEFAULT_CTX) -> Open
     make_step = resolve_step(description.config, device_type, kind, graphs=graphs, notify=notice)
     weights, dtype = _weights(asked, kind, device)
     return Opened(description, device, n_ctx, weights, dtype, make_step)
+
+
+def _check_ranks(a: argparse.Namespace, n: int, ranks: Literal["one", "many"]) -> None:
+    """What a model that is cut over several processes cannot be combined with."""
+    if ranks == "one":
+        raise UsageError(
+            f"torchrun started {n} processes of this command, which runs in one",
+            hint="`hybridkv run` is the one that takes several ranks",
+        )
+    if a.engine == "native":
+        raise UsageError(f"--engine native on {n} ranks; allowed: auto, eager", hint="Transformers cuts its own layers")
+    if a.graph == "on":
+        raise UsageError(f"--graph on with {n} ranks: a step that waits for other ranks is not recorded")
+    if a.weights not in ("auto", "plain"):
+        raise UsageError(f"--weights {a.weights} on {n} ranks; allowed: auto, plain", hint="leave --weights out")
+
+
+def _device_of_rank(name: str, n: int) -> str:
+    """Where this rank's part is: Transformers takes the machine's accelerators, or else the CPU."""
+    import torch
+
+    from hybridkv.hf.ranks import local_rank
+
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("auto", kind):
+        raise UsageError(f"--device {name!r} on {n} ranks; allowed here: auto, {kind}")
+    return f"cuda:{local_rank()}" if kind == "cuda" else "cpu"
 
 
 def _context(asked: int | None, trained: int | None, default_ctx: int) -> int:

@@ -60,6 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the loaded weights, all alike; auto: bf16 with a GPU and f32 without; on the CPU, `run` holds "
         "what is q8_0 or q4_0 in a file as such, and --weights int4 keeps embedding and head at q8_0 (default auto)",
     )
+    parser.add_argument(
+        "--tp",
+        type=int,
+        default=1,
+        metavar="N",
+        help="count what each of N ranks holds of a model that Transformers cuts (default 1: not cut)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -69,18 +76,23 @@ def main(arguments: argparse.Namespace) -> int:
 
     from hybridkv.cache import KVTypes
     from hybridkv.engine.load import bundled_model, describe
+    from hybridkv.hf.ranks import cuts_heads
     from hybridkv.plan import parse_bytes, unknown_states
     from hybridkv.policy import Policy, read_config
 
     a = arguments
     if a.dtype == "auto":
         a.dtype = "bf16" if torch.cuda.is_available() else "f32"
-    for option, value, least in (("-c", a.ctx_size, 0), ("-np", a.parallel, 1)):
+    for option, value, least in (("-c", a.ctx_size, 0), ("-np", a.parallel, 1), ("--tp", a.tp, 1)):
         if not least <= value <= MAX_CONTEXT:
             raise UsageError(f"{option} {value}; allowed: {least} to {MAX_CONTEXT}")
+    if a.tp > 1 and a.dtype not in ("f32", "bf16", "f16"):
+        raise UsageError(
+            f"--tp {a.tp} with --dtype {a.dtype}; allowed: f32, bf16, f16", hint="ranks hold plain weights"
+        )
     pairs = _pairs(a.types)
     budget = None if a.memory is None else parse_bytes(a.memory)
-    description = describe(bundled_model() if a.model is None else model_path(a.model))
+    description = describe(bundled_model() if a.model is None else model_path(a.model), n_ranks=a.tp)
     n_ctx = a.ctx_size or description.n_ctx_train
     if not n_ctx:
         raise UsageError("this model does not say what context it was trained for", hint="give -c N")
@@ -93,10 +105,13 @@ def main(arguments: argparse.Namespace) -> int:
         notice(line)
     for reason in dict.fromkeys(row["refused"] for row in rows if row["refused"]):
         notice(f"left out, no kernel: {reason}")
+    if a.tp > 1 and not cuts_heads(description.config):
+        notice(f"the plan for {description.config.model_type!r} gathers the KV heads: each rank holds all of them")
     if unknown_states(description.facts):
         notice(f"the state shapes of {description.config.model_type!r} are not known: states are not counted")
     if a.json:
-        print(json.dumps({"model": description.name, "n_ctx": n_ctx, "n_seqs": a.parallel, "plans": rows}))
+        counted = {"model": description.name, "n_ctx": n_ctx, "n_seqs": a.parallel, "n_ranks": a.tp, "plans": rows}
+        print(json.dumps(counted))
     else:
         _print(description, rows, n_ctx, a.parallel, a.dtype, a.memory)
     return 0
@@ -213,6 +228,7 @@ def _print(
             cells.append("no limit" if most is None else f"{most} tokens" if most else "does not fit")
         table.add_row(*cells)
     sequences = "1 sequence" if n_seqs == 1 else f"{n_seqs} sequences"
+    part = f"; one of {description.n_ranks} ranks" if description.n_ranks > 1 else ""
     console = stdout_console()
-    console.print(f"{summary(description)}; {sequences} of {n_ctx} tokens")
+    console.print(f"{summary(description)}; {sequences} of {n_ctx} tokens{part}")
     console.print(table)

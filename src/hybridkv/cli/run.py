@@ -16,10 +16,11 @@ from hybridkv.cli.model_options import (
     open_model,
 )
 from hybridkv.cli.prompt import add_prompt_arguments, read_prompt
+from hybridkv.cli.ranks import check_ranks, leave_ranks, speak_on_one_rank, tell_of_end
 from hybridkv.cli.resolve import resolve_types
 from hybridkv.cli.session import Conversation, check_session, open_conversation
-from hybridkv.cli.show import notice, size, warning
-from hybridkv.errors import ContextError, UsageError
+from hybridkv.cli.show import notice, size
+from hybridkv.errors import ContextError, HybridKVError, UsageError
 
 if TYPE_CHECKING:
     from hybridkv.cli.stream import Streams
@@ -107,16 +108,22 @@ def main(arguments: argparse.Namespace) -> int:
     from hybridkv.engine import Engine
     from hybridkv.engine.admission import is_out_of_memory
 
-    opened = open_model(a)
+    opened = open_model(a, ranks="many")
+    tell = speak_on_one_rank(opened.description.n_ranks)
     n_ctx = opened.n_ctx
     specs = resolve_types(opened, policy, guard)
     loaded, step = opened.load()
     talk = open_conversation(a, prompt, loaded.model, loaded.tokenizer)
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
     try:
-        engine = Engine(loaded.model, specs, n_ctx=n_ctx, guard=guard, notify=warning, step=step)
+        engine = Engine(loaded.model, specs, n_ctx=n_ctx, guard=guard, notify=tell, step=step)
         talk.hand_over(engine)
-        return _generate(a, loaded, engine, sampling, talk)
+        code = _generate(a, loaded, engine, sampling, talk)
+        leave_ranks()
+        return code
+    except HybridKVError as error:
+        tell_of_end(error)
+        raise
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -134,6 +141,7 @@ def _check(a: argparse.Namespace) -> None:
     if a.n_predict == 0 or a.n_predict < -1:
         raise UsageError(f"-n {a.n_predict}; allowed: 1 or more, or -1 until the context is full", hint="try -n 64")
     check_session(a)
+    check_ranks(a)
     check_limits(a, ("-np", "parallel", 1, 1024))
     if a.flash_attn == "off":
         notice(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridkv.cli.cache_options import add_cache_arguments, policy_from
 from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, limit_spinning, open_model
+from hybridkv.cli.ray_options import LOCAL
 from hybridkv.cli.resolve import resolve_types
 from hybridkv.cli.show import notice, size, warning
 from hybridkv.errors import UsageError
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from hybridkv.cache import KVSpec
     from hybridkv.engine import Scheduler
     from hybridkv.engine.load import Loaded
-    from hybridkv.policy import Guard
+    from hybridkv.policy import AnyPolicy, Guard
     from hybridkv.server.desk import Served
+    from hybridkv.server.gate import GateOptions
 
 NAME = "serve"
 HELP = "answer many clients over HTTP: OpenAI's completions, chat and a page"
@@ -62,6 +64,17 @@ def _add_server_arguments(group: argparse._ActionsContainer) -> None:
         "--session-dir", metavar="DIR", help="keep sessions that clients save there, and restore them (default: none)"
     )
     group.add_argument("--max-body", default="8MiB", metavar="SIZE", help="largest body of a request (default 8MiB)")
+    group.add_argument(
+        "--ray",
+        nargs="?",
+        const=LOCAL,
+        metavar="ADDRESS",
+        help="serve replicas with Ray Serve: on this machine, or on the cluster at ADDRESS (auto: the one that is "
+        "running here), where what is served already is replaced without a pause",
+    )
+    group.add_argument(
+        "--replicas", type=int, metavar="N", help="with --ray: processes with a model each; -t is of each (default 2)"
+    )
 
 
 def _session_dir(text: str | None) -> Path | None:
@@ -110,14 +123,45 @@ def _add_scheduler_arguments(group: argparse._ActionsContainer) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Check, bind, resolve, print the table, load, listen, until a signal comes."""
-    limit_spinning()
     a = arguments
+    policy, guard, keys = check(a)
+    from hybridkv.server.listen import bind
+
+    if a.ray is not None:
+        from hybridkv.cli.serve_ray import serve
+
+        return serve(a, policy, guard, keys)
+    listener = bind(a.host, a.port)
+    try:
+        opened = open_model(a)
+        specs = resolve_types(opened, policy, guard)
+        served, scheduler = load_served(a, opened, specs, guard)
+        return _serve(a, served, scheduler, listener, keys)
+    finally:
+        listener.close()
+
+
+def check(a: argparse.Namespace) -> tuple[AnyPolicy, Guard, tuple[str, ...]]:
+    """Everything that can be refused before a model is touched; sizes become bytes.
+
+    Returns
+    -------
+    tuple
+        Types of the KV layers, the guard, and the keys that let clients in.
+
+    Raises
+    ------
+    UsageError
+        For the first thing.
+    """
+    limit_spinning()
     check_limits(
         a,
         ("--port", "port", 0, 65535),
         ("-np", "parallel", 1, 256),
         ("--max-waiting", "max_waiting", 0, 2**20),
         ("--prefill-chunk", "prefill_chunk", 1, 2**20),
+        ("--replicas", "replicas", 1, 1024),
     )
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
@@ -127,7 +171,6 @@ def main(arguments: argparse.Namespace) -> int:
         )
     from hybridkv.plan import parse_bytes
     from hybridkv.policy import Guard, parse_mode
-    from hybridkv.server.listen import bind
 
     a.memory = None if a.memory is None else parse_bytes(a.memory)
     a.prefix_memory = 0 if a.prefix_memory == "0" else parse_bytes(a.prefix_memory, "--prefix-memory")
@@ -136,22 +179,27 @@ def main(arguments: argparse.Namespace) -> int:
     a.session_dir = _session_dir(a.session_dir)
     if a.session_dir is not None and not a.prefix_memory:
         raise UsageError("--session-dir with --prefix-memory 0: sessions are made of stored prefixes")
-    policy, guard = policy_from(a), Guard(mode=parse_mode(a.kv_guard))
-    listener = bind(a.host, a.port)
-    try:
-        opened = open_model(a)
-        specs = resolve_types(opened, policy, guard)
-        loaded, step = opened.load()
-        if loaded.tokenizer is None:
-            raise UsageError(
-                "this model has no tokenizer, and a server takes text", hint="hybridkv run --ids goes without"
-            )
-        print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
-        scheduler = _scheduler(a, opened, loaded, specs, guard, step)
-        served = _served(a, opened, loaded, specs, scheduler)
-        return _serve(a, served, scheduler, listener, keys)
-    finally:
-        listener.close()
+    if a.replicas is not None and a.ray is None:
+        raise UsageError(f"--replicas {a.replicas} without --ray", hint="add --ray, or run several servers")
+    return policy_from(a), Guard(mode=parse_mode(a.kv_guard)), keys
+
+
+def load_served(
+    a: argparse.Namespace, opened: Opened, specs: Sequence[KVSpec], guard: Guard
+) -> tuple[Served, Scheduler]:
+    """The model, loaded, and what runs it.
+
+    Raises
+    ------
+    UsageError
+        For a model that has no tokenizer, or that the memory does not hold.
+    """
+    loaded, step = opened.load()
+    if loaded.tokenizer is None:
+        raise UsageError("this model has no tokenizer, and a server takes text", hint="hybridkv run --ids goes without")
+    print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
+    scheduler = _scheduler(a, opened, loaded, specs, guard, step)
+    return _served(a, opened, loaded, specs, scheduler), scheduler
 
 
 def _keys(option: str | None) -> tuple[str, ...]:
@@ -231,23 +279,29 @@ def _served(
     )
 
 
+def gate_options(a: argparse.Namespace, keys: tuple[str, ...], *, local: bool, n_replicas: int) -> GateOptions:
+    """What is let in; said if that is everybody."""
+    from hybridkv.server.gate import GateOptions
+
+    if not local and not keys:
+        warning("everybody who reaches this address can use the model; --api-key asks for a key")
+    return GateOptions(
+        api_keys=keys,
+        max_body_bytes=a.max_body,
+        local_only=local and not keys,
+        max_in_flight=n_replicas * (a.parallel + a.max_waiting) + _BEING_READ,
+    )
+
+
 def _serve(
     a: argparse.Namespace, served: Served, scheduler: Scheduler, listener: socket.socket, keys: tuple[str, ...]
 ) -> int:
     """Answer until a signal comes; the exit code."""
     from hybridkv.server.app import create_app
-    from hybridkv.server.gate import GateOptions, GateState
+    from hybridkv.server.gate import GateState
     from hybridkv.server.listen import is_loopback, run, url_of
 
-    local = is_loopback(listener)
-    if not local and not keys:
-        warning("everybody who reaches this address can use the model; --api-key asks for a key")
-    options = GateOptions(
-        api_keys=keys,
-        max_body_bytes=a.max_body,
-        local_only=local and not keys,
-        max_in_flight=a.parallel + a.max_waiting + _BEING_READ,
-    )
+    options = gate_options(a, keys, local=is_loopback(listener), n_replicas=1)
     state = GateState()
     app = create_app(served, options, state)
     with ThreadPoolExecutor(1, "scheduler") as pool:

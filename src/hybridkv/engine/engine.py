@@ -18,8 +18,9 @@ from torch import Tensor
 from hybridkv.cache import KVSpec
 from hybridkv.engine.ladder import check_weights, labels_of, raised_specs
 from hybridkv.engine.sampling import Sampler, SamplingParams
-from hybridkv.errors import ContextError, UsageError
+from hybridkv.errors import ContextError, GuardError, UsageError
 from hybridkv.hf import ModelCache, Step, is_finite, resolve_step, takes_chunks
+from hybridkv.hf.ranks import ranks_of, same_everywhere
 from hybridkv.policy import Guard, MismatchError, NonFiniteError
 
 
@@ -129,7 +130,7 @@ class Engine:
             start = time.perf_counter()
             if step > 0:
                 logits = self._advance(self.history[:, -1:])
-            tokens = sampler.draw(logits)
+            tokens = same_everywhere(sampler.draw(logits), self._model)
             self.history = torch.cat([self.history, tokens.unsqueeze(1)], dim=1)
             self.timings.n_generated += n_seqs
             self.timings.generation_s += time.perf_counter() - start
@@ -187,6 +188,12 @@ class Engine:
         try:
             return self._forward(tokens)
         except (NonFiniteError, MismatchError) as error:
+            if ranks_of(self._model.config) > 1:
+                # The others may have seen nothing and wait in the middle of this step: nobody can go back alone.
+                raise GuardError(
+                    f"{error.message}; ranks do not rebuild a cache apart",
+                    hint="use a larger type, rotation (-khad), or one process",
+                ) from error
             return self._rebuild(error)
 
     def _rebuild(self, error: NonFiniteError | MismatchError) -> Tensor:

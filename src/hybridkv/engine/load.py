@@ -19,6 +19,7 @@ from hybridkv.errors import ModelError, ModelFileError
 from hybridkv.gguf.load import describe_gguf, load_gguf
 from hybridkv.hf import IMPLEMENTATION, WeightKind, layer_facts, pack_model, packed_parameter, vocabulary_rows
 from hybridkv.hf.load import RemoteCode, count_parameters, load_config, load_tokenizer, load_weights
+from hybridkv.hf.ranks import check_plan
 from hybridkv.hf.torchao_weights import quantize_weights
 
 BUNDLED = "reference-hybrid-q8_0.gguf"
@@ -42,6 +43,8 @@ class Description:
         Tokens it was trained for, or None if it does not say.
     remote_code
         Whether Python code in its directory may run.
+    n_ranks
+        Over how many processes it is cut; `facts` are those of one.
     """
 
     path: Path
@@ -50,10 +53,11 @@ class Description:
     facts: tuple[LayerFacts, ...]
     n_ctx_train: int | None
     remote_code: RemoteCode = "refused"
+    n_ranks: int = 1
 
     def weight_bytes(self, bits: float) -> int:
-        """Bytes of the loaded weights at `bits` a parameter."""
-        return int(count_parameters(self.config, remote_code=self.remote_code) * bits / 8)
+        """Bytes of the loaded weights at `bits` a parameter; those of one rank."""
+        return int(count_parameters(self.config, remote_code=self.remote_code, n_ranks=self.n_ranks) * bits / 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +88,20 @@ def bundled_text() -> Path:
     return Path(str(resources.files("hybridkv") / "models" / "heldout_long.txt"))
 
 
-def describe(path: Path, *, remote_code: RemoteCode = "refused") -> Description:
+def describe(path: Path, *, remote_code: RemoteCode = "refused", n_ranks: int = 1) -> Description:
     """What a model is, from its header or config alone.
+
+    Parameters
+    ----------
+    n_ranks
+        Over how many processes it is to be cut.
 
     Raises
     ------
     ModelFileError
         If there is no model, or it is damaged or not understood.
     ModelError
-        If its layers cannot be cached.
+        If its layers cannot be cached, or it cannot be cut so.
     """
     if not path.exists():
         raise ModelFileError(f"no model at {path}", hint="leave -m out to run the bundled model")
@@ -102,17 +111,24 @@ def describe(path: Path, *, remote_code: RemoteCode = "refused") -> Description:
         directory = path if path.is_dir() else path.parent
         config, name = load_config(directory, remote_code=remote_code), directory.resolve().name
         path = directory
+    elif n_ranks > 1:
+        raise ModelError(
+            f"{path}: a GGUF model runs in one process, not on {n_ranks} ranks",
+            hint="a Hugging Face model directory can be cut; Transformers does it",
+        )
     else:
         name, config = describe_gguf(path)
+    if n_ranks > 1:
+        check_plan(config)
     text = config.get_text_config(decoder=True)
     n_ctx_train = getattr(text, "max_position_embeddings", None)
     printable = "".join(c if c.isprintable() else "?" for c in name)  # a file's word, shown on a terminal
-    return Description(path, printable, config, _facts(config), n_ctx_train, remote_code)
+    return Description(path, printable, config, _facts(config, n_ranks), n_ctx_train, remote_code, n_ranks)
 
 
-def _facts(config: Any) -> tuple[LayerFacts, ...]:
+def _facts(config: Any, n_ranks: int) -> tuple[LayerFacts, ...]:
     try:
-        return layer_facts(config)
+        return layer_facts(config, n_ranks=n_ranks)
     except (ArithmeticError, AttributeError, TypeError) as error:
         raise ModelError(f"the config of {config.model_type!r} describes no model: {error}") from error
 
@@ -137,7 +153,12 @@ def load(description: Description, *, dtype: torch.dtype, device: str, weights: 
     if description.path.is_dir():
         code = description.remote_code
         model = load_weights(
-            description.path, dtype=dtype, device=device, attn_implementation=IMPLEMENTATION, remote_code=code
+            description.path,
+            dtype=dtype,
+            device=device,
+            attn_implementation=IMPLEMENTATION,
+            remote_code=code,
+            n_ranks=description.n_ranks,
         )
         if pack:
             pack_model(model, weights)

@@ -13,6 +13,7 @@ from typing import Any
 
 from hybridkv.cache import AttentionFacts, LayerFacts, StateFacts
 from hybridkv.errors import ModelError
+from hybridkv.hf.ranks import facts_of_rank, ranks_of
 
 _KV = ("full_attention", "sliding_attention", "hybrid", "hybrid_sliding")
 _STATE = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
@@ -107,18 +108,22 @@ def cache_argument(model: Any) -> str:
     raise ModelError(f"{type(model).__name__} takes no cache", hint="hybridkv runs causal language models")
 
 
-def layer_facts(config: Any) -> tuple[LayerFacts, ...]:
+def layer_facts(config: Any, *, n_ranks: int | None = None) -> tuple[LayerFacts, ...]:
     """What each layer of a model remembers.
 
     Parameters
     ----------
     config
         A Transformers config; of a multimodal one the text decoder's part is read.
+    n_ranks
+        Over how many the model is cut: the facts are those of one rank. By default what its config says, which is so
+        once it has been loaded.
 
     Raises
     ------
     ModelError
-        If the layer types are missing, contradictory, or of a kind that cannot be cached here.
+        If the layer types are missing, contradictory, or of a kind that cannot be cached here, or if the KV heads do
+        not divide among the ranks.
     """
     text = config.get_text_config(decoder=True)
     kinds = _layer_kinds(text)
@@ -128,7 +133,7 @@ def layer_facts(config: Any) -> tuple[LayerFacts, ...]:
         window = layer_config.sliding_window if kind in _WINDOWED else None
         attention = _attention(index, layer_config, text, window) if kind in _KV else None
         facts.append(LayerFacts(attention=attention, state=shapes(layer_config) if kind in _STATE else None))
-    return tuple(facts)
+    return facts_of_rank(config, tuple(facts), ranks_of(config) if n_ranks is None else n_ranks)
 
 
 def is_hybrid(facts: tuple[LayerFacts, ...]) -> bool:

@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoT
 
 from hybridkv.errors import ModelError, ModelFileError
 from hybridkv.hf.attention import register
+from hybridkv.hf.ranks import check_packages, check_plan, parameters_of_rank, share
 
 RemoteCode = Literal["refused", "trusted"]
 """Whether Python code in a model directory may run."""
@@ -66,18 +67,26 @@ def load_weights(
     device: str,
     attn_implementation: str,
     remote_code: RemoteCode = "refused",
+    n_ranks: int = 1,
 ) -> Any:
-    """The model of a directory, in eval mode.
+    """The model of a directory, in eval mode; with more than one rank, this rank's part of it.
 
     Raises
     ------
+    UsageError
+        If several ranks need a package that is not installed.
     ModelFileError
         If the weights are missing, damaged, or not safetensors.
     ModelError
-        If weights that the model needs are not in the files.
+        If weights that the model needs are not in the files, or it cannot be cut for several ranks.
     """
     register()
     config = load_config(directory, remote_code=remote_code)
+    spread: dict[str, Any] = {}
+    if n_ranks > 1:
+        check_plan(config)
+        check_packages()
+        spread["distributed_config"] = share(n_ranks)
     if getattr(config, "quantization_config", None) is None:
         _check_dtypes(directory)
     try:
@@ -91,6 +100,7 @@ def load_weights(
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report, and refused below by name
+            **spread,
         )
     except _NO_MODEL as error:
         raise _no_model(config, error) from error
@@ -107,7 +117,7 @@ def load_weights(
                 f"{len(names)} tensors {problem} in {directory}: {named}",
                 hint="the config and the weights do not belong together",
             )
-    return model.to(device).eval()
+    return (model if spread else model.to(device)).eval()  # a rank's part is where it belongs
 
 
 def _check_dtypes(directory: Path) -> None:
@@ -169,8 +179,8 @@ def _entry(file: Path, key: str) -> Any:
     return content.get(key) if isinstance(content, dict) else None
 
 
-def count_parameters(config: Any, *, remote_code: RemoteCode = "refused") -> int:
-    """Weights of a model with this config, tied ones once. Builds it without memory.
+def count_parameters(config: Any, *, remote_code: RemoteCode = "refused", n_ranks: int = 1) -> int:
+    """Weights of a model with this config, tied ones once, or of one of several ranks. Builds it without memory.
 
     Raises
     ------
@@ -184,7 +194,7 @@ def count_parameters(config: Any, *, remote_code: RemoteCode = "refused") -> int
             )
     except _NONSENSE as error:
         raise _no_model(config, error) from error
-    return sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in model.parameters()) if n_ranks == 1 else parameters_of_rank(model, n_ranks)
 
 
 def _no_model(config: Any, error: BaseException) -> ModelError:

@@ -82,7 +82,7 @@ class Run:
         try:
             self.windows(tick)
             self._greedy(tick)
-            self._layers(tick)
+            self._layers(tick, self._candidates)
         except KeyboardInterrupt:
             return False
         return True
@@ -91,6 +91,12 @@ class Run:
         """Run what is missing of the windows alone. Whoever interrupts it finds what was done in the journal."""
         for index in range(len(self._corpus.windows)):
             self._window(index, tick)
+
+    def extras(self, candidate: Candidate) -> Extras:
+        """Measure the rest of a candidate, beside the reference."""
+        self._greedy(lambda _: None)
+        self._layers(lambda _: None, [candidate])
+        return self._extras[candidate.label]
 
     def results(self, facts: Sequence[AttentionFacts], snippet: Callable[[int, int], str]) -> list[Result]:
         """What is known of each candidate; `snippet` gives the text at a window and position."""
@@ -143,8 +149,8 @@ class Run:
                 sum(first for _, first in same) / len(same),
             )
 
-    def _layers(self, tick: Tick) -> None:
-        for candidate in self._candidates:
+    def _layers(self, tick: Tick, candidates: Sequence[Candidate]) -> None:
+        for candidate in candidates:
             self._extras[candidate.label].layers = self._evaluator.layer_errors(candidate, self._corpus.windows[0])
             tick(min(2 * PIECE, self._corpus.n_ctx))
 

@@ -15,7 +15,8 @@ from hybridkv import __version__
 from hybridkv.errors import HybridKVError
 from hybridkv.server.desk import Desk, Served
 from hybridkv.server.gate import Gate, GateOptions, GateState
-from hybridkv.server.metrics import CONTENT_TYPE, Metrics
+from hybridkv.server.merge import CONTENT_TYPE
+from hybridkv.server.metrics import Metrics
 from hybridkv.server.page import Page
 from hybridkv.server.refusals import RefusalError, refusal_for, refusal_for_mistakes
 from hybridkv.server.replies import ChatCompletion, Completion, Error, Health, Model, Models, Session, Status

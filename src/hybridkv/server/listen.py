@@ -65,6 +65,13 @@ def is_loopback(listener: socket.socket) -> bool:
     return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
 
 
+def is_local_host(host: str) -> bool:
+    """Whether what listens on a host is reached from this machine alone."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    del family, kind, protocol
+    return ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
+
+
 class _Server(uvicorn.Server):
     """uvicorn's server, which drains before it closes."""
 

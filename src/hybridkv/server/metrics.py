@@ -12,8 +12,6 @@ from prometheus_client.registry import Collector
 
 from hybridkv.engine.requests import SchedulerStats
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
 _FIRST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _NEXT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 

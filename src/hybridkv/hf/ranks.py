@@ -1,0 +1,166 @@
+"""Tensor parallelism: what one rank of a model holds that Transformers has spread over several processes.
+
+Transformers' own plans say which projections are cut. Where a plan cuts the heads of attention, each rank's KV cache
+holds its own heads and nothing else, and attention over them needs no other rank; states are whole on every rank, as
+are the KV heads of a family whose plan gathers them. All of it follows from the config, so that kernels and bytes are
+known before a weight is read; the cache checks it against the real tensors at the first token.
+
+Processes are torchrun's: it says in the environment how many there are.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybridkv.cache import LayerFacts
+from hybridkv.errors import ModelError, UsageError
+
+_KEYS = ("k_proj", "qkv_proj", "query_key_value")
+"""Projections that make keys, alone or with others."""
+
+_FIRST_DIM = {"colwise", "colwise_gather_output", "colwise_rep", "packed_colwise", "embedding_rowwise"}
+_LAST_DIM = {"rowwise", "rowwise_split_input", "rowwise_rep", "packed_rowwise", "embedding_colwise"}
+
+
+def n_ranks() -> int:
+    """Processes that torchrun has started; 1 without it."""
+    started = "RANK" in os.environ and "LOCAL_RANK" in os.environ
+    return int(os.environ.get("WORLD_SIZE", "1")) if started else 1
+
+
+def rank() -> int:
+    """Which of them this one is."""
+    return int(os.environ["RANK"]) if n_ranks() > 1 else 0
+
+
+def local_rank() -> int:
+    """Which of those of this machine: its accelerator's number."""
+    return int(os.environ["LOCAL_RANK"]) if n_ranks() > 1 else 0
+
+
+def leave() -> None:
+    """End what ranks talk through, once all of them are done."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # nobody leaves while another still waits for it
+        torch.distributed.destroy_process_group()
+
+
+def ranks_of(config: Any) -> int:
+    """Over how many ranks the model of this config was loaded; 1 if it was not cut."""
+    spread = getattr(config, "distributed_config", None)
+    if isinstance(spread, Mapping):  # a config that was written down and read back
+        return int(spread.get("tp_size") or 1)
+    return int(getattr(spread, "tp_size", None) or 1)
+
+
+def cuts_heads(config: Any) -> bool:
+    """Whether Transformers' plan for this model gives each rank some of the KV heads."""
+    plan = getattr(config.get_text_config(decoder=True), "base_model_tp_plan", None) or {}
+    return any(name.rpartition(".")[2] in _KEYS and style == "colwise" for name, style in plan.items())
+
+
+def facts_of_rank(config: Any, facts: tuple[LayerFacts, ...], n: int) -> tuple[LayerFacts, ...]:
+    """What each of `n` ranks holds of layers that are as `facts` say on one.
+
+    Raises
+    ------
+    ModelError
+        If a layer's KV heads do not divide.
+    """
+    if n == 1 or not cuts_heads(config):
+        return facts
+    return tuple(layer if layer.attention is None else _cut(layer, n) for layer in facts)
+
+
+def _cut(layer: LayerFacts, n: int) -> LayerFacts:
+    whole = layer.attention
+    assert whole is not None
+    if whole.n_kv_heads % n:
+        fitting = [m for m in range(2, whole.n_kv_heads + 1) if whole.n_kv_heads % m == 0]
+        raise ModelError(
+            f"layer {whole.layer}: {whole.n_kv_heads} KV heads do not divide among {n} ranks",
+            hint=f"use {' or '.join(map(str, fitting))} ranks" if fitting else "run it in one process",
+        )
+    return replace(layer, attention=replace(whole, n_heads=whole.n_heads // n, n_kv_heads=whole.n_kv_heads // n))
+
+
+def check_plan(config: Any) -> None:
+    """Refuse a model that Transformers cannot cut.
+
+    Raises
+    ------
+    ModelError
+        If it has no plan for the family.
+    """
+    text = config.get_text_config(decoder=True)
+    if not getattr(text, "base_model_tp_plan", None):
+        raise ModelError(
+            f"Transformers has no tensor-parallel plan for {text.model_type!r} models",
+            hint="run it in one process; `hybridkv plan` counts what that takes",
+        )
+
+
+def check_packages() -> None:
+    """Refuse to load without what Transformers places cut weights with.
+
+    Raises
+    ------
+    UsageError
+        Saying how to install it.
+    """
+    if find_spec("accelerate") is None:
+        raise UsageError(
+            "a model on several ranks needs a package that is not installed: accelerate",
+            hint='pip install "hybridkv[tp]"',
+        )
+
+
+def share(n: int) -> Any:
+    """What `from_pretrained` takes as `distributed_config` to cut a model over `n` ranks."""
+    from transformers.distributed import DistributedConfig
+
+    return DistributedConfig(tp_size=n)
+
+
+def same_everywhere(tokens: Tensor, model: Any) -> Tensor:
+    """The tokens that rank 0 has drawn, int64 `[B]`: what ranks go on from must not depend on a last bit of theirs."""
+    if ranks_of(model.config) == 1:
+        return tokens
+    shared = tokens.to(next(model.parameters()).device)
+    torch.distributed.broadcast(shared, src=0)
+    return shared.to(tokens.device)
+
+
+def parameters_of_rank(model: nn.Module, n: int) -> int:
+    """Weights that the largest of `n` ranks holds of a model without memory; tied ones once.
+
+    Raises
+    ------
+    ModelError
+        If the model's plan has a rule that is not known here.
+    """
+    plan: Mapping[str, str] = getattr(model, "tp_plan", None) or {}
+    return sum(_part(name, parameter, plan, n) for name, parameter in model.named_parameters())
+
+
+def _part(name: str, parameter: Tensor, plan: Mapping[str, str], n: int) -> int:
+    generic = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+    module, _, leaf = generic.rpartition(".")
+    style = plan.get(generic, plan.get(module, ""))
+    if style in _FIRST_DIM:
+        cut = parameter.shape[max(0, parameter.dim() - 2)]  # of experts `[n, out, in]`, each one's outputs
+    elif style in _LAST_DIM:
+        if leaf == "bias":
+            return parameter.numel()
+        cut = parameter.shape[-1]
+    else:
+        return parameter.numel()  # whole on every rank: no rule, or one for activations or gradients alone
+    return parameter.numel() // cut * -(-cut // n)
