@@ -23,9 +23,11 @@ import transformers
 from hybridkv import __version__
 from hybridkv.cache import KVTypes
 from hybridkv.engine import Request, SamplingParams, Scheduler
+from hybridkv.engine.host import settle
 from hybridkv.engine.load import Loaded, bundled_model, bundled_text, describe, load
 from hybridkv.hf import NativeStep, kv_facts
 from hybridkv.policy import Guard, Policy
+from perplexity import commit, cpu_name
 
 GREEDY = SamplingParams(temp=0)
 TYPES = KVTypes("q8_0", "q8_0")
@@ -62,6 +64,7 @@ def decoding(loaded: Loaded, step: NativeStep, prompts: list[tuple[int, ...]], n
 def throughput(loaded: Loaded, text: list[int], depth: int, repeats: int) -> list[dict[str, float]]:
     """One sequence and several in turn, so that a busy machine is busy for both."""
     step = NativeStep(loaded.model)
+    settle()  # as the server does
     prompts = [tuple(text[i * depth : (i + 1) * depth]) for i in range(8)]
     alone = [decoding(loaded, step, [ids], 64)[2][0] for ids in prompts]
     times: dict[int, list[tuple[float, float]]] = {n: [] for n in (1, 2, 4, 8)}
@@ -114,6 +117,7 @@ def conversation(loaded: Loaded, text: list[int], begin: int, question: int, ans
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-m", "--model", type=Path, default=bundled_model())
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--depth", type=int, default=128, help="prompt tokens of each sequence")
     parser.add_argument("--repeats", type=int, default=5)
@@ -121,9 +125,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
-    loaded = load(describe(bundled_model()), dtype=torch.float32, device="cpu")
-    assert loaded.tokenizer is not None
-    text = loaded.tokenizer.encode(bundled_text().read_text()[:120_000])
+    loaded = load(describe(a.model), dtype=torch.float32, device="cpu")
+    text = [i % 1000 + 3 for i in range(20_000)]  # for a model of random weights, which has no tokenizer
+    if loaded.tokenizer is not None:
+        text = loaded.tokenizer.encode(bundled_text().read_text()[:120_000])
     result: dict[str, Any] = {
         "hybridkv": __version__,
         "torch": torch.__version__,
@@ -131,6 +136,8 @@ def main() -> None:
         "python": platform.python_version(),
         "model": loaded.description.name,
         "types": TYPES.label,
+        "commit": commit(),
+        "cpu": cpu_name(),
         "step": NativeStep(loaded.model).name,
         "threads": a.threads,
         "depth": a.depth,

@@ -194,12 +194,16 @@ def load_served(
     UsageError
         For a model that has no tokenizer, or that the memory does not hold.
     """
+    from hybridkv.engine.host import settle
+
     loaded, step = opened.load()
     if loaded.tokenizer is None:
         raise UsageError("this model has no tokenizer, and a server takes text", hint="hybridkv run --ids goes without")
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
     scheduler = _scheduler(a, opened, loaded, specs, guard, step)
-    return _served(a, opened, loaded, specs, scheduler), scheduler
+    served = _served(a, opened, loaded, specs, scheduler)
+    settle()
+    return served, scheduler
 
 
 def _keys(option: str | None) -> tuple[str, ...]:
