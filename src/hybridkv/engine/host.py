@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -85,6 +86,7 @@ def settle() -> None:
     """
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # at the end everything is taken down in order
 
 
 def bad_logits(cache: ModelCache, n_tokens: int) -> NonFiniteError:
