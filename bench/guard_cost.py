@@ -14,14 +14,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
+from hybridkv.cli.model_options import limit_spinning
 
-from hybridkv.cache import KVTypes
-from hybridkv.engine.load import bundled_model, describe, load
-from hybridkv.hf import ModelCache, kv_facts, parse_step, resolve_step
-from hybridkv.policy import Guard, GuardMode, Policy
-from perplexity import TEXT, commit, cpu_name
+limit_spinning()  # as the commands do, before torch is imported
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+from hybridkv.cache import KVTypes  # noqa: E402
+from hybridkv.engine.load import bundled_model, describe, load  # noqa: E402
+from hybridkv.hf import ModelCache, kv_facts, parse_step, resolve_step  # noqa: E402
+from hybridkv.policy import Guard, GuardMode, Policy  # noqa: E402
+from perplexity import TEXT, commit, cpu_name  # noqa: E402
 
 
 @torch.inference_mode()

@@ -17,17 +17,21 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-import transformers
+from hybridkv.cli.model_options import limit_spinning
 
-from hybridkv import __version__
-from hybridkv.cache import KVTypes
-from hybridkv.engine import Request, SamplingParams, Scheduler
-from hybridkv.engine.host import settle
-from hybridkv.engine.load import Loaded, bundled_model, bundled_text, describe, load
-from hybridkv.hf import NativeStep, kv_facts
-from hybridkv.policy import Guard, Policy
-from perplexity import commit, cpu_name
+limit_spinning()  # as the commands do, before torch is imported
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+from hybridkv import __version__  # noqa: E402
+from hybridkv.cache import KVTypes  # noqa: E402
+from hybridkv.engine import Request, SamplingParams, Scheduler  # noqa: E402
+from hybridkv.engine.host import settle  # noqa: E402
+from hybridkv.engine.load import Loaded, bundled_model, bundled_text, describe, load  # noqa: E402
+from hybridkv.hf import NativeStep, kv_facts  # noqa: E402
+from hybridkv.policy import Guard, Policy  # noqa: E402
+from perplexity import commit, cpu_name  # noqa: E402
 
 GREEDY = SamplingParams(temp=0)
 TYPES = KVTypes("q8_0", "q8_0")

@@ -18,6 +18,7 @@ from typing import Any
 from cuda import attention_cuda_table, step_cuda_table
 from guard import cost_table, faults_table, real_faults_table
 from scaling import ranks_table, replicas_speed_table, replicas_table
+from serving import conversations_table, engine_table, load_table
 from tuned import tuning_table
 
 from quality import pictures, quality_table, recommended_table, targets_table
@@ -237,6 +238,14 @@ def guard() -> str:
     return with_parts("docs/decisions/guard-limit.md", tables)
 
 
+def serving() -> str:
+    """docs/serve.md with its tables renewed."""
+    return with_parts(
+        "docs/serve.md",
+        {"engine": engine_table(), "conversations": conversations_table(), "load": load_table()},
+    )
+
+
 def scaling() -> str:
     """docs/scaling.md with its tables renewed."""
     parts = {"speed": replicas_speed_table(), "replicas": replicas_table(), "ranks": ranks_table()}
@@ -254,6 +263,7 @@ def main() -> int:
         "docs/tuning.md": tuning(),
         "docs/decisions/guard-limit.md": guard(),
         "docs/scaling.md": scaling(),
+        "docs/serve.md": serving(),
         **pictures(),
         "README.md": readme(),
     }

@@ -52,6 +52,10 @@ def test_guard_tables_are_the_committed_measurements(generate: ModuleType) -> No
     assert (ROOT / "docs/decisions/guard-limit.md").read_text() == generate.guard()
 
 
+def test_serving_tables_are_the_committed_measurements(generate: ModuleType) -> None:
+    assert (ROOT / "docs/serve.md").read_text() == generate.serving()
+
+
 def test_sizing_tables_are_what_plan_counts(generate: ModuleType) -> None:
     assert (ROOT / "docs/scaling.md").read_text() == generate.scaling()
 
