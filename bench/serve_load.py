@@ -2,9 +2,10 @@
 
 python bench/serve_load.py --minutes 5 -o docs/measurements/serve-load.json
 
-The expected replies are computed first, one sequence at a time, by the engine of `hybridkv run`. Then a server of its
-own process answers clients that send one request after another; some leave in the middle of a stream. Clients and
-server share the machine's cores.
+The expected replies are computed first, one sequence at a time and without stored prefixes, with prompts in the
+server's pieces. The engine of `hybridkv run` takes larger ones, in another order of summation: how many of its replies
+are the same is counted too. Then a server of its own process answers clients that send one request after another; some
+leave in the middle of a stream. Clients and server share the machine's cores.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ import torch
 import transformers
 
 from hybridkv.cache import KVTypes
-from hybridkv.engine import Engine, SamplingParams
+from hybridkv.engine import Engine, Request, SamplingParams, Scheduler
 from hybridkv.engine.load import bundled_model, bundled_text, describe, load
 from hybridkv.hf import kv_facts
 from hybridkv.lab.machine import load as machine_load
@@ -67,28 +69,32 @@ class Seen:
     rss_bytes: list[tuple[float, int]] = field(default_factory=list)
 
 
-def cases(n: int) -> list[Case]:
-    """Greedy replies, one sequence at a time."""
+def cases(n: int) -> tuple[list[Case], int]:
+    """Greedy replies, one sequence at a time, and how many `hybridkv run`'s engine gives too."""
     loaded = load(describe(bundled_model()), dtype=torch.float32, device="cpu", weights="auto")
+    assert loaded.tokenizer is not None
     specs = Policy(KVTypes(TYPE, TYPE)).resolve(kv_facts(loaded.description.facts))
+    guard, greedy = Guard(mode="warn"), SamplingParams(temp=0)
+    alone = Scheduler(loaded.model, specs, n_parallel=1, n_ctx=N_CTX, guard=guard, notify=print)
     text = bundled_text().read_text()
-    decode = loaded.tokenizer.decode
-    found = []
+    encode, decode = loaded.tokenizer.encode, loaded.tokenizer.decode
+    found, n_same = [], 0
     for index in range(n):
         length = LENGTHS[index % len(LENGTHS)]
         begin = 4000 * (index % 7)
         tail = f"\n\nNumber {index}:" if index >= len(LENGTHS) * 7 else ""
-        prompt = decode(loaded.tokenizer.encode(text[begin : begin + 6 * length])[:length]) + tail
-        ids = loaded.tokenizer.encode(prompt)
+        prompt = decode(encode(text[begin : begin + 6 * length])[:length]) + tail
+        ids = encode(prompt)
         max_tokens = 16 + 8 * (index % 5)
-        engine = Engine(loaded.model, specs, n_ctx=N_CTX, guard=Guard(mode="warn"), notify=print)
-        said: list[int] = []
-        for (token,) in engine.generate(ids, SamplingParams(temp=0), n_predict=max_tokens):
-            if token in loaded.end_ids:
-                break
-            said.append(token)
+        ticket = alone.submit(Request(tuple(ids), max_tokens, greedy, stop_ids=tuple(loaded.end_ids)))
+        while alone.step():
+            pass
+        said = [token for token in ticket.token_ids[len(ids) :] if token not in loaded.end_ids]
+        engine = Engine(loaded.model, specs, n_ctx=N_CTX, guard=guard, notify=print)
+        run = [token for (token,) in engine.generate(ids, greedy, n_predict=max_tokens)]
+        n_same += said == list(takewhile(lambda token: token not in loaded.end_ids, run))
         found.append(Case(prompt, max_tokens, decode(ids + said)[len(decode(ids)) :]))
-    return found
+    return found, n_same
 
 
 async def client(http: httpx2.AsyncClient, cases: Sequence[Case], seen: Seen, rng: random.Random, end: float) -> None:
@@ -219,7 +225,7 @@ def main() -> int:
     parser.add_argument("-o", "--output", type=Path)
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
-    expected = cases(options.cases)
+    expected, n_as_run = cases(options.cases)
     load_before = machine_load()
     print(f"{len(expected)} replies computed; starting the server", file=sys.stderr)
     process, url = start_server(options)
@@ -238,6 +244,7 @@ def main() -> int:
         "parallel": options.parallel,
         "clients": options.clients,
         "cases": options.cases,
+        "cases_as_run": n_as_run,
         **machine(options.threads),
         "load_before": load_before,
         "versions": {
