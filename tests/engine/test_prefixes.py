@@ -104,14 +104,24 @@ def test_what_is_not_equal_is_not_taken() -> None:
             return 7
 
     run = scheduler(prefix_bytes=ROOM)
-    ids = tuple(map(Alike, prompt(80)))
+    ids = tuple(map(Alike, prompt(96)))
     ask(run, ids)
     other = (*ids[:10], Alike(ids[10] + 1 if ids[10] < 96 else 3), *ids[11:])
     assert hash(other) == hash(ids)
     assert ask(run, other).usage.cached_tokens == 0
     assert ask(run, ids, types=KVTypes("q4_0", "q4_0")).usage.cached_tokens == 0
     assert ask(run, ids, reuse=False).usage.cached_tokens == 0
-    assert ask(run, (*ids, Alike(5))).usage.cached_tokens == 80
+    assert ask(run, (*ids, Alike(5))).usage.cached_tokens == 96
+
+
+def test_a_longer_prompt_goes_on_from_where_its_pieces_are_cut() -> None:
+    """Not from the end of the shorter one: its pieces, and so its bits, are those of starting over."""
+    ids = prompt(150)
+    run = scheduler(prefix_bytes=ROOM)
+    ask(run, ids[:70])
+    longer = ask(run, ids)
+    assert longer.usage.cached_tokens == 64
+    assert tokens(longer) == tokens(ask(scheduler(), ids))
 
 
 def test_families_that_take_no_chunks_store_nothing() -> None:

@@ -48,12 +48,13 @@ class Reuse:
         return found
 
     def is_due(self, sequence: Running) -> bool:
-        """At the end of a prompt, at the last boundary of chunks before it, and every so many tokens.
+        """Whether to leave a checkpoint: at the last boundary of chunks in a prompt, and every so many tokens.
 
-        A template may write the end of a prompt another way once there is an answer: then the boundary serves.
+        Only at boundaries: behind another place, the pieces of a longer prompt would be cut in another way than without
+        it, and sums rounded in another way. A reply's end gets one of its own.
         """
         assert self._chunk is not None or not sequence.reuses
-        if not sequence.reuses or self._chunk is None:
+        if not sequence.reuses or self._chunk is None or sequence.position % self._chunk:
             return False
         spacing = max(1, CHECKPOINT_TOKENS // self._chunk) * self._chunk
         return sequence.n_prefill - sequence.position <= self._chunk or sequence.position % spacing == 0
