@@ -88,12 +88,13 @@ def cost_table() -> str:
             cells += [f"**{row['ratio_median']:.3f}**", f"{low:.3f} .. {high:.3f}"]
             lines.append("| " + " | ".join(cells) + " |")
     engines = ", ".join(dict.fromkeys(f"{run['model']}: {run['engine']}" for run in runs))
+    commits = ", ".join(dict.fromkeys(run["commit"] for run in runs))
     r = runs[0]
     return "\n".join(
         [
             *lines,
             "",
             f"`python bench/guard_cost.py`, q4_0, `check` and `off` in turns: {r['cpu']}, torch {r['torch']}, Transformers "
-            f"{r['transformers']}, commit {r['commit']}; {engines}.",
+            f"{r['transformers']}, commits {commits}; {engines}.",
         ]
     )

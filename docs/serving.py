@@ -76,6 +76,7 @@ def load_table() -> str:
         "",
         f"`hybridkv run`, which takes prompts in larger pieces, gives {r['cases_as_run']} of the {r['cases']} replies: at a near-tie "
         "the order of summation decides.",
+        "",
         f"`{r['command']}`: {r['cpu']}, {r['cores']} cores that clients and server share, {r['threads']} threads, {r['model']}, "
         f"{r['types']}, torch {r['versions']['torch']}, commit {r['commit']}.",
     ]
