@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from hybridkv.cache import KVTypes
+from hybridkv.cache import KVLayer, KVTypes
 from hybridkv.errors import ModelError, UsageError
 from hybridkv.formats import FORMATS
 from hybridkv.hf import (
@@ -30,13 +30,15 @@ from hybridkv.hf import (
     parse_weights,
     resolve_step,
 )
-from hybridkv.hf.step import eager
+from hybridkv.hf.attention import verify_call
+from hybridkv.hf.step import eager, native
 from hybridkv.hf.step.fused import FAMILY_NAMES
 from hybridkv.hf.step.native import HEAD_ROWS, MAX_ROWS
 from hybridkv.hf.step.weights import packed_of
-from hybridkv.kernels import KERNELS, cpu_native
+from hybridkv.hf.view import LayerView
+from hybridkv.kernels import KERNELS, AttentionParams, cpu_native
 from hybridkv.kernels.linear import unpack
-from hybridkv.policy import Guard, GuardMode, NonFiniteError, Policy
+from hybridkv.policy import Guard, GuardMode, MismatchError, NonFiniteError, Policy
 from tests.families import FAMILIES, HYBRIDS, build, remembering
 
 NATIVE = ("qwen3_5_text", "llama_unbiased", "qwen3")
@@ -466,3 +468,49 @@ def test_a_sequence_that_is_not_finite_is_named_and_alone() -> None:
     assert list(answers.failed) == [1]
     assert answers.failed[1].layer == 1
     assert torch.equal(answers.logits[[0, 2]], torch.cat(expected))
+
+
+def test_each_sequence_of_several_is_checked_as_it_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the same calls; one that does not hold is named, and its neighbours' bits are those without the check."""
+    model = build("qwen3_5_text", attention="hybridkv")
+    step, lengths = NativeStep(model), (20, 29, 31)
+    checked: list[tuple[int, int]] = []
+    bad: list[KVLayer] = []
+
+    def checking(query: Tensor, packed: LayerView, params: AttentionParams, out: Tensor) -> None:
+        checked.append((packed.layer.spec.facts.layer, packed.layer.n_seen))
+        if any(packed.layer is layer for layer in bad):
+            raise MismatchError("a test's doing")
+        verify_call(query, packed, params, out)
+
+    monkeypatch.setattr(native, "verify_call", checking)
+
+    def caches(mode: GuardMode) -> list[ModelCache]:
+        made = []
+        for index, length in enumerate(lengths):
+            specs = Policy(KVTypes("q8_0", "q8_0")).resolve(kv_facts(layer_facts(model.config)))
+            made.append(ModelCache(model.config, specs, n_ctx=64, guard=Guard(mode=mode)))
+            step.forward(tokens(1, length, seed=index), made[-1], 0)
+        return made
+
+    newest = tokens(3, 6)
+    alone, together, unwatched = caches("check"), caches("check"), caches("off")
+    for index, length in enumerate(lengths):
+        for t in range(6):
+            step.forward(newest[index : index + 1, t : t + 1], alone[index], length + t)
+    expected = sorted(checked)
+    assert expected
+    checked.clear()
+    for t in range(6):
+        positions = [length + t for length in lengths]
+        answers = step.forward_many(newest[:, t], together, positions)
+        assert not answers.failed
+        assert torch.equal(answers.logits, step.forward_many(newest[:, t], unwatched, positions).logits)
+    assert sorted(checked) == expected
+
+    again, unwatched = caches("check"), caches("off")
+    bad.append(again[1].kv_layers[1])
+    answers = step.forward_many(newest[:, 0], again, lengths)
+    assert list(answers.failed) == [1]
+    assert "a test's doing" in str(answers.failed[1])
+    assert torch.equal(answers.logits, step.forward_many(newest[:, 0], unwatched, lengths).logits)

@@ -23,7 +23,7 @@ from hybridkv.hf.view import LayerView
 from hybridkv.kernels import AttentionParams, cpu, cpu_native
 from hybridkv.kernels.linear import PackedWeight, exact_type, gather, pack
 from hybridkv.kernels.step import Caches, Health, Rows
-from hybridkv.policy import NonFiniteError
+from hybridkv.policy import MismatchError, NonFiniteError
 
 FAMILIES = {family.model_type: family for family in (qwen3_5.FAMILY, llama.LLAMA, llama.QWEN3)}
 
@@ -84,11 +84,11 @@ class NativeStep:
     def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> Answers:
         """All in one run, weights read once; see `Step.forward_many`.
 
-        A cache whose next call the guard checks, or whose kernels are not native, goes by itself.
+        A cache whose next call the guard measures for the first time, or whose kernels are not native, goes by itself.
         """
         n_seqs = len(caches)
         layers = [[cache.layers[call.layer] for call in self._layers.calls] for cache in caches]
-        together = [i for i in range(n_seqs) if all(map(_unwatched, layers[i]))]
+        together = [i for i in range(n_seqs) if all(map(_direct, layers[i]))]
         if len(together) == n_seqs:
             hidden, failed = self._decode_many(tokens, caches, layers, positions)
             return Answers(self._logits(hidden, "separate"), failed)
@@ -170,11 +170,36 @@ class NativeStep:
         angles = cos[list(positions)], sin[list(positions)]
         by_call = [layer for call in zip(*layers, strict=True) for layer in call]
         rows = [_new_rows(layer, 1) for layer in by_call]
-        health = program.run(0, len(program), n_seqs, 1, angles=angles, states=states, rows=rows, caches="separate")
+        run = partial(
+            program.run, n_seqs=n_seqs, n_tokens=1, angles=angles, states=states, rows=rows, caches="separate"
+        )
         failed: dict[int, Fault] = {}
-        for index, (layer, found) in enumerate(zip(by_call, health, strict=True)):
-            if found != "finite" and layer.watch.guard.watches:
-                failed.setdefault(index % n_seqs, _found(layer, found))
+
+        def note(health: Sequence[Health]) -> None:
+            for index, (layer, found) in enumerate(zip(by_call, health, strict=True)):
+                if found != "finite" and layer.watch.guard.watches:
+                    failed.setdefault(index % n_seqs, _found(layer, found))
+
+        begin = 0
+        for number, call in enumerate(self._layers.calls):
+            own = by_call[number * n_seqs : (number + 1) * n_seqs]
+            due = [i for i, layer in enumerate(own) if layer.watch.takes(layer.store.n_seen, 1)]
+            if not due:
+                continue
+            note(run(begin, call.index))
+            begin = call.index + 1
+            # The buffers are other layers' too, and the native code rotates in place.
+            asked = [tuple(_heads_first(x[i:], 1, 1).clone() for x in (call.q, call.k, call.v)) for i in due]
+            note(run(call.index, begin))
+            for i, (q, k, v) in zip(due, asked, strict=True):
+                if i in failed:
+                    continue
+                packed = LayerView(own[i].store, rows[number * n_seqs + i].view, own[i].watch, k, v)
+                try:
+                    verify_call(q, packed, AttentionParams(scale=call.scale), _heads_first(call.out[i:], 1, 1))
+                except MismatchError as error:
+                    failed[i] = error
+        note(run(begin, len(program)))
         return x, failed
 
     def _decode(
@@ -250,11 +275,6 @@ def _direct(layer: Any) -> bool:
     kernels = layer.store.kernels
     native = kernels.decode in cpu.KERNELS and kernels.write_k in cpu.ENCODERS and kernels.write_v in cpu.ENCODERS
     return native and not layer.watch.pending
-
-
-def _unwatched(layer: Any) -> bool:
-    """Whether the native code takes the layer's next token, and the guard does not look at it."""
-    return _direct(layer) and not layer.watch.takes(layer.store.n_seen + 1, 1)
 
 
 def _found(layer: QuantizedLayer, health: Health) -> NonFiniteError:
