@@ -148,7 +148,9 @@ class TestGuard:
         cache = cache_of(model, types, kernels=wrong_over_packed_rows(calls), said=said)
         logits = run(model, cache, LONG, chunks)
         assert [spec.types.label for spec in cache.specs] == ["f16", "f16"]
-        assert len(calls) == 2 * 3  # q4_0, q6_0, q8_0 in each layer, and never again
+        # q4_0, q6_0, q8_0 in each layer, with up to two queries of the guard's own each time, and never again.
+        assert len(set(calls)) == 1
+        assert 2 * 3 <= len(calls) <= 2 * 3 * 3
         assert re.match(r"layer 1: q4_0, attention over the stored rows is off by (1|0\.99)", said[0])
         assert change(logits, run(model, cache_of(model, KVTypes("f16", "f16")), LONG, chunks)) < 2e-3
 
