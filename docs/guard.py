@@ -7,6 +7,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from hybridkv.policy.guard import ERROR_LIMIT, KERNEL_LIMIT, STORE_LIMIT
+
 MEASUREMENTS = Path(__file__).resolve().parent / "measurements"
 NUMBERS = ("error", "store_error", "kernel_error")
 
@@ -42,7 +44,7 @@ def real_faults_table() -> str:
     for model, rows in groups.items():
         sound = [r for r in rows if r["fault"] is None]
         faulty = [r for r in rows if r["fault"] is not None]
-        alarms = sum(r["store_error"] > 0.005 or r["kernel_error"] > 0.01 for r in sound)
+        alarms = sum(r["store_error"] > STORE_LIMIT or r["kernel_error"] > KERNEL_LIMIT for r in sound)
         largest = [f"{max(r[n] for r in sound):.1e}" for n in NUMBERS[1:]]
         missed = [f"{r['fault']} ({r['types']})" for r in faulty if not r["caught"]]
         cells = [model, str(len(sound)), str(alarms), *largest, str(len(faulty)), ", ".join(missed) or "0"]
@@ -53,11 +55,11 @@ def real_faults_table() -> str:
 def _summary(data: dict[str, Any]) -> str:
     sound = [r for r in data["rows"] if r["fault"] is None]
     faulty = [r for r in data["rows"] if r["fault"] is not None]
-    alone = sum(r["error"] <= 0.25 for r in faulty)
+    alone = sum(r["error"] <= ERROR_LIMIT for r in faulty)
     return (
         f"**False alarms {sum(r['caught'] for r in sound)} of {len(sound)}, missed "
-        f"{sum(not r['caught'] for r in faulty)} of {len(faulty)}.** The error alone, against 0.25, would have missed "
-        f"{alone}, and objected to {sum(r['error'] > 0.25 for r in sound)} sound runs.\n"
+        f"{sum(not r['caught'] for r in faulty)} of {len(faulty)}.** The error alone, against {ERROR_LIMIT}, would have missed "
+        f"{alone}, and objected to {sum(r['error'] > ERROR_LIMIT for r in sound)} sound runs.\n"
         + _conditions(data, "python bench/guard_faults.py --models random --faults half")
     )
 

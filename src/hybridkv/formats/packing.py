@@ -150,7 +150,7 @@ def unpack_codes(plane: Plane, data: Tensor, n_lanes: int) -> Tensor:
     """
     place = PLACEMENTS[plane.kind]
     if place.width == 8:
-        return data << plane.shift if plane.shift else data
+        return data
     if len(place.axes) == 2 and not place.axes[1][0]:  # numbers instead of a tensor of them: several times faster
         size, step = place.axes[0]
         fields = torch.stack([data >> (i * step) for i in range(size)], -2)

@@ -6,7 +6,7 @@ the modules, and tests compare each result with theirs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -173,34 +173,7 @@ class NativeStep:
         run = partial(
             program.run, n_seqs=n_seqs, n_tokens=1, angles=angles, states=states, rows=rows, caches="separate"
         )
-        failed: dict[int, Fault] = {}
-
-        def note(health: Sequence[Health]) -> None:
-            for index, (layer, found) in enumerate(zip(by_call, health, strict=True)):
-                if found != "finite" and layer.watch.guard.watches:
-                    failed.setdefault(index % n_seqs, _found(layer, found))
-
-        begin = 0
-        for number, call in enumerate(self._layers.calls):
-            own = by_call[number * n_seqs : (number + 1) * n_seqs]
-            due = [i for i, layer in enumerate(own) if layer.watch.takes(layer.store.n_seen, 1)]
-            if not due:
-                continue
-            note(run(begin, call.index))
-            begin = call.index + 1
-            # The buffers are other layers' too, and the native code rotates in place.
-            asked = [tuple(_heads_first(x[i:], 1, 1).clone() for x in (call.q, call.k, call.v)) for i in due]
-            note(run(call.index, begin))
-            for i, (q, k, v) in zip(due, asked, strict=True):
-                if i in failed:
-                    continue
-                packed = LayerView(own[i].store, rows[number * n_seqs + i].view, own[i].watch, k, v)
-                try:
-                    verify_call(q, packed, AttentionParams(scale=call.scale), _heads_first(call.out[i:], 1, 1))
-                except MismatchError as error:
-                    failed[i] = error
-        note(run(begin, len(program)))
-        return x, failed
+        return x, self._run_checked(run, by_call, rows, 1)
 
     def _decode(
         self, layers: Sequence[QuantizedLayer], n_seqs: int, angles: tuple[Tensor, Tensor], states: list[int]
@@ -217,23 +190,62 @@ class NativeStep:
         rows = [_new_rows(layer, n_seqs) for layer in layers]
         program = self._layers.program
         run = partial(program.run, n_seqs=n_seqs, n_tokens=1, angles=angles, states=states, rows=rows)
-        begin = 0
-        for call, layer, new in zip(self._layers.calls, layers, rows, strict=True):
-            if layer.watch.takes(layer.store.n_seen, 1):
-                self._raise_non_finite(layers, run(begin, call.index))
-                begin = call.index + 1
-                # The buffers are other layers' too, and the native code rotates in place.
-                q, k, v = (_heads_first(x, n_seqs, 1).clone() for x in (call.q, call.k, call.v))
-                self._raise_non_finite(layers, run(call.index, begin))
-                packed = LayerView(layer.store, new.view, layer.watch, k, v)
-                verify_call(q, packed, AttentionParams(scale=call.scale), _heads_first(call.out, n_seqs, 1))
-        self._raise_non_finite(layers, run(begin, len(program)))
+        for fault in self._run_checked(run, layers, rows, n_seqs).values():
+            raise fault
 
-    @staticmethod
-    def _raise_non_finite(layers: Sequence[QuantizedLayer], health: Sequence[Health]) -> None:
-        for layer, found in zip(layers, health, strict=True):
-            if found != "finite" and layer.watch.guard.watches:
-                raise _found(layer, found)
+    def _run_checked(
+        self,
+        run: Callable[[int, int], list[Health]],
+        layers: Sequence[QuantizedLayer],
+        rows: Sequence[Rows],
+        n_seqs: int,
+    ) -> dict[int, Fault]:
+        """The whole program, stopped before and after the attention of layers at which the guard looks.
+
+        Parameters
+        ----------
+        run
+            Runs a part of the program.
+        layers, rows
+            By attention call, and then by cache.
+        n_seqs
+            Sequences of each cache.
+
+        Returns
+        -------
+        dict
+            The first fault of each cache that has one.
+        """
+        n_caches = len(layers) // max(1, len(self._layers.calls))
+        failed: dict[int, Fault] = {}
+
+        def note(health: Sequence[Health]) -> None:
+            for index, (layer, found) in enumerate(zip(layers, health, strict=True)):
+                if found != "finite" and layer.watch.guard.watches:
+                    failed.setdefault(index % n_caches, _found(layer, found))
+
+        begin = 0
+        for number, call in enumerate(self._layers.calls):
+            first = number * n_caches
+            own = layers[first : first + n_caches]
+            due = [i for i, layer in enumerate(own) if layer.watch.takes(layer.store.n_seen, 1)]
+            if not due:
+                continue
+            note(run(begin, call.index))
+            begin = call.index + 1
+            # The buffers are other layers' too, and the native code rotates in place.
+            asked = [tuple(_of_cache(x, i, n_seqs).clone() for x in (call.q, call.k, call.v)) for i in due]
+            note(run(call.index, begin))
+            for i, (q, k, v) in zip(due, asked, strict=True):
+                if i in failed:
+                    continue
+                packed = LayerView(own[i].store, rows[first + i].view, own[i].watch, k, v)
+                try:
+                    verify_call(q, packed, AttentionParams(scale=call.scale), _of_cache(call.out, i, n_seqs))
+                except MismatchError as error:
+                    failed[i] = error
+        note(run(begin, len(self._layers.program)))
+        return failed
 
     def _cache_states(self, cache: ModelCache, n_seqs: int) -> list[Tensor]:
         """Convolution and recurrent state of every layer that has them, in the operations' order."""
@@ -293,3 +305,8 @@ def _new_rows(layer: QuantizedLayer, n_seqs: int) -> Rows:
 def _heads_first(x: Tensor, n_seqs: int, n_tokens: int) -> Tensor:
     """A buffer's first rows `[B * T, heads, D]` as `[B, heads, T, D]`, without a copy."""
     return x[: n_seqs * n_tokens].view(n_seqs, n_tokens, *x.shape[1:]).transpose(1, 2)
+
+
+def _of_cache(x: Tensor, index: int, n_seqs: int) -> Tensor:
+    """The rows of one cache among several of `n_seqs` sequences each, one new token: `[n_seqs, heads, 1, D]`."""
+    return _heads_first(x[index * n_seqs :], n_seqs, 1)
