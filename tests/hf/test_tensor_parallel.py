@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ from hybridkv.engine.load import bundled_model, describe
 from hybridkv.hf import kv_facts, layer_facts
 from hybridkv.hf.ranks import check_plan, cuts_heads, n_ranks, rank
 from tests.families import HYBRIDS, build
-from tests.torchrun import needs_accelerate, torchrun
+from tests.torchrun import ROOT, needs_accelerate, torchrun
 
 CUT = ("qwen3", "llama_unbiased", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 """Families whose plan gives each rank its own KV heads."""
@@ -105,3 +108,18 @@ def test_a_family_without_a_plan_is_refused() -> None:
         check_plan(build("zamba2").config)
     with pytest.raises(ModelError, match="GGUF"):
         describe(bundled_model(), n_ranks=2)
+
+
+def test_a_rank_that_is_done_does_not_take_the_interpreter_down() -> None:
+    """Threads of gloo's still run then, and one that asks for the interpreter too late aborts the process."""
+    program = (
+        "import atexit; from hybridkv.hf.ranks import leave; "
+        "atexit.register(print, 'taken down'); print('said', end=''); leave(3)"
+    )
+    for ranks, said in (("1", "saidtaken down\n"), ("2", "said")):
+        environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": ranks}
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert (done.stdout, done.returncode) == (said, 0 if ranks == "1" else 3), done.stderr

@@ -50,11 +50,11 @@ def tell_of_end(error: HybridKVError) -> None:
         _say(f"error: {error}")
 
 
-def leave_ranks() -> None:
-    """End what the ranks talk through."""
+def leave_ranks(code: int) -> int:
+    """End what the ranks talk through, and the process with it where there are several; else its exit code."""
     from hybridkv.hf.ranks import leave
 
-    leave()
+    return leave(code)
 
 
 def _say(text: str) -> None:

@@ -118,9 +118,7 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         engine = Engine(loaded.model, specs, n_ctx=n_ctx, guard=guard, notify=tell, step=step)
         talk.hand_over(engine)
-        code = _generate(a, loaded, engine, sampling, talk)
-        leave_ranks()
-        return code
+        return leave_ranks(_generate(a, loaded, engine, sampling, talk))
     except HybridKVError as error:
         tell_of_end(error)
         raise

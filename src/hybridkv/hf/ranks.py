@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -46,11 +47,26 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if n_ranks() > 1 else 0
 
 
-def leave() -> None:
-    """End what ranks talk through, once all of them are done."""
+def leave(code: int = 0) -> int:
+    """End what ranks talk through, once all of them are done, and on several ranks this process with `code`.
+
+    Threads of torch's go on for as long as anything refers to a group, as a model's device mesh does. One that lets go
+    of a tensor while the interpreter is taken down is ended in the middle of it, and the process with it, by SIGABRT.
+    So a rank whose work is done does not take the interpreter down: what stands in `atexit` is not called.
+
+    Returns
+    -------
+    int
+        `code`, where there is one rank.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()  # nobody leaves while another still waits for it
         torch.distributed.destroy_process_group()
+    if n_ranks() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def ranks_of(config: Any) -> int:
