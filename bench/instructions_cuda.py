@@ -1,9 +1,11 @@
-"""Instructions that the kernel for one token spends on a stored value, counted in its machine code. Needs no device.
+"""Instructions of the kernels that a decode step rests on, counted in their machine code. Needs no device.
 
-python bench/instructions_cuda.py --types q8_0,q6_0,q4_0
+    python bench/instructions_cuda.py --types q8_0,q6_0,q4_0
+    python bench/instructions_cuda.py --experts
 
-Compiled for an H100 with Triton's own tools. The loop over rows is the longest one that branches back; what it holds,
-over the values of K and V that a thread sees in a turn, is the last column but one.
+Compiled for an H100 with Triton's own tools. Of the attention of one token: the loop over rows is the longest one that
+branches back; what it holds, over the values of K and V that a thread sees in a turn, is the last column but one. Of
+experts: the loads in the longest loop by their width, and its barriers.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hybridkv.kernels.cuda import experts
 from hybridkv.kernels.cuda.layout import side
 from hybridkv.kernels.cuda.one_token import attend_one_token
 
@@ -31,6 +34,7 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 WARPS = 4
 TYPES = {"q": "*bf16", "table": "*i32", "starts": "*i32", "lengths": "*i32", "scale": "fp32", "softcap": "fp32"}
 RESULTS = ("out", "tops", "sums", "center")
+EXPERT_TYPES = dict.fromkeys(("x", "out", "each", "shared"), "*bf16") | {"index": "*i32", "weights": "*fp32"}
 
 
 def signature_of(name: str, known: dict[str, Any]) -> str:
@@ -49,8 +53,13 @@ def compiled(kv_type: str, head_dim: int, group: int) -> Any:
     known |= {"K": side(kv_type, head_dim), "V": side(kv_type, head_dim), "GROUP": group, "SUBTILES": 1, "WARPS": WARPS}
     known |= {"N_LENGTHS": 0, "SEGMENT": 0, "ROWS_LOG2": 0, "OVERLAPS": True}
     signature = {name: signature_of(name, known) for name in attend_one_token.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
-    source = ASTSource(attend_one_token, signature=signature, constexprs=known, attrs=aligned)
+    return for_h100(attend_one_token, signature, known, {n for n, kind in signature.items() if kind.startswith("*")})
+
+
+def for_h100(kernel: Any, signature: dict[str, str], known: dict[str, Any], aligned: set[str]) -> Any:
+    """A kernel whose arguments `aligned` are multiples of 16."""
+    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in aligned}
+    source = ASTSource(kernel, signature=signature, constexprs=known, attrs=attrs)
     options = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
@@ -81,12 +90,35 @@ def loop_of(code: list[tuple[int, str]]) -> list[str]:
     return longest
 
 
+def name_of(instruction: str) -> str:
+    """Without its predicate."""
+    return re.sub(r"^@!?U?P\d+ ", "", instruction).split()[0]
+
+
+def show_experts() -> None:
+    """At the widths of a 35B-A3B: 8 experts of 512 beside a shared one, rows of 2048."""
+    print("| kernel | registers | loads of 16 bytes | narrower loads | barriers |\n|---|---|---|---|---|")
+    shapes = {"_up": {"TOP": 8, "OUT": experts.OUTPUTS}, "_down": {"TOP": 8, "SLOTS": 8}}
+    for name, known in shapes.items():
+        kernel, known = getattr(experts, name), known | {"IN": experts.INPUTS}
+        signature = {n: "constexpr" if n in known else EXPERT_TYPES.get(n, "i32") for n in kernel.arg_names}
+        code, registers = disassembled(for_h100(kernel, signature, known, set(signature) - set(known)).asm["cubin"])
+        body = [name_of(instruction) for instruction in loop_of(code)]
+        wide = sum(i.startswith("LDG") and ".128" in i for i in body)
+        narrow, barriers = sum(i.startswith("LDG") for i in body) - wide, sum(i.startswith("BAR") for i in body)
+        print(f"| {name} | {registers} | {wide} | {narrow} | {barriers} |")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--types", default="q8_0,q6_0,q4_0,hq4_nl,hq3_nl")
     parser.add_argument("--kinds", type=int, default=8, help="kinds of instructions to list")
+    parser.add_argument("--experts", action="store_true", help="the kernels of experts instead")
     a = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
+    if a.experts:
+        show_experts()
+        return 0
     print(
         "| type | head dim | registers | instructions of the loop | a value | most of them |\n|---|---|---|---|---|---|"
     )
@@ -95,7 +127,7 @@ def main() -> int:
             code, registers = disassembled(compiled(kv_type, head_dim, group).asm["cubin"])
             body = loop_of(code)
             n_values = 2 * 16 * head_dim / 32
-            kinds = Counter(re.sub(r"^@!?U?P\d+ ", "", i).split()[0].split(".")[0] for i in body)
+            kinds = Counter(name_of(i).split(".")[0] for i in body)
             most = ", ".join(f"{kind} {n}" for kind, n in kinds.most_common(a.kinds))
             print(f"| {kv_type} | {head_dim} | {registers} | {len(body)} | {len(body) / n_values:.2f} | {most} |")
     return 0

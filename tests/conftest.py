@@ -17,6 +17,7 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         import hybridkv.kernels.cuda.delta
+        import hybridkv.kernels.cuda.experts
         import hybridkv.kernels.cuda.launch
         import hybridkv.kernels.cuda.layers
         import hybridkv.kernels.cuda.store  # noqa: F401

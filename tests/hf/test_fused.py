@@ -20,6 +20,7 @@ from tests.hf import recorded
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from hybridkv.hf.step import fused_qwen3_5
 from hybridkv.hf.step.fused import FusedStep
 from hybridkv.kernels.cuda import delta
 
@@ -30,6 +31,18 @@ TWO_LAYERS = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_value_heads": 4,
 }
+EXPERTS = TWO_LAYERS | {
+    "hidden_size": 32,
+    "num_experts": 5,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+}
+SMALL = {
+    "qwen3_5_text": TWO_LAYERS,
+    "qwen3_5_moe_text": EXPERTS,
+    "qwen3_next": EXPERTS | {"norm_topk_prob": False, "linear_num_value_heads": 6},
+}
+"""Options of each family that is written down."""
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +69,9 @@ def error(got: Tensor, exact: Tensor) -> float:
     return float((got.cpu().double() - exact).norm() / exact.norm())
 
 
-def transformers_logits(pieces: list[Tensor]) -> list[Tensor]:
-    model = build("qwen3_5_text", **TWO_LAYERS).double()
+def transformers_logits(pieces: list[Tensor], family: str = "qwen3_5_text") -> list[Tensor]:
+    model = build(family, **SMALL[family]).double()
+    model.set_experts_implementation("eager")  # torch's grouped product takes no float64
     cache, position, logits = DynamicCache(config=model.config), 0, []
     for piece in pieces:
         positions = torch.arange(position, position + piece.shape[1]).expand(piece.shape)
@@ -67,15 +81,16 @@ def transformers_logits(pieces: list[Tensor]) -> list[Tensor]:
     return logits
 
 
-def test_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", SMALL)
+def test_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt in several runs, single tokens as a recording, more of a prompt, a single token."""
     monkeypatch.setattr(fused, "PROMPT_ROWS", 12)
     pieces = [tokens(2, n, seed) for seed, n in enumerate((9, 1, 1, 3, 1))]
-    model = build("qwen3_5_text", attention="hybridkv", **TWO_LAYERS).to(DEVICE)
+    model = build(family, attention="hybridkv", **SMALL[family]).to(DEVICE)
     recorder = recorded.Again()
     step = GraphStep(FusedStep(model), recorder=recorder, notify=pytest.fail)
     cache, position = cache_for(model), 0
-    for piece, exact in zip(pieces, transformers_logits(pieces), strict=True):
+    for piece, exact in zip(pieces, transformers_logits(pieces, family), strict=True):
         got = step.logits(piece, cache, position)
         assert got.dtype == torch.float32
         assert error(got, exact) < 2e-5
@@ -83,21 +98,33 @@ def test_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert recorder.recorded == 1
 
 
-def test_both_steps_continue_the_same_cache_and_the_model_stays_as_it_was() -> None:
+@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_5_moe_text"])
+def test_both_steps_continue_the_same_cache_and_the_model_stays_as_it_was(family: str) -> None:
     """Projections are joined in memory; Transformers' own code goes on reading the model's parameters."""
-    model, untouched = (build("qwen3_5_text", attention="hybridkv", **TWO_LAYERS).to(DEVICE) for _ in range(2))
+    model, untouched = (build(family, attention="hybridkv", **SMALL[family]).to(DEVICE) for _ in range(2))
     steps = [FusedStep(model), EagerStep(model)]
     for (name, own), (_, other) in zip(model.named_parameters(), untouched.named_parameters(), strict=True):
         assert torch.equal(own, other), name
-    projections = model.model.layers[0].mlp
+    projections = getattr(model.model.layers[0].mlp, "shared_expert", model.model.layers[0].mlp)
     assert projections.gate_proj.weight.untyped_storage().data_ptr() == (
         projections.up_proj.weight.untyped_storage().data_ptr()
     )
     pieces = [tokens(1, n, seed) for seed, n in enumerate((3, 1, 2, 1, 1))]
     cache, position = cache_for(model), 0
-    for i, (piece, exact) in enumerate(zip(pieces, transformers_logits(pieces), strict=True)):
+    for i, (piece, exact) in enumerate(zip(pieces, transformers_logits(pieces, family), strict=True)):
         assert error(steps[i % 2].forward(piece, cache, position), exact[:, -1]) < 2e-5
         position += piece.shape[1]
+
+
+def test_packed_experts_are_transformers_business(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are not held as their numbers, as torchao's are not, go to the module that they belong to."""
+    monkeypatch.setattr(fused_qwen3_5, "is_plain", lambda _: False)
+    monkeypatch.setattr(fused_qwen3_5, "run_experts", pytest.fail)
+    family, pieces = "qwen3_5_moe_text", [tokens(2, 2), tokens(2, 1)]
+    model = build(family, attention="hybridkv", **SMALL[family]).to(DEVICE)
+    step, cache = FusedStep(model), cache_for(model)
+    for position, piece, exact in zip((0, 2), pieces, transformers_logits(pieces, family), strict=True):
+        assert error(step.logits(piece, cache, position), exact) < 2e-5
 
 
 def test_configs_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +132,7 @@ def test_configs_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fused.rejects(config, "cuda") is None
     assert fused.rejects(config, "cpu") == "runs on cuda, not on cpu"
     assert "knows no lfm2 layers on cuda" in str(fused.rejects(build("lfm2").config, "cuda"))
-    assert set(fused.FAMILY_NAMES) == set(fused.families())
+    assert set(fused.FAMILY_NAMES) == set(fused.families()) == set(SMALL)
     config.hidden_act = "gelu"
     assert fused.rejects(config, "cuda") == "activation 'gelu', not silu"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from hybridkv.kernels.cuda import delta
 from hybridkv.kernels.cuda.delta import DeltaShape, conv_prompt, conv_step, delta_prompt, delta_step
-from hybridkv.kernels.cuda.layers import add_norm, gate_heads, norm_rope, swiglu, watch_finite
+from hybridkv.kernels.cuda.layers import add_norm, gate_heads, norm_rope, regroup_heads, swiglu, watch_finite
 from tests.oracles import delta as oracle
 
 ON_CUDA = torch.cuda.is_available()
@@ -91,6 +91,16 @@ def test_gate(dtype: torch.dtype) -> None:
     got = gate_heads(x, gate)
     assert got.dtype == dtype
     close(got, (x.double() * gate.double().sigmoid()).flatten(1), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("n_heads", [1, 3])
+def test_parts_of_heads_go_together(n_heads: int) -> None:
+    x = part(2, n_heads * (3 + 5 + 7 + 1 + 2), torch.bfloat16)
+    first, second = x.split([n_heads * 15, n_heads * 3], 1)
+    parts = [torch.unflatten(first, 1, (n_heads, 15)).split([3, 5, 7], 2)]
+    parts += [torch.unflatten(second, 1, (n_heads, 3)).split([1, 2], 2)]
+    exact = torch.cat([piece.flatten(1) for group in parts for piece in group], 1)
+    assert torch.equal(regroup_heads(x, n_heads, ((3, 5, 7), (1, 2))), exact)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

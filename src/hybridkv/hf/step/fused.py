@@ -28,6 +28,11 @@ PROMPT_ROWS = 1024
 """Tokens of all sequences in one run; more go in several. Bounds the activations' memory."""
 
 
+def is_plain(weight: Tensor) -> bool:
+    """Whether a weight is held as its numbers, and not packed as torchao's are."""
+    return type(weight) in (nn.Parameter, Tensor)
+
+
 class Joined:
     """Linear modules without bias that read the same rows, as one product.
 
@@ -36,14 +41,20 @@ class Joined:
     """
 
     def __init__(self, *modules: Any) -> None:
-        self.widths = [module.out_features for module in modules]
         weights = [module.weight for module in modules]
+        self.widths = [weight.shape[0] for weight in weights]
         self._modules: Sequence[Any] = modules
         self._weight: Tensor | None = None
-        if all(type(weight) in (nn.Parameter, Tensor) for weight in weights):
+        if all(map(is_plain, weights)):
             self._weight = torch.cat([weight.detach() for weight in weights])
             for module, part in zip(modules, torch.split(self._weight, self.widths), strict=True):
                 module.weight = nn.Parameter(part, requires_grad=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrices in one, `[sum of outs, in]`; there if all of them are plain."""
+        assert self._weight is not None
+        return self._weight
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[N, in]` to `[N, sum of outs]`."""
@@ -122,7 +133,7 @@ def families() -> dict[str, FusedFamily]:
     return {family.model_type: family for family in fused_qwen3_5.FAMILIES}
 
 
-FAMILY_NAMES = ("qwen3_5_text",)
+FAMILY_NAMES = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 """What `families` gives, known without triton."""
 
 

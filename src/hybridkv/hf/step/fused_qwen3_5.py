@@ -1,20 +1,23 @@
-"""`qwen3_5_text` as fused kernels: gated delta nets with a gated full attention every few layers, a SwiGLU after each.
+"""Qwen3.5 and Qwen3-Next as fused kernels: gated delta nets with a gated full attention every few layers.
 
-Written down from Transformers' `Qwen3_5ForCausalLM`, whose norms hold weights centred on zero except the delta net's
-own. A layer's last product is added to the residual by the next layer's norm.
+After each comes a SwiGLU or a choice of experts. Written down from Transformers' `Qwen3_5ForCausalLM`,
+`Qwen3_5MoeForCausalLM` and `Qwen3NextForCausalLM`, whose norms hold weights centred on zero except the delta net's own.
+A layer's last product is added to the residual by the next layer's norm.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridkv.hf.step.fused import FusedFamily, Head, Joined, Layers, Run
+from hybridkv.hf.step.fused import FusedFamily, Head, Joined, Layers, Run, is_plain
 from hybridkv.kernels.cuda.delta import DeltaShape, conv_prompt, conv_step, delta_prompt, delta_step, gated_norm
-from hybridkv.kernels.cuda.layers import add_norm, gate_heads, norm_rope, swiglu
+from hybridkv.kernels.cuda.experts import route, run_experts
+from hybridkv.kernels.cuda.layers import add_norm, gate_heads, norm_rope, regroup_heads, swiglu
 
 
 def _rejects(config: Any) -> str | None:
@@ -34,11 +37,26 @@ class _DeltaNet:
     def __init__(self, index: int, net: Any) -> None:
         self._index, self._net = index, net
         self._shape = DeltaShape(net.num_k_heads, net.num_v_heads, net.head_k_dim, net.head_v_dim)
-        self._joined = Joined(net.in_proj_qkv, net.in_proj_z, net.in_proj_b, net.in_proj_a)
+        # Qwen3-Next's two projections go through the key heads, and each brings all that is its own.
+        self._by_head = hasattr(net, "in_proj_qkvz")
+        if self._by_head:
+            self._joined = Joined(net.in_proj_qkvz, net.in_proj_ba)
+        else:
+            self._joined = Joined(net.in_proj_qkv, net.in_proj_z, net.in_proj_b, net.in_proj_a)
+
+    def _project(self, normed: Tensor) -> tuple[Tensor, ...]:
+        """Rows before the convolution `[N, channels]`, z `[N, Hv * Dv]`, beta and alpha `[N, Hv]`."""
+        if not self._by_head:
+            return self._joined.split(normed)
+        shape, joined = self._shape, self._joined(normed)
+        per_key = shape.n_value // shape.n_key
+        first = (shape.head_k, shape.head_k, per_key * shape.head_v, per_key * shape.head_v)
+        parts = regroup_heads(joined, shape.n_key, (first, (per_key, per_key)))
+        return torch.split(parts, [shape.channels, shape.n_value * shape.head_v, shape.n_value, shape.n_value], 1)
 
     def __call__(self, normed: Tensor, run: Run) -> Tensor:
         net, shape = self._net, self._shape
-        raw, z, beta, alpha = self._joined.split(normed)
+        raw, z, beta, alpha = self._project(normed)
         recurrent = (shape.n_value, shape.head_k, shape.head_v)
         conv, state = run.states(self._index, (shape.channels, net.conv_kernel_size), recurrent, raw)
         kernel, eps = (conv, net.conv1d.weight, net.conv1d.bias), net.norm.variance_epsilon
@@ -70,22 +88,57 @@ class _Attention:
         return F.linear(gate_heads(out, gate), attention.o_proj.weight)
 
 
+class _Dense:
+    """A SwiGLU, from normed rows to what is added to the residual."""
+
+    def __init__(self, mlp: Any) -> None:
+        self._mlp, self._joined = mlp, Joined(mlp.gate_proj, mlp.up_proj)
+
+    def __call__(self, normed: Tensor, _: Run) -> Tensor:
+        return F.linear(swiglu(self._joined(normed)), self._mlp.down_proj.weight)
+
+
+class _Experts:
+    """Experts and the one that all tokens share, from normed rows to what is added to the residual.
+
+    Rows that choose more often than there are experts are a prompt's: most experts are then read for several rows at
+    once, which is Transformers' code's business.
+    """
+
+    def __init__(self, block: Any) -> None:
+        self._block = block
+        gate, shared, each = block.gate, block.shared_expert, block.experts
+        weights = (gate.weight, *(p for part in (block.shared_expert_gate, shared, each) for p in part.parameters()))
+        self._plain = all(map(is_plain, weights))
+        if self._plain:
+            self._scores, self._up = Joined(gate, block.shared_expert_gate), Joined(shared.gate_proj, shared.up_proj)
+
+    def __call__(self, normed: Tensor, run: Run) -> Tensor:
+        block = self._block
+        top_k, n_experts = block.gate.top_k, block.gate.num_experts
+        if not self._plain or (run.n_tokens > 1 and len(normed) * top_k > n_experts):
+            added: Tensor = block(normed.unsqueeze(0)).squeeze(0)
+            return added
+        chosen = route(self._scores(normed), top_k, normalize=getattr(block.gate, "norm_topk_prob", True))
+        each = (block.experts.gate_up_proj, block.experts.down_proj)
+        return run_experts(normed, chosen, each, (self._up.weight, block.shared_expert.down_proj.weight))
+
+
 def _build(model: Any) -> tuple[Layers, Head]:
     config, body = model.config.get_text_config(decoder=True), model.model
     frequencies = body.rotary_emb.inv_freq
-    blocks = []
+    blocks: list[tuple[Any, Callable[[Tensor, Run], Tensor], Callable[[Tensor, Run], Tensor]]] = []
     for index, layer in enumerate(body.layers):
         recurrent = config.layer_types[index] == "linear_attention"
         mixer = _DeltaNet(index, layer.linear_attn) if recurrent else _Attention(index, layer.self_attn, frequencies)
-        blocks.append((layer, mixer, Joined(layer.mlp.gate_proj, layer.mlp.up_proj)))
+        blocks.append((layer, mixer, _Experts(layer.mlp) if hasattr(layer.mlp, "experts") else _Dense(layer.mlp)))
 
     def layers(x: Tensor, run: Run) -> Tensor:
         added: Tensor | None = None
-        for layer, mixer, gate_up in blocks:
+        for layer, mixer, mlp in blocks:
             first, second = layer.input_layernorm, layer.post_attention_layernorm
             added = mixer(add_norm(x, added, first.weight, first.eps, offset=1.0), run)
-            normed = add_norm(x, added, second.weight, second.eps, offset=1.0)
-            added = F.linear(swiglu(gate_up(normed)), layer.mlp.down_proj.weight)
+            added = mlp(add_norm(x, added, second.weight, second.eps, offset=1.0), run)
         return x if added is None else x.add_(added)
 
     def head(hidden: Tensor) -> Tensor:
@@ -95,4 +148,7 @@ def _build(model: Any) -> tuple[Layers, Head]:
     return layers, head
 
 
-FAMILIES = (FusedFamily(model_type="qwen3_5_text", rejects=_rejects, build=_build),)
+FAMILIES = tuple(
+    FusedFamily(model_type=name, rejects=_rejects, build=_build)
+    for name in ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
+)

@@ -7,6 +7,8 @@ given as they are. Arithmetic is float32, results are in the dtype of what they 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -152,6 +154,49 @@ def gate_heads(x: Tensor, gate: Tensor) -> Tensor:
     _gate[(n_rows, n_heads)](
         x, gate, out, x.stride(0), x.stride(1), gate.stride(0), gate.stride(1), n_heads, head_dim,
         BLOCK=triton.next_power_of_2(head_dim), num_warps=2,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _regroup(x, out, x_row, out_row, n_heads, WIDTHS: tl.constexpr, STARTS: tl.constexpr, STEPS: tl.constexpr,
+             BLOCK: tl.constexpr):  # fmt: skip
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    cols = tl.arange(0, BLOCK)
+    to = out + row * out_row
+    for part in tl.static_range(len(WIDTHS)):
+        inside = cols < WIDTHS[part]
+        value = tl.load(x + row * x_row + STARTS[part] + head * STEPS[part] + cols, mask=inside)
+        tl.store(to + head * WIDTHS[part] + cols, value, mask=inside)
+        to += n_heads * WIDTHS[part]
+
+
+def regroup_heads(x: Tensor, n_heads: int, groups: Sequence[Sequence[int]]) -> Tensor:
+    """From rows that go head by head to rows that go part by part.
+
+    Parameters
+    ----------
+    x
+        Any dtype, `[N, width]`, the last dim contiguous: one group after the other, each with all of its heads, each
+        head with all of its parts.
+    groups
+        The widths of a head's parts in each group.
+
+    Returns
+    -------
+    Tensor
+        `[N, width]`, contiguous: one part after the other, each with all of its heads.
+    """
+    widths = [width for group in groups for width in group]
+    starts, steps, start = [], [], 0
+    for group in groups:
+        starts += [start + sum(group[:i]) for i in range(len(group))]
+        steps += [sum(group)] * len(group)
+        start += n_heads * sum(group)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _regroup[(len(x), n_heads)](
+        x, out, x.stride(0), out.stride(0), n_heads, WIDTHS=tuple(widths), STARTS=tuple(starts), STEPS=tuple(steps),
+        BLOCK=triton.next_power_of_2(max(widths)),
     )  # fmt: skip
     return out
 
