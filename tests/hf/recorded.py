@@ -15,30 +15,42 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hybridkv.formats import KVFormat, Scale
 from hybridkv.hf import ModelCache
-from hybridkv.kernels import AttentionParams, Encoder, Kernel, KVView, reference
+from hybridkv.kernels import AttentionParams, Encoder, Kernel, KVView, Segment, reference
 from hybridkv.rotation import rotate
 
 
 def attend(q: Tensor, view: KVView, params: AttentionParams) -> Tensor:
-    """One query per sequence over a segment whose lengths are a tensor, in torch, without looking at any value."""
-    (segment,) = view.segments
-    if segment.lengths is None:
+    """One query per sequence over segments whose rows tensors count, in torch, without looking at any value."""
+    if view.segments[0].lengths is None:
         return reference.attend(q, view, params)
     assert q.shape[2] == 1
     assert params.mask is None
-    rows = slice(segment.start, segment.start + segment.length)
-    k = segment.format_k.decode([p[:, :, rows] for p in segment.k], view.head_dim_k)
-    v = segment.format_v.decode([p[:, :, rows] for p in segment.v], view.head_dim_v)
-    hidden = torch.arange(segment.length) >= segment.lengths.unsqueeze(1)
-    grouped = q.float().unflatten(1, (k.shape[1], -1)).flatten(2, 3)
-    scores = grouped @ k.transpose(2, 3) * params.scale
+    keys, values, hidden = (torch.cat(parts, 2) for parts in zip(*(_rows(s, view) for s in view.segments), strict=True))
+    grouped = q.float().unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
+    scores = grouped @ keys.transpose(2, 3) * params.scale
     if params.softcap is not None:
         scores = params.softcap * torch.tanh(scores / params.softcap)
-    scores = scores.masked_fill(hidden[:, None, None], -torch.inf).view(q.shape[0], q.shape[1], 1, -1)
+    scores = scores.masked_fill(hidden.transpose(2, 3), -torch.inf).view(q.shape[0], q.shape[1], 1, -1)
     if params.sinks is not None:
         scores = torch.cat([scores, params.sinks.float().view(1, -1, 1, 1).expand(q.shape[0], -1, -1, -1)], 3)
-    weights = torch.softmax(scores, -1)[..., : segment.length].view((*grouped.shape[:3], -1))
-    return (weights @ v.masked_fill(hidden[:, None, :, None], 0.0)).view(*q.shape[:3], -1)
+    weights = torch.softmax(scores, -1)[..., : keys.shape[2]].view((*grouped.shape[:3], -1))
+    return (weights @ values).view(*q.shape[:3], -1)
+
+
+def _rows(segment: Segment, view: KVView) -> tuple[Tensor, Tensor, Tensor]:
+    """K and V of as many rows as there may be, zero where there are none, and bool `[B, 1, S, 1]`: where."""
+    assert segment.lengths is not None
+    at = torch.arange(segment.length)
+    hidden = (at >= segment.lengths.unsqueeze(1))[:, None, :, None]
+    first = segment.start if segment.starts is None else segment.start + segment.starts.unsqueeze(1)
+    at = (at + first).clamp(max=segment.k[0].shape[2] - 1).expand(len(segment.lengths), -1)
+    k, v = (
+        [plane.gather(2, at[:, None, :, None].expand(-1, plane.shape[1], -1, plane.shape[3])) for plane in planes]
+        for planes in (segment.k, segment.v)
+    )
+    keys, values = segment.format_k.decode(k, view.head_dim_k), segment.format_v.decode(v, view.head_dim_v)
+    keys = keys if segment.center is None else keys + segment.center.unsqueeze(2)
+    return keys, values.masked_fill(hidden, 0.0), hidden
 
 
 def store(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hybridkv.cache import KVTypes
 from hybridkv.engine import Engine
 from hybridkv.errors import ContextError
 from hybridkv.hf import EagerStep, ModelCache, kv_facts, layer_facts
+from hybridkv.hf.layers import QuantizedLayer
 from hybridkv.hf.step import graph
 from hybridkv.hf.step.graph import GraphStep
 from hybridkv.kernels import KERNELS, Kernel, reference
@@ -91,6 +93,50 @@ def test_a_recording_holds_no_number_of_the_step_it_was_made_in(family: str) -> 
     compare(step, model, cache, [tokens(2, n, seed) for seed, n in enumerate((7, 1, 1, 1, 1))])
     assert recorder.recorded == 1
     assert decoder.decoded == 3  # the trial's, the first step's, and the trace's; none of the replays'
+
+
+@pytest.mark.parametrize(
+    ("options", "n_recorded"),
+    [({"tail": 32}, 2), ({"tail": 32, "sink": 4, "center": True}, 2), ({"sink": 4}, 1), ({"sink": 30}, 2)],
+    ids=["tail", "all", "sinks", "sinks that fill while decoding"],
+)
+def test_exact_rows_are_recorded_until_the_first_are_packed_and_from_then_on(
+    options: dict[str, Any], n_recorded: int
+) -> None:
+    """Rows leave the tail, and the tail moves, between replays."""
+    model, recorder = small(), Traced()
+    decoder, types = Counted(model), KVTypes("q8_0", "q4_0", rotate_k=True, **options)
+    cache, own = (cache_for(model, types, n_ctx=150) for _ in range(2))
+    recorder.watched = cache
+    step, eager, position = GraphStep(decoder, recorder=recorder, notify=pytest.fail), EagerStep(model), 0
+    for seed, n in enumerate((20, *[1] * 130)):
+        piece = tokens(2, n, seed)
+        exact, got = eager.forward(piece, own, position), step.forward(piece, cache, position)
+        assert torch.allclose(got, exact, atol=1e-3 * float(exact.abs().max())), position
+        position += n
+    assert recorder.recorded == n_recorded
+    assert decoder.decoded == 1 + 2 * n_recorded  # the trial's; of each recording the step before it, and the trace's
+    for one, other in zip(cache.kv_layers, own.kv_layers, strict=True):
+        assert torch.equal(one.decode()[0], other.decode()[0])
+
+
+@pytest.mark.parametrize("tail", [32, 64])
+def test_the_first_packed_rows_of_a_tail_are_measured_not_replayed(tail: int) -> None:
+    """A short prompt leaves the guard nothing to measure; the step that packs first does, and is not replayed."""
+    model, said = small(), list[str]()
+    types, guard = KVTypes("q8_0", "q8_0", tail=tail), Guard()
+    step, cache = (
+        GraphStep(EagerStep(model), recorder=Again(), notify=said.append),
+        cache_for(model, types, guard=guard, n_ctx=150),
+    )
+    step.forward(tokens(1, 6), cache, 0)
+    layer = next(layer for layer in cache.layers if isinstance(layer, QuantizedLayer))
+    for position in range(6, 6 + tail + 40):
+        step.forward(tokens(1, 1, seed=position), cache, position)
+        packed = layer.store.n_seen > tail + 32
+        assert layer.watch.pending != packed
+        assert (layer.watch.error is not None) == packed
+    assert said == []
 
 
 def test_one_token_alone_is_not_recorded() -> None:
@@ -277,7 +323,6 @@ def test_a_step_that_the_guard_checks_is_not_replayed() -> None:
 @pytest.mark.parametrize(
     ("family", "types", "kernels", "reason"),
     [
-        ("qwen3_5_text", KVTypes("q4_0", "q4_0", tail=32), recorded.KERNELS, "exact tail"),
         ("gemma2", F32, recorded.KERNELS, "layer 0 has a sliding window"),
         ("qwen3_5_text", F32, reference.KERNELS, "torch-reference reads row numbers from the host"),
         ("qwen3_5_text", F32, KERNELS, "reads row numbers from the host"),

@@ -307,6 +307,22 @@ def test_starts_on_the_device() -> None:
         assert relative_rmse(attend(q, view, tiling, scale=0.125), exact) <= cuda.TOLERANCE
 
 
+def test_sinks_packed_rows_and_a_sliding_tail_on_the_device() -> None:
+    """As a recorded step has them: bounds are what the memory holds, behind the rows is nothing."""
+    exact = {"memory": "exact"}
+    parts = (Part("f16", "f16", 4, **exact), Part("q8_0", "q4_0", 37, centered=True), Part("f16", "f16", 9, **exact))
+    stored = store_parts(parts, batch=2, n_kv_heads=1)
+    segments = []
+    for s in stored.view.segments:
+        starts, lengths = (torch.full((2,), n, dtype=torch.int32) for n in (s.start, s.length))
+        segments.append(replace(s, start=0, length=s.k[0].shape[2], starts=starts, lengths=lengths))
+    q = queries(stored.view, 1, 4, 2, 1)
+    want = exact_attention(q, stored.k, stored.v, scale=0.125)
+    for tiling in (NARROW, None):
+        got = attend(q, replace(stored.view, segments=tuple(segments)), tiling, scale=0.125)
+        assert relative_rmse(got, want) <= cuda.TOLERANCE
+
+
 def paged(planes: tuple[Tensor, ...], table: Tensor, n_blocks: int, block_rows: int) -> tuple[Tensor, ...]:
     """The rows of ordinary planes scattered over blocks, everything else 0xFF."""
     out = []

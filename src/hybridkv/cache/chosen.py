@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hybridkv.cache.spec import KVSpec
+from hybridkv.cache.spec import EXACT_TYPE, KVSpec
 from hybridkv.formats import get_format
 from hybridkv.kernels import Encoder, Kernel, Phase, select, select_encoder
 from hybridkv.rotation import rotation_block
@@ -13,12 +13,14 @@ from hybridkv.rotation import rotation_block
 
 @dataclass(frozen=True, slots=True)
 class LayerKernels:
-    """What runs one KV layer: an attention kernel per phase, an encoder each for K and V."""
+    """What runs one KV layer: an attention kernel per phase, an encoder each for K and V, packed and exact."""
 
     prefill: Kernel
     decode: Kernel
     write_k: Encoder
     write_v: Encoder
+    exact_k: Encoder
+    exact_v: Encoder
 
     def attend_for(self, phase: Phase) -> Kernel:
         """The kernel of a phase."""
@@ -42,12 +44,14 @@ def resolve(spec: KVSpec, device: str, kernels: Sequence[Kernel], encoders: Sequ
     UsageError
         If a rotation is asked for a head dim that has none.
     """
-    facts, types = spec.facts, spec.types
+    facts, types, exact = spec.facts, spec.types, get_format(EXACT_TYPE)
     chosen = LayerKernels(
         prefill=select(spec.case(device, "prefill"), kernels),
         decode=select(spec.case(device, "decode"), kernels),
         write_k=select_encoder(device, get_format(types.type_k), facts.head_dim_k, encoders),
         write_v=select_encoder(device, get_format(types.type_v), facts.head_dim_v, encoders),
+        exact_k=select_encoder(device, exact, facts.head_dim_k, encoders),
+        exact_v=select_encoder(device, exact, facts.head_dim_v, encoders),
     )
     # After the types: one that brings its own rotation is refused as a type.
     if types.rotate_k:

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hybridkv.cache import fixed
 from hybridkv.cache.chosen import LayerKernels
 from hybridkv.cache.exact import ExactRows
 from hybridkv.cache.packed import PackedRows
@@ -103,6 +104,10 @@ class KVLayer:
         stored, window = self.n_stored, self.spec.facts.window
         return stored if window is None else min(stored, window - 1)
 
+    def has_packed(self, n_new: int) -> bool:
+        """Whether packed rows are held once the next `n_new` tokens are."""
+        return self._packed.length > 0 or self.packs(n_new)
+
     def packs(self, n_new: int) -> bool:
         """Whether the next `n_new` tokens add packed rows, be it by making others leave the tail."""
         return self._exact is None or self._exact.packs(n_new)
@@ -169,7 +174,7 @@ class KVLayer:
             exact.extend(n_new, self._exact_target, batch, device)
         self.n_seen += n_new
 
-    def append_at(self, k: Tensor, v: Tensor, lengths: Tensor) -> KVView:
+    def append_at(self, k: Tensor, v: Tensor, numbers: Tensor) -> KVView:
         """Store one new token per sequence as its newest row, by numbers that only the device knows.
 
         `admit` has counted the token, and `fixed_reason` says None.
@@ -178,38 +183,38 @@ class KVLayer:
         ----------
         k, v
             Any float dtype, `[B, Hkv, 1, D]` and `[B, Hkv, 1, Dv]`.
-        lengths
-            int32 `[B]`: rows that each sequence holds, the new one included.
+        numbers
+            int32 `[N_NUMBERS, B]`; see `hybridkv.cache.fixed`.
         """
         self._check(k, v)
-        types, planes, chosen = self.spec.types, self._packed.planes, self.kernels
-        rows = lengths - 1
+        view, types, chosen = self.view(), self.spec.types, self.kernels
+        newest = view.segments[-1]
+        packs = newest.k is self._packed.planes.k
+        encode_k, encode_v = (chosen.write_k, chosen.write_v) if packs else (chosen.exact_k, chosen.exact_v)
         for encoder, x, fmt, memory, rotated in (
-            (chosen.write_k, k, self._k_format, planes.k, types.rotate_k),
-            (chosen.write_v, v, self._v_format, planes.v, types.rotate_v),
+            (encode_k, k, newest.format_k, newest.k, types.rotate_k),
+            (encode_v, v, newest.format_v, newest.v, types.rotate_v),
         ):
-            store(encoder, x, fmt, types.scale_for(fmt.name), memory, rows, rotated=rotated)
-        return replace(self.view(0), segments=(replace(planes.segment(0, planes.capacity), lengths=lengths),))
+            store(encoder, x, fmt, types.scale_for(fmt.name), memory, numbers[0], rotated=rotated)
+        return replace(view, segments=fixed.on_device(view.segments, numbers, slides=not packs))
+
+    def numbers(self) -> tuple[int, ...]:
+        """What `append_at` reads on the device, for the token that was counted last."""
+        return fixed.numbers_of(self._segments(None))
 
     def fixed_reason(self, device: str) -> str | None:
         """Why rows cannot be stored and attended by numbers that only the device knows; None if they can."""
-        layer = self.spec.facts.layer
-        if self.spec.tail or self.spec.sink:
-            return f"layer {layer} moves rows out of its exact tail and sinks"
-        if self.spec.facts.window is not None:
-            return f"layer {layer} has a sliding window, whose rows move"
-        decode = self.kernels.decode
-        if (reason := decode.rejects(replace(self.spec.case(device, "decode"), device_rows=True))) is not None:
-            return f"layer {layer}: {decode.name} {reason}"
-        for encoder in (self.kernels.write_k, self.kernels.write_v):
-            if encoder.store is None:
-                return f"layer {layer}: {encoder.name} takes the numbers of rows from the host"
-        return None
+        return fixed.rejects(self.spec, self.kernels, device)
 
     @property
     def memory(self) -> tuple[Tensor, ...]:
-        """The tensors that hold the packed rows; other ones once they have moved."""
-        return (*self._packed.planes.k, *self._packed.planes.v)
+        """The tensors that hold the rows, segment by segment; other ones once rows have moved or are packed first."""
+        return tuple(
+            tensor
+            for segment in self._segments(None)
+            for tensor in (*segment.k, *segment.v, segment.center)
+            if tensor is not None
+        )
 
     def view(self, length: int | None = None) -> KVView:
         """The newest `length` rows, all by default."""

@@ -65,7 +65,7 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
     def store_new(self, k: Tensor, v: Tensor) -> LayerView:
         """Store T new tokens `[B, Hkv, T, D]`; what an attention over the packed rows reads."""
         if self.fixed is not None:
-            view = self.store.append_at(k, v, self.fixed.lengths)
+            view = self.store.append_at(k, v, self.fixed.numbers)
             return LayerView(self.store, view, self.watch, k, v, self.fixed)
         if not self.is_initialized:
             self.lazy_initialization(k, v)

@@ -56,14 +56,14 @@ class Fixed:
 
     Attributes
     ----------
-    lengths
-        int32 `[B]`: rows that each sequence holds, this step's included.
+    numbers
+        int32 `[N_NUMBERS, B]`: where this layer's rows are, this step's included; see `hybridkv.cache.fixed`.
     health
         int32 `[2]`, for this layer: not 0 where the attention output (first) or what went into it (second) was not
         finite.
     """
 
-    lengths: Tensor
+    numbers: Tensor
     health: Tensor
 
 

@@ -24,6 +24,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from hybridkv.cache.fixed import N_NUMBERS
 from hybridkv.errors import ModelError
 from hybridkv.hf.attention import non_finite
 from hybridkv.hf.cache import ModelCache
@@ -130,7 +131,8 @@ class Recording:
     memory
         The cache's tensors at the time.
     staged, numbers
-        int64 `[B + 1]`: tokens and their position, on the host and on the device.
+        int64 `[B + 1 + KV layers * N_NUMBERS]`: tokens, their position, and where each layer's rows are, on the host
+        and on the device.
     health
         int32 `[KV layers, 2]` on the device; see `Fixed`.
     logits
@@ -149,17 +151,19 @@ class Recording:
     @classmethod
     def of(cls, cache: ModelCache, n_seqs: int) -> Recording:
         """Numbers and health for a cache; nothing is recorded yet."""
-        memory = cache.memory
-        device = memory[0].device
-        staged = torch.empty(n_seqs + 1, dtype=torch.long, pin_memory=device.type == "cuda")
-        numbers = torch.empty(n_seqs + 1, dtype=torch.long, device=device)
-        health = torch.zeros(len(_kv_layers(cache)), 2, dtype=torch.int32, device=device)
+        memory, n_layers = cache.memory, len(_kv_layers(cache))
+        device, n = memory[0].device, n_seqs + 1 + n_layers * N_NUMBERS
+        staged = torch.empty(n, dtype=torch.long, pin_memory=device.type == "cuda")
+        numbers = torch.empty(n, dtype=torch.long, device=device)
+        health = torch.zeros(n_layers, 2, dtype=torch.int32, device=device)
         return cls(memory, staged, numbers, health)
 
-    def stage(self, tokens: Tensor, position: int) -> None:
-        """Hand the step its numbers. The copy needs no waiting: the step before it has ended."""
-        self.staged[:-1] = tokens[:, 0]
-        self.staged[-1] = position
+    def stage(self, tokens: Tensor, position: int, cache: ModelCache) -> None:
+        """Hand the step its numbers, once it is counted. The copy needs no waiting: the step before it has ended."""
+        n_seqs = len(tokens)
+        self.staged[:n_seqs] = tokens[:, 0]
+        rows = [number for layer in _kv_layers(cache) for number in layer.store.numbers()]
+        self.staged[n_seqs:] = torch.tensor([position, *rows])
         self.numbers.copy_(self.staged, non_blocking=True)
 
     def result(self, cache: ModelCache) -> Tensor:
@@ -227,12 +231,12 @@ class GraphStep:
         if recording is None or not recording.holds(cache.memory):
             # A cache that decodes one token alone, as a copy for one label does, is not worth a recording.
             recording = self._recordings[cache] = Recording.of(cache, len(tokens))
-            recording.stage(tokens, position)
+            recording.stage(tokens, position, cache)
             self._run(cache, recording)
             return recording.result(cache)
         if recording.replay is None:
             recording.replay = self._recorder.record(partial(self._run, cache, recording))
-        recording.stage(tokens, position)
+        recording.stage(tokens, position, cache)
         recording.replay()
         return recording.result(cache)
 
@@ -278,16 +282,18 @@ class GraphStep:
         self._decoder.forward(tokens, scratch, 0)
         _count(scratch, 1, _TRIAL_TOKENS)
         recording = Recording.of(scratch, 1)
-        recording.stage(tokens[:, :1].cpu(), _TRIAL_TOKENS)
+        recording.stage(tokens[:, :1].cpu(), _TRIAL_TOKENS, scratch)
         return self._recorder.trial(partial(self._run, scratch, recording))
 
     def _run(self, cache: ModelCache, recording: Recording) -> None:
         """What is recorded: one step, by the numbers on the device alone."""
-        n_seqs = len(recording.numbers) - 1
-        tokens, positions = recording.numbers[:n_seqs].unsqueeze(1), recording.numbers[n_seqs:].expand(n_seqs, 1)
-        lengths = (positions.squeeze(1) + 1).to(torch.int32).contiguous()
+        n_layers = len(recording.health)
+        n_seqs = len(recording.numbers) - 1 - n_layers * N_NUMBERS
+        tokens, position, rows = torch.split(recording.numbers, [n_seqs, 1, n_layers * N_NUMBERS])
+        tokens, positions = tokens.unsqueeze(1), position.expand(n_seqs, 1)
+        rows = rows.to(torch.int32).view(n_layers, N_NUMBERS, 1).expand(-1, -1, n_seqs).contiguous()
         recording.health.zero_()
-        with _fixed(cache, lengths, recording.health):
+        with _fixed(cache, rows, recording.health):
             logits = self._decoder.decode(tokens, cache, positions)
         if recording.logits is None:
             recording.logits = torch.empty_like(logits, dtype=torch.float32)
@@ -303,7 +309,8 @@ def _settled(cache: ModelCache) -> bool:
     for layer in cache.layers:
         if isinstance(layer, QuantizedLayer):
             store, watch = layer.store, layer.watch
-            if watch.pending or not store.n_stored or watch.takes(store.n_seen + 1, 1):
+            measures = watch.pending and store.has_packed(1)  # of exact rows alone there is nothing to measure
+            if measures or not store.n_stored or watch.takes(store.n_seen + 1, 1):
                 return False
         if isinstance(layer, StateLayer) and not all(layer.has_previous_state.values()):
             return False
@@ -319,12 +326,12 @@ def _count(cache: ModelCache, n_seqs: int, position: int) -> None:
 
 
 @contextmanager
-def _fixed(cache: ModelCache, lengths: Tensor, health: Tensor) -> Iterator[None]:
+def _fixed(cache: ModelCache, rows: Tensor, health: Tensor) -> Iterator[None]:
     """Let every KV layer store and attend by numbers on the device."""
     layers = _kv_layers(cache)
     try:
-        for layer, word in zip(layers, health, strict=True):
-            layer.fixed = Fixed(lengths, word)
+        for layer, numbers, word in zip(layers, rows, health, strict=True):
+            layer.fixed = Fixed(numbers, word)
         yield
     finally:
         for layer in layers:
