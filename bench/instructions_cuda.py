@@ -56,11 +56,13 @@ def compiled(kv_type: str, head_dim: int, group: int) -> Any:
     return for_h100(attend_one_token, signature, known, {n for n, kind in signature.items() if kind.startswith("*")})
 
 
-def for_h100(kernel: Any, signature: dict[str, str], known: dict[str, Any], aligned: set[str]) -> Any:
+def for_h100(
+    kernel: Any, signature: dict[str, str], known: dict[str, Any], aligned: set[str], warps: int = WARPS
+) -> Any:
     """A kernel whose arguments `aligned` are multiples of 16."""
     attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in aligned}
     source = ASTSource(kernel, signature=signature, constexprs=known, attrs=attrs)
-    options = {"num_warps": WARPS, "num_stages": 1, "enable_fp_fusion": True}
+    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
@@ -98,11 +100,17 @@ def name_of(instruction: str) -> str:
 def show_experts() -> None:
     """At the widths of a 35B-A3B: 8 experts of 512 beside a shared one, rows of 2048."""
     print("| kernel | registers | loads of 16 bytes | narrower loads | barriers |\n|---|---|---|---|---|")
-    shapes = {"_up": {"TOP": 8, "OUT": experts.OUTPUTS}, "_down": {"TOP": 8, "SLOTS": 8}}
-    for name, known in shapes.items():
-        kernel, known = getattr(experts, name), known | {"IN": experts.INPUTS}
+    shapes = {
+        "_up": {"TOP": 8, "OUT": experts.UP_OUTPUTS, "IN": experts.UP_INPUTS},
+        "_down": {"TOP": 8, "SLOTS": 8, "IN": experts.DOWN_INPUTS},
+    }
+    for name, warps in (("_up", 4), ("_down", 1)):
+        known = shapes[name]
+        kernel, known = getattr(experts, name), known | {"OVERLAPS": True}
         signature = {n: "constexpr" if n in known else EXPERT_TYPES.get(n, "i32") for n in kernel.arg_names}
-        code, registers = disassembled(for_h100(kernel, signature, known, set(signature) - set(known)).asm["cubin"])
+        code, registers = disassembled(
+            for_h100(kernel, signature, known, set(signature) - set(known), warps).asm["cubin"]
+        )
         body = [name_of(instruction) for instruction in loop_of(code)]
         wide = sum(i.startswith("LDG") and ".128" in i for i in body)
         narrow, barriers = sum(i.startswith("LDG") for i in body) - wide, sum(i.startswith("BAR") for i in body)

@@ -51,7 +51,7 @@ def check(bench: Bench) -> None:
     SystemExit
         If they differ by more than bf16 does.
     """
-    device, name = bench.options.device, "tiny" if bench.geometry == "tiny" else "check"
+    device, name = bench.options.device, {"4b": "check", "35b": "check-35b"}.get(bench.geometry, bench.geometry)
     prompt, answer = torch.randint(3, 900, (2, 150)), torch.randint(3, 900, (2, 6))
     logits: dict[str, Tensor] = {}
     for label, dtype, kind in (

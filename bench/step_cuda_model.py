@@ -38,6 +38,14 @@ GEOMETRIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3_5ForCausalLM",
         {**_DELTA, "hidden_size": 512, "num_key_value_heads": 4, "intermediate_size": 1024, "num_hidden_layers": 4},
     ),
+    "check-35b": (
+        "Qwen3_5MoeForCausalLM",
+        {
+            **_DELTA,
+            **{"hidden_size": 512, "num_key_value_heads": 2, "num_hidden_layers": 4, "num_experts": 64},
+            **{"num_experts_per_tok": 8, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256},
+        },
+    ),
     "tiny": (
         "Qwen3_5ForCausalLM",
         {
@@ -56,7 +64,7 @@ def build(geometry: str, device: str, dtype: torch.dtype) -> Any:
     model_class = getattr(transformers, class_name)
     n_layers = sizes["num_hidden_layers"]
     kinds = ["full_attention" if i % 4 == 3 else "linear_attention" for i in range(n_layers)]
-    vocabulary = 1000 if geometry in ("check", "tiny") else 151936
+    vocabulary = 1000 if geometry in ("check", "check-35b", "tiny") else 151936
     config = model_class.config_class(
         **sizes, layer_types=kinds, vocab_size=vocabulary, tie_word_embeddings=True, max_position_embeddings=2**20
     )

@@ -70,7 +70,8 @@ def test_scores_that_are_not_finite_choose_what_is_there(bad: float, normalize: 
 def test_experts(
     n_rows: int, hidden: int, width: int, shared: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experts, "INPUTS", 16)  # several pieces of a row
+    for name in ("UP_INPUTS", "DOWN_INPUTS"):
+        monkeypatch.setattr(experts, name, 16)  # several pieces of a row
     n_experts, top_k = 5, 2
     x = random(n_rows, hidden + 9, dtype=dtype)[:, 4 : 4 + hidden]
     each = [random(n_experts, 2 * width, hidden, dtype=dtype), random(n_experts, hidden, width, dtype=dtype)]

@@ -39,6 +39,6 @@ def test_experts_are_read_in_pieces_of_16_bytes_without_barriers(tmp_path: Path)
     rows = table(tmp_path, "--experts")
     assert [row[0] for row in rows] == ["_up", "_down"]
     for _, registers, wide, narrow, barriers in rows:
-        assert int(registers) <= 128
+        assert int(registers) <= 160
         assert int(wide) >= 6
         assert (narrow, barriers) == ("0", "0")

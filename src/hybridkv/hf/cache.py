@@ -10,6 +10,7 @@ import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,17 @@ class ModelCache(Cache):  # type: ignore[misc]
             return QuantizedAndStateLayer(*parts, **states)
 
         super().__init__(layers=[build(index, layer) for index, layer in enumerate(facts)])
+        self._sort()
+
+    def _sort(self) -> None:
+        """Tell the layers' kinds apart, once: each is asked for at every step."""
+        self.quantized = tuple(layer for layer in self.layers if isinstance(layer, QuantizedLayer))
+        self.stateful = tuple(layer for layer in self.layers if isinstance(layer, StateLayer))
 
     @property
     def kv_layers(self) -> tuple[KVLayer, ...]:
         """The packed layers, in order."""
-        return tuple(layer.store for layer in self.layers if isinstance(layer, QuantizedLayer))
+        return tuple(layer.store for layer in self.quantized)
 
     @property
     def specs(self) -> tuple[KVSpec, ...]:
@@ -128,13 +135,12 @@ class ModelCache(Cache):  # type: ignore[misc]
     @property
     def state_bytes(self) -> int:
         """Bytes allocated for recurrent and convolution states."""
-        return sum(layer.nbytes for layer in self.layers if isinstance(layer, StateLayer))
+        return sum(layer.nbytes for layer in self.stateful)
 
     @property
     def errors(self) -> dict[int, float]:
         """Model layer -> relative RMSE of its attention output, where the guard has measured it."""
-        watched = [layer for layer in self.layers if isinstance(layer, QuantizedLayer)]
-        return {w.store.spec.facts.layer: w.watch.error for w in watched if w.watch.error is not None}
+        return {w.store.spec.facts.layer: w.watch.error for w in self.quantized if w.watch.error is not None}
 
     @property
     def is_linear(self) -> list[bool]:
@@ -159,7 +165,7 @@ class ModelCache(Cache):  # type: ignore[misc]
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
         """Whether a state layer (the last by default) has seen tokens; False if there is none."""
-        if layer_idx is None and not any(isinstance(layer, StateLayer) for layer in self.layers):
+        if layer_idx is None and not self.stateful:
             return False
         return bool(super().has_previous_state(layer_idx, state_idx))
 
@@ -175,20 +181,21 @@ class ModelCache(Cache):  # type: ignore[misc]
         """
         twin = copy.copy(self)
         twin.layers = [layer.copy(n_ctx) for layer in self.layers]
+        twin._sort()
         return twin
 
     def empty(self, *, n_ctx: int | None = None) -> ModelCache:
         """A cache of the same types and kernels that holds nothing and is not guarded."""
         twin = copy.copy(self)
         twin.layers = [layer.empty(n_ctx) for layer in self.layers]
+        twin._sort()
         return twin
 
     @property
     def memory(self) -> tuple[Tensor, ...]:
         """Every tensor that holds rows or states. The same objects mean the same memory."""
-        parts = [layer.store.memory for layer in self.layers if isinstance(layer, QuantizedLayer)]
-        parts += [layer.memory for layer in self.layers if isinstance(layer, StateLayer)]
-        return tuple(tensor for part in parts for tensor in part)
+        parts = [layer.store.memory for layer in self.quantized] + [layer.memory for layer in self.stateful]
+        return tuple(chain.from_iterable(parts))
 
     def stored(self, after: StoredCache | None = None) -> StoredCache:
         """A copy of what is held now, never to be changed.
@@ -199,14 +206,13 @@ class ModelCache(Cache):  # type: ignore[misc]
             An earlier copy of the same sequence at the same specs: packed rows that it holds, it or those before it,
             are left out.
         """
-        held = [layer for layer in self.layers if isinstance(layer, QuantizedLayer)]
-        before = [0] * len(held) if after is None else [rows.first + rows.n_packed for rows in after.rows]
+        before = [0] * len(self.quantized) if after is None else [rows.first + rows.n_packed for rows in after.rows]
         return StoredCache(
             specs=self.specs,
-            rows=tuple(layer.store.stored(first) for layer, first in zip(held, before, strict=True)),
-            pending=tuple(layer.watch.pending for layer in held),
-            errors=tuple(layer.watch.error for layer in held),
-            states=tuple(layer.stored() for layer in self.layers if isinstance(layer, StateLayer)),
+            rows=tuple(layer.store.stored(first) for layer, first in zip(self.quantized, before, strict=True)),
+            pending=tuple(layer.watch.pending for layer in self.quantized),
+            errors=tuple(layer.watch.error for layer in self.quantized),
+            states=tuple(layer.stored() for layer in self.stateful),
         )
 
     def load(self, copies: Sequence[StoredCache]) -> None:
@@ -216,12 +222,10 @@ class ModelCache(Cache):  # type: ignore[misc]
         """
         last = copies[-1]
         assert self.specs == last.specs, (self.specs, last.specs)
-        held = [layer for layer in self.layers if isinstance(layer, QuantizedLayer)]
-        for index, layer in enumerate(held):
+        for index, layer in enumerate(self.quantized):
             layer.store.load([copy.rows[index] for copy in copies])
             layer.watch.pending, layer.watch.error = last.pending[index], last.errors[index]
-        stateful = [layer for layer in self.layers if isinstance(layer, StateLayer)]
-        for layer, states in zip(stateful, last.states, strict=True):
+        for layer, states in zip(self.stateful, last.states, strict=True):
             layer.load(states)
 
     def load_converted(self, other: ModelCache) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from operator import is_
 from typing import Any, Literal, Protocol
 from weakref import WeakKeyDictionary
 
@@ -29,7 +30,6 @@ from hybridkv.errors import ModelError
 from hybridkv.hf.attention import non_finite
 from hybridkv.hf.cache import ModelCache
 from hybridkv.hf.facts import layer_facts
-from hybridkv.hf.layers import QuantizedLayer, StateLayer
 from hybridkv.hf.step.record import Answers, Step, one_by_one
 from hybridkv.hf.view import Fixed, Notify
 
@@ -151,7 +151,7 @@ class Recording:
     @classmethod
     def of(cls, cache: ModelCache, n_seqs: int) -> Recording:
         """Numbers and health for a cache; nothing is recorded yet."""
-        memory, n_layers = cache.memory, len(_kv_layers(cache))
+        memory, n_layers = cache.memory, len(cache.quantized)
         device, n = memory[0].device, n_seqs + 1 + n_layers * N_NUMBERS
         staged = torch.empty(n, dtype=torch.long, pin_memory=device.type == "cuda")
         numbers = torch.empty(n, dtype=torch.long, device=device)
@@ -161,8 +161,9 @@ class Recording:
     def stage(self, tokens: Tensor, position: int, cache: ModelCache) -> None:
         """Hand the step its numbers, once it is counted. The copy needs no waiting: the step before it has ended."""
         n_seqs = len(tokens)
+        n_seqs = len(tokens)
         self.staged[:n_seqs] = tokens[:, 0]
-        rows = [number for layer in _kv_layers(cache) for number in layer.store.numbers()]
+        rows = [number for layer in cache.quantized for number in layer.store.numbers()]
         self.staged[n_seqs:] = torch.tensor([position, *rows])
         self.numbers.copy_(self.staged, non_blocking=True)
 
@@ -174,7 +175,7 @@ class Recording:
         NonFiniteError
             For the first layer whose attention output is not finite, if the guard watches.
         """
-        for layer, (output, source) in zip(_kv_layers(cache), self.health.tolist(), strict=True):
+        for layer, (output, source) in zip(cache.quantized, self.health.tolist(), strict=True):
             if output and layer.watch.guard.watches:
                 upstream: Literal["cache", "input"] = "input" if source else "cache"
                 raise non_finite(layer.store, layer.store.kernels.decode, upstream)
@@ -183,7 +184,7 @@ class Recording:
 
     def holds(self, memory: tuple[Tensor, ...]) -> bool:
         """Whether these are the very tensors that the recording reads and writes."""
-        return len(memory) == len(self.memory) and all(a is b for a, b in zip(memory, self.memory, strict=True))
+        return len(memory) == len(self.memory) and all(map(is_, memory, self.memory))
 
 
 class GraphStep:
@@ -262,7 +263,7 @@ class GraphStep:
 
     def _reason(self, cache: ModelCache) -> str | None:
         """Why this cache's steps cannot be recorded; None if they can, or if it is too early to know."""
-        layers = _kv_layers(cache)
+        layers = cache.quantized
         if not layers:
             return "no layer has a KV cache"
         key = (cache.specs, tuple(layer.store.kernels for layer in layers))
@@ -300,35 +301,29 @@ class GraphStep:
         recording.logits.copy_(logits)
 
 
-def _kv_layers(cache: ModelCache) -> list[QuantizedLayer]:
-    return [layer for layer in cache.layers if isinstance(layer, QuantizedLayer)]
-
-
 def _settled(cache: ModelCache) -> bool:
     """Whether the cache has its memory, and the guard has nothing to measure in the next step."""
-    for layer in cache.layers:
-        if isinstance(layer, QuantizedLayer):
-            store, watch = layer.store, layer.watch
-            measures = watch.pending and store.has_packed(1)  # of exact rows alone there is nothing to measure
-            if measures or not store.n_stored or watch.takes(store.n_seen + 1, 1):
-                return False
-        if isinstance(layer, StateLayer) and not all(layer.has_previous_state.values()):
+    for layer in cache.quantized:
+        store, watch = layer.store, layer.watch
+        measures = watch.pending and store.has_packed(1)  # of exact rows alone there is nothing to measure
+        if measures or not store.n_stored or watch.takes(store.n_seen + 1, 1):
             return False
-    return True
+    return all(all(layer.has_previous_state.values()) for layer in cache.stateful)
 
 
 def _count(cache: ModelCache, n_seqs: int, position: int) -> None:
     """Count one token per sequence in every KV layer, which takes more memory where it must."""
-    for layer in _kv_layers(cache):
+    device = cache.quantized[0].store.memory[0].device
+    for layer in cache.quantized:
         store = layer.store
         assert store.n_seen == position, (store.n_seen, position)
-        store.count(n_seqs, 1, store.memory[0].device)
+        store.count(n_seqs, 1, device)
 
 
 @contextmanager
 def _fixed(cache: ModelCache, rows: Tensor, health: Tensor) -> Iterator[None]:
     """Let every KV layer store and attend by numbers on the device."""
-    layers = _kv_layers(cache)
+    layers = cache.quantized
     try:
         for layer, numbers, word in zip(layers, rows, health, strict=True):
             layer.fixed = Fixed(numbers, word)

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from hybridkv.kernels.cuda.layout import BF16, F16, F32
+from hybridkv.kernels.cuda.overlap import begin
 from hybridkv.kernels.cuda.tiles import INTERPRETED, decode_raw, find_slots, lanes, load_raw
 
 _F16, _BF16, _F32 = tl.constexpr(F16), tl.constexpr(BF16), tl.constexpr(F32)
@@ -349,8 +349,7 @@ def combine_parts(
     here = index < n_parts
     at = pair.to(tl.int64) * n_parts * n_rows + row + index * n_rows
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    if OVERLAPS:
-        gdc_wait()
+    begin(OVERLAPS)
     each = tl.load(tops + at, mask=here, other=float("-inf"))
     weights = tl.load(sums + at, mask=here, other=0.0)
     values = tl.load(

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hybridkv.kernels.cuda.overlap import begin, overlapping
+
 CHUNK = 64
 """Tokens that are solved together."""
 
@@ -44,13 +46,15 @@ class DeltaShape:
 
 @triton.jit
 def _conv_step(raw, state, weight, bias, mixed, raw_row, state_seq, state_channel, state_tap, channels,
-               TAPS: tl.constexpr, WIDE: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+               TAPS: tl.constexpr, WIDE: tl.constexpr, BIAS: tl.constexpr, OVERLAPS: tl.constexpr,
+               BLOCK: tl.constexpr):  # fmt: skip
     seq = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tap = tl.arange(0, WIDE)
     inside = channel < channels
     both = inside[:, None] & (tap < TAPS)[None, :]
     at = state + seq * state_seq + channel[:, None] * state_channel + tap[None, :] * state_tap
+    begin(OVERLAPS)
     newest = tl.load(raw + seq * raw_row + channel, mask=inside, other=0.0).to(tl.float32)
     moved = tl.load(at + state_tap, mask=both & (tap < TAPS - 1)[None, :], other=0.0).to(tl.float32)
     moved = tl.where((tap == TAPS - 1)[None, :], newest[:, None], moved)
@@ -85,6 +89,7 @@ def conv_step(raw: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -
     _conv_step[(triton.cdiv(channels, _CHANNELS), batch)](
         raw, state, weight, weight if bias is None else bias, mixed, raw.stride(0), *state.stride(), channels,
         TAPS=taps, WIDE=triton.next_power_of_2(taps), BIAS=bias is not None, BLOCK=_CHANNELS,
+        **overlapping(raw.device),
     )  # fmt: skip
     return mixed
 
@@ -97,12 +102,18 @@ def _softplus(x):
 @triton.jit
 def _delta_step(mixed, z, alpha, beta, a_log, dt_bias, norm, state, out, mixed_row, z_row, alpha_row, beta_row,
                 n_key, n_value, head_k, head_v, scale, l2_eps, eps,
-                WIDE_K: tl.constexpr, WIDE_V: tl.constexpr):  # fmt: skip
+                WIDE_K: tl.constexpr, WIDE_V: tl.constexpr, OVERLAPS: tl.constexpr):  # fmt: skip
     seq, head = tl.program_id(1).to(tl.int64), tl.program_id(0)
     of_key = head // (n_value // n_key)
     k_dim, v_dim = tl.arange(0, WIDE_K), tl.arange(0, WIDE_V)
     in_k, in_v = k_dim < head_k, v_dim < head_v
     row = mixed + seq * mixed_row
+    # The state is the most of what is read, and asked for first: below, sums over a program's warps wait for their own.
+    both = in_k[:, None] & in_v[None, :]
+    at = state + (seq * n_value + head) * head_k * head_v + k_dim[:, None] * head_v + v_dim[None, :]
+    begin(OVERLAPS)
+    memory = tl.load(at, mask=both, other=0.0)
+    gate = tl.load(z + seq * z_row + head * head_v + v_dim, mask=in_v, other=0.0).to(tl.float32)
     q = tl.load(row + of_key * head_k + k_dim, mask=in_k, other=0.0)
     k = tl.load(row + (n_key + of_key) * head_k + k_dim, mask=in_k, other=0.0)
     v = tl.load(row + 2 * n_key * head_k + head * head_v + v_dim, mask=in_v, other=0.0)
@@ -111,16 +122,13 @@ def _delta_step(mixed, z, alpha, beta, a_log, dt_bias, norm, state, out, mixed_r
     open_ = tl.sigmoid(tl.load(beta + seq * beta_row + head).to(tl.float32))
     step = tl.load(alpha + seq * alpha_row + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
     decay = tl.exp(-tl.exp(tl.load(a_log + head).to(tl.float32)) * _softplus(step))
-    both = in_k[:, None] & in_v[None, :]
-    at = state + (seq * n_value + head) * head_k * head_v + k_dim[:, None] * head_v + v_dim[None, :]
-    memory = tl.load(at, mask=both, other=0.0) * decay
+    memory *= decay
     correction = (v - tl.sum(memory * k[:, None], 0)) * open_
     memory += k[:, None] * correction[None, :]
     tl.store(at, memory, mask=both)
     result = tl.sum(memory * q[:, None], 0)
     result *= tl.rsqrt(tl.sum(result * result, 0) / head_v + eps)
     result *= tl.load(norm + v_dim, mask=in_v, other=0.0).to(tl.float32)
-    gate = tl.load(z + seq * z_row + head * head_v + v_dim, mask=in_v, other=0.0).to(tl.float32)
     to = out + (seq * n_value + head) * head_v + v_dim
     tl.store(to, (result * gate * tl.sigmoid(gate)).to(out.dtype.element_ty), mask=in_v)
 
@@ -158,6 +166,7 @@ def delta_step(
         mixed, z, alpha, beta, a_log, dt_bias, norm, state, out, mixed.stride(0), z.stride(0), alpha.stride(0),
         beta.stride(0), shape.n_key, shape.n_value, shape.head_k, shape.head_v, shape.head_k**-0.5, L2_EPS, eps,
         WIDE_K=triton.next_power_of_2(shape.head_k), WIDE_V=triton.next_power_of_2(shape.head_v), num_warps=8,
+        **overlapping(z.device),
     )  # fmt: skip
     return out
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from hybridkv.kernels.cuda.layout import BF16, BYTES, F16, F32, NIBBLES
+from hybridkv.kernels.cuda.overlap import begin
 from hybridkv.kernels.cuda.tiles import find_slots
 
 _BYTES, _NIBBLES = tl.constexpr(BYTES), tl.constexpr(NIBBLES)
@@ -342,6 +343,7 @@ def store_rows(
     HAS_ROWS: tl.constexpr,
     PAGED: tl.constexpr,
     ROWS_LOG2: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Rotate, subtract, encode and write N new rows of one sequence and KV head. Grid: tiles of T, B * Hkv."""
     sequence = tl.program_id(1) // n_kv_heads
@@ -352,6 +354,7 @@ def store_rows(
     column = tl.arange(0, width)
     at = x + sequence.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
     here = ok[:, None] & (column < E.head_dim)[None, :]
+    begin(OVERLAPS)
     values = tl.load(at + token.to(tl.int64)[:, None] * stride_t + column[None, :], mask=here, other=0.0)
     values = values.to(tl.float32)
     if ROTATED:

@@ -13,19 +13,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INPUTS = 512
-"""Elements of a matrix row that a program takes at a time."""
+from hybridkv.kernels.cuda.overlap import begin, overlapping
 
-OUTPUTS = 4
-"""Rows of an up and a gate matrix that a program owns: few, so that one token's experts keep a whole card busy."""
+UP_INPUTS, UP_OUTPUTS = 1024, 4
+"""Elements of a matrix row that a program of `_up` takes at a time, and rows of an up and a gate matrix that it owns:
+few of these, so that one token's experts keep a whole card busy. As with `DOWN_INPUTS`, the fastest of those tried."""
+
+DOWN_INPUTS = 256
+"""Elements that a program of `_down`, one warp, takes at a time of all chosen experts' rows that give a number."""
 
 
 @triton.jit
 def _route(logits, index, weights, row_stride, n_experts, TOP: tl.constexpr, NORMALIZE: tl.constexpr,
-           BLOCK: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
+           OVERLAPS: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     experts, slots = tl.arange(0, BLOCK), tl.arange(0, SLOTS)
     own = logits + row * row_stride
+    begin(OVERLAPS)
     score = tl.load(own + experts, mask=experts < n_experts, other=-float("inf")).to(tl.float32)
     left = tl.exp(score - tl.max(score, 0))
     total = tl.sum(left, 0)
@@ -67,16 +71,18 @@ def route(logits: Tensor, top_k: int, *, normalize: bool) -> tuple[Tensor, Tenso
     _route[(n_rows,)](
         logits, index, weights, logits.stride(0), n_experts, TOP=top_k, NORMALIZE=normalize,
         BLOCK=triton.next_power_of_2(n_experts), SLOTS=triton.next_power_of_2(top_k + 1), num_warps=1,
+        **overlapping(logits.device),
     )  # fmt: skip
     return index, weights
 
 
 @triton.jit
 def _up(x, index, each, shared, out, x_row, hidden, width, shared_width, most,
-        TOP: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr):  # fmt: skip
+        TOP: tl.constexpr, OUT: tl.constexpr, IN: tl.constexpr, OVERLAPS: tl.constexpr):  # fmt: skip
     row, slot = (tl.program_id(1) // (TOP + 1)).to(tl.int64), tl.program_id(1) % (TOP + 1)
     own = tl.where(slot < TOP, width, shared_width)
     matrix = shared
+    begin(OVERLAPS)
     if slot < TOP:
         matrix = each + tl.load(index + row * TOP + slot).to(tl.int64) * 2 * width * hidden
     outs = tl.program_id(0) * OUT + tl.arange(0, OUT)
@@ -100,10 +106,11 @@ def _up(x, index, each, shared, out, x_row, hidden, width, shared_width, most,
 
 @triton.jit
 def _down(x, index, weights, each, shared, out, hidden, width, shared_width, most,
-          TOP: tl.constexpr, SLOTS: tl.constexpr, IN: tl.constexpr):  # fmt: skip
+          TOP: tl.constexpr, SLOTS: tl.constexpr, IN: tl.constexpr, OVERLAPS: tl.constexpr):  # fmt: skip
     row, output = tl.program_id(1).to(tl.int64), tl.program_id(0)
     slot = tl.arange(0, SLOTS)
     slots = slot[:, None]
+    begin(OVERLAPS)
     # All chosen experts' rows at once: one after the other each would wait for its own number and then for its row.
     expert = tl.load(index + row * TOP + slots, mask=slots < TOP, other=0).to(tl.int64)
     weight = tl.load(weights + row * (TOP + 1) + slot, mask=slot < TOP, other=0.0)
@@ -153,13 +160,15 @@ def run_experts(x: Tensor, chosen: tuple[Tensor, Tensor], each: tuple[Tensor, Te
     width, shared_width = each[1].shape[2], shared[1].shape[1]
     most = max(width, shared_width)
     between = torch.empty((n_rows, top_k + 1, most), dtype=x.dtype, device=x.device)
-    _up[(triton.cdiv(most, OUTPUTS), n_rows * (top_k + 1))](
+    _up[(triton.cdiv(most, UP_OUTPUTS), n_rows * (top_k + 1))](
         x, index, each[0], shared[0], between, x.stride(0), hidden, width, shared_width, most,
-        TOP=top_k, OUT=OUTPUTS, IN=min(INPUTS, triton.next_power_of_2(hidden)),
+        TOP=top_k, OUT=UP_OUTPUTS, IN=min(UP_INPUTS, triton.next_power_of_2(hidden)),
+        **overlapping(x.device),
     )  # fmt: skip
     out = torch.empty((n_rows, hidden), dtype=x.dtype, device=x.device)
     _down[(hidden, n_rows)](
         between, index, weights, each[1], shared[1], out, hidden, width, shared_width, most,
-        TOP=top_k, SLOTS=triton.next_power_of_2(top_k), IN=min(INPUTS, triton.next_power_of_2(most)),
+        TOP=top_k, SLOTS=triton.next_power_of_2(top_k), IN=min(DOWN_INPUTS, triton.next_power_of_2(most)),
+        num_warps=1, **overlapping(x.device),
     )  # fmt: skip
     return out

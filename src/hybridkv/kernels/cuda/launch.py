@@ -17,6 +17,7 @@ from hybridkv.kernels.cuda import staged
 from hybridkv.kernels.cuda.attention import attend_segment, combine_parts
 from hybridkv.kernels.cuda.layout import BF16, BYTES, F16, F32, NIBBLES, NONE, Side, capacity, memory, side
 from hybridkv.kernels.cuda.one_token import attend_one_token
+from hybridkv.kernels.cuda.overlap import overlapping
 
 ONE_TOKEN_ROWS = 8
 """Query rows of a tile of the kernel for one token (one_token.py); the general kernel's are 16 and more."""
@@ -40,6 +41,8 @@ class Tiling:
         Programs that one multiprocessor is given, if there are rows enough: shares are made for that.
     prefetch
         Whether the bytes of the next tile are loaded while one is computed.
+    least
+        Tiles of stored rows that a program is given, if there are as many: parts have to be summed.
     """
 
     block_m: int
@@ -47,6 +50,7 @@ class Tiling:
     warps: int
     programs: int
     prefetch: bool = True
+    least: int = 1
 
 
 def choose_tiling(side_k: Side, side_v: Side, n_query_rows: int, *, one_token: bool = False) -> Tiling:
@@ -61,7 +65,8 @@ def choose_tiling(side_k: Side, side_v: Side, n_query_rows: int, *, one_token: b
     """
     lanes = 32 * max(side_k.blocks_padded, side_v.blocks_padded)
     if one_token and all(_by_words(s) for s in (side_k, side_v)):
-        return Tiling(ONE_TOKEN_ROWS, 64, warps=4, programs=2 if lanes > 128 else 4)  # as many as registers allow
+        programs, least = (2, 2) if lanes > 128 else (4, 1)  # as many as registers allow, and fewer of large parts
+        return Tiling(ONE_TOKEN_ROWS, 64, warps=4, programs=programs, least=least)
     plain, wide = ([s.main in kinds for s in (side_k, side_v)] for kinds in ((F16, F32, BF16), (F32, BF16)))
     if n_query_rows <= 64:
         block_m = max(16, 1 << (n_query_rows - 1).bit_length())
@@ -100,18 +105,12 @@ def _has_products_of_fragments(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-@lru_cache(maxsize=16)
-def _has_dependent_launch(device: torch.device) -> bool:
-    """Whether a kernel may be launched while the one before ends, and wait for it on the device."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def n_shares(tiling: Tiling, n_rows: int, n_tiles: int, n_pairs: int, device: torch.device) -> int:
     """Shares of `n_rows` stored rows, for `n_tiles` tiles of query rows and `n_pairs` of sequence and KV head."""
     slots = _n_multiprocessors(device) * tiling.programs
     # All programs of one token's kernel run at once: one more would run alone, after the others.
     wanted = slots // (n_tiles * n_pairs) if tiling.block_m == ONE_TOKEN_ROWS else -(-slots // (n_tiles * n_pairs))
-    return max(1, min(wanted, -(-n_rows // tiling.block_n), MAX_PARTS))
+    return max(1, min(wanted, -(-n_rows // (tiling.least * tiling.block_n)), MAX_PARTS))
 
 
 def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | None = None) -> Tensor:
@@ -149,7 +148,6 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
     sinks = None if params.sinks is None else params.sinks.to(device=q.device, dtype=torch.float32).contiguous()
     mask, mask_strides = _mask(params.mask, n_batch, n_heads, n_new, view.length)
     lengths = _lengths(segments, n_batch)
-    overlaps = all(t.block_m == ONE_TOKEN_ROWS for t in tilings) and _has_dependent_launch(q.device)
     before = 0
     for i, segment in enumerate(segments):
         k_rows, v_rows = _rows(segment, view, n_batch, n_kv_heads)
@@ -157,7 +155,7 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
         if t.block_m == ONE_TOKEN_ROWS:
             numbers = (before, k_rows, v_rows, n_parts, sum(shares[:i]))
             at = None if lengths is None else (i, len(segments))
-            _one_token(q, view, params, segment, t, shares[i], (parts, tops, sums), lengths, at, numbers, overlaps)
+            _one_token(q, view, params, segment, t, shares[i], (parts, tops, sums), lengths, at, numbers)
             before += segment.length
             continue
         attend_segment[(tiles[i], shares[i], n_pairs)](
@@ -231,11 +229,10 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
             PARTS_PADDED=padded,
             HAS_SINKS=sinks is not None,
             N_KV_HEADS=n_kv_heads,
-            OVERLAPS=overlaps,
             num_warps=4,
             num_stages=1,
             enable_fp_fusion=True,
-            **({"launch_pdl": True} if overlaps else {}),
+            **overlapping(q.device),
         )
     return out
 
@@ -251,7 +248,6 @@ def _one_token(
     lengths: Tensor | None,
     place: tuple[int, int] | None,
     numbers: tuple[int, int, int, int, int],
-    overlaps: bool,
 ) -> None:
     """Launch the kernel for one token on one segment.
 
@@ -306,11 +302,10 @@ def _one_token(
         N_LENGTHS=place[1] if place else 0,
         ROWS_LOG2=0 if segment.blocks is None else k_rows.bit_length() - 1,
         PAGED=segment.blocks is not None,
-        OVERLAPS=overlaps,
         num_warps=tiling.warps,
         num_stages=1,
         enable_fp_fusion=True,
-        **({"launch_pdl": True} if overlaps else {}),
+        **overlapping(q.device),
     )
 
 

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hybridkv.kernels.cuda.overlap import begin, overlapping
+
 ELEMENTS = 1024
 """Elements per program of an elementwise kernel."""
 
@@ -23,10 +25,11 @@ WATCHED = 4096
 
 @triton.jit
 def _add_norm(x, delta, weight, out, x_stride, delta_stride, out_stride, width, eps, offset,
-              ADD: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+              ADD: tl.constexpr, OVERLAPS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     inside = cols < width
+    begin(OVERLAPS)
     at = x + row * x_stride + cols
     value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     if ADD:
@@ -60,15 +63,17 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, *, off
     _add_norm[(n_rows,)](
         x, x if delta is None else delta, weight, out, x.stride(0), 0 if delta is None else delta.stride(0),
         out.stride(0), width, eps, offset, ADD=delta is not None, BLOCK=block, num_warps=_warps(block),
+        **overlapping(x.device),
     )  # fmt: skip
     return out
 
 
 @triton.jit
-def _swiglu(both, out, both_stride, width, BLOCK: tl.constexpr):
+def _swiglu(both, out, both_stride, width, OVERLAPS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < width
+    begin(OVERLAPS)
     gate = tl.load(both + row * both_stride + cols, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(both + row * both_stride + width + cols, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * width + cols, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
@@ -78,13 +83,15 @@ def swiglu(both: Tensor) -> Tensor:
     """`silu(gate) * up` of joined rows `[N, gate | up]`; `[N, width]` in their dtype."""
     n_rows, width = both.shape[0], both.shape[1] // 2
     out = torch.empty((n_rows, width), dtype=both.dtype, device=both.device)
-    _swiglu[(n_rows, triton.cdiv(width, ELEMENTS))](both, out, both.stride(0), width, BLOCK=ELEMENTS)
+    _swiglu[(n_rows, triton.cdiv(width, ELEMENTS))](
+        both, out, both.stride(0), width, BLOCK=ELEMENTS, **overlapping(both.device)
+    )
     return out
 
 
 @triton.jit
 def _norm_rope(x, weight, positions, frequencies, out, x_row, x_head, out_row, out_head, head_dim, rotated, eps, offset,
-               BLOCK: tl.constexpr):  # fmt: skip
+               OVERLAPS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dims = tl.arange(0, BLOCK)
     inside = dims < head_dim
@@ -93,6 +100,7 @@ def _norm_rope(x, weight, positions, frequencies, out, x_row, x_head, out_row, o
     # The other of the two dims that turn together; itself where nothing turns.
     partner = tl.where(turned, tl.where(dims < half, dims + half, dims - half), dims)
     source = x + row * x_row + head * x_head
+    begin(OVERLAPS)
     value = tl.load(source + dims, mask=inside, other=0.0).to(tl.float32)
     other = tl.load(source + partner, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 0) / head_dim + eps)
@@ -131,16 +139,18 @@ def norm_rope(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _norm_rope[(n_rows, n_heads)](
         x, weight, positions, frequencies, out, x.stride(0), x.stride(1), out.stride(0), out.stride(1), head_dim,
-        2 * len(frequencies), eps, offset, BLOCK=triton.next_power_of_2(head_dim), num_warps=2,
+        2 * len(frequencies), eps, offset, BLOCK=triton.next_power_of_2(head_dim), num_warps=2, **overlapping(x.device),
     )  # fmt: skip
     return out
 
 
 @triton.jit
-def _gate(x, gate, out, x_row, x_head, gate_row, gate_head, n_heads, head_dim, BLOCK: tl.constexpr):
+def _gate(x, gate, out, x_row, x_head, gate_row, gate_head, n_heads, head_dim,
+          OVERLAPS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dims = tl.arange(0, BLOCK)
     inside = dims < head_dim
+    begin(OVERLAPS)
     value = tl.load(x + row * x_row + head * x_head + dims, mask=inside, other=0.0).to(tl.float32)
     weight = tl.sigmoid(tl.load(gate + row * gate_row + head * gate_head + dims, mask=inside, other=0.0).to(tl.float32))
     to = out + (row * n_heads + head) * head_dim + dims
@@ -153,17 +163,18 @@ def gate_heads(x: Tensor, gate: Tensor) -> Tensor:
     out = torch.empty((n_rows, n_heads * head_dim), dtype=gate.dtype, device=gate.device)
     _gate[(n_rows, n_heads)](
         x, gate, out, x.stride(0), x.stride(1), gate.stride(0), gate.stride(1), n_heads, head_dim,
-        BLOCK=triton.next_power_of_2(head_dim), num_warps=2,
+        BLOCK=triton.next_power_of_2(head_dim), num_warps=2, **overlapping(x.device),
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def _regroup(x, out, x_row, out_row, n_heads, WIDTHS: tl.constexpr, STARTS: tl.constexpr, STEPS: tl.constexpr,
-             BLOCK: tl.constexpr):  # fmt: skip
+             OVERLAPS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     cols = tl.arange(0, BLOCK)
     to = out + row * out_row
+    begin(OVERLAPS)
     for part in tl.static_range(len(WIDTHS)):
         inside = cols < WIDTHS[part]
         value = tl.load(x + row * x_row + STARTS[part] + head * STEPS[part] + cols, mask=inside)
@@ -196,16 +207,17 @@ def regroup_heads(x: Tensor, n_heads: int, groups: Sequence[Sequence[int]]) -> T
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _regroup[(len(x), n_heads)](
         x, out, x.stride(0), out.stride(0), n_heads, WIDTHS=tuple(widths), STARTS=tuple(starts), STEPS=tuple(steps),
-        BLOCK=triton.next_power_of_2(max(widths)),
+        BLOCK=triton.next_power_of_2(max(widths)), **overlapping(x.device),
     )  # fmt: skip
     return out
 
 
 @triton.jit
-def _watch(out, q, k, v, health, n_out, n_q, n_kv, n_v, BLOCK: tl.constexpr):
+def _watch(out, q, k, v, health, n_out, n_q, n_kv, n_v, OVERLAPS: tl.constexpr, BLOCK: tl.constexpr):
     which = tl.program_id(1)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.zeros((BLOCK,), tl.float32)
+    begin(OVERLAPS)
     if which == 0:
         value = tl.load(out + at, mask=at < n_out, other=0.0).to(tl.float32)
     elif which == 1:
@@ -231,7 +243,7 @@ def watch_finite(out: Tensor, q: Tensor, k: Tensor, v: Tensor, health: Tensor) -
     flat = [x.contiguous() for x in (out, q, k, v)]
     sizes = [x.numel() for x in flat]
     grid = (triton.cdiv(max(sizes), WATCHED), 4)
-    _watch[grid](*flat, health, *sizes, BLOCK=WATCHED, num_warps=8)
+    _watch[grid](*flat, health, *sizes, BLOCK=WATCHED, num_warps=8, **overlapping(out.device))
 
 
 def _warps(block: int) -> int:

@@ -240,7 +240,9 @@ def attend_one_token(
 
     Grid: shares, Hkv, B. A warp takes 16 * SUBTILES rows at a time.
     """
-    if OVERLAPS:
+    # Numbers on the device must be there first; otherwise all that is made of arguments is made before the wait.
+    reads_numbers: tl.constexpr = HAS_STARTS or N_LENGTHS > 0
+    if OVERLAPS and reads_numbers:
         gdc_wait()
     share = tl.program_id(0)
     head = tl.program_id(1)
@@ -288,6 +290,8 @@ def attend_one_token(
     for _ in tl.static_range(n_acc):
         acc = acc + (zero,)
 
+    if OVERLAPS and not reads_numbers:
+        gdc_wait()
     k_slots = _slots(k_row, to_row, first_row, table_at, head, n_kv_heads, sequence, rows_k, k_deltas, PAGED, ROWS_LOG2)
     k = load_rows(k_main, k_pairs, k_bits, k_d, k_m, k_slots, k_row, to_row, place, k_deltas, 4, PAGED, K)
     v_slots = _slots(v_row, to_row, first_row, table_at, head, n_kv_heads, sequence, rows_v, v_deltas, PAGED, ROWS_LOG2)

@@ -16,6 +16,7 @@ from hybridkv.errors import UsageError
 from hybridkv.formats import KVFormat, Scale, get_format
 from hybridkv.kernels.cuda.encode import store_rows
 from hybridkv.kernels.cuda.layout import capacity, memory, side
+from hybridkv.kernels.cuda.overlap import overlapping
 from hybridkv.rotation import MIN_BLOCK, rotation_block
 
 _VALUES = 1024
@@ -150,6 +151,7 @@ def store(
         num_warps=1 if n * 32 * enc.blocks_padded <= 256 else 4,
         num_stages=1,
         enable_fp_fusion=False,
+        **overlapping(x.device),
     )
 
 

@@ -1,0 +1,46 @@
+"""Kernels that are launched while the one before them ends: programmatic dependent launch, on Hopper and newer.
+
+A decode step is hundreds of kernels of a few microseconds; what lies between two of them is time as well. A kernel that
+takes part is launched as soon as every program of the one before has begun, works out where its memory lies, and waits
+for the end of that one before it reads any. So when its own work begins, all that came before is done, and that holds
+along a whole chain of such kernels. A kernel that is launched like this and does not wait would read what is not there
+yet: `begin` belongs before the first load of each.
+
+Source: NVIDIA's PTX ISA, griddepcontrol.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TypedDict
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def begin(OVERLAPS: tl.constexpr):
+    """Wait for the kernel before this one, and let the next one's programs come."""
+    if OVERLAPS:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+class Launch(TypedDict, total=False):
+    """What a launch passes on."""
+
+    OVERLAPS: bool
+    launch_pdl: bool
+
+
+def overlapping(device: torch.device) -> Launch:
+    """How a kernel that calls `begin` is launched on this device."""
+    return {"OVERLAPS": True, "launch_pdl": True} if overlaps(device) else {"OVERLAPS": False}
+
+
+@lru_cache(maxsize=16)
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel may be launched while the one before ends, and wait for it on the device."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
