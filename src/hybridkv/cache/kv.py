@@ -198,23 +198,14 @@ class KVLayer:
             store(encoder, x, fmt, types.scale_for(fmt.name), memory, numbers[0], rotated=rotated)
         return replace(view, segments=fixed.on_device(view.segments, numbers, slides=not packs))
 
-    def numbers(self) -> tuple[int, ...]:
-        """What `append_at` reads on the device, for the token that was counted last."""
-        return fixed.numbers_of(self._segments(None))
-
     def fixed_reason(self, device: str) -> str | None:
         """Why rows cannot be stored and attended by numbers that only the device knows; None if they can."""
         return fixed.rejects(self.spec, self.kernels, device)
 
     @property
-    def memory(self) -> tuple[Tensor, ...]:
-        """The tensors that hold the rows, segment by segment; other ones once rows have moved or are packed first."""
-        return tuple(
-            tensor
-            for segment in self._segments(None)
-            for tensor in (*segment.k, *segment.v, segment.center)
-            if tensor is not None
-        )
+    def segments(self) -> tuple[Segment, ...]:
+        """All rows, the oldest first; in other tensors once rows have moved or are packed first."""
+        return self._segments(None)
 
     def view(self, length: int | None = None) -> KVView:
         """The newest `length` rows, all by default."""

@@ -194,8 +194,8 @@ class ModelCache(Cache):  # type: ignore[misc]
     @property
     def memory(self) -> tuple[Tensor, ...]:
         """Every tensor that holds rows or states. The same objects mean the same memory."""
-        parts = [layer.store.memory for layer in self.quantized] + [layer.memory for layer in self.stateful]
-        return tuple(chain.from_iterable(parts))
+        rows = [segment.memory for layer in self.quantized for segment in layer.store.segments]
+        return tuple(chain.from_iterable([*rows, *(layer.memory for layer in self.stateful)]))
 
     def stored(self, after: StoredCache | None = None) -> StoredCache:
         """A copy of what is held now, never to be changed.

@@ -266,7 +266,7 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
     @property
     def memory(self) -> tuple[Tensor, ...]:
         """The tensors that hold the states; other ones once the batch has changed."""
-        return tuple(s for s in (*self.conv_states.values(), *self.recurrent_states.values()) if s is not None)
+        return tuple([s for s in (*self.conv_states.values(), *self.recurrent_states.values()) if s is not None])
 
     def crop(self, tokens_to_remove: int) -> None:
         """A state has no past to return to; 0 tokens is the only crop.

@@ -110,6 +110,11 @@ class Segment:
     starts: Tensor | None = None
     blocks: Tensor | None = None
 
+    @property
+    def memory(self) -> tuple[Tensor, ...]:
+        """The tensors that hold the rows and their center."""
+        return (*self.k, *self.v) if self.center is None else (*self.k, *self.v, self.center)
+
 
 @dataclass(frozen=True, slots=True)
 class KVView:

@@ -25,7 +25,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from hybridkv.cache.fixed import N_NUMBERS
+from hybridkv.cache.fixed import N_NUMBERS, numbers_of
 from hybridkv.errors import ModelError
 from hybridkv.hf.attention import non_finite
 from hybridkv.hf.cache import ModelCache
@@ -149,21 +149,18 @@ class Recording:
     replay: Callable[[], object] | None = None
 
     @classmethod
-    def of(cls, cache: ModelCache, n_seqs: int) -> Recording:
-        """Numbers and health for a cache; nothing is recorded yet."""
-        memory, n_layers = cache.memory, len(cache.quantized)
+    def of(cls, memory: Sequence[Tensor], n_layers: int, n_seqs: int) -> Recording:
+        """Numbers and health for a cache of this memory and of so many KV layers; nothing is recorded yet."""
         device, n = memory[0].device, n_seqs + 1 + n_layers * N_NUMBERS
         staged = torch.empty(n, dtype=torch.long, pin_memory=device.type == "cuda")
         numbers = torch.empty(n, dtype=torch.long, device=device)
         health = torch.zeros(n_layers, 2, dtype=torch.int32, device=device)
-        return cls(memory, staged, numbers, health)
+        return cls(tuple(memory), staged, numbers, health)
 
-    def stage(self, tokens: Tensor, position: int, cache: ModelCache) -> None:
+    def stage(self, tokens: Tensor, position: int, rows: Sequence[int]) -> None:
         """Hand the step its numbers, once it is counted. The copy needs no waiting: the step before it has ended."""
         n_seqs = len(tokens)
-        n_seqs = len(tokens)
         self.staged[:n_seqs] = tokens[:, 0]
-        rows = [number for layer in cache.quantized for number in layer.store.numbers()]
         self.staged[n_seqs:] = torch.tensor([position, *rows])
         self.numbers.copy_(self.staged, non_blocking=True)
 
@@ -182,7 +179,7 @@ class Recording:
         assert self.logits is not None
         return self.logits.clone()
 
-    def holds(self, memory: tuple[Tensor, ...]) -> bool:
+    def holds(self, memory: Sequence[Tensor]) -> bool:
         """Whether these are the very tensors that the recording reads and writes."""
         return len(memory) == len(self.memory) and all(map(is_, memory, self.memory))
 
@@ -227,17 +224,17 @@ class GraphStep:
         """
         if tokens.shape[1] != 1 or not self._records(cache):
             return self._decoder.forward(tokens, cache, position)
-        _count(cache, len(tokens), position)
+        memory, rows = _count(cache, len(tokens), position, self._decoder.device)
         recording = self._recordings.get(cache)
-        if recording is None or not recording.holds(cache.memory):
+        if recording is None or not recording.holds(memory):
             # A cache that decodes one token alone, as a copy for one label does, is not worth a recording.
-            recording = self._recordings[cache] = Recording.of(cache, len(tokens))
-            recording.stage(tokens, position, cache)
+            recording = self._recordings[cache] = Recording.of(memory, len(cache.quantized), len(tokens))
+            recording.stage(tokens, position, rows)
             self._run(cache, recording)
             return recording.result(cache)
         if recording.replay is None:
             recording.replay = self._recorder.record(partial(self._run, cache, recording))
-        recording.stage(tokens, position, cache)
+        recording.stage(tokens, position, rows)
         recording.replay()
         return recording.result(cache)
 
@@ -278,12 +275,12 @@ class GraphStep:
 
     def _trial(self, cache: ModelCache) -> str | None:
         """Decode a token on an empty cache of the same types, which nobody needs afterwards."""
-        device, scratch = cache.memory[0].device, cache.empty(n_ctx=_TRIAL_TOKENS + 1)
+        device, scratch = self._decoder.device, cache.empty(n_ctx=_TRIAL_TOKENS + 1)
         tokens = torch.zeros(1, _TRIAL_TOKENS, dtype=torch.long, device=device)
         self._decoder.forward(tokens, scratch, 0)
-        _count(scratch, 1, _TRIAL_TOKENS)
-        recording = Recording.of(scratch, 1)
-        recording.stage(tokens[:, :1].cpu(), _TRIAL_TOKENS, scratch)
+        memory, rows = _count(scratch, 1, _TRIAL_TOKENS, device)
+        recording = Recording.of(memory, len(scratch.quantized), 1)
+        recording.stage(tokens[:, :1].cpu(), _TRIAL_TOKENS, rows)
         return self._recorder.trial(partial(self._run, scratch, recording))
 
     def _run(self, cache: ModelCache, recording: Recording) -> None:
@@ -311,13 +308,24 @@ def _settled(cache: ModelCache) -> bool:
     return all(all(layer.has_previous_state.values()) for layer in cache.stateful)
 
 
-def _count(cache: ModelCache, n_seqs: int, position: int) -> None:
-    """Count one token per sequence in every KV layer, which takes more memory where it must."""
-    device = cache.quantized[0].store.memory[0].device
+def _count(cache: ModelCache, n_seqs: int, position: int, device: torch.device) -> tuple[list[Tensor], list[int]]:
+    """Count one token per sequence in every KV layer, which takes more memory where it must.
+
+    Returns all tensors that then hold rows and states, and where every layer's rows are.
+    """
+    memory: list[Tensor] = []
+    numbers: list[int] = []
     for layer in cache.quantized:
         store = layer.store
         assert store.n_seen == position, (store.n_seen, position)
         store.count(n_seqs, 1, device)
+        segments = store.segments
+        numbers += numbers_of(segments)
+        for segment in segments:
+            memory += segment.memory
+    for state in cache.stateful:
+        memory += state.memory
+    return memory, numbers
 
 
 @contextmanager
