@@ -165,7 +165,7 @@ def delta_step(
     _delta_step[(shape.n_value, batch)](
         mixed, z, alpha, beta, a_log, dt_bias, norm, state, out, mixed.stride(0), z.stride(0), alpha.stride(0),
         beta.stride(0), shape.n_key, shape.n_value, shape.head_k, shape.head_v, shape.head_k**-0.5, L2_EPS, eps,
-        WIDE_K=triton.next_power_of_2(shape.head_k), WIDE_V=triton.next_power_of_2(shape.head_v), num_warps=8,
+        WIDE_K=triton.next_power_of_2(shape.head_k), WIDE_V=triton.next_power_of_2(shape.head_v), num_warps=4,
         **overlapping(z.device),
     )  # fmt: skip
     return out

@@ -122,7 +122,7 @@ def _nearest(y, book, N_ENTRIES: tl.constexpr):
     value = index + previous
     for j in tl.static_range(1, N_ENTRIES):
         entry = tl.load(book + j)
-        above = y >= (entry + previous) / 2
+        above = y >= (entry + previous) * 0.5
         index = tl.where(above, j * 1.0, index)
         value = tl.where(above, entry, value)
         previous = entry
@@ -164,8 +164,10 @@ def _fit_starts(low, high, d, book, N: tl.constexpr, E: tl.constexpr):
     largest = _largest(size_low, size_high, False)
     level_low, level_high = tl.zeros_like(low), tl.zeros_like(high)
     best = tl.full(d.shape, -1.0, tl.float32)
-    for i in tl.static_range(len(E.starts)):
-        scale = tl.div_rn(tl.full(d.shape, E.starts[i], tl.float32), largest)
+    # One row's program would wait for the instructions of a loop that is unrolled; where many rows run they are there.
+    for i in tl.range(0, len(E.starts), loop_unroll_factor=1 if N == 1 else len(E.starts)):
+        start = tl.load(book + E.n_entries + i)
+        scale = tl.div_rn(tl.zeros_like(d) + start, largest)
         scale = tl.where(_finite(scale), scale, 0.0)[:, :, None]
         try_low, q_low = _nearest(size_low * scale, book + half, half)
         try_high, q_high = _nearest(size_high * scale, book + half, half)

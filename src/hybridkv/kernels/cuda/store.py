@@ -123,6 +123,7 @@ def store(
     where = memory(fmt, planes)
     extra = next((data for plane, data in zip(fmt.planes, planes, strict=True) if plane.role in ("s", "sum")), where.d)
     n = min(max(1, _VALUES // (32 * enc.blocks_padded)), 1 << (n_new - 1).bit_length())
+    n_values = n * 32 * enc.blocks_padded
     store_rows[(-(-n_new // n), n_batch * n_kv_heads)](
         x,
         where.main,
@@ -148,14 +149,22 @@ def store(
         HAS_ROWS=on_device,
         PAGED=blocks is not None,
         ROWS_LOG2=0 if blocks is None else n_rows.bit_length() - 1,
-        num_warps=1 if n * 32 * enc.blocks_padded <= 256 else 4,
+        num_warps=_warps(n_values, enc),
         num_stages=1,
         enable_fp_fusion=False,
         **overlapping(x.device),
     )
 
 
+def _warps(n_values: int, enc: Encoding) -> int:
+    """Of a program that encodes so many values: with `starts` a value takes a hundred instructions and more."""
+    if n_values <= 256:
+        return max(1, n_values // 64) if enc.refit == "starts" else 1
+    return 4
+
+
 @lru_cache(maxsize=64)
 def entries(type_name: str, device: torch.device) -> Tensor:
-    """The codebook in float32, as the encoder compares with it."""
-    return torch.tensor(get_format(type_name).codebook, dtype=torch.float32, device=device)
+    """The codebook in float32, as the encoder compares with it, and behind it what `refit_starts` begins with."""
+    fmt = get_format(type_name)
+    return torch.tensor((*(fmt.codebook or ()), *fmt.starts), dtype=torch.float32, device=device)
