@@ -65,9 +65,7 @@ def _peers_table() -> list[str]:
     return lines
 
 
-def step_cuda_table() -> str:
-    """Whole decode steps, prefill and memory."""
-    records = _lines("step-cuda-h100")
+def _decode_table(records: list[dict[str, Any]]) -> list[str]:
     baseline = {(r["n_seqs"], r["depth"]): r["ms"] for r in records if r["part"] == "baseline decode"}
     lines = [
         "| batch | depth | type | ms a step | 90th percentile | floor, ms | times floor | tokens/s | Transformers, ms |",
@@ -81,32 +79,67 @@ def step_cuda_table() -> str:
                 f"{baseline[r['n_seqs'], r['depth']]:.1f}",
             )
             lines.append("| " + " | ".join(cells) + " |")
-    prefill = ", ".join(f"{r['type']} {r['tok_s']:.0f}" for r in records if r["part"] == "prefill")
-    theirs, with_fla = (
-        next(r["tok_s"] for r in _lines(name) if r["part"] == "baseline prefill")
-        for name in ("step-cuda-h100", "step-cuda-h100-fla")
-    )
-    lines += [
-        "",
-        f"Prompt of 4096 tokens, tokens/s: {prefill}; Transformers {theirs:.0f}, with flash-linear-attention {with_fla:.0f}.",
-        "",
-        *_peers_table(),
-        "",
-    ]
-    lines += ["| context | type | planned, GiB | peak, GiB | over the plan |", "|---|---|---|---|---|"]
+    return lines
+
+
+def _memory_table(records: list[dict[str, Any]]) -> list[str]:
+    lines = ["| context | type | planned, GiB | peak, GiB | over the plan |", "|---|---|---|---|---|"]
     for r in records:
-        if r["part"].startswith("memory"):
+        if r["part"] == "memory":
             cells = (
                 *(str(r["n_ctx"]), r["type"], f"{r['planned_gib']:.2f}", f"{r['peak_gib']:.2f}"),
                 f"{100 * r['over']:.1f} %",
             )
             lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _prompts(records: list[dict[str, Any]]) -> str:
+    ours = ", ".join(f"{r['type']} {r['tok_s']:.0f}" for r in records if r["part"] == "prefill")
+    theirs = next(r["tok_s"] for r in records if r["part"] == "baseline prefill")
+    return f"Prompt of 4096 tokens, tokens/s: {ours}; Transformers {theirs:.0f}"
+
+
+def _conditions(records: list[dict[str, Any]], options: str, geometry: str) -> str:
     c = records[0]
-    lines += [
-        "",
-        f"`python bench/step_cuda.py --parts check,decode,prefill,memory,baseline`: {c['card']}, torch {c['torch']}, "
+    return (
+        f"`python bench/step_cuda.py {options}`, memory in a run of its own: {c['card']}, torch {c['torch']}, "
         f"Transformers {c['transformers']} (eager, DynamicCache, its torch code for the recurrent layers), "
-        f"{c['parameters_b']:.2f} B random bfloat16 weights at a Qwen3.5-4B-like geometry, copy {c['copy_tb_s']:.2f} TB/s, "
-        f"{c['date']}. The floor is weights, packed rows and states, read once at that speed.",
+        f"{c['parameters_b']:.2f} B random bfloat16 weights at a {geometry}, copy {c['copy_tb_s']:.2f} TB/s, "
+        f"{c['date']}. The floor is weights, packed rows and states, read once at that speed."
+    )
+
+
+def step_cuda_table() -> str:
+    """Whole decode steps, prefill and memory."""
+    records = _lines("step-cuda-h100")
+    with_fla = next(r["tok_s"] for r in _lines("step-cuda-h100-fla") if r["part"] == "baseline prefill")
+    lines = [
+        *_decode_table(records),
+        "",
+        f"{_prompts(records)}, with flash-linear-attention {with_fla:.0f}.",
+        "",
+        *_peers_table(),
+        "",
+        *_memory_table(records),
+        "",
+        _conditions(records, "--parts check,decode,prefill,memory,baseline", "Qwen3.5-4B-like geometry"),
+    ]
+    return "\n".join(lines)
+
+
+def step_cuda_35b_table() -> str:
+    """The same of a model with experts."""
+    records = _lines("step-cuda-h100-35b")
+    geometry = "Qwen3.5-35B-A3B-like geometry with 20 of its 40 layers"
+    lines = [
+        *_decode_table(records),
+        "",
+        f"{_prompts(records)}.",
+        "",
+        *_memory_table(records),
+        "",
+        _conditions(records, "--geometry 35b --depths 4096,32768", geometry)
+        + " Of experts the floor counts those that a step chooses.",
     ]
     return "\n".join(lines)

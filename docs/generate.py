@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cuda import attention_cuda_table, step_cuda_table
+from cuda import attention_cuda_table, step_cuda_35b_table, step_cuda_table
 from guard import cost_table, faults_table, real_faults_table
 from scaling import ranks_table, replicas_speed_table, replicas_table
 from serving import conversations_table, engine_table, load_table
@@ -198,6 +198,7 @@ def performance() -> str:
             "perplexity-ik": perplexity_ik_table(),
             "attention-cuda": attention_cuda_table(),
             "step-cuda": step_cuda_table(),
+            "step-cuda-35b": step_cuda_35b_table(),
             "decode-29m": steps_table("decode-29m", "hybridkv bench decode --against ik -t 2"),
             "decode-0.8b": steps_table(
                 "decode-0.8b", "hybridkv bench decode -m random-0.8b-q8_0.gguf --against ik -t 2"
