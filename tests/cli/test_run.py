@@ -21,7 +21,7 @@ from hybridkv.engine import Engine, SamplingParams
 from hybridkv.engine.load import Loaded, bundled_model, describe, load
 from hybridkv.formats import FORMATS, get_format
 from hybridkv.gguf.load import load_gguf
-from hybridkv.hf import kv_facts
+from hybridkv.hf import Step, kv_facts, resolve_step
 from hybridkv.policy import Guard, Policy
 from tests.cli.conftest import Cli
 from tests.cli.models import ModelStore, with_weights
@@ -35,6 +35,12 @@ SEED_COMMAND += ["-p", PROMPT, "-n", "64", "--temp", "0"]
 @pytest.fixture(scope="module")
 def reference() -> Loaded:
     return load(describe(bundled_model()), dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def step(reference: Loaded) -> Step:
+    """Its weights packed once."""
+    return resolve_step(reference.model.config, "cpu")(reference.model)
 
 
 def hybridkv(*argv: str) -> subprocess.CompletedProcess[str]:
@@ -65,7 +71,7 @@ def test_the_main_job_as_a_process() -> None:
 
 
 @pytest.mark.parametrize("k", FORMATS)
-def test_every_pair_of_types_answers(reference: Loaded, k: str) -> None:
+def test_every_pair_of_types_answers(reference: Loaded, step: Step, k: str) -> None:
     """All, as asked for to the end (nothing raised by the guard); with 8 bits and up as with f32."""
     ids = reference.tokenizer.encode(PROMPT)  # type: ignore[union-attr]
     said: list[str] = []
@@ -73,8 +79,8 @@ def test_every_pair_of_types_answers(reference: Loaded, k: str) -> None:
     def answer(k: str, v: str) -> list[int]:
         specs = Policy(KVTypes(k, v)).resolve(kv_facts(reference.description.facts))
         guard = Guard(limit=0.5) if "hq2_nl" in (k, v) else Guard()  # two bits err more than the guard lets pass
-        engine = Engine(reference.model, specs, n_ctx=16, guard=guard, notify=said.append)
-        tokens = [step[0] for step in engine.generate(ids, SamplingParams(temp=0), n_predict=6)]
+        engine = Engine(reference.model, specs, n_ctx=16, guard=guard, notify=said.append, step=step)
+        tokens = [drawn[0] for drawn in engine.generate(ids, SamplingParams(temp=0), n_predict=6)]
         assert {s.types.label for s in engine.cache.specs} == {KVTypes(k, v).label}
         assert len(engine.cache.errors) == 3
         return tokens

@@ -23,6 +23,8 @@ from tests.families import remembering
 from tests.gguf.reference import heldout_text
 from tests.oracles import ik_llama
 
+pytestmark = pytest.mark.xdist_group("shipped models")  # seconds and a gigabyte to load
+
 
 @dataclass(frozen=True)
 class Case:
@@ -44,8 +46,8 @@ class Case:
 
 
 CASES = (
-    Case("smollm2", n_ubatch=16, n_scored=1000, splits=(200, 60, 31)),
-    Case("gemma3", n_ubatch=128, n_scored=512, splits=(600, 200, 77)),
+    Case("smollm2", n_ubatch=16, n_scored=600, splits=(200, 60, 31)),
+    Case("gemma3", n_ubatch=128, n_scored=512, splits=(530, 70, 33)),
 )
 
 
