@@ -1,0 +1,48 @@
+"""Kernels that are launched while the one before ends: what they must do, read from their source."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from hybridkv.kernels.cuda.overlap import overlapping
+
+MODULES = ("attention", "delta", "encode", "experts", "layers", "one_token")
+LAUNCHED = 14
+"""Kernels that are launched so; those that only call `begin` for them are none."""
+
+
+def sources() -> dict[str, str]:
+    found = {}
+    for module in (importlib.import_module(f"hybridkv.kernels.cuda.{name}") for name in MODULES):
+        for name, kernel in vars(module).items():
+            function = getattr(kernel, "fn", None)
+            if function is not None and function.__module__ == module.__name__:
+                source = inspect.getsource(function)
+                if "OVERLAPS: tl.constexpr" in source:
+                    found[name] = source
+    return found
+
+
+def test_all_are_found() -> None:
+    assert len(sources()) == LAUNCHED, sorted(sources())
+
+
+@pytest.mark.parametrize("name", sorted(sources()))
+def test_memory_is_touched_after_the_wait(name: str) -> None:
+    source = sources()[name]
+    wait = re.search(r"begin\(OVERLAPS\)|gdc_wait\(\)", source)
+    touch = re.search(r"tl\.(load|store|atomic_\w+)\(|load_rows\(|_slots\(|_load_eight\(|_queries\(", source)
+    assert wait is not None
+    assert touch is not None
+    assert wait.start() < touch.start()
+
+
+def test_a_cpu_has_none() -> None:
+    assert overlapping(torch.device("cpu")) == {"OVERLAPS": False}
