@@ -29,6 +29,9 @@ from tests.oracles import ik_llama
 # ik_llama.cpp's adapted patterns of these leave out the original's `\p{M}`.
 WITHOUT_MARKS = ("tekken", "gpt-4o", "llama4", "kanana2")
 
+SPELLED = bytes_to_unicode()
+"""The character that stands for each byte in a vocabulary; made anew at each call."""
+
 
 def build(keys: dict[str, Key], tmp_path: Path) -> PreTrainedTokenizerFast:
     path = Draft(keys=keys).write(tmp_path / "x.gguf")
@@ -115,7 +118,7 @@ def test_splits_agree_with_tiktoken(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", lambda *args, **kwargs: {})
     pattern = getattr(openai_public, OPENAI[pre])()["pat_str"]
     tokens, _ = greedy_vocabulary()
-    to_byte = {character: byte for byte, character in bytes_to_unicode().items()}
+    to_byte = {character: byte for byte, character in SPELLED.items()}
     ranks = {bytes(to_byte[character] for character in token): rank for rank, token in enumerate(tokens)}
     original = tiktoken.Encoding(pre, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
     ours = build(greedy_keys(pre) | {"tokenizer.ggml.add_bos_token": False}, tmp_path)
@@ -145,7 +148,7 @@ class TestSmolLM2:
     @cache
     def known_bytes() -> frozenset[str]:
         """Bytes that are tokens, as the vocabulary spells them."""
-        return frozenset(bytes_to_unicode().values()) & TestSmolLM2.ours().get_vocab().keys()
+        return frozenset(SPELLED.values()) & TestSmolLM2.ours().get_vocab().keys()
 
     def test_ids_agree_with_ik_llama(self, theirs: ik_llama.IkModel) -> None:
         for text in (*ODD, *RUNS, heldout_text(), "<|im_start|>user\nHi<|im_end|>\n", "x<|endoftext|>"):
@@ -156,7 +159,7 @@ class TestSmolLM2:
     def test_ids_of_any_text_agree_with_ik_llama(self, theirs: ik_llama.IkModel, text: str) -> None:
         """Where a byte is no token (21 are not), ik_llama.cpp merges nothing across it and `tokenizers` does."""
         known = self.known_bytes()
-        text = "".join(c for c in text if {bytes_to_unicode()[byte] for byte in c.encode()} <= known)
+        text = "".join(c for c in text if {SPELLED[byte] for byte in c.encode()} <= known)
         assert self.ours()(text).input_ids == theirs.tokenize(text)
 
     def test_a_turn_ends_the_answer(self) -> None:

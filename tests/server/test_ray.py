@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -76,7 +77,7 @@ class Cluster:
         said = re.search(rf"^{MODEL} at (http://\S+), 2 replicas$", "\n".join(self.lines), re.MULTILINE)
         return said and said[1]
 
-    @property
+    @cached_property
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
 
@@ -234,6 +235,7 @@ def test_what_is_served_is_replaced_without_a_refusal(cluster: Cluster) -> None:
                 said.append(reply.system_fingerprint or "")
             except openai.OpenAIError as error:
                 failed.append(error)
+            time.sleep(0.02)  # replicas that start need the processor, too
 
     thread = threading.Thread(target=keep_asking)
     thread.start()
