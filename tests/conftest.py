@@ -12,6 +12,25 @@ import pytest
 import torch
 from torch import Tensor
 
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    # Triton decides on its import whether its interpreter runs kernels, and so do these modules. Afterwards nothing
+    # is offered on the CPU that would run in it.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        import hybridkv.kernels.cuda.delta
+        import hybridkv.kernels.cuda.experts
+        import hybridkv.kernels.cuda.launch
+        import hybridkv.kernels.cuda.layers
+        import hybridkv.kernels.cuda.store  # noqa: F401
+
+from transformers.utils import logging
+
+from hybridkv.cache import planes
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+
 
 def patch_language_once() -> None:
     """Half of the interpreter's time is saved by letting it put its functions into `triton.language` only once.
@@ -33,24 +52,7 @@ def patch_language_once() -> None:
 
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
-    # Triton decides on its import whether its interpreter runs kernels, and so do these modules. Afterwards nothing
-    # is offered on the CPU that would run in it.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        import hybridkv.kernels.cuda.delta
-        import hybridkv.kernels.cuda.experts
-        import hybridkv.kernels.cuda.launch
-        import hybridkv.kernels.cuda.layers
-        import hybridkv.kernels.cuda.store  # noqa: F401
     patch_language_once()
-
-from transformers.utils import logging
-
-from hybridkv.cache import planes
-
-logging.set_verbosity_error()
-logging.disable_progress_bar()
-torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 
 
 @pytest.fixture(autouse=True)
