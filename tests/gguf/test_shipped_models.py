@@ -23,8 +23,6 @@ from tests.families import remembering
 from tests.gguf.reference import heldout_text
 from tests.oracles import ik_llama
 
-pytestmark = pytest.mark.xdist_group("shipped models")  # seconds and a gigabyte to load
-
 
 @dataclass(frozen=True)
 class Case:

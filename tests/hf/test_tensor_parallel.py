@@ -19,8 +19,6 @@ from hybridkv.hf.ranks import check_plan, cuts_heads, n_ranks, rank
 from tests.families import HYBRIDS, build
 from tests.torchrun import ROOT, needs_accelerate, torchrun
 
-pytestmark = pytest.mark.xdist_group("two processes")  # which all families share
-
 CUT = ("qwen3", "llama_unbiased", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 """Families whose plan gives each rank its own KV heads."""
 
