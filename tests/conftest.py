@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import pkgutil
 from types import FunctionType, SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,16 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
+import hybridkv.kernels.cuda as kernels
+
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     # Triton decides on its import whether its interpreter runs kernels, and so do these modules. Afterwards nothing
     # is offered on the CPU that would run in it.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        import hybridkv.kernels.cuda.delta
-        import hybridkv.kernels.cuda.experts
-        import hybridkv.kernels.cuda.launch
-        import hybridkv.kernels.cuda.layers
-        import hybridkv.kernels.cuda.store  # noqa: F401
+        for found in pkgutil.iter_modules(kernels.__path__):
+            importlib.import_module(f"{kernels.__name__}.{found.name}")
 
 from transformers.utils import logging
 

@@ -13,8 +13,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from hybridkv.kernels.cuda.overlap import overlapping
 
-MODULES = ("attention", "delta", "encode", "experts", "layers", "one_token")
-LAUNCHED = 14
+MODULES = ("attention", "delta", "encode", "experts", "layers", "one_token", "products", "staged")
+LAUNCHED = 17
 """Kernels that are launched so; those that only call `begin` for them are none."""
 
 
@@ -34,14 +34,25 @@ def test_all_are_found() -> None:
     assert len(sources()) == LAUNCHED, sorted(sources())
 
 
-@pytest.mark.parametrize("name", sorted(sources()))
+READS_WEIGHTS_EARLY = "_product"
+
+
+@pytest.mark.parametrize("name", sorted({*sources()} - {READS_WEIGHTS_EARLY}))
 def test_memory_is_touched_after_the_wait(name: str) -> None:
     source = sources()[name]
     wait = re.search(r"begin\(OVERLAPS\)|gdc_wait\(\)", source)
-    touch = re.search(r"tl\.(load|store|atomic_\w+)\(|load_rows\(|_slots\(|_load_eight\(|_queries\(", source)
+    touch = re.search(r"tl\.(load|store|atomic_\w+)\(|load_rows\(|_unpack\(|_slots\(|_load_eight\(|_queries\(", source)
     assert wait is not None
     assert touch is not None
     assert wait.start() < touch.start()
+
+
+def test_before_the_wait_a_product_reads_weights_alone() -> None:
+    before, wait, after = sources()[READS_WEIGHTS_EARLY].partition("gdc_wait()")
+    assert wait
+    assert set(re.findall(r"tl\.(?:load|store|atomic_\w+)\((\w+)", before)) == {"rows", "ups"}
+    assert re.findall(r"(?:rows|ups) = (\w+)", before) == ["weight", "rows"]
+    assert "tl.load(x" in after
 
 
 def test_a_cpu_has_none() -> None:

@@ -120,11 +120,12 @@ def attention_forward(
     else:
         assert isinstance(value, Tensor)
         out = reference_attend(query, float_view(key, value), params)
-    return out.transpose(1, 2).contiguous().to(query.dtype), None
+    # One pass: the format that `to` is given decides what it copies into, where it copies at all.
+    return out.transpose(1, 2).to(query.dtype, memory_format=torch.contiguous_format).contiguous(), None
 
 
 def attend_new(layer: QuantizedLayer, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
-    """Store the new tokens k and v `[B, Hkv, T, D]` and attend q `[B, Hq, T, D]`: float32 `[B, Hq, T, Dv]`.
+    """Store the new tokens k and v `[B, Hkv, T, D]` and attend q `[B, Hq, T, D]`: `[B, Hq, T, Dv]`, see `attend`.
 
     Raises
     ------
@@ -245,7 +246,7 @@ def verify_call(query: Tensor, packed: LayerView, params: AttentionParams, out: 
     Parameters
     ----------
     query, out
-        The call's queries `[B, Hq, T, D]` and its attention output, float32 `[B, Hq, T, Dv]`.
+        The call's queries `[B, Hq, T, D]` and its attention output `[B, Hq, T, Dv]`.
 
     Raises
     ------

@@ -45,7 +45,7 @@ def measure(query: Tensor, packed: LayerView, params: AttentionParams, out: Tens
     Parameters
     ----------
     query, out
-        The call's queries `[B, Hq, T, D]` and its attention output, float32 `[B, Hq, T, Dv]`.
+        The call's queries `[B, Hq, T, D]` and its attention output `[B, Hq, T, Dv]`.
     attend
         The call's kernel, for the probes; see `verify`.
     """
@@ -86,7 +86,7 @@ def verify(query: Tensor, packed: LayerView, params: AttentionParams, out: Tenso
     Parameters
     ----------
     query, out
-        The call's queries `[B, Hq, T, D]` and its attention output, float32 `[B, Hq, T, Dv]`.
+        The call's queries `[B, Hq, T, D]` and its attention output `[B, Hq, T, Dv]`.
     attend
         The call's kernel, for other queries: those that look for the rows at the ends of what is attended. In the
         model's own queries a row of many hardly counts; in these it is most of the output.
@@ -120,12 +120,15 @@ def float_view(k: Tensor, v: Tensor) -> KVView:
 
 def is_finite(x: Tensor) -> bool:
     """Whether all of `x` is finite: one pass over it, and a second only if the sum is not."""
-    return math.isfinite(x.sum().item()) or bool(torch.isfinite(x).all())
+    return math.isfinite(x.sum(dtype=torch.float32).item()) or bool(torch.isfinite(x).all())
 
 
 def finite_rows(x: Tensor) -> list[bool]:
     """Whether each row of `x` `[N, D]` is finite, at the same price."""
-    return [math.isfinite(total) or is_finite(row) for total, row in zip(x.sum(-1).tolist(), x, strict=True)]
+    return [
+        math.isfinite(total) or is_finite(row)
+        for total, row in zip(x.sum(-1, dtype=torch.float32).tolist(), x, strict=True)
+    ]
 
 
 def _evidence(packed: LayerView) -> Evidence:

@@ -32,7 +32,7 @@ def attend(kernel: Kernel, q: Tensor, view: KVView, params: AttentionParams) -> 
     Returns
     -------
     Tensor
-        float32 `[B, Hq, T, Dv]`.
+        `[B, Hq, T, Dv]`, float32, or float16 from a kernel that computes in it.
     """
     out = kernel.attend(rotate(q) if view.rotate_k else q, view, params)
     return rotate(out) if view.rotate_v else out

@@ -54,7 +54,7 @@ class Kernel:
         The reason why it cannot run a case, or None.
     attend
         `(q, view, params) -> out`: q any float dtype `[B, Hq, T, D]`, already rotated if the view is; out
-        float32 `[B, Hq, T, Dv]`, still rotated if the view is.
+        `[B, Hq, T, Dv]`, still rotated if the view is, float32, or float16 from a kernel that computes in it.
     """
 
     name: str

@@ -3,8 +3,6 @@
 Transformers' own code takes some thirty launches for an attention layer and sixty for a gated delta net, and for a
 prompt six more for every 64 tokens of it. A family's file writes the same down in ten. A model's class stays the
 source of what is computed: the file reads its modules, and tests compare each result with theirs.
-
-Owns the projections that are joined into one product each. The model keeps its own parameters, as parts of them.
 """
 
 from __future__ import annotations
@@ -15,8 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from hybridkv.hf.attention import attend_new
 from hybridkv.hf.cache import ModelCache
@@ -26,45 +23,6 @@ from hybridkv.kernels import AttentionParams
 
 PROMPT_ROWS = 1024
 """Tokens of all sequences in one run; more go in several. Bounds the activations' memory."""
-
-
-def is_plain(weight: Tensor) -> bool:
-    """Whether a weight is held as its numbers, and not packed as torchao's are."""
-    return type(weight) in (nn.Parameter, Tensor)
-
-
-class Joined:
-    """Linear modules without bias that read the same rows, as one product.
-
-    Plain matrices are joined in memory, each module's own becoming a part of the whole; matrices that are held in
-    another way (torchao's) are multiplied one by one.
-    """
-
-    def __init__(self, *modules: Any) -> None:
-        weights = [module.weight for module in modules]
-        self.widths = [weight.shape[0] for weight in weights]
-        self._modules: Sequence[Any] = modules
-        self._weight: Tensor | None = None
-        if all(map(is_plain, weights)):
-            self._weight = torch.cat([weight.detach() for weight in weights])
-            for module, part in zip(modules, torch.split(self._weight, self.widths), strict=True):
-                module.weight = nn.Parameter(part, requires_grad=False)
-
-    @property
-    def weight(self) -> Tensor:
-        """The matrices in one, `[sum of outs, in]`; there if all of them are plain."""
-        assert self._weight is not None
-        return self._weight
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """`[N, in]` to `[N, sum of outs]`."""
-        if self._weight is not None:
-            return F.linear(x, self._weight)
-        return torch.cat([module(x) for module in self._modules], 1)
-
-    def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The product's parts, as slices."""
-        return torch.split(self(x), self.widths, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +45,7 @@ class Run:
     positions: Tensor
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Store k and v `[N, Hkv, D]`, and attend q `[N, Hq, D]`: float32 `[N, Hq, Dv]`."""
+        """Store k and v `[N, Hkv, D]`, and attend q `[N, Hq, D]`: float32 or float16 `[N, Hq, Dv]`."""
         stored = self.cache.layers[layer]
         assert isinstance(stored, QuantizedLayer)
         q, k, v = (torch.unflatten(x, 0, (self.n_seqs, self.n_tokens)).transpose(1, 2) for x in (q, k, v))

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from hybridkv.hf.step.fused import FusedFamily, Head, Joined, Layers, Run, is_plain
+from hybridkv.hf.step.fused import FusedFamily, Head, Layers, Run
+from hybridkv.hf.step.joined import Joined, is_plain, project
 from hybridkv.kernels.cuda.delta import DeltaShape, conv_prompt, conv_step, delta_prompt, delta_step, gated_norm
 from hybridkv.kernels.cuda.experts import route, run_experts
-from hybridkv.kernels.cuda.layers import add_norm, gate_heads, norm_rope, regroup_heads, swiglu
+from hybridkv.kernels.cuda.layers import add_norm, gate_heads, norm_rope, regroup_heads
 
 
 def _rejects(config: Any) -> str | None:
@@ -66,7 +66,7 @@ class _DeltaNet:
         else:
             out = delta_prompt(conv_prompt(raw, *kernel), *gates, state, shape)
             out = gated_norm(out, z, net.norm.weight, eps=eps)
-        return F.linear(out, net.out_proj.weight)
+        return project(out, net.out_proj.weight)
 
 
 class _Attention:
@@ -80,12 +80,14 @@ class _Attention:
         attention = self._attention
         both, k, v = (torch.unflatten(x, 1, (-1, attention.head_dim)) for x in self._joined.split(normed))
         q, gate = both[:, 0::2], both[:, 1::2]  # per head: q, then its gate
+        # Prompts are attended in float16: queries that come so need no pass of their own, and are nearer to the truth.
+        narrow = torch.float16 if run.n_tokens > 1 and q.dtype == torch.bfloat16 else None
         q, k = (
-            norm_rope(x, norm.weight, norm.eps, run.positions, self._frequencies, offset=1.0)
-            for x, norm in ((q, attention.q_norm), (k, attention.k_norm))
+            norm_rope(x, norm.weight, norm.eps, run.positions, self._frequencies, offset=1.0, dtype=dtype)
+            for x, norm, dtype in ((q, attention.q_norm, narrow), (k, attention.k_norm, None))
         )
         out = run.attend(self._index, q, k, v, attention.scaling)
-        return F.linear(gate_heads(out, gate), attention.o_proj.weight)
+        return project(gate_heads(out, gate), attention.o_proj.weight)
 
 
 class _Dense:
@@ -95,7 +97,7 @@ class _Dense:
         self._mlp, self._joined = mlp, Joined(mlp.gate_proj, mlp.up_proj)
 
     def __call__(self, normed: Tensor, _: Run) -> Tensor:
-        return F.linear(swiglu(self._joined(normed)), self._mlp.down_proj.weight)
+        return project(self._joined.swiglu(normed), self._mlp.down_proj.weight)
 
 
 class _Experts:
@@ -142,8 +144,7 @@ def _build(model: Any) -> tuple[Layers, Head]:
         return x if added is None else x.add_(added)
 
     def head(hidden: Tensor) -> Tensor:
-        logits: Tensor = model.lm_head(add_norm(hidden, None, body.norm.weight, body.norm.eps, offset=1.0))
-        return logits
+        return project(add_norm(hidden, None, body.norm.weight, body.norm.eps, offset=1.0), model.lm_head.weight)
 
     return layers, head
 

@@ -114,7 +114,7 @@ def n_shares(tiling: Tiling, n_rows: int, n_tiles: int, n_pairs: int, device: to
 
 
 def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | None = None) -> Tensor:
-    """Attention of q `[B, Hq, T, D]` over the view's rows; float32 `[B, Hq, T, Dv]`.
+    """Attention of q `[B, Hq, T, D]` over the view's rows; `[B, Hq, T, Dv]`, float32, or float16 of prompts.
 
     A query that sees no row gives zeros. Without a `tiling`, one is chosen.
     """

@@ -114,7 +114,14 @@ def _norm_rope(x, weight, positions, frequencies, out, x_row, x_head, out_row, o
 
 
 def norm_rope(
-    x: Tensor, weight: Tensor, eps: float, positions: Tensor, frequencies: Tensor, *, offset: float
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    positions: Tensor,
+    frequencies: Tensor,
+    *,
+    offset: float,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """RMSNorm of every head, and RoPE (halves, not pairs) of its first `2 * len(frequencies)` dims.
 
@@ -128,15 +135,17 @@ def norm_rope(
         int64 `[N]`.
     frequencies
         float32 `[rotated / 2]`: radians per position.
+    dtype
+        Of the result; x's by default.
 
     Returns
     -------
     Tensor
-        In x's dtype, `[N, heads, D]`, contiguous.
+        `[N, heads, D]`, contiguous.
     """
     assert positions.is_contiguous() and frequencies.is_contiguous()
     n_rows, n_heads, head_dim = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=x.dtype if dtype is None else dtype, device=x.device)
     _norm_rope[(n_rows, n_heads)](
         x, weight, positions, frequencies, out, x.stride(0), x.stride(1), out.stride(0), out.stride(1), head_dim,
         2 * len(frequencies), eps, offset, BLOCK=triton.next_power_of_2(head_dim), num_warps=2, **overlapping(x.device),

@@ -1,10 +1,11 @@
 """Kernels that are launched while the one before them ends: programmatic dependent launch, on Hopper and newer.
 
-A decode step is hundreds of kernels of a few microseconds; what lies between two of them is time as well. A kernel that
-takes part is launched as soon as every program of the one before has begun, works out where its memory lies, and waits
-for the end of that one before it reads any. So when its own work begins, all that came before is done, and that holds
-along a whole chain of such kernels. A kernel that is launched like this and does not wait would read what is not there
-yet: `begin` belongs before the first load of each.
+A decode step is hundreds of kernels of a few microseconds; what lies between two of them is time as well. A kernel
+that takes part is launched as soon as every program of the one before has begun, works out where its memory lies, and
+waits for the end of that one before it touches any. None ends before its own wait has, so when a kernel's work begins
+all that came before is done, along a whole chain of kernels that have begun. One that is launched like this and does
+not wait would read what is not there yet: `begin` belongs before the first load of each. Only weights, which no kernel
+of a step writes, may be read earlier (products.py).
 
 Source: NVIDIA's PTX ISA, griddepcontrol.
 """
@@ -22,10 +23,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def begin(OVERLAPS: tl.constexpr):
-    """Wait for the kernel before this one, and let the next one's programs come."""
+    """Let the next kernel's programs come, and wait for the kernel before this one."""
     if OVERLAPS:
-        gdc_wait()
         gdc_launch_dependents()
+        gdc_wait()
 
 
 class Launch(TypedDict, total=False):

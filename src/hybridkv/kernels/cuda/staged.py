@@ -21,6 +21,7 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, is_flash_at
 
 from hybridkv.kernels.case import AttentionParams, KVView, Segment
 from hybridkv.kernels.cuda.layout import BF16, F32, memory, side
+from hybridkv.kernels.cuda.overlap import begin, overlapping
 from hybridkv.kernels.cuda.tiles import decode_raw, find_slots, load_raw
 
 SCRATCH_BYTES = 64 << 20
@@ -33,29 +34,9 @@ ELEMENTS = 4096
 """Numbers that a program sums."""
 
 
-@triton.jit(do_not_specialize=["n_kv_heads", "start", "n_rows", "capacity", "to_row", "to_rows"])
-def unpack_rows(
-    main,
-    pairs,
-    bits,
-    d,
-    m,
-    book,
-    out,
-    n_kv_heads,
-    start,
-    n_rows,
-    capacity,
-    to_row,
-    to_rows,
-    S: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Rows `[start, start + n_rows)` as float16, into rows `[to_row, ...)` of `out` `[B, Hkv, to_rows, D]`.
-
-    Grid: tiles of rows, B * Hkv.
-    """
-    pair = tl.program_id(1)
+@triton.jit
+def _unpack(main, pairs, bits, d, m, book, out, pair, n_kv_heads, start, n_rows, capacity, to_row, to_rows,
+            S: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ok = rows < n_rows
     sequence, head = pair // n_kv_heads, pair % n_kv_heads
@@ -67,6 +48,60 @@ def unpack_rows(
     at = out + (pair.to(tl.int64) * to_rows + to_row + rows)[:, None] * S.head_dim + column[None, :]
     tl.store(at, low.to(tl.float16), mask=ok[:, None] & (column < S.head_dim)[None, :])
     tl.store(at + 16, high.to(tl.float16), mask=ok[:, None] & (column + 16 < S.head_dim)[None, :])
+
+
+@triton.jit(do_not_specialize=["n_kv_heads", "start", "n_rows", "k_capacity", "v_capacity", "to_row", "to_rows"])
+def unpack_rows(
+    k_main,
+    k_pairs,
+    k_bits,
+    k_d,
+    k_m,
+    k_book,
+    v_main,
+    v_pairs,
+    v_bits,
+    v_d,
+    v_m,
+    v_book,
+    k_out,
+    v_out,
+    n_kv_heads,
+    start,
+    n_rows,
+    k_capacity,
+    v_capacity,
+    to_row,
+    to_rows,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """Rows `[start, start + n_rows)` as float16, into rows `[to_row, ...)` of `[B, Hkv, to_rows, D]` each.
+
+    Grid: tiles of rows, B * Hkv, K and V.
+    """
+    pair = tl.program_id(1)
+    begin(OVERLAPS)
+    if tl.program_id(2) == 0:
+        _unpack(
+            k_main, k_pairs, k_bits, k_d, k_m, k_book, k_out, pair, n_kv_heads, start, n_rows, k_capacity, to_row,
+            to_rows, K, BLOCK_N,
+        )  # fmt: skip
+    else:
+        _unpack(
+            v_main, v_pairs, v_bits, v_d, v_m, v_book, v_out, pair, n_kv_heads, start, n_rows, v_capacity, to_row,
+            to_rows, V, BLOCK_N,
+        )  # fmt: skip
+
+
+@triton.jit
+def round_rows(x, out, n, OVERLAPS: tl.constexpr, BLOCK: tl.constexpr):
+    """`n` numbers in the dtype of `out`, 16 bytes at a time, which torch does one by one. Grid: runs of numbers."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    begin(OVERLAPS)
+    tl.store(out + at, tl.load(x + at, mask=at < n, other=0.0).to(out.dtype.element_ty), mask=at < n)
 
 
 @triton.jit
@@ -84,7 +119,8 @@ def add_part(total, weight, part, part_weight, out, out_weight, width, n, BLOCK:
     share_a, share_b = tl.exp(a - top), tl.exp(b - top)
     x = tl.load(total + at, mask=ok, other=0.0).to(tl.float32)
     y = tl.load(part + at, mask=ok, other=0.0).to(tl.float32)
-    tl.store(out + at, (x * share_a + y * share_b) / (share_a + share_b), mask=ok)
+    value = (x * share_a + y * share_b) / (share_a + share_b)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=ok)
     tl.store(out_weight + query, top + tl.log(share_a + share_b), mask=ok & (at % width == 0))
 
 
@@ -106,41 +142,61 @@ def takes(q: Tensor, view: KVView, params: AttentionParams) -> bool:
 
 
 def attend(q: Tensor, view: KVView, params: AttentionParams) -> Tensor:
-    """Attention of q `[B, Hq, T, D]`; float32, contiguous, of the same shape."""
+    """Attention of q `[B, Hq, T, D]`; float16, of the same shape."""
     n_batch, _, n_new, head_dim = q.shape
     n_kv_heads = int(view.segments[0].k[0].shape[1])
-    q = q.to(torch.float16)
+    q = _as_float16(q)
     n_seen = view.length - n_new  # by every query; the rest is triangular
     most = max(ROWS, SCRATCH_BYTES // (4 * n_batch * n_kv_heads * head_dim) // ROWS * ROWS)
-    bounds = [*range(0, n_seen, most), n_seen] if n_seen else [0]
+    bounds = [*range(0, n_seen, most), n_seen] if n_seen else []
     total: Tensor | None = None
     weight = q.new_empty(0)
     for first, end in [*zip(bounds, bounds[1:], strict=False), (n_seen, view.length)]:
         k, v = (q.new_empty(n_batch, n_kv_heads, end - first, head_dim) for _ in range(2))
-        for segment, row, to_row, n_rows in _runs(view, first, end):
-            for fmt, planes, out in ((segment.format_k, segment.k, k), (segment.format_v, segment.v, v)):
-                unpack_rows[(-(-n_rows // ROWS), n_batch * n_kv_heads)](
-                    *memory(fmt, planes),
-                    out,
-                    n_kv_heads,
-                    row,
-                    n_rows,
-                    planes[0].shape[2],
-                    to_row,
-                    end - first,
-                    S=side(fmt.name, head_dim),
-                    BLOCK_N=ROWS,
-                    num_warps=4,
-                    enable_fp_fusion=True,
-                )
+        _unpack_window(view, first, end, k, v)
         part, part_weight = dense(q, k, v, params.scale, causal=first == n_seen)
         del k, v
         if total is None:
             total, weight = part, part_weight
         else:
-            total, weight = _sum(total, weight, part, part_weight)
+            last = end == view.length
+            total, weight = _sum(total, weight, part, part_weight, torch.float16 if last else torch.float32)
     assert total is not None
-    return total.to(torch.float32).contiguous()
+    return total
+
+
+def _unpack_window(view: KVView, first: int, end: int, k: Tensor, v: Tensor) -> None:
+    """The view's rows `[first, end)` as k and v, float16 `[B, Hkv, end - first, D]`."""
+    n_batch, n_kv_heads, _, head_dim = k.shape
+    for segment, row, to_row, n_rows in _runs(view, first, end):
+        unpack_rows[(-(-n_rows // ROWS), n_batch * n_kv_heads, 2)](
+            *memory(segment.format_k, segment.k),
+            *memory(segment.format_v, segment.v),
+            k,
+            v,
+            n_kv_heads,
+            row,
+            n_rows,
+            segment.k[0].shape[2],
+            segment.v[0].shape[2],
+            to_row,
+            end - first,
+            K=side(segment.format_k.name, head_dim),
+            V=side(segment.format_v.name, head_dim),
+            BLOCK_N=ROWS,
+            num_warps=4,
+            enable_fp_fusion=True,
+            **overlapping(k.device),
+        )
+
+
+def _as_float16(q: Tensor) -> Tensor:
+    if q.dtype == torch.float16:
+        return q
+    q = q.contiguous()
+    out = torch.empty(q.shape, dtype=torch.float16, device=q.device)
+    round_rows[(-(-q.numel() // ELEMENTS),)](q, out, q.numel(), BLOCK=ELEMENTS, num_warps=8, **overlapping(q.device))
+    return out
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
@@ -170,8 +226,9 @@ def _runs(view: KVView, first: int, end: int) -> Iterator[tuple[Segment, int, in
         before += segment.length
 
 
-def _sum(total: Tensor, weight: Tensor, part: Tensor, part_weight: Tensor) -> tuple[Tensor, Tensor]:
-    out = torch.empty(total.shape, dtype=torch.float32, device=total.device)
+def _sum(total: Tensor, weight: Tensor, part: Tensor, part_weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two parts as one of this dtype, and its weight."""
+    out = torch.empty(total.shape, dtype=dtype, device=total.device)
     out_weight = torch.empty_like(weight)
     add_part[(-(-out.numel() // ELEMENTS),)](
         total.contiguous(),
