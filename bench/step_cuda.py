@@ -93,7 +93,8 @@ def decode(bench: Bench) -> None:
                 ms = 1e3 * median(times)
                 values = {"first_ms": 1e3 * seconds[0], "ms": ms, "p90_ms": 1e3 * times[int(0.9 * len(times))]}
                 values |= {"floor_ms": floor, "times_floor": ms / floor, "tok_s": 1e3 * n_seqs / ms}
-                bench.report("decode", type=type_name, n_seqs=n_seqs, depth=depth, **values)
+                exact = {"tail": o.tail, "sink": o.sink} if o.tail or o.sink else {}
+                bench.report("decode", type=type_name, **exact, n_seqs=n_seqs, depth=depth, **values)
                 del cache
 
 
@@ -177,6 +178,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--depths", default="4096,32768,131072", type=numbers)
     parser.add_argument("--batches", default="1,8", type=numbers)
     parser.add_argument("--prompts", default="4096", type=numbers)
+    parser.add_argument("--tail", default=0, type=int, help="newest tokens that stay exact")
+    parser.add_argument("--sink", default=0, type=int, help="oldest tokens that stay exact")
     parser.add_argument("--steps", default=40, type=int)
     parser.add_argument("--spare-gib", default=2.0, type=float)
     parser.add_argument("--device", default="cuda")

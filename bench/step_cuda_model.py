@@ -97,8 +97,9 @@ class Bench:
         return sum(p.nbytes for p in self.model.parameters())
 
     def cache(self, type_name: str, n_ctx: int) -> ModelCache:
-        """An empty cache of one type."""
-        specs = Policy(KVTypes(type_name, type_name)).resolve(kv_facts(layer_facts(self.model.config)))
+        """An empty cache of one type, with the exact rows that are asked for."""
+        types = KVTypes(type_name, type_name, tail=self.options.tail, sink=self.options.sink)
+        specs = Policy(types).resolve(kv_facts(layer_facts(self.model.config)))
         device = torch.device(self.options.device).type
         return ModelCache(self.model.config, specs, device=device, n_ctx=n_ctx, guard=Guard(), notify=say)
 

@@ -28,7 +28,7 @@ SCRATCH_BYTES = 64 << 20
 """Unpacked rows of K and V that exist at a time."""
 MIN_NEW_TOKENS = 64
 """With fewer, unpacking the history costs more than the faster kernel gains."""
-ROWS = 32
+ROWS = 16
 """Rows that a program unpacks."""
 ELEMENTS = 4096
 """Numbers that a program sums."""
