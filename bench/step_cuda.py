@@ -40,6 +40,8 @@ from step_cuda_model import (
 )
 from step_cuda_peers import baseline, compiled, recurrent_code
 
+WARM_STEPS, WARM_PROMPTS = 100, 2
+"""Untimed ones first: kernels are compiled, and clocks rise again."""
 PARTS = ("check", "baseline", "compiled", "decode", "prefill", "memory", "profile")
 
 
@@ -84,11 +86,12 @@ def decode(bench: Bench) -> None:
             if n_seqs > 1 and depth > 32768:
                 continue
             for type_name in o.types:
-                n_ctx = depth + o.steps + 8
+                n_steps = WARM_STEPS + o.steps
+                n_ctx = depth + n_steps + 8
                 cache = bench.cache(type_name, n_ctx)
                 fill(bench, cache, depth, n_seqs)
-                seconds = list(timed_steps(lambda t, p, c=cache: bench.step.forward(t, c, p), n_seqs, depth, o.steps))
-                times = sorted(seconds[3:])
+                seconds = list(timed_steps(lambda t, p, c=cache: bench.step.forward(t, c, p), n_seqs, depth, n_steps))
+                times = sorted(seconds[WARM_STEPS:])
                 floor = bench.floor_ms(cache, read_bytes(bench.model, n_seqs))
                 ms = 1e3 * median(times)
                 values = {"first_ms": 1e3 * seconds[0], "ms": ms, "p90_ms": 1e3 * times[int(0.9 * len(times))]}
@@ -102,7 +105,7 @@ def prefill(bench: Bench) -> None:
     for type_name in bench.options.types:
         for n_tokens in bench.options.prompts:
             prompt, seconds = torch.randint(3, 900, (1, n_tokens)), []
-            for _ in range(3):
+            for _ in range(WARM_PROMPTS + 5):
                 cache = bench.cache(type_name, n_tokens)
                 synchronize()
                 start = time.perf_counter()
@@ -110,7 +113,7 @@ def prefill(bench: Bench) -> None:
                 synchronize()
                 seconds.append(time.perf_counter() - start)
                 del cache
-            best = median(seconds[1:])
+            best = median(seconds[WARM_PROMPTS:])
             first = 1e3 * seconds[0]
             bench.report("prefill", type=type_name, tokens=n_tokens, first_ms=first, tok_s=n_tokens / best)
 

@@ -40,7 +40,7 @@ def attend(q: Tensor, view: KVView, params: AttentionParams) -> Tensor:
 def _rows(segment: Segment, view: KVView) -> tuple[Tensor, Tensor, Tensor]:
     """K and V of as many rows as there may be, zero where there are none, and bool `[B, 1, S, 1]`: where."""
     assert segment.lengths is not None
-    at = torch.arange(segment.length)
+    at = torch.arange(segment.length, device=segment.lengths.device)
     hidden = (at >= segment.lengths.unsqueeze(1))[:, None, :, None]
     first = segment.start if segment.starts is None else segment.start + segment.starts.unsqueeze(1)
     at = (at + first).clamp(max=segment.k[0].shape[2] - 1).expand(len(segment.lengths), -1)

@@ -25,7 +25,7 @@ MOST_INPUTS = 16384
 """Elements of a matrix row that the registers of a program hold with room to spare."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_out"])
 def _product(x, weight, out, n_in, n_out, SWIGLU: tl.constexpr, PIECES: tl.constexpr, IN: tl.constexpr,
              OUT: tl.constexpr, OVERLAPS: tl.constexpr):  # fmt: skip
     if OVERLAPS:
