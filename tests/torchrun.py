@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,7 +19,9 @@ needs_accelerate = pytest.mark.skipif(
 
 
 def torchrun(*words: str, n: int = 2) -> subprocess.CompletedProcess[str]:
-    """A module on several ranks, one thread each."""
+    """A module on several ranks, one thread each, and on CUDA one card each."""
+    if 0 < torch.cuda.device_count() < n:
+        pytest.skip(f"{torch.cuda.device_count()} CUDA devices for {n} ranks")
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "-m"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.run(

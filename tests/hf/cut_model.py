@@ -1,6 +1,6 @@
-"""One rank of a model on two: run by torchrun, beside the whole model in the same process.
+"""One rank of a model on two, on a card of its own where there are cards, beside the whole model in the same process.
 
-python -m torch.distributed.run --nproc-per-node 2 -m tests.hf.cut_model OUT DIRECTORY...
+Run by torchrun: python -m torch.distributed.run --nproc-per-node 2 -m tests.hf.cut_model OUT DIRECTORY...
 
 Writes `OUT-RANK.json`: what this rank holds, and how far its logits are from the whole model's.
 """
@@ -19,10 +19,12 @@ from torch.distributed.tensor import DTensor
 from hybridkv.cache import KVTypes
 from hybridkv.hf import EagerStep, ModelCache, kv_facts, layer_facts, quantized_cache
 from hybridkv.hf.load import count_parameters, load_config, load_weights
-from hybridkv.hf.ranks import leave, n_ranks, rank, same_everywhere
+from hybridkv.hf.ranks import leave, local_rank, n_ranks, rank, same_everywhere
 from hybridkv.plan import plan
 from hybridkv.policy import Policy
 
+VOCABULARY = 96
+"""Even: Transformers 5.17 cuts a head no other way."""
 N_CTX = 64
 PROMPT, STEPS = 20, 4
 PAIRS = (("f32", "f32"), ("q8_0", "q4_0"))
@@ -31,7 +33,7 @@ PAIRS = (("f32", "f32"), ("q8_0", "q4_0"))
 @torch.inference_mode()
 def logits(model: Any, cache: ModelCache) -> Tensor:
     """After a prompt in one piece, and after each of some tokens behind it."""
-    ids = torch.arange(3, 3 + PROMPT + STEPS).remainder(97).unsqueeze(0)
+    ids = torch.arange(3, 3 + PROMPT + STEPS).remainder(VOCABULARY).unsqueeze(0)
     step = EagerStep(model)
     found = [step.logits(ids[:, :PROMPT], cache, 0)[0]]
     found += [step.forward(ids[:, i : i + 1], cache, i) for i in range(PROMPT, PROMPT + STEPS)]
@@ -39,7 +41,8 @@ def logits(model: Any, cache: ModelCache) -> Tensor:
 
 
 def compare(directory: Path) -> dict[str, Any]:
-    options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu", "attn_implementation": "hybridkv"}
+    device = f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"
+    options: dict[str, Any] = {"dtype": torch.float32, "device": device, "attn_implementation": "hybridkv"}
     whole = load_weights(directory, **options)
     cut = load_weights(directory, **options, n_ranks=n_ranks())
     found: dict[str, Any] = {"pairs": []}

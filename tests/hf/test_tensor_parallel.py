@@ -1,4 +1,4 @@
-"""A model on two ranks is the model: its logits, and half of its KV cache each. Two gloo processes on the CPU."""
+"""A model on two ranks is the model: its logits, and half of its KV cache each. Gloo on the CPU, NCCL on two cards."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from hybridkv.engine.load import bundled_model, describe
 from hybridkv.hf import kv_facts, layer_facts
 from hybridkv.hf.ranks import check_plan, cuts_heads, n_ranks, rank
 from tests.families import HYBRIDS, build
+from tests.hf.cut_model import VOCABULARY
 from tests.torchrun import ROOT, needs_accelerate, torchrun
 
 CUT = ("qwen3", "llama_unbiased", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
@@ -30,7 +31,7 @@ WHOLE = ("olmo_hybrid", "jamba", "granitemoehybrid", "nemotron_h", "lfm2", "lfm2
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("cut")
     for family in (*CUT, *WHOLE):
-        build(family).save_pretrained(root / family)
+        build(family, vocab_size=VOCABULARY).save_pretrained(root / family)
     return {family: root / family for family in (*CUT, *WHOLE)}
 
 
