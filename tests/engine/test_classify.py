@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import pytest
 import torch
@@ -69,13 +70,14 @@ def from_scratch(model: PreTrainedModel, prompt: Sequence[int], label: Sequence[
     return sum(float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(label))
 
 
-def exact_scores(family: str, prompts: Sequence[Sequence[int]]) -> Tensor:
+@cache
+def exact_scores(family: str, prompts: tuple[tuple[int, ...], ...]) -> Tensor:
     model = build(family)
     return torch.tensor([[from_scratch(model, p, label) for label in LABELS] for p in prompts])
 
 
-@pytest.mark.parametrize("family", [*HYBRIDS, "qwen3", "gemma3_text", "gpt_oss"])
 @pytest.mark.parametrize("batch", [1, 2, 8])
+@pytest.mark.parametrize("family", [*HYBRIDS, "qwen3", "gemma3_text", "gpt_oss"])
 def test_as_from_scratch(family: str, batch: int) -> None:
     model = build(family, attention="hybridkv")
     got = classifier(model, batch=batch).score(PROMPTS)
