@@ -41,7 +41,7 @@ bool runs_avx2() {
 }
 
 bool runs_avx512() {
-#if defined(HYBRIDKV_X86)
+#if defined(HYBRIDKV_HAS_AVX512)
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vnni");
@@ -71,8 +71,10 @@ const std::vector<const Isa*>& offered() {
 #if defined(HYBRIDKV_HAS_AMX)
         if (runs_amx()) found.push_back(&kIsaAmx);
 #endif
-#if defined(HYBRIDKV_X86)
+#if defined(HYBRIDKV_HAS_AVX512)
         if (runs_avx512()) found.push_back(&kIsaAvx512);
+#endif
+#if defined(HYBRIDKV_X86)
         if (runs_avx2()) found.push_back(&kIsaAvx2);
 #endif
         found.push_back(&kIsaPortable);
