@@ -56,6 +56,15 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
     patch_language_once()
 
 
+SHARED = ("test_ray.py", "test_tensor_parallel.py", "test_shipped_models.py")
+"""Modules whose tests share what takes most of a minute to start or to load."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put them first: pytest-xdist deals the first tests in large pieces, so that one worker has all of a module."""
+    items.sort(key=lambda item: SHARED.index(item.path.name) if item.path.name in SHARED else len(SHARED))
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh cache memory holds 0xFF: NaN as a float16 or float32 scale, so that reading it cannot go unnoticed."""
