@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,19 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
+@lru_cache(maxsize=64)
+def stored(name: str, shape: tuple[int, int, int, int], start: int, seed: int) -> tuple[Tensor, ...]:
+    """Random rows [B, Hkv, S, D] in poisoned memory; to encode them in torch takes longer than their attention."""
+    fmt, (n_batch, n_kv_heads, n_stored, _) = FORMATS[name], shape
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    planes = []
+    for data in fmt.encode(x):
+        plane = torch.full((n_batch, n_kv_heads, start + n_stored + 5, data.shape[-1]), 0xFF, dtype=torch.uint8)
+        plane[:, :, start : start + n_stored] = data
+        planes.append(plane)
+    return tuple(planes)
+
+
 @dataclass(frozen=True)
 class Case:
     """One attention: shapes, options, and its cache with poisoned memory around the valid rows."""
@@ -51,16 +65,8 @@ class Case:
     n_threads: int = 2
 
     def store(self, name: str, head_dim: int, seed: int) -> tuple[Tensor, ...]:
-        fmt = FORMATS[name]
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(self.n_batch, self.n_kv_heads, self.n_stored, head_dim, generator=generator)
-        capacity = self.start + self.n_stored + 5
-        planes = []
-        for data in fmt.encode(x):
-            plane = torch.full((self.n_batch, self.n_kv_heads, capacity, data.shape[-1]), 0xFF, dtype=torch.uint8)
-            plane[:, :, self.start : self.start + self.n_stored] = data
-            planes.append(plane)
-        return tuple(planes)
+        shape = (self.n_batch, self.n_kv_heads, self.n_stored, head_dim)
+        return tuple(plane.clone() for plane in stored(name, shape, self.start, seed))
 
     def query(self) -> Tensor:
         generator = torch.Generator().manual_seed(7)
