@@ -33,15 +33,19 @@ def exact_attention(
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             for t in range(n_new):
-                seen = mask[b, h, t]
-                if not seen.any():
+                seen: Tensor | slice = mask[b, h, t].nonzero()[:, 0]
+                n_seen = len(seen)
+                if not n_seen:
                     continue
+                first, last = int(seen[0]), int(seen[-1])
+                if n_seen == last - first + 1:  # a slice of them is no copy
+                    seen = slice(first, last + 1)
                 scores = k[b, h, seen] @ q[b, h, t] * scale
                 if softcap is not None:
                     scores = softcap * torch.tanh(scores / softcap)
                 if sinks is not None:
                     scores = torch.cat([scores, sinks[h].double().view(1)])
-                weights = torch.softmax(scores, 0)[: int(seen.sum())]
+                weights = torch.softmax(scores, 0)[:n_seen]
                 out[b, h, t] = weights @ v[b, h, seen]
     return out
 
