@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from hybridkv import ModelError
+from hybridkv import ModelError, ModelFileError
 from hybridkv.engine.load import bundled_model, describe
 from hybridkv.hf import kv_facts, layer_facts
+from hybridkv.hf.load import load_weights
 from hybridkv.hf.ranks import check_plan, cuts_heads, n_ranks, rank
 from tests.families import HYBRIDS, build
 from tests.hf.cut_model import VOCABULARY
@@ -109,6 +111,22 @@ def test_a_family_without_a_plan_is_refused() -> None:
         check_plan(build("zamba2").config)
     with pytest.raises(ModelError, match="GGUF"):
         describe(bundled_model(), n_ranks=2)
+
+
+@needs_accelerate
+def test_what_transformers_cannot_cut_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformers 5.17 refuses a head of 97 outputs; the weights are as they should be then."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ValueError("The output size of `lm_head` (97) must be divisible")
+
+    build("qwen3_5_text").save_pretrained(tmp_path)
+    monkeypatch.setattr("hybridkv.hf.load.AutoModelForCausalLM.from_pretrained", refuse)
+    options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu", "attn_implementation": "hybridkv"}
+    for n, said in ((2, "it cannot be cut for 2 ranks: try another number, or one process"), (1, "of another model")):
+        with pytest.raises(ModelFileError, match="must be divisible") as raised:
+            load_weights(tmp_path, **options, n_ranks=n)
+        assert str(raised.value.hint).endswith(said)
 
 
 def test_a_rank_that_is_done_does_not_take_the_interpreter_down() -> None:

@@ -105,10 +105,10 @@ def load_weights(
     except _NO_MODEL as error:
         raise _no_model(config, error) from error
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
-        raise ModelFileError(
-            f"the weights in {directory} cannot be loaded: {_one_line(error)}",
-            hint="a file is missing or damaged, or config.json is of another model",
-        ) from error
+        hint = "a file is missing or damaged, or config.json is of another model"
+        if n_ranks > 1:
+            hint += f"; or it cannot be cut for {n_ranks} ranks: try another number, or one process"
+        raise ModelFileError(f"the weights in {directory} cannot be loaded: {_one_line(error)}", hint=hint) from error
     mismatched = [f"{name} {list(found)} for {list(asked)}" for name, found, asked in report["mismatched_keys"]]
     for problem, names in (("are missing", report["missing_keys"]), ("have another shape", mismatched)):
         if names:
