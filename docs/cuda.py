@@ -17,12 +17,6 @@ def _lines(name: str) -> list[dict[str, Any]]:
 def attention_cuda_table() -> str:
     """Attention beside the best of torch's bfloat16 backends, case by case."""
     head, *records = _lines("attention-cuda-h100")
-    lines = [
-        "| case | torch bf16, best, us | "
-        + " | ".join(f"{kv_type}: us, times torch, of ideal" for kv_type in BITS)
-        + " | store of one call, q8_0, us |",
-        "|---|---|" + "---|" * (len(BITS) + 1),
-    ]
     shapes: dict[str, dict[str, Any]] = {}
     for record in records:
         case = shapes.setdefault(json.dumps(record["shape"]), {})
@@ -30,22 +24,50 @@ def attention_cuda_table() -> str:
             case["torch"] = min(graph for graph, _ in record["torch"].values())
         else:
             case[record["type"]] = record
-    for text, case in shapes.items():
-        s = json.loads(text)
-        what = f"D={s['d']} {s['hq']}/{s['hkv']}, batch {s['b']}, T={s['t']}, S={s['s']}"
-        cells = [what, f"{case['torch']:.0f}"]
-        for kv_type, bits in BITS.items():
-            ours = case[kv_type]["ours"][0]["graph_us"]
-            ratio = case["torch"] / ours
-            cells.append(f"{ours:.0f}, {ratio:.2f}" + (f", {ratio * bits / 16:.2f}" if s["t"] == 1 else ""))
-        cells.append(f"{case['q8_0']['store_us']:.1f}")
-        lines.append("| " + " | ".join(cells) + " |")
+    cases = [(json.loads(text), case) for text, case in shapes.items()]
     errors = [r["ours"][0]["error"] for r in records if "ours" in r]
     conditions = (
         f"`python bench/attention.py --device cuda`: {head['device']}, torch {head['torch']}, Triton 3.6, copy "
         f"{head['copy_gb_s'] / 1000:.2f} TB/s; medians of graph replays, the error of every case at most {max(errors):.1e} (gate 2e-3)."
     )
-    return "\n".join([*lines, "", conditions])
+    return "\n".join([*_one_token_table(cases), "", *_prompt_table(cases), "", conditions])
+
+
+def _one_token_table(cases: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
+    lines = [
+        "| one token | torch bf16, best, us | "
+        + " | ".join(f"{kv_type}: us, times torch, of ideal" for kv_type in BITS)
+        + " | store of K and V, q8_0, us |",
+        "|---|---|" + "---|" * (len(BITS) + 1),
+    ]
+    for s, case in cases:
+        if s["t"] > 1:
+            continue
+        cells = [f"D={s['d']} {s['hq']}/{s['hkv']}, batch {s['b']}, S={s['s']}", f"{case['torch']:.0f}"]
+        for kv_type, bits in BITS.items():
+            ours = case[kv_type]["ours"][0]["graph_us"]
+            ratio = case["torch"] / ours
+            cells.append(f"{ours:.0f}, {ratio:.2f}, {ratio * bits / 16:.2f}")
+        lines.append("| " + " | ".join([*cells, f"{case['q8_0']['store_us']:.1f}"]) + " |")
+    return lines
+
+
+def _prompt_table(cases: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
+    lines = [
+        "| 2048 tokens | queries | torch bf16, best, us | "
+        + " | ".join(f"{kv_type}: us, times torch" for kv_type in BITS)
+        + " |",
+        "|---|---|---|" + "---|" * len(BITS),
+    ]
+    for s, case in cases:
+        if s["t"] == 1:
+            continue
+        for dtype, key in (("float16", "float16_us"), ("bfloat16", "graph_us")):
+            cells = [f"D={s['d']} {s['hq']}/{s['hkv']}, over {s['s'] - s['t']}", dtype, f"{case['torch']:.0f}"]
+            times = [case[kv_type]["ours"][0][key] for kv_type in BITS]
+            cells += [f"{ours:.0f}, {case['torch'] / ours:.2f}" for ours in times]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def _peers_table() -> list[str]:
@@ -79,6 +101,19 @@ def _decode_table(records: list[dict[str, Any]]) -> list[str]:
                 f"{baseline[r['n_seqs'], r['depth']]:.1f}",
             )
             lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _exact_rows_table() -> list[str]:
+    lines = [
+        "| batch | depth | type, with its exact rows | ms a step | 90th percentile | floor, ms | times floor |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in _lines("step-cuda-h100-tail"):
+        if r["part"] == "decode":
+            types = f"{r['type']}, tail {r['tail']}, sinks {r['sink']}"
+            cells = (str(r["n_seqs"]), str(r["depth"]), types, f"{r['ms']:.2f}", f"{r['p90_ms']:.2f}")
+            lines.append("| " + " | ".join([*cells, f"{r['floor_ms']:.2f}", f"{r['times_floor']:.2f}"]) + " |")
     return lines
 
 
@@ -118,6 +153,8 @@ def step_cuda_table() -> str:
         *_decode_table(records),
         "",
         f"{_prompts(records)}, with flash-linear-attention {with_fla:.0f}.",
+        "",
+        *_exact_rows_table(),
         "",
         *_peers_table(),
         "",
