@@ -86,6 +86,7 @@ def multiply_swiglu(x: Tensor, weight: Tensor) -> Tensor:
 def one_row(x: Tensor, weight: Tensor, *, gated: bool = False) -> Tensor:
     """What `multiply` gives for one row `[1, in]`, or with `gated` what `multiply_swiglu` does."""
     assert x.shape == (1, weight.shape[1]) and x.is_contiguous() and weight.is_contiguous(), (x.shape, weight.shape)
+    assert x.dtype == weight.dtype, (x.dtype, weight.dtype)
     n_in, n_out = weight.shape[1], weight.shape[0] // (2 if gated else 1)
     outs, most = (2, 512) if n_in <= SHORT_ROW else (1, 1024)
     inputs = min(most, triton.next_power_of_2(n_in))
