@@ -347,7 +347,7 @@ def test_options_taken_over_from_llama_cli(run: Run, options: tuple[str, ...], n
 
 
 def test_json_is_all_of_stdout(cli: Cli, gguf: Path) -> None:
-    done = cli("run", "-m", gguf, "-p", "the in", "-n", 3, "--json", "-ctk", "q8_0")
+    done = cli("run", "-m", gguf, "-p", "the in", "-n", 3, "--json", "-ctk", "q8_0", "--ignore-eos")
     answer = json.loads(done.out)
     assert answer["model"] == "tiny"
     assert answer["prompt_tokens"] == len(answer["prompt_ids"]) == 4
