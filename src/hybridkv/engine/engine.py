@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hybridkv.cache import KVSpec
+from hybridkv.engine.host import bad_logits
 from hybridkv.engine.ladder import check_weights, labels_of, raised_specs
 from hybridkv.engine.sampling import Sampler, SamplingParams
 from hybridkv.errors import ContextError, GuardError, UsageError
@@ -221,12 +222,5 @@ class Engine:
         logits = self.step.forward(tokens, self.cache, self.history.shape[1] - tokens.shape[1])
         self.n_held = self.history.shape[1]
         if not is_finite(logits):
-            layers = self.cache.kv_layers
-            raise NonFiniteError(
-                layer=None,
-                label=layers[0].types.label if layers else "none",
-                kernel=layers[0].kernels.label if layers else "none",
-                n_tokens=self.history.shape[1],
-                source="cache",
-            )
+            raise bad_logits(self.cache, self.history.shape[1])
         return logits
