@@ -2,10 +2,12 @@
 
     python bench/instructions_cuda.py --types q8_0,q6_0,q4_0
     python bench/instructions_cuda.py --experts
+    python bench/instructions_cuda.py --products
 
 Compiled for an H100 with Triton's own tools. Of the attention of one token: the loop over rows is the longest one that
 branches back; what it holds, over the values of K and V that a thread sees in a turn, is the last column but one. Of
-experts: the loads in the longest loop by their width, and its barriers.
+experts: the loads in the longest loop by their width, and its barriers. Of products with one row: the loads before the
+kernel waits for its turn, and behind.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hybridkv.kernels.cuda import experts
+from hybridkv.kernels.cuda import experts, products
 from hybridkv.kernels.cuda.layout import side
 from hybridkv.kernels.cuda.one_token import attend_one_token
 
@@ -117,15 +119,40 @@ def show_experts() -> None:
         print(f"| {name} | {registers} | {wide} | {narrow} | {barriers} |")
 
 
+def show_products() -> None:
+    """At the widths of a 4B Qwen3.5."""
+    print("| inputs | SwiGLU | registers | loads of 16 bytes before the wait | narrower ones | of 16 bytes behind it |")
+    print("|---|---|---|---|---|---|")
+    for n_in, gated in ((2560, False), (2560, True), (4096, False), (9216, False)):
+        tiling = products.tiling_of(n_in)
+        known = {**tiling._asdict(), "SWIGLU": gated, "OVERLAPS": True}
+        kernel = products._product
+        signature = {
+            n: "constexpr" if n in known else "i32" if n in ("n_in", "n_out") else "*bf16" for n in kernel.arg_names
+        }
+        code, registers = disassembled(
+            for_h100(kernel, signature, known, set(signature) - set(known) - {"n_out"}, products.WARPS).asm["cubin"]
+        )
+        names = [name_of(instruction) for _, instruction in code]
+        wait = names.index("ACQBULK")
+        before, behind = ([i for i in part if i.startswith("LDG")] for part in (names[:wait], names[wait:]))
+        wide = [sum(".128" in i for i in part) for part in (before, behind)]
+        print(f"| {n_in} | {gated} | {registers} | {wide[0]} | {len(before) - wide[0]} | {wide[1]} |")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--types", default="q8_0,q6_0,q4_0,hq4_nl,hq3_nl")
     parser.add_argument("--kinds", type=int, default=8, help="kinds of instructions to list")
     parser.add_argument("--experts", action="store_true", help="the kernels of experts instead")
+    parser.add_argument("--products", action="store_true", help="products with one row instead")
     a = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
     if a.experts:
         show_experts()
+        return 0
+    if a.products:
+        show_products()
         return 0
     print(
         "| type | head dim | registers | instructions of the loop | a value | most of them |\n|---|---|---|---|---|---|"

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from hybridkv.engine.load import Loaded, bundled_model, describe, load
 from hybridkv.formats import FORMATS, get_format
 from hybridkv.gguf.load import load_gguf
 from hybridkv.hf import Step, kv_facts, resolve_step
+from hybridkv.kernels.cuda import compiling
 from hybridkv.policy import Guard, Policy
 from tests.cli.conftest import Cli
 from tests.cli.models import ModelStore, with_weights
@@ -344,6 +346,16 @@ def test_options_taken_over_from_llama_cli(run: Run, options: tuple[str, ...], n
     run("-n", 1, *options)
     assert ("note:" in run.err) == (notice is not None)
     assert (notice or "") in run.err
+
+
+def test_what_was_compiled_meanwhile_is_said(cli: Cli, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a first run on a CUDA device would look slow."""
+    words = ("run", "-m", gguf, "-p", "the in", "-n", 2, "--temp", 0)
+    assert "kernels: " not in cli(*words).err
+    monkeypatch.setattr(compiling, "watch_compilation", lambda device: nullcontext(compiling.Compiled(9, 8.25)))
+    assert "kernels:    9 compiled in 8.2 s of that, kept for the next run\n" in cli(*words).err
+    answer = json.loads(cli(*words, "--json").out)
+    assert (answer["compiled_kernels"], answer["compile_s"]) == (9, 8.25)
 
 
 def test_json_is_all_of_stdout(cli: Cli, gguf: Path) -> None:

@@ -42,3 +42,15 @@ def test_experts_are_read_in_pieces_of_16_bytes_without_barriers(tmp_path: Path)
         assert int(registers) <= 160
         assert int(wide) >= 6
         assert (narrow, barriers) == ("0", "0")
+
+
+def test_a_product_asks_for_all_of_its_weights_before_it_waits(tmp_path: Path) -> None:
+    """Two rows of 2560, 5 times 16 bytes a thread; with a gate four; one row of 4096 and of 9216."""
+    rows = table(tmp_path, "--products")
+    assert [(row[0], row[1], row[3], row[4]) for row in rows] == [
+        ("2560", "False", "5", "0"),
+        ("2560", "True", "10", "0"),
+        ("4096", "False", "4", "0"),
+        ("9216", "False", "9", "0"),
+    ]
+    assert max(int(row[2]) for row in rows) <= 100  # five programs a multiprocessor

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hybridkv.cli.stream import Streams
     from hybridkv.engine import Engine, SamplingParams
     from hybridkv.engine.load import Loaded
+    from hybridkv.kernels.cuda.compiling import Compiled
 
 NAME = "run"
 HELP = "answer a prompt with a model on a quantized KV cache"
@@ -107,6 +108,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     from hybridkv.engine import Engine
     from hybridkv.engine.admission import is_out_of_memory
+    from hybridkv.kernels.cuda.compiling import watch_compilation
 
     opened = open_model(a, ranks="many")
     tell = speak_on_one_rank(opened.description.n_ranks)
@@ -118,7 +120,8 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         engine = Engine(loaded.model, specs, n_ctx=n_ctx, guard=guard, notify=tell, step=step)
         talk.hand_over(engine)
-        return leave_ranks(_generate(a, loaded, engine, sampling, talk))
+        with watch_compilation(opened.device_type) as compiled:
+            return leave_ranks(_generate(a, loaded, engine, sampling, talk, compiled))
     except HybridKVError as error:
         tell_of_end(error)
         raise
@@ -173,7 +176,12 @@ def _sampling(a: argparse.Namespace) -> SamplingParams:
 
 
 def _generate(
-    a: argparse.Namespace, loaded: Loaded, engine: Engine, sampling: SamplingParams, talk: Conversation
+    a: argparse.Namespace,
+    loaded: Loaded,
+    engine: Engine,
+    sampling: SamplingParams,
+    talk: Conversation,
+    compiled: Compiled,
 ) -> int:
     """Stream the answer, then print what it took. Nothing reaches stdout before the first token is there."""
     from hybridkv.cli.stream import Streams
@@ -198,19 +206,23 @@ def _generate(
     if stopped == "context full":
         notice(f"stopped: the context is full at {engine.history.shape[1]} tokens")
     if a.json:
-        print(json.dumps(_result(engine, loaded, streams, sampling, text, ids, stopped)))
+        print(json.dumps(_result(engine, loaded, streams, sampling, text, ids, stopped, compiled)))
     else:
-        _print_figures(engine, sampling)
+        _print_figures(engine, sampling, compiled)
     return 130 if stopped == "interrupted" else 0
 
 
-def _print_figures(engine: Engine, sampling: SamplingParams) -> None:
+def _print_figures(engine: Engine, sampling: SamplingParams, compiled: Compiled) -> None:
     t, cache = engine.timings, engine.cache
     lines = [
         f"prompt:     {t.n_prompt} tokens, {t.prompt_tok_s:.1f} tokens/s",
         f"generation: {t.n_generated} tokens, {t.generation_tok_s:.1f} tokens/s",
         f"memory:     KV {size(cache.kv_bytes_used)} used of {size(cache.kv_bytes)}, states {size(cache.state_bytes)}",
     ]
+    if compiled.n_kernels:
+        lines.append(
+            f"kernels:    {compiled.n_kernels} compiled in {compiled.seconds:.1f} s of that, kept for next time"
+        )
     if cache.errors:
         worst = max(cache.errors, key=lambda layer: cache.errors[layer])
         lines.append(
@@ -231,6 +243,7 @@ def _result(
     text: str,
     ids: list[int],
     stopped: str,
+    compiled: Compiled,
 ) -> dict[str, Any]:
     """The object that `--json` prints."""
     t, cache = engine.timings, engine.cache
@@ -246,6 +259,8 @@ def _result(
         "prompt_tok_s": t.prompt_tok_s,
         "generated_tokens": t.n_generated,
         "generation_tok_s": t.generation_tok_s,
+        "compiled_kernels": compiled.n_kernels,
+        "compile_s": compiled.seconds,
         "rebuilds": t.n_rebuilds,
         "kv_bytes": cache.kv_bytes,
         "kv_bytes_used": cache.kv_bytes_used,
