@@ -220,9 +220,8 @@ def _print_figures(engine: Engine, sampling: SamplingParams, compiled: Compiled)
         f"memory:     KV {size(cache.kv_bytes_used)} used of {size(cache.kv_bytes)}, states {size(cache.state_bytes)}",
     ]
     if compiled.n_kernels:
-        lines.append(
-            f"kernels:    {compiled.n_kernels} compiled in {compiled.seconds:.1f} s of that, kept for next time"
-        )
+        kept = f"{compiled.n_kernels} compiled in {compiled.seconds:.1f} s of that, kept for the next run"
+        lines.append(f"kernels:    {kept}")
     if cache.errors:
         worst = max(cache.errors, key=lambda layer: cache.errors[layer])
         lines.append(
