@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import pkgutil
+from collections.abc import Iterator
 from types import FunctionType, SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import hybridkv.kernels.cuda as kernels
+from tests.on_device import INTERPRETED
 
-if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+if INTERPRETED:
     # Triton decides on its import whether its interpreter runs kernels, and so do these modules. Afterwards nothing
     # is offered on the CPU that would run in it.
     with pytest.MonkeyPatch.context() as patch:
@@ -52,8 +54,17 @@ def patch_language_once() -> None:
     interpreter._patch_lang = patch_lang
 
 
-if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+if INTERPRETED:
     patch_language_once()
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Triton asks the environment again on a launch; numpy, in which it computes, warns of NaN where it is meant."""
+    if INTERPRETED:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with np.errstate(all="ignore"):
+        yield
 
 
 SHARED = ("test_ray.py", "test_tensor_parallel.py", "test_shipped_models.py")

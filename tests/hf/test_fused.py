@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -23,9 +22,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from hybridkv.hf.step import fused_qwen3_5
 from hybridkv.hf.step.fused import FusedStep
 from hybridkv.kernels.cuda import delta
+from tests.on_device import DEVICE, ON_CUDA
 
-ON_CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if ON_CUDA else "cpu"
 TWO_LAYERS = {
     "num_hidden_layers": 2,
     "layer_types": ["linear_attention", "full_attention"],
@@ -46,11 +44,10 @@ SMALL = {
 
 
 @pytest.fixture(autouse=True)
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def short_chunks(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if not ON_CUDA:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setattr(delta, "CHUNK", 16)
-    with np.errstate(all="ignore"), torch.inference_mode():
+    with torch.inference_mode():
         yield
 
 

@@ -5,7 +5,6 @@ Whether the interpreter runs them is fixed when they are imported, which tests/c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -26,9 +25,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 from hybridkv.kernels.cuda import launch, staged
 from hybridkv.kernels.cuda.launch import ONE_TOKEN_ROWS, Tiling
 from hybridkv.kernels.cuda.store import store
+from tests.on_device import DEVICE, ON_CUDA
 
-ON_CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if ON_CUDA else "cpu"
+pytestmark = pytest.mark.usefixtures("interpreter")
 NARROW = Tiling(16, 16, warps=4, programs=1)
 """Small tiles, so that a few rows make several of them."""
 ONE_TOKEN = Tiling(ONE_TOKEN_ROWS, 16, warps=1, programs=1)
@@ -36,15 +35,6 @@ ONE_TOKEN = Tiling(ONE_TOKEN_ROWS, 16, warps=1, programs=1)
 WORDS = tuple(n for n, f in FORMATS.items() if f.is_quantized and f.block == 32)
 """Types that it reads."""
 TYPES = tuple(FORMATS)
-
-
-@pytest.fixture(autouse=True)
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Triton asks the environment again on a launch; numpy, in which it computes, warns of NaN where it is meant."""
-    if not ON_CUDA:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with np.errstate(all="ignore"):
-        yield
 
 
 def on_device(view: KVView) -> KVView:

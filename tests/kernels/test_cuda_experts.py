@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from hybridkv.kernels.cuda import experts
 from hybridkv.kernels.cuda.experts import route, run_experts
+from tests.on_device import DEVICE, random
 
-ON_CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if ON_CUDA else "cpu"
+pytestmark = pytest.mark.usefixtures("interpreter")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # two roundings, which the interpreter makes cuts
-
-
-@pytest.fixture(autouse=True)
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if not ON_CUDA:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with np.errstate(all="ignore"):
-        yield
-
-
-def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,25 +12,12 @@ pytest.importorskip("triton", reason="triton is not installed")
 from hybridkv.kernels.cuda import delta
 from hybridkv.kernels.cuda.delta import DeltaShape, conv_prompt, conv_step, delta_prompt, delta_step
 from hybridkv.kernels.cuda.layers import add_norm, gate_heads, norm_rope, regroup_heads, swiglu, watch_finite
+from tests.on_device import DEVICE, ON_CUDA, random
 from tests.oracles import delta as oracle
 
-ON_CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if ON_CUDA else "cpu"
+pytestmark = pytest.mark.usefixtures("interpreter")
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
-
-
-@pytest.fixture(autouse=True)
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if not ON_CUDA:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with np.errstate(all="ignore"):
-        yield
-
-
-def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
 
 
 def part(n_rows: int, width: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

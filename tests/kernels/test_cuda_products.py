@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,23 +11,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from hybridkv.kernels.cuda import products
 from hybridkv.kernels.cuda.products import multiply, multiply_swiglu, one_row
+from tests.on_device import DEVICE, random
 
-ON_CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if ON_CUDA else "cpu"
+pytestmark = pytest.mark.usefixtures("interpreter")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 6e-3}
-
-
-@pytest.fixture(autouse=True)
-def interpreter(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if not ON_CUDA:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with np.errstate(all="ignore"):
-        yield
-
-
-def random(*shape: int, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
 
 
 def exact_product(x: Tensor, weight: Tensor, gated: bool) -> Tensor:
