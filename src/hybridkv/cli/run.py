@@ -108,7 +108,6 @@ def main(arguments: argparse.Namespace) -> int:
 
     from hybridkv.engine import Engine
     from hybridkv.engine.admission import is_out_of_memory
-    from hybridkv.kernels.cuda.compiling import watch_compilation
 
     opened = open_model(a, ranks="many")
     tell = speak_on_one_rank(opened.description.n_ranks)
@@ -120,8 +119,7 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         engine = Engine(loaded.model, specs, n_ctx=n_ctx, guard=guard, notify=tell, step=step)
         talk.hand_over(engine)
-        with watch_compilation(opened.device_type) as compiled:
-            return leave_ranks(_generate(a, loaded, engine, sampling, talk, compiled))
+        return leave_ranks(_generate(a, loaded, engine, sampling, talk))
     except HybridKVError as error:
         tell_of_end(error)
         raise
@@ -176,31 +174,28 @@ def _sampling(a: argparse.Namespace) -> SamplingParams:
 
 
 def _generate(
-    a: argparse.Namespace,
-    loaded: Loaded,
-    engine: Engine,
-    sampling: SamplingParams,
-    talk: Conversation,
-    compiled: Compiled,
+    a: argparse.Namespace, loaded: Loaded, engine: Engine, sampling: SamplingParams, talk: Conversation
 ) -> int:
     """Stream the answer, then print what it took. Nothing reaches stdout before the first token is there."""
     from hybridkv.cli.stream import Streams
+    from hybridkv.kernels.cuda.compiling import watch_compilation
 
     text, ids = talk.text, talk.ids
     ends = set() if a.ignore_eos else set(loaded.end_ids)
     streams = Streams(loaded.tokenizer if a.ids is None else None, ids, a.parallel, ends, prompt=text, live=not a.json)
     stopped = "n"
-    try:
-        for tokens in engine.generate(ids, sampling, n_predict=a.n_predict, n_seqs=a.parallel):
-            streams.push(tokens)
-            if streams.all_ended:
-                stopped = "end of text"
-                break
-        else:
-            if engine.timings.n_generated != a.n_predict * a.parallel:
-                stopped = "context full"
-    except KeyboardInterrupt:
-        stopped = "interrupted"
+    with watch_compilation(loaded.model.device.type) as compiled:
+        try:
+            for tokens in engine.generate(ids, sampling, n_predict=a.n_predict, n_seqs=a.parallel):
+                streams.push(tokens)
+                if streams.all_ended:
+                    stopped = "end of text"
+                    break
+            else:
+                if engine.timings.n_generated != a.n_predict * a.parallel:
+                    stopped = "context full"
+        except KeyboardInterrupt:
+            stopped = "interrupted"
     streams.close()
     talk.keep(engine, loaded.model, answer=streams.sequences[0].text, ended=stopped == "end of text")
     if stopped == "context full":
