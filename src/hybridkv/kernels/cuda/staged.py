@@ -31,7 +31,7 @@ MIN_NEW_TOKENS = 64
 ROWS = 16
 """Rows that a program unpacks."""
 ELEMENTS = 4096
-"""Numbers that a program sums."""
+"""Numbers that a program rounds or sums."""
 
 
 @triton.jit
