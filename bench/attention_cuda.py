@@ -203,8 +203,9 @@ def row(
     return [
         f"  {kv_type:7} {us:8.1f} single {default.get('single_us', 0.0):7.1f} ratio {ratio:5.2f} = "
         f"{ratio / ideal:4.2f} of ideal, {rate:4.0f} GB/s = {rate / copy:4.0%} of copy, err {top['error']:.0e}, "
-        f"store {stored_us:5.1f}, with float16 queries {top.get('float16_us', 0.0):6.1f}, "
-        f"default {default.get('graph_us', 0.0):7.1f}, best {tiling_text(top)}"
+        f"store {stored_us:5.1f}, "
+        + (f"with float16 queries {top['float16_us']:6.1f}, " if "float16_us" in top else "")
+        + f"default {default.get('graph_us', 0.0):7.1f}, best {tiling_text(top)}"
     ]
 
 

@@ -15,7 +15,9 @@ from __future__ import annotations
 import argparse
 import time
 import traceback
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -29,19 +31,19 @@ from hybridkv.hf import EagerStep, layer_facts
 from hybridkv.plan import largest_context, plan
 from step_cuda_model import (
     GEOMETRIES,
+    WARM_STEPS,
     Bench,
     build,
     chosen_step,
     copy_bandwidth,
     fill,
+    prompt_speed,
     read_bytes,
     synchronize,
     timed_steps,
 )
 from step_cuda_peers import baseline, compiled, recurrent_code
 
-WARM_STEPS, WARM_PROMPTS = 100, 2
-"""Untimed ones first: kernels are compiled, and clocks rise again."""
 PARTS = ("check", "baseline", "compiled", "decode", "prefill", "memory", "profile")
 
 
@@ -104,18 +106,13 @@ def decode(bench: Bench) -> None:
 def prefill(bench: Bench) -> None:
     for type_name in bench.options.types:
         for n_tokens in bench.options.prompts:
-            prompt, seconds = torch.randint(3, 900, (1, n_tokens)), []
-            for _ in range(WARM_PROMPTS + 5):
-                cache = bench.cache(type_name, n_tokens)
-                synchronize()
-                start = time.perf_counter()
-                bench.step.forward(prompt, cache, 0)
-                synchronize()
-                seconds.append(time.perf_counter() - start)
-                del cache
-            best = median(seconds[WARM_PROMPTS:])
-            first = 1e3 * seconds[0]
-            bench.report("prefill", type=type_name, tokens=n_tokens, first_ms=first, tok_s=n_tokens / best)
+            prompt = torch.randint(3, 900, (1, n_tokens))
+
+            def prepare(t: str = type_name, prompt: Tensor = prompt) -> Callable[[], object]:
+                return partial(bench.step.forward, prompt, bench.cache(t, prompt.shape[1]), 0)
+
+            first, tok_s = prompt_speed(n_tokens, prepare)
+            bench.report("prefill", type=type_name, tokens=n_tokens, first_ms=1e3 * first, tok_s=tok_s)
 
 
 def memory(bench: Bench) -> None:

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
@@ -56,6 +57,8 @@ GEOMETRIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 FILL_ROWS = 16384
+WARM_STEPS, WARM_PROMPTS, TIMED_PROMPTS = 100, 2, 5
+"""Those to warm up are not timed: kernels are compiled, and clocks rise again."""
 
 
 def build(geometry: str, device: str, dtype: torch.dtype) -> Any:
@@ -180,6 +183,23 @@ def timed_steps(run: Callable[[Tensor, int], Tensor], n_seqs: int, depth: int, n
         assert is_finite(logits)
         token = logits.argmax(-1, keepdim=True).cpu()
         yield time.perf_counter() - start
+
+
+def prompt_speed(n_tokens: int, prepare: Callable[[], Callable[[], object]]) -> tuple[float, float]:
+    """Seconds of the first of some prompts, and tokens per second at the median of those after the warm-up.
+
+    `prepare` makes an empty cache, and gives the call that fills it.
+    """
+    seconds = []
+    for _ in range(WARM_PROMPTS + TIMED_PROMPTS):
+        run = prepare()
+        synchronize()
+        start = time.perf_counter()
+        run()
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+        del run
+    return seconds[0], n_tokens / median(seconds[WARM_PROMPTS:])
 
 
 def chosen_step(model: Any, device: str, kind: str) -> Callable[[Any], Step]:

@@ -6,8 +6,8 @@ Where flash-linear-attention is installed, Transformers takes its kernels for th
 from __future__ import annotations
 
 import importlib.metadata
-import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from hybridkv.hf import IMPLEMENTATION, cache_argument
-from step_cuda_model import Bench, synchronize, timed_steps
+from step_cuda_model import Bench, prompt_speed, timed_steps
 
 Forward = Callable[[Tensor, int], Tensor]
 
@@ -47,17 +47,14 @@ def baseline(bench: Bench) -> None:
             bench.report("baseline decode", n_seqs=n_seqs, depth=depth, ms=ms)
             del cache, forward
         for n_tokens in bench.options.prompts:
-            seconds = []
-            for _ in range(5):
-                prompt = torch.randint(3, 900, (1, n_tokens), device=bench.options.device)
-                cache = transformers.DynamicCache(config=model.config)
-                synchronize()
-                start = time.perf_counter()
-                model(input_ids=prompt, **{cache_argument(model): cache}, use_cache=True, logits_to_keep=1)
-                synchronize()
-                seconds.append(time.perf_counter() - start)
-                del cache
-            bench.report("baseline prefill", tokens=n_tokens, tok_s=n_tokens / median(seconds[2:]))
+
+            def prepare(n: int = n_tokens) -> Callable[[], object]:
+                prompt = torch.randint(3, 900, (1, n), device=bench.options.device)
+                cache = {cache_argument(model): transformers.DynamicCache(config=model.config)}
+                return partial(model, input_ids=prompt, **cache, use_cache=True, logits_to_keep=1)
+
+            _, tok_s = prompt_speed(n_tokens, prepare)
+            bench.report("baseline prefill", tokens=n_tokens, tok_s=tok_s)
 
 
 def compiled(bench: Bench) -> None:

@@ -87,6 +87,12 @@ def _peers_table() -> list[str]:
     return lines
 
 
+def _step_cells(r: dict[str, Any], stored: str) -> tuple[str, ...]:
+    """A decode step's case, how its rows are stored, its times and its floor."""
+    times = (f"{r[name]:.2f}" for name in ("ms", "p90_ms", "floor_ms", "times_floor"))
+    return str(r["n_seqs"]), str(r["depth"]), stored, *times
+
+
 def _decode_table(records: list[dict[str, Any]]) -> list[str]:
     baseline = {(r["n_seqs"], r["depth"]): r["ms"] for r in records if r["part"] == "baseline decode"}
     lines = [
@@ -95,12 +101,8 @@ def _decode_table(records: list[dict[str, Any]]) -> list[str]:
     ]
     for r in records:
         if r["part"] == "decode":
-            cells = (
-                *(str(r["n_seqs"]), str(r["depth"]), r["type"], f"{r['ms']:.2f}", f"{r['p90_ms']:.2f}"),
-                *(f"{r['floor_ms']:.2f}", f"{r['times_floor']:.2f}", f"{r['tok_s']:.0f}"),
-                f"{baseline[r['n_seqs'], r['depth']]:.1f}",
-            )
-            lines.append("| " + " | ".join(cells) + " |")
+            more = f"{r['tok_s']:.0f}", f"{baseline[r['n_seqs'], r['depth']]:.1f}"
+            lines.append("| " + " | ".join((*_step_cells(r, r["type"]), *more)) + " |")
     return lines
 
 
@@ -111,9 +113,8 @@ def _exact_rows_table() -> list[str]:
     ]
     for r in _lines("step-cuda-h100-tail"):
         if r["part"] == "decode":
-            types = f"{r['type']}, tail {r['tail']}, sinks {r['sink']}"
-            cells = (str(r["n_seqs"]), str(r["depth"]), types, f"{r['ms']:.2f}", f"{r['p90_ms']:.2f}")
-            lines.append("| " + " | ".join([*cells, f"{r['floor_ms']:.2f}", f"{r['times_floor']:.2f}"]) + " |")
+            stored = f"{r['type']}, tail {r['tail']}, sinks {r['sink']}"
+            lines.append("| " + " | ".join(_step_cells(r, stored)) + " |")
     return lines
 
 
