@@ -96,7 +96,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _plan(a: argparse.Namespace) -> Plan:
-    from hybridkv.hf import parse_step
+    from hybridkv.engine.steps import parse_step
     from hybridkv.lab.decode_bench import Plan
 
     usual = _QUICK if a.quick else _FULL

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     import torch
 
     from hybridkv.engine.load import Description, Loaded
-    from hybridkv.hf import Step, StepKind, WeightKind
+    from hybridkv.engine.steps import StepKind
+    from hybridkv.hf import Step, WeightKind
+    from hybridkv.native import Memory
 
 DEFAULT_CTX = 4096
 
@@ -55,6 +57,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, default_ctx: int = D
         help="how matrices are held: packed without any change, plain tensors, or rounded; int8 is q8_0, int4 is q4_0 "
         "with embedding and output head at int8, both are torchao's on CUDA (default auto: packed on the CPU, plain on "
         "CUDA and under --engine eager)",
+    )
+    group.add_argument(
+        "--no-mmap",
+        action="store_true",
+        help="read a GGUF file into memory once, instead of using its weights where the system's file cache has them",
     )
     group.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that a model directory brings along"
@@ -103,6 +110,10 @@ class Opened:
         How matrices are held, and the model's dtype.
     make_step
         Runs the loaded model.
+    engine
+        What was asked to run it.
+    memory
+        Whether a file's weights stay in the mapped file.
     """
 
     description: Description
@@ -111,6 +122,8 @@ class Opened:
     weights: WeightKind
     dtype: torch.dtype
     make_step: Callable[[Any], Step]
+    engine: StepKind = "auto"
+    memory: Memory = "mapped"
 
     @property
     def device_type(self) -> str:
@@ -126,10 +139,16 @@ class Opened:
         """The model and what runs it; what is worth knowing of them is said."""
         from hybridkv.engine.load import load
 
-        loaded = load(self.description, dtype=self.dtype, device=self.device, weights=self.weights)
+        loaded = load(
+            self.description,
+            dtype=self.dtype,
+            device=self.device,
+            weights=self.weights,
+            engine=self.engine,
+            memory=self.memory,
+        )
         for line in loaded.notices:
             notice(line)
-        _suggest_int8(loaded, self.weights)
         return loaded, self.make_step(loaded.model)
 
 
@@ -154,7 +173,8 @@ def open_model(
     from transformers.utils import logging as transformers_logging
 
     from hybridkv.engine.load import bundled_model, describe
-    from hybridkv.hf import parse_graphs, parse_step, parse_weights, resolve_step
+    from hybridkv.engine.steps import parse_graphs, parse_step, resolve_step
+    from hybridkv.hf import parse_weights
     from hybridkv.hf.ranks import n_ranks
 
     graphs = parse_graphs(a.graph or "on")
@@ -178,7 +198,8 @@ def open_model(
         notice(f"--graph {a.graph} changes nothing: graphs are CUDA's, and this runs on {device_type}")
     make_step = resolve_step(description.config, device_type, kind, graphs=graphs, notify=notice)
     weights, dtype = _weights(asked, kind, device)
-    return Opened(description, device, n_ctx, weights, dtype, make_step)
+    memory: Memory = "copied" if a.no_mmap else "mapped"
+    return Opened(description, device, n_ctx, weights, dtype, make_step, kind, memory)
 
 
 def _check_ranks(a: argparse.Namespace, n: int, ranks: Literal["one", "many"]) -> None:
@@ -256,16 +277,3 @@ def _weights(asked: WeightKind, engine: StepKind, device: str) -> tuple[WeightKi
     if asked not in ("auto", "plain") and reason is not None:
         raise UsageError(f"--weights {asked}: {reason}; allowed: auto, plain", hint="leave --weights out")
     return asked, torch.float32
-
-
-def _suggest_int8(loaded: Loaded, weights: WeightKind) -> None:
-    """Say what a file costs whose types only float32 holds without change."""
-    from hybridkv.hf import packed_bytes
-
-    path = loaded.description.path
-    wide = packed_bytes(loaded.model, "f32")
-    if weights == "auto" and path.is_file() and wide > path.stat().st_size:
-        notice(
-            f"{size(wide)} of weights are held as f32, which alone keeps this file's types unchanged; "
-            f"--weights int8 takes {size(wide * 17 // 64)}"
-        )

@@ -21,7 +21,8 @@ from torch import Tensor
 from hybridkv.cache import KVSpec
 from hybridkv.engine.ladder import labels_of, raised_specs
 from hybridkv.errors import ContextError, UsageError
-from hybridkv.hf import ModelCache, Step, is_finite, resolve_step, takes_chunks
+from hybridkv.engine.steps import resolve_step
+from hybridkv.hf import ModelCache, Step, is_finite, takes_chunks
 from hybridkv.policy import Guard, NonFiniteError
 
 Ids = Sequence[int]
@@ -162,7 +163,7 @@ class Classifier:
         self._root = label_tree(labels, max(map(len, labels)) if self._takes_chunks else 1)
         self._n_labels = len(labels)
         self._n_ctx, self._batch, self._guard, self._notify = n_ctx, batch, guard, notify
-        self._device = next(model.parameters()).device
+        self._device = model.device
         self._start: ModelCache | None = None
         self.step = resolve_step(model.config, self._device.type)(model) if step is None else step
         self.specs = tuple(specs)

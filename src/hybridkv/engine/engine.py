@@ -20,7 +20,8 @@ from hybridkv.engine.host import bad_logits
 from hybridkv.engine.ladder import check_weights, labels_of, raised_specs
 from hybridkv.engine.sampling import Sampler, SamplingParams
 from hybridkv.errors import ContextError, GuardError, UsageError
-from hybridkv.hf import ModelCache, Step, is_finite, resolve_step, takes_chunks
+from hybridkv.engine.steps import resolve_step
+from hybridkv.hf import ModelCache, Step, is_finite, takes_chunks
 from hybridkv.hf.ranks import ranks_of, same_everywhere
 from hybridkv.policy import Guard, MismatchError, NonFiniteError
 
@@ -55,7 +56,7 @@ class Engine:
     Parameters
     ----------
     model
-        A Transformers causal language model, loaded with `attn_implementation="hybridkv"`.
+        A `NativeModel`, or a Transformers causal language model loaded with `attn_implementation="hybridkv"`.
     specs
         How its KV layers are stored at first.
     n_ctx
@@ -93,7 +94,7 @@ class Engine:
         self._notify = notify
         self._n_ctx = n_ctx
         self._make_cache = make_cache or self._default_cache
-        self._device = next(model.parameters()).device
+        self._device = model.device
         self.step = resolve_step(model.config, self._device.type)(model) if step is None else step
         self.cache = self._make_cache(specs)
         self.history = torch.empty(1, 0, dtype=torch.long)

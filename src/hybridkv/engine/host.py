@@ -36,7 +36,7 @@ class Host:
         self, model: Any, specs: Sequence[KVSpec], *, n_ctx: int, guard: Guard, notify: Callable[[str], None]
     ) -> None:
         self.model, self.specs, self.guard, self.notify = model, tuple(specs), guard, notify
-        self.device: str = next(model.parameters()).device.type
+        self.device: str = model.device.type
         self._n_ctx = n_ctx
 
     def check_ids(self, request: Request) -> None:

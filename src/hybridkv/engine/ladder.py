@@ -10,6 +10,7 @@ import torch
 
 from hybridkv.cache import KVSpec
 from hybridkv.errors import GuardError, ModelError
+from hybridkv.native import NativeModel
 from hybridkv.policy import Guard, MismatchError, NonFiniteError, next_types
 
 
@@ -42,9 +43,15 @@ def check_weights(model: Any) -> None:
     ModelError
         Naming the first tensor that is not finite.
     """
-    for name, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise ModelError(
-                f"the weights are not finite: {name} holds NaN or infinity",
-                hint="the model file is damaged or was converted wrongly; no cache type can help",
-            )
+    if (name := _bad_weight(model)) is not None:
+        raise ModelError(
+            f"the weights are not finite: {name} holds NaN or infinity",
+            hint="the model file is damaged or was converted wrongly; no cache type can help",
+        )
+
+
+def _bad_weight(model: Any) -> str | None:
+    """Name the first tensor of a model that is not finite."""
+    if isinstance(model, NativeModel):
+        return model.source.check()
+    return next((name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()), None)

@@ -7,7 +7,6 @@ memory is planned before anything large is touched; `load` then loads.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,15 @@ from typing import Any
 import torch
 
 from hybridkv.cache import LayerFacts
+from hybridkv.engine.steps import StepKind
 from hybridkv.errors import ModelError, ModelFileError
 from hybridkv.gguf.load import describe_gguf, load_gguf
-from hybridkv.hf import IMPLEMENTATION, WeightKind, layer_facts, pack_model, packed_parameter, vocabulary_rows
+from hybridkv.hf import IMPLEMENTATION, WeightKind, holder, layer_facts, pack_model, vocabulary_rows
 from hybridkv.hf.load import RemoteCode, count_parameters, load_config, load_tokenizer, load_weights
 from hybridkv.hf.ranks import check_plan
 from hybridkv.hf.torchao_weights import quantize_weights
+from hybridkv.native import Memory, directory_rejects, directory_source, map_gguf, native_model
+from hybridkv.native import rejects as native_rejects
 
 BUNDLED = "reference-hybrid-q8_0.gguf"
 
@@ -133,14 +135,26 @@ def _facts(config: Any, n_ranks: int) -> tuple[LayerFacts, ...]:
         raise ModelError(f"the config of {config.model_type!r} describes no model: {error}") from error
 
 
-def load(description: Description, *, dtype: torch.dtype, device: str, weights: WeightKind = "plain") -> Loaded:
+def load(
+    description: Description,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    weights: WeightKind = "plain",
+    engine: StepKind = "auto",
+    memory: Memory = "mapped",
+) -> Loaded:
     """The model and its tokenizer.
 
     Parameters
     ----------
     weights
-        How matrices are held. On the CPU they are packed one by one as they are read, so that no more than one is ever
-        held twice; on other devices, int8 and int4 are torchao's, made once the model is loaded.
+        How matrices are held. On the CPU a file's own are used where they lie in the mapped file; on other devices,
+        int8 and int4 are torchao's, made once the model is loaded.
+    engine
+        What will run it: the native step takes a model without Transformers' classes.
+    memory
+        Whether a file's weights stay in the mapped file or are read into this process's memory.
 
     Raises
     ------
@@ -150,6 +164,8 @@ def load(description: Description, *, dtype: torch.dtype, device: str, weights: 
         For whatever is wrong with the files.
     """
     pack = weights != "plain" and torch.device(device).type == "cpu"
+    if pack and runs_natively(description, device, engine):
+        return _load_native(description, weights, memory)
     if description.path.is_dir():
         code = description.remote_code
         model = load_weights(
@@ -164,11 +180,27 @@ def load(description: Description, *, dtype: torch.dtype, device: str, weights: 
             pack_model(model, weights)
         loaded = Loaded(description, model, load_tokenizer(description.path, remote_code=code))
     else:
-        replace = partial(packed_parameter, kind=weights, n_vocab=vocabulary_rows(description.config)) if pack else None
-        gguf = load_gguf(
-            description.path, dtype=dtype, device=device, attn_implementation=IMPLEMENTATION, replace=replace
-        )
+        hold = holder(weights, vocabulary_rows(description.config)) if pack else None
+        gguf = load_gguf(description.path, dtype=dtype, device=device, attn_implementation=IMPLEMENTATION, hold=hold)
         loaded = Loaded(description, gguf.model, gguf.tokenizer, gguf.notices)
     if not pack and (weights == "int8" or weights == "int4"):
         quantize_weights(loaded.model, weights)
     return loaded
+
+
+def runs_natively(description: Description, device: str, engine: StepKind = "auto") -> bool:
+    """Whether the native step on the CPU runs a model, so that no Transformers class is needed for it."""
+    if engine == "eager" or description.n_ranks > 1 or native_rejects(description.config, device) is not None:
+        return False
+    return not description.path.is_dir() or directory_rejects(description.config) is None
+
+
+def _load_native(description: Description, weights: WeightKind, memory: Memory) -> Loaded:
+    path, config = description.path, description.config
+    if path.is_dir():
+        source = directory_source(path, config)
+        tokenizer = load_tokenizer(path, remote_code=description.remote_code)
+        return Loaded(description, native_model(config, source, weights), tokenizer)
+    mapped = map_gguf(path, memory)
+    model = native_model(mapped.config, mapped.source, weights, mapped.end_ids)
+    return Loaded(description, model, mapped.tokenizer, mapped.notices)

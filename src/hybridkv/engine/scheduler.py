@@ -28,17 +28,11 @@ from hybridkv.engine.reuse import Reuse
 from hybridkv.engine.running import Running
 from hybridkv.engine.sampling import draw_each
 from hybridkv.engine.session import load_session, save_session
+from hybridkv.engine.steps import resolve_step
 from hybridkv.engine.tally import Tally
 from hybridkv.errors import AdmissionError, HybridKVError, UsageError
-from hybridkv.hf import (
-    ModelCache,
-    NativeStep,
-    Step,
-    finite_rows,
-    is_finite,
-    resolve_step,
-    takes_chunks,
-)
+from hybridkv.hf import ModelCache, Step, finite_rows, is_finite, takes_chunks
+from hybridkv.native import NativeStep
 from hybridkv.policy import Guard, MismatchError, NonFiniteError
 
 MAX_PARALLEL = 256
@@ -104,7 +98,7 @@ class Scheduler:
             n_ctx=n_ctx,
             budget_bytes=memory_bytes,
             prefill_chunk=prefill_chunk,
-            conv_itemsize=4 if native else next(model.parameters()).dtype.itemsize,
+            conv_itemsize=4 if native else model.dtype.itemsize,
         )
         self.prefixes = PrefixStore(prefix_bytes)
         self._reuse = Reuse(self._host, self.prefixes, self._chunk)

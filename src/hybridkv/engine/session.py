@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from glob import escape
 from math import prod
@@ -29,6 +29,7 @@ from hybridkv.errors import SessionError, UsageError
 from hybridkv.formats import get_format
 from hybridkv.hf import ModelCache, kv_facts, layer_facts
 from hybridkv.hf.stored import StoredCache, StoredState
+from hybridkv.native import NativeModel
 
 FORMAT, VERSION = "hybridkv session", "1"
 
@@ -61,11 +62,21 @@ def fingerprint(model: Any) -> str:
     """What tells models apart: the config, and the shapes and small parameters (norms, decays) as float32."""
     config = {k: v for k, v in model.config.get_text_config(decoder=True).to_dict().items() if k not in _PASSING}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        if parameter.dim() == 1:
-            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    for name, shape, vector in _parameters(model):
+        digest.update(f"{name} {shape}".encode())
+        if vector is not None:
+            digest.update(vector.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _parameters(model: Any) -> Iterator[tuple[str, tuple[int, ...], Tensor | None]]:
+    """Names, shapes and small values of a model's weights. A native model's states are in the file's own order."""
+    if isinstance(model, NativeModel):
+        for name, shape in model.source.shapes():
+            yield name, shape, model.source.vector(name) if len(shape) == 1 else None
+    else:
+        for name, parameter in model.named_parameters():
+            yield name, tuple(parameter.shape), parameter if parameter.dim() == 1 else None
 
 
 _PASSING = frozenset({"transformers_version", "_name_or_path", "name_or_path", "dtype", "torch_dtype", "use_cache"})

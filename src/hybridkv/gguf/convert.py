@@ -26,7 +26,7 @@ from hybridkv.gguf.architectures import ARCHITECTURES
 from hybridkv.gguf.architectures.record import Architecture, Config, Key, Keys
 from hybridkv.gguf.checkpoint import Checkpoint
 from hybridkv.gguf.decode import Floats
-from hybridkv.gguf.pairing import Pairing, build_skeleton, pair
+from hybridkv.gguf.pairing import Pairing, build_skeleton, file_tensors, pair
 
 if TYPE_CHECKING:
     import torch
@@ -177,8 +177,10 @@ def _write(
         for numbers in settings.values():
             writer.write_tensor_data(numbers)
         for pairing in pairings:
-            for name, shape, values in _tensors(pairing, checkpoint):
-                writer.write_tensor_data(_encoded(name, values.reshape(shape), _type_of(name, shape, type_)))
+            value = checkpoint.parameter(pairing.param).float()
+            for name, tensor in file_tensors(pairing, checkpoint.config, value):
+                kind = _type_of(name, tuple(tensor.shape), type_)
+                writer.write_tensor_data(_encoded(name, tensor.contiguous().numpy(), kind))
     finally:
         writer.close()
 
@@ -187,31 +189,6 @@ def _type_of(name: str, shape: tuple[int, ...], asked: GGMLQuantizationType) -> 
     if len(shape) == 1 or name.endswith(_PLAIN):
         return F32
     return F16 if asked == Q8_0 and shape[-1] % GGML_QUANT_SIZES[Q8_0][0] else asked
-
-
-def _tensors(pairing: Pairing, checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[int, ...], Floats]]:
-    """Yield a parameter's tensors with their shapes, in float32 and the file's conventions."""
-    config, rule = checkpoint.config, pairing.rule
-    value = _float32(checkpoint.parameter(pairing.param)).reshape(pairing.matrix)
-    if rule.scale is not None:
-        scale = np.asarray(rule.scale(config), np.float32)
-        value = value * (scale[:, None] if scale.ndim else scale)
-    if rule.values is not None:
-        value = rule.values.write(value)
-    if pairing.rows is not None:
-        value = value[:, pairing.rows]
-    if pairing.cols is not None:
-        value = value[:, :, np.argsort(pairing.cols)]
-    start = 0
-    for name, shape in zip(pairing.names, pairing.shapes, strict=True):
-        n_rows = math.prod(shape) // (pairing.matrix[0] * pairing.matrix[2])
-        yield name, shape, value[:, start : start + n_rows]
-        start += n_rows
-
-
-def _float32(value: torch.Tensor) -> Floats:
-    numbers: Floats = value.detach().float().contiguous().numpy()
-    return numbers
 
 
 def _encoded(name: str, values: Floats, type_: GGMLQuantizationType) -> NDArray[Any]:

@@ -29,7 +29,9 @@ from hybridkv.gguf.metadata import Metadata
 from hybridkv.gguf.pairing import Pairing, build_skeleton, pair, same_shape, state
 from hybridkv.gguf.reader import map_parts, raw_rows, release
 from hybridkv.gguf.split import read_model
+from hybridkv.gguf.tensors import GgufSource, Memory
 from hybridkv.gguf.tokenizer import end_ids, load_tokenizer
+from hybridkv.kernels.weights import Weight
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +51,18 @@ class LoadedModel:
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerFast | None
+    notices: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MappedModel:
+    """A model whose weights lie in a mapped file; see `LoadedModel`."""
+
+    name: str
+    config: PreTrainedConfig
+    source: GgufSource
+    tokenizer: PreTrainedTokenizerFast | None
+    end_ids: tuple[int, ...]
     notices: tuple[str, ...]
 
 
@@ -74,7 +88,7 @@ def load_gguf(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     attn_implementation: str = "sdpa",
-    replace: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    hold: Callable[[Weight, torch.dtype], torch.Tensor] | None = None,
 ) -> LoadedModel:
     """Load a model with its tokenizer.
 
@@ -88,8 +102,9 @@ def load_gguf(
         Where the weights go.
     attn_implementation
         Any name that Transformers knows, registered ones included.
-    replace
-        Gives what takes a filled parameter's place in the model; the parameter is then free.
+    hold
+        Gives the parameter that stands for a matrix which lies in the file as the model has it, row by row; others
+        are decoded.
 
     Raises
     ------
@@ -101,6 +116,57 @@ def load_gguf(
     dtype = torch.float32 if dtype is None else dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UsageError(f"weights cannot be {dtype}; allowed: float32, bfloat16, float16")
+    opened = _open(path, dtype, attn_implementation)
+    model = opened.model
+    tokenizer = opened.tokenizer()
+    _fill(opened, torch.device(device), hold)
+    model.eval()
+    if ends := opened.end_ids():
+        model.generation_config.eos_token_id = ends
+    return LoadedModel(_name(opened.meta), model, tokenizer, opened.notices)
+
+
+def map_gguf(path: str | Path, memory: Memory = "mapped") -> MappedModel:
+    """Open a model whose weights stay where they are in the mapped file, checked as `load_gguf` checks them.
+
+    Parameters
+    ----------
+    memory
+        `copied` reads the file once into this process's memory instead.
+
+    Raises
+    ------
+    ModelFileError
+        For whatever is wrong with the file.
+    """
+    import torch
+
+    opened = _open(path, torch.float32, "sdpa")
+    source = GgufSource(opened.meta.header, memory)
+    return MappedModel(
+        _name(opened.meta), opened.config, source, opened.tokenizer(), tuple(opened.end_ids()), opened.notices
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """A file whose header was checked against its architecture; `model` is without memory."""
+
+    meta: Metadata
+    config: PreTrainedConfig
+    model: PreTrainedModel
+    pairings: Sequence[Pairing]
+    notices: tuple[str, ...]
+
+    def tokenizer(self) -> PreTrainedTokenizerFast | None:
+        return None if _says_none(self.meta) else load_tokenizer(self.meta)
+
+    def end_ids(self) -> Sequence[int]:
+        return end_ids(self.meta, self.config.vocab_size)
+
+
+def _open(path: str | Path, dtype: torch.dtype, attn_implementation: str) -> _Opened:
+    """Read and check all that comes before weights."""
     meta = Metadata(read_model(path))
     architecture = get_architecture(meta.header)
     config = _config(meta, architecture)
@@ -108,13 +174,8 @@ def load_gguf(
     model = _skeleton(meta, config, dtype, attn_implementation)
     pairings = pair(architecture, config, model, {info.name for info in meta.header.tensors})
     _check(meta, architecture, pairings, skipped)
-    tokenizer = None if _says_none(meta) else load_tokenizer(meta)
-    _fill(meta, model, pairings, torch.device(device), replace)
-    model.eval()
-    if ends := end_ids(meta, config.vocab_size):
-        model.generation_config.eos_token_id = ends
     notices = (f"{len(skipped)} tensors of multi-token prediction blocks were skipped",) if skipped else ()
-    return LoadedModel(_name(meta), model, tokenizer, notices)
+    return _Opened(meta, config, model, pairings, notices)
 
 
 def _says_none(meta: Metadata) -> bool:
@@ -219,27 +280,24 @@ def _check(meta: Metadata, architecture: Architecture, pairings: Sequence[Pairin
 
 
 def _fill(
-    meta: Metadata,
-    model: PreTrainedModel,
-    pairings: Sequence[Pairing],
-    device: torch.device,
-    replace: Callable[[torch.Tensor], torch.Tensor] | None,
+    opened: _Opened, device: torch.device, hold: Callable[[Weight, torch.dtype], torch.Tensor] | None
 ) -> None:
     """Replace every meta tensor of the model: what the file holds, then the buffers that it does not."""
     import torch
 
-    files = map_parts(meta.header)
+    meta, model = opened.meta, opened.model
+    files, source = map_parts(meta.header), GgufSource(meta.header)
     tensors = state(model)
-    for pairing in pairings:
+    for pairing in opened.pairings:
         tensor = tensors[pairing.param]
-        value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        _decode(value.view(pairing.matrix), pairing, meta, files)
         is_parameter = isinstance(tensor, torch.nn.Parameter)
-        loaded: Any = torch.nn.Parameter(value, requires_grad=False) if is_parameter else value
+        if hold is not None and is_parameter and pairing.is_plain:
+            loaded: Any = hold(source.weight(pairing.names[0]), tensor.dtype)
+        else:
+            value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            _decode(value.view(pairing.matrix), pairing, meta, files)
+            loaded = torch.nn.Parameter(value, requires_grad=False) if is_parameter else value
         loaded._is_hf_initialized = True
-        if replace is not None and is_parameter:
-            loaded = replace(loaded)
-            loaded._is_hf_initialized = True
         _assign(model, pairing.param, loaded)
     for name, buffer in list(model.named_non_persistent_buffers()):
         _assign(model, name, torch.empty_like(buffer, device=device))

@@ -54,6 +54,12 @@ class Pairing:
     cols: Order | None
     shape: Shape
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the parameter is one matrix that lies in the file as it is in the model."""
+        matrix = len(self.shape) == 2 and min(self.shape) > 1
+        return matrix and len(self.names) == 1 and self.rows is None and self.cols is None and self.rule.values is None
+
     def shown(self, shape: Shape) -> Shape:
         """A tensor's shape as a user should see it: the parameter's, where both hold the same."""
         return self.shape if same_shape(shape, self.shape) else shape
@@ -133,3 +139,28 @@ def _pairing(rule: TensorRule, config: Config, shape: Shape) -> Pairing:
     rows = np.argsort(rule.rows(config)) if rule.rows else None
     cols = rule.cols(config) if rule.cols else None
     return Pairing(rule.param, rule.names, shapes, (stack, n_rows, n_cols), rule, rows, cols, shape)
+
+
+def file_tensors(pairing: Pairing, config: Config, value: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """A parameter's value as the file's tensors, with their names: in its order, shapes and conventions.
+
+    The dtype stays, but where numbers are converted: those become float32.
+    """
+    import torch
+
+    rule, value = pairing.rule, value.reshape(pairing.matrix)
+    if rule.scale is not None:
+        scale = torch.as_tensor(np.asarray(rule.scale(config), np.float32))
+        value = value.float() * (scale[:, None] if scale.dim() else scale)
+    if rule.values is not None:
+        value = torch.from_numpy(np.asarray(rule.values.write(value.float().numpy()), np.float32))
+    if pairing.rows is not None:
+        value = value[:, torch.from_numpy(pairing.rows)]
+    if pairing.cols is not None:
+        value = value[:, :, torch.from_numpy(np.argsort(pairing.cols))]
+    tensors, start = [], 0
+    for name, shape in zip(pairing.names, pairing.shapes, strict=True):
+        n_rows = math.prod(shape) // (pairing.matrix[0] * pairing.matrix[2])
+        tensors.append((name, value[:, start : start + n_rows].reshape(shape)))
+        start += n_rows
+    return tensors

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hybridkv.kernels import cpu_native
 from hybridkv.kernels.case import KVView
-from hybridkv.kernels.linear import PackedWeight
+from hybridkv.kernels.weights import Weight
 from hybridkv.rotation import rotation_block
 
 Columns = tuple[int, int, int, int, int]
@@ -29,7 +29,7 @@ _HEALTH: tuple[Health, ...] = get_args(Health)
 class Target:
     """Where the product with one weight goes: float32 `[rows, n_out]`, added to what is there if `add`."""
 
-    weight: PackedWeight
+    weight: Weight
     dst: Tensor
     add: bool = False
 
@@ -80,19 +80,44 @@ class StepProgram:
         return len(self._native)
 
     def linear(self, x: Tensor, *targets: Target) -> None:
-        """Products of x `[rows, n_in]` with weights; those of one type share the preparation of x."""
-        for kind in dict.fromkeys(t.weight.type for t in targets):
-            packed = []
-            for t in targets:
-                if t.weight.type != kind:
-                    continue
-                assert t.dst.dim() == 2 and t.dst.shape[1] == t.weight.n_out, (t.dst.shape, t.weight.n_out)
-                assert x.dim() == 2 and x.shape[1] == t.weight.n_in, (x.shape, t.weight.n_in)
-                address, row_stride, *_ = self._columns(t.dst)
-                data = t.weight.data
-                packed.append((kind, t.weight.n_out, t.weight.n_in, data.data_ptr(), address, row_stride, t.add))
-                self._keep.append(data)
-            self._native.linear(self._columns(x), packed)
+        """Products of x `[rows, n_in]` with weights, which share its preparation."""
+        native = []
+        for t in targets:
+            assert t.dst.dim() == 2 and t.dst.shape[1] == t.weight.n_out, (t.dst.shape, t.weight.n_out)
+            assert x.dim() == 2 and x.shape[1] == t.weight.n_in, (x.shape, t.weight.n_in)
+            address, row_stride, *_ = self._columns(t.dst)
+            native.append((self._matrices(t.weight)[0], address, row_stride, t.add))
+        self._native.linear(self._columns(x), native)
+
+    def experts(
+        self,
+        x: Tensor,
+        scores: Tensor,
+        gate: Weight,
+        up: Weight,
+        down: Weight,
+        dst: Tensor,
+        *,
+        n_used: int,
+        normalised: bool,
+    ) -> None:
+        """`dst += sum_e weight_e * down_e(silu(gate_e(x)) * up_e(x))` over the `n_used` experts of largest scores.
+
+        Parameters
+        ----------
+        scores
+            `[rows, experts]`, before their softmax.
+        gate, up, down
+            Stacks, one matrix per expert.
+        normalised
+            Whether the chosen experts' weights sum to one, or are shares of the softmax over all.
+        """
+        n_experts = scores.shape[1]
+        assert gate.n_stack == up.n_stack == down.n_stack == n_experts and 1 <= n_used <= n_experts, (n_used, scores.shape)
+        assert x.dim() == 2 and gate.n_in == up.n_in == x.shape[1] and down.n_out == dst.shape[1], (x.shape, dst.shape)
+        assert gate.n_out == up.n_out == down.n_in, (gate.n_out, up.n_out, down.n_in)
+        columns = (self._columns(each) for each in (x, scores, dst))
+        self._native.experts(*columns, *(self._matrices(w) for w in (gate, up, down)), n_used, normalised)
 
     def norm(self, x: Tensor, dst: Tensor, weight: Tensor, *, factor: float, eps: float) -> None:
         """`x * weight / sqrt(sum(x^2) * factor + eps)` per head: RMSNorm with factor 1 / width, L2 norm with 1."""
@@ -104,10 +129,13 @@ class StepProgram:
         assert x.shape == by.shape == dst.shape, (x.shape, by.shape, dst.shape)
         self._native.gate(self._columns(x), self._columns(by), self._columns(dst), kind)
 
-    def rope(self, x: Tensor, n_rotated: int) -> None:
-        """Turn the first `n_rotated` values of each head by the run's angles, in halves (NeoX), in place."""
+    def rope(self, x: Tensor, n_rotated: int, pairs: Literal["halves", "neighbours"] = "halves") -> None:
+        """Turn the first `n_rotated` values of each head by the run's angles, in place.
+
+        `halves` (NeoX) turns values i and i + n_rotated / 2 together, `neighbours` 2 i and 2 i + 1.
+        """
         assert 0 < n_rotated <= x.shape[-1] and n_rotated % 2 == 0, (n_rotated, x.shape)
-        self._native.rope(self._columns(x), n_rotated)
+        self._native.rope(self._columns(x), n_rotated, pairs == "neighbours")
 
     def conv(self, x: Tensor, dst: Tensor, weight: Tensor, bias: Tensor | None, state: int) -> None:
         """Causal depthwise convolution with SiLU.
@@ -123,22 +151,42 @@ class StepProgram:
         self._native.conv(self._columns(x), self._columns(dst), taps, offsets, kernel, state)
 
     def decay(self, a: Tensor, b: Tensor, decay: Tensor, beta: Tensor, rate: Tensor, bias: Tensor) -> None:
-        """`decay = exp(rate * softplus(a + bias))` and `beta = sigmoid(b)`, per value head."""
-        assert a.shape == b.shape == decay.shape == beta.shape and rate.shape == bias.shape == a.shape[1:], a.shape
+        """`decay = exp(rate * softplus(a + bias))` and `beta = sigmoid(b)`, per value head.
+
+        a and b `[rows, value heads]`, or in groups `[rows, key heads, value heads of each]`.
+        """
+        assert decay.dim() == 2 and decay.shape == beta.shape and rate.shape == bias.shape == decay.shape[1:], decay.shape
+        assert all(x.shape[1:].numel() == decay.shape[1] for x in (a, b)), (a.shape, b.shape)
         columns = (self._columns(x) for x in (a, b, decay, beta))
         self._native.decay(*columns, _floats(rate), _floats(bias))
 
-    def delta(self, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, dst: Tensor, state: int) -> None:
+    def add_weighed(self, x: Tensor, g: Tensor, dst: Tensor) -> None:
+        """`dst += x * sigmoid(g)`; x and dst `[rows, width]`, g `[rows, 1]`."""
+        assert x.shape == dst.shape and x.dim() == 2 and g.shape == (x.shape[0], 1), (x.shape, g.shape, dst.shape)
+        self._native.weigh(self._columns(x), self._columns(g), self._columns(dst))
+
+    def delta(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor,
+        beta: Tensor,
+        dst: Tensor,
+        state: int,
+        values: Literal["tiled", "grouped"] = "grouped",
+    ) -> None:
         """Gated delta rule; q and k `[rows, key heads, D]`, v and dst `[rows, value heads, Dv]`.
 
-        State float32 `[B, value heads, D, Dv]`. Value head h uses key head `h // (value heads / key heads)`.
+        State float32 `[B, value heads, D, Dv]`. Value head h uses key head `h % key heads` if tiled, and
+        `h // (value heads / key heads)` if grouped.
         """
         (_, n_key, d), (_, n_value, dv) = k.shape, v.shape
         assert q.shape == k.shape and dst.shape == v.shape and n_value % n_key == 0, (q.shape, v.shape)
         assert decay.shape == beta.shape == (v.shape[0], n_value), (decay.shape, v.shape)
         assert delta_rejects(d, dv) is None
         self._expect(state, (n_value, d, dv))
-        self._native.delta(*(self._columns(x) for x in (q, k, v, decay, beta, dst)), state)
+        self._native.delta(*(self._columns(x) for x in (q, k, v, decay, beta, dst)), state, values == "tiled")
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dst: Tensor, scale: float) -> None:
         """Store k and v, one new token per sequence, and attend q; all `[rows, heads, D]`, dst contiguous.
@@ -219,6 +267,12 @@ class StepProgram:
             n_threads or torch.get_num_threads(),
         )
         return [_HEALTH[code] for code in health]
+
+    def _matrices(self, weight: Weight) -> tuple[tuple[str, int, int, int], int, int]:
+        """Type, sizes and address of the first matrix, how many there are, and the bytes between them; kept."""
+        self._keep.append(weight.data)
+        first = (weight.format.name, weight.n_out, weight.n_in, weight.data.data_ptr())
+        return first, weight.n_stack, weight.data.stride(0)
 
     def _expect(self, state: int, shape: tuple[int, ...]) -> None:
         assert self._states.setdefault(state, shape) == shape, (state, shape)

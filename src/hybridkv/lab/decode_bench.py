@@ -20,7 +20,8 @@ import torch
 from hybridkv.cache import KVTypes
 from hybridkv.engine import Engine
 from hybridkv.engine.load import Description, Loaded, load
-from hybridkv.hf import Step, StepKind, WeightKind, kv_facts, packing_rejects, resolve_step
+from hybridkv.engine.steps import StepKind, resolve_step
+from hybridkv.hf import Step, WeightKind, kv_facts, packing_rejects
 from hybridkv.lab.peers import Found, ik_library
 from hybridkv.lab.peers.ik_model import Logits, ik_context, ik_model, runs
 from hybridkv.lab.timing import Spread, spread
@@ -210,7 +211,7 @@ def run_decode_bench(
     progress(f"load {description.name}")
     # As `hybridkv run` does: an engine that is asked to be Transformers' own has its plain weights.
     weights: WeightKind = "plain" if plan.kind == "eager" or packing_rejects("cpu") else "auto"
-    loaded = load(description, dtype=torch.float32, device="cpu", weights=weights)
+    loaded = load(description, dtype=torch.float32, device="cpu", weights=weights, engine=plan.kind)
     step = make_step(loaded.model)
     gates: list[Gate] = []
     prompts: list[Speed] = []

@@ -73,7 +73,7 @@ class Evaluator:
         self._step = step
         self.facts = facts
         self._n_ctx = n_ctx
-        self._device = next(model.parameters()).device.type
+        self._device = model.device.type
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         self.piece = max(1, min(PIECE, _LOGITS_BYTES // (4 * vocabulary)))
         self.speeds: dict[str, Speeds] = {}

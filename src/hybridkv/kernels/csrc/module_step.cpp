@@ -19,8 +19,12 @@ namespace {
 
 // data, row stride, group stride, groups, width
 using Columns = std::tuple<Address, int64_t, int64_t, int64_t, int64_t>;
-// type, n_out, n_in, panels, destination, its row stride, whether to add
-using Target = std::tuple<std::string, int64_t, int64_t, Address, Address, int64_t, bool>;
+// type, n_out, n_in, rows
+using WeightRows = std::tuple<std::string, int64_t, int64_t, Address>;
+// weight, destination, its row stride, whether to add
+using Target = std::tuple<WeightRows, Address, int64_t, bool>;
+// of the first matrix, how many there are, and how many bytes they lie apart
+using Matrices = std::tuple<WeightRows, int64_t, int64_t>;
 using Values = std::vector<float>;
 // of K or V: head dim, whether to refit, rotation block
 using Store = std::tuple<int64_t, bool, int64_t>;
@@ -34,6 +38,14 @@ AttendCall attend_call(const Call& c) {
     return {segments_of(rows, head_dim_k, head_dim_v), window, refit_k, refit_v, block_k, block_v, Health::finite};
 }
 
+Matrix matrix(const WeightRows& w) {
+    const auto& [type, n_out, n_in, data] = w;
+    const WeightType& t = weight_type(type.c_str());
+    return {&t, n_out, n_in, t.row_bytes(n_in), reinterpret_cast<const uint8_t*>(data)};
+}
+
+Stack stack(const Matrices& m) { return {matrix(std::get<0>(m)), std::get<1>(m), std::get<2>(m)}; }
+
 View view(const Columns& c) {
     return {reinterpret_cast<float*>(std::get<0>(c)), std::get<1>(c), std::get<2>(c), std::get<3>(c), std::get<4>(c)};
 }
@@ -42,11 +54,15 @@ class Program {
 public:
     void linear(const Columns& x, const std::vector<Target>& targets) {
         LinearOp op{view(x), {}};
-        for (const auto& [type, n_out, n_in, data, dst, stride, add] : targets) {
-            const Weight weight{format_named(type).code, n_out, n_in, reinterpret_cast<const uint8_t*>(data)};
-            op.targets.push_back({weight, reinterpret_cast<float*>(dst), stride, add});
+        for (const auto& [weight, dst, stride, add] : targets) {
+            op.targets.push_back({matrix(weight), reinterpret_cast<float*>(dst), stride, add});
         }
         ops_.emplace_back(std::move(op));
+    }
+    void experts(const Columns& x, const Columns& scores, const Columns& dst, const Matrices& gate, const Matrices& up,
+                 const Matrices& down, int64_t n_used, bool normalised) {
+        ops_.emplace_back(
+            ExpertsOp{view(x), view(scores), view(dst), stack(gate), stack(up), stack(down), n_used, normalised});
     }
     void norm(const Columns& x, const Columns& dst, const Values& weight, float factor, float eps) {
         ops_.emplace_back(NormOp{view(x), view(dst), weight, factor, eps});
@@ -55,7 +71,9 @@ public:
         if (kind != "silu" && kind != "sigmoid") throw std::invalid_argument("no gate " + kind);
         ops_.emplace_back(GateOp{view(x), view(g), view(dst), kind == "silu" ? Gate::silu : Gate::sigmoid});
     }
-    void rope(const Columns& x, int64_t n_rotated) { ops_.emplace_back(RopeOp{view(x), n_rotated}); }
+    void rope(const Columns& x, int64_t n_rotated, bool neighbours) {
+        ops_.emplace_back(RopeOp{view(x), n_rotated, neighbours});
+    }
     void conv(const Columns& x, const Columns& dst, const Values& weight, const Values& bias, int64_t kernel,
               int64_t state) {
         ops_.emplace_back(ConvOp{view(x), view(dst), weight, bias, kernel, state});
@@ -65,8 +83,11 @@ public:
         ops_.emplace_back(DecayOp{view(a), view(b), view(decay), view(beta), rate, bias});
     }
     void delta(const Columns& q, const Columns& k, const Columns& v, const Columns& decay, const Columns& beta,
-               const Columns& dst, int64_t state) {
-        ops_.emplace_back(DeltaOp{view(q), view(k), view(v), view(decay), view(beta), view(dst), state});
+               const Columns& dst, int64_t state, bool tiled) {
+        ops_.emplace_back(DeltaOp{view(q), view(k), view(v), view(decay), view(beta), view(dst), state, tiled});
+    }
+    void weigh(const Columns& x, const Columns& g, const Columns& dst) {
+        ops_.emplace_back(WeighOp{view(x), view(g), view(dst)});
     }
 
     void attend(const Columns& q, const Columns& k, const Columns& v, const Columns& dst, float scale, int64_t call) {
@@ -105,11 +126,13 @@ void bind_step(nb::module_& m) {
     nb::class_<Program>(m, "Program")
         .def(nb::init<>())
         .def("linear", &Program::linear)
+        .def("experts", &Program::experts)
         .def("norm", &Program::norm)
         .def("gate", &Program::gate)
         .def("rope", &Program::rope)
         .def("conv", &Program::conv)
         .def("decay", &Program::decay)
+        .def("weigh", &Program::weigh)
         .def("delta", &Program::delta)
         .def("attend", &Program::attend)
         .def("run", &Program::run)

@@ -68,11 +68,12 @@ void rope_rows(const RopeOp& op, const float* cos, const float* sin, int64_t n_a
     for (int64_t r = r0; r < r1; ++r) {
         const float *c = cos + r % n_angles * half, *s = sin + r % n_angles * half;
         for (int64_t g = 0; g < op.x.groups; ++g) {
-            float *a = op.x.at(r, g), *b = a + half;
+            const int64_t step = op.neighbours ? 2 : 1;
+            float *a = op.x.at(r, g), *b = a + (op.neighbours ? 1 : half);
             for (int64_t i = 0; i < half; ++i) {
-                const float x = a[i], y = b[i];
-                a[i] = x * c[i] - y * s[i];
-                b[i] = y * c[i] + x * s[i];
+                const float x = a[i * step], y = b[i * step];
+                a[i * step] = x * c[i] - y * s[i];
+                b[i * step] = y * c[i] + x * s[i];
             }
         }
     }
@@ -80,14 +81,25 @@ void rope_rows(const RopeOp& op, const float* cos, const float* sin, int64_t n_a
 
 void decay_rows(const DecayOp& op, int64_t r0, int64_t r1) {
     for (int64_t r = r0; r < r1; ++r) {
-        const float *a = op.a.at(r, 0), *b = op.b.at(r, 0);
         float *decay = op.decay.at(r, 0), *beta = op.beta.at(r, 0);
-        for (int64_t h = 0; h < op.a.width; ++h) {
-            const float x = a[h] + op.bias[h];
+        for (int64_t h = 0; h < op.decay.width; ++h) {
+            const float x = op.a.at(r, h / op.a.width)[h % op.a.width] + op.bias[static_cast<size_t>(h)];
             const float softplus = x > 20.f ? x : std::log1p(::expf(x));
-            decay[h] = ::expf(op.rate[h] * softplus);
-            beta[h] = sigmoid(b[h]);
+            decay[h] = ::expf(op.rate[static_cast<size_t>(h)] * softplus);
+            beta[h] = sigmoid(op.b.at(r, h / op.b.width)[h % op.b.width]);
         }
+    }
+}
+
+void weigh_rows(const WeighOp& op, int64_t r0, int64_t r1) {
+    for (int64_t r = r0; r < r1; ++r) {
+        const float factor = sigmoid(op.g.at(r, 0)[0]), *x = op.x.at(r, 0);
+        float* dst = op.dst.at(r, 0);
+        int64_t i = 0;
+        for (; i + L <= op.x.width; i += L) {
+            Simd::store(dst + i, Simd::fma(Simd::load(x + i), Simd::set1(factor), Simd::load(dst + i)));
+        }
+        for (; i < op.x.width; ++i) dst[i] = std::fma(x[i], factor, dst[i]);
     }
 }
 
@@ -155,7 +167,7 @@ void conv_channels(const ConvOp& op, float* state, int64_t row0, int64_t n_token
 template <int NV>
 HYBRIDKV_PHASE void delta_columns(const DeltaOp& op, float* state, int64_t row0, int64_t n_tokens, int64_t head,
                                   int64_t d0) {
-    const int64_t key_head = head * op.k.groups / op.v.groups, rows = op.k.width, stride = op.v.width;
+    const int64_t key_head = op.key_head(head), rows = op.k.width, stride = op.v.width;
     for (int64_t r = row0; r < row0 + n_tokens; ++r) {
         const float *q = op.q.at(r, key_head), *k = op.k.at(r, key_head), *v = op.v.at(r, head) + d0;
         const F decay = Simd::set1(op.decay.at(r, 0)[head]), beta = Simd::set1(op.beta.at(r, 0)[head]);

@@ -46,10 +46,12 @@ struct GateOp {
     Gate gate;
 };
 
-// The first `n_rotated` values of each group, in halves: (i, i + n_rotated / 2) turn by the row's angle i.
+// The first `n_rotated` values of each group: halves (i, i + n_rotated / 2) or neighbours (2 i, 2 i + 1) turn by the
+// row's angle i.
 struct RopeOp {
     View x;
     int64_t n_rotated;
+    bool neighbours;
 };
 
 // Causal depthwise convolution with SiLU. The state [sequence][kernel][channel] holds the newest inputs, oldest first.
@@ -61,8 +63,14 @@ struct ConvOp {
 
 // decay = exp(rate * softplus(a + bias)), beta = sigmoid(b), per value head
 struct DecayOp {
-    View a, b, decay, beta;  // one group
+    View a, b;         // value heads in groups of any size
+    View decay, beta;  // one group
     std::vector<float> rate, bias;
+};
+
+// dst += x * sigmoid(g), one g per row
+struct WeighOp {
+    View x, g, dst;  // one group
 };
 
 // Gated delta rule: S = decay * S; S += k (beta * (v - S^T k))^T; dst = S^T q. Source: Gated Delta Networks,
@@ -70,8 +78,10 @@ struct DecayOp {
 struct DeltaOp {
     View q, k, v, decay, beta, dst;
     int64_t state;
+    bool tiled;  // value head h uses key head h % key heads; else h / (value heads / key heads)
 
     int64_t head_floats() const { return k.width * v.width; }
+    int64_t key_head(int64_t head) const { return tiled ? head % k.groups : head * k.groups / v.groups; }
 };
 
 // Attention of one layer for one new token per sequence: k and v are stored, q attends. Where the rows lie comes with
@@ -109,6 +119,7 @@ struct StepKernels {
     // cos, sin: [n_angles][n_rotated / 2]; row r turns by those of r % n_angles
     void (*rope)(const RopeOp& op, const float* cos, const float* sin, int64_t n_angles, int64_t r0, int64_t r1);
     void (*decay)(const DecayOp& op, int64_t r0, int64_t r1);
+    void (*weigh)(const WeighOp& op, int64_t r0, int64_t r1);
     // Orthonormal Walsh-Hadamard transform of blocks of `block` values (a power of two), in place.
     void (*rotate)(const View& x, int64_t block, int64_t r0, int64_t r1);
     // Channels [c0, c1) of the tokens [row0, row0 + n_tokens) of one sequence; state: of that sequence.

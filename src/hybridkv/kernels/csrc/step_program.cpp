@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "pack.h"
 #include "pool.h"
 #include "schedule.h"
 
@@ -39,7 +38,10 @@ public:
                 [&](int64_t a, int64_t b) { step_.rope(op, run_.cos, run_.sin, run_.separate ? run_.n_seqs : run_.n_tokens, a, b); });
     }
     void operator()(const DecayOp& op) const {
-        by_rows(rows_, op.a.width * 32, run_.n_threads, [&](int64_t a, int64_t b) { step_.decay(op, a, b); });
+        by_rows(rows_, op.decay.width * 32, run_.n_threads, [&](int64_t a, int64_t b) { step_.decay(op, a, b); });
+    }
+    void operator()(const WeighOp& op) const {
+        by_rows(rows_, op.x.width, run_.n_threads, [&](int64_t a, int64_t b) { step_.weigh(op, a, b); });
     }
 
     void operator()(const ConvOp& op) const {
@@ -78,30 +80,44 @@ public:
     }
 
     void operator()(const LinearOp& op) const {
-        const Code code = op.targets[0].weight.code;
-        const RowCount rows{rows_, run_.separate};
+        const LinearKernels& kernels = *run_.isa.linear;
         const int64_t n_in = op.x.width;
-        char* prepared = static_cast<char*>(call_memory(step_.prepared_bytes(code, n_in, rows)));
+        // Two forms of x at most, one for each operand that a target takes.
+        size_t starts[2] = {0, 0}, total = 0;
+        bool takes[2] = {false, false};
+        for (const LinearOp::Target& t : op.targets) {
+            const size_t form = static_cast<size_t>(t.weight.type->operand);
+            if (takes[form]) continue;
+            takes[form] = true;
+            starts[form] = total;
+            total += (kernels.prepared_bytes(t.weight.type->operand, n_in, rows_) + 63) / 64 * 64;
+        }
+        char* prepared = static_cast<char*>(call_memory(total));
         by_rows(rows_, n_in, run_.n_threads, [&](int64_t a, int64_t b) {
-            step_.prepare(code, op.x.data, op.x.row_stride, n_in, rows, a, b, prepared);
+            for (const Operand form : {Operand::ints, Operand::floats}) {
+                if (!takes[static_cast<size_t>(form)]) continue;
+                kernels.prepare(form, op.x.data, op.x.row_stride, n_in, a, b, prepared + starts[static_cast<size_t>(form)]);
+            }
         });
         struct Part {
             const LinearOp::Target* target;
-            int64_t panel0, panel1;
+            int64_t row0, row1;
         };
         std::vector<Part> parts;
         for (const LinearOp::Target& t : op.targets) {
-            const int64_t n = t.weight.n_panels(), step = panels_per_task(t.weight, rows_, run_.n_threads);
-            for (int64_t p = 0; p < n; p += step) parts.push_back({&t, p, std::min(n, p + step)});
+            const int64_t n = t.weight.n_out, step = rows_per_task(t.weight, rows_, run_.n_threads);
+            for (int64_t r = 0; r < n; r += step) parts.push_back({&t, r, std::min(n, r + step)});
         }
-        const size_t scratch = step_.linear_scratch_bytes(code, n_in, rows);
         parallel_for(static_cast<int64_t>(parts.size()), run_.n_threads, [&](int64_t i, int) {
             const Part& part = parts[static_cast<size_t>(i)];
             const LinearOp::Target& t = *part.target;
-            step_.linear(t.weight, prepared, rows, part.panel0, part.panel1, t.dst, t.dst_stride, t.add,
-                         thread_scratch(scratch));
+            kernels.linear(t.weight, prepared + starts[static_cast<size_t>(t.weight.type->operand)], nullptr, rows_,
+                           part.row0, part.row1, t.dst, t.dst_stride, t.add,
+                           thread_scratch(kernels.scratch_bytes(*t.weight.type, n_in, rows_)));
         });
     }
+
+    void operator()(const ExpertsOp& op) const { run_experts(op, run_.isa, rows_, run_.n_threads); }
 
 private:
     // Stores the new rows [r0, r0 + n_rows) of one cache; how they are attended.

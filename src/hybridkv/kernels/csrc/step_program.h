@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "experts.h"
 #include "step.h"
 
 namespace hybridkv {
@@ -13,7 +14,7 @@ namespace hybridkv {
 // dst = W x for weights that share their input, added to what is there if `add`.
 struct LinearOp {
     struct Target {
-        Weight weight;
+        Matrix weight;
         float* dst;
         int64_t dst_stride;
         bool add;
@@ -22,7 +23,7 @@ struct LinearOp {
     std::vector<Target> targets;
 };
 
-using Op = std::variant<LinearOp, NormOp, GateOp, RopeOp, ConvOp, DecayOp, DeltaOp, AttendOp>;
+using Op = std::variant<LinearOp, ExpertsOp, NormOp, GateOp, RopeOp, ConvOp, DecayOp, WeighOp, DeltaOp, AttendOp>;
 
 enum class Health : int8_t { finite, bad_output, bad_input };
 

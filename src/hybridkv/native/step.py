@@ -1,7 +1,7 @@
-"""The native step: a model's layers as native operations on packed weights, and attention through the cache.
+"""The native step: a model's graph as native operations on weights as they lie, and attention through the cache.
 
-Owns the packed weights and the buffers. A model's class stays the source of what is computed: its family's file reads
-the modules, and tests compare each result with theirs.
+Owns the operations and their buffers. The weights are their source's: a mapped file, a directory, or a Transformers
+model in memory.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from torch import Tensor
 from hybridkv.hf.attention import attend_new, non_finite, verify_call
 from hybridkv.hf.cache import ModelCache
 from hybridkv.hf.layers import QuantizedLayer, StateLayer
-from hybridkv.hf.step import llama, qwen3_5
-from hybridkv.hf.step.record import Answers, Build, Builder, Family, Fault, one_by_one
-from hybridkv.hf.step.weights import packed_of, vocabulary_rows
+from hybridkv.hf.rope import rope_angles
+from hybridkv.hf.step.record import Answers, Fault, one_by_one
 from hybridkv.hf.view import LayerView
 from hybridkv.kernels import AttentionParams, cpu, cpu_native
-from hybridkv.kernels.linear import PackedWeight, exact_type, gather, pack
 from hybridkv.kernels.step import Caches, Health, Rows
+from hybridkv.kernels.weights import rows as gather
+from hybridkv.model import ModelGraph, Source, graph_of
+from hybridkv.model import rejects as graph_rejects
+from hybridkv.native import cpu as lowering
+from hybridkv.native.builder import Builder
+from hybridkv.native.sources import source_of
 from hybridkv.policy import MismatchError, NonFiniteError
-
-FAMILIES = {family.model_type: family for family in (qwen3_5.FAMILY, llama.LLAMA, llama.QWEN3)}
 
 MAX_ROWS = 512
 """Tokens of all sequences in one run; more go in several. Bounds the buffers."""
@@ -40,11 +42,8 @@ def rejects(config: Any, device: str) -> str | None:
         return missing
     if device != "cpu":
         return f"runs on cpu, not on {device}"
-    text = config.get_text_config(decoder=True)
-    family = FAMILIES.get(text.model_type)
-    if family is None:
-        return f"knows no {text.model_type} layers; it knows {', '.join(FAMILIES)}"
-    return family.rejects(text)
+    reason = graph_rejects(config)
+    return lowering.rejects(graph_of(config)) if reason is None else reason
 
 
 class NativeStep:
@@ -53,26 +52,23 @@ class NativeStep:
     Parameters
     ----------
     model
-        A Transformers causal language model on the CPU. Packed matrices are used where they are; plain ones are packed
-        at the smallest type that holds them without any change, and the model keeps its own.
+        A `NativeModel`, or a Transformers causal language model on the CPU, whose parameters are then brought into the
+        file's order once.
     """
 
     def __init__(self, model: Any) -> None:
-        self._model = model
-        self._family: Family = FAMILIES[model.config.get_text_config(decoder=True).model_type]
-        # The parameter is kept, so that its id stays its own.
-        self._packed: dict[int, tuple[Tensor, PackedWeight]] = {}
+        self._config = model.config
+        self._graph: ModelGraph = graph_of(model.config)
+        self._source: Source = source_of(model)
         self._angles: tuple[Tensor, Tensor] | None = None
-        self._n_vocab = vocabulary_rows(model.config)
-        self._embedding = self._pack(model.get_input_embeddings().weight)
-        self._layers = self._write(self._family.build, 1)
-        self._head = self._write(self._family.build_head, 1)
+        self._embedding = self._source.weight(self._graph.embed)
+        self._layers = self._write(lowering.build_layers, 1)
+        self._head = self._write(lowering.build_head, 1)
 
     @property
     def name(self) -> str:
         """With the instruction set and the weights' types."""
-        types = dict.fromkeys(packed.type for _, packed in self._packed.values())
-        return f"native-{cpu_native.isa()}, weights {' + '.join(types)}"
+        return f"native-{cpu_native.isa()}, weights {' + '.join(self._source.types())}"
 
     def forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence; see `Step.forward`."""
@@ -93,7 +89,7 @@ class NativeStep:
             hidden, failed = self._decode_many(tokens, caches, layers, positions)
             return Answers(self._logits(hidden, "separate"), failed)
         alone = [i for i in range(n_seqs) if i not in together]
-        logits = torch.full((n_seqs, self._n_vocab), torch.nan)
+        logits = torch.full((n_seqs, self._graph.n_vocab), torch.nan)
         failed = {}
         for group, run in ((alone, partial(one_by_one, self)), (together, self.forward_many)):
             if group:
@@ -117,7 +113,7 @@ class NativeStep:
     def _logits(self, hidden: Tensor, caches: Caches = "shared") -> Tensor:
         """The head over hidden states `[N, hidden size]`: `[N, V]`."""
         if self._head.n_rows < min(len(hidden), HEAD_ROWS):
-            self._head = self._write(self._family.build_head, min(len(hidden), HEAD_ROWS))
+            self._head = self._write(lowering.build_head, min(len(hidden), HEAD_ROWS))
         head = self._head
         logits = torch.empty(len(hidden), head.buffer("logits").shape[1])
         for rows, out in zip(*(torch.split(x, head.n_rows) for x in (hidden, logits)), strict=True):
@@ -150,7 +146,7 @@ class NativeStep:
     def _embedded(self, tokens: Tensor) -> Tensor:
         """The first rows of buffer `x`, which now hold the embedding of `tokens` `[N]`."""
         if self._layers.n_rows < len(tokens):
-            self._layers = self._write(self._family.build, len(tokens))
+            self._layers = self._write(lowering.build_layers, len(tokens))
         x = self._layers.buffer("x")[: len(tokens)]
         return x.copy_(gather(self._embedding, tokens))
 
@@ -257,28 +253,18 @@ class NativeStep:
         return states
 
     def _turns(self, position: int, n_tokens: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the positions from `position` on, `[T, n_rotated / 2]`; the model's own, kept."""
+        """Cosines and sines of the positions from `position` on, `[T, n_rotated / 2]`, kept."""
         end = position + n_tokens
         if self._angles is None or self._angles[0].shape[0] < end:
-            positions = torch.arange(max(1024, end + end // 2)).unsqueeze(0)
-            cos, sin = self._model.model.rotary_emb(torch.empty(0), positions)
-            half = cos.shape[-1] // 2
-            self._angles = cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+            self._angles = rope_angles(self._config, max(1024, end + end // 2))
         cos, sin = self._angles
         return cos[position:end], sin[position:end]
 
-    def _write(self, build: Build, n_rows: int) -> Builder:
-        """Write operations down for buffers of `n_rows` rows."""
-        builder = Builder(n_rows, self._pack)
-        build(self._model, builder)
+    def _write(self, build: Callable[[ModelGraph, Builder], None], n_rows: int) -> Builder:
+        """Write operations for buffers of `n_rows` rows."""
+        builder = Builder(n_rows, self._source)
+        build(self._graph, builder)
         return builder
-
-    def _pack(self, weight: Tensor) -> PackedWeight:
-        """A weight as it is held, or packed once however often it is used."""
-        if id(weight) not in self._packed:
-            held = packed_of(weight)
-            self._packed[id(weight)] = weight, pack(weight, exact_type(weight)) if held is None else held
-        return self._packed[id(weight)][1]
 
 
 def _direct(layer: Any) -> bool:

@@ -1,0 +1,87 @@
+"""A GGUF file as a source of weights: its tensors as they lie in the mapped file, without a copy.
+
+Owns the maps and hands out views of them. Does not own the header's checks (`reader.py`, `load.py`), which come first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Literal
+
+import numpy as np
+import torch
+from gguf.quants import dequantize
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hybridkv.formats.weights import get_weight_format
+from hybridkv.gguf.reader import Header, TensorInfo, map_parts, raw_rows
+from hybridkv.kernels.weights import Weight, find_bad_blocks
+
+Memory = Literal["mapped", "copied"]
+
+
+class GgufSource:
+    """The tensors of a file, or of a split model's files.
+
+    Parameters
+    ----------
+    header
+        Checked against the files.
+    memory
+        `mapped` reads the weights where the system's page cache has them; `copied` reads the files once into memory of
+        this process.
+    """
+
+    def __init__(self, header: Header, memory: Memory = "mapped") -> None:
+        self._files = [_writable(data) if memory == "mapped" else data.copy() for data in map_parts(header)]
+        self._infos = {info.name: info for info in header.tensors}
+        self._weights: dict[str, Weight] = {}
+        self.memory = memory
+
+    def has(self, name: str) -> bool:
+        """Whether the file has this tensor."""
+        return name in self._infos
+
+    def weight(self, name: str) -> Weight:
+        """A matrix or a stack of matrices, as it lies; the same object each time."""
+        if name not in self._weights:
+            info = self._infos[name]
+            data = torch.from_numpy(raw_rows(self._files[info.part], info))
+            n_out = info.shape[-2] if len(info.shape) > 1 else 1
+            self._weights[name] = Weight(
+                get_weight_format(info.type.name), data.view(-1, n_out, data.shape[-1]), info.shape[-1]
+            )
+        return self._weights[name]
+
+    def vector(self, name: str) -> Tensor:
+        """A small tensor, decoded: float32 in the file's shape."""
+        info = self._infos[name]
+        values = dequantize(raw_rows(self._files[info.part], info), info.type)
+        return torch.from_numpy(np.require(values, np.float32, ["C", "A", "W"]).copy()).view(info.shape)
+
+    def types(self) -> tuple[str, ...]:
+        """The types of the matrices that were taken, each once, the one with the most bytes first."""
+        total: dict[str, int] = {}
+        for weight in self._weights.values():
+            total[weight.format.name] = total.get(weight.format.name, 0) + weight.nbytes
+        return tuple(sorted(total, key=lambda name: -total[name]))
+
+    def infos(self) -> tuple[TensorInfo, ...]:
+        """All tensors of the file."""
+        return tuple(self._infos.values())
+
+    def check(self) -> str | None:
+        """Name the first tensor that holds NaN or infinity, and where; None if there is none."""
+        for name in self._infos:
+            where = find_bad_blocks(self.weight(name))
+            if where is not None:
+                return f"{name} (row {where[0]}, block {where[1]})"
+        return None
+
+
+def _writable(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The same memory under a flag that Torch takes without a warning; nothing here writes, and the map forbids it."""
+    memory = (ctypes.c_uint8 * data.size).from_address(data.ctypes.data)
+    memory._source = data  # type: ignore[attr-defined]  # the map lives as long as its views
+    return np.frombuffer(memory, np.uint8)

@@ -1,0 +1,68 @@
+"""A model as the native engine holds it: a config and the source of its weights, without any Transformers module."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from hybridkv.errors import ModelError
+from hybridkv.gguf.checkpoint import Checkpoint
+from hybridkv.gguf.convert import find_architecture
+from hybridkv.gguf.load import map_gguf
+from hybridkv.gguf.pairing import build_skeleton
+from hybridkv.gguf.tensors import Memory
+from hybridkv.hf.step.weights import WeightKind
+from hybridkv.model import graph_of
+from hybridkv.native.sources import EncodedSource, ParameterSource, Typed
+
+
+class NativeModel:
+    """What the engine needs of a model: a config, a device, end tokens, and its weights.
+
+    Parameters
+    ----------
+    config
+        A Transformers config.
+    source
+        Holds the weights.
+    end_ids
+        Tokens that end a text; the config's own if empty.
+    """
+
+    def __init__(self, config: Any, source: Typed, end_ids: Sequence[int] = ()) -> None:
+        self.config = config
+        self.source = source
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32
+        self.generation_config = SimpleNamespace(eos_token_id=list(end_ids) or None)
+
+
+def native_model(config: Any, source: Typed, weights: WeightKind, end_ids: Sequence[int] = ()) -> NativeModel:
+    """A model with its matrices held as asked."""
+    if weights != "auto":
+        graph = graph_of(config)
+        source = EncodedSource(source, weights, (graph.embed, graph.head))
+    return NativeModel(config, source, end_ids)
+
+
+def directory_rejects(config: Any) -> str | None:
+    """Why a directory of this config cannot be brought into the file's order; None if it can."""
+    try:
+        find_architecture(config.get_text_config(decoder=True))
+    except ModelError as error:
+        return error.message
+    return None
+
+
+def directory_source(directory: Path, config: Any) -> ParameterSource:
+    """The safetensors of a Hugging Face directory as a source of weights, read one parameter at a time."""
+    text = config.get_text_config(decoder=True)
+    skeleton = build_skeleton(text, torch.float32)
+    return ParameterSource(skeleton, Checkpoint(directory, skeleton).parameter)
+
+
+__all__ = ["Memory", "NativeModel", "directory_rejects", "directory_source", "map_gguf", "native_model"]

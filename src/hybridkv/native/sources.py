@@ -1,0 +1,131 @@
+"""Weights of models that are no GGUF files, brought into the file's order once; and weights in another type.
+
+A Transformers model in memory or a directory of safetensors is read through the tables of its GGUF architecture, from
+right to left, as `hybridkv convert` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hybridkv.gguf.convert import find_architecture
+from hybridkv.gguf.pairing import Pairing, file_tensors, pair
+from hybridkv.hf.step.weights import WeightKind, reencoded, weight_type
+from hybridkv.kernels.weights import Weight, encode, find_bad_blocks
+from hybridkv.model import Source
+
+_FLOATS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+class Typed(Source, Protocol):
+    """A source that says which types it has handed out."""
+
+    def types(self) -> tuple[str, ...]:
+        """The types of the matrices that were taken."""
+        ...
+
+
+class ParameterSource:
+    """The parameters of a Transformers model under their GGUF names, in the file's order.
+
+    Parameters
+    ----------
+    model
+        Of which shapes are read; it may be on the meta device.
+    parameter
+        Gives a parameter's values by its name in the model.
+    """
+
+    def __init__(self, model: Any, parameter: Callable[[str], Tensor]) -> None:
+        self._config = model.config.get_text_config(decoder=True)
+        self._parameter = parameter
+        pairings = pair(find_architecture(self._config), self._config, model, ())
+        self._pairings: dict[str, Pairing] = {name: pairing for pairing in pairings for name in pairing.names}
+        self._weights: dict[str, Weight] = {}
+        self._vectors: dict[str, Tensor] = {}
+
+    def has(self, name: str) -> bool:
+        """Whether the model has the parameter that this tensor holds."""
+        return name in self._pairings
+
+    def weight(self, name: str) -> Weight:
+        """A matrix or a stack, in the parameter's own float type; the same object each time."""
+        if name not in self._weights:
+            for each, tensor in self._tensors(name):
+                matrix = tensor if tensor.dim() > 1 else tensor.unsqueeze(0)
+                self._weights[each] = encode(matrix, _FLOATS[tensor.dtype])
+        return self._weights[name]
+
+    def vector(self, name: str) -> Tensor:
+        """A small tensor: float32 in the file's shape."""
+        if name not in self._vectors:
+            self._vectors |= {each: tensor.float() for each, tensor in self._tensors(name)}
+        return self._vectors[name]
+
+    def types(self) -> tuple[str, ...]:
+        """The types of the matrices that were taken, each once."""
+        return tuple(dict.fromkeys(weight.format.name for weight in self._weights.values()))
+
+    def check(self) -> str | None:
+        """Name the first tensor that holds NaN or infinity; None if there is none."""
+        bad = (name for name, weight in self._weights.items() if find_bad_blocks(weight) is not None)
+        vectors = (name for name, vector in self._vectors.items() if not torch.isfinite(vector).all())
+        return next(bad, None) or next(vectors, None)
+
+    def _tensors(self, name: str) -> list[tuple[str, Tensor]]:
+        """All tensors of the parameter that a tensor belongs to, in the file's conventions and shapes."""
+        pairing = self._pairings[name]
+        value = self._parameter(pairing.param).detach()
+        return file_tensors(pairing, self._config, value if value.dtype in _FLOATS else value.float())
+
+
+class EncodedSource:
+    """Another source's matrices in one type; vectors stay what they are.
+
+    Parameters
+    ----------
+    names
+        Matrices that `int4` holds as q8_0: the embedding and the head.
+    """
+
+    def __init__(self, source: Typed, kind: WeightKind, names: tuple[str, ...]) -> None:
+        self._source, self._kind, self._names = source, kind, names
+        self._weights: dict[str, Weight] = {}
+
+    def has(self, name: str) -> bool:
+        """Whether the source has this tensor."""
+        return self._source.has(name)
+
+    def vector(self, name: str) -> Tensor:
+        """The source's."""
+        return self._source.vector(name)
+
+    def weight(self, name: str) -> Weight:
+        """A matrix encoded, or as it is where its rows do not fill the type's blocks; the same object each time."""
+        if name not in self._weights:
+            self._weights[name] = self._encoded(name)
+        return self._weights[name]
+
+    def _encoded(self, name: str) -> Weight:
+        held = self._source.weight(name)
+        kind = weight_type(self._kind, held.n_in, in_vocabulary=name in self._names)
+        return held if kind in (None, held.format.name) or held.n_out == 1 else reencoded(held, kind)
+
+    def types(self) -> tuple[str, ...]:
+        """The types of the matrices that were taken, each once."""
+        return tuple(dict.fromkeys(weight.format.name for weight in self._weights.values()))
+
+    def check(self) -> str | None:
+        """Name the first tensor that holds NaN or infinity; None if there is none."""
+        bad = (name for name, weight in self._weights.items() if find_bad_blocks(weight) is not None)
+        return next(bad, None) or self._source.check()
+
+
+def source_of(model: Any) -> Typed:
+    """The source of a model's weights: a native model's own, or a Transformers model's parameters."""
+    own: Typed | None = getattr(model, "source", None)
+    return ParameterSource(model, model.get_parameter_or_buffer) if own is None else own
