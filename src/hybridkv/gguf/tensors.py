@@ -6,6 +6,7 @@ Owns the maps and hands out views of them. Does not own the header's checks (`re
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -15,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hybridkv.formats.weights import get_weight_format
-from hybridkv.gguf.reader import Header, TensorInfo, map_parts, raw_rows
-from hybridkv.kernels.weights import Weight, find_bad_blocks
+from hybridkv.gguf.reader import Header, map_parts, raw_rows
+from hybridkv.kernels.weights import Weight, find_bad_block
 
 Memory = Literal["mapped", "copied"]
 
@@ -67,16 +68,17 @@ class GgufSource:
             total[weight.format.name] = total.get(weight.format.name, 0) + weight.nbytes
         return tuple(sorted(total, key=lambda name: -total[name]))
 
-    def infos(self) -> tuple[TensorInfo, ...]:
-        """All tensors of the file."""
-        return tuple(self._infos.values())
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of all tensors of the file."""
+        return ((info.name, info.shape) for info in self._infos.values())
 
     def check(self) -> str | None:
         """Name the first tensor that holds NaN or infinity, and where; None if there is none."""
         for name in self._infos:
-            where = find_bad_blocks(self.weight(name))
+            where = find_bad_block(self.weight(name))
             if where is not None:
-                return f"{name} (row {where[0]}, block {where[1]})"
+                expert, row, block = where
+                return f"{name} (" + (f"expert {expert}, " if expert else "") + f"row {row}, block {block})"
         return None
 
 

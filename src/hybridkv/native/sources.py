@@ -6,7 +6,7 @@ right to left, as `hybridkv convert` does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -15,14 +15,18 @@ from torch import Tensor
 from hybridkv.gguf.convert import find_architecture
 from hybridkv.gguf.pairing import Pairing, file_tensors, pair
 from hybridkv.hf.step.weights import WeightKind, reencoded, weight_type
-from hybridkv.kernels.weights import Weight, encode, find_bad_blocks
+from hybridkv.kernels.weights import Weight, encode, find_bad_block
 from hybridkv.model import Source
 
 _FLOATS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 class Typed(Source, Protocol):
-    """A source that says which types it has handed out."""
+    """A source that can be described."""
+
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of all tensors."""
+        ...
 
     def types(self) -> tuple[str, ...]:
         """The types of the matrices that were taken."""
@@ -66,13 +70,18 @@ class ParameterSource:
             self._vectors |= {each: tensor.float() for each, tensor in self._tensors(name)}
         return self._vectors[name]
 
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of all tensors."""
+        for pairing in dict.fromkeys(self._pairings.values()):
+            yield from zip(pairing.names, pairing.shapes, strict=True)
+
     def types(self) -> tuple[str, ...]:
         """The types of the matrices that were taken, each once."""
         return tuple(dict.fromkeys(weight.format.name for weight in self._weights.values()))
 
     def check(self) -> str | None:
         """Name the first tensor that holds NaN or infinity; None if there is none."""
-        bad = (name for name, weight in self._weights.items() if find_bad_blocks(weight) is not None)
+        bad = (name for name, weight in self._weights.items() if find_bad_block(weight) is not None)
         vectors = (name for name, vector in self._vectors.items() if not torch.isfinite(vector).all())
         return next(bad, None) or next(vectors, None)
 
@@ -110,6 +119,10 @@ class EncodedSource:
             self._weights[name] = self._encoded(name)
         return self._weights[name]
 
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """The source's."""
+        return self._source.shapes()
+
     def _encoded(self, name: str) -> Weight:
         held = self._source.weight(name)
         kind = weight_type(self._kind, held.n_in, in_vocabulary=name in self._names)
@@ -121,7 +134,7 @@ class EncodedSource:
 
     def check(self) -> str | None:
         """Name the first tensor that holds NaN or infinity; None if there is none."""
-        bad = (name for name, weight in self._weights.items() if find_bad_blocks(weight) is not None)
+        bad = (name for name, weight in self._weights.items() if find_bad_block(weight) is not None)
         return next(bad, None) or self._source.check()
 
 

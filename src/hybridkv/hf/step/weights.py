@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from hybridkv.errors import one_of
 from hybridkv.kernels import cpu_native
-from hybridkv.kernels.weights import Weight, encode, matmul, rows
+from hybridkv.kernels.weights import Weight, decode, encode, matmul, rows
 
 WeightKind = Literal["auto", "plain", "f32", "bf16", "int8", "int4"]
 """`auto`: as a file has them, or the smallest float type that holds them; `plain`: Transformers' own tensors.
@@ -60,9 +60,8 @@ def weight_type(kind: WeightKind, n_in: int, *, in_vocabulary: bool) -> str | No
 
 def reencoded(weight: Weight, name: str) -> Weight:
     """The same matrices in another type, a few rows at a time."""
-    flat = weight.flat()
-    ids = torch.split(torch.arange(flat.n_out), max(1, _CHUNK_VALUES // weight.n_in))
-    parts = [encode(rows(flat, part), name) for part in ids]
+    ids = torch.split(torch.arange(weight.n_out), max(1, _CHUNK_VALUES // weight.n_in))
+    parts = [encode(rows(weight, part, expert=e), name) for e in range(weight.n_stack) for part in ids]
     data = torch.cat([part.data for part in parts], dim=1).view(weight.n_stack, weight.n_out, -1)
     return Weight(parts[0].format, data, weight.n_in)
 
@@ -82,7 +81,7 @@ class PackedTensor(Tensor):
 
     def unpacked(self) -> Tensor:
         """The values, in the tensor's dtype."""
-        return rows(self.packed, torch.arange(self.packed.n_out)).to(self.dtype)
+        return decode(self.packed).to(self.dtype)
 
     @classmethod
     def __torch_function__(

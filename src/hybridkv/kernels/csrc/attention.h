@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "formats.h"
+#include "linear/weight.h"
 #include "step.h"
 
 namespace hybridkv {
@@ -81,6 +82,7 @@ struct Isa {
     double (*probe_integer)(int64_t rounds, float* sink);
     double (*probe_read)(const float* data, int64_t count, float* sink);
     const StepKernels* step;
+    const LinearKernels* linear;
 };
 
 extern const Isa kIsaPortable;

@@ -6,6 +6,7 @@
 #include "attend.h"
 #include "encode.h"
 #include "linear.h"
+#include "linear/linear.h"
 #include "probe.h"
 #include "recurrent.h"
 
@@ -16,5 +17,5 @@ const StepKernels kStep = {prepared_bytes, prepare,    linear_scratch_bytes, lin
                            rope_rows,      decay_rows, weigh_rows, rotate_rows,          conv_channels, delta_head};
 }
 const Isa HYBRIDKV_ISA_RECORD = {HYBRIDKV_ISA_NAME, scratch_bytes, attend,     encode,
-                                 probe_float,         probe_integer, probe_read, &kStep};
+                                 probe_float,         probe_integer, probe_read, &kStep, &kLinear};
 }  // namespace hybridkv

@@ -239,5 +239,6 @@ NB_MODULE(_cpu, m) {
     m.def("advise_huge_pages", &advise_huge_pages);
     m.def("probe", &probe);
     bind_linear(m);
+    bind_weights(m);
     bind_step(m);
 }

@@ -1,0 +1,101 @@
+// Activations as products take them. Integers, per row: [unit][256] int16 in the order that the instruction set's
+// bring-ups give codes, then [unit] Meta. Floats, per row: the floats and zeros up to a whole unit.
+#pragma once
+
+#include <limits>
+
+#include "types.h"
+
+#ifndef HYBRIDKV_PHASE
+#define HYBRIDKV_PHASE __attribute__((noinline))
+#endif
+
+namespace {
+namespace weights {
+
+using hybridkv::Operand;
+
+// What goes with 256 activations: sums of activations per 32 and per 16 inputs, scale included, for minima.
+struct Meta {
+    float sums[kGroups], half_sums[16];
+    float scale, padding[7];
+};
+
+constexpr int kUnitBytes = kUnit * 2;
+constexpr float kLargest = 16383.f;  // 32 products with the largest code times scale, 4096, stay below 2^31
+
+inline int64_t units_of(int64_t n_in) { return (n_in + kUnit - 1) / kUnit; }
+
+inline int64_t ints_stride(int64_t n_in) { return units_of(n_in) * (kUnitBytes + static_cast<int64_t>(sizeof(Meta))); }
+
+inline int64_t floats_stride(int64_t n_in) { return units_of(n_in) * kUnit * 4; }
+
+// 256 activations, of which `n` are there. A NaN or an infinity among them makes the scale a NaN.
+template <class Order>
+inline void put_unit(const float* x, int64_t n, int16_t* codes, Meta& meta) {
+    constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    constexpr uint32_t kInfinity = 0x7f800000u;
+    uint32_t bits[kUnit] = {}, top = 0;
+    int32_t c[kUnit] = {};
+    std::memcpy(bits, x, static_cast<size_t>(n) * 4);
+    for (const uint32_t b : bits) top = (b & 0x7fffffffu) > top ? b & 0x7fffffffu : top;
+    const float largest = float_of_bits(top);
+    meta.scale = largest / kLargest;
+    if (largest < 1e-30f) meta.scale = 0.f;  // its inverse may be infinite
+    if (top >= kInfinity) meta.scale = std::numeric_limits<float>::quiet_NaN();
+    if (meta.scale > 0.f) {
+        const float inverse = kLargest / largest;
+        float values[kUnit];
+        std::memcpy(values, bits, sizeof values);
+        for (int i = 0; i < kUnit; ++i) {
+            values[i] = values[i] * inverse + kMagic;
+            std::memcpy(&c[i], &values[i], 4);
+            c[i] -= 0x4b400000;
+        }
+    }
+    for (int g = 0; g < 16; ++g) {
+        int32_t sum = 0;
+        for (int i = 0; i < 16; ++i) sum += c[16 * g + i];
+        meta.half_sums[g] = static_cast<float>(sum) * meta.scale;
+    }
+    for (int g = 0; g < kGroups; ++g) {
+        int32_t sum = 0;
+        for (int i = 0; i < 32; ++i) sum += c[32 * g + i];
+        meta.sums[g] = static_cast<float>(sum) * meta.scale;
+    }
+    for (int i = 0; i < kUnit; ++i) codes[i] = static_cast<int16_t>(c[Order::input(i)]);
+    std::memset(meta.padding, 0, sizeof meta.padding);
+}
+
+template <class Order>
+HYBRIDKV_PHASE void prepare_ints(const float* x, int64_t n_in, uint8_t* out) {
+    const int64_t units = units_of(n_in);
+    int16_t* codes = reinterpret_cast<int16_t*>(out);
+    Meta* meta = reinterpret_cast<Meta*>(out + units * kUnitBytes);
+    for (int64_t u = 0; u < units; ++u) {
+        const int64_t left = n_in - u * kUnit;
+        put_unit<Order>(x + u * kUnit, left < kUnit ? left : kUnit, codes + u * kUnit, meta[u]);
+    }
+}
+
+inline void prepare_floats(const float* x, int64_t n_in, uint8_t* out) {
+    std::memcpy(out, x, static_cast<size_t>(n_in) * 4);
+    std::memset(out + n_in * 4, 0, static_cast<size_t>(floats_stride(n_in) - n_in * 4));
+}
+
+template <class Order>
+size_t prepared_bytes(Operand operand, int64_t n_in, int64_t n_rows) {
+    return static_cast<size_t>(n_rows * (operand == Operand::ints ? ints_stride(n_in) : floats_stride(n_in)));
+}
+
+template <class Order>
+void prepare(Operand operand, const float* x, int64_t x_stride, int64_t n_in, int64_t r0, int64_t r1, void* prepared) {
+    uint8_t* out = static_cast<uint8_t*>(prepared);
+    for (int64_t r = r0; r < r1; ++r) {
+        if (operand == Operand::ints) prepare_ints<Order>(x + r * x_stride, n_in, out + r * ints_stride(n_in));
+        else prepare_floats(x + r * x_stride, n_in, out + r * floats_stride(n_in));
+    }
+}
+
+}  // namespace weights
+}  // namespace

@@ -1,0 +1,79 @@
+// The table of weight types: decoding, and the search for scales that are no numbers.
+#include "types.h"
+
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace hybridkv {
+namespace {
+
+using namespace weights;
+
+template <class T>
+void decode(const uint8_t* row, int64_t n, float* out) {
+    if constexpr (T::scales == Scales::none) {
+        for (int64_t i = 0; i < n; ++i) out[i] = T::at(row + i * T::bytes);
+    } else {
+        Unit u;
+        for (int64_t at = 0; at < n; at += kUnit, out += kUnit) {
+            bring_unit<T>(row, n, at / kUnit, u);
+            const int64_t width = n - at < kUnit ? n - at : kUnit;
+            for (int64_t i = 0; i < width; ++i) {
+                if constexpr (T::scales == Scales::ints) {
+                    out[i] = u.d * static_cast<float>(u.scale[i / 16]) * static_cast<float>(u.code[i]);
+                    if constexpr (T::has_min) out[i] -= u.dmin * static_cast<float>(u.min[i / 16]);
+                } else {
+                    out[i] = u.group_scale[i / kGroup] * static_cast<float>(u.code[i]);
+                    if constexpr (T::has_min) out[i] += u.group_min[i / kGroup];
+                }
+            }
+        }
+    }
+}
+
+template <class T>
+int64_t find_bad(const uint8_t* row, int64_t n_blocks) {
+    for (int64_t b = 0; b < n_blocks; ++b, row += T::bytes) {
+        bool fine = true;
+        if constexpr (T::scales == Scales::none) {
+            fine = std::isfinite(T::at(row));
+        } else if constexpr (T::scales == Scales::floats) {
+            int16_t code[kGroup];
+            float d = 0.f, m = 0.f;
+            T::bring(row, code, d, m);
+            fine = std::isfinite(d) && std::isfinite(m);
+        } else {
+            Unit u;
+            u.dmin = 0.f;
+            T::bring(row, u);
+            fine = std::isfinite(u.d) && std::isfinite(u.dmin);
+        }
+        if (!fine) return b;
+    }
+    return -1;
+}
+
+template <class T>
+constexpr WeightType row_of(const char* name, TypeId id) {
+    const Operand operand = T::scales == Scales::none ? Operand::floats : Operand::ints;
+    return {name, T::block, T::bytes, operand, decode<T>, find_bad<T>, static_cast<int>(id)};
+}
+
+const WeightType kTypes[] = {
+#define HYBRIDKV_ROW(T, name) row_of<T>(name, TypeId::T),
+    HYBRIDKV_WEIGHTS(HYBRIDKV_ROW)
+#undef HYBRIDKV_ROW
+};
+
+}  // namespace
+
+const WeightType& weight_type(const char* name) {
+    for (const WeightType& type : kTypes) {
+        if (std::strcmp(type.name, name) == 0) return type;
+    }
+    throw std::invalid_argument(std::string("no native kernel reads weights of type ") + name);
+}
+
+}  // namespace hybridkv

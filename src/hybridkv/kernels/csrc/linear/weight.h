@@ -1,0 +1,63 @@
+// Weights as they lie in a GGUF file, and products with them: y = W x. Knows no SIMD.
+//
+// A matrix is n_out rows of ggml blocks, read where they are; no alignment is asked for. Activations are brought once
+// into one of two forms (an operand), whatever the types of the weights that they meet: integers of 15 bits with a
+// scale per 256 inputs, or floats. Sums of integers are exact and units of 256 inputs are added in order, floats are
+// summed along fixed lanes: a row's result has the same bits whatever the number of rows beside it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace hybridkv {
+
+enum class Operand : uint8_t { ints, floats };
+
+struct WeightType {
+    const char* name;  // ggml's spelling, as in formats/weights.py
+    int block, bytes;  // values in a block, bytes of a block
+    Operand operand;
+    // `n` values (whole blocks) from `row` on, with the bits of gguf-py's dequantize
+    void (*decode)(const uint8_t* row, int64_t n, float* out);
+    // First block of `n_blocks` whose scale or minimum is NaN or infinite; -1 if there is none
+    int64_t (*find_bad)(const uint8_t* row, int64_t n_blocks);
+    int id;  // position in the table
+
+    int64_t row_bytes(int64_t n_in) const { return n_in / block * bytes; }
+};
+
+// Throws std::invalid_argument if there is no such type.
+const WeightType& weight_type(const char* name);
+
+struct Matrix {
+    const WeightType* type;
+    int64_t n_out, n_in, row_bytes;
+    const uint8_t* data;
+};
+
+// What one instruction set does with matrices.
+struct LinearKernels {
+    // Bytes of `n_rows` rows of activations, 64-byte aligned. Rows lie `prepared_bytes(operand, n_in, 1)` apart.
+    size_t (*prepared_bytes)(Operand operand, int64_t n_in, int64_t n_rows);
+    // Rows [r0, r1) of x, which lie x_stride floats apart.
+    void (*prepare)(Operand operand, const float* x, int64_t x_stride, int64_t n_in, int64_t r0, int64_t r1,
+                    void* prepared);
+    // Bytes of memory, 64-byte aligned, that a thread needs for a product with `n_rows` rows.
+    size_t (*scratch_bytes)(const WeightType& type, int64_t n_in, int64_t n_rows);
+    // y[i][row0 .. row1) = W[row0 .. row1) x[x_rows[i]] for i in 0..n_rows-1, added to what is there if `add`. Without
+    // x_rows, i is the prepared row. Rows of y lie y_stride floats apart; y is that of output row 0.
+    void (*linear)(const Matrix& w, const void* prepared, const int32_t* x_rows, int64_t n_rows, int64_t row0,
+                   int64_t row1, float* y, int64_t y_stride, bool add, void* scratch);
+};
+
+// Output rows in a task: so many that handing it out costs nothing, and few enough that threads end together.
+inline int64_t rows_per_task(const Matrix& w, int64_t n_rows, int n_threads) {
+    constexpr int64_t kLeastBytes = 16 << 10, kRowTile = 24;  // many_rows.h brings so many rows at once
+    const int64_t tasks = n_threads * (n_rows <= 8 ? 16 : 4);
+    const int64_t least = (kLeastBytes - 1) / (w.row_bytes > 0 ? w.row_bytes : 1) + 1;
+    const int64_t share = (w.n_out + tasks - 1) / tasks;
+    const int64_t rows = least > share ? least : share;
+    return rows > kRowTile ? (rows + kRowTile - 1) / kRowTile * kRowTile : (rows + 3) / 4 * 4;
+}
+
+}  // namespace hybridkv
