@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from hybridkv.cli.show import MAX_CONTEXT, model_path, notice, size
+from hybridkv.cli.show import MAX_CONTEXT, model_path, notice
 from hybridkv.errors import UsageError
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from hybridkv.cache import KVSpec
 from hybridkv.engine.ladder import labels_of, raised_specs
-from hybridkv.errors import ContextError, UsageError
 from hybridkv.engine.steps import resolve_step
+from hybridkv.errors import ContextError, UsageError
 from hybridkv.hf import ModelCache, Step, is_finite, takes_chunks
 from hybridkv.policy import Guard, NonFiniteError
 

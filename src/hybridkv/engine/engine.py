@@ -19,8 +19,8 @@ from hybridkv.cache import KVSpec
 from hybridkv.engine.host import bad_logits
 from hybridkv.engine.ladder import check_weights, labels_of, raised_specs
 from hybridkv.engine.sampling import Sampler, SamplingParams
-from hybridkv.errors import ContextError, GuardError, UsageError
 from hybridkv.engine.steps import resolve_step
+from hybridkv.errors import ContextError, GuardError, UsageError
 from hybridkv.hf import ModelCache, Step, is_finite, takes_chunks
 from hybridkv.hf.ranks import ranks_of, same_everywhere
 from hybridkv.policy import Guard, MismatchError, NonFiniteError

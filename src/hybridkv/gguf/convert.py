@@ -29,7 +29,7 @@ from hybridkv.gguf.decode import Floats
 from hybridkv.gguf.pairing import Pairing, build_skeleton, file_tensors, pair
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 F32, F16, Q8_0 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0
 TYPES: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {

@@ -279,9 +279,7 @@ def _check(meta: Metadata, architecture: Architecture, pairings: Sequence[Pairin
                 )
 
 
-def _fill(
-    opened: _Opened, device: torch.device, hold: Callable[[Weight, torch.dtype], torch.Tensor] | None
-) -> None:
+def _fill(opened: _Opened, device: torch.device, hold: Callable[[Weight, torch.dtype], torch.Tensor] | None) -> None:
     """Replace every meta tensor of the model: what the file holds, then the buffers that it does not."""
     import torch
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from hybridkv.errors import ContextError, ModelError
 from hybridkv.hf.stored import StoredState
 from hybridkv.hf.view import Fixed, LayerView, LayerWatch
 from hybridkv.policy import Schedule
+
+StateOrder = Literal["transformers", "file"]
+"""In which order a state's heads are: Transformers', or that of GGUF files, in which the native step runs."""
 
 
 class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -192,6 +195,7 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
     def __init__(self, number_of_states: int = 1, *, takes_chunks: bool = True) -> None:
         super().__init__(number_of_states=number_of_states)
         self.takes_chunks = takes_chunks
+        self.order: StateOrder | None = None
 
     @property
     def nbytes(self) -> int:
@@ -223,6 +227,7 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
         ContextError
             If the model's code would start over from a zero state.
         """
+        self._expect("transformers")
         if not self.takes_chunks and self.has_previous_state[state_idx] and conv_states.shape[-1] > 1:
             raise ContextError(
                 f"{conv_states.shape[-1]} tokens at once after the first prompt: this model's code would start them "
@@ -232,12 +237,29 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
         states: Tensor = super().update_conv_state(conv_states, state_idx, **kwargs)
         return states
 
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """Store the newest recurrent state.
+
+        Raises
+        ------
+        ContextError
+            If the native step has filled the states.
+        """
+        self._expect("transformers")
+        states: Tensor = super().update_recurrent_state(recurrent_states, state_idx, **kwargs)
+        return states
+
     def native_states(self, batch: int, conv: tuple[int, int], recurrent: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Convolution state `[B, kernel, channels]` and recurrent state, float32 and contiguous, to continue in place.
 
-        Transformers keeps the former as `[B, channels, kernel]`; here its memory has the channels innermost, and what
-        a Transformers forward pass left otherwise is brought into that order.
+        Transformers keeps the former as `[B, channels, kernel]`; here its memory has the channels innermost.
+
+        Raises
+        ------
+        ContextError
+            If Transformers' code has filled the states: its heads are in another order.
         """
+        self._expect("file")
         if not self.has_previous_state[0]:
             kernel, channels = conv
             self.lazy_initialization(
@@ -256,12 +278,23 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
         """Convolution state `[B, channels, kernel]`, in the dtype and on the device of `like`, and float32 recurrent
         state, to continue in place.
         """
+        self._expect("transformers")
         if not self.has_previous_state[0]:
             self.lazy_initialization(
                 conv_states=like.new_zeros((batch, *conv)), recurrent_states=like.new_zeros((batch, *recurrent))
             )
             self.has_previous_state[0] = True
         return self.conv_states[0], self.recurrent_states[0]
+
+    def _expect(self, order: StateOrder) -> None:
+        """Note whose order the states are in; refuse to continue those of another."""
+        if self.order not in (None, order):
+            raise ContextError(
+                "the native step and Transformers' own code cannot continue each other's states: their heads are in "
+                "different orders",
+                hint="reset() the cache, or let one of them run all of a sequence",
+            )
+        self.order = order
 
     @property
     def memory(self) -> tuple[Tensor, ...]:

@@ -113,7 +113,10 @@ class StepProgram:
             Whether the chosen experts' weights sum to one, or are shares of the softmax over all.
         """
         n_experts = scores.shape[1]
-        assert gate.n_stack == up.n_stack == down.n_stack == n_experts and 1 <= n_used <= n_experts, (n_used, scores.shape)
+        assert gate.n_stack == up.n_stack == down.n_stack == n_experts and 1 <= n_used <= n_experts, (
+            n_used,
+            scores.shape,
+        )
         assert x.dim() == 2 and gate.n_in == up.n_in == x.shape[1] and down.n_out == dst.shape[1], (x.shape, dst.shape)
         assert gate.n_out == up.n_out == down.n_in, (gate.n_out, up.n_out, down.n_in)
         columns = (self._columns(each) for each in (x, scores, dst))
@@ -155,7 +158,9 @@ class StepProgram:
 
         a and b `[rows, value heads]`, or in groups `[rows, key heads, value heads of each]`.
         """
-        assert decay.dim() == 2 and decay.shape == beta.shape and rate.shape == bias.shape == decay.shape[1:], decay.shape
+        assert decay.dim() == 2 and decay.shape == beta.shape and rate.shape == bias.shape == decay.shape[1:], (
+            decay.shape
+        )
         assert all(x.shape[1:].numel() == decay.shape[1] for x in (a, b)), (a.shape, b.shape)
         columns = (self._columns(x) for x in (a, b, decay, beta))
         self._native.decay(*columns, _floats(rate), _floats(bias))
