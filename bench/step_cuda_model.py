@@ -15,9 +15,9 @@ import transformers
 from torch import Tensor
 
 from hybridkv.cache import KVTypes
+from hybridkv.engine.steps import resolve_step
 from hybridkv.hf import IMPLEMENTATION, ModelCache, Step, is_finite, kv_facts, layer_facts
 from hybridkv.hf.layers import QuantizedLayer
-from hybridkv.hf.step import resolve_step
 from hybridkv.policy import Guard, Policy
 
 _DELTA: dict[str, Any] = {"linear_num_key_heads": 16, "linear_num_value_heads": 32}

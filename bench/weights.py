@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import transformers
@@ -27,9 +27,9 @@ from hybridkv.cache import KVTypes
 from hybridkv.cli.show import simple_table
 from hybridkv.engine import Engine, SamplingParams
 from hybridkv.engine.load import Loaded, bundled_model, describe, load
-from hybridkv.hf import NativeStep, WeightKind, kv_facts, packed_bytes, parse_weights
+from hybridkv.hf import WeightKind, kv_facts, parse_weights
 from hybridkv.kernels import cpu_native
-from hybridkv.kernels.linear import WeightType
+from hybridkv.native import NativeStep, bytes_by_type
 from hybridkv.policy import Guard, Policy
 from perplexity import CHUNK, TEXT, Score, commit, cpu_name, log_probs, parse
 
@@ -43,8 +43,7 @@ def model_of(path: Path, kind: WeightKind) -> Loaded:
 
 def held_bytes(loaded: Loaded) -> int:
     """Of packed matrices."""
-    types: tuple[WeightType, ...] = get_args(WeightType)
-    return sum(packed_bytes(loaded.model, kind) for kind in types)
+    return sum(bytes_by_type(loaded.model.source).values())
 
 
 def scores(path: Path, kinds: Sequence[WeightKind], n_ctx: int, n_windows: int) -> dict[WeightKind, Score]:

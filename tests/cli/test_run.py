@@ -20,9 +20,10 @@ from hybridkv.cli.main import main
 from hybridkv.cli.stream import Streams
 from hybridkv.engine import Engine, SamplingParams
 from hybridkv.engine.load import Loaded, bundled_model, describe, load
+from hybridkv.engine.steps import resolve_step
 from hybridkv.formats import FORMATS, get_format
 from hybridkv.gguf.load import load_gguf
-from hybridkv.hf import Step, kv_facts, resolve_step
+from hybridkv.hf import Step, kv_facts
 from hybridkv.kernels.cuda import compiling
 from hybridkv.policy import Guard, Policy
 from tests.cli.conftest import Cli

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from hybridkv.cache import KVTypes
 from hybridkv.engine.classify import Classifier, batches, label_tree, shared_length
+from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import ContextError, GuardError, UsageError
-from hybridkv.hf import EagerStep, ModelCache, Step, kv_facts, layer_facts, resolve_step, takes_chunks
+from hybridkv.hf import EagerStep, ModelCache, Step, kv_facts, layer_facts, takes_chunks
 from hybridkv.policy import Guard, Policy
 from tests.families import HYBRIDS, build
 

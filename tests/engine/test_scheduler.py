@@ -11,10 +11,12 @@ from torch import Tensor
 
 from hybridkv.cache import KVTypes
 from hybridkv.engine import Event, Request, SamplingParams
+from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import AdmissionError, NoKernelError, UsageError
-from hybridkv.hf import ModelCache, NativeStep, resolve_step
+from hybridkv.hf import ModelCache
 from hybridkv.hf.step.record import Answers
 from hybridkv.kernels import cpu_native
+from hybridkv.native import NativeStep
 from hybridkv.policy import Guard, NonFiniteError
 from tests.engine.serving import (
     GREEDY,

@@ -21,9 +21,10 @@ from torch import Tensor
 from hybridkv.cache import KVTypes
 from hybridkv.engine import Request
 from hybridkv.engine.session import Session, load_session, resume, save_session
+from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import SessionError
 from hybridkv.formats import get_format
-from hybridkv.hf import ModelCache, Step, resolve_step
+from hybridkv.hf import ModelCache, Step
 from hybridkv.policy import Guard
 from tests.engine.serving import (
     GREEDY,

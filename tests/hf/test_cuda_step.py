@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hybridkv.cache import KVTypes
-from hybridkv.hf import EagerStep, GraphStep, ModelCache, kv_facts, layer_facts, resolve_step, takes_chunks
+from hybridkv.engine.steps import resolve_step
+from hybridkv.hf import EagerStep, GraphStep, ModelCache, kv_facts, layer_facts, takes_chunks
 from hybridkv.hf.step.graph import set_sync_debug_mode
 from hybridkv.policy import Guard, NonFiniteError, Policy
 from tests.families import FAMILIES, build

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from hybridkv import GuardError, UsageError, quantized_cache
 from hybridkv.cache import KVLayer, KVTypes
-from hybridkv.hf import ModelCache, NativeStep, kv_facts, layer_facts
+from hybridkv.hf import ModelCache, kv_facts, layer_facts
 from hybridkv.kernels import KERNELS, AttentionParams, Kernel, KVView, reference
+from hybridkv.native import NativeStep
 from hybridkv.policy import Guard, Policy
 from tests.families import build, remembering
 from tests.hf.test_families import change, run, tokens

@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import UsageError
-from hybridkv.hf import kv_facts, layer_facts, resolve_step
+from hybridkv.hf import kv_facts, layer_facts
 from hybridkv.lab.candidates import Candidate, expand
 from hybridkv.lab.corpus import Corpus, cut, read_text, snippet
 from hybridkv.lab.evaluate import Evaluator, Mode, agreement

@@ -296,7 +296,7 @@ def test_transformers_own_code_on_packed_weights(family: str, rounded: bool) -> 
 def test_weights_are_held_as_asked(kind: WeightKind) -> None:
     model = build("qwen3_5_text", attention="hybridkv")
     step = native_step(model, kind)
-    kept = {"auto": "f32", "int8": "q8_0", "int4": "q8_0 + q4_0"}.get(kind, kind)
+    kept = {"auto": "f32", "int8": "q8_0", "int4": "q4_0 + q8_0"}.get(kind, kind)
     assert step.name.endswith(f"weights {kept}")
     exact = transformers_logits("qwen3_5_text", "model", [tokens(1, 7)])[0]
     got = step.forward(tokens(1, 7), cache_for(model), 0)

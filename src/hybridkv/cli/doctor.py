@@ -99,8 +99,8 @@ def _cpu_features() -> list[str]:
 def _engines() -> dict[str, str]:
     """What runs the layers outside of attention, and which models each engine takes."""
     from hybridkv.hf.step import fused as fused_step
-    from hybridkv.hf.step.native import FAMILIES
     from hybridkv.kernels import cpu_native
+    from hybridkv.model import FAMILIES
 
     missing = cpu_native.available()
     native = f"cannot run, {missing}" if missing else f"{', '.join(FAMILIES)} on cpu-{cpu_native.isa()}"

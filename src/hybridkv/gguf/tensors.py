@@ -6,7 +6,7 @@ Owns the maps and hands out views of them. Does not own the header's checks (`re
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import numpy as np
@@ -61,12 +61,9 @@ class GgufSource:
         values = dequantize(raw_rows(self._files[info.part], info), info.type)
         return torch.from_numpy(np.require(values, np.float32, ["C", "A", "W"]).copy()).view(info.shape)
 
-    def types(self) -> tuple[str, ...]:
-        """The types of the matrices that were taken, each once, the one with the most bytes first."""
-        total: dict[str, int] = {}
-        for weight in self._weights.values():
-            total[weight.format.name] = total.get(weight.format.name, 0) + weight.nbytes
-        return tuple(sorted(total, key=lambda name: -total[name]))
+    def matrices(self) -> Iterable[Weight]:
+        """The matrices that were taken."""
+        return self._weights.values()
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of all tensors of the file."""
@@ -86,4 +83,5 @@ def _writable(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The same memory under a flag that Torch takes without a warning; nothing here writes, and the map forbids it."""
     memory = (ctypes.c_uint8 * data.size).from_address(data.ctypes.data)
     memory._source = data  # type: ignore[attr-defined]  # the map lives as long as its views
-    return np.frombuffer(memory, np.uint8)
+    view: NDArray[np.uint8] = np.ctypeslib.as_array(memory)
+    return view

@@ -1,8 +1,8 @@
 """Weights as they lie in a GGUF file, and products with them on the CPU: y = W x, read in place.
 
 Owns the checks that make the native code safe to call. Knows no models and no files: the bytes may be a view of a
-mapped file, at any alignment. A model's native step multiplies `Weight` records itself; `matmul` is for tests and benches,
-`rows` for an embedding.
+mapped file, at any alignment. A model's native step multiplies `Weight` records itself; `matmul` is for tests and
+benches, `rows` for an embedding.
 
 A row of activations gets the same bits whatever the number of rows beside it.
 """

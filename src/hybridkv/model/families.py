@@ -6,7 +6,7 @@ is touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,11 +58,11 @@ def rejects(config: Any) -> str | None:
     return family.rejects(text)
 
 
-def _graph(c: Any, block: Callable[[int], Block]) -> ModelGraph:
+def _graph(c: Any, blocks: Iterable[Block]) -> ModelGraph:
     return ModelGraph(
         hidden=c.hidden_size,
         n_vocab=c.vocab_size,
-        blocks=tuple(block(index) for index in range(c.num_hidden_layers)),
+        blocks=tuple(blocks),
         norm=_norm(c, "output_norm.weight"),
     )
 
@@ -145,17 +145,14 @@ def _qwen3_5(c: Any, ffn: FeedForward, **delta: Any) -> ModelGraph:
         "full_attention": _attention(c, normed=True, gated=True),
         "linear_attention": _delta_net(c, **delta),
     }
-    return _graph(
-        c,
-        lambda i: Block(
-            _norm(c, "attn_norm.weight"), mixers[c.layer_types[i]], _norm(c, "post_attention_norm.weight"), ffn
-        ),
-    )
+    norms = _norm(c, "attn_norm.weight"), _norm(c, "post_attention_norm.weight")
+    return _graph(c, (Block(norms[0], mixers[kind], norms[1], ffn) for kind in c.layer_types))
 
 
 def _dense(c: Any, mixer: Attention, ffn: FeedForward) -> ModelGraph:
     """Attention in every layer."""
-    return _graph(c, lambda i: Block(_norm(c, "attn_norm.weight"), mixer, _norm(c, "ffn_norm.weight"), ffn))
+    block = Block(_norm(c, "attn_norm.weight"), mixer, _norm(c, "ffn_norm.weight"), ffn)
+    return _graph(c, [block] * c.num_hidden_layers)
 
 
 def _sparse_rejects(c: Any) -> str | None:

@@ -4,7 +4,7 @@ Owns lowering (`cpu.py`), the step (`step.py`), and models held without Transfor
 """
 
 from hybridkv.native.model import Memory, NativeModel, directory_rejects, directory_source, map_gguf, native_model
-from hybridkv.native.sources import EncodedSource, ParameterSource, source_of
+from hybridkv.native.sources import EncodedSource, ParameterSource, bytes_by_type, source_of
 from hybridkv.native.step import NativeStep, rejects
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "NativeModel",
     "NativeStep",
     "ParameterSource",
+    "bytes_by_type",
     "directory_rejects",
     "directory_source",
     "map_gguf",

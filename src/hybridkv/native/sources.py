@@ -6,7 +6,7 @@ right to left, as `hybridkv convert` does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -28,8 +28,8 @@ class Typed(Source, Protocol):
         """Names and shapes of all tensors."""
         ...
 
-    def types(self) -> tuple[str, ...]:
-        """The types of the matrices that were taken."""
+    def matrices(self) -> Iterable[Weight]:
+        """The matrices that were taken."""
         ...
 
 
@@ -75,9 +75,9 @@ class ParameterSource:
         for pairing in dict.fromkeys(self._pairings.values()):
             yield from zip(pairing.names, pairing.shapes, strict=True)
 
-    def types(self) -> tuple[str, ...]:
-        """The types of the matrices that were taken, each once."""
-        return tuple(dict.fromkeys(weight.format.name for weight in self._weights.values()))
+    def matrices(self) -> Iterable[Weight]:
+        """The matrices that were taken."""
+        return self._weights.values()
 
     def check(self) -> str | None:
         """Name the first tensor that holds NaN or infinity; None if there is none."""
@@ -128,14 +128,22 @@ class EncodedSource:
         kind = weight_type(self._kind, held.n_in, in_vocabulary=name in self._names)
         return held if kind in (None, held.format.name) or held.n_out == 1 else reencoded(held, kind)
 
-    def types(self) -> tuple[str, ...]:
-        """The types of the matrices that were taken, each once."""
-        return tuple(dict.fromkeys(weight.format.name for weight in self._weights.values()))
+    def matrices(self) -> Iterable[Weight]:
+        """The matrices that were taken."""
+        return self._weights.values()
 
     def check(self) -> str | None:
         """Name the first tensor that holds NaN or infinity; None if there is none."""
         bad = (name for name, weight in self._weights.items() if find_bad_block(weight) is not None)
         return next(bad, None) or self._source.check()
+
+
+def bytes_by_type(source: Typed) -> dict[str, int]:
+    """Bytes of the matrices that were taken from a source, by type; the type with the most comes first."""
+    total: dict[str, int] = {}
+    for weight in source.matrices():
+        total[weight.format.name] = total.get(weight.format.name, 0) + weight.nbytes
+    return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
 def source_of(model: Any) -> Typed:

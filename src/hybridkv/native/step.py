@@ -22,11 +22,11 @@ from hybridkv.hf.view import LayerView
 from hybridkv.kernels import AttentionParams, cpu, cpu_native
 from hybridkv.kernels.step import Caches, Health, Rows
 from hybridkv.kernels.weights import rows as gather
-from hybridkv.model import ModelGraph, Source, graph_of
+from hybridkv.model import ModelGraph, graph_of
 from hybridkv.model import rejects as graph_rejects
 from hybridkv.native import cpu as lowering
 from hybridkv.native.builder import Builder
-from hybridkv.native.sources import source_of
+from hybridkv.native.sources import Typed, bytes_by_type, source_of
 from hybridkv.policy import MismatchError, NonFiniteError
 
 MAX_ROWS = 512
@@ -59,7 +59,7 @@ class NativeStep:
     def __init__(self, model: Any) -> None:
         self._config = model.config
         self._graph: ModelGraph = graph_of(model.config)
-        self._source: Source = source_of(model)
+        self._source: Typed = source_of(model)
         self._angles: tuple[Tensor, Tensor] | None = None
         self._embedding = self._source.weight(self._graph.embed)
         self._layers = self._write(lowering.build_layers, 1)
@@ -68,7 +68,7 @@ class NativeStep:
     @property
     def name(self) -> str:
         """With the instruction set and the weights' types."""
-        return f"native-{cpu_native.isa()}, weights {' + '.join(self._source.types())}"
+        return f"native-{cpu_native.isa()}, weights {' + '.join(bytes_by_type(self._source))}"
 
     def forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence; see `Step.forward`."""
