@@ -15,8 +15,10 @@ from gguf.quants import dequantize
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hybridkv.errors import ModelFileError
 from hybridkv.formats.weights import get_weight_format
 from hybridkv.gguf.reader import Header, map_parts, raw_rows
+from hybridkv.kernels.mapped import WatchedMap, lock_memory
 from hybridkv.kernels.weights import Weight, find_bad_block
 
 Memory = Literal["mapped", "copied"]
@@ -35,7 +37,9 @@ class GgufSource:
     """
 
     def __init__(self, header: Header, memory: Memory = "mapped") -> None:
-        self._files = [_writable(data) if memory == "mapped" else data.copy() for data in map_parts(header)]
+        self._parts = tuple(part.path for part in header.parts or (header,))
+        self._watches: list[WatchedMap] = []
+        self._files = [self._viewed(data) if memory == "mapped" else data.copy() for data in map_parts(header)]
         self._infos = {info.name: info for info in header.tensors}
         self._weights: dict[str, Weight] = {}
         self.memory = memory
@@ -69,6 +73,32 @@ class GgufSource:
         """Names and shapes of all tensors of the file."""
         return ((info.name, info.shape) for info in self._infos.values())
 
+    def verify(self) -> None:
+        """Refuse to go on with files that have shrunk since they were mapped.
+
+        Raises
+        ------
+        ModelFileError
+            If pages were gone when they were read: what was computed from them is wrong.
+        """
+        for path, watch in zip(self._parts, self._watches, strict=False):
+            if watch.is_damaged:
+                raise ModelFileError(
+                    f"{path} became shorter while its weights were read",
+                    hint="do not change a model file in use; start again, or take --no-mmap to read it at once",
+                )
+
+    def lock(self) -> None:
+        """Keep all files' pages in memory.
+
+        Raises
+        ------
+        UsageError
+            If the system refuses.
+        """
+        for data in self._files:
+            lock_memory(data.ctypes.data, data.size)
+
     def check(self) -> str | None:
         """Name the first tensor that holds NaN or infinity, and where; None if there is none."""
         for name in self._infos:
@@ -78,10 +108,11 @@ class GgufSource:
                 return f"{name} (" + (f"expert {expert}, " if expert else "") + f"row {row}, block {block})"
         return None
 
-
-def _writable(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The same memory under a flag that Torch takes without a warning; nothing here writes, and the map forbids it."""
-    memory = (ctypes.c_uint8 * data.size).from_address(data.ctypes.data)
-    memory._source = data  # type: ignore[attr-defined]  # the map lives as long as its views
-    view: NDArray[np.uint8] = np.ctypeslib.as_array(memory)
-    return view
+    def _viewed(self, data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """The same memory, watched, under a flag that Torch takes without a warning; the map itself forbids writing."""
+        memory = (ctypes.c_uint8 * data.size).from_address(data.ctypes.data)
+        watch = WatchedMap(data.ctypes.data, data.size)
+        self._watches.append(watch)
+        memory._kept = (data, watch)  # type: ignore[attr-defined]  # both live as long as the views
+        view: NDArray[np.uint8] = np.ctypeslib.as_array(memory)
+        return view

@@ -32,6 +32,10 @@ class Typed(Source, Protocol):
         """The matrices that were taken."""
         ...
 
+    def verify(self) -> None:
+        """Raise an error if what was read is no longer what it was when it was opened."""
+        ...
+
 
 class ParameterSource:
     """The parameters of a Transformers model under their GGUF names, in the file's order.
@@ -85,6 +89,9 @@ class ParameterSource:
         vectors = (name for name, vector in self._vectors.items() if not torch.isfinite(vector).all())
         return next(bad, None) or next(vectors, None)
 
+    def verify(self) -> None:
+        """Nothing to do: parameters were read whole."""
+
     def _tensors(self, name: str) -> list[tuple[str, Tensor]]:
         """All tensors of the parameter that a tensor belongs to, in the file's conventions and shapes."""
         pairing = self._pairings[name]
@@ -122,6 +129,10 @@ class EncodedSource:
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """The source's."""
         return self._source.shapes()
+
+    def verify(self) -> None:
+        """The source's."""
+        self._source.verify()
 
     def _encoded(self, name: str) -> Weight:
         held = self._source.weight(name)

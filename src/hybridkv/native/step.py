@@ -120,6 +120,7 @@ class NativeStep:
             head.buffer("x")[: len(rows)] = rows
             head.program.run(0, len(head.program), len(rows), 1, caches=caches)
             out.copy_(head.buffer("logits")[: len(rows)])
+        self._source.verify()
         return logits
 
     def _run(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:

@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "mapped.h"
 #include "module.h"
 #include "pool.h"
 #include "schedule.h"
@@ -237,6 +238,10 @@ NB_MODULE(_cpu, m) {
     m.def("attend", &attend);
     m.def("encode", &encode);
     m.def("advise_huge_pages", &advise_huge_pages);
+    m.def("watch_map", &watch_map);
+    m.def("forget_map", &forget_map);
+    m.def("is_damaged", &is_damaged);
+    m.def("lock_memory", &lock_memory);
     m.def("probe", &probe);
     bind_linear(m);
     bind_weights(m);

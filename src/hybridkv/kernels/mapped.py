@@ -1,0 +1,54 @@
+"""Files mapped for weights: known as damaged if they shrink while they are read, and locked into memory if asked.
+
+Without this, reading a page that is no longer in the file ends the process with a bus error.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from hybridkv.errors import UsageError
+from hybridkv.kernels.cpu_native import _native, available
+
+
+class WatchedMap:
+    """Watches a map as long as it lives: pages that are gone read as zeros, and `is_damaged` says so.
+
+    Parameters
+    ----------
+    address, n_bytes
+        Of the map. Where the extension is not built, or the system has no such signal, nothing is watched.
+    """
+
+    def __init__(self, address: int, n_bytes: int) -> None:
+        self._map = _native().watch_map(address, n_bytes) if available() is None else -1
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether pages were gone when they were read: what was computed from them is wrong."""
+        return bool(self._map >= 0 and _native().is_damaged(self._map))
+
+    def __del__(self) -> None:
+        """Forget the map."""
+        if getattr(self, "_map", -1) >= 0:
+            _native().forget_map(self._map)
+
+
+def lock_memory(address: int, n_bytes: int) -> None:
+    """Keep a range of memory from being paged out.
+
+    Raises
+    ------
+    UsageError
+        If the system refuses, with its reason.
+    """
+    if (reason := available()) is not None:
+        raise UsageError(f"--mlock: {reason}", hint="leave --mlock out")
+    code: int = _native().lock_memory(address, n_bytes)
+    if code:
+        limited = code in (errno.EAGAIN, errno.ENOMEM, errno.EPERM)
+        raise UsageError(
+            f"--mlock: {n_bytes / 2**30:.2f} GiB cannot be locked into memory: {os.strerror(code)}",
+            hint="raise the limit (ulimit -l), or leave --mlock out" if limited else "leave --mlock out",
+        )
