@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from tests.cli.conftest import Cli, Outcome
 from tests.cli.models import ModelStore, with_config, with_weights
 from tests.gguf.raw import gguf as gguf_bytes
 from tests.gguf.raw import tensor
+from tests.gguf.write_qwen35 import Draft
 
 
 def one_error(done: Outcome) -> str:
@@ -252,6 +254,31 @@ def test_gguf_files(cli: Cli, gguf: Path, tmp_path: Path, name: str, command: st
     assert message in error
     assert str(path) in error
     assert "hint: " in error
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (Draft("clip", {"general.type": "mmproj"}), "is a multimodal projector (mmproj)"),
+        (Draft("llama", {"general.type": "adapter"}), "is an adapter (LoRA)"),
+        (Draft("qwen35", tensors={"blk.64.nextn.eh_proj.weight": np.ones((2, 2), np.float32)}), "is a draft head"),
+    ],
+    ids=lambda value: value.architecture if isinstance(value, Draft) else "",
+)
+def test_gguf_files_that_are_no_language_models(
+    cli: Cli, tmp_path: Path, command: str, file: Draft, message: str
+) -> None:
+    path = file.write(tmp_path / "x.gguf")
+    error = one_error(cli(command, "-m", path, *(["--ids", 1] if command == "run" else [])))
+    assert f"{path} {message}" in error
+    assert "hint: " in error
+
+
+def test_a_directory_that_is_an_adapter(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/base"}')
+    message = f"{tmp_path} is an adapter of 'someone/base'; allowed: a whole model\nhint: merge it into its base model"
+    refused(cli, tmp_path, message=message)
 
 
 CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -4,8 +4,7 @@ Owns the order of things: header, config, names and shapes, tokenizer, and only 
 Does not own the file format (`reader.py`), an architecture's tables (`architectures/`), decoding
 (`decode.py`) or the tokenizer (`tokenizer.py`). Called by the command line and by library users.
 
-Memory: the final weights plus one decoded chunk (`decode.CHUNK_VALUES`); the file itself is mapped, and the
-pages of one tensor at a time are resident.
+Memory: the final weights plus one chunk (`decode.CHUNK_VALUES`), as bytes and decoded.
 """
 
 from __future__ import annotations
@@ -17,9 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import numpy as np
-from numpy.typing import NDArray
-
 from hybridkv.errors import UsageError
 from hybridkv.gguf.architectures import get_architecture
 from hybridkv.gguf.architectures.layers import n_blocks
@@ -27,7 +23,7 @@ from hybridkv.gguf.architectures.record import Architecture, Fields
 from hybridkv.gguf.decode import decodable_types, decode_into, is_decodable
 from hybridkv.gguf.metadata import Metadata
 from hybridkv.gguf.pairing import Pairing, build_skeleton, pair, same_shape, state
-from hybridkv.gguf.reader import map_parts, raw_rows, release
+from hybridkv.gguf.rows import OpenModel, open_model
 from hybridkv.gguf.split import read_model
 from hybridkv.gguf.tokenizer import end_ids, load_tokenizer
 
@@ -228,19 +224,19 @@ def _fill(
     """Replace every meta tensor of the model: what the file holds, then the buffers that it does not."""
     import torch
 
-    files = map_parts(meta.header)
     tensors = state(model)
-    for pairing in pairings:
-        tensor = tensors[pairing.param]
-        value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        _decode(value.view(pairing.matrix), pairing, meta, files)
-        is_parameter = isinstance(tensor, torch.nn.Parameter)
-        loaded: Any = torch.nn.Parameter(value, requires_grad=False) if is_parameter else value
-        loaded._is_hf_initialized = True
-        if replace is not None and is_parameter:
-            loaded = replace(loaded)
+    with open_model(meta.header) as files:
+        for pairing in pairings:
+            tensor = tensors[pairing.param]
+            value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            _decode(value.view(pairing.matrix), pairing, meta, files)
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            loaded: Any = torch.nn.Parameter(value, requires_grad=False) if is_parameter else value
             loaded._is_hf_initialized = True
-        _assign(model, pairing.param, loaded)
+            if replace is not None and is_parameter:
+                loaded = replace(loaded)
+                loaded._is_hf_initialized = True
+            _assign(model, pairing.param, loaded)
     for name, buffer in list(model.named_non_persistent_buffers()):
         _assign(model, name, torch.empty_like(buffer, device=device))
     # As in `from_pretrained`: what is loaded is marked as done, so that this computes the other buffers
@@ -249,15 +245,14 @@ def _fill(
     model.initialize_weights()
 
 
-def _decode(target: torch.Tensor, pairing: Pairing, meta: Metadata, files: Sequence[NDArray[np.uint8]]) -> None:
+def _decode(target: torch.Tensor, pairing: Pairing, meta: Metadata, files: OpenModel) -> None:
     """Decode a parameter's tensors into `target` `[stack, rows, cols]`."""
     stack, _, n_cols = pairing.matrix
     start = 0
     for name in pairing.names:
         info = meta.tensor(name)
         n_rows = math.prod(info.shape) // (stack * n_cols)
-        raw = raw_rows(files[info.part], info).reshape(stack, n_rows, -1)
-        for matrix, rows in zip(target, raw, strict=True):
+        for matrix, rows in zip(target, files.rows(info, stack * n_rows).stack(stack), strict=True):
             decode_into(
                 matrix[start : start + n_rows] if pairing.rows is None else matrix,
                 rows,
@@ -266,7 +261,6 @@ def _decode(target: torch.Tensor, pairing: Pairing, meta: Metadata, files: Seque
                 cols=pairing.cols,
                 values=None if pairing.rule.values is None else pairing.rule.values.read,
             )
-        release(files[info.part])
         start += n_rows
 
 

@@ -14,7 +14,8 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from hybridkv.errors import ModelFileError
-from hybridkv.gguf.reader import Header, TensorInfo, map_parts, raw_rows
+from hybridkv.gguf.reader import Header, TensorInfo
+from hybridkv.gguf.rows import open_model
 
 _SHARED = ("general.", "tokenizer.", "split.")
 
@@ -137,7 +138,8 @@ class Metadata:
         info = self.tensor(name)
         if info.type != GGMLQuantizationType.F32 or math.prod(info.shape) != length:
             self.fail(f"tensor {name!r} has shape {list(info.shape)} and type {info.type.name}; expected {length} F32")
-        numbers = np.frombuffer(raw_rows(map_parts(self.header)[info.part], info).tobytes(), "<f4")
+        with open_model(self.header) as files:
+            numbers = np.frombuffer(files.rows(info)[:].tobytes(), "<f4")
         if not (np.isfinite(numbers) & (numbers > 0)).all():
             self.fail(f"tensor {name!r} holds {numbers.min()}; expected numbers above zero")
         return [float(number) for number in numbers]

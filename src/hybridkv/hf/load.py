@@ -44,6 +44,13 @@ def load_config(directory: Path, *, remote_code: RemoteCode = "refused") -> Any:
         If config.json is missing or not understood, or if only code from the directory could understand it.
     """
     if not (directory / "config.json").is_file():
+        adapter = directory / "adapter_config.json"
+        if adapter.is_file():
+            base = str(_entry(adapter, "base_model_name_or_path"))[:100]
+            raise ModelFileError(
+                f"{directory} is an adapter of {base!r}; allowed: a whole model",
+                hint="merge it into its base model first (peft: merge_and_unload), save that, and give its directory",
+            )
         raise ModelFileError(
             f"{directory} holds no config.json", hint="give a .gguf file or a Hugging Face model directory"
         )
