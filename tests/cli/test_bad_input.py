@@ -219,6 +219,17 @@ def test_a_head_dim_that_no_block_divides(cli: Cli, models: ModelStore, name: st
     refused(cli, model, "-khad", message="Hadamard rotation of head dim 20; allowed: multiples of 16")
 
 
+@pytest.mark.parametrize("head_dim", [24, 40])
+def test_the_refusal_of_a_head_dim_says_which_work(cli: Cli, models: ModelStore, head_dim: int) -> None:
+    model = models.family("qwen3", head_dim=head_dim)
+    message = f"q8_0 needs a head dim that is a multiple of 16, not {head_dim}"
+    error = refused(cli, model, "-ctk", "q8_0", message=message)
+    hint = "quantized types work with head dims 16, 32, 48, 64 and every other multiple of 16; f32, f16, bf16 and q8_KV"
+    assert f"hint: {hint} with any (-ctk f16 -ctv f16)" in error
+    for name in ("f32", "f16", "bf16", "q8_KV"):
+        assert cli("run", "-m", model, "--ids", "3,4,5", "-n", 4, "-ctk", name, "-ctv", name).code == 0
+
+
 # Files
 
 

@@ -24,6 +24,7 @@ from hybridkv.hf.step import (
     parse_step,
     parse_weights,
     resolve_step,
+    save_unpacked,
     vocabulary_rows,
 )
 
@@ -56,6 +57,7 @@ __all__ = [
     "quantized_cache",
     "register",
     "resolve_step",
+    "save_unpacked",
     "takes_chunks",
     "vocabulary_rows",
 ]

@@ -25,6 +25,7 @@ from hybridkv.hf.step.weights import (
     packed_parameter,
     packing_rejects,
     parse_weights,
+    save_unpacked,
     vocabulary_rows,
 )
 from hybridkv.hf.view import Notify
@@ -119,5 +120,6 @@ __all__ = [
     "parse_step",
     "parse_weights",
     "resolve_step",
+    "save_unpacked",
     "vocabulary_rows",
 ]

@@ -1,13 +1,13 @@
 """Matrices of a model held packed: a tensor that the native kernels multiply, and that any other code may read.
 
 A `PackedTensor` stands in a model where its parameter stood. `linear` and `embedding` run natively on it; whatever else
-is done with it is done with its values, unpacked for the moment. So Transformers' own classes run on packed weights
-without being changed, and the native step finds what it needs in the model.
+reads it reads its values, unpacked for the moment; changing it in place is an error. So Transformers' own classes run
+on packed weights without being changed, and the native step finds what it needs in the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
-from hybridkv.errors import one_of
+from hybridkv.errors import ModelError, one_of
 from hybridkv.kernels import cpu_native
 from hybridkv.kernels.linear import PackedWeight, WeightType, exact_type, gather, linear, pack, unpack
 
@@ -57,12 +57,23 @@ class PackedTensor(Tensor):
         """The values, in the tensor's dtype."""
         return unpack(self.packed).to(self.dtype)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        """Share what is held, which never changes."""
+        copied: Tensor = PackedTensor(self.packed, self.dtype)
+        copied = nn.Parameter(copied, requires_grad=False) if isinstance(self, nn.Parameter) else copied
+        memo[id(self)] = copied
+        return copied
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run `linear` and `embedding` natively."""
         kwargs = kwargs or {}
+        if func == _SET_DATA and isinstance(args[0], PackedTensor):
+            _check_same_values(args[0], args[1])
+        if func is Tensor.__setitem__ and isinstance(args[0], PackedTensor):
+            raise ModelError(f"{_NO_WRITES}: an assignment to some of their values", hint=_WRITES_HINT)
         if func is F.linear and isinstance(args[1], PackedTensor):
             return _linear(*args, **kwargs)
         if func is F.embedding and isinstance(args[1], PackedTensor) and args[0].device.type == "cpu":
@@ -80,8 +91,29 @@ class PackedTensor(Tensor):
         del types
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             return PackedTensor(args[0].packed, args[0].dtype)
+        _check_writes(func, args, kwargs or {})
         args, kwargs = tree_map_only(PackedTensor, PackedTensor.unpacked, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+_NO_WRITES = "packed weights cannot be changed"
+_WRITES_HINT = 'load the model with plain weights (weights="plain"), change it, and pack it afterwards'
+
+
+def _check_writes(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse operations in place: they would change unpacked values, which are for the moment."""
+    for argument, value in zip(func._schema.arguments, args, strict=False):
+        if isinstance(value, PackedTensor) and argument.is_write:
+            raise ModelError(f"{_NO_WRITES}: {func}", hint=_WRITES_HINT)
+    if isinstance(kwargs.get("out"), PackedTensor):
+        raise ModelError(f"{_NO_WRITES}: {func} with out=", hint=_WRITES_HINT)
+
+
+def _check_same_values(held: PackedTensor, value: Tensor) -> None:
+    """Let `data` be set to the same values in another dtype, as `model.to(dtype)` does, and to nothing else."""
+    if value.shape != held.shape or not torch.equal(held.unpacked().to(value.dtype), value):
+        raise ModelError(f"{_NO_WRITES}: data = a tensor of other values, {list(value.shape)}", hint=_WRITES_HINT)
 
 
 def _linear(x: Tensor, weight: PackedTensor, bias: Tensor | None = None) -> Tensor:
@@ -118,6 +150,29 @@ def pack_model(model: Any, kind: WeightKind = "auto") -> None:
             if id(parameter) not in done:
                 done[id(parameter)] = packed_parameter(parameter, kind, n_vocab=n_vocab)
             setattr(module, name, done[id(parameter)])
+    save_unpacked(model)
+
+
+def save_unpacked(model: nn.Module) -> None:
+    """Have `state_dict` give plain tensors, so that `save_pretrained` writes a checkpoint that anything reads.
+
+    All matrices are unpacked for it at once, in the model's dtype; tied ones stay one tensor.
+    """
+    for module in model.modules():
+        if module is model or hasattr(module, "save_pretrained"):
+            module.register_state_dict_post_hook(_unpack_state)
+
+
+def _unpack_state(module: nn.Module, state: dict[str, Tensor], prefix: str, local_metadata: Any) -> None:
+    del local_metadata
+    plain: dict[int, Tensor] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        value = state.get(prefix + name)
+        if not isinstance(parameter, PackedTensor) or value is None or value is parameter:  # the last: keep_vars
+            continue
+        known = plain.get(id(parameter.packed), value)
+        plain[id(parameter.packed)] = known.unpacked() if isinstance(known, PackedTensor) else known
+        state[prefix + name] = plain[id(parameter.packed)]
 
 
 def vocabulary_rows(config: Any) -> int:
