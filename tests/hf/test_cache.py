@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from hybridkv import ContextError, ModelError, NoKernelError, UsageError, quantized_cache
 from hybridkv.formats import get_format
-from hybridkv.hf import EagerStep
+from hybridkv.hf import EagerStep, ModelCache
 from hybridkv.hf.view import LayerView
 from tests.families import FAMILIES, build, remembering
 from tests.hf.test_families import change, run, tokens
@@ -104,6 +104,59 @@ def test_crop_refuses_when_a_layer_cannot_and_changes_nothing(hybrid: PreTrained
     cache.crop(0)
     with pytest.raises(ContextError, match="allowed: 0 or a negative number"):
         cache.crop(3)
+
+
+def drafter(family: str, noise: float) -> PreTrainedModel:
+    """A family's model, or one that does not agree with it."""
+    model = build(family)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(noise * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("length", [1, 2, 25])
+@pytest.mark.parametrize("type_", ["f32", "q8_0"])
+@pytest.mark.parametrize("family", ["lfm2", "lfm2_moe", "gemma3_text", "qwen3"])
+def test_assisted_decoding(family: str, type_: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions and windows go back over drafts that were refused; other states never do (Transformers refuses)."""
+    model, ids = build(family, attention="hybridkv"), tokens(1, length)
+    asked: dict[str, Any] = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False}
+    expected = model.generate(ids, **remembering(quantized_cache(model, type_k=type_, type_v=type_)), **asked)
+    dropped: list[int] = []
+    crop = ModelCache.crop
+    monkeypatch.setattr(ModelCache, "crop", lambda self, n: (dropped.append(-n), crop(self, n)))
+    for noise in (0.0, 0.3):
+        cache, assistant = quantized_cache(model, type_k=type_, type_v=type_), drafter(family, noise)
+        got = model.generate(ids, **remembering(cache), **asked, assistant_model=assistant)
+        assert torch.equal(got, expected)
+        assert cache.get_seq_length() == length + 29
+    assert min(dropped) == 0
+    assert length == 1 or max(dropped) >= 3  # behind one token, some models say one for ever
+
+
+def test_a_convolution_goes_back_no_further_than_its_inputs_are_kept() -> None:
+    model, ids = build("lfm2", attention="hybridkv"), tokens(1, 21)
+    cache = quantized_cache(model, type_k="f32", type_v="f32")
+    run(model, cache, ids[:, :10], chunks=(10,))
+    assert not cache.is_croppable
+    cache.activate_past_recording()
+    with pytest.raises(ContextError, match=r"crop\(-1\): layers .* cannot go back"):
+        cache.crop(-1)
+    with torch.inference_mode():
+        whole = model(ids[:, 10:], **remembering(cache)).logits
+    assert cache.is_croppable
+    with pytest.raises(ContextError, match="cannot go back"):
+        cache.crop(-12)
+    assert cache.get_seq_length() == 21
+    cache.crop(-6)
+    with torch.inference_mode():
+        again = model(ids[:, 15:], **remembering(cache)).logits
+    assert change(again, whole[:, 5:]) <= 1e-5
+    cache.crop(0)
+    with pytest.raises(ContextError, match="cannot go back"):
+        cache.crop(-1)
 
 
 @pytest.mark.parametrize("family", ["qwen3_5_text", "falcon_h1", "lfm2", "gemma3_text"])

@@ -22,7 +22,8 @@ from hybridkv.errors import ContextError, UsageError
 from hybridkv.formats import Scale
 from hybridkv.hf.attention import IMPLEMENTATION, register
 from hybridkv.hf.facts import is_hybrid, kv_facts, layer_facts, takes_chunks
-from hybridkv.hf.layers import EmptyLayer, QuantizedAndStateLayer, QuantizedLayer, StateLayer
+from hybridkv.hf.layers import EmptyLayer, QuantizedAndStateLayer, QuantizedLayer
+from hybridkv.hf.states import StateLayer
 from hybridkv.hf.stored import StoredCache
 from hybridkv.hf.view import LayerWatch, Notify
 from hybridkv.kernels import ENCODERS, KERNELS, Encoder, Kernel
@@ -250,13 +251,17 @@ class ModelCache(Cache):  # type: ignore[misc]
                 f"crop({tokens_to_remove}); allowed: 0 or a negative number of tokens to drop",
                 hint="crop(-n) drops the newest n tokens",
             )
-        if tokens_to_remove and not self.is_croppable:
-            stuck = [i for i, layer in enumerate(self.layers) if not layer.is_croppable]
+        stuck = [i for i, layer in enumerate(self.layers) if not _can_drop(layer, -tokens_to_remove)]
+        if stuck:
             raise ContextError(
                 f"crop({tokens_to_remove}): layers {', '.join(map(str, stuck))} cannot go back to an earlier token",
                 hint="reset() the cache and process the shorter prompt again",
             )
         super().crop(tokens_to_remove)
+
+
+def _can_drop(layer: Any, n_tokens: int) -> bool:
+    return layer.can_drop(n_tokens) if isinstance(layer, StateLayer) else not n_tokens or bool(layer.is_croppable)
 
 
 def quantized_cache(

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from hybridkv.hf.attention import attend_new, non_finite, verify_call
 from hybridkv.hf.cache import ModelCache
-from hybridkv.hf.layers import QuantizedLayer, StateLayer
+from hybridkv.hf.layers import QuantizedLayer
+from hybridkv.hf.states import StateLayer
 from hybridkv.hf.step import llama, qwen3_5
 from hybridkv.hf.step.record import Answers, Build, Builder, Family, Fault, one_by_one
 from hybridkv.hf.step.weights import packed_of, vocabulary_rows

@@ -160,7 +160,7 @@ def save_unpacked(model: nn.Module) -> None:
     """
     for module in model.modules():
         if module is model or hasattr(module, "save_pretrained"):
-            module.register_state_dict_post_hook(_unpack_state)
+            module.register_state_dict_post_hook(_unpack_state)  # type: ignore[no-untyped-call]
 
 
 def _unpack_state(module: nn.Module, state: dict[str, Tensor], prefix: str, local_metadata: Any) -> None:
