@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen3_5ForCausalLM
 
 from hybridkv import ContextError, ModelError, NoKernelError, UsageError, quantized_cache
 from hybridkv.formats import get_format
-from hybridkv.hf import EagerStep, ModelCache
+from hybridkv.hf import EagerStep, ModelCache, pack_model
 from hybridkv.hf.view import LayerView
 from tests.families import FAMILIES, build, remembering
 from tests.hf.test_families import change, run, tokens
@@ -371,3 +372,41 @@ def test_without_any_cache_attention_is_plain(hybrid: PreTrainedModel) -> None:
         plain = build("qwen3_5_text")(tokens(), use_cache=False).logits
         ours = hybrid(tokens(), use_cache=False).logits
     assert change(ours, plain) <= 1e-4
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    build("qwen3_5_text").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    "where",
+    [{"device_map": {"": "disk"}}, {"device_map": "auto", "max_memory": {"cpu": 100_000}}, {"device_map": "cpu"}],
+    ids=str,
+)
+def test_layers_on_disk_get_the_kernels_of_the_device_that_they_run_on(saved: Path, where: dict[str, Any]) -> None:
+    model = Qwen3_5ForCausalLM.from_pretrained(
+        saved, attn_implementation="hybridkv", offload_folder=saved.parent / "offloaded", **where
+    )
+    assert next(model.parameters()).is_meta is (where != {"device_map": "cpu"})
+    plain, ids = build("qwen3_5_text", attention="hybridkv"), tokens(1, 7)
+    cache, expected = quantized_cache(model), quantized_cache(plain)
+    assert [layer.kernels for layer in cache.kv_layers] == [layer.kernels for layer in expected.kv_layers]
+    assert change(run(model, cache, ids, chunks=(5,)), run(plain, expected, ids, chunks=(5,))) <= 1e-5
+
+
+def test_weights_without_values_are_refused(saved: Path) -> None:
+    model = Qwen3_5ForCausalLM.from_pretrained(saved, device_map={"": "meta"})
+    message = r"55 of 55 tensors .* meta device, model.embed_tokens.weight .*; allowed: .*\nhint: .*device_map"
+    with pytest.raises(ModelError, match=message):
+        quantized_cache(model)
+    with pytest.raises(ModelError, match=r"model.embed_tokens.weight is on the meta device .*; allowed: .*\nhint: "):
+        pack_model(model)
+    half = build("qwen3_5_text")
+    half.model.layers[2].to("meta")
+    with pytest.raises(ModelError, match=r"tensors of this model are on the meta device, model.layers.2"):
+        quantized_cache(half)
+    with pytest.raises(ModelError, match=r"model.layers.2.* is on the meta device"):
+        pack_model(half)
+    assert type(half.model.embed_tokens.weight) is torch.nn.Parameter

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from hybridkv.cache import KVLayer, KVSpec, KVTypes, LayerFacts, LayerKernels, resolve
-from hybridkv.errors import ContextError, UsageError
+from hybridkv.errors import ContextError, ModelError, UsageError
 from hybridkv.formats import Scale
 from hybridkv.hf.attention import IMPLEMENTATION, register
 from hybridkv.hf.facts import is_hybrid, kv_facts, layer_facts, takes_chunks
@@ -317,6 +317,8 @@ def quantized_cache(
 
     Raises
     ------
+    ModelError
+        For a model whose weights have no values.
     UsageError
         For an unknown type, rule or count; for a `config` that is none, or is of another model, or comes together with
         what it says itself.
@@ -327,7 +329,7 @@ def quantized_cache(
     >>> model.generate(**inputs, cache=cache)  # doctest: +SKIP
     """
     register()
-    facts = layer_facts(model.config)
+    device, facts = _device_of(model), layer_facts(model.config)
     asked_types: dict[str, Any] = {
         "type_k": type_k,
         "type_v": type_v,
@@ -349,8 +351,30 @@ def quantized_cache(
     specs, warnings = watcher.before(asked, hybrid=is_hybrid(facts), n_ctx=n_ctx or _PLAN_CONTEXT)
     for line in (*policy.notices(asked, n_ctx), *warnings):
         notify(line)
-    device = next(model.parameters()).device.type
     return ModelCache(model.config, specs, device=device, n_ctx=n_ctx, guard=watcher, notify=notify)
+
+
+def _device_of(model: Any) -> str:
+    """Return the type of the device on which a model computes.
+
+    Layers that accelerate keeps on disk or in other memory are on the meta device but for the moment in which they
+    run; the tensors that stay are where they run.
+
+    Raises
+    ------
+    ModelError
+        If weights are on the meta device for good.
+    """
+    held = [*model.named_parameters(), *model.named_buffers()]
+    empty = [name for name, tensor in held if tensor.is_meta]
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
+    if empty and (not offloaded or len(empty) == len(held)):
+        raise ModelError(
+            f"{len(empty)} of {len(held)} tensors of this model are on the meta device, {empty[0]} for one, and have "
+            "no values; allowed: weights in memory, or on disk where accelerate brings them in",
+            hint='load the model without device_map, or with device_map="auto" and an offload_folder',
+        )
+    return next(str(tensor.device.type) for _, tensor in held if not tensor.is_meta)
 
 
 def _policy(given: dict[str, Any]) -> Policy:

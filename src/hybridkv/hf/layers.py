@@ -1,7 +1,7 @@
 """Transformers cache layers over packed rows and float32 states.
 
-`QuantizedLayer` wraps a `KVLayer`; `QuantizedAndStateLayer` has the states of a `StateLayer` (`states.py`) too. They are
-what `hybridkv.hf.cache.ModelCache` is a list of.
+`QuantizedLayer` wraps a `KVLayer`; `QuantizedAndStateLayer` has the states of a `StateLayer` (`states.py`) too.
+`hybridkv.hf.cache.ModelCache` is a list of them.
 """
 
 from __future__ import annotations

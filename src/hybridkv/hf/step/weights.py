@@ -142,7 +142,19 @@ def packed_of(parameter: Tensor) -> PackedWeight | None:
 
 
 def pack_model(model: Any, kind: WeightKind = "auto") -> None:
-    """Pack a Transformers model's matrices in place, one after the other; tied ones stay tied."""
+    """Pack a Transformers model's matrices in place, one after the other; tied ones stay tied.
+
+    Raises
+    ------
+    ModelError
+        For a model with matrices on the meta device; none has been packed then.
+    """
+    empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if empty is not None:
+        raise ModelError(
+            f"{empty} is on the meta device and has no values to pack; allowed: weights in memory",
+            hint="load the model without layers on disk (device_map), or leave its weights plain",
+        )
     n_vocab = vocabulary_rows(model.config)
     done: dict[int, Tensor] = {}
     for module in model.modules():
