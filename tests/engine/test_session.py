@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from dataclasses import replace
+from fcntl import LOCK_EX, flock
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from hybridkv.cache import KVTypes
 from hybridkv.engine import Request
-from hybridkv.engine.session import Session, load_session, resume, save_session
+from hybridkv.engine.session import Session, load_session, remove_leftovers, resume, save_session
 from hybridkv.errors import SessionError
 from hybridkv.formats import get_format
 from hybridkv.hf import ModelCache, Step, resolve_step
@@ -256,6 +257,54 @@ def test_killed_at_any_moment_nothing_is_lost(tmp_path: Path) -> None:
     assert torn > 0, "no kill met a file half written: the test shows nothing"
     save_session(path, first, model())
     assert [p.name for p in tmp_path.iterdir()] == ["s"]  # what the killed left is gone with the next
+
+
+def test_leftovers_of_dead_writers_are_removed_and_no_others(tmp_path: Path) -> None:
+    first, _, _ = begun(length=20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    alive = os.getppid()
+
+    def leave(name: str, pid: int, age_s: float = 0.0) -> Path:
+        part = tmp_path / f".{name}.safetensors.{pid}.part"
+        part.write_bytes(b"half")
+        os.utime(part, (time.time() - age_s,) * 2)
+        return part
+
+    dead = [leave("dead", child), leave("restarted-in-a-container", os.getpid()), leave("id-of-another", alive, 3600)]
+    kept = [leave("just-begun", alive), tmp_path / ".notes.part", tmp_path / "a.safetensors.1.part"]
+    kept[1].write_text("not ours")
+    kept[2].write_text("not ours")
+    slow = leave("slow", alive, 3600)
+    save_session(tmp_path / "a.safetensors", first, model())
+    with slow.open("r+b") as file:
+        flock(file, LOCK_EX)  # as its writer does, on whatever machine it is
+        assert remove_leftovers(tmp_path) == len(dead)
+    assert {*tmp_path.iterdir()} == {*kept, slow, tmp_path / "a.safetensors"}
+    assert remove_leftovers(tmp_path) == 1  # its writer has ended
+    assert remove_leftovers(tmp_path / "none") == 0
+
+
+def test_a_save_survives_the_removal_of_leftovers(tmp_path: Path) -> None:
+    """Another process that starts meanwhile leaves a file alone that is being written."""
+    first, _, _ = begun(length=70)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        child = os.fork()
+    if child == 0:
+        try:
+            for _ in range(200):
+                remove_leftovers(tmp_path)
+        finally:
+            os._exit(0)
+    for name in range(30):
+        save_session(tmp_path / f"{name}.safetensors", first, model())
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.iterdir())) == 30
 
 
 def test_the_scheduler_saves_and_restores(tmp_path: Path) -> None:

@@ -10,9 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fcntl import LOCK_EX, LOCK_NB, flock
 from glob import escape
+from io import BufferedIOBase
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -247,18 +251,27 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
     return digest.hexdigest()
 
 
+def remove_leftovers(directory: Path) -> int:
+    """Remove what killed servers left half written in their directory of sessions; return the number of files."""
+    return _remove_stale(part for part in directory.glob(".*.safetensors.*.part") if _PART.fullmatch(part.name))
+
+
+_PART = re.compile(r"\..+\.(?P<pid>\d{1,9})\.part")
+_PART_SECONDS = 60.0
+"""A file that is older and locked by nobody is stale, even if another process has its writer's id by now."""
+
+
 def _write(path: Path, data: bytes) -> None:
     """All of `data` at `path`, or nothing."""
-    for stale in path.parent.glob(f".{escape(path.name)}.*.part"):
-        if not _runs(stale.suffixes[-2:-1]):
-            stale.unlink(missing_ok=True)  # of a process that was killed while it wrote
+    _remove_stale(path.parent.glob(f".{escape(path.name)}.*.part"))
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
+            _lock(file)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+            part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
@@ -269,14 +282,43 @@ def _write(path: Path, data: bytes) -> None:
         os.close(directory)
 
 
-def _runs(pid: Sequence[str]) -> bool:
-    """Whether the process of a partial file (`.PID`) may still be there."""
-    if not pid or not pid[0][1:].isdigit():
-        return True
+def _lock(file: BufferedIOBase) -> bool:
+    """Lock a file that is being written, until it is closed or the process ends; whether nobody else has."""
     try:
-        os.kill(int(pid[0][1:]), 0)
-    except ProcessLookupError:
+        flock(file.fileno(), LOCK_EX | LOCK_NB)
+    except BlockingIOError:
         return False
-    except PermissionError:
-        return True
+    except OSError:
+        pass  # a file system without locks: process ids must do
     return True
+
+
+def _remove_stale(parts: Iterable[Path]) -> int:
+    n_removed = 0
+    for part in parts:
+        try:
+            with part.open("rb") as file:
+                if not _lock(file) or not _is_stale(part):
+                    continue
+                part.unlink()
+        except OSError:
+            continue  # gone already, or another user's
+        n_removed += 1
+    return n_removed
+
+
+def _is_stale(part: Path) -> bool:
+    """Whether the writer of a partial file (`.NAME.PID.part`) that nobody locks is gone."""
+    found = _PART.fullmatch(part.name)
+    if found is None:
+        return False
+    pid = int(found["pid"])
+    if pid == os.getpid():
+        return True  # in a container, the next process has the id of the one before
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return time.time() - part.stat().st_mtime > _PART_SECONDS

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from hybridkv.engine.requests import Ticket
+from hybridkv.engine.session import remove_leftovers
 from hybridkv.errors import SessionError
 from hybridkv.server.refusals import RefusalError
 from hybridkv.server.replies import Session
@@ -44,10 +45,12 @@ class Sessions:
     keeper
         Reads and writes files.
     directory
-        Where they are; None keeps none.
+        Where they are; None keeps none. What killed servers left there half written is removed.
     """
 
     def __init__(self, keeper: Keeper, directory: Path | None) -> None:
+        if directory is not None:
+            remove_leftovers(directory)
         self._keeper, self._directory = keeper, directory
         self._last: OrderedDict[str, Ticket] = OrderedDict()
 
