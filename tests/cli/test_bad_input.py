@@ -152,6 +152,25 @@ def test_usage(cli: Cli, capfd: pytest.CaptureFixture[str], name: str) -> None:
     assert "layers," not in done.err  # found before any model was looked at
 
 
+def test_variables_of_llama_cpp_have_no_effect_and_are_named(
+    cli: Cli, gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "warning: environment variables are not read, options are; without effect: "
+    assert said not in cli("plan", "-m", gguf).err
+    monkeypatch.setenv("LLAMA_ARG_CACHE_TYPE_K", "q8_0")
+    monkeypatch.setenv("LLAMA_ARG_CTX_SIZE", "4096")
+    monkeypatch.setenv("LLAMA_API_KEY", "secret")
+    monkeypatch.setenv("LLAMA_CACHE", "/tmp")
+    for argv in (["plan", "-m", gguf], ["run", "-m", gguf, "--ids", "1", "-n", 1], ["doctor"]):
+        done = cli(*argv)
+        assert done.code == 0
+        assert done.err.count(said) == 1
+        assert f"{said}LLAMA_API_KEY, LLAMA_ARG_CACHE_TYPE_K, LLAMA_ARG_CTX_SIZE\n" in done.err
+        assert "secret" not in done.err + done.out
+    monkeypatch.setenv("RANK", "1")
+    assert said not in cli("plan", "-m", gguf).err
+
+
 def _bare(capfd: pytest.CaptureFixture[str]) -> Outcome:
     from hybridkv.cli.main import main
 
