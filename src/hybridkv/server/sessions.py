@@ -17,9 +17,7 @@ from hybridkv.engine.session import remove_leftovers
 from hybridkv.errors import SessionError
 from hybridkv.server.refusals import RefusalError
 from hybridkv.server.replies import Session
-
-ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
-"""Nothing that means something in a path."""
+from hybridkv.server.schema import ID_PATTERN
 
 MAX_REMEMBERED = 1024
 """Sessions whose last request is known; the one that was used longest ago is forgotten first."""
