@@ -28,9 +28,7 @@ def configure(tmp_path: Path, *options: str, **variables: str) -> list[str]:
 @pytest.mark.parametrize("compiler", ["/nonexistent", "/bin/false"])
 def test_no_compiler(tmp_path: Path, compiler: str) -> None:
     (line,) = configure(tmp_path, CXX=compiler)
-    assert line == (
-        f"hybridkv needs a C++17 compiler, and there is none; the variable CXX names {compiler}, which does not compile"
-    )
+    assert line.startswith(f"hybridkv needs a C++17 compiler, and CXX={compiler} does not compile; install one: apt")
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a compiler to get so far")
