@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from hybridkv.cache import KVLayer, KVTypes
+from hybridkv.engine.load import bundled_model, describe, load
 from hybridkv.errors import ModelError, UsageError
 from hybridkv.formats import FORMATS
 from hybridkv.hf import (
@@ -578,3 +579,10 @@ def test_each_sequence_of_several_is_checked_as_it_is_alone(monkeypatch: pytest.
     assert list(answers.failed) == [1]
     assert "a test's doing" in str(answers.failed[1])
     assert torch.equal(answers.logits, step.forward_many(newest[:, 0], unwatched, lengths).logits)
+
+
+def test_a_packed_model_from_a_gguf_file_is_saved(tmp_path: Path) -> None:
+    loaded = load(describe(bundled_model()), dtype=torch.float32, device="cpu", weights="auto")
+    held = packed_of(loaded.model.model.embed_tokens.weight)
+    loaded.model.save_pretrained(tmp_path)
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"], unpack(held))

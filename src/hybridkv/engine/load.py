@@ -17,17 +17,10 @@ import torch
 from hybridkv.cache import LayerFacts
 from hybridkv.errors import ModelError, ModelFileError
 from hybridkv.gguf.load import describe_gguf, load_gguf
-from hybridkv.hf import (
-    IMPLEMENTATION,
-    WeightKind,
-    layer_facts,
-    pack_model,
-    packed_parameter,
-    save_unpacked,
-    vocabulary_rows,
-)
+from hybridkv.hf import IMPLEMENTATION, WeightKind, layer_facts, pack_model, packed_parameter, vocabulary_rows
 from hybridkv.hf.load import RemoteCode, count_parameters, load_config, load_tokenizer, load_weights
 from hybridkv.hf.ranks import check_plan
+from hybridkv.hf.step import save_unpacked
 from hybridkv.hf.torchao_weights import quantize_weights
 
 BUNDLED = "reference-hybrid-q8_0.gguf"
@@ -176,9 +169,9 @@ def load(description: Description, *, dtype: torch.dtype, device: str, weights: 
         gguf = load_gguf(
             description.path, dtype=dtype, device=device, attn_implementation=IMPLEMENTATION, replace=replace
         )
-        if pack:
-            save_unpacked(gguf.model)
         loaded = Loaded(description, gguf.model, gguf.tokenizer, gguf.notices)
     if not pack and (weights == "int8" or weights == "int4"):
         quantize_weights(loaded.model, weights)
+    if pack:
+        save_unpacked(loaded.model)
     return loaded

@@ -24,7 +24,6 @@ from hybridkv.hf.step import (
     parse_step,
     parse_weights,
     resolve_step,
-    save_unpacked,
     vocabulary_rows,
 )
 
@@ -57,7 +56,6 @@ __all__ = [
     "quantized_cache",
     "register",
     "resolve_step",
-    "save_unpacked",
     "takes_chunks",
     "vocabulary_rows",
 ]
