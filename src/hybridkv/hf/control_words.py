@@ -39,7 +39,7 @@ def is_control(word: str, *, special: bool) -> bool:
     Files do not always mark them as special. Source: llama.cpp, convert_hf_to_gguf.py (`does_token_look_special`),
     which makes such tokens CONTROL in GGUF files; and the turns of Gemma.
     """
-    if special or word in ("<pad>", "<mask>", "<2mass>", "[@BOS@]", "<start_of_turn>", "<end_of_turn>"):
+    if special or word in ("<pad>", "<mask>", "<2mass>", "[@BOS@]", "<start_of_turn>", "<end_of_turn>", "<EOT>"):
         return True
     ends = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
     return any(word.startswith(first) and word.endswith(last) for first, last in ends)
