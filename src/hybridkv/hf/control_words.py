@@ -137,12 +137,13 @@ class ControlWords:
 
         They are those of other added tokens, and of what the template may search for.
         """
+        beginnings = {word[:length] for word in words for length in range(1, len(word) + 1)}
         others = [token.content for token in self.added.values() if token.content not in self.ids]
         for text in (*others, *_literals(self.tokenizer.chat_template)):
             begins = [index for index, character in enumerate(text) if character in self.firsts]
             for begin, end in pairwise([*begins, len(text)]):
                 piece = text[begin:end]
-                if not any(word.startswith(piece) or piece.startswith(word) for word in words):
+                if piece not in beginnings and words.isdisjoint(piece[:n] for n in range(1, len(piece) + 1)):
                     yield piece
 
     def _compile(self, kept: set[str]) -> re.Pattern[str]:
