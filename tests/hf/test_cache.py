@@ -100,6 +100,15 @@ def test_a_filled_cache_refuses_another_prompt(family: str) -> None:
     assert torch.equal(again[:, :16], fresh)
 
 
+@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2", "bamba", "falcon_h1", "nemotron_h", "llama"])
+def test_a_filled_cache_refuses_another_number_of_sequences(family: str) -> None:
+    model = build(family, attention="hybridkv")
+    cache = quantized_cache(model)
+    model.generate(tokens(1, 12), cache=cache, max_new_tokens=6, do_sample=False)
+    with pytest.raises(ModelError, match=r"holds 1 sequences and was given 2\nhint: use one cache per batch, or reset"):
+        model.generate(tokens(2, 30), cache=cache, max_new_tokens=4, do_sample=False)
+
+
 def test_a_pipeline_with_a_filled_cache() -> None:
     tokenizer = byte_level(CHATML)
     model = build("qwen3_5_text", attention="hybridkv", vocab_size=len(tokenizer))
