@@ -353,3 +353,67 @@ def test_the_scheduler_saves_and_restores(tmp_path: Path) -> None:
         small.restore(tmp_path / "s")
     small.shutdown(drain=True)
     worker.join(30)
+
+
+@pytest.mark.parametrize(
+    ("family", "types"),
+    [
+        ("qwen3_5_text", Q8),
+        ("qwen3_5_text", TAILED),
+        ("lfm2", Q8_TAILED),
+        ("gemma3_text", Q8),
+        ("bamba", KVTypes("f32", "f16")),
+    ],
+)
+def test_the_same_prompt_again_goes_on_near_its_end(tmp_path: Path, family: str, types: KVTypes) -> None:
+    """A state cannot go back from the reply's end, so the file holds the last place within the prompt too."""
+    asked, run = Request(prompt(150), 8, GREEDY), scheduler(family, types=types, prefix_bytes=1 << 26)
+    ticket = run.submit(asked)
+    drain(run)
+    saved = run._reuse.take(asked, ticket.token_ids, "it")
+    save_session(tmp_path / "s", saved, model(family))
+    session = load_session(tmp_path / "s", model(family))
+    assert session.n_cached == 157
+    assert session.earlier is not None
+    assert session.earlier[0] == 128
+    fresh = scheduler(family, types=types, prefix_bytes=1 << 26)
+    fresh._reuse.put(session, tmp_path / "s")
+    again = fresh.submit(asked)
+    longer = Request((*ticket.token_ids, 4, 5), 6, GREEDY)
+    drain(fresh)
+    assert again.usage.cached_tokens == 128
+    assert tokens(again) == tokens(ticket) == alone(asked, family, types=types)
+    after = fresh.submit(longer)
+    drain(fresh)
+    assert after.usage.cached_tokens == 157
+    assert tokens(after) == alone(longer, family, types=types)
+    # Packed rows are held once, in the file and in memory.
+    short = scheduler(family, types=types, prefix_bytes=1 << 26)
+    short._reuse.put(replace(session, earlier=None), tmp_path / "s")
+    own = session.earlier[1].own_bytes + (0 if family != "gemma3_text" else session.earlier[1].packed_bytes)
+    assert fresh.prefixes.nbytes >= short.prefixes.nbytes
+    whole = scheduler(family, types=types, prefix_bytes=1 << 26)
+    whole._reuse.put(session, tmp_path / "s")
+    assert short.prefixes.nbytes < whole.prefixes.nbytes <= short.prefixes.nbytes + own
+
+
+def test_an_earlier_place_is_checked_and_converted(tmp_path: Path) -> None:
+    asked, run = Request(prompt(70), 4, GREEDY), scheduler(prefix_bytes=1 << 26)
+    ticket = run.submit(asked)
+    drain(run)
+    path = tmp_path / "s"
+    save_session(path, run._reuse.take(asked, ticket.token_ids, "it"), model())
+    said: list[str] = []
+    other = scheduler(prefix_bytes=1 << 26, types=KVTypes("f16", "f16"), notify=said.append)
+    other._reuse.put(load_session(path, model()), path)
+    again = other.submit(asked)
+    drain(other)
+    assert (again.usage.cached_tokens, len(said)) == (64, 1)
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    record = json.loads(metadata["earlier."])
+    for wrong in ({"n_cached": 90}, {"n_cached": 0}, {"n_packed": [65, 65]}, {"n_packed": []}, {"fed": []}):
+        resealed(path, tensors, metadata | {"earlier.": json.dumps(record | wrong)})
+        with pytest.raises(SessionError, match="contradicts itself"):
+            load_session(path, model())

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen3_5ForCausalLM
+from transformers import PreTrainedModel, Qwen3_5ForCausalLM, pipeline
 
 from hybridkv import ContextError, ModelError, NoKernelError, UsageError, quantized_cache
 from hybridkv.formats import get_format
 from hybridkv.hf import EagerStep, ModelCache, pack_model
 from hybridkv.hf.view import LayerView
+from tests.chat_models import CHATML, byte_level
 from tests.families import FAMILIES, build, remembering
 from tests.hf.test_families import change, run, tokens
 
@@ -81,6 +82,53 @@ def test_reset_starts_over(family: str) -> None:
     assert torch.equal(run(model, cache, tokens(1)), run(model, quantized_cache(model), tokens(1)))
     cache.reset()
     assert torch.equal(run(model, cache, tokens()), first)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "bamba", "lfm2", "falcon_h1", "llama", "gemma3_text"])
+def test_a_filled_cache_refuses_another_prompt(family: str) -> None:
+    """Also one that `generate` would cut to its last tokens and process behind the first, in silence."""
+    model = build(family, attention="hybridkv")
+    fresh = model.generate(tokens(1, 12), cache=quantized_cache(model), max_new_tokens=4, do_sample=False)
+    for n_prompt in (1, 5, 8, 12, 17):
+        cache = quantized_cache(model)
+        model.generate(tokens(1, 12), cache=cache, max_new_tokens=6, do_sample=False)
+        with pytest.raises(ContextError, match=r"^the cache holds 17 tokens of another prompt") as caught:
+            model.generate(tokens(1, n_prompt), cache=cache, max_new_tokens=4, do_sample=False)
+        assert "hint: reset() the cache" in str(caught.value)
+    cache.reset()
+    assert torch.equal(model.generate(tokens(1, 12), cache=cache, max_new_tokens=4, do_sample=False), fresh)
+    again = model.generate(fresh, cache=cache, max_new_tokens=3, do_sample=False)  # this is how to go on
+    assert torch.equal(again[:, :16], fresh)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2", "bamba", "falcon_h1", "nemotron_h", "llama"])
+def test_a_filled_cache_refuses_another_number_of_sequences(family: str) -> None:
+    model = build(family, attention="hybridkv")
+    cache = quantized_cache(model)
+    model.generate(tokens(1, 12), cache=cache, max_new_tokens=6, do_sample=False)
+    with pytest.raises(ModelError, match=r"holds 1 sequences and was given 2\nhint: use one cache per batch, or reset"):
+        model.generate(tokens(2, 30), cache=cache, max_new_tokens=4, do_sample=False)
+
+
+def test_a_pipeline_with_a_filled_cache() -> None:
+    tokenizer = byte_level(CHATML)
+    model = build("qwen3_5_text", attention="hybridkv", vocab_size=len(tokenizer))
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    cache = quantized_cache(model)
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "cache": cache}
+    first = pipe("A first prompt", **options)
+    with pytest.raises(ContextError, match=r"the cache holds \d+ tokens of another prompt"):
+        pipe("Another", **options)
+    cache.reset()
+    assert pipe("A first prompt", **options) == first
+
+
+def test_with_another_attention_a_call_without_new_tokens_is_refused() -> None:
+    model = build("llama")
+    cache = quantized_cache(model)
+    model.generate(tokens(1, 12), cache=cache, max_new_tokens=6, do_sample=False)
+    with pytest.raises(ContextError, match="the cache holds 17 tokens of another prompt"):
+        model.generate(tokens(1, 5), cache=cache, max_new_tokens=4, do_sample=False)
 
 
 def test_crop_goes_back_where_all_layers_can(dense: PreTrainedModel) -> None:

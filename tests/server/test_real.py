@@ -251,6 +251,11 @@ def test_a_session_is_saved_and_restored(reference: Loaded, tmp_path: Path) -> N
                 restored = http.post("/v1/sessions/talk-1/restore", json={})
                 assert restored.status_code == 200, restored.text
                 assert restored.json()["n_tokens"] == saved.json()["n_tokens"]
+                again = server.client.completions.create(prompt=prompt, **ask)
+                assert again.choices[0].text == first.choices[0].text
+                assert again.usage is not None
+                assert again.usage.prompt_tokens_details is not None
+                assert again.usage.prompt_tokens_details.cached_tokens == (len(prompt) - 1) // 64 * 64 > 0
             reply = server.client.completions.create(prompt=longer, **ask)
             told.append(reply.choices[0].text)
             assert reply.usage is not None

@@ -17,7 +17,9 @@ import torch
 from hybridkv.cache import LayerFacts
 from hybridkv.errors import ModelError, ModelFileError
 from hybridkv.gguf.load import describe_gguf, load_gguf
+from hybridkv.gguf.tokenizer import TURN_ENDS
 from hybridkv.hf import IMPLEMENTATION, WeightKind, layer_facts, pack_model, packed_parameter, vocabulary_rows
+from hybridkv.hf.control_words import ControlWords
 from hybridkv.hf.load import RemoteCode, count_parameters, load_config, load_tokenizer, load_weights
 from hybridkv.hf.ranks import check_plan
 from hybridkv.hf.step import save_unpacked
@@ -164,6 +166,7 @@ def load(description: Description, *, dtype: torch.dtype, device: str, weights: 
         if pack:
             pack_model(model, weights)
         loaded = Loaded(description, model, load_tokenizer(description.path, remote_code=code))
+        _add_turn_ends(loaded)
     else:
         replace = partial(packed_parameter, kind=weights, n_vocab=vocabulary_rows(description.config)) if pack else None
         gguf = load_gguf(
@@ -175,3 +178,15 @@ def load(description: Description, *, dtype: torch.dtype, device: str, weights: 
     if pack:
         save_unpacked(loaded.model)
     return loaded
+
+
+def _add_turn_ends(loaded: Loaded) -> None:
+    """Have every turn end of the vocabulary end a generation, as in GGUF files: configs often name the end of text."""
+    tokenizer = loaded.tokenizer
+    if tokenizer is None or not tokenizer.is_fast:
+        return
+    words, n_vocab = ControlWords(tokenizer).ids, vocabulary_rows(loaded.model.config)
+    found = [*loaded.end_ids, tokenizer.eos_token_id, *(words.get(word) for word in TURN_ENDS)]
+    ends = [index for index in dict.fromkeys(found) if index is not None and index < n_vocab]
+    if ends:
+        loaded.model.generation_config.eos_token_id = ends

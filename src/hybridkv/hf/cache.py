@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache
 from hybridkv.cache import KVLayer, KVSpec, KVTypes, LayerFacts, LayerKernels, resolve
 from hybridkv.errors import ContextError, ModelError, UsageError
 from hybridkv.formats import Scale
-from hybridkv.hf.attention import IMPLEMENTATION, register
+from hybridkv.hf.attention import IMPLEMENTATION, filled_cache, register
 from hybridkv.hf.facts import is_hybrid, kv_facts, layer_facts, takes_chunks
 from hybridkv.hf.layers import EmptyLayer, QuantizedAndStateLayer, QuantizedLayer
 from hybridkv.hf.states import StateLayer
@@ -158,7 +158,15 @@ class ModelCache(Cache):  # type: ignore[misc]
         return 0 if not self.kv_layers else int(super().get_seq_length(layer_idx))
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Rows that the next call attends, and the position of the first."""
+        """Rows that the next call attends, and the position of the first.
+
+        Raises
+        ------
+        ContextError
+            For a call without new tokens, which `generate` makes of a prompt that is shorter than what is held.
+        """
+        if not query_length:
+            raise filled_cache(self.get_seq_length())
         if not self.kv_layers:
             return query_length, 0
         length, offset = super().get_mask_sizes(query_length, layer_idx)
@@ -313,7 +321,8 @@ def quantized_cache(
     Returns
     -------
     ModelCache
-        Pass it as `cache` (before Transformers 5.24: `past_key_values`) to `model(...)` or `model.generate(...)`.
+        Pass it as `cache` (before Transformers 5.24: `past_key_values`) to `model(...)` or `model.generate(...)`. It is
+        for one prompt and what follows it: `reset()` it before another.
 
     Raises
     ------

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
-from hybridkv.errors import ContextError
+from hybridkv.errors import ContextError, ModelError
 from hybridkv.hf.stored import StoredState
 
 
@@ -62,12 +62,20 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
         ------
         ContextError
             If the model's code would start over from a zero state.
+        ModelError
+            For another number of sequences than the states are of.
         """
         if not self.takes_chunks and self.has_previous_state[state_idx] and conv_states.shape[-1] > 1:
             raise ContextError(
                 f"{conv_states.shape[-1]} tokens at once after the first prompt: this model's code would start them "
                 "from a zero state",
                 hint="give the whole prompt at once, then single tokens",
+            )
+        held = self.conv_states[state_idx].shape[0] if self.has_previous_state[state_idx] else conv_states.shape[0]
+        if held != conv_states.shape[0]:
+            raise ModelError(
+                f"the cache holds {held} sequences and was given {conv_states.shape[0]}",
+                hint="use one cache per batch, or reset() it first",
             )
         states: Tensor = super().update_conv_state(conv_states, state_idx, **kwargs)
         return states
