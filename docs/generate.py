@@ -21,6 +21,7 @@ from scaling import ranks_table, replicas_speed_table, replicas_table
 from serving import conversations_table, engine_table, load_table
 from tuned import tuning_table
 
+from gguf_keys import keys_page
 from quality import pictures, quality_table, recommended_table, targets_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -259,6 +260,7 @@ def main() -> int:
     pages = {
         "docs/formats.md": formats_page(),
         "docs/cli.md": cli_page(),
+        "docs/gguf-keys.md": keys_page(),
         "docs/performance.md": performance(),
         "docs/quality.md": quality(),
         "docs/tuning.md": tuning(),

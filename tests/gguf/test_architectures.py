@@ -37,7 +37,11 @@ _YARN = {**_ROPE, "rope_type": "yarn", "factor": 4.0, "original_max_position_emb
 # Per architecture, variants of a family; multipliers are powers of two where they are folded into weights, so
 # that folding is exact.
 VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "qwen35": [("qwen3_5_text", {}), ("qwen3_5_text", {"tie_word_embeddings": True, "linear_num_value_heads": 2})],
+    "qwen35": [
+        ("qwen3_5_text", {}),
+        ("qwen3_5_text", {"tie_word_embeddings": True, "linear_num_value_heads": 2}),
+        ("qwen3_5_text", {"rope_parameters": _YARN | {"partial_rotary_factor": 0.5, "attention_factor": 1.7}}),
+    ],
     "qwen35moe": [
         ("qwen3_5_moe_text", {}),
         ("qwen3_5_moe_text", {"layer_types": ["full_attention", "linear_attention"], "num_hidden_layers": 2}),
@@ -49,6 +53,7 @@ VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("granitemoehybrid", {"mamba_n_groups": 2, "residual_multiplier": 0.22, "logits_scaling": 3.0}),
         ("granitemoehybrid", {"num_local_experts": 0, "attention_multiplier": 0.3, "embedding_multiplier": 12.0}),
         ("granitemoehybrid", {"position_embedding_type": "rope", "num_experts_per_tok": 1}),
+        ("granitemoehybrid", {"position_embedding_type": "rope", "rope_parameters": _YARN}),
     ],
     "nemotron_h": [
         ("nemotron_h", {"layers_block_type": ["mamba", "mlp", "attention", "mamba"], "n_groups": 2}),
@@ -85,7 +90,7 @@ VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("llama", {"rope_parameters": {**_ROPE, "rope_type": "linear", "factor": 2.0}}),
     ],
     "qwen2": [("qwen2", {}), ("qwen2", {"rope_parameters": _YARN})],
-    "qwen3": [("qwen3", {}), ("qwen3", {"rope_parameters": _YARN | {"beta_fast": 16.0}})],
+    "qwen3": [("qwen3", {}), ("qwen3", {"rope_parameters": _YARN | {"beta_fast": 16.0, "attention_factor": 1.7}})],
     "qwen3moe": [("qwen3_moe", {})],
     "gemma3": [
         ("gemma3_text", {}),

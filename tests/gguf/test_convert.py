@@ -184,8 +184,8 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         r"model.norm.weight has shape \[63\] .* asks for \[64\]",
     ),
     "scaled RoPE": (
-        lambda d: configured(d, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
-        "cannot be written as GGUF: qwen35: its RoPE is of type 'linear'",
+        lambda d: configured(d, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        "cannot be written as GGUF: qwen35: its RoPE is of type 'dynamic'",
     ),
     "more than float16 holds": (_huge, "'blk.0.ffn_up.weight' holds 1e.06, more than F16 can"),
     "an index that is none": (lambda d: (d / "model.safetensors.index.json").write_text("[]"), "is no index"),

@@ -21,6 +21,7 @@ from hybridkv.gguf.architectures import get_architecture
 from hybridkv.gguf.architectures.layers import n_blocks
 from hybridkv.gguf.architectures.record import Architecture, Fields
 from hybridkv.gguf.decode import decodable_types, decode_into, is_decodable
+from hybridkv.gguf.keys import check_unread, unknown_keys
 from hybridkv.gguf.metadata import Metadata
 from hybridkv.gguf.pairing import Pairing, build_skeleton, pair, same_shape, state
 from hybridkv.gguf.rows import OpenModel, open_model
@@ -39,7 +40,7 @@ _OUTPUT = "output.weight"
 class LoadedModel:
     """A model ready to run.
 
-    `tokenizer` is None where the file has none; `notices` says what of the file was left out.
+    `tokenizer` is None where the file has none; `notices` says what of the file was left out, tensors and keys.
     """
 
     name: str
@@ -110,7 +111,7 @@ def load_gguf(
     if ends := end_ids(meta, config.vocab_size):
         model.generation_config.eos_token_id = ends
     notices = (f"{len(skipped)} tensors of multi-token prediction blocks were skipped",) if skipped else ()
-    return LoadedModel(_name(meta), model, tokenizer, notices)
+    return LoadedModel(_name(meta), model, tokenizer, notices + unknown_keys(meta))
 
 
 def _says_none(meta: Metadata) -> bool:
@@ -148,6 +149,7 @@ def _config(meta: Metadata, architecture: Architecture) -> PreTrainedConfig:
 
     config_class = getattr(transformers, architecture.config_class)
     fields = _fields(meta, architecture)
+    check_unread(meta)
     with _described(meta):
         config: PreTrainedConfig = config_class(**fields, architectures=[architecture.model_class])
     return config

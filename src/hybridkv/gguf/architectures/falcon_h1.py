@@ -15,7 +15,7 @@ from hybridkv.gguf.architectures import mamba2
 from hybridkv.gguf.architectures.layers import head_fields, head_keys
 from hybridkv.gguf.architectures.llama import REALS, SIZES
 from hybridkv.gguf.architectures.record import Architecture, Config, Fields, Keys, TensorRule
-from hybridkv.gguf.architectures.rope import rope_fields, rope_keys, rope_problem
+from hybridkv.gguf.architectures.rope import KINDS, rope_fields, rope_keys, rope_problem
 from hybridkv.gguf.decode import Floats
 from hybridkv.gguf.metadata import Metadata
 
@@ -82,7 +82,7 @@ def _problem(config: Config) -> str | None:
         return "its mixers normalise before the gate"
     if config.tie_word_embeddings and config.embedding_multiplier != config.lm_head_multiplier:
         return "embeddings and head are one matrix with two multipliers"
-    return rope_problem(config, ("default", "linear", "yarn"))
+    return rope_problem(config, KINDS)
 
 
 ARCHITECTURE = Architecture(

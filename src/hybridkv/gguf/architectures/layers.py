@@ -54,6 +54,17 @@ def head_dim(meta: Metadata) -> int:
         size = meta.integer("attention.key_length")
     if meta.has("attention.value_length"):
         meta.integer("attention.value_length", low=size, high=size)
+    if not size:
+        meta.fail(f"{meta.integer('attention.head_count')} heads share {meta.integer('embedding_length')} values")
+    return size
+
+
+def spread_head_dim(meta: Metadata) -> int:
+    """Return the head dim where it can only be the width spread over the heads, since the config has no other."""
+    size = head_dim(meta)
+    spread = meta.integer("embedding_length") // meta.integer("attention.head_count")
+    if size != spread:
+        meta.expected("attention.key_length", f"{spread}, the embedding's width over the heads")
     return size
 
 

@@ -60,6 +60,7 @@ TENSORS = {
 
 def layer_fields(meta: Metadata, feed_forward: str) -> Fields:
     """Return heads and layer types; layers with a feed-forward width are of kind `feed_forward`."""
+    meta.disregard("rope.")
     blocks, layers = n_blocks(meta)
     n_kv = meta.integers("attention.head_count_kv", blocks)[:layers]
     widths = meta.integers("feed_forward_length", blocks)[:layers]

@@ -30,7 +30,7 @@ from hybridkv.gguf.architectures.record import (
     TensorRule,
     grouped,
 )
-from hybridkv.gguf.architectures.rope import no_scaling, partial_rotary, rope_keys, rope_problem
+from hybridkv.gguf.architectures.rope import KINDS, rope_fields, rope_keys, rope_problem
 from hybridkv.gguf.decode import Order
 from hybridkv.gguf.metadata import Metadata
 
@@ -50,6 +50,7 @@ REALS = {"rms_norm_eps": "attention.layer_norm_rms_epsilon"}
 
 def fields(meta: Metadata) -> Fields:
     """Return what `SIZES` cannot say of `Qwen3_5TextConfig`."""
+    meta.fixed("ssm.v_head_reordered", (True,), "true: value heads that are tiled over the key heads")
     return {**layer_fields(meta), "rope_parameters": rope(meta, meta.integer("attention.key_length"))}
 
 
@@ -96,16 +97,22 @@ def _layer_type(attends: bool) -> str:
 
 def rope(meta: Metadata, size: int) -> Fields:
     """Return `rope_parameters`; the sections of a file's fourth, unused axis are left out."""
-    no_scaling(meta)
     meta.integer("rope.dimension_count", low=2, high=size)
+    meta.real("rope.freq_base")
     return {
-        "rope_type": "default",
-        "rope_theta": meta.real("rope.freq_base"),
         "partial_rotary_factor": 1.0,
-        **partial_rotary(meta, size),
-        "mrope_section": meta.integers("rope.dimension_sections", 4)[:3],
+        **rope_fields(meta, size, partial=True),
+        "mrope_section": _sections(meta),
         "mrope_interleaved": True,
     }
+
+
+def _sections(meta: Metadata) -> list[int]:
+    key = "rope.dimension_sections"
+    sections = meta.integers(key, 4)
+    if any(sections[3:]):
+        meta.expected(key, "0 dimensions in a fourth section: that axis has no positions in a text")
+    return sections[:3]
 
 
 def keys(config: Config) -> Keys:
@@ -135,7 +142,7 @@ def problem(config: Config) -> str | None:
     """Return what cannot be written of a config."""
     if "full_attention" not in config.layer_types or config.attention_bias:
         return "it has no attention layers, or attention biases"
-    return rope_problem(config, ("default",))
+    return rope_problem(config, KINDS, partial=True)
 
 
 def layers(config: Config) -> list[tuple[str, ...]]:
