@@ -34,6 +34,9 @@ _LLAMA3 = {
 }
 _YARN = {**_ROPE, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
 
+_UNLIMITED = {"time_step_min": 1e-30}
+"""As llama.cpp and the original code have it; the class would keep time steps above 0.001."""
+
 # Per architecture, variants of a family; multipliers are powers of two where they are folded into weights, so
 # that folding is exact.
 VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
@@ -50,13 +53,20 @@ VARIANTS: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("granitemoehybrid", {"num_local_experts": 0, "attention_multiplier": 0.3, "embedding_multiplier": 12.0}),
         ("granitemoehybrid", {"position_embedding_type": "rope", "num_experts_per_tok": 1}),
     ],
+    "granite": [
+        (
+            "granite",
+            {"attention_multiplier": 0.3, "logits_scaling": 3.0, "rope_parameters": _ROPE | {"rope_type": "default"}},
+        ),
+        ("granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 1}),
+    ],
     "nemotron_h": [
-        ("nemotron_h", {"layers_block_type": ["mamba", "mlp", "attention", "mamba"], "n_groups": 2}),
-        ("nemotron_h", {"layers_block_type": ["mamba", "attention"], "use_conv_bias": False}),
+        ("nemotron_h", {"layers_block_type": ["mamba", "mlp", "attention", "mamba"], "n_groups": 2, **_UNLIMITED}),
+        ("nemotron_h", {"layers_block_type": ["mamba", "attention"], "use_conv_bias": False, **_UNLIMITED}),
     ],
     "nemotron_h_moe": [
-        ("nemotron_h", {"routed_scaling_factor": 2.5}),
-        ("nemotron_h", {"moe_latent_size": 48, "n_group": 2, "topk_group": 1}),
+        ("nemotron_h", {"routed_scaling_factor": 2.5, **_UNLIMITED}),
+        ("nemotron_h", {"moe_latent_size": 48, "n_group": 2, "topk_group": 1, **_UNLIMITED}),
     ],
     "jamba": [("jamba", {}), ("jamba", {"num_experts": 1, "mamba_conv_bias": False, "attn_layer_period": 4})],
     "falcon-h1": [

@@ -20,6 +20,7 @@ from hybridkv.errors import UsageError
 from hybridkv.gguf.architectures import get_architecture
 from hybridkv.gguf.architectures.layers import n_blocks
 from hybridkv.gguf.architectures.record import Architecture, Fields
+from hybridkv.gguf.bpe import assumption
 from hybridkv.gguf.decode import decodable_types, decode_into, is_decodable
 from hybridkv.gguf.metadata import Metadata
 from hybridkv.gguf.pairing import Pairing, build_skeleton, pair, same_shape, state
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 
 _EMBEDDING = "token_embd.weight"
 _OUTPUT = "output.weight"
+
+# Tensors beside the text model's in files that hold a whole multimodal model, as ollama writes them.
+_ENCODERS = ("v.", "a.", "mm.")
+_PREDICTION = "mtp."
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +61,8 @@ def describe_gguf(path: str | Path) -> tuple[str, PreTrainedConfig]:
     ModelFileError
         For a damaged file, an unknown architecture, or metadata that is missing or out of range.
     """
-    meta = Metadata(read_model(path))
-    return _name(meta), _config(meta, get_architecture(meta.header))
+    meta, architecture = _opened(path)
+    return _name(meta), _config(meta, architecture)
 
 
 def config_from_gguf(path: str | Path) -> PreTrainedConfig:
@@ -97,20 +102,21 @@ def load_gguf(
     dtype = torch.float32 if dtype is None else dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UsageError(f"weights cannot be {dtype}; allowed: float32, bfloat16, float16")
-    meta = Metadata(read_model(path))
-    architecture = get_architecture(meta.header)
+    meta, architecture = _opened(path)
     config = _config(meta, architecture)
     skipped = _skipped(meta)
     model = _skeleton(meta, config, dtype, attn_implementation)
     pairings = pair(architecture, config, model, {info.name for info in meta.header.tensors})
-    _check(meta, architecture, pairings, skipped)
+    _check(meta, architecture, pairings, {name for names in skipped.values() for name in names})
     tokenizer = None if _says_none(meta) else load_tokenizer(meta)
     _fill(meta, model, pairings, torch.device(device), replace)
     model.eval()
     if ends := end_ids(meta, config.vocab_size):
         model.generation_config.eos_token_id = ends
-    notices = (f"{len(skipped)} tensors of multi-token prediction blocks were skipped",) if skipped else ()
-    return LoadedModel(_name(meta), model, tokenizer, notices)
+    notices = [f"{len(names)} tensors of {what} were skipped" for what, names in skipped.items() if names]
+    if tokenizer is not None and (assumed := assumption(meta)):
+        notices.append(assumed)
+    return LoadedModel(_name(meta), model, tokenizer, tuple(notices))
 
 
 def _says_none(meta: Metadata) -> bool:
@@ -179,11 +185,30 @@ def _skeleton(
         return build_skeleton(config, dtype, attn_implementation)
 
 
-def _skipped(meta: Metadata) -> set[str]:
-    """Return the tensors of multi-token prediction blocks, for which the model classes have no place."""
+def _skipped(meta: Metadata) -> dict[str, set[str]]:
+    """Return the tensors for which the model classes have no place, by what they are of."""
     blocks, layers = n_blocks(meta)
-    prefixes = tuple(f"blk.{block}." for block in range(layers, blocks))
-    return {info.name for info in meta.header.tensors if info.name.startswith(prefixes)}
+    prefixes = {
+        "multi-token prediction blocks": (_PREDICTION, *(f"blk.{block}." for block in range(layers, blocks))),
+        "image and audio encoders": _ENCODERS,
+    }
+    names = [info.name for info in meta.header.tensors]
+    return {what: {name for name in names if name.startswith(starts)} for what, starts in prefixes.items()}
+
+
+def _opened(path: str | Path) -> tuple[Metadata, Architecture]:
+    """Read a file's header and find its architecture; a draft head alone is refused by that name."""
+    meta = Metadata(read_model(path))
+    architecture = get_architecture(meta.header)
+    names = [info.name for info in meta.header.tensors]
+    blocks = {name.split(".")[1] for name in names if name.startswith("blk.")}
+    heads = {name.split(".")[1] for name in names if name.startswith("blk.") and ".nextn." in name}
+    if blocks == heads and (heads or any(name.startswith(_PREDICTION) for name in names)):
+        meta.fail(
+            "this is a draft head: it has multi-token prediction blocks and none of the model's own",
+            hint="give the file of the model itself; draft heads are not used here",
+        )
+    return meta, architecture
 
 
 def _check(meta: Metadata, architecture: Architecture, pairings: Sequence[Pairing], skipped: set[str]) -> None:
