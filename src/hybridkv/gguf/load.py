@@ -61,8 +61,8 @@ def describe_gguf(path: str | Path) -> tuple[str, PreTrainedConfig]:
     ModelFileError
         For a damaged file, an unknown architecture, or metadata that is missing or out of range.
     """
-    meta, architecture = _opened(path)
-    return _name(meta), _config(meta, architecture)
+    meta = Metadata(read_model(path))
+    return _name(meta), _config(meta, get_architecture(meta.header))
 
 
 def config_from_gguf(path: str | Path) -> PreTrainedConfig:
@@ -102,7 +102,8 @@ def load_gguf(
     dtype = torch.float32 if dtype is None else dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UsageError(f"weights cannot be {dtype}; allowed: float32, bfloat16, float16")
-    meta, architecture = _opened(path)
+    meta = Metadata(read_model(path))
+    architecture = get_architecture(meta.header)
     config = _config(meta, architecture)
     skipped = _skipped(meta)
     model = _skeleton(meta, config, dtype, attn_implementation)
@@ -194,21 +195,6 @@ def _skipped(meta: Metadata) -> dict[str, set[str]]:
     }
     names = [info.name for info in meta.header.tensors]
     return {what: {name for name in names if name.startswith(starts)} for what, starts in prefixes.items()}
-
-
-def _opened(path: str | Path) -> tuple[Metadata, Architecture]:
-    """Read a file's header and find its architecture; a draft head alone is refused by that name."""
-    meta = Metadata(read_model(path))
-    architecture = get_architecture(meta.header)
-    names = [info.name for info in meta.header.tensors]
-    blocks = {name.split(".")[1] for name in names if name.startswith("blk.")}
-    heads = {name.split(".")[1] for name in names if name.startswith("blk.") and ".nextn." in name}
-    if blocks == heads and (heads or any(name.startswith(_PREDICTION) for name in names)):
-        meta.fail(
-            "this is a draft head: it has multi-token prediction blocks and none of the model's own",
-            hint="give the file of the model itself; draft heads are not used here",
-        )
-    return meta, architecture
 
 
 def _check(meta: Metadata, architecture: Architecture, pairings: Sequence[Pairing], skipped: set[str]) -> None:

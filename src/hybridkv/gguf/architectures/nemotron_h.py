@@ -62,6 +62,12 @@ TENSORS = {
 }
 
 
+def _epsilon(meta: Metadata) -> float:
+    """Return the epsilon of all norms: RMSNorm's of the two, where a file has both."""
+    found = [meta.real(key) for key in _EPSILONS if meta.has(key)]
+    return found[0] if found else meta.real(_EPSILONS[0])
+
+
 def layer_fields(meta: Metadata, feed_forward: str) -> Fields:
     """Return heads and layer types; layers with a feed-forward width are of kind `feed_forward`."""
     blocks, layers = n_blocks(meta)
@@ -78,7 +84,7 @@ def layer_fields(meta: Metadata, feed_forward: str) -> Fields:
         meta.fail(f"layer {pairs.index((True, True))} has both KV heads and a feed-forward width")
     return {
         "time_step_min": _NO_LIMIT,
-        "layer_norm_epsilon": meta.real(next(filter(meta.has, _EPSILONS), _EPSILONS[0])),
+        "layer_norm_epsilon": _epsilon(meta),
         "layers_block_type": [kinds[each] for each in pairs],
         "num_key_value_heads": checked_heads(meta, meta.integer("attention.head_count"), max(n_kv)),
         "head_dim": head_dim(meta),

@@ -76,12 +76,16 @@ def _attending(meta: Metadata, interval: int | None) -> tuple[int, list[bool]]:
     A file says which by a KV head count per layer that is zero where there is no attention, as other hybrids do, by a
     flag per layer, or by an interval.
     """
-    if meta.is_array("attention.head_count_kv"):
-        return kv_heads_per_layer(meta)
-    n_kv_heads = checked_heads(meta, meta.integer("attention.head_count"), meta.integer("attention.head_count_kv"))
     blocks, n_layers = n_blocks(meta)
-    if meta.has(_RECURRENT):
-        return n_kv_heads, [not recurrent for recurrent in meta.flags(_RECURRENT, blocks)[:n_layers]]
+    flags = meta.flags(_RECURRENT, blocks)[:n_layers] if meta.has(_RECURRENT) else None
+    if meta.is_array("attention.head_count_kv"):
+        n_kv_heads, attends = kv_heads_per_layer(meta)
+        if flags is not None and flags != [not each for each in attends]:
+            meta.expected(_RECURRENT, "the layers without KV heads")
+        return n_kv_heads, attends
+    n_kv_heads = checked_heads(meta, meta.integer("attention.head_count"), meta.integer("attention.head_count_kv"))
+    if flags is not None:
+        return n_kv_heads, [not each for each in flags]
     if meta.has("full_attention_interval"):
         interval = meta.integer("full_attention_interval", high=blocks + 1)
     if interval is None:
