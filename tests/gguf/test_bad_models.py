@@ -81,7 +81,8 @@ BAD_KEYS: dict[str, tuple[Callable[[Draft], None], str]] = {
     "value heads that do not group": (with_key("ssm.time_step_rank", 3), "3 value heads: a multiple of 2"),
     "rotates more than the head": (with_key("rope.dimension_count", 34), "dimension_count' is 34"),
     "rotates an odd part": (with_key("rope.dimension_count", 7), "dimension_count' is 7; expected an even"),
-    "three sections": (with_key("rope.dimension_sections", [2, 1, 1]), "expected 4 whole numbers"),
+    "two sections": (with_key("rope.dimension_sections", [2, 1]), "expected 4 whole numbers"),
+    "three sections, one negative": (with_key("rope.dimension_sections", [2, 1, -1]), "expected 3 whole numbers"),
     "negative section": (with_key("rope.dimension_sections", [-2, 1, 1, 0]), "expected 4 whole numbers"),
     "a fourth section": (with_key("rope.dimension_sections", [2, 1, 0, 1]), "expected 0 dimensions in a fourth"),
     "scaled RoPE": (with_key("rope.scaling.type", "longrope"), "scaling.type' is 'longrope'; expected 'none'"),
@@ -230,6 +231,14 @@ OTHER_KINDS: dict[str, tuple[Draft, str]] = {
         ),
         "is a draft head: it holds blocks of multi-token prediction.*\nhint: give the file of the model itself",
     ),
+    "draft head in other words": (
+        Draft(
+            "qwen35",
+            {},
+            {"token_embd.weight": np.ones((4, 4), np.float32), "mtp.fc.weight": np.ones((4, 8), np.float32)},
+        ),
+        "is a draft head",
+    ),
     "draft head counted from 0": (
         Draft(
             "qwen35moe",
@@ -267,6 +276,14 @@ def test_a_model_beside_its_prediction_block_is_no_draft_head(tmp_path: Path) ->
     assert load_gguf(file.write(tmp_path / "x.gguf")).notices == (
         "1 tensors of multi-token prediction blocks were skipped",
     )
+
+
+@pytest.mark.parametrize("read", [config_from_gguf, load_gguf])
+def test_an_architecture_that_is_refused_says_what_is_missing(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    path = Draft("qwen4exp", tensors={"token_embd.weight": np.ones((2, 2), np.float32)}).write(tmp_path / "x.gguf")
+    with pytest.raises(ModelFileError, match="'qwen4exp' is not supported: it needs hyper-connections") as caught:
+        read(path)
+    assert "directory" not in str(caught.value)
 
 
 def test_a_tensor_type_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:

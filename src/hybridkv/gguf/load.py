@@ -20,6 +20,7 @@ from hybridkv.errors import UsageError
 from hybridkv.gguf.architectures import get_architecture
 from hybridkv.gguf.architectures.layers import n_blocks
 from hybridkv.gguf.architectures.record import Architecture, Fields
+from hybridkv.gguf.bpe import assumption
 from hybridkv.gguf.decode import decodable_types, decode_into, is_decodable
 from hybridkv.gguf.keys import check_unread, unknown_keys
 from hybridkv.gguf.metadata import Metadata
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
 
 _EMBEDDING = "token_embd.weight"
 _OUTPUT = "output.weight"
+
+# Tensors beside the text model's in files that hold a whole multimodal model, as ollama writes them.
+_ENCODERS = ("v.", "a.", "mm.")
+_PREDICTION = "mtp."
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +109,16 @@ def load_gguf(
     skipped = _skipped(meta)
     model = _skeleton(meta, config, dtype, attn_implementation)
     pairings = pair(architecture, config, model, {info.name for info in meta.header.tensors})
-    _check(meta, architecture, pairings, skipped)
+    _check(meta, architecture, pairings, {name for names in skipped.values() for name in names})
     tokenizer = None if _says_none(meta) else load_tokenizer(meta)
     _fill(meta, model, pairings, torch.device(device), replace)
     model.eval()
     if ends := end_ids(meta, config.vocab_size):
         model.generation_config.eos_token_id = ends
-    notices = (f"{len(skipped)} tensors of multi-token prediction blocks were skipped",) if skipped else ()
-    return LoadedModel(_name(meta), model, tokenizer, notices + unknown_keys(meta))
+    notices = [f"{len(names)} tensors of {what} were skipped" for what, names in skipped.items() if names]
+    if tokenizer is not None and (assumed := assumption(meta)):
+        notices.append(assumed)
+    return LoadedModel(_name(meta), model, tokenizer, (*notices, *unknown_keys(meta)))
 
 
 def _says_none(meta: Metadata) -> bool:
@@ -181,11 +188,15 @@ def _skeleton(
         return build_skeleton(config, dtype, attn_implementation)
 
 
-def _skipped(meta: Metadata) -> set[str]:
-    """Return the tensors of multi-token prediction blocks, for which the model classes have no place."""
+def _skipped(meta: Metadata) -> dict[str, set[str]]:
+    """Return the tensors for which the model classes have no place, by what they are of."""
     blocks, layers = n_blocks(meta)
-    prefixes = tuple(f"blk.{block}." for block in range(layers, blocks))
-    return {info.name for info in meta.header.tensors if info.name.startswith(prefixes)}
+    prefixes = {
+        "multi-token prediction blocks": (_PREDICTION, *(f"blk.{block}." for block in range(layers, blocks))),
+        "image and audio encoders": _ENCODERS,
+    }
+    names = [info.name for info in meta.header.tensors]
+    return {what: {name for name in names if name.startswith(starts)} for what, starts in prefixes.items()}
 
 
 def _check(meta: Metadata, architecture: Architecture, pairings: Sequence[Pairing], skipped: set[str]) -> None:

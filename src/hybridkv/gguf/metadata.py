@@ -160,6 +160,11 @@ class Metadata:
         """Whether a key holds an array of numbers."""
         return isinstance(self.header.metadata.get(self.key(name)), np.ndarray)
 
+    def length(self, name: str) -> int:
+        """Return the number of elements of an array, zero for what is no array of numbers."""
+        value = self.header.metadata.get(self.key(name))
+        return len(value) if isinstance(value, np.ndarray) else 0
+
     def has_tensor(self, name: str) -> bool:
         """Whether the file has this tensor."""
         return name in self._tensors

@@ -133,6 +133,8 @@ def _keys(config: Config) -> Keys:
 def _problem(config: Config) -> str | None:
     if config.attention_bias or config.mamba_proj_bias:
         return "its projections have biases"
+    if mamba2.limited(config):
+        return "its mixers' time steps are limited"
     if len({*config.layer_types}) == 1:
         return "its layers are all of one kind"
     return rope_problem(config, KINDS)

@@ -25,6 +25,11 @@ def n_blocks(meta: Metadata) -> tuple[int, int]:
 def kv_heads(meta: Metadata) -> int:
     """Return the number of KV heads that all layers have, the query heads' where the file says none."""
     n_heads = meta.integer("attention.head_count")
+    if meta.is_array("attention.head_count_kv"):
+        n_kv_heads, attends = kv_heads_per_layer(meta)
+        if not all(attends):
+            meta.expected("attention.head_count_kv", "KV heads in all layers")
+        return n_kv_heads
     n_kv_heads = meta.integer("attention.head_count_kv") if meta.has("attention.head_count_kv") else n_heads
     return checked_heads(meta, n_heads, n_kv_heads)
 

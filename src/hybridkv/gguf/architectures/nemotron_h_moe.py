@@ -32,6 +32,9 @@ _EXPERTS = (
     TensorRule("ffn_down_shexp.weight", "mixer.shared_experts.down_proj.weight"),
     TensorRule("ffn_latent_down.weight", "mixer.fc1_latent_proj.weight"),
     TensorRule("ffn_latent_up.weight", "mixer.fc2_latent_proj.weight"),
+    # ollama's names of the two.
+    TensorRule("ffn_latent_in.weight", "mixer.fc1_latent_proj.weight"),
+    TensorRule("ffn_latent_out.weight", "mixer.fc2_latent_proj.weight"),
 )
 
 
@@ -88,7 +91,7 @@ ARCHITECTURE = Architecture(
     config_class="NemotronHConfig",
     model_class="NemotronHForCausalLM",
     sizes={**nemotron_h.SIZES, **_SIZES},
-    reals=nemotron_h.REALS,
+    reals={},
     fields=_fields,
     keys=_keys,
     layers=nemotron_h.layers,

@@ -44,6 +44,7 @@ SIZES = {
     "linear_num_value_heads": "ssm.time_step_rank",
 }
 
+_RECURRENT = "attention.recurrent_layers"
 
 REALS = {"rms_norm_eps": "attention.layer_norm_rms_epsilon"}
 
@@ -73,13 +74,19 @@ def layer_fields(meta: Metadata, interval: int | None = None) -> Fields:
 def _attending(meta: Metadata, interval: int | None) -> tuple[int, list[bool]]:
     """Return the number of KV heads, and which layers attend.
 
-    A file says which either by an interval or, like other hybrids, by a KV head count per layer that is zero
-    where there is no attention.
+    A file says which by a KV head count per layer that is zero where there is no attention, as other hybrids do, by a
+    flag per layer, or by an interval.
     """
-    if meta.is_array("attention.head_count_kv"):
-        return kv_heads_per_layer(meta)
-    n_kv_heads = checked_heads(meta, meta.integer("attention.head_count"), meta.integer("attention.head_count_kv"))
     blocks, n_layers = n_blocks(meta)
+    flags = meta.flags(_RECURRENT, blocks)[:n_layers] if meta.has(_RECURRENT) else None
+    if meta.is_array("attention.head_count_kv"):
+        n_kv_heads, attends = kv_heads_per_layer(meta)
+        if flags is not None and flags != [not each for each in attends]:
+            meta.expected(_RECURRENT, "the layers without KV heads")
+        return n_kv_heads, attends
+    n_kv_heads = checked_heads(meta, meta.integer("attention.head_count"), meta.integer("attention.head_count_kv"))
+    if flags is not None:
+        return n_kv_heads, [not each for each in flags]
     if meta.has("full_attention_interval"):
         interval = meta.integer("full_attention_interval", high=blocks + 1)
     if interval is None:
@@ -96,7 +103,7 @@ def _layer_type(attends: bool) -> str:
 
 
 def rope(meta: Metadata, size: int) -> Fields:
-    """Return `rope_parameters`; the sections of a file's fourth, unused axis are left out."""
+    """Return `rope_parameters`; the section of a file's fourth, unused axis is left out, as it is by some files."""
     meta.integer("rope.dimension_count", low=2, high=size)
     meta.real("rope.freq_base")
     return {
@@ -109,7 +116,7 @@ def rope(meta: Metadata, size: int) -> Fields:
 
 def _sections(meta: Metadata) -> list[int]:
     key = "rope.dimension_sections"
-    sections = meta.integers(key, 4)
+    sections = meta.integers(key, 3 if meta.length(key) == 3 else 4)
     if any(sections[3:]):
         meta.expected(key, "0 dimensions in a fourth section: that axis has no positions in a text")
     return sections[:3]
@@ -133,7 +140,7 @@ def layer_keys(config: Config) -> Keys:
     regular = all(each == ((layer + 1) % interval == 0) for layer, each in enumerate(attends))
     return {
         **head_keys(config, None if regular else attends),
-        **({"full_attention_interval": interval} if regular else {}),
+        **({"full_attention_interval": interval} if regular else {_RECURRENT: [not each for each in attends]}),
         "ssm.inner_size": config.linear_num_value_heads * config.linear_value_head_dim,
     }
 
@@ -197,6 +204,7 @@ LINEAR_ATTENTION = (
     TensorRule("ssm_beta.weight", "linear_attn.in_proj_b.weight", rows=_per_head),
     TensorRule("ssm_a", "linear_attn.A_log", values=LOG_DECAY, cols=_per_head),
     TensorRule("ssm_dt.bias", "linear_attn.dt_bias", cols=_per_head),
+    TensorRule("ssm_dt", "linear_attn.dt_bias", cols=_per_head),  # ollama's name
     TensorRule("ssm_conv1d.weight", "linear_attn.conv1d.weight", rows=_behind_qk),
     TensorRule("ssm_norm.weight", "linear_attn.norm.weight"),
     TensorRule("ssm_out.weight", "linear_attn.out_proj.weight", cols=_per_value),

@@ -57,6 +57,7 @@ LINEAR_ATTENTION = (
     TensorRule("ssm_ba.weight", "linear_attn.in_proj_ba.weight"),
     TensorRule("ssm_a", "linear_attn.A_log", values=LOG_DECAY),
     TensorRule("ssm_dt.bias", "linear_attn.dt_bias"),
+    TensorRule("ssm_dt", "linear_attn.dt_bias"),  # ollama's name
     TensorRule("ssm_conv1d.weight", "linear_attn.conv1d.weight"),
     TensorRule("ssm_norm.weight", "linear_attn.norm.weight"),
     TensorRule("ssm_out.weight", "linear_attn.out_proj.weight"),
