@@ -64,6 +64,10 @@ def test_sizing_tables_are_what_plan_counts(generate: ModuleType) -> None:
     assert (ROOT / "docs/scaling.md").read_text() == generate.scaling()
 
 
+def test_the_planned_example_is_what_plan_prints(generate: ModuleType) -> None:
+    assert (ROOT / "docs/weights.md").read_text() == generate.weights()
+
+
 def test_readme_tables_are_generated(generate: ModuleType) -> None:
     assert generate.readme() == README
 

@@ -16,7 +16,7 @@ FLOORS = (
     ("lab",),
     ("engine",),
     ("hf", "gguf"),
-    ("policy", "plan"),
+    ("policy", "plan", "held", "memory"),
     ("cache",),
     ("kernels",),
     ("rotation", "formats"),

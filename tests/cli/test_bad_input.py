@@ -215,10 +215,14 @@ def test_a_prompt_longer_than_the_context(cli: Cli, gguf: Path) -> None:
 
 @pytest.mark.parametrize("model", ["qwen3_5_text", "qwen3"])
 def test_a_context_that_memory_cannot_hold(cli: Cli, models: ModelStore, model: str) -> None:
-    error = refused(
-        cli, models.family(model), "-c", 10**12, message="not enough memory: the KV cache of 1 x 1000000000000"
-    )
+    error = refused(cli, models.family(model), "-c", 10**12, message="not enough memory: this takes ")
+    assert "KV of 1 x 1000000000000 tokens at f16" in error
     assert "TiB" in error
+    assert re.search(r"hint: -c \d+ fits; --memory SIZE", error)
+    error = refused(
+        cli, models.family(model), "-c", 10**12, "--memory", 2**60,
+        message="not enough memory: the KV cache of 1 x 1000000000000",
+    )  # fmt: skip
     assert "hint: take a smaller -c" in error
 
 

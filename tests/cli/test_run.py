@@ -100,7 +100,7 @@ def test_each_type_through_the_command(cli: Cli, name: str) -> None:
     done = cli("run", "-ctk", name, "-ctv", name, "-p", PROMPT, "-n", 6, "--temp", 0)
     assert done.code == 0
     assert done.out == "Hello world.\n\nThe following example\n"
-    assert done.err.count(f" {name} ") == 6
+    assert done.err[: done.err.index("weights: ")].count(f" {name} ") == 6
 
 
 class Run:

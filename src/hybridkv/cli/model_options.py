@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from hybridkv.cli.show import MAX_CONTEXT, model_path, notice, size
+from hybridkv.cli.show import MAX_CONTEXT, model_path, notice, size, weights_words
 from hybridkv.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
 
     from hybridkv.engine.load import Description, Loaded
-    from hybridkv.hf import Step, StepKind, WeightKind
+    from hybridkv.held import Held, WeightKind
+    from hybridkv.hf import Step, StepKind
 
 DEFAULT_CTX = 4096
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, *, default_ctx: int = DEFAULT_CTX) -> None:
-    """Add `-m`, `-c`, `-t`, `--device`, `--engine`, `--graph`, `--weights` and `--trust-remote-code`."""
+def add_model_arguments(
+    parser: argparse.ArgumentParser, *, default_ctx: int = DEFAULT_CTX, limit_option: str = "--memory"
+) -> None:
+    """Add `-m`, `-c`, `-t`, `--device`, `--engine`, `--graph`, `--weights`, `--trust-remote-code` and `--memory`.
+
+    Parameters
+    ----------
+    limit_option
+        Another name for the last one, where `--memory` is a budget of something else.
+    """
     group = parser.add_argument_group("model")
     group.add_argument(
         "-m", "--model", metavar="PATH", help="GGUF file or model directory (default: the bundled model)"
@@ -54,11 +64,19 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, default_ctx: int = D
         metavar="auto|plain|f32|bf16|int8|int4",
         help="how matrices are held: packed without any change, plain tensors, or rounded; int8 is q8_0, int4 is q4_0 "
         "with embedding and output head at int8, both are torchao's on CUDA (default auto: packed on the CPU, plain on "
-        "CUDA and under --engine eager)",
+        "CUDA and under --engine eager); stacks of experts stay float32 on the CPU",
     )
     group.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that a model directory brings along"
     )
+    group.add_argument(
+        limit_option,
+        dest="memory_limit",
+        metavar="SIZE",
+        help="main memory that weights, cache and all else may take, such as 24GiB; more is refused before weights are "
+        "read (default: what this machine and its container have free)",
+    )
+    parser.set_defaults(limit_option=limit_option)
 
 
 def limit_spinning() -> None:
@@ -103,6 +121,10 @@ class Opened:
         How matrices are held, and the model's dtype.
     make_step
         Runs the loaded model.
+    memory_limit
+        Bytes of main memory that it may take; None for what there is.
+    limit_option
+        The option that says so.
     """
 
     description: Description
@@ -111,6 +133,8 @@ class Opened:
     weights: WeightKind
     dtype: torch.dtype
     make_step: Callable[[Any], Step]
+    memory_limit: int | None = None
+    limit_option: str = "--memory"
 
     @property
     def device_type(self) -> str:
@@ -122,6 +146,16 @@ class Opened:
         torchao = self.weights in ("int8", "int4") and self.device_type != "cpu"
         return f"{step.name}, weights torchao {self.weights}" if torchao else step.name
 
+    def held(self) -> Held:
+        """Bytes of the weights as `load` will hold them."""
+        import torch
+
+        from hybridkv.hf import NativeStep
+
+        plain: Literal["f32", "bf16"] = "f32" if self.dtype == torch.float32 else "bf16"
+        twice = self.weights == "plain" and self.make_step is NativeStep
+        return self.description.held(self.weights, self.device_type, plain, also_packed=twice)
+
     def load(self) -> tuple[Loaded, Step]:
         """The model and what runs it; what is worth knowing of them is said."""
         from hybridkv.engine.load import load
@@ -129,8 +163,9 @@ class Opened:
         loaded = load(self.description, dtype=self.dtype, device=self.device, weights=self.weights)
         for line in loaded.notices:
             notice(line)
-        _suggest_int8(loaded, self.weights)
-        return loaded, self.make_step(loaded.model)
+        step = self.make_step(loaded.model)
+        _say_weights(loaded, step, self.weights)
+        return loaded, step
 
 
 def open_model(
@@ -156,7 +191,11 @@ def open_model(
     from hybridkv.engine.load import bundled_model, describe
     from hybridkv.hf import parse_graphs, parse_step, parse_weights, resolve_step
     from hybridkv.hf.ranks import n_ranks
+    from hybridkv.hf.torchao_weights import check_torchao
+    from hybridkv.plan import parse_bytes
 
+    option = getattr(a, "limit_option", "--memory")  # tasks of `eval --ray` have neither
+    limit = None if getattr(a, "memory_limit", None) is None else parse_bytes(a.memory_limit, option)
     graphs = parse_graphs(a.graph or "on")
     kind, asked = parse_step(a.engine), parse_weights(a.weights)
     n = n_ranks()
@@ -177,8 +216,10 @@ def open_model(
     if a.graph is not None and device_type != "cuda":
         notice(f"--graph {a.graph} changes nothing: graphs are CUDA's, and this runs on {device_type}")
     make_step = resolve_step(description.config, device_type, kind, graphs=graphs, notify=notice)
-    weights, dtype = _weights(asked, kind, device)
-    return Opened(description, device, n_ctx, weights, dtype, make_step)
+    weights, dtype = weights_on(device, asked, kind)
+    if device_type != "cpu" and weights in ("int8", "int4"):
+        check_torchao()
+    return Opened(description, device, n_ctx, weights, dtype, make_step, limit, option)
 
 
 def _check_ranks(a: argparse.Namespace, n: int, ranks: Literal["one", "many"]) -> None:
@@ -238,19 +279,23 @@ def _device(name: str) -> str:
     return name
 
 
-def _weights(asked: WeightKind, engine: StepKind, device: str) -> tuple[WeightKind, torch.dtype]:
-    """How matrices are held, and their dtype: packed on the CPU, but plain under an engine that was asked to be."""
+def weights_on(device: str, asked: WeightKind, engine: StepKind) -> tuple[WeightKind, torch.dtype]:
+    """How matrices are held, and their dtype: packed on the CPU, but plain under an engine that was asked to be.
+
+    Raises
+    ------
+    UsageError
+        If this build cannot pack weights.
+    """
     import torch
 
-    from hybridkv.hf import packing_rejects
-    from hybridkv.hf.torchao_weights import check_torchao
+    from hybridkv.kernels import cpu_native
 
     if not device.startswith("cpu"):
         if asked in ("int8", "int4"):
-            check_torchao()
             return asked, torch.bfloat16
         return "plain", torch.float32 if asked == "f32" else torch.bfloat16
-    reason = packing_rejects("cpu")
+    reason = cpu_native.available()
     if asked == "auto" and (reason is not None or engine == "eager"):
         return "plain", torch.float32
     if asked not in ("auto", "plain") and reason is not None:
@@ -258,12 +303,23 @@ def _weights(asked: WeightKind, engine: StepKind, device: str) -> tuple[WeightKi
     return asked, torch.float32
 
 
-def _suggest_int8(loaded: Loaded, weights: WeightKind) -> None:
-    """Say what a file costs whose types only float32 holds without change."""
-    from hybridkv.hf import packed_bytes
+def _say_weights(loaded: Loaded, step: Step, weights: WeightKind) -> None:
+    """Print what the weights take, and say where only float32 holds a file's types, or where it holds experts."""
+    from hybridkv.held import EXPERTS
+    from hybridkv.hf import NativeStep
+    from hybridkv.hf.step.weights import held_parts, packed_bytes
 
-    path = loaded.description.path
-    wide = packed_bytes(loaded.model, "f32")
+    model = loaded.model
+    if model.device.type != "cpu":
+        return  # torchao's tensors say plain sizes
+    parts = held_parts(model)
+    if isinstance(step, NativeStep):
+        parts |= {f"{name} (packed again)": n_bytes for name, n_bytes in step.copies().items()}
+    print(f"weights: {weights_words(parts)}", file=sys.stderr)
+    experts = sum(n_bytes for name, n_bytes in parts.items() if EXPERTS in name)
+    if experts and weights not in ("plain", "f32"):
+        notice(f"{size(experts)} of experts are held as f32, whatever --weights says")
+    wide, path = packed_bytes(model, "f32"), loaded.description.path
     if weights == "auto" and path.is_file() and wide > path.stat().st_size:
         notice(
             f"{size(wide)} of weights are held as f32, which alone keeps this file's types unchanged; "

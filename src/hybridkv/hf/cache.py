@@ -144,6 +144,13 @@ class ModelCache(Cache):  # type: ignore[misc]
         return {w.store.spec.facts.layer: w.watch.error for w in self.quantized if w.watch.error is not None}
 
     @property
+    def limits(self) -> dict[int, float]:
+        """Model layer -> the largest of these errors that the guard allows it, at the types that it has now."""
+        measured = self.errors
+        found = {w.store.spec.facts.layer: w.watch.guard.limit_for(w.store.types) for w in self.quantized}
+        return {layer: limit for layer, limit in found.items() if layer in measured}
+
+    @property
     def is_linear(self) -> list[bool]:
         """Which layers have a state and no KV cache."""
         return [isinstance(layer, StateLayer) and not isinstance(layer, QuantizedLayer) for layer in self.layers]

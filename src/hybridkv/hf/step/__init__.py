@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 from hybridkv.errors import UsageError, one_of
+from hybridkv.held import WeightKind
 from hybridkv.hf.step import fused, graph, native
 from hybridkv.hf.step.eager import EagerStep
 from hybridkv.hf.step.fused import FusedStep
@@ -19,7 +20,6 @@ from hybridkv.hf.step.graph import Decoder, GraphStep
 from hybridkv.hf.step.native import NativeStep
 from hybridkv.hf.step.record import Step
 from hybridkv.hf.step.weights import (
-    WeightKind,
     pack_model,
     packed_bytes,
     packed_parameter,

@@ -75,6 +75,14 @@ class NativeStep:
         types = dict.fromkeys(packed.type for _, packed in self._packed.values())
         return f"native-{cpu_native.isa()}, weights {' + '.join(types)}"
 
+    def copies(self) -> dict[str, int]:
+        """Bytes by type of the matrices that are packed here while the model keeps its own plain ones."""
+        found: dict[str, int] = {}
+        for parameter, packed in self._packed.values():
+            if packed_of(parameter) is None:
+                found[packed.type] = found.get(packed.type, 0) + packed.nbytes
+        return found
+
     def forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence; see `Step.forward`."""
         for part in self._parts(tokens):

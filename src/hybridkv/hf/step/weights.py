@@ -8,7 +8,7 @@ on packed weights without being changed, and the native step finds what it needs
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +16,9 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from hybridkv.errors import ModelError, one_of
+from hybridkv.held import EXPERTS, WEIGHT_KINDS, WeightKind
 from hybridkv.kernels import cpu_native
 from hybridkv.kernels.linear import PackedWeight, WeightType, exact_type, gather, linear, pack, unpack
-
-WeightKind = Literal["auto", "plain", "f32", "bf16", "int8", "int4"]
-"""`auto`: the smallest type that holds a weight without any change; `plain`: not packed.
-
-`int8`: q8_0, 8.5 bits. `int4`: q4_0, 4.5 bits; the embedding and the output head, one row per token of the vocabulary,
-stay at q8_0, as in other engines: few of their rows are read, and an error in the head is one in the logits. Matrices
-whose rows are no whole blocks of 32 are held as under `auto`.
-"""
 
 
 def parse_weights(text: str) -> WeightKind:
@@ -36,8 +29,10 @@ def parse_weights(text: str) -> WeightKind:
     UsageError
         Listing the kinds there are.
     """
-    kinds: tuple[WeightKind, ...] = get_args(WeightKind)
-    return one_of(text, kinds, "no weights", hint="auto keeps every weight as it is in the file")
+    return one_of(text, WEIGHT_KINDS, "no weights", hint="auto keeps every weight as it is in the file")
+
+
+_DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 class PackedTensor(Tensor):
@@ -122,17 +117,21 @@ def _linear(x: Tensor, weight: PackedTensor, bias: Tensor | None = None) -> Tens
     return (out if bias is None else out + bias).to(x.dtype)
 
 
-def packed_parameter(parameter: Tensor, kind: WeightKind, *, n_vocab: int | None = None) -> Tensor:
+def packed_parameter(
+    parameter: Tensor, kind: WeightKind, *, n_vocab: int | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
     """The parameter that takes a matrix's place; vectors, stacks of experts and convolutions stay what they are.
 
     Parameters
     ----------
     n_vocab
         Rows of the model's embedding and head, by which `int4` knows them.
+    dtype
+        What it is to other code; the parameter's own if None.
     """
-    if parameter.dim() != 2 or kind == "plain":
+    if parameter.dim() != 2 or kind == "plain" or isinstance(parameter, PackedTensor):
         return parameter
-    held = PackedTensor(pack(parameter, _type(parameter, kind, n_vocab)), parameter.dtype)
+    held = PackedTensor(pack(parameter.detach(), _type(parameter.detach(), kind, n_vocab)), dtype or parameter.dtype)
     return nn.Parameter(held, requires_grad=False)
 
 
@@ -193,9 +192,31 @@ def vocabulary_rows(config: Any) -> int:
     return rows
 
 
-def packed_types(model: nn.Module) -> tuple[WeightType, ...]:
-    """Types of a model's packed matrices; empty if there are none."""
-    return tuple(dict.fromkeys(p.packed.type for p in model.parameters() if isinstance(p, PackedTensor)))
+def held_parts(model: nn.Module) -> dict[str, int]:
+    """Bytes of a model's weights by how they are held, named as `hybridkv.held` names them ahead."""
+    parts: dict[str, int] = {}
+    vectors = 0
+    for parameter in model.parameters():
+        if isinstance(parameter, PackedTensor):
+            held, n_bytes = str(parameter.packed.type), parameter.packed.nbytes
+        elif parameter.dim() < 2 or (parameter.dim() == 3 and parameter.shape[1] == 1):  # a convolution's one channel
+            vectors += parameter.nbytes
+            continue
+        else:
+            plain = _DTYPES.get(parameter.dtype, str(parameter.dtype).removeprefix("torch."))
+            held, n_bytes = f"{plain} ({EXPERTS})" if parameter.dim() == 3 else plain, parameter.nbytes
+        parts[held] = parts.get(held, 0) + n_bytes
+    if vectors:
+        name = "f32" if "f32" in parts or not parts else "f32 (vectors)"
+        parts[name] = parts.get(name, 0) + vectors
+    return dict(sorted(parts.items(), key=lambda part: EXPERTS not in part[0]))
+
+
+def types_held(model: nn.Module) -> str:
+    """The types of a model's matrices and experts, as in `f32 (experts) + q8_0`; empty if nothing is packed."""
+    if not any(isinstance(parameter, PackedTensor) for parameter in model.parameters()):
+        return ""
+    return " + ".join(name for name in held_parts(model) if "(vectors)" not in name)
 
 
 def packed_bytes(model: nn.Module, weight_type: WeightType) -> int:
