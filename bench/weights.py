@@ -27,7 +27,8 @@ from hybridkv.cache import KVTypes
 from hybridkv.cli.show import simple_table
 from hybridkv.engine import Engine, SamplingParams
 from hybridkv.engine.load import Loaded, bundled_model, describe, load
-from hybridkv.hf import WeightKind, kv_facts, parse_weights
+from hybridkv.held import WeightKind
+from hybridkv.hf import kv_facts, parse_weights
 from hybridkv.kernels import cpu_native
 from hybridkv.native import NativeStep, bytes_by_type
 from hybridkv.policy import Guard, Policy

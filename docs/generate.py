@@ -21,6 +21,7 @@ from scaling import ranks_table, replicas_speed_table, replicas_table
 from serving import conversations_table, engine_table, load_table
 from tuned import tuning_table
 
+from gguf_keys import keys_page
 from quality import pictures, quality_table, recommended_table, targets_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,16 +72,21 @@ def cli_page() -> str:
     os.environ["COLUMNS"] = str(WIDTH)
     _, commands = build_parser()
     parts = ["# The command line", "", "Written by `docs/generate.py` from the parsers."]
+    parts += [
+        "",
+        "Options that llama-cli, llama-server and ik_llama.cpp have too are spelled as they spell them. Not all of theirs exist",
+        "here: an option that is not on this page is refused by name. `plan` accepts `run`'s, and says which change nothing.",
+    ]
     for name, command in commands.items():
         parts += ["", f"## hybridkv {name}", "", "```text", command.format_help().rstrip(), "```"]
     return "\n".join(parts) + "\n"
 
 
 def plan_block() -> str:
-    """The README's example of `hybridkv plan`, run."""
+    """An example of `hybridkv plan`, run."""
     from hybridkv.cli.main import main as command
 
-    options = ["-c", "131072", "--types", "f16,q8_0,q6_0,q4_0", "--dtype", "bf16", "--memory", "80GiB"]
+    options = ["-c", "131072", "--types", "f16,q8_0,q6_0,q4_0", "--device", "cuda", "--memory", "80GiB"]
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         code = command(["plan", "-m", str(ROOT / "tests/data/qwen3.5-35b-a3b/config.json"), *options])
@@ -219,7 +225,12 @@ def with_parts(path: str, parts: dict[str, str]) -> str:
 
 def readme() -> str:
     """README.md with its generated parts renewed."""
-    return with_parts("README.md", {"recommended": recommended_table(), "plan": plan_block()})
+    return with_parts("README.md", {"recommended": recommended_table()})
+
+
+def weights() -> str:
+    """docs/weights.md with its example renewed."""
+    return with_parts("docs/weights.md", {"plan": plan_block()})
 
 
 def quality() -> str:
@@ -259,12 +270,14 @@ def main() -> int:
     pages = {
         "docs/formats.md": formats_page(),
         "docs/cli.md": cli_page(),
+        "docs/gguf-keys.md": keys_page(),
         "docs/performance.md": performance(),
         "docs/quality.md": quality(),
         "docs/tuning.md": tuning(),
         "docs/decisions/guard-limit.md": guard(),
         "docs/scaling.md": scaling(),
         "docs/serve.md": serving(),
+        "docs/weights.md": weights(),
         **pictures(),
         "README.md": readme(),
     }

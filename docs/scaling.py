@@ -34,7 +34,7 @@ def _plans(model: Path, ranks: int, *options: str) -> dict[str, dict[str, Any]]:
     from hybridkv.cli.main import main as command
 
     output = io.StringIO()
-    words = ["-m", str(model), "-c", str(N_CTX), "--types", ",".join(TYPES), "--dtype", "bf16", "--memory", "80GiB"]
+    words = ["-m", str(model), "-c", str(N_CTX), "--types", ",".join(TYPES), "--device", "cuda", "--memory", "80GiB"]
     with contextlib.redirect_stdout(output):
         assert command(["plan", "--json", "--tp", str(ranks), *words, *options]) == 0
     return {row["type_k"]: row for row in json.loads(output.getvalue())["plans"]}
@@ -78,7 +78,7 @@ def ranks_table() -> str:
                     total = f"{row['total_bytes'] / GIB:.2f} GiB"
                     lines.append(f"| {name} | {ranks} | {kind} | " + " | ".join([*sizes, total, str(most)]) + " |")
     return "\n".join(
-        [*lines, "", f"`hybridkv plan -m MODEL -c {N_CTX} --dtype bf16 --memory 80GiB --tp RANKS`, one sequence."]
+        [*lines, "", f"`hybridkv plan -m MODEL -c {N_CTX} --device cuda --memory 80GiB --tp RANKS`, one sequence."]
     )
 
 

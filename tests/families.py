@@ -134,6 +134,10 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
 CONTROLS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", {"num_hidden_layers": 2, "num_key_value_heads": 1, "attention_bias": True}),
     "llama_unbiased": ("LlamaForCausalLM", {"num_hidden_layers": 2, "num_attention_heads": 8, "head_dim": 48}),
+    "granite": (
+        "GraniteForCausalLM",
+        {"num_hidden_layers": 2, "attention_multiplier": 0.2, "residual_multiplier": 0.22, "embedding_multiplier": 6.0},
+    ),
     "qwen2": ("Qwen2ForCausalLM", {"num_hidden_layers": 2}),
     "qwen3_moe": ("Qwen3MoeForCausalLM", {"num_hidden_layers": 2, "head_dim": 32, "norm_topk_prob": True, **_EXPERTS}),
     "qwen3": ("Qwen3ForCausalLM", {"num_hidden_layers": 2, "head_dim": 48, "num_attention_heads": 6}),

@@ -40,6 +40,10 @@ def test_cli_page_is_the_help(generate: ModuleType, monkeypatch: pytest.MonkeyPa
     assert (ROOT / "docs/cli.md").read_text() == generate.cli_page()
 
 
+def test_keys_page_is_the_committed_measurement(generate: ModuleType) -> None:
+    assert (ROOT / "docs/gguf-keys.md").read_text() == generate.keys_page()
+
+
 def test_performance_tables_are_the_committed_measurements(generate: ModuleType) -> None:
     assert (ROOT / "docs/performance.md").read_text() == generate.performance()
 
@@ -58,6 +62,10 @@ def test_serving_tables_are_the_committed_measurements(generate: ModuleType) -> 
 
 def test_sizing_tables_are_what_plan_counts(generate: ModuleType) -> None:
     assert (ROOT / "docs/scaling.md").read_text() == generate.scaling()
+
+
+def test_the_planned_example_is_what_plan_prints(generate: ModuleType) -> None:
+    assert (ROOT / "docs/weights.md").read_text() == generate.weights()
 
 
 def test_readme_tables_are_generated(generate: ModuleType) -> None:

@@ -17,7 +17,7 @@ FLOORS = (
     ("engine",),
     ("native",),
     ("hf", "gguf"),
-    ("policy", "plan", "model"),
+    ("policy", "plan", "held", "memory", "model"),
     ("cache",),
     ("kernels",),
     ("rotation", "formats"),

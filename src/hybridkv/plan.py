@@ -10,9 +10,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import Any
 
 from hybridkv.cache import KVSpec, LayerFacts
 from hybridkv.errors import UsageError
+
+CHUNK_ROWS = 512
+"""Tokens of a prompt that engines process at once."""
 
 _UNITS = {
     "": 1,
@@ -117,3 +121,27 @@ def parse_bytes(text: str, option: str = "--memory") -> int:
             hint=f"for example {option} 24GiB",
         )
     return int(Decimal(match[1]) * _UNITS[match[2].upper()])
+
+
+def work_bytes(config: Any, n_rows: int = CHUNK_ROWS) -> int:
+    """About what a forward pass of `n_rows` tokens takes beside weights and cache: buffers of one layer, and logits.
+
+    An estimate, and a generous one: buffers are reused from layer to layer, and how many live at once is the engine's
+    business. Float32.
+    """
+    c = config.get_text_config(decoder=True)
+
+    def of(*names: str) -> int:
+        found = (getattr(c, name, None) for name in names)
+        return next((value for value in found if isinstance(value, int)), 0)
+
+    experts = of("num_experts_per_tok") * of("moe_intermediate_size")
+    feed_forward = max(of("intermediate_size"), experts + of("shared_expert_intermediate_size"))
+    heads = of("num_attention_heads") * (of("head_dim") or of("hidden_size") // max(1, of("num_attention_heads")))
+    return 4 * (n_rows * (8 * of("hidden_size") + 3 * feed_forward + 4 * heads) + 2 * of("vocab_size"))
+
+
+def guard_bytes(specs: Sequence[KVSpec], n_rows: int = CHUNK_ROWS) -> int:
+    """What the guard holds while it measures a layer: rows as they came, as they are stored and turned, float32."""
+    rows = (4 * s.facts.n_kv_heads * (s.facts.head_dim_k + s.facts.head_dim_v) for s in specs)
+    return 3 * n_rows * max(rows, default=0)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from tests.cli.conftest import Cli, Outcome
 from tests.cli.models import ModelStore, with_config, with_weights
 from tests.gguf.raw import gguf as gguf_bytes
 from tests.gguf.raw import tensor
+from tests.gguf.write_qwen35 import Draft
 
 
 def one_error(done: Outcome) -> str:
@@ -150,6 +152,25 @@ def test_usage(cli: Cli, capfd: pytest.CaptureFixture[str], name: str) -> None:
     assert "layers," not in done.err  # found before any model was looked at
 
 
+def test_variables_of_llama_cpp_have_no_effect_and_are_named(
+    cli: Cli, gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "warning: environment variables are not read, options are; without effect: "
+    assert said not in cli("plan", "-m", gguf).err
+    monkeypatch.setenv("LLAMA_ARG_CACHE_TYPE_K", "q8_0")
+    monkeypatch.setenv("LLAMA_ARG_CTX_SIZE", "4096")
+    monkeypatch.setenv("LLAMA_API_KEY", "secret")
+    monkeypatch.setenv("LLAMA_CACHE", "/tmp")
+    for argv in (["plan", "-m", gguf], ["run", "-m", gguf, "--ids", "1", "-n", 1], ["doctor"]):
+        done = cli(*argv)
+        assert done.code == 0
+        assert done.err.count(said) == 1
+        assert f"{said}LLAMA_API_KEY, LLAMA_ARG_CACHE_TYPE_K, LLAMA_ARG_CTX_SIZE\n" in done.err
+        assert "secret" not in done.err + done.out
+    monkeypatch.setenv("RANK", "1")
+    assert said not in cli("plan", "-m", gguf).err
+
+
 def _bare(capfd: pytest.CaptureFixture[str]) -> Outcome:
     from hybridkv.cli.main import main
 
@@ -194,10 +215,14 @@ def test_a_prompt_longer_than_the_context(cli: Cli, gguf: Path) -> None:
 
 @pytest.mark.parametrize("model", ["qwen3_5_text", "qwen3"])
 def test_a_context_that_memory_cannot_hold(cli: Cli, models: ModelStore, model: str) -> None:
-    error = refused(
-        cli, models.family(model), "-c", 10**12, message="not enough memory: the KV cache of 1 x 1000000000000"
-    )
+    error = refused(cli, models.family(model), "-c", 10**12, message="not enough memory: this takes ")
+    assert "KV of 1 x 1000000000000 tokens at f16" in error
     assert "TiB" in error
+    assert re.search(r"hint: -c \d+ fits; --memory SIZE", error)
+    error = refused(
+        cli, models.family(model), "-c", 10**12, "--memory", 2**60,
+        message="not enough memory: the KV cache of 1 x 1000000000000",
+    )  # fmt: skip
     assert "hint: take a smaller -c" in error
 
 
@@ -215,6 +240,17 @@ def test_a_head_dim_that_no_block_divides(cli: Cli, models: ModelStore, name: st
     error = refused(cli, model, "-ctk", name, message=f"{name} needs a head dim that is a multiple of 16, not 20")
     assert "no kernel for prefill on cpu" in error
     refused(cli, model, "-khad", message="Hadamard rotation of head dim 20; allowed: multiples of 16")
+
+
+@pytest.mark.parametrize("head_dim", [24, 40])
+def test_the_refusal_of_a_head_dim_says_which_work(cli: Cli, models: ModelStore, head_dim: int) -> None:
+    model = models.family("qwen3", head_dim=head_dim)
+    message = f"q8_0 needs a head dim that is a multiple of 16, not {head_dim}"
+    error = refused(cli, model, "-ctk", "q8_0", message=message)
+    hint = "quantized types work with head dims 16, 32, 48, 64 and every other multiple of 16; f32, f16, bf16 and q8_KV"
+    assert f"hint: {hint} with any (-ctk f16 -ctv f16)" in error
+    for name in ("f32", "f16", "bf16", "q8_KV"):
+        assert cli("run", "-m", model, "--ids", "3,4,5", "-n", 4, "-ctk", name, "-ctv", name).code == 0
 
 
 # Files
@@ -252,6 +288,31 @@ def test_gguf_files(cli: Cli, gguf: Path, tmp_path: Path, name: str, command: st
     assert message in error
     assert str(path) in error
     assert "hint: " in error
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (Draft("clip", {"general.type": "mmproj"}), "is a multimodal projector (mmproj)"),
+        (Draft("llama", {"general.type": "adapter"}), "is an adapter (LoRA)"),
+        (Draft("qwen35", tensors={"blk.64.nextn.eh_proj.weight": np.ones((2, 2), np.float32)}), "is a draft head"),
+    ],
+    ids=lambda value: value.architecture if isinstance(value, Draft) else "",
+)
+def test_gguf_files_that_are_no_language_models(
+    cli: Cli, tmp_path: Path, command: str, file: Draft, message: str
+) -> None:
+    path = file.write(tmp_path / "x.gguf")
+    error = one_error(cli(command, "-m", path, *(["--ids", 1] if command == "run" else [])))
+    assert f"{path} {message}" in error
+    assert "hint: " in error
+
+
+def test_a_directory_that_is_an_adapter(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/base"}')
+    message = f"{tmp_path} is an adapter of 'someone/base'; allowed: a whole model\nhint: merge it into its base model"
+    refused(cli, tmp_path, message=message)
 
 
 CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -21,7 +21,8 @@ def test_what_is_printed(cli: Cli) -> None:
     assert done.code == 0
     assert done.err == ""
     assert f"hybridkv {hybridkv.__version__}, torch 2." in done.out
-    for line in ("cpu         ", "cuda        ", "recurrent   ", "refusals"):
+    assert "; stacks of experts, vectors, convolutions on cpu: float32\n" in done.out
+    for line in ("memory      ", "weights     ", "cpu         ", "cuda        ", "recurrent   ", "refusals"):
         assert f"\n{line}" in done.out
     rows = [line.split() for line in done.out.splitlines() if line.startswith(" cpu ")]
     assert [(int(row[1]), row[2]) for row in rows] == [(d, p) for d in HEAD_DIMS for p in ("prefill", "decode")]
@@ -41,7 +42,8 @@ def test_a_head_dim_that_blocks_do_not_divide(cli: Cli) -> None:
 def test_json_is_the_truth_about_every_case(cli: Cli) -> None:
     done = cli("doctor", "--json", "--device", "cpu")
     answer = json.loads(done.out)
-    assert answer.keys() == {"versions", "cpu", "cuda", "engines", "recurrent", "matrix"}
+    assert answer.keys() == {"versions", "cpu", "cuda", "engines", "recurrent", "memory", "weights", "matrix"}
+    assert 2**20 < answer["memory"]["available_bytes"] < 2**50
     assert "qwen3_5_text" in answer["engines"]["native"]
     assert answer["engines"].keys() == {"native", "native-triton", "eager"}
     fla = importlib.util.find_spec("fla") is not None

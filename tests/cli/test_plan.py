@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,13 @@ from tests.gguf.write_qwen35 import draft, tiny_model
 
 QWEN35_35B = Path(__file__).parents[1] / "data" / "qwen3.5-35b-a3b" / "config.json"
 MIB = 2**20
-EIGHTY = ("--memory", "80GiB", "--dtype", "bf16")
+EIGHTY = ("--memory", "80GiB", "--dtype", "bf16", "--device", "cuda")
 
 
 def plans(cli: Cli, *options: object) -> dict[tuple[str, str], dict[str, Any]]:
-    done = cli("plan", "--json", *([] if "--dtype" in options else ["--dtype", "bf16"]), *options)
+    """What is planned for a CUDA device and bf16 weights, unless the options say otherwise."""
+    card = [] if "--dtype" in options or "--device" in options else ["--dtype", "bf16", "--device", "cuda"]
+    done = cli("plan", "--json", *card, *options)
     assert done.code == 0, done.err
     return {(row["type_k"], row["type_v"]): row for row in json.loads(done.out)["plans"]}
 
@@ -83,7 +87,9 @@ def test_all_pairs_and_sequences(cli: Cli) -> None:
 
 
 def test_weights_follow_the_dtype_and_are_read_by_nobody(cli: Cli, gguf: Path, tmp_path: Path) -> None:
-    f32, bf16 = (plans(cli, "--dtype", dtype)["f16", "f16"]["weight_bytes"] for dtype in ("f32", "bf16"))
+    f32, bf16 = (
+        plans(cli, "--device", "cuda", "--dtype", dtype)["f16", "f16"]["weight_bytes"] for dtype in ("f32", "bf16")
+    )
     assert f32 == 2 * bf16
     assert 28e6 < bf16 / 2 < 30e6
     header = tmp_path / "config.json"
@@ -103,19 +109,104 @@ def test_too_little_memory_and_none_needed(cli: Cli, models: ModelStore) -> None
 def test_what_cannot_run_is_left_out_and_said(cli: Cli, models: ModelStore) -> None:
     model = models.family("qwen3_5_text", head_dim=20)
     done = cli("plan", "-m", model, "--types", "f16,q4_0")
-    assert [line.split()[0] for line in done.out.splitlines() if "iB" in line] == ["f16"]
+    assert [line.split()[0] for line in done.out.splitlines() if "iB" in line][1:] == ["f16"]
     assert done.err == "note: left out, no kernel: q4_0 needs a head dim that is a multiple of 16, not 20\n"
     assert (
         plans(cli, "-m", model)["q8_0", "q8_0"]["refused"] == "q8_0 needs a head dim that is a multiple of 16, not 20"
     )
 
 
-def test_the_default_dtype_is_what_run_loads(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    for has_gpu, dtype in ((False, "f32"), (True, "bf16")):
+def test_the_default_is_what_run_holds(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed on the CPU, and the bundled file is q8_0; bfloat16 where there is a GPU."""
+    for has_gpu, device, dtype, held in (
+        (False, "cpu", "q8_0", "29.6 MiB q8_0"),
+        (True, "cuda", "bf16", "55.6 MiB bf16"),
+    ):
         monkeypatch.setattr("torch.cuda.is_available", lambda has_gpu=has_gpu: has_gpu)
-        asked = cli("plan", "--types", "q8_0", "--dtype", dtype)
-        assert cli("plan", "--types", "q8_0").out == asked.out
-        assert f"weights {dtype}" in asked.out
+        planned = cli("plan", "--types", "q8_0").out
+        assert f"weights on {device}: {held}" in planned
+        assert cli("plan", "--types", "q8_0", "--dtype", dtype, "--device", device).out == planned
+    said = cli("run", "--ids", 1, "-n", 1, "--device", "cpu").err
+    assert "weights: 29.6 MiB q8_0 + 192.3 KiB f32 (vectors)\n" in said
+
+
+def test_experts_are_promised_what_run_holds(cli: Cli, models: ModelStore) -> None:
+    """`--weights` does not reach them: whatever is asked, both commands say the same, and that it is float32."""
+    model = models.family("qwen3_5_moe_text")
+    for dtype, weights in (("auto", "auto"), ("q8_0", "int8"), ("q4_0", "int4"), ("bf16", "bf16")):
+        planned = cli("plan", "-m", model, "--dtype", dtype, "-c", 100, "--device", "cpu")
+        done = cli("run", "-m", model, "--ids", 1, "-n", 1, "--weights", weights, "--device", "cpu")
+        (said,) = (line.removeprefix("weights: ") for line in done.err.splitlines() if line.startswith("weights: "))
+        (promised,) = (line for line in planned.out.splitlines() if line.startswith("weights on cpu: "))
+        assert promised.removeprefix("weights on cpu: ").split(";")[0] == said
+        assert "KiB f32 (experts) + " in said
+        assert "engine: eager, weights f32 (experts) + " in done.err
+        assert "of experts are held as f32, whatever --weights says" in done.err
+
+
+def test_runs_option_line_is_planned_as_it_stands(cli: Cli) -> None:
+    line = "-c 4096 -ctk q8_0 -ctv q4_0 --kv-tail 128 -khad -vhad -t 2 -p hello -n 10 --temp 0 --top-k 4 -np 2"
+    line += " --ignore-eos"
+    done = cli("plan", *line.split())
+    assert done.code == 0
+    assert done.err == "note: no effect on a plan: -t, -p, -n, --temp, --top-k, --ignore-eos, -khad, -vhad\n"
+    (row,) = [line.split() for line in done.out.splitlines() if " MiB" in line and line.strip().startswith("q")]
+    assert row[:2] == ["q8_0", "q4_0"]
+    ran = cli("run", *line.replace("-np 2", "-np 1").split())
+    assert ran.code == 0
+    (memory,) = [line for line in ran.err.splitlines() if line.startswith("memory:")]
+    one = plans(cli, *line.replace("-np 2", "-np 1").split(), "--device", "cpu")["q8_0", "q4_0"]
+    assert f"of {one['kv_bytes'] / 2**20:.1f} MiB, states {one['state_bytes'] / 2**20:.1f} MiB" in memory
+
+
+def test_what_else_run_takes(cli: Cli, tmp_path: Path) -> None:
+    """Options with a value that may be left out, with none, and those that both commands have."""
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("hello")
+    done = cli("plan", "-fa", "-f", prompt, "--chat", "--graph", "on", "-s", 7, "--json", "--session", tmp_path / "s")
+    assert done.code == 0
+    assert len(json.loads(done.out)["plans"]) == 5
+    said = done.err.splitlines()
+    assert said[0] == "note: no effect on a plan: -fa, -f, --chat, --graph, -s, --session"
+    assert said[1] == "note: counted for the 32768 tokens of training; `run` without -c takes 4096"
+    assert cli("plan", "-fa", "on", "-p=-x", "-c", 10).err == "note: no effect on a plan: -fa, -p\n"
+    assert "unknown option '-zzz'" in cli("plan", "-zzz").err
+
+
+def test_types_per_layer_and_the_guards_rule_are_planned(cli: Cli) -> None:
+    done = cli("plan", "-c", 4096, "-ctk", "q4_0", "-ctv", "q8_0", "-ctk-first", "f16,1", "--device", "cpu")
+    assert [line.split()[:2] for line in done.out.splitlines() if "MiB" in line][-1] == ["f16+q4_0", "q8_0"]
+    raised = cli("plan", "-c", 4096, "-ctk", "q4_0", "-ctv", "q4_0", "--kv-guard", "upgrade", "--device", "cpu")
+    assert [line.split()[:2] for line in raised.out.splitlines() if "MiB" in line][-1] == ["q8_0", "q8_0"]
+    assert "warning: KV layers 3, 7, 11 upgraded from q4_0 to q8_0" in raised.err
+
+
+def test_the_same_weights_by_two_names(cli: Cli) -> None:
+    assert cli("plan", "--weights", "int4").out == cli("plan", "--dtype", "q4_0").out
+    assert cli("plan", "--weights", "int4", "--dtype", "q4_0").code == 0
+    done = cli("plan", "--weights", "int4", "--dtype", "q8_0")
+    assert (done.code, "--dtype q8_0 and --weights int4 were given together" in done.err) == (2, True)
+    for wrong in (("--weights", "int3"), ("--device", "tpu"), ("--engine", "fast"), ("--tp", 2, "--dtype", "q8_0")):
+        assert cli("plan", *wrong).code == 2
+
+
+def test_plain_weights_of_the_native_step_are_there_twice(cli: Cli) -> None:
+    planned = cli("plan", "--weights", "plain", "--device", "cpu").out
+    done = cli("run", "--weights", "plain", "--ids", 1, "-n", 1, "--device", "cpu").err
+    assert "111.3 MiB f32 + 29.6 MiB q8_0 (packed again)" in planned
+    assert "weights: 111.3 MiB f32 + 29.6 MiB q8_0 (packed again)" in done
+    assert "weights on cpu: 111.3 MiB f32\n" in cli("plan", "--engine", "eager", "--device", "cpu").out
+
+
+def test_a_plan_of_a_file_imports_no_model(gguf: Path) -> None:
+    """Transformers' models take longer to import than all that a plan does."""
+    code = (
+        "import sys; from hybridkv.cli.main import main; main(sys.argv[1:]); "
+        "assert 'torch' in sys.modules; assert 'transformers.modeling_utils' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "plan", "-m", gguf], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "weights on" in done.stdout
 
 
 def test_states_of_unknown_shape_are_said(cli: Cli, models: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +230,7 @@ def test_no_number_is_cut_on_a_narrow_terminal(cli: Cli, monkeypatch: pytest.Mon
     monkeypatch.setenv("COLUMNS", "40")
     done = cli("plan", "-m", QWEN35_35B, "-c", 131072, "--memory", "80GiB")
     assert "…" not in done.out
-    assert len({len(line) for line in done.out.splitlines()[1:]}) == 1
+    assert len({len(line) for line in done.out.splitlines()[2:]}) == 1
 
 
 def test_exact_rows_are_counted(cli: Cli) -> None:

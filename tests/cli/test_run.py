@@ -101,7 +101,7 @@ def test_each_type_through_the_command(cli: Cli, name: str) -> None:
     done = cli("run", "-ctk", name, "-ctv", name, "-p", PROMPT, "-n", 6, "--temp", 0)
     assert done.code == 0
     assert done.out == "Hello world.\n\nThe following example\n"
-    assert done.err.count(f" {name} ") == 6
+    assert done.err[: done.err.index("weights: ")].count(f" {name} ") == 6
 
 
 class Run:
@@ -324,6 +324,19 @@ def test_chat_wraps_the_prompt_in_the_template(cli: Cli, gguf: Path, tmp_path: P
     plain, chat = run("-n", 2), run("-n", 2, "--chat")
     assert (plain["prompt"], chat["prompt"]) == ("the", "<user>the:")
     assert len(chat["prompt_ids"]) > len(plain["prompt_ids"])
+
+
+def test_control_words_are_text_in_a_chat_and_control_words_in_a_prompt(cli: Cli, tmp_path: Path) -> None:
+    """As in llama-cli, whose plain prompts may name them; the beginning of text is there once."""
+    file = draft(tiny_model())
+    file.keys["tokenizer.chat_template"] = "{{ bos_token }}{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    file.keys["tokenizer.ggml.add_bos_token"] = True
+    run = Run(cli, file.write(tmp_path / "chat.gguf"), ("-p", "<|begin|>a<|end|>"))
+    plain, chat = run("-n", 1), run("-n", 1, "--chat")
+    assert (plain["prompt_ids"][0], plain["prompt_ids"][-1], len(plain["prompt_ids"])) == (256, 257, 3)
+    assert (chat["prompt_ids"][0], chat["prompt_ids"][-1]) == (256, 257)
+    assert len(chat["prompt_ids"]) == 2 + len("<|begin|>a<|end|>") - 1  # `in` is one token
+    assert not {256, 257} & set(chat["prompt_ids"][1:-1])
 
 
 def test_end_of_text_ends_unless_ignored(cli: Cli, hybrid: Path) -> None:

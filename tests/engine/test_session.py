@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from dataclasses import replace
+from fcntl import LOCK_EX, flock
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from hybridkv.cache import KVTypes
 from hybridkv.engine import Request
-from hybridkv.engine.session import Session, load_session, resume, save_session
+from hybridkv.engine.session import Session, load_session, remove_leftovers, resume, save_session
 from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import SessionError
 from hybridkv.formats import get_format
@@ -259,6 +260,54 @@ def test_killed_at_any_moment_nothing_is_lost(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["s"]  # what the killed left is gone with the next
 
 
+def test_leftovers_of_dead_writers_are_removed_and_no_others(tmp_path: Path) -> None:
+    first, _, _ = begun(length=20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    alive = os.getppid()
+
+    def leave(name: str, pid: int, age_s: float = 0.0) -> Path:
+        part = tmp_path / f".{name}.safetensors.{pid}.part"
+        part.write_bytes(b"half")
+        os.utime(part, (time.time() - age_s,) * 2)
+        return part
+
+    dead = [leave("dead", child), leave("restarted-in-a-container", os.getpid()), leave("id-of-another", alive, 3600)]
+    kept = [leave("just-begun", alive), tmp_path / ".notes.part", tmp_path / "a.safetensors.1.part"]
+    kept[1].write_text("not ours")
+    kept[2].write_text("not ours")
+    slow = leave("slow", alive, 3600)
+    save_session(tmp_path / "a.safetensors", first, model())
+    with slow.open("r+b") as file:
+        flock(file, LOCK_EX)  # as its writer does, on whatever machine it is
+        assert remove_leftovers(tmp_path) == len(dead)
+    assert {*tmp_path.iterdir()} == {*kept, slow, tmp_path / "a.safetensors"}
+    assert remove_leftovers(tmp_path) == 1  # its writer has ended
+    assert remove_leftovers(tmp_path / "none") == 0
+
+
+def test_a_save_survives_the_removal_of_leftovers(tmp_path: Path) -> None:
+    """Another process that starts meanwhile leaves a file alone that is being written."""
+    first, _, _ = begun(length=70)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        child = os.fork()
+    if child == 0:
+        try:
+            for _ in range(200):
+                remove_leftovers(tmp_path)
+        finally:
+            os._exit(0)
+    for name in range(30):
+        save_session(tmp_path / f"{name}.safetensors", first, model())
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.iterdir())) == 30
+
+
 def test_the_scheduler_saves_and_restores(tmp_path: Path) -> None:
     """A conversation moves to another scheduler through a file, and processes there only what is new."""
     run = scheduler(prefix_bytes=1 << 24)
@@ -305,3 +354,67 @@ def test_the_scheduler_saves_and_restores(tmp_path: Path) -> None:
         small.restore(tmp_path / "s")
     small.shutdown(drain=True)
     worker.join(30)
+
+
+@pytest.mark.parametrize(
+    ("family", "types"),
+    [
+        ("qwen3_5_text", Q8),
+        ("qwen3_5_text", TAILED),
+        ("lfm2", Q8_TAILED),
+        ("gemma3_text", Q8),
+        ("bamba", KVTypes("f32", "f16")),
+    ],
+)
+def test_the_same_prompt_again_goes_on_near_its_end(tmp_path: Path, family: str, types: KVTypes) -> None:
+    """A state cannot go back from the reply's end, so the file holds the last place within the prompt too."""
+    asked, run = Request(prompt(150), 8, GREEDY), scheduler(family, types=types, prefix_bytes=1 << 26)
+    ticket = run.submit(asked)
+    drain(run)
+    saved = run._reuse.take(asked, ticket.token_ids, "it")
+    save_session(tmp_path / "s", saved, model(family))
+    session = load_session(tmp_path / "s", model(family))
+    assert session.n_cached == 157
+    assert session.earlier is not None
+    assert session.earlier[0] == 128
+    fresh = scheduler(family, types=types, prefix_bytes=1 << 26)
+    fresh._reuse.put(session, tmp_path / "s")
+    again = fresh.submit(asked)
+    longer = Request((*ticket.token_ids, 4, 5), 6, GREEDY)
+    drain(fresh)
+    assert again.usage.cached_tokens == 128
+    assert tokens(again) == tokens(ticket) == alone(asked, family, types=types)
+    after = fresh.submit(longer)
+    drain(fresh)
+    assert after.usage.cached_tokens == 157
+    assert tokens(after) == alone(longer, family, types=types)
+    # Packed rows are held once, in the file and in memory.
+    short = scheduler(family, types=types, prefix_bytes=1 << 26)
+    short._reuse.put(replace(session, earlier=None), tmp_path / "s")
+    own = session.earlier[1].own_bytes + (0 if family != "gemma3_text" else session.earlier[1].packed_bytes)
+    assert fresh.prefixes.nbytes >= short.prefixes.nbytes
+    whole = scheduler(family, types=types, prefix_bytes=1 << 26)
+    whole._reuse.put(session, tmp_path / "s")
+    assert short.prefixes.nbytes < whole.prefixes.nbytes <= short.prefixes.nbytes + own
+
+
+def test_an_earlier_place_is_checked_and_converted(tmp_path: Path) -> None:
+    asked, run = Request(prompt(70), 4, GREEDY), scheduler(prefix_bytes=1 << 26)
+    ticket = run.submit(asked)
+    drain(run)
+    path = tmp_path / "s"
+    save_session(path, run._reuse.take(asked, ticket.token_ids, "it"), model())
+    said: list[str] = []
+    other = scheduler(prefix_bytes=1 << 26, types=KVTypes("f16", "f16"), notify=said.append)
+    other._reuse.put(load_session(path, model()), path)
+    again = other.submit(asked)
+    drain(other)
+    assert (again.usage.cached_tokens, len(said)) == (64, 1)
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    record = json.loads(metadata["earlier."])
+    for wrong in ({"n_cached": 90}, {"n_cached": 0}, {"n_packed": [65, 65]}, {"n_packed": []}, {"fed": []}):
+        resealed(path, tensors, metadata | {"earlier.": json.dumps(record | wrong)})
+        with pytest.raises(SessionError, match="contradicts itself"):
+            load_session(path, model())

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from hybridkv.errors import ModelFileError
 from hybridkv.gguf.load import config_from_gguf, load_gguf
+from tests.gguf import raw
 from tests.gguf.write_qwen35 import Draft, Key, add_key, draft, tiny_model
 
 MODEL = tiny_model()
@@ -78,9 +81,11 @@ BAD_KEYS: dict[str, tuple[Callable[[Draft], None], str]] = {
     "value heads that do not group": (with_key("ssm.time_step_rank", 3), "3 value heads: a multiple of 2"),
     "rotates more than the head": (with_key("rope.dimension_count", 34), "dimension_count' is 34"),
     "rotates an odd part": (with_key("rope.dimension_count", 7), "dimension_count' is 7; expected an even"),
-    "three sections": (with_key("rope.dimension_sections", [2, 1, 1]), "expected 4 whole numbers"),
+    "two sections": (with_key("rope.dimension_sections", [2, 1]), "expected 4 whole numbers"),
+    "three sections, one negative": (with_key("rope.dimension_sections", [2, 1, -1]), "expected 3 whole numbers"),
     "negative section": (with_key("rope.dimension_sections", [-2, 1, 1, 0]), "expected 4 whole numbers"),
-    "scaled RoPE": (with_key("rope.scaling.type", "yarn"), "scaling.type' is 'yarn'; expected 'none'"),
+    "a fourth section": (with_key("rope.dimension_sections", [2, 1, 0, 1]), "expected 0 dimensions in a fourth"),
+    "scaled RoPE": (with_key("rope.scaling.type", "longrope"), "scaling.type' is 'longrope'; expected 'none'"),
     "KV heads of too few layers": (with_key("attention.head_count_kv", [0, 2]), "expected 4 whole numbers"),
     "KV heads that differ": (with_key("attention.head_count_kv", [1, 0, 0, 2]), "one number of KV heads"),
     "KV heads in no layer": (with_key("attention.head_count_kv", [0] * 4), "one number of KV heads"),
@@ -168,6 +173,117 @@ def test_an_unknown_architecture_lists_the_known(tmp_path: Path, read: Callable[
     path = Draft("mystery", tensors={"token_embd.weight": np.ones((2, 2), np.float32)}).write(tmp_path / "x.gguf")
     with pytest.raises(ModelFileError, match="unknown architecture 'mystery'; known: qwen35"):
         read(path)
+
+
+@pytest.mark.parametrize("left", [0, 30_000])
+def test_a_file_that_shrinks_while_it_is_loaded(tmp_path: Path, left: int) -> None:
+    """A mapped file would end the process with a bus error."""
+    path = draft(MODEL).write(tmp_path / "x.gguf")
+    size = path.stat().st_size
+
+    def shrink(parameter: torch.Tensor) -> torch.Tensor:
+        os.truncate(path, left)
+        return parameter
+
+    with pytest.raises(ModelFileError, match=f"changed from {size} to {left} bytes while it was being read"):
+        load_gguf(path, replace=shrink)
+
+
+OTHER_KINDS: dict[str, tuple[Draft, str]] = {
+    "mmproj": (
+        Draft("clip", {"general.type": "mmproj"}, {"v.blk.0.attn_q.weight": np.ones((2, 2), np.float32)}),
+        r"is a multimodal projector \(mmproj\).*\nhint: give the language model's own file",
+    ),
+    "mmproj of before general.type": (
+        Draft("clip", {"clip.has_vision_encoder": True}, {"mm.0.weight": np.ones((2, 2), np.float32)}),
+        "is a multimodal projector",
+    ),
+    "LoRA adapter": (
+        Draft(
+            "qwen35",
+            {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 16.0},
+            {"blk.0.attn_q.weight.lora_a": np.ones((4, 64), np.float32)},
+        ),
+        r"is an adapter \(LoRA\).*\nhint: merge it into its base model",
+    ),
+    "LoRA adapter without general.type": (
+        Draft("qwen35", {"adapter.type": "lora"}, {"blk.0.attn_q.weight.lora_a": np.ones((4, 64), np.float32)}),
+        "is an adapter",
+    ),
+    "control vector": (
+        Draft("controlvector", {}, {"direction.1": np.ones(64, np.float32)}),
+        "is a control vector",
+    ),
+    "a kind of tomorrow": (
+        Draft("qwen35", {"general.type": "sparse-delta"}, {"x": np.ones(2, np.float32)}),
+        "is of general.type 'sparse-delta'; allowed: a language model",
+    ),
+    "draft head": (
+        Draft(
+            "qwen35",
+            draft(MODEL).keys | {"qwen35.block_count": 5, "qwen35.nextn_predict_layers": 1},
+            {
+                "token_embd.weight": draft(MODEL).tensors["token_embd.weight"],
+                "output_norm.weight": draft(MODEL).tensors["output_norm.weight"],
+                "blk.4.attn_norm.weight": np.ones(64, np.float32),
+                "blk.4.nextn.eh_proj.weight": np.ones((64, 128), np.float32),
+            },
+        ),
+        "is a draft head: it holds blocks of multi-token prediction.*\nhint: give the file of the model itself",
+    ),
+    "draft head in other words": (
+        Draft(
+            "qwen35",
+            {},
+            {"token_embd.weight": np.ones((4, 4), np.float32), "mtp.fc.weight": np.ones((4, 8), np.float32)},
+        ),
+        "is a draft head",
+    ),
+    "draft head counted from 0": (
+        Draft(
+            "qwen35moe",
+            {"qwen35moe.block_count": 1, "qwen35moe.nextn_predict_layers": 1},
+            {"blk.0.nextn.eh_proj.weight": np.ones((64, 128), np.float32)},
+        ),
+        "is a draft head",
+    ),
+}
+
+
+@pytest.mark.parametrize("read", [config_from_gguf, load_gguf])
+@pytest.mark.parametrize("name", OTHER_KINDS)
+def test_a_file_that_is_no_language_model_is_named(tmp_path: Path, name: str, read: Callable[[Path], object]) -> None:
+    file, message = OTHER_KINDS[name]
+    path = file.write(tmp_path / "x.gguf")
+    with pytest.raises(ModelFileError, match=message):
+        read(path)
+
+
+def test_an_importance_matrix_is_named_though_it_has_no_architecture(tmp_path: Path) -> None:
+    kind = raw.key("general.type", raw.STRING, raw.text("imatrix"))
+    path = tmp_path / "imatrix.gguf"
+    path.write_bytes(
+        raw.gguf([kind], [raw.tensor("blk.0.attn_q.weight.in_sum2", [8])], data=bytes(32), architecture=b"")
+    )
+    with pytest.raises(ModelFileError, match=r"is an importance matrix.*\nhint: give the file of the model itself"):
+        config_from_gguf(path)
+
+
+def test_a_model_beside_its_prediction_block_is_no_draft_head(tmp_path: Path) -> None:
+    file = draft(MODEL)
+    file.keys |= {"general.type": "model", "qwen35.block_count": 5, "qwen35.nextn_predict_layers": 1}
+    file.tensors["blk.4.nextn.eh_proj.weight"] = np.ones((64, 128), np.float32)
+    assert load_gguf(file.write(tmp_path / "x.gguf")).notices == (
+        "1 tensors of multi-token prediction blocks were skipped",
+    )
+
+
+@pytest.mark.parametrize("read", [config_from_gguf, load_gguf])
+def test_an_architecture_that_is_refused_says_what_is_missing(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    path = Draft("qwen4exp", tensors={"token_embd.weight": np.ones((2, 2), np.float32)}).write(tmp_path / "x.gguf")
+    with pytest.raises(ModelFileError, match="'qwen4exp' is not supported: it needs hyper-connections") as caught:
+        read(path)
+    assert "directory" not in str(caught.value)
 
 
 def test_a_tensor_type_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:

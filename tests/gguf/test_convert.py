@@ -140,6 +140,35 @@ def test_the_text_model_of_a_multimodal_checkpoint(tmp_path: Path) -> None:
     assert all(torch.equal(value, expected[name]) for name, value in loaded.items())
 
 
+def test_a_hybrid_class_without_a_recurrent_layer(tmp_path: Path) -> None:
+    """As Granite 4.0's dense models are published."""
+    options = {"layer_types": ["attention"] * 4, "position_embedding_type": "rope", "num_local_experts": 0}
+    model = stirred("granitemoehybrid", attention_multiplier=0.2, logits_scaling=3.0, **options)
+    model.save_pretrained(tmp_path / "model")
+    done = convert(tmp_path / "model", tmp_path / "x.gguf", weights="f32")
+    loaded = load_gguf(done.path).model
+    assert (done.architecture, loaded.config.model_type) == ("granite", "granite")
+    with torch.inference_mode():
+        ours, expected = loaded(torch.tensor([IDS])).logits, model(torch.tensor([IDS])).logits
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("granitemoehybrid", {"layer_types": ["attention"] * 4}, "granite: some of its layers are recurrent, or have"),
+        ("granitemoehybrid", {"time_step_limit": (0.001, 0.1)}, "granitehybrid: its mixers' time steps are limited"),
+        ("falcon_h1", {"time_step_limit": (0.0, 0.1)}, "falcon-h1: its mixers' time steps are limited"),
+    ],
+)
+def test_configs_that_the_format_has_no_place_for(
+    tmp_path: Path, family: str, changes: dict[str, Any], message: str
+) -> None:
+    build(family, **changes).save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match=message):
+        convert(tmp_path / "model", tmp_path / "x.gguf")
+
+
 def saved(tmp_path: Path, family: str = "qwen3_5_text") -> Path:
     build(family).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
@@ -184,8 +213,8 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         r"model.norm.weight has shape \[63\] .* asks for \[64\]",
     ),
     "scaled RoPE": (
-        lambda d: configured(d, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
-        "cannot be written as GGUF: qwen35: its RoPE is of type 'linear'",
+        lambda d: configured(d, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        "cannot be written as GGUF: qwen35: its RoPE is of type 'dynamic'",
     ),
     "more than float16 holds": (_huge, "'blk.0.ffn_up.weight' holds 1e.06, more than F16 can"),
     "an index that is none": (lambda d: (d / "model.safetensors.index.json").write_text("[]"), "is no index"),

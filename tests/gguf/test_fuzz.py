@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from hybridkv.errors import ModelFileError
 from hybridkv.gguf.load import config_from_gguf, load_gguf
-from hybridkv.gguf.reader import map_file, raw_rows, read_header
+from hybridkv.gguf.reader import read_header
+from hybridkv.gguf.rows import open_model
 from tests.gguf import raw
 from tests.gguf.write_qwen35 import draft, tiny_model
 
@@ -71,9 +72,9 @@ def read_all(path: Path) -> int:
     tracemalloc.start()
     with soon(), suppress(ModelFileError):
         found = read_header(path)
-        data = map_file(found)
-        for info in found.tensors:
-            assert raw_rows(data, info).nbytes == info.nbytes
+        with open_model(found) as files:
+            for info in found.tensors:
+                assert files.rows(info)[:].nbytes == info.nbytes
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return peak

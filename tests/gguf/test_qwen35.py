@@ -11,7 +11,7 @@ from gguf import GGMLQuantizationType as T
 from gguf.quants import dequantize, quantize
 from transformers import PreTrainedModel
 
-from hybridkv.errors import UsageError
+from hybridkv.errors import ModelFileError, UsageError
 from hybridkv.gguf.architectures.record import grouped
 from hybridkv.gguf.load import config_from_gguf, load_gguf
 from tests.gguf.write_qwen35 import Draft, draft, tiny_model
@@ -144,6 +144,63 @@ def test_multi_token_prediction_blocks_are_skipped_with_a_notice(tmp_path: Path)
     assert loaded.notices == ("2 tensors of multi-token prediction blocks were skipped",)
     assert loaded.model.config.num_hidden_layers == 4
     assert relative_error(loaded.model, model) <= 1e-5
+
+
+def as_ollama_writes(model: PreTrainedModel) -> Draft:
+    """Three sections, another name of a bias, KV heads per layer, and the rest of the multimodal model."""
+    file = draft(model)
+    del file.keys["qwen35.full_attention_interval"]
+    file.keys |= {"qwen35.attention.head_count_kv": [0, 0, 0, 2], "qwen35.rope.dimension_sections": [2, 1, 1]}
+    for layer in range(3):
+        file.tensors[f"blk.{layer}.ssm_dt"] = file.tensors.pop(f"blk.{layer}.ssm_dt.bias")
+    for name in ("v.blk.0.attn_q.weight", "v.patch_embed.weight", "mm.0.weight", "mtp.fc.weight", "mtp.norm.weight"):
+        file.tensors[name] = np.ones((4, 4), np.float32)
+    return file
+
+
+def test_a_file_of_ollama(tmp_path: Path) -> None:
+    model = tiny_model()
+    file = as_ollama_writes(model)
+    loaded = load_gguf(file.write(tmp_path / "x.gguf"))
+    assert loaded.notices == (
+        "2 tensors of multi-token prediction blocks were skipped",
+        "3 tensors of image and audio encoders were skipped",
+    )
+    assert loaded.model.config.to_dict() | {"architectures": None} == load_gguf(
+        draft(model).write(tmp_path / "y.gguf")
+    ).model.config.to_dict() | {"architectures": None}
+    assert relative_error(loaded.model, model) <= 1e-5
+    # What is unknown inside of the text model is not passed over.
+    for name in ("blk.0.mm.weight", "vision.weight", "output_scale.weight"):
+        file = as_ollama_writes(model)
+        file.tensors[name] = np.ones((4, 4), np.float32)
+        with pytest.raises(ModelFileError, match=rf"1 unknown tensor.s. .*: {name}"):
+            load_gguf(file.write(tmp_path / "x.gguf"))
+
+
+def test_a_prediction_block_that_the_file_leaves_out(tmp_path: Path) -> None:
+    model = tiny_model()
+    file = draft(model)
+    file.keys |= {"qwen35.block_count": 5, "qwen35.nextn_predict_layers": 1}
+    loaded = load_gguf(file.write(tmp_path / "x.gguf"))
+    assert loaded.notices == ()
+    assert relative_error(loaded.model, model) <= 1e-5
+
+
+@pytest.mark.parametrize(("pre", "said"), [("default", "is 'default'"), (None, "is missing"), ("", "is missing")])
+def test_a_pre_tokenizer_that_is_assumed(tmp_path: Path, pre: str | None, said: str) -> None:
+    file = draft(tiny_model())
+    del file.keys["tokenizer.ggml.pre"]
+    if pre is not None:
+        file.keys["tokenizer.ggml.pre"] = pre
+    loaded = load_gguf(file.write(tmp_path / "x.gguf"))
+    (notice,) = loaded.notices
+    assert f"'tokenizer.ggml.pre' {said}" in notice
+    assert "llama.cpp's default is assumed" in notice
+    assert loaded.tokenizer is not None
+    # Digits come in threes; punctuation stays together.
+    tokens = [token for token, _ in loaded.tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a 1234+=(b")]
+    assert tokens == ["a", "Ġ", "123", "4", "+=(", "b"]
 
 
 def test_generation_ends_where_the_file_says(tmp_path: Path) -> None:

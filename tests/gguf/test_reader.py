@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import struct
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 from hybridkv.errors import ModelFileError
-from hybridkv.gguf.reader import Value, map_file, raw_rows, read_header
+from hybridkv.gguf.reader import Value, read_header
+from hybridkv.gguf.rows import open_model
 from tests.gguf import raw
 from tests.gguf.reference import REFERENCE
 
@@ -36,16 +38,16 @@ def test_header_equals_what_gguf_py_reads() -> None:
         ours = header.metadata[key]
         assert (np.float32(ours) if isinstance(ours, float) else list_of(ours)) == field.contents()
     assert len(header.tensors) == len(oracle.tensors)
-    data = map_file(header)
-    for info, theirs in zip(header.tensors, oracle.tensors, strict=True):
-        assert info.name == theirs.name
-        assert info.shape == tuple(int(dim) for dim in reversed(theirs.shape))
-        assert (info.type, info.nbytes, info.offset) == (
-            theirs.tensor_type,
-            theirs.n_bytes,
-            theirs.data_offset,
-        )
-        assert np.array_equal(raw_rows(data, info).reshape(-1), theirs.data.view(np.uint8).reshape(-1))
+    with open_model(header) as files:
+        for info, theirs in zip(header.tensors, oracle.tensors, strict=True):
+            assert info.name == theirs.name
+            assert info.shape == tuple(int(dim) for dim in reversed(theirs.shape))
+            assert (info.type, info.nbytes, info.offset) == (
+                theirs.tensor_type,
+                theirs.n_bytes,
+                theirs.data_offset,
+            )
+            assert np.array_equal(files.rows(info)[:].reshape(-1), theirs.data.view(np.uint8).reshape(-1))
 
 
 def test_every_value_type(tmp_path: Path) -> None:
@@ -254,12 +256,26 @@ def test_a_file_that_shrinks_after_its_header_was_read(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     path.write_bytes(raw.gguf(tensors=[F32_VECTOR], data=bytes(32)))
     header = read_header(path)
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ModelFileError, match="changed from"):
-        map_file(header)
+    size = path.stat().st_size
+    os.truncate(path, size - 1)
+    with pytest.raises(ModelFileError, match=f"changed from {size} to {size - 1} bytes"), open_model(header):
+        pass
     path.unlink()
-    with pytest.raises(ModelFileError, match="cannot be mapped"):
-        map_file(header)
+    with pytest.raises(ModelFileError, match="cannot be opened: No such file"), open_model(header):
+        pass
+
+
+@pytest.mark.parametrize("left", [0, -1, -32])
+def test_a_file_that_shrinks_while_its_tensors_are_read(tmp_path: Path, left: int) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(raw.gguf(tensors=[F32_VECTOR, raw.tensor("b", [8], 0, 32)], data=bytes(64)))
+    header, size = read_header(path), path.stat().st_size
+    with open_model(header) as files:
+        assert files.rows(header.tensors[0])[:].shape == (1, 32)
+        left = left if left == 0 else size + left
+        os.truncate(path, left)
+        with pytest.raises(ModelFileError, match=f"changed from {size} to {left} bytes .*\nhint: another program"):
+            files.rows(header.tensors[1])[:]
 
 
 def test_the_header_is_read_without_the_weights(tmp_path: Path) -> None:

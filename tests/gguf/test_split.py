@@ -90,3 +90,59 @@ def test_a_tensor_in_two_parts(parts: list[Path]) -> None:
     holder.write_bytes(holder.read_bytes().replace(other, first))
     with pytest.raises(ModelFileError, match=r"tensor 'blk.0.attn_norm.weight' is in two parts"):
         load_gguf(parts[0])
+
+
+def test_a_part_given_twice(parts: list[Path]) -> None:
+    shutil.copy(parts[0], parts[1])
+    with pytest.raises(ModelFileError, match=r"00002-of-00004.gguf: it says that it is part 1 of 4, where part 2"):
+        load_gguf(parts[0])
+
+
+@pytest.mark.parametrize("name", ["tiny.gguf", "tiny-00001-of-00004.gguf", "tiny-00001-of-00001.gguf"])
+@pytest.mark.parametrize("n_joined", [2, 4])
+def test_parts_joined_with_cat(parts: list[Path], tmp_path: Path, name: str, n_joined: int) -> None:
+    joined = b"".join(part.read_bytes() for part in parts[:n_joined])
+    path = tmp_path / name
+    path.write_bytes(joined)
+    with pytest.raises(ModelFileError, match=r"a second GGUF file begins behind .*\nhint: .*llama-gguf-split --merge"):
+        load_gguf(path)
+
+
+def test_a_part_twice_in_one_file(parts: list[Path]) -> None:
+    parts[3].write_bytes(parts[3].read_bytes() * 2)
+    with pytest.raises(ModelFileError, match=r"00004-of-00004.gguf: a second GGUF file begins"):
+        load_gguf(parts[0])
+
+
+def test_bytes_behind_the_tensors_are_no_second_file(tmp_path: Path) -> None:
+    path = draft(tiny_model()).write(tmp_path / "x.gguf")
+    path.write_bytes(path.read_bytes() + bytes(100) + b"GGUF, said a text")
+    assert read_model(path).architecture == "qwen35"
+
+
+@pytest.mark.parametrize(
+    ("names", "hint"),
+    [
+        (("m.gguf.part1of2", "m.gguf.part2of2"), "cat m.gguf.part1of2 m.gguf.part2of2 > m.gguf"),
+        (("m.gguf.part01of10", "m.gguf.part02of10"), "join all pieces in their order with cat, .*: m.gguf"),
+        (("m.gguf-split-a", "m.gguf-split-b"), "join all pieces in their order with cat, .*: m.gguf"),
+        (("m.gguf.aa", "m.gguf.ab"), "join all pieces"),
+        (("m.gguf.001", "m.gguf.002"), "join all pieces"),
+        (("m.gguf.part1", "m.gguf.part2"), "join all pieces"),
+    ],
+)
+def test_a_file_that_was_cut_into_pieces(tmp_path: Path, names: tuple[str, str], hint: str) -> None:
+    whole = draft(tiny_model()).write(tmp_path / "whole.gguf").read_bytes()
+    half = len(whole) // 2
+    for name, piece in zip(names, (whole[:half], whole[half:]), strict=True):
+        (tmp_path / name).write_bytes(piece)
+    for name in names:
+        with pytest.raises(ModelFileError, match=rf"{name} is a piece of a file that was cut: .*\nhint: .*{hint}"):
+            load_gguf(tmp_path / name)
+    with pytest.raises(ModelFileError, match="no such file"):
+        read_model(tmp_path / "m.gguf.part3of3")
+
+
+def test_a_whole_file_under_the_name_of_a_piece(tmp_path: Path) -> None:
+    path = draft(tiny_model()).write(tmp_path / "m.gguf.part1of1")
+    assert read_model(path).architecture == "qwen35"

@@ -298,7 +298,6 @@ DEFECTS: dict[str, tuple[str, Key | None, str]] = {
     "kind": ("tokenizer.ggml.model", "bert", "unknown tokenizer 'bert' .* known: gpt2, llama"),
     "kind is a number": ("tokenizer.ggml.model", 3, "'tokenizer.ggml.model' is 3; expected a text"),
     "pre-tokenizer": ("tokenizer.ggml.pre", "new", "unknown pre-tokenizer 'new' .* known: gpt-2, .*qwen35"),
-    "no pre-tokenizer": ("tokenizer.ggml.pre", None, "'tokenizer.ggml.pre' is missing"),
     "no tokens": ("tokenizer.ggml.tokens", None, "'tokenizer.ggml.tokens' is missing"),
     "tokens are numbers": ("tokenizer.ggml.tokens", [1, 2], "expected an array of texts"),
     "no merges": ("tokenizer.ggml.merges", None, "'tokenizer.ggml.merges' is missing"),

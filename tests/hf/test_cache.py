@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen3_5ForCausalLM, pipeline
 
 from hybridkv import ContextError, ModelError, NoKernelError, UsageError, quantized_cache
 from hybridkv.formats import get_format
-from hybridkv.hf import EagerStep
+from hybridkv.hf import EagerStep, ModelCache, pack_model
 from hybridkv.hf.view import LayerView
+from tests.chat_models import CHATML, byte_level
 from tests.families import FAMILIES, build, remembering
 from tests.hf.test_families import change, run, tokens
 
@@ -82,6 +84,53 @@ def test_reset_starts_over(family: str) -> None:
     assert torch.equal(run(model, cache, tokens()), first)
 
 
+@pytest.mark.parametrize("family", ["qwen3_5_text", "bamba", "lfm2", "falcon_h1", "llama", "gemma3_text"])
+def test_a_filled_cache_refuses_another_prompt(family: str) -> None:
+    """Also one that `generate` would cut to its last tokens and process behind the first, in silence."""
+    model = build(family, attention="hybridkv")
+    fresh = model.generate(tokens(1, 12), cache=quantized_cache(model), max_new_tokens=4, do_sample=False)
+    for n_prompt in (1, 5, 8, 12, 17):
+        cache = quantized_cache(model)
+        model.generate(tokens(1, 12), cache=cache, max_new_tokens=6, do_sample=False)
+        with pytest.raises(ContextError, match=r"^the cache holds 17 tokens of another prompt") as caught:
+            model.generate(tokens(1, n_prompt), cache=cache, max_new_tokens=4, do_sample=False)
+        assert "hint: reset() the cache" in str(caught.value)
+    cache.reset()
+    assert torch.equal(model.generate(tokens(1, 12), cache=cache, max_new_tokens=4, do_sample=False), fresh)
+    again = model.generate(fresh, cache=cache, max_new_tokens=3, do_sample=False)  # this is how to go on
+    assert torch.equal(again[:, :16], fresh)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2", "bamba", "falcon_h1", "nemotron_h", "llama"])
+def test_a_filled_cache_refuses_another_number_of_sequences(family: str) -> None:
+    model = build(family, attention="hybridkv")
+    cache = quantized_cache(model)
+    model.generate(tokens(1, 12), cache=cache, max_new_tokens=6, do_sample=False)
+    with pytest.raises(ModelError, match=r"holds 1 sequences and was given 2\nhint: use one cache per batch, or reset"):
+        model.generate(tokens(2, 30), cache=cache, max_new_tokens=4, do_sample=False)
+
+
+def test_a_pipeline_with_a_filled_cache() -> None:
+    tokenizer = byte_level(CHATML)
+    model = build("qwen3_5_text", attention="hybridkv", vocab_size=len(tokenizer))
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    cache = quantized_cache(model)
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "cache": cache}
+    first = pipe("A first prompt", **options)
+    with pytest.raises(ContextError, match=r"the cache holds \d+ tokens of another prompt"):
+        pipe("Another", **options)
+    cache.reset()
+    assert pipe("A first prompt", **options) == first
+
+
+def test_with_another_attention_a_call_without_new_tokens_is_refused() -> None:
+    model = build("llama")
+    cache = quantized_cache(model)
+    model.generate(tokens(1, 12), cache=cache, max_new_tokens=6, do_sample=False)
+    with pytest.raises(ContextError, match="the cache holds 17 tokens of another prompt"):
+        model.generate(tokens(1, 5), cache=cache, max_new_tokens=4, do_sample=False)
+
+
 def test_crop_goes_back_where_all_layers_can(dense: PreTrainedModel) -> None:
     ids = tokens()
     cache = quantized_cache(dense)
@@ -104,6 +153,59 @@ def test_crop_refuses_when_a_layer_cannot_and_changes_nothing(hybrid: PreTrained
     cache.crop(0)
     with pytest.raises(ContextError, match="allowed: 0 or a negative number"):
         cache.crop(3)
+
+
+def drafter(family: str, noise: float) -> PreTrainedModel:
+    """A family's model, or one that does not agree with it."""
+    model = build(family)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(noise * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("length", [1, 2, 25])
+@pytest.mark.parametrize("type_", ["f32", "q8_0"])
+@pytest.mark.parametrize("family", ["lfm2", "lfm2_moe", "gemma3_text", "qwen3"])
+def test_assisted_decoding(family: str, type_: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions and windows go back over drafts that were refused; other states never do (Transformers refuses)."""
+    model, ids = build(family, attention="hybridkv"), tokens(1, length)
+    asked: dict[str, Any] = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False}
+    expected = model.generate(ids, **remembering(quantized_cache(model, type_k=type_, type_v=type_)), **asked)
+    dropped: list[int] = []
+    crop = ModelCache.crop
+    monkeypatch.setattr(ModelCache, "crop", lambda self, n: (dropped.append(-n), crop(self, n)))
+    for noise in (0.0, 0.3):
+        cache, assistant = quantized_cache(model, type_k=type_, type_v=type_), drafter(family, noise)
+        got = model.generate(ids, **remembering(cache), **asked, assistant_model=assistant)
+        assert torch.equal(got, expected)
+        assert cache.get_seq_length() == length + 29
+    assert min(dropped) == 0
+    assert length == 1 or max(dropped) >= 3  # behind one token, some models say one for ever
+
+
+def test_a_convolution_goes_back_no_further_than_its_inputs_are_kept() -> None:
+    model, ids = build("lfm2", attention="hybridkv"), tokens(1, 21)
+    cache = quantized_cache(model, type_k="f32", type_v="f32")
+    run(model, cache, ids[:, :10], chunks=(10,))
+    assert not cache.is_croppable
+    cache.activate_past_recording()
+    with pytest.raises(ContextError, match=r"crop\(-1\): layers .* cannot go back"):
+        cache.crop(-1)
+    with torch.inference_mode():
+        whole = model(ids[:, 10:], **remembering(cache)).logits
+    assert cache.is_croppable
+    with pytest.raises(ContextError, match="cannot go back"):
+        cache.crop(-12)
+    assert cache.get_seq_length() == 21
+    cache.crop(-6)
+    with torch.inference_mode():
+        again = model(ids[:, 15:], **remembering(cache)).logits
+    assert change(again, whole[:, 5:]) <= 1e-5
+    cache.crop(0)
+    with pytest.raises(ContextError, match="cannot go back"):
+        cache.crop(-1)
 
 
 @pytest.mark.parametrize("family", ["qwen3_5_text", "falcon_h1", "lfm2", "gemma3_text"])
@@ -318,3 +420,41 @@ def test_without_any_cache_attention_is_plain(hybrid: PreTrainedModel) -> None:
         plain = build("qwen3_5_text")(tokens(), use_cache=False).logits
         ours = hybrid(tokens(), use_cache=False).logits
     assert change(ours, plain) <= 1e-4
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    build("qwen3_5_text").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    "where",
+    [{"device_map": {"": "disk"}}, {"device_map": "auto", "max_memory": {"cpu": 100_000}}, {"device_map": "cpu"}],
+    ids=str,
+)
+def test_layers_on_disk_get_the_kernels_of_the_device_that_they_run_on(saved: Path, where: dict[str, Any]) -> None:
+    model = Qwen3_5ForCausalLM.from_pretrained(
+        saved, attn_implementation="hybridkv", offload_folder=saved.parent / "offloaded", **where
+    )
+    assert next(model.parameters()).is_meta is (where != {"device_map": "cpu"})
+    plain, ids = build("qwen3_5_text", attention="hybridkv"), tokens(1, 7)
+    cache, expected = quantized_cache(model), quantized_cache(plain)
+    assert [layer.kernels for layer in cache.kv_layers] == [layer.kernels for layer in expected.kv_layers]
+    assert change(run(model, cache, ids, chunks=(5,)), run(plain, expected, ids, chunks=(5,))) <= 1e-5
+
+
+def test_weights_without_values_are_refused(saved: Path) -> None:
+    model = Qwen3_5ForCausalLM.from_pretrained(saved, device_map={"": "meta"})
+    message = r"55 of 55 tensors .* meta device, model.embed_tokens.weight .*; allowed: .*\nhint: .*device_map"
+    with pytest.raises(ModelError, match=message):
+        quantized_cache(model)
+    with pytest.raises(ModelError, match=r"model.embed_tokens.weight is on the meta device .*; allowed: .*\nhint: "):
+        pack_model(model)
+    half = build("qwen3_5_text")
+    half.model.layers[2].to("meta")
+    with pytest.raises(ModelError, match=r"tensors of this model are on the meta device, model.layers.2"):
+        quantized_cache(half)
+    with pytest.raises(ModelError, match=r"model.layers.2.* is on the meta device"):
+        pack_model(half)
+    assert type(half.model.embed_tokens.weight) is torch.nn.Parameter

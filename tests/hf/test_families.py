@@ -9,7 +9,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from hybridkv import ContextError, quantized_cache
 from hybridkv.hf import ModelCache
-from hybridkv.hf.layers import StateLayer
+from hybridkv.hf.states import StateLayer
 from tests.families import CONTROLS, FAMILIES, HYBRIDS, build, remembering
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)

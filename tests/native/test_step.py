@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from atexit import register
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
@@ -13,25 +14,27 @@ from tempfile import mkdtemp
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from hybridkv.cache import KVLayer, KVTypes
 from hybridkv.engine.convert import convert
+from hybridkv.engine.load import bundled_model, describe, load
 from hybridkv.engine.steps import parse_graphs, parse_step, resolve_step
 from hybridkv.errors import ContextError, ModelError, UsageError
 from hybridkv.formats import FORMATS
 from hybridkv.gguf.load import load_gguf
+from hybridkv.held import WeightKind
 from hybridkv.hf import (
     EagerStep,
     FusedStep,
     GraphStep,
+    Holder,
     ModelCache,
-    WeightKind,
     kv_facts,
     layer_facts,
     pack_model,
-    packed_parameter,
     parse_weights,
 )
 from hybridkv.hf.attention import verify_call
@@ -348,7 +351,7 @@ def test_int4_keeps_the_vocabulary_and_odd_widths_apart() -> None:
 
 def test_a_packed_tensor_is_its_values_to_whoever_asks() -> None:
     weight = torch.randn(33, 64, generator=torch.Generator().manual_seed(0))
-    held = packed_parameter(torch.nn.Parameter(weight, requires_grad=False), "f32")
+    held = Holder("f32").of_values(torch.nn.Parameter(weight, requires_grad=False))
     assert isinstance(held, torch.nn.Parameter)
     assert held.shape == (33, 64)
     assert held.dtype == torch.float32
@@ -359,7 +362,7 @@ def test_a_packed_tensor_is_its_values_to_whoever_asks() -> None:
     assert torch.allclose(linear, x @ weight.T + 1, atol=1e-5)
     assert torch.equal(torch.nn.functional.embedding(ids, held), weight[ids])
     vector = torch.nn.Parameter(torch.ones(3), requires_grad=False)
-    assert packed_parameter(vector, "f32") is vector
+    assert Holder("f32").of_values(vector) is vector
 
 
 def test_tied_weights_stay_tied() -> None:
@@ -368,6 +371,67 @@ def test_tied_weights_stay_tied() -> None:
     model.tie_weights()
     pack_model(model)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("part", ["whole", "base"])
+@pytest.mark.parametrize(
+    ("family", "tied"), [("qwen3_5_text", False), ("qwen3_5_text", True), ("lfm2_moe", True), ("gemma3_text", True)]
+)
+def test_packed_weights_are_saved_unpacked(tmp_path: Path, family: str, tied: bool, part: str) -> None:
+    model = build(family)
+    model.config.tie_word_embeddings = tied
+    model.tie_weights()
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    pack_model(model)
+    saved = model if part == "whole" else model.model
+    saved.save_pretrained(tmp_path)
+    back = type(saved).from_pretrained(tmp_path)
+    prefix = "" if part == "whole" else "model."
+    assert len(back.state_dict()) == len([name for name in expected if name.startswith(prefix)])
+    for name, value in back.state_dict().items():
+        assert torch.equal(value, expected[prefix + name]), name
+    if part == "whole" and tied:
+        assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    assert packed_of(model.model.embed_tokens.weight) is not None
+    assert packed_of(model.state_dict(keep_vars=True)["model.embed_tokens.weight"]) is not None
+
+
+def test_a_packed_model_is_copied_and_cast() -> None:
+    model, ids = build("qwen3_5_text"), tokens(1, 5)
+    pack_model(model)
+    twin = copy.deepcopy(model)
+    held = packed_of(twin.model.embed_tokens.weight)
+    assert held is packed_of(model.model.embed_tokens.weight) is not None
+    assert torch.equal(twin(ids).logits, model(ids).logits)
+    assert twin.to(torch.bfloat16).model.embed_tokens.weight.dtype == torch.bfloat16
+    assert packed_of(twin.model.embed_tokens.weight) is held
+
+
+WRITES: dict[str, Callable[[torch.Tensor], object]] = {
+    "in place": lambda weight: weight.mul_(2),
+    "data": lambda weight: weight.data.add_(1),
+    "out": lambda weight: torch.add(weight + 0, 1.0, out=weight.data),
+    "some values": lambda weight: weight.data.__setitem__(0, 0.0),
+    "other data": lambda weight: setattr(weight, "data", torch.zeros(33, 64)),
+    "data of another shape": lambda weight: setattr(weight, "data", torch.zeros(34, 64)),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_a_change_of_packed_weights_is_an_error(name: str) -> None:
+    weight = torch.randn(33, 64, generator=torch.Generator().manual_seed(0))
+    held = Holder("f32").of_values(torch.nn.Parameter(weight, requires_grad=False))
+    with pytest.raises(ModelError, match=r"packed weights cannot be changed: .*\nhint: load the model with plain"):
+        WRITES[name](held)
+    assert torch.equal(held + 0, weight)
+
+
+def test_a_checkpoint_is_not_loaded_into_packed_weights() -> None:
+    model = build("qwen3_5_text")
+    other = {name: value + 1 for name, value in model.state_dict().items()}
+    pack_model(model)
+    with pytest.raises(RuntimeError, match="packed weights cannot be changed"):
+        model.load_state_dict(other)
 
 
 def test_unknown_weights() -> None:
@@ -519,3 +583,10 @@ def test_each_sequence_of_several_is_checked_as_it_is_alone(monkeypatch: pytest.
     assert list(answers.failed) == [1]
     assert "a test's doing" in str(answers.failed[1])
     assert torch.equal(answers.logits, step.forward_many(newest[:, 0], unwatched, lengths).logits)
+
+
+def test_a_packed_model_from_a_gguf_file_is_saved(tmp_path: Path) -> None:
+    loaded = load(describe(bundled_model()), dtype=torch.float32, device="cpu", weights="auto")
+    held = packed_of(loaded.model.model.embed_tokens.weight)
+    loaded.model.save_pretrained(tmp_path)
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"], decode(held))

@@ -13,7 +13,7 @@ import pytest
 
 from hybridkv.errors import AdmissionError
 from hybridkv.server import gate
-from hybridkv.server.gate import GateOptions
+from hybridkv.server.gate import TAKES_BODY, GateOptions
 from tests.server.conftest import Running, Scripter
 
 JSON = {"Content-Type": "application/json"}
@@ -110,6 +110,24 @@ def test_what_asks_for_nothing_is_taken(server: Running) -> None:
     assert post(server, {"prompt": "a\u0000b 😀", "stop": None, **neutral}).status_code == 200
     assert post(server, {"prompt": ["x"]}).status_code == 200
     assert post(server, {"prompt": [[5, 6]]}).status_code == 200
+
+
+def test_methods_that_are_not_declared(server: Running) -> None:
+    """Whatever the body and its type: what a path takes is said first."""
+    every = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
+    with server.http as client:
+        paths = client.get("/openapi.json").json()["paths"]
+        for path, operations in paths.items():
+            declared = {method.upper() for method in operations}
+            assert ("POST" in declared) == (TAKES_BODY.fullmatch(path.replace("{name}", "a")) is not None), path
+            for method in set(every) - declared:
+                for asked in ({}, {"json": {}}, {"content": b"x", "headers": {"Content-Type": "text/plain"}}):
+                    reply = client.request(method, path.replace("{name}", "a"), **asked)
+                    assert (reply.status_code, reply.headers["Allow"]) == (405, ", ".join(declared)), (method, path)
+                    if method != "HEAD":
+                        assert reply.json()["error"]["message"] == "Method Not Allowed"
+        for asked in ({}, {"json": {}}):
+            error_of(client.post("/nowhere", **asked), 404)
 
 
 def test_other_ways_to_be_wrong(server: Running) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import jsonschema_rs
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -11,6 +13,7 @@ from schemathesis.checks import CheckFunction, not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
     negative_data_rejection,
+    positive_data_acceptance,
     response_schema_conformance,
     status_code_conformance,
     unsupported_method,
@@ -24,6 +27,7 @@ CHECKS: list[CheckFunction] = [
     content_type_conformance,
     response_schema_conformance,
     negative_data_rejection,
+    positive_data_acceptance,
     unsupported_method,
 ]
 EXAMPLES = 12
@@ -55,4 +59,68 @@ def test_no_reply_contradicts_the_document(scripted: Scripter, mode: Any) -> Non
 
         run()
     assert n_operations >= 2
-    assert {200, 400} <= statuses if mode is schemathesis.GenerationMode.POSITIVE else statuses >= {400}
+    wanted, unwanted = (200, 400) if mode is schemathesis.GenerationMode.POSITIVE else (400, 200)
+    assert wanted in statuses
+    assert unwanted not in statuses
+
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
+KV: dict[str, Any] = {"type_k": "q8_0", "type_v": "q4_0"}
+BODIES: list[tuple[str, dict[str, Any], bool]] = [
+    ("completions", {"prompt": "x", "temperature": 0.0005}, False),
+    ("completions", {"prompt": "x", "temperature": 0.001}, True),
+    ("completions", {"prompt": "x", "temperature": 0}, True),
+    ("completions", {"prompt": "x", "temperature": None}, True),
+    ("completions", {"prompt": "x", "temperature": 2.5}, False),
+    ("completions", {"prompt": ""}, False),
+    ("completions", {"prompt": []}, False),
+    ("completions", {"prompt": "x", "seed": 2**63 - 1}, True),
+    ("completions", {"prompt": "x", "seed": 2**63}, False),
+    ("completions", {"prompt": "x", "seed": -(2**63)}, False),
+    ("completions", {"prompt": "x", "stream_options": {"include_usage": True}}, False),
+    ("completions", {"prompt": "x", "stream_options": {"include_usage": True}, "stream": None}, False),
+    ("completions", {"prompt": "x", "stream_options": {"include_usage": True}, "stream": True}, True),
+    ("completions", {"prompt": "x", "stream_options": None, "stream": False}, True),
+    ("completions", {"prompt": "x", "kv_types": KV}, True),
+    ("completions", {"prompt": [3.0, 4], "max_tokens": 2.0, "n": 1.0, "stop_token_ids": [5.0]}, True),
+    ("completions", {"prompt": [3.5], "max_tokens": 2}, False),
+    ("completions", {"prompt": "x", "max_tokens": 2.5}, False),
+    ("completions", {"prompt": "x", "seed": 1e300}, False),
+    ("completions", {"prompt": 4.0}, False),
+    ("chat/completions", CHAT | {"top_logprobs": 2}, False),
+    ("chat/completions", CHAT | {"top_logprobs": 2, "logprobs": False}, False),
+    ("chat/completions", CHAT | {"top_logprobs": 2, "logprobs": True}, True),
+    ("chat/completions", CHAT | {"top_logprobs": None, "logprobs": False}, True),
+    ("chat/completions", CHAT | {"max_tokens": 2, "max_completion_tokens": 2}, False),
+    ("chat/completions", CHAT | {"max_tokens": 2, "max_completion_tokens": None}, True),
+    ("chat/completions", CHAT | {"max_completion_tokens": 2}, True),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "taken"), BODIES)
+def test_the_document_says_what_is_refused(scripted: Scripter, path: str, body: dict[str, Any], taken: bool) -> None:
+    """Fields that are wrong together, and bounds that a float cannot hold, are in the document too."""
+    server = scripted(5, 6, 0, chat=True)
+    with server.http as http:
+        document = http.get("/openapi.json").json()
+        assert (http.post(f"/v1/{path}", json=body).status_code == 200) is taken
+    name = document["paths"][f"/v1/{path}"]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+    schema = {"$ref": name, "components": document["components"]}
+    assert jsonschema_rs.is_valid(schema, body) is taken
+    unknown = body | {"kv_types": KV | {"type_k": "q9_9"}}
+    assert not jsonschema_rs.is_valid(schema, unknown)
+
+
+def test_the_document_names_sessions_and_their_type(scripted: Scripter, tmp_path: Path) -> None:
+    server = scripted(5, 6, 0, session_dir=tmp_path)
+    with server.http as http:
+        document = http.get("/openapi.json").json()
+        for verb in ("save", "restore"):
+            operation = document["paths"][f"/v1/sessions/{{name}}/{verb}"]["post"]
+            (parameter,) = operation["parameters"]
+            assert operation["requestBody"]["required"]
+            assert list(operation["requestBody"]["content"]) == ["application/json"]
+            for session, status in (("a-1", 404), ("a.b", 400), ("a" * 65, 400)):
+                assert jsonschema_rs.is_valid(parameter["schema"], session) is (status == 404)
+                assert http.post(f"/v1/sessions/{session}/{verb}", json={}).status_code == status
+            assert http.post(f"/v1/sessions/a-1/{verb}").status_code == 415

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -229,7 +230,10 @@ def test_a_session_is_saved_and_restored(reference: Loaded, tmp_path: Path) -> N
     longer = prompt + ids_alone(reference, prompt, 12) + reference.tokenizer.encode(" And")
     told: list[str] = []
     for life in ("first", "second"):
+        left = tmp_path / f".talk-1.safetensors.{os.getpid()}.part"
+        left.write_bytes(b"what a killed server of the same process id left")
         with real_server(reference, session_dir=tmp_path) as server, server.http as http:
+            assert not left.exists()
             ask: dict[str, Any] = {"model": "reference", "max_tokens": 12, "temperature": 0}
             ask["extra_body"] = {"session": "talk-1", "ignore_eos": True}
             if life == "first":
@@ -247,6 +251,11 @@ def test_a_session_is_saved_and_restored(reference: Loaded, tmp_path: Path) -> N
                 restored = http.post("/v1/sessions/talk-1/restore", json={})
                 assert restored.status_code == 200, restored.text
                 assert restored.json()["n_tokens"] == saved.json()["n_tokens"]
+                again = server.client.completions.create(prompt=prompt, **ask)
+                assert again.choices[0].text == first.choices[0].text
+                assert again.usage is not None
+                assert again.usage.prompt_tokens_details is not None
+                assert again.usage.prompt_tokens_details.cached_tokens == (len(prompt) - 1) // 64 * 64 > 0
             reply = server.client.completions.create(prompt=longer, **ask)
             told.append(reply.choices[0].text)
             assert reply.usage is not None

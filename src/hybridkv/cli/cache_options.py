@@ -89,6 +89,12 @@ _EXCLUDED = {
 """What `--kv-config` says itself. Not given, they are None or False."""
 
 
+def given_types(arguments: argparse.Namespace) -> bool:
+    """Whether any option says which types K and V have."""
+    names = [f"cache_type_{side}{place}" for side in "kv" for place in ("", "_first", "_last")]
+    return any(getattr(arguments, name) is not None for name in names)
+
+
 def policy_from(arguments: argparse.Namespace) -> AnyPolicy:
     """The policy that the options ask for.
 

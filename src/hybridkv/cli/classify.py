@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridkv.cli.cache_options import add_cache_arguments, policy_from
 from hybridkv.cli.classify_rows import DEFAULT_PROMPT, Row, encode, parse_labels, read_rows, read_template
+from hybridkv.cli.fits import Demand, check_memory
 from hybridkv.cli.model_options import (
     Opened,
     add_model_arguments,
@@ -123,6 +124,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     opened = open_model(a)
     specs = _resolve(opened, policies, guard)
+    check_memory(opened, Demand((), opened.n_ctx, a.batch, guarded=False))  # rows are as long as their texts
     loaded, step = opened.load()
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
     prompts, continuations = encode(template, rows, labels, loaded.tokenizer, chat=a.chat)

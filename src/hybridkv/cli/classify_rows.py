@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hybridkv.errors import UsageError
+
+if TYPE_CHECKING:
+    from hybridkv.hf.control_words import ControlWords, Covered
 
 DEFAULT_PROMPT = "Choose the label that fits the text.\nLabels: {labels}\n\nText: {text}\nLabel:"
 
@@ -129,6 +132,7 @@ def encode(
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Token ids of every row's prompt, and of every label as it follows one.
 
+    Control words are the template's alone; those in a row are text, so that no row ends its prompt before its label.
     A prompt's last spaces are the labels', whose first token begins with one where the tokenizer's do; after a line
     break there is none.
 
@@ -140,19 +144,21 @@ def encode(
     """
     if tokenizer is None:
         raise UsageError("this model has no tokenizer", hint="classify reads text: take a model with one")
-    prompt = _prompt_of(template, tokenizer, chat)
+    from hybridkv.hf.control_words import ControlWords
 
-    def ids(text: str) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=not chat))
+    words = ControlWords(tokenizer)
 
-    some = prompt("x")
-    gap, begin = "" if some.endswith("\n") else " ", ids(some)
+    def ids(covered: Covered) -> list[int]:
+        return covered.ids() if chat else words.enclose(covered.ids())
+
+    some = _prompt(template, "x", words, chat)
+    gap, begin = "" if some.covered.endswith("\n") else " ", ids(some)
     ends: list[list[int]] = []
     for label in labels:
-        whole = ids(some + gap + label)
+        whole = ids(some.followed_by(gap + label))
         if whole[: len(begin)] != begin:
             raise UsageError(
-                f"the label {label!r} merges with the end of the prompt, {some[-10:]!r}",
+                f"the label {label!r} merges with the end of the prompt, {some.text[-10:]!r}",
                 hint="end the prompt with a word, a colon or a line break",
             )
         end = whole[len(begin) :]
@@ -160,17 +166,20 @@ def encode(
             twin = f"the same tokens as {labels[ends.index(end)]!r}" if end else "no tokens"
             raise UsageError(f"the label {label!r} has {twin} in this model", hint="choose another word for it")
         ends.append(end)
-    return [ids(prompt(row.text)) for row in rows], ends
+    return [ids(_prompt(template, row.text, words, chat)) for row in rows], ends
 
 
-def _prompt_of(template: Template, tokenizer: Any, chat: bool) -> Callable[[str], str]:
-    from hybridkv.hf.chat import chat_text
+def _prompt(template: Template, text: str, words: ControlWords, chat: bool) -> Covered:
+    """The prompt of a row's text, without spaces at its end."""
+    from hybridkv.hf.chat import chat_prompt
+    from hybridkv.hf.control_words import Covered
 
-    def prompt(text: str) -> str:
-        words = template.around(text)
-        return (chat_text(tokenizer, [{"role": "user", "content": words}]) if chat else words).rstrip(" ")
-
-    return prompt
+    if chat:
+        prompt = chat_prompt(words, [{"role": "user", "content": template.around(text)}])
+    else:
+        cover = words.cover_of([template.before, text, template.after])
+        prompt = Covered(template.around(cover.cover(text)), cover)
+    return Covered(prompt.covered.rstrip(" "), prompt.cover)
 
 
 def _read(path: Path, option: str) -> str:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from hybridkv import __version__
-from hybridkv.cli.show import simple_table, stdout_console
+from hybridkv.cli.show import simple_table, size, stdout_console
 from hybridkv.errors import UsageError
+from hybridkv.memory import available_memory
 
 NAME = "doctor"
 HELP = "print versions, CPU features, devices and the kernel matrix with the reason for each refusal"
@@ -63,10 +64,12 @@ def main(arguments: argparse.Namespace) -> int:
     features = _cpu_features()
     matrix = [row for device in devices for row in _matrix(device, dims)]
     engines, recurrent = _engines(), _recurrent()
+    memory, weights = available_memory(), _weights()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     if a.json:
         found = {"versions": versions, "cpu": features, "cuda": gpus, "engines": engines, "recurrent": recurrent}
-        print(json.dumps({**found, "matrix": matrix}))
+        bytes_free = None if memory is None else {"available_bytes": memory.n_bytes, "source": memory.source}
+        print(json.dumps({**found, "memory": bytes_free, "weights": weights, "matrix": matrix}))
         return 0
     console = stdout_console()
     console.print("versions    " + ", ".join(f"{name} {version}" for name, version in versions.items()))
@@ -74,6 +77,9 @@ def main(arguments: argparse.Namespace) -> int:
         f"cpu         {platform.machine()}, {os.cpu_count()} cores, {' '.join(features) or 'no known features'}"
     )
     console.print(f"cuda        {', '.join(gpus) or 'none that torch can use'}")
+    free = "not said by this system" if memory is None else f"{size(memory.n_bytes)} {memory.source}"
+    console.print(f"memory      {free}")
+    console.print("weights     " + "; ".join(f"{place}: {how}" for place, how in weights.items()))
     console.print("engines     " + "; ".join(f"{name}: {models}" for name, models in engines.items()))
     console.print(
         "recurrent   eager engine on cuda: " + ", ".join(f"{kind} by {package}" for kind, package in recurrent.items())
@@ -107,6 +113,16 @@ def _engines() -> dict[str, str]:
     reason = fused_step.rejects_device("cuda")
     fused = f"cannot run, {reason}" if reason else f"{', '.join(fused_step.FAMILY_NAMES)} on cuda, decode as a graph"
     return {"native": native, "native-triton": fused, "eager": "whatever Transformers runs"}
+
+
+def _weights() -> dict[str, str]:
+    """How each kind of weight is held on the CPU."""
+    from hybridkv.kernels import cpu_native
+    from hybridkv.kernels.linear import WEIGHT_TYPES
+
+    missing = cpu_native.available()
+    matrices = f"float32, not packed: {missing}" if missing else f"packed as {', '.join(WEIGHT_TYPES)}"
+    return {"matrices on cpu": matrices, "stacks of experts, vectors, convolutions on cpu": "float32"}
 
 
 def _recurrent() -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from hybridkv import __version__
 from hybridkv.cli.bench_options import check_range, words
 from hybridkv.cli.eval_ray import prepare, spread
+from hybridkv.cli.fits import Demand, check_memory
 from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, limit_spinning, open_model
 from hybridkv.cli.ray_options import LOCAL
 from hybridkv.cli.show import notice, simple_table, stdout_console, summary
@@ -102,6 +103,7 @@ def main(arguments: argparse.Namespace) -> int:
         prepare(a)
     opened = open_model(a, default_ctx=DEFAULT_CTX)
     facts = _resolve(opened, candidates)
+    check_memory(opened, _demand(opened, candidates))
     loaded, step = opened.load()
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
     corpus = _corpus(a, loaded, opened.n_ctx)
@@ -206,6 +208,16 @@ def _resolve(opened: Opened, candidates: Sequence[Candidate]) -> Sequence[Attent
         for spec in candidate.policy.resolve(facts):
             resolve(spec, opened.device_type, KERNELS, ENCODERS)
     return facts
+
+
+def _demand(opened: Opened, candidates: Sequence[Candidate]) -> Demand:
+    """All caches are alive at once, beside a piece's logits and their distributions."""
+    from hybridkv.hf import kv_facts, vocabulary_rows
+    from hybridkv.lab.evaluate import LOGITS_BYTES, PIECE
+
+    specs = [spec for c in candidates for spec in c.policy.resolve(kv_facts(opened.description.facts))]
+    logits = 8 * min(LOGITS_BYTES, 4 * PIECE * vocabulary_rows(opened.description.config))
+    return Demand(specs, opened.n_ctx, n_caches=len(candidates), more={"logits": logits}, guarded=False)
 
 
 def _corpus(a: argparse.Namespace, loaded: Loaded, n_ctx: int) -> Corpus:

@@ -18,6 +18,7 @@ from typing import NoReturn
 from hybridkv import __version__
 from hybridkv.cli import bench, classify, convert, doctor, plan, report, run, serve, tune
 from hybridkv.cli import eval as evaluate
+from hybridkv.cli.show import warning
 from hybridkv.errors import HybridKVError, UsageError
 
 EXIT_ERROR = 2
@@ -110,12 +111,20 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def _warn_of_variables() -> None:
+    """Say that llama.cpp's environment variables have no effect here; names alone, one value is a key."""
+    names = sorted(name for name in os.environ if name.startswith("LLAMA_ARG_") or name == "LLAMA_API_KEY")
+    if names and os.environ.get("RANK", "0") == "0":
+        warning(f"environment variables are not read, options are; without effect: {', '.join(names)}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no such character gets a question mark
     try:
         arguments = _parse(sys.argv[1:] if argv is None else argv)
+        _warn_of_variables()
         code: int = arguments.main(arguments)
         sys.stdout.flush()
     except HybridKVError as error:

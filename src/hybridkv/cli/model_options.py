@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from hybridkv.cli.show import MAX_CONTEXT, model_path, notice
+from hybridkv.cli.show import MAX_CONTEXT, model_path, notice, size, weights_words
 from hybridkv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,14 +17,23 @@ if TYPE_CHECKING:
 
     from hybridkv.engine.load import Description, Loaded
     from hybridkv.engine.steps import StepKind
-    from hybridkv.hf import Step, WeightKind
+    from hybridkv.held import Held, WeightKind
+    from hybridkv.hf import Step
     from hybridkv.native import Memory
 
 DEFAULT_CTX = 4096
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, *, default_ctx: int = DEFAULT_CTX) -> None:
-    """Add `-m`, `-c`, `-t`, `--device`, `--engine`, `--graph`, `--weights` and `--trust-remote-code`."""
+def add_model_arguments(
+    parser: argparse.ArgumentParser, *, default_ctx: int = DEFAULT_CTX, limit_option: str = "--memory"
+) -> None:
+    """Add `-m`, `-c`, `-t`, `--device`, `--engine`, `--graph`, `--weights`, `--trust-remote-code` and `--memory`.
+
+    Parameters
+    ----------
+    limit_option
+        Another name for the last one, where `--memory` is a budget of something else.
+    """
     group = parser.add_argument_group("model")
     group.add_argument(
         "-m", "--model", metavar="PATH", help="GGUF file or model directory (default: the bundled model)"
@@ -56,7 +66,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, default_ctx: int = D
         metavar="auto|plain|f32|bf16|int8|int4",
         help="how matrices are held: packed without any change, plain tensors, or rounded; int8 is q8_0, int4 is q4_0 "
         "with embedding and output head at int8, both are torchao's on CUDA (default auto: packed on the CPU, plain on "
-        "CUDA and under --engine eager)",
+        "CUDA and under --engine eager); the eager engine holds stacks of experts as float32",
     )
     group.add_argument(
         "--no-mmap",
@@ -64,8 +74,19 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, default_ctx: int = D
         help="read a GGUF file into memory once, instead of using its weights where the system's file cache has them",
     )
     group.add_argument(
+        "--mlock", action="store_true", help="keep the weights of a GGUF file from being paged out of memory"
+    )
+    group.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that a model directory brings along"
     )
+    group.add_argument(
+        limit_option,
+        dest="memory_limit",
+        metavar="SIZE",
+        help="main memory that weights, cache and all else may take, such as 24GiB; more is refused before weights are "
+        "read (default: what this machine and its container have free)",
+    )
+    parser.set_defaults(limit_option=limit_option)
 
 
 def limit_spinning() -> None:
@@ -110,10 +131,16 @@ class Opened:
         How matrices are held, and the model's dtype.
     make_step
         Runs the loaded model.
+    memory_limit
+        Bytes of main memory that it may take; None for what there is.
+    limit_option
+        The option that says so.
     engine
         What was asked to run it.
     memory
-        Whether a file's weights stay in the mapped file.
+        Whether the weights of a GGUF file stay in the mapped file.
+    lock
+        Whether they are kept from being paged out.
     """
 
     description: Description
@@ -122,8 +149,11 @@ class Opened:
     weights: WeightKind
     dtype: torch.dtype
     make_step: Callable[[Any], Step]
+    memory_limit: int | None = None
+    limit_option: str = "--memory"
     engine: StepKind = "auto"
     memory: Memory = "mapped"
+    lock: bool = False
 
     @property
     def device_type(self) -> str:
@@ -135,9 +165,16 @@ class Opened:
         torchao = self.weights in ("int8", "int4") and self.device_type != "cpu"
         return f"{step.name}, weights torchao {self.weights}" if torchao else step.name
 
+    def held(self) -> Held:
+        """Bytes of the weights as `load` will hold them."""
+        import torch
+
+        plain: Literal["f32", "bf16"] = "f32" if self.dtype == torch.float32 else "bf16"
+        return self.description.held(self.weights, self.device_type, plain, engine=self.engine)
+
     def load(self) -> tuple[Loaded, Step]:
         """The model and what runs it; what is worth knowing of them is said."""
-        from hybridkv.engine.load import load
+        from hybridkv.engine.load import load, lock_weights
 
         loaded = load(
             self.description,
@@ -149,7 +186,11 @@ class Opened:
         )
         for line in loaded.notices:
             notice(line)
-        return loaded, self.make_step(loaded.model)
+        step = self.make_step(loaded.model)
+        _say_weights(loaded, self.weights)
+        if self.lock:
+            lock_weights(loaded)
+        return loaded, step
 
 
 def open_model(
@@ -176,7 +217,11 @@ def open_model(
     from hybridkv.engine.steps import parse_graphs, parse_step, resolve_step
     from hybridkv.hf import parse_weights
     from hybridkv.hf.ranks import n_ranks
+    from hybridkv.hf.torchao_weights import check_torchao
+    from hybridkv.plan import parse_bytes
 
+    option = getattr(a, "limit_option", "--memory")  # tasks of `eval --ray` have neither
+    limit = None if getattr(a, "memory_limit", None) is None else parse_bytes(a.memory_limit, option)
     graphs = parse_graphs(a.graph or "on")
     kind, asked = parse_step(a.engine), parse_weights(a.weights)
     n = n_ranks()
@@ -197,9 +242,12 @@ def open_model(
     if a.graph is not None and device_type != "cuda":
         notice(f"--graph {a.graph} changes nothing: graphs are CUDA's, and this runs on {device_type}")
     make_step = resolve_step(description.config, device_type, kind, graphs=graphs, notify=notice)
-    weights, dtype = _weights(asked, kind, device)
-    memory: Memory = "copied" if a.no_mmap else "mapped"
-    return Opened(description, device, n_ctx, weights, dtype, make_step, kind, memory)
+    weights, dtype = weights_on(device, asked, kind)
+    if device_type != "cpu" and weights in ("int8", "int4"):
+        check_torchao()
+    memory: Memory = "copied" if getattr(a, "no_mmap", False) else "mapped"
+    lock = bool(getattr(a, "mlock", False))
+    return Opened(description, device, n_ctx, weights, dtype, make_step, limit, option, kind, memory, lock)
 
 
 def _check_ranks(a: argparse.Namespace, n: int, ranks: Literal["one", "many"]) -> None:
@@ -259,21 +307,41 @@ def _device(name: str) -> str:
     return name
 
 
-def _weights(asked: WeightKind, engine: StepKind, device: str) -> tuple[WeightKind, torch.dtype]:
-    """How matrices are held, and their dtype: packed on the CPU, but plain under an engine that was asked to be."""
+def weights_on(device: str, asked: WeightKind, engine: StepKind) -> tuple[WeightKind, torch.dtype]:
+    """How matrices are held, and their dtype: packed on the CPU, but plain under an engine that was asked to be.
+
+    Raises
+    ------
+    UsageError
+        If this build cannot pack weights.
+    """
     import torch
 
-    from hybridkv.hf import packing_rejects
-    from hybridkv.hf.torchao_weights import check_torchao
+    from hybridkv.kernels import cpu_native
 
     if not device.startswith("cpu"):
         if asked in ("int8", "int4"):
-            check_torchao()
             return asked, torch.bfloat16
         return "plain", torch.float32 if asked == "f32" else torch.bfloat16
-    reason = packing_rejects("cpu")
+    reason = cpu_native.available()
     if asked == "auto" and (reason is not None or engine == "eager"):
         return "plain", torch.float32
     if asked not in ("auto", "plain") and reason is not None:
         raise UsageError(f"--weights {asked}: {reason}; allowed: auto, plain", hint="leave --weights out")
     return asked, torch.float32
+
+
+def _say_weights(loaded: Loaded, weights: WeightKind) -> None:
+    """Print what the weights take, and say where experts are held as float32."""
+    from hybridkv.held import EXPERTS
+    from hybridkv.hf.step.weights import held_parts
+    from hybridkv.native import NativeModel, bytes_by_type
+
+    model = loaded.model
+    if model.device.type != "cpu":
+        return  # torchao's tensors say plain sizes
+    parts = bytes_by_type(model.source) if isinstance(model, NativeModel) else held_parts(model)
+    print(f"weights: {weights_words(parts)}", file=sys.stderr)
+    experts = sum(n_bytes for name, n_bytes in parts.items() if EXPERTS in name)
+    if experts and weights not in ("plain", "f32"):
+        notice(f"{size(experts)} of experts are held as f32, whatever --weights says")

@@ -5,28 +5,47 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from hybridkv.cli.cache_options import add_exact_arguments
-from hybridkv.cli.show import MAX_CONTEXT, model_path, notice, simple_table, size, stdout_console, summary
-from hybridkv.errors import NoKernelError, UsageError
+from hybridkv.cli import run
+from hybridkv.cli.cache_options import add_cache_arguments, given_types, policy_from
+from hybridkv.cli.model_options import DEFAULT_CTX, weights_on
+from hybridkv.cli.show import (
+    MAX_CONTEXT,
+    model_path,
+    notice,
+    simple_table,
+    size,
+    stdout_console,
+    summary,
+    warning,
+    weights_words,
+)
+from hybridkv.errors import NoKernelError, UsageError, one_of
 
 if TYPE_CHECKING:
     from hybridkv.cache import KVSpec
-    from hybridkv.engine.load import Description
-    from hybridkv.policy import AnyPolicy
+    from hybridkv.engine.describe import Description
+    from hybridkv.held import Held, WeightKind
+    from hybridkv.native.choice import EngineKind
+    from hybridkv.policy import AnyPolicy, Guard
 
 NAME = "plan"
 HELP = "print KV, state and weight bytes for cache types, and the largest context that fits"
 
-_WEIGHT_BITS = {"f32": 32.0, "bf16": 16.0, "f16": 16.0, "q8_0": 8.5, "q4_0": 4.5}
+_KINDS: dict[str, WeightKind] = {"auto": "auto", "f32": "f32", "bf16": "bf16", "q8_0": "int8", "q4_0": "int4"}
+"""What `--dtype` is in the words of `run --weights`."""
 
 _DEFAULT_TYPES = "f16,q8_0,q6_0,q5_0,q4_0"
 
+_IDLE = "idle_"
+"""Where options of `run` go that change nothing here."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `hybridkv plan`."""
+    """Add the options of `hybridkv plan`, and those of `run`, so that its command line can be planned as it stands."""
     parser.add_argument(
         "-m",
         "--model",
@@ -44,21 +63,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-np", "--parallel", type=int, default=1, metavar="N", help="sequences (default 1)")
     parser.add_argument(
         "--types",
-        default=_DEFAULT_TYPES,
         metavar="T,K/V,...",
-        help=f"types, or pairs K/V, or `all` (default {_DEFAULT_TYPES})",
-    )
-    add_exact_arguments(parser)
-    parser.add_argument(
-        "--kv-config", metavar="FILE", help="count types for each layer, as `hybridkv tune` writes them, too"
+        help=f"types, or pairs K/V, or `all` (default {_DEFAULT_TYPES}, or what -ctk and -ctv say)",
     )
     parser.add_argument("--memory", metavar="SIZE", help="a budget such as 24GiB: prints the largest context that fits")
     parser.add_argument(
+        "--device", default="auto", metavar="DEVICE", help="auto, cpu or cuda, which need not be there (default auto)"
+    )
+    parser.add_argument(
+        "--weights", metavar="auto|plain|f32|bf16|int8|int4", help="how `run` is to hold the weights (default auto)"
+    )
+    parser.add_argument(
         "--dtype",
-        default="auto",
-        choices=("auto", *_WEIGHT_BITS),
-        help="of the loaded weights, all alike; auto: bf16 with a GPU and f32 without; on the CPU, `run` holds "
-        "what is q8_0 or q4_0 in a file as such, and --weights int4 keeps embedding and head at q8_0 (default auto)",
+        choices=tuple(_KINDS),
+        help="the same by another name: q8_0 is int8, q4_0 is int4",
+    )
+    parser.add_argument(
+        "--engine", default="auto", metavar="auto|native|eager", help="as in `run`: eager holds plain weights"
     )
     parser.add_argument(
         "--tp",
@@ -68,41 +89,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="count what each of N ranks holds of a model that Transformers cuts (default 1: not cut)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_cache_arguments(parser)
+    _accept_options_of_run(parser)
+
+
+def _accept_options_of_run(parser: argparse.ArgumentParser) -> None:
+    """Accept what else `run` takes; none of it is in the help, and `main` says what had no effect."""
+    other = argparse.ArgumentParser(add_help=False)
+    run.add_arguments(other)
+    for action in other._actions:
+        names = [name for name in action.option_strings if name not in parser._option_string_actions]
+        if not names:
+            continue
+        options: dict[str, Any] = {"dest": _IDLE + names[0], "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        options |= {"action": "store_true"} if action.nargs == 0 else {"nargs": action.nargs}
+        parser.add_argument(*names, **options)
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Describe, count, print."""
-    import torch
-
-    from hybridkv.cache import KVTypes
-    from hybridkv.engine.load import bundled_model, describe
+    a = arguments
+    kind, device = _check(a)
+    from hybridkv.engine.describe import bundled_model, describe
     from hybridkv.hf.ranks import cuts_heads
     from hybridkv.plan import parse_bytes, unknown_states
-    from hybridkv.policy import Policy, read_config
+    from hybridkv.policy import Guard, parse_mode
 
-    a = arguments
-    if a.dtype == "auto":
-        a.dtype = "bf16" if torch.cuda.is_available() else "f32"
-    for option, value, least in (("-c", a.ctx_size, 0), ("-np", a.parallel, 1), ("--tp", a.tp, 1)):
-        if not least <= value <= MAX_CONTEXT:
-            raise UsageError(f"{option} {value}; allowed: {least} to {MAX_CONTEXT}")
-    if a.tp > 1 and a.dtype not in ("f32", "bf16", "f16"):
-        raise UsageError(
-            f"--tp {a.tp} with --dtype {a.dtype}; allowed: f32, bf16, f16", hint="ranks hold plain weights"
-        )
-    pairs = _pairs(a.types)
     budget = None if a.memory is None else parse_bytes(a.memory)
-    description = describe(bundled_model() if a.model is None else model_path(a.model), n_ranks=a.tp)
+    guard = Guard(mode=parse_mode(a.kv_guard))
+    policies = _policies(a)
+    description = describe(
+        bundled_model() if a.model is None else model_path(a.model),
+        remote_code="trusted" if hasattr(a, f"{_IDLE}--trust-remote-code") else "refused",
+        n_ranks=a.tp,
+    )
     n_ctx = a.ctx_size or description.n_ctx_train
     if not n_ctx:
         raise UsageError("this model does not say what context it was trained for", hint="give -c N")
-    exact = {"tail": a.kv_tail or 0, "sink": a.kv_sink or 0, "center": a.kv_center}
-    policies: list[AnyPolicy] = [Policy(KVTypes(k, v, **exact)) for k, v in pairs]
-    if a.kv_config is not None:
-        policies.append(read_config(Path(a.kv_config)))
-    rows = _rows(description, policies, n_ctx, a.parallel, a.dtype, budget)
-    for line in _notices(description, policies, n_ctx) if a.kv_tail or a.kv_sink or a.kv_center or a.kv_config else ():
-        notice(line)
+    if not a.ctx_size and n_ctx > DEFAULT_CTX and any(name.startswith(_IDLE) for name in vars(a)):
+        notice(f"counted for the {n_ctx} tokens of training; `run` without -c takes {DEFAULT_CTX}")
+    weights = _held(description, kind, device, a.engine)
+    question = _Question(description, guard, n_ctx, a.parallel, weights, budget)
+    rows = _rows(question, policies)
+    if _says_types(a) or a.kv_tail or a.kv_sink or a.kv_center or a.kv_config:
+        for line in _notices(description, policies, n_ctx):
+            notice(line)
     for reason in dict.fromkeys(row["refused"] for row in rows if row["refused"]):
         notice(f"left out, no kernel: {reason}")
     if a.tp > 1 and not cuts_heads(description.config):
@@ -110,11 +141,79 @@ def main(arguments: argparse.Namespace) -> int:
     if unknown_states(description.facts):
         notice(f"the state shapes of {description.config.model_type!r} are not known: states are not counted")
     if a.json:
-        counted = {"model": description.name, "n_ctx": n_ctx, "n_seqs": a.parallel, "n_ranks": a.tp, "plans": rows}
-        print(json.dumps(counted))
+        counted = {"model": description.name, "n_ctx": n_ctx, "n_seqs": a.parallel, "n_ranks": a.tp}
+        print(json.dumps({**counted, "device": device, "weights": weights.held.parts, "plans": rows}))
     else:
-        _print(description, rows, n_ctx, a.parallel, a.dtype, a.memory)
+        _print(question, rows, device, a.memory)
     return 0
+
+
+def _says_types(a: argparse.Namespace) -> bool:
+    """Whether `run`'s options say what is stored, so that this is what is planned."""
+    return given_types(a) or a.kv_scale is not None
+
+
+def _policies(a: argparse.Namespace) -> list[AnyPolicy]:
+    """What is planned: what `run`'s options say, the types of --types, a file."""
+    from hybridkv.cache import KVTypes
+    from hybridkv.policy import Policy, read_config
+
+    policies: list[AnyPolicy] = []
+    if _says_types(a):
+        policies.append(policy_from(a))  # refuses them together with a file
+    if not policies or a.types is not None:
+        exact = {"tail": a.kv_tail or 0, "sink": a.kv_sink or 0, "center": a.kv_center}
+        policies += [Policy(KVTypes(k, v, **exact)) for k, v in _pairs(_DEFAULT_TYPES if a.types is None else a.types)]
+    if a.kv_config is not None:
+        policies.append(read_config(Path(a.kv_config)))
+    return policies
+
+
+def _check(a: argparse.Namespace) -> tuple[WeightKind, str]:
+    """Refuse what is out of range, say what changes nothing; how weights are asked to be held, and on which device."""
+    for option, value, least in (("-c", a.ctx_size, 0), ("-np", a.parallel, 1), ("--tp", a.tp, 1)):
+        if not least <= value <= MAX_CONTEXT:
+            raise UsageError(f"{option} {value}; allowed: {least} to {MAX_CONTEXT}")
+    if a.dtype is not None and a.weights is not None and _KINDS[a.dtype] != a.weights:
+        raise UsageError(f"--dtype {a.dtype} and --weights {a.weights} were given together", hint="one of them will do")
+    if a.tp > 1 and (a.dtype in ("q8_0", "q4_0") or a.weights in ("int8", "int4")):
+        raise UsageError(
+            f"--tp {a.tp} with weights of {a.dtype or a.weights}; allowed: f32, bf16", hint="ranks hold plain weights"
+        )
+    idle = [name.removeprefix(_IDLE) for name in vars(a) if name.startswith(_IDLE)]
+    idle += [f"-{side}had" for side in "kv" if getattr(a, f"{side}_cache_hadamard")]
+    if idle := [name for name in idle if name != "--trust-remote-code"]:
+        notice(f"no effect on a plan: {', '.join(idle)}")
+    import torch
+
+    from hybridkv.held import WEIGHT_KINDS
+
+    device = a.device.partition(":")[0]
+    one_of(device, ("auto", "cpu", "cuda"), "--device", hint="auto is cuda where there is one")
+    one_of(a.engine, ("auto", "native", "eager"), "--engine", hint="leave --engine out for auto")
+    asked = one_of(a.weights or _KINDS[a.dtype or "auto"], WEIGHT_KINDS, "no weights", hint="auto is what `run` takes")
+    return asked, ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """Weights as they are held, and bytes per value of convolution states."""
+
+    held: Held
+    conv_itemsize: int
+
+
+def _held(description: Description, asked: WeightKind, device: str, engine: str) -> _Weights:
+    """What `run` holds of the weights under these options."""
+    import torch
+
+    if description.n_ranks > 1:
+        wide = asked == "f32" or (asked in ("auto", "plain") and device == "cpu")
+        return _Weights(description.held("plain", device, "f32" if wide else "bf16"), 4 if wide else 2)
+    kind, dtype = weights_on(device, asked, "eager" if engine == "eager" else "auto")
+    wide = dtype == torch.float32
+    held = description.held(kind, device, "f32" if wide else "bf16", engine=cast("EngineKind", engine))
+    return _Weights(held, 4 if wide else 2)
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:
@@ -138,35 +237,42 @@ def _pairs(text: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def _rows(
-    description: Description,
-    policies: Sequence[AnyPolicy],
-    n_ctx: int,
-    n_seqs: int,
-    dtype_name: str,
-    budget: int | None,
-) -> list[dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What is counted for every pair of types."""
+
+    description: Description
+    guard: Guard
+    n_ctx: int
+    n_seqs: int
+    weights: _Weights
+    budget: int | None
+
+
+def _rows(question: _Question, policies: Sequence[AnyPolicy]) -> list[dict[str, Any]]:
     """One object per pair of types or file, bytes as integers."""
-    from hybridkv.hf import kv_facts
+    from hybridkv.hf.facts import is_hybrid, kv_facts
     from hybridkv.plan import largest_context, plan
     from hybridkv.policy import KVConfig
 
-    bits = _WEIGHT_BITS[dtype_name]
-    weight_bytes = description.weight_bytes(bits)
-    rows = []
+    q, facts = question, question.description.facts
+    rows, said = [], []
     for policy in policies:
-        specs = policy.resolve(kv_facts(description.facts))
+        specs, warnings = q.guard.before(policy.resolve(kv_facts(facts)), hybrid=is_hybrid(facts), n_ctx=q.n_ctx)
+        said += warnings
         counted = plan(
             specs,
-            description.facts,
-            n_ctx=n_ctx,
-            n_seqs=n_seqs,
-            conv_itemsize=2 if bits == 16 else 4,
-            weight_bytes=weight_bytes,
+            facts,
+            n_ctx=q.n_ctx,
+            n_seqs=q.n_seqs,
+            conv_itemsize=q.weights.conv_itemsize,
+            weight_bytes=q.weights.held.n_bytes,
         )
         row: dict[str, Any] = {
             "type_k": policy.types.type_k,
             "type_v": policy.types.type_v,
+            "types_k": _types([spec.types.type_k for spec in specs]) or policy.types.type_k,
+            "types_v": _types([spec.types.type_v for spec in specs]) or policy.types.type_v,
             "config": policy.name if isinstance(policy, KVConfig) else None,
             "refused": _refusal(specs),
             "bytes_per_token": sum(spec.bytes_per_token for spec in specs),
@@ -175,17 +281,24 @@ def _rows(
             "weight_bytes": counted.weight_bytes,
             "total_bytes": counted.total_bytes,
         }
-        if budget is not None:
-            free = budget - counted.weight_bytes - counted.state_bytes
-            row["fits"] = counted.total_bytes <= budget
-            row["largest_n_ctx"] = largest_context(specs, free, n_seqs=n_seqs) if free >= 0 else 0
+        if q.budget is not None:
+            free = q.budget - counted.weight_bytes - counted.state_bytes
+            row["fits"] = counted.total_bytes <= q.budget
+            row["largest_n_ctx"] = largest_context(specs, free, n_seqs=q.n_seqs) if free >= 0 else 0
         rows.append(row)
+    for line in dict.fromkeys(said):
+        warning(line)
     return rows
+
+
+def _types(names: Sequence[str]) -> str:
+    """The types of layers: `q8_0+q4_0` where there are several."""
+    return "+".join(dict.fromkeys(names))
 
 
 def _notices(description: Description, policies: Sequence[AnyPolicy], n_ctx: int) -> list[str]:
     """What has no effect; of an unquantized pair among others it goes without saying."""
-    from hybridkv.hf import kv_facts
+    from hybridkv.hf.facts import kv_facts
 
     resolved = [(policy, policy.resolve(kv_facts(description.facts))) for policy in policies]
     quantized = [pair for pair in resolved if any(spec.is_quantized for spec in pair[1])]
@@ -205,30 +318,27 @@ def _refusal(specs: Sequence[KVSpec]) -> str | None:
     return None
 
 
-def _print(
-    description: Description,
-    rows: list[dict[str, Any]],
-    n_ctx: int,
-    n_seqs: int,
-    dtype: str,
-    memory: str | None,
-) -> None:
-    columns = ["K", "V", "bytes/token", "KV", "states", f"weights {dtype}", "total"]
+def _print(question: _Question, rows: list[dict[str, Any]], device: str, memory: str | None) -> None:
+    q, description = question, question.description
+    columns = ["K", "V", "bytes/token", "KV", "states", "weights", "total"]
     if memory is not None:
         columns.append(f"largest context in {memory}")
     table = simple_table(*columns, left=("K", "V"))
     for row in rows:
         if row["refused"]:
             continue
-        names = [row["type_k"], row["type_v"]] if row["config"] is None else [row["config"], "per layer"]
+        names = [row["types_k"], row["types_v"]] if row["config"] is None else [row["config"], "per layer"]
         cells = [*names, str(row["bytes_per_token"])]
         cells += [size(row[key]) for key in ("kv_bytes", "state_bytes", "weight_bytes", "total_bytes")]
         if memory is not None:
             most = row["largest_n_ctx"]
             cells.append("no limit" if most is None else f"{most} tokens" if most else "does not fit")
         table.add_row(*cells)
-    sequences = "1 sequence" if n_seqs == 1 else f"{n_seqs} sequences"
+    sequences = "1 sequence" if q.n_seqs == 1 else f"{q.n_seqs} sequences"
     part = f"; one of {description.n_ranks} ranks" if description.n_ranks > 1 else ""
     console = stdout_console()
-    console.print(f"{summary(description)}; {sequences} of {n_ctx} tokens{part}")
+    console.print(f"{summary(description)}; {sequences} of {q.n_ctx} tokens{part}")
+    held = q.weights.held
+    peak = f"; {size(held.peak_bytes)} while they are loaded" if held.peak_bytes > 1.1 * held.n_bytes else ""
+    console.print(f"weights on {device}: {weights_words(held.parts)}{peak}")
     console.print(table)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hybridkv.errors import UsageError
+
+if TYPE_CHECKING:
+    from hybridkv.hf.control_words import Covered
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `-p`, `-f`, `--ids` and `--chat`."""
-    parser.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt")
+    parser.add_argument(
+        "-p", "--prompt", metavar="TEXT", help="the prompt; may name control tokens such as <|im_end|>, not with --chat"
+    )
     parser.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a UTF-8 file")
     parser.add_argument("--ids", metavar="N,N,...", help="the prompt as token ids; the answer is ids too")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
@@ -40,7 +46,16 @@ def read_prompt(a: argparse.Namespace) -> str | list[int]:
     return prompt
 
 
-def prompt_ids(
+@dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """A prompt as the model sees it: its text ("" for ids), its tokens, and the conversation that it ends, if any."""
+
+    text: str
+    ids: list[int]
+    chat: Covered | None = None
+
+
+def prompt_tokens(
     prompt: str | list[int],
     model: Any,
     tokenizer: Any | None,
@@ -48,8 +63,8 @@ def prompt_ids(
     chat: bool,
     before: Sequence[Mapping[str, str]] = (),
     continues: bool = False,
-) -> tuple[str, list[int]]:
-    """The text that the model sees ("" for ids) and its tokens.
+) -> PromptTokens:
+    """Tokenize a prompt. Control words in plain text are control words, as in llama-cli; in a chat they are text.
 
     Parameters
     ----------
@@ -69,15 +84,18 @@ def prompt_ids(
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
         if max(prompt) >= vocabulary:
             raise UsageError(f"--ids: {max(prompt)}; this model's tokens are 0 to {vocabulary - 1}")
-        return "", prompt
+        return PromptTokens("", prompt)
     if tokenizer is None:
         raise UsageError("this model has no tokenizer", hint="give the prompt as token ids with --ids")
-    if chat:
-        from hybridkv.hf.chat import chat_text
+    from hybridkv.hf.control_words import ControlWords
 
-        text = chat_text(tokenizer, [*before, {"role": "user", "content": prompt}])
-        return text, list(tokenizer.encode(text, add_special_tokens=False))
-    return prompt, list(tokenizer.encode(prompt, add_special_tokens=not continues))
+    words = ControlWords(tokenizer)
+    if chat:
+        from hybridkv.hf.chat import chat_prompt
+
+        rendered = chat_prompt(words, [*before, {"role": "user", "content": prompt}])
+        return PromptTokens(rendered.text, rendered.ids(), rendered)
+    return PromptTokens(prompt, words.encode(prompt, begins=not continues))
 
 
 def _parse_ids(text: str) -> list[int]:

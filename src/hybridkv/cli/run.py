@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from hybridkv.cli.cache_options import add_cache_arguments, policy_from
+from hybridkv.cli.fits import Demand, check_memory
 from hybridkv.cli.model_options import (
     add_model_arguments,
     check_limits,
@@ -113,6 +114,7 @@ def main(arguments: argparse.Namespace) -> int:
     tell = speak_on_one_rank(opened.description.n_ranks)
     n_ctx = opened.n_ctx
     specs = resolve_types(opened, policy, guard)
+    check_memory(opened, Demand(specs, n_ctx, a.parallel, guarded=guard.measures))
     loaded, step = opened.load()
     talk = open_conversation(a, prompt, loaded.model, loaded.tokenizer)
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
@@ -218,15 +220,20 @@ def _print_figures(engine: Engine, sampling: SamplingParams, compiled: Compiled)
         kept = f"{compiled.n_kernels} compiled in {compiled.seconds:.1f} s of that, kept for the next run"
         lines.append(f"kernels:    {kept}")
     if cache.errors:
-        worst = max(cache.errors, key=lambda layer: cache.errors[layer])
-        lines.append(
-            f"guard:      first prompt's attention within {cache.errors[worst]:.3g} of float (worst: layer {worst})"
-        )
+        lines.append(_guard_line(engine))
     if t.n_rebuilds:
         lines.append(f"rebuilds:   {t.n_rebuilds}")
     if sampling.temp > 0:
         lines.append(f"seed:       {sampling.seed}")
     print("\n" + "\n".join(lines), file=sys.stderr)
+
+
+def _guard_line(engine: Engine) -> str:
+    """The layer that comes nearest to its limit, or furthest beyond it."""
+    errors, limits = engine.cache.errors, engine.cache.limits
+    worst = max(errors, key=lambda layer: errors[layer] / limits[layer])
+    found = f"within {errors[worst]:.3g} of float, limit {limits[worst]:.3g}"
+    return f"guard:      first prompt's attention {found} (worst: layer {worst})"
 
 
 def _result(
@@ -273,6 +280,7 @@ def _result(
                 "kernel_decode": layer.kernels.decode.name,
                 "bytes_per_token": layer.spec.bytes_per_token,
                 "guard_error": cache.errors.get(layer.spec.facts.layer),
+                "guard_limit": cache.limits.get(layer.spec.facts.layer),
             }
             for layer in cache.kv_layers
         ],

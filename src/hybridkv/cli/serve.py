@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridkv.cli.cache_options import add_cache_arguments, policy_from
+from hybridkv.cli.fits import Demand, check_memory
 from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, limit_spinning, open_model
 from hybridkv.cli.ray_options import LOCAL
 from hybridkv.cli.resolve import resolve_types
@@ -43,7 +44,7 @@ _PACKAGES = ("fastapi", "uvicorn", "pydantic", "prometheus_client")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `hybridkv serve`, in llama-server's spellings where it has them."""
-    add_model_arguments(parser)
+    add_model_arguments(parser, limit_option="--total-memory")
     _add_server_arguments(parser.add_argument_group("server"))
     _add_scheduler_arguments(parser.add_argument_group("sequences"))
     add_cache_arguments(parser)
@@ -135,6 +136,7 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         opened = open_model(a)
         specs = resolve_types(opened, policy, guard)
+        check_memory(opened, demand(a, opened, specs, guard))
         served, scheduler = load_served(a, opened, specs, guard)
         return _serve(a, served, scheduler, listener, keys)
     finally:
@@ -182,6 +184,12 @@ def check(a: argparse.Namespace) -> tuple[AnyPolicy, Guard, tuple[str, ...]]:
     if a.replicas is not None and a.ray is None:
         raise UsageError(f"--replicas {a.replicas} without --ray", hint="add --ray, or run several servers")
     return policy_from(a), Guard(mode=parse_mode(a.kv_guard)), keys
+
+
+def demand(a: argparse.Namespace, opened: Opened, specs: Sequence[KVSpec], guard: Guard) -> Demand:
+    """What a server takes when all its sequences run at full length."""
+    more = {"stored prefixes": a.prefix_memory}
+    return Demand(specs, opened.n_ctx, a.parallel, more=more, budget_bytes=a.memory, guarded=guard.measures)
 
 
 def load_served(

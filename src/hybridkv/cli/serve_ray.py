@@ -17,10 +17,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hybridkv.cli.fits import check_memory
 from hybridkv.cli.model_options import open_model
 from hybridkv.cli.ray_options import LOCAL, check_ray, connect
 from hybridkv.cli.resolve import resolve_types
-from hybridkv.cli.serve import EXIT_INTERRUPTED, check, gate_options, load_served
+from hybridkv.cli.serve import EXIT_INTERRUPTED, check, demand, gate_options, load_served
 from hybridkv.cli.show import model_path
 from hybridkv.errors import UsageError
 
@@ -46,7 +47,9 @@ class Recipe:
 
     def __call__(self) -> tuple[Served, Scheduler]:
         """Load it; what is worth knowing goes to the replica's stderr, which Ray keeps and passes on."""
-        return load_served(self.options, open_model(self.options), self.specs, self.guard)
+        opened = open_model(self.options)
+        check_memory(opened, demand(self.options, opened, self.specs, self.guard))
+        return load_served(self.options, opened, self.specs, self.guard)
 
 
 def app(args: Mapping[str, str]) -> Any:
@@ -163,6 +166,8 @@ def _application(a: argparse.Namespace, policy: AnyPolicy, guard: Guard, keys: t
     opened = open_model(a)
     a.device = opened.device_type
     specs = resolve_types(opened, policy, guard)
+    if a.ray == LOCAL:
+        check_memory(opened, demand(a, opened, specs, guard))
     from hybridkv.server.cluster import application
     from hybridkv.server.listen import is_local_host
     from hybridkv.server.replica import Replica

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridkv.cli.prompt import prompt_ids
+from hybridkv.cli.prompt import PromptTokens, prompt_tokens
 from hybridkv.cli.show import notice
 from hybridkv.errors import UsageError
 
@@ -123,20 +123,19 @@ def open_conversation(
         kind, other = ("a chat", "with --chat") if session.messages else ("plain text", "without --chat")
         raise UsageError(f"--session {path}: it is {kind}", hint=f"go on {other}, or give another file")
     before = () if session is None else session.messages
-    text, ids = prompt_ids(
+    new = prompt_tokens(
         prompt, model, tokenizer, chat=a.chat, before=before, continues=session is not None and not a.chat
     )
-    if session is not None and not a.chat:
-        ids = [*session.tokens, *ids]
-    elif session is not None:
-        ids = _behind(session, text, ids, tokenizer)
-    return Conversation(path, session, text, ids, prompt if a.chat and isinstance(prompt, str) else None)
+    ids = new.ids
+    if session is not None:
+        ids = _behind(session, new, tokenizer)
+    return Conversation(path, session, new.text, ids, prompt if a.chat and isinstance(prompt, str) else None)
 
 
-def _behind(session: Session, text: str, ids: list[int], tokenizer: Any) -> list[int]:
-    """A conversation's tokens: those of the session where its text begins so, whatever a tokenizer makes of it now."""
+def _behind(session: Session, new: PromptTokens, tokenizer: Any) -> list[int]:
+    """Put a prompt behind the session's tokens: those of a chat are kept if its text begins with theirs."""
+    if new.chat is None:
+        return [*session.tokens, *new.ids]
     held = session.tokens[: session.n_cached]
     begun = tokenizer.decode(held, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    if not text.startswith(begun):
-        return ids
-    return [*held, *tokenizer.encode(text[len(begun) :], add_special_tokens=False)]
+    return [*held, *new.chat.ids(len(begun))] if new.text.startswith(begun) else new.ids

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,6 +67,11 @@ def size(n_bytes: int) -> str:
             return f"{n_bytes} B" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.2f} GiB" if value < 2**14 else f"{value / 1024:.1f} TiB"
+
+
+def weights_words(parts: Mapping[str, int]) -> str:
+    """Bytes of weights by how they are held: `1.88 GiB f32 (experts) + 7.3 MiB q8_0`."""
+    return " + ".join(f"{size(n_bytes)} {name}" for name, n_bytes in parts.items()) or size(0)
 
 
 def summary(description: Description) -> str:

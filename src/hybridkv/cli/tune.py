@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from hybridkv import __version__
 from hybridkv.cli.bench_options import types_from
 from hybridkv.cli.cache_options import add_exact_arguments
+from hybridkv.cli.fits import Demand, check_memory
 from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, limit_spinning, open_model
 from hybridkv.cli.show import notice, summary
 from hybridkv.cli.tune_report import Report
@@ -45,7 +46,7 @@ _EXIT_INTERRUPTED = 130
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `hybridkv tune`."""
-    add_model_arguments(parser)
+    add_model_arguments(parser, limit_option="--total-memory")
     goal = parser.add_argument_group("goal", "one of them")
     goal.add_argument("--budget", metavar="BITSbpv", help="mean bits per value of packed rows, such as 5.0bpv")
     goal.add_argument("--memory", metavar="SIZE", help="bytes of the KV cache at -c tokens, such as 2GiB")
@@ -110,6 +111,7 @@ def main(arguments: argparse.Namespace) -> int:
     goal = _goal(a, opened.n_ctx)
     facts = _resolve(opened, types, storage)
     goal.check(facts, storage, types)
+    check_memory(opened, Demand((), opened.n_ctx, guarded=False))
     loaded, step = opened.load()
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
     parts = _parts(a, loaded)

@@ -123,6 +123,11 @@ class PrefixStore:
         """What `ModelCache.load` takes to go on from a checkpoint."""
         return [node.stored for node in checkpoint.path()]
 
+    def last_within(self, checkpoint: Checkpoint, most: int) -> Checkpoint | None:
+        """The last place to go on from that lies before a checkpoint, at most `most` tokens long."""
+        before = [node for node in checkpoint.path()[:-1] if node.end <= most and node in self._order]
+        return before[-1] if before else None
+
     def add(self, key: Key, tokens: Sequence[int], cache: ModelCache, parent: Checkpoint | None) -> Checkpoint | None:
         """Leave a checkpoint at the end of `tokens`, which the cache holds, behind the sequence's last one.
 

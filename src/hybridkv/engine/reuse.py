@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from hybridkv.engine.host import Host
@@ -10,6 +11,7 @@ from hybridkv.engine.requests import Request
 from hybridkv.engine.running import Running
 from hybridkv.engine.session import Session, resume
 from hybridkv.errors import SessionError
+from hybridkv.hf.stored import StoredCache
 
 CHECKPOINT_TOKENS = 1024
 """Tokens of a prompt between two checkpoints, beside those near its end; rounded to whole chunks."""
@@ -67,7 +69,7 @@ class Reuse:
         )
 
     def take(self, request: Request, tokens: tuple[int, ...], name: str) -> Session:
-        """As much of a sequence as the stored prefixes hold, for a file.
+        """As much of a sequence as the stored prefixes hold, for a file, and where its prompt again could begin.
 
         Raises
         ------
@@ -80,9 +82,15 @@ class Reuse:
                 f"none of the {len(tokens)} tokens of {name} are stored any more",
                 hint="give stored prefixes more memory",
             )
-        cache = self._host.new_cache(found.stored.specs, found.end)
-        cache.load(self._store.copies(found))
-        return Session(tokens, found.end, cache.stored())
+        begun = self._store.last_within(found, len(request.prompt_ids) - 1)
+        earlier = None if begun is None else (begun.end, self._whole(begun))
+        return Session(tokens, found.end, self._whole(found), earlier=earlier)
+
+    def _whole(self, checkpoint: Checkpoint) -> StoredCache:
+        """A checkpoint in one piece."""
+        cache = self._host.new_cache(checkpoint.stored.specs, checkpoint.end)
+        cache.load(self._store.copies(checkpoint))
+        return cache.stored()
 
     def put(self, session: Session, path: Path) -> None:
         """Take a file's session into the stored prefixes.
@@ -92,14 +100,19 @@ class Reuse:
         SessionError
             If there is no room for it, or the model cannot go on from it.
         """
-        held = session.tokens[: session.n_cached]
-        specs = self._host.specs
-        cache, notice = resume(session, specs, lambda specs: self._host.new_cache(specs, len(held)))
         if self._chunk is None:
             raise SessionError("this model's code takes a prompt in one piece and cannot go on from a session")
-        if self._store.add(specs, held, cache, None) is None:
+        end: Checkpoint | None = None
+        notice = None
+        for part in (session.rewound(), session):
+            if part is not None:
+                held, specs = part.tokens[: part.n_cached], self._host.specs
+                cache, notice = resume(part, specs, partial(self._host.new_cache, n_ctx=len(held)))
+                # Rows that are encoded again are not sure to be those of the earlier place: each has its own then.
+                end = self._store.add(specs, held, cache, end if notice is None else None)
+        if end is None or end.end < session.n_cached:
             raise SessionError(
-                f"no room for the {len(held)} tokens of {path}: stored prefixes may take "
+                f"no room for the {session.n_cached} tokens of {path}: stored prefixes may take "
                 f"{self._store.budget_bytes} bytes"
             )
         if notice is not None:

@@ -3,6 +3,9 @@
 A session is a safetensors file, so that anyone can look into it. It carries a format version, a fingerprint of the
 model and a checksum over all else; what is torn, changed or another model's is refused. It is written beside its place,
 brought to disk and put there in one move: whoever is killed at any moment leaves the old file or the new one, whole.
+
+A state cannot go back, so a session may hold a second, earlier place to go on from: one within its prompt, for the same
+prompt again. Of packed rows it has those that the whole begins with, which are written once.
 """
 
 from __future__ import annotations
@@ -10,9 +13,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fcntl import LOCK_EX, LOCK_NB, flock
 from glob import escape
+from io import BufferedIOBase
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -22,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from hybridkv.cache import KVSpec, KVTypes
+from hybridkv.cache import KVSpec, KVTypes, StateFacts
 from hybridkv.cache.stored import StoredRows
 from hybridkv.engine.ladder import labels_of
 from hybridkv.errors import SessionError, UsageError
@@ -50,12 +57,19 @@ class Session:
         Rows and states, in one piece.
     messages
         The conversation that the tokens are, if it is one.
+    earlier
+        Another place to go on from: how many tokens, and their cache.
     """
 
     tokens: tuple[int, ...]
     n_cached: int
     cache: StoredCache
     messages: tuple[Message, ...] = ()
+    earlier: tuple[int, StoredCache] | None = None
+
+    def rewound(self) -> Session | None:
+        """The session as it was at its earlier place."""
+        return None if self.earlier is None else Session(self.tokens, *self.earlier)
 
 
 def fingerprint(model: Any) -> str:
@@ -97,11 +111,14 @@ def save_session(path: Path, session: Session, model: Any) -> int:
         "model": fingerprint(model),
         "n_cached": str(session.n_cached),
         "types": json.dumps([asdict(spec.types) for spec in session.cache.specs]),
-        "pending": json.dumps(session.cache.pending),
-        "errors": json.dumps(session.cache.errors),
-        "fed": json.dumps([[state.fed for state in layer] for layer in session.cache.states]),
+        **{name: json.dumps(value) for name, value in _record(session.cache).items()},
         "messages": json.dumps([dict(m) for m in session.messages]),
     }
+    if session.earlier is not None:
+        n_earlier, earlier = session.earlier
+        tensors |= _tensors(earlier, _EARLIER)
+        n_packed = [rows.n_packed for rows in earlier.rows]
+        metadata[_EARLIER] = json.dumps({"n_cached": n_earlier, "n_packed": n_packed, **_record(earlier)})
     metadata["sha256"] = _checksum(tensors, metadata)
     data = save(tensors, metadata)
     try:
@@ -171,17 +188,32 @@ def resume(
     return cache, f"the session's rows were decoded and encoded again ({change}); they keep the error of both"
 
 
-def _tensors(cache: StoredCache) -> dict[str, Tensor]:
-    """By name: `kv.N` counts KV layers, `state.N` layers with states; rows uint8 `[B, Hkv, n, row bytes]`."""
+_EARLIER = "earlier."
+"""Before the names of the tensors of the earlier place, and the name of its metadata."""
+
+
+def _record(cache: StoredCache) -> dict[str, Any]:
+    """What is neither a tensor nor a type."""
+    fed = [[state.fed for state in layer] for layer in cache.states]
+    return {"pending": cache.pending, "errors": cache.errors, "fed": fed}
+
+
+def _tensors(cache: StoredCache, mark: str = "") -> dict[str, Tensor]:
+    """By name: `kv.N` counts KV layers, `state.N` layers with states; rows uint8 `[B, Hkv, n, row bytes]`.
+
+    Behind a mark, packed rows are left out unless a window lets them go: the whole has them.
+    """
     found: dict[str, Tensor | None] = {}
     for n, (spec, rows) in enumerate(zip(cache.specs, cache.rows, strict=True)):
-        types, facts = spec.types, spec.facts
-        found[f"kv.{n}.k"] = get_format(types.type_k).to_ggml(rows.packed_k, facts.head_dim_k)
-        found[f"kv.{n}.v"] = get_format(types.type_v).to_ggml(rows.packed_v, facts.head_dim_v)
-        found |= {f"kv.{n}.exact_k": rows.exact_k, f"kv.{n}.exact_v": rows.exact_v, f"kv.{n}.center": rows.center}
+        types, facts, name = spec.types, spec.facts, f"{mark}kv.{n}"
+        if not mark or facts.window is not None:
+            found[f"{name}.k"] = get_format(types.type_k).to_ggml(rows.packed_k, facts.head_dim_k)
+            found[f"{name}.v"] = get_format(types.type_v).to_ggml(rows.packed_v, facts.head_dim_v)
+        found |= {f"{name}.exact_k": rows.exact_k, f"{name}.exact_v": rows.exact_v, f"{name}.center": rows.center}
     for n, layer in enumerate(cache.states):
         for i, state in enumerate(layer):
-            found |= {f"state.{n}.{i}.conv": state.conv, f"state.{n}.{i}.recurrent": state.recurrent}
+            name = f"{mark}state.{n}.{i}"
+            found |= {f"{name}.conv": state.conv, f"{name}.recurrent": state.recurrent}
     return {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
 
 
@@ -192,11 +224,33 @@ def _session(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], model: 
     _demand(0 < n_cached <= len(tokens), f"{n_cached} of {len(tokens)} tokens")
     types = [KVTypes(**kv) for kv in json.loads(metadata["types"])]
     specs = tuple(KVSpec(kv, t) for kv, t in zip(kv_facts(facts), types, strict=True))
+    shapes = tuple(f.state for f in facts if f.state is not None)
+    record = {name: json.loads(metadata[name]) for name in ("pending", "errors", "fed")}
+    cache = _cache(specs, shapes, tensors, n_cached, record)
+    messages = tuple(json.loads(metadata["messages"]))
+    if _EARLIER not in metadata:
+        return Session(tokens, n_cached, cache, messages)
+    record = json.loads(metadata[_EARLIER])
+    n_earlier = int(record["n_cached"])
+    _demand(0 < n_earlier < n_cached, f"{n_earlier} earlier tokens of {n_cached}")
+    held = {name.removeprefix(_EARLIER): tensor for name, tensor in tensors.items() if name.startswith(_EARLIER)}
+    for n, (spec, n_packed) in enumerate(zip(specs, record["n_packed"], strict=True)):
+        if spec.facts.window is None:
+            _demand(0 <= n_packed <= cache.rows[n].n_packed, f"{n_packed} earlier rows")
+            held |= {f"kv.{n}.{side}": tensors[f"kv.{n}.{side}"][:, :, :n_packed] for side in "kv"}
+    return Session(tokens, n_cached, cache, messages, (n_earlier, _cache(specs, shapes, held, n_earlier, record)))
+
+
+def _cache(
+    specs: tuple[KVSpec, ...],
+    shapes: Sequence[StateFacts],
+    tensors: Mapping[str, Tensor],
+    n_cached: int,
+    record: Mapping[str, Any],
+) -> StoredCache:
     rows = tuple(_rows(spec, n, tensors, n_cached) for n, spec in enumerate(specs))
-    shapes = [f.state for f in facts if f.state is not None]
-    fed = json.loads(metadata["fed"])
     states = []
-    for n, (shape, flags) in enumerate(zip(shapes, fed, strict=True)):
+    for n, (shape, flags) in enumerate(zip(shapes, record["fed"], strict=True)):
         layer = [
             StoredState(tensors.get(f"state.{n}.{i}.conv"), tensors.get(f"state.{n}.{i}.recurrent"), bool(flag))
             for i, flag in enumerate(flags)
@@ -205,10 +259,9 @@ def _session(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], model: 
             _check_sizes([state.conv for state in layer], shape.conv)
             _check_sizes([state.recurrent for state in layer], shape.recurrent)
         states.append(tuple(layer))
-    pending, errors = json.loads(metadata["pending"]), json.loads(metadata["errors"])
+    pending, errors = record["pending"], record["errors"]
     _demand(len(pending) == len(errors) == len(specs), "as many layers as the model")
-    cache = StoredCache(specs, rows, tuple(pending), tuple(errors), tuple(states))
-    return Session(tokens, n_cached, cache, tuple(json.loads(metadata["messages"])))
+    return StoredCache(specs, rows, tuple(pending), tuple(errors), tuple(states))
 
 
 def _rows(spec: KVSpec, n: int, tensors: Mapping[str, Tensor], n_seen: int) -> StoredRows:
@@ -258,18 +311,27 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
     return digest.hexdigest()
 
 
+def remove_leftovers(directory: Path) -> int:
+    """Remove what killed servers left half written in their directory of sessions; return the number of files."""
+    return _remove_stale(part for part in directory.glob(".*.safetensors.*.part") if _PART.fullmatch(part.name))
+
+
+_PART = re.compile(r"\..+\.(?P<pid>\d{1,9})\.part")
+_PART_SECONDS = 60.0
+"""A file that is older and locked by nobody is stale, even if another process has its writer's id by now."""
+
+
 def _write(path: Path, data: bytes) -> None:
     """All of `data` at `path`, or nothing."""
-    for stale in path.parent.glob(f".{escape(path.name)}.*.part"):
-        if not _runs(stale.suffixes[-2:-1]):
-            stale.unlink(missing_ok=True)  # of a process that was killed while it wrote
+    _remove_stale(path.parent.glob(f".{escape(path.name)}.*.part"))
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
+            _lock(file)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+            part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
@@ -280,14 +342,43 @@ def _write(path: Path, data: bytes) -> None:
         os.close(directory)
 
 
-def _runs(pid: Sequence[str]) -> bool:
-    """Whether the process of a partial file (`.PID`) may still be there."""
-    if not pid or not pid[0][1:].isdigit():
-        return True
+def _lock(file: BufferedIOBase) -> bool:
+    """Lock a file that is being written, until it is closed or the process ends; whether nobody else has."""
     try:
-        os.kill(int(pid[0][1:]), 0)
-    except ProcessLookupError:
+        flock(file.fileno(), LOCK_EX | LOCK_NB)
+    except BlockingIOError:
         return False
-    except PermissionError:
-        return True
+    except OSError:
+        pass  # a file system without locks: process ids must do
     return True
+
+
+def _remove_stale(parts: Iterable[Path]) -> int:
+    n_removed = 0
+    for part in parts:
+        try:
+            with part.open("rb") as file:
+                if not _lock(file) or not _is_stale(part):
+                    continue
+                part.unlink()
+        except OSError:
+            continue  # gone already, or another user's
+        n_removed += 1
+    return n_removed
+
+
+def _is_stale(part: Path) -> bool:
+    """Whether the writer of a partial file (`.NAME.PID.part`) that nobody locks is gone."""
+    found = _PART.fullmatch(part.name)
+    if found is None:
+        return False
+    pid = int(found["pid"])
+    if pid == os.getpid():
+        return True  # in a container, the next process has the id of the one before
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return time.time() - part.stat().st_mtime > _PART_SECONDS

@@ -16,9 +16,10 @@ from hybridkv.hf.step import EagerStep, FusedStep, GraphStep, Step, fused, graph
 from hybridkv.hf.step.graph import Decoder
 from hybridkv.hf.view import Notify
 from hybridkv.native import NativeStep
-from hybridkv.native import rejects as native_rejects
+from hybridkv.native.choice import EngineKind
+from hybridkv.native.choice import rejects as native_rejects
 
-StepKind = Literal["auto", "native", "eager"]
+StepKind = EngineKind
 GraphMode = Literal["on", "off"]
 
 

@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from hybridkv.gguf.metadata import Metadata
-from hybridkv.gguf.pretokenizers import PRE_TOKENIZERS, PreTokenizer
+from hybridkv.gguf.pretokenizers import DEFAULT, PRE_TOKENIZERS, PreTokenizer
 from hybridkv.gguf.vocabulary import Vocabulary, add_whole_tokens, begin_and_end
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer, pre_tokenizers
+
+_PRE = "tokenizer.ggml.pre"
 
 
 def byte_level_bpe(meta: Metadata, vocabulary: Vocabulary) -> Tokenizer:
@@ -42,11 +44,27 @@ def byte_level_bpe(meta: Metadata, vocabulary: Vocabulary) -> Tokenizer:
     return tokenizer
 
 
+def assumption(meta: Metadata) -> str | None:
+    """Return what is assumed about a file that does not say how its text is split, None for one that does."""
+    if meta.text("tokenizer.ggml.model") != "gpt2" or _name(meta) != DEFAULT:
+        return None
+    said = f"{_PRE!r} is {DEFAULT!r}" if meta.has(_PRE) else f"{_PRE!r} is missing"
+    return (
+        f"the file does not say how its tokenizer splits text ({said}): llama.cpp's default is assumed, "
+        "which may not be what the model was trained with"
+    )
+
+
+def _name(meta: Metadata) -> str:
+    # An empty name is a missing one to llama.cpp.
+    return (meta.text(_PRE) if meta.has(_PRE) else "") or DEFAULT
+
+
 def _pre_tokenizer(meta: Metadata) -> PreTokenizer:
-    name = meta.text("tokenizer.ggml.pre")
+    name = _name(meta)
     if name not in PRE_TOKENIZERS:
         meta.fail(
-            f"unknown pre-tokenizer {name!r} in 'tokenizer.ggml.pre'; known: {', '.join(PRE_TOKENIZERS)}",
+            f"unknown pre-tokenizer {name!r} in {_PRE!r}; known: {', '.join(PRE_TOKENIZERS)}",
             hint="load the model from its Hugging Face directory instead",
         )
     return PRE_TOKENIZERS[name]

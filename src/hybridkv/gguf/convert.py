@@ -22,7 +22,7 @@ from gguf.quants import quantize
 from numpy.typing import NDArray
 
 from hybridkv.errors import ModelError, ModelFileError
-from hybridkv.gguf.architectures import ARCHITECTURES
+from hybridkv.gguf.architectures import WRITABLE
 from hybridkv.gguf.architectures.record import Architecture, Config, Key, Keys
 from hybridkv.gguf.checkpoint import Checkpoint
 from hybridkv.gguf.decode import Floats
@@ -55,10 +55,10 @@ def find_architecture(config: Config) -> Architecture:
     """
     import transformers
 
-    types = {name: getattr(transformers, each.config_class).model_type for name, each in ARCHITECTURES.items()}
-    fitting = [ARCHITECTURES[name] for name, type_ in types.items() if type_ == config.model_type]
+    types = [getattr(transformers, each.config_class).model_type for each in WRITABLE]
+    fitting = [each for each, type_ in zip(WRITABLE, types, strict=True) if type_ == config.model_type]
     if not fitting:
-        known = ", ".join(sorted(set(types.values())))
+        known = ", ".join(sorted(set(types)))
         raise ModelError(f"unknown model_type {config.model_type!r}; known: {known}")
     problems = []
     for architecture in fitting:

@@ -9,7 +9,7 @@ Called by `load.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -23,6 +23,16 @@ Floats = NDArray[np.float32]
 Order = NDArray[np.int64]
 
 CHUNK_VALUES = 1 << 20  # 4 MiB of float32; gguf-py needs a few times that while it decodes
+
+
+class RawRows(Protocol):
+    """Rows of bytes that can be counted and sliced."""
+
+    def __len__(self) -> int:
+        """Count them."""
+
+    def __getitem__(self, rows: slice, /) -> NDArray[np.uint8]:
+        """Return some of them, uint8 `[n, row_bytes]`."""
 
 
 def is_decodable(type_: GGMLQuantizationType) -> bool:
@@ -41,7 +51,7 @@ def decodable_types(types: Iterable[GGMLQuantizationType] = tuple(GGML_QUANT_SIZ
 
 def decode_into(
     target: Tensor,
-    raw: NDArray[np.uint8],
+    raw: RawRows,
     type_: GGMLQuantizationType,
     *,
     rows: Order | None = None,
@@ -55,7 +65,7 @@ def decode_into(
     target
         `[n_rows, n_cols]`, any float dtype and device.
     raw
-        uint8 `[rows in the file, row_bytes]`.
+        uint8 `[rows in the file, row_bytes]`: an array, or rows that are read chunk by chunk.
     rows
         Where each row of the file goes in `target`, None for the same order.
     cols

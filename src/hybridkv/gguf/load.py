@@ -4,30 +4,28 @@ Owns the order of things: header, config, names and shapes, tokenizer, and only 
 Does not own the file format (`reader.py`), an architecture's tables (`architectures/`), decoding
 (`decode.py`) or the tokenizer (`tokenizer.py`). Called by the command line and by library users.
 
-Memory: the final weights plus one decoded chunk (`decode.CHUNK_VALUES`); the file itself is mapped, and the
-pages of one tensor at a time are resident.
+Memory: the final weights plus one chunk (`decode.CHUNK_VALUES`), as bytes and decoded.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from hybridkv.errors import UsageError
 from hybridkv.gguf.architectures import get_architecture
 from hybridkv.gguf.architectures.layers import n_blocks
 from hybridkv.gguf.architectures.record import Architecture, Fields
+from hybridkv.gguf.bpe import assumption
 from hybridkv.gguf.decode import decodable_types, decode_into, is_decodable
+from hybridkv.gguf.keys import check_unread, unknown_keys
 from hybridkv.gguf.metadata import Metadata
 from hybridkv.gguf.pairing import Pairing, build_skeleton, pair, same_shape, state
-from hybridkv.gguf.reader import map_parts, raw_rows, release
+from hybridkv.gguf.rows import OpenModel, open_model
 from hybridkv.gguf.split import read_model
 from hybridkv.gguf.tensors import GgufSource, Memory
 from hybridkv.gguf.tokenizer import end_ids, load_tokenizer
@@ -40,12 +38,16 @@ if TYPE_CHECKING:
 _EMBEDDING = "token_embd.weight"
 _OUTPUT = "output.weight"
 
+# Tensors beside the text model's in files that hold a whole multimodal model, as ollama writes them.
+_ENCODERS = ("v.", "a.", "mm.")
+_PREDICTION = "mtp."
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model ready to run.
 
-    `tokenizer` is None where the file has none; `notices` says what of the file was left out.
+    `tokenizer` is None where the file has none; `notices` says what of the file was left out, tensors and keys.
     """
 
     name: str
@@ -64,6 +66,18 @@ class MappedModel:
     tokenizer: PreTrainedTokenizerFast | None
     end_ids: tuple[int, ...]
     notices: tuple[str, ...]
+
+
+class Hold(Protocol):
+    """Gives the parameters of a Transformers model that stand for matrices."""
+
+    def of_file(self, weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+        """For a matrix that lies in the file as the model has it."""
+        ...
+
+    def of_values(self, parameter: torch.Tensor) -> torch.Tensor:
+        """For a decoded parameter, which is then free."""
+        ...
 
 
 def describe_gguf(path: str | Path) -> tuple[str, PreTrainedConfig]:
@@ -88,7 +102,7 @@ def load_gguf(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     attn_implementation: str = "sdpa",
-    hold: Callable[[Weight, torch.dtype], torch.Tensor] | None = None,
+    hold: Hold | None = None,
 ) -> LoadedModel:
     """Load a model with its tokenizer.
 
@@ -103,8 +117,7 @@ def load_gguf(
     attn_implementation
         Any name that Transformers knows, registered ones included.
     hold
-        Gives the parameter that stands for a matrix which lies in the file as the model has it, row by row; others
-        are decoded.
+        Gives the parameters that stand for matrices; those that lie in the file as the model has them stay there.
 
     Raises
     ------
@@ -118,12 +131,12 @@ def load_gguf(
         raise UsageError(f"weights cannot be {dtype}; allowed: float32, bfloat16, float16")
     opened = _open(path, dtype, attn_implementation)
     model = opened.model
-    tokenizer = opened.tokenizer()
+    tokenizer, notices = opened.tokenizer()
     _fill(opened, torch.device(device), hold)
     model.eval()
     if ends := opened.end_ids():
         model.generation_config.eos_token_id = ends
-    return LoadedModel(_name(opened.meta), model, tokenizer, opened.notices)
+    return LoadedModel(_name(opened.meta), model, tokenizer, notices)
 
 
 def map_gguf(path: str | Path, memory: Memory = "mapped") -> MappedModel:
@@ -142,10 +155,9 @@ def map_gguf(path: str | Path, memory: Memory = "mapped") -> MappedModel:
     import torch
 
     opened = _open(path, torch.float32, "sdpa")
+    tokenizer, notices = opened.tokenizer()
     source = GgufSource(opened.meta.header, memory)
-    return MappedModel(
-        _name(opened.meta), opened.config, source, opened.tokenizer(), tuple(opened.end_ids()), opened.notices
-    )
+    return MappedModel(_name(opened.meta), opened.config, source, tokenizer, tuple(opened.end_ids() or ()), notices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +168,15 @@ class _Opened:
     config: PreTrainedConfig
     model: PreTrainedModel
     pairings: Sequence[Pairing]
-    notices: tuple[str, ...]
+    skipped: tuple[str, ...]
 
-    def tokenizer(self) -> PreTrainedTokenizerFast | None:
-        return None if _says_none(self.meta) else load_tokenizer(self.meta)
+    def tokenizer(self) -> tuple[PreTrainedTokenizerFast | None, tuple[str, ...]]:
+        """The tokenizer, and what is worth knowing of the file."""
+        tokenizer = None if _says_none(self.meta) else load_tokenizer(self.meta)
+        assumed = None if tokenizer is None else assumption(self.meta)
+        return tokenizer, (*self.skipped, *([assumed] if assumed else []), *unknown_keys(self.meta))
 
-    def end_ids(self) -> Sequence[int]:
+    def end_ids(self) -> list[int]:
         return end_ids(self.meta, self.config.vocab_size)
 
 
@@ -173,9 +188,9 @@ def _open(path: str | Path, dtype: torch.dtype, attn_implementation: str) -> _Op
     skipped = _skipped(meta)
     model = _skeleton(meta, config, dtype, attn_implementation)
     pairings = pair(architecture, config, model, {info.name for info in meta.header.tensors})
-    _check(meta, architecture, pairings, skipped)
-    notices = (f"{len(skipped)} tensors of multi-token prediction blocks were skipped",) if skipped else ()
-    return _Opened(meta, config, model, pairings, notices)
+    _check(meta, architecture, pairings, {name for names in skipped.values() for name in names})
+    notices = [f"{len(names)} tensors of {what} were skipped" for what, names in skipped.items() if names]
+    return _Opened(meta, config, model, pairings, tuple(notices))
 
 
 def _says_none(meta: Metadata) -> bool:
@@ -213,6 +228,7 @@ def _config(meta: Metadata, architecture: Architecture) -> PreTrainedConfig:
 
     config_class = getattr(transformers, architecture.config_class)
     fields = _fields(meta, architecture)
+    check_unread(meta)
     with _described(meta):
         config: PreTrainedConfig = config_class(**fields, architectures=[architecture.model_class])
     return config
@@ -244,11 +260,15 @@ def _skeleton(
         return build_skeleton(config, dtype, attn_implementation)
 
 
-def _skipped(meta: Metadata) -> set[str]:
-    """Return the tensors of multi-token prediction blocks, for which the model classes have no place."""
+def _skipped(meta: Metadata) -> dict[str, set[str]]:
+    """Return the tensors for which the model classes have no place, by what they are of."""
     blocks, layers = n_blocks(meta)
-    prefixes = tuple(f"blk.{block}." for block in range(layers, blocks))
-    return {info.name for info in meta.header.tensors if info.name.startswith(prefixes)}
+    prefixes = {
+        "multi-token prediction blocks": (_PREDICTION, *(f"blk.{block}." for block in range(layers, blocks))),
+        "image and audio encoders": _ENCODERS,
+    }
+    names = [info.name for info in meta.header.tensors]
+    return {what: {name for name in names if name.startswith(starts)} for what, starts in prefixes.items()}
 
 
 def _check(meta: Metadata, architecture: Architecture, pairings: Sequence[Pairing], skipped: set[str]) -> None:
@@ -279,24 +299,27 @@ def _check(meta: Metadata, architecture: Architecture, pairings: Sequence[Pairin
                 )
 
 
-def _fill(opened: _Opened, device: torch.device, hold: Callable[[Weight, torch.dtype], torch.Tensor] | None) -> None:
+def _fill(opened: _Opened, device: torch.device, hold: Hold | None) -> None:
     """Replace every meta tensor of the model: what the file holds, then the buffers that it does not."""
     import torch
 
     meta, model = opened.meta, opened.model
-    files, source = map_parts(meta.header), GgufSource(meta.header)
+    source = None if hold is None else GgufSource(meta.header)
     tensors = state(model)
-    for pairing in opened.pairings:
-        tensor = tensors[pairing.param]
-        is_parameter = isinstance(tensor, torch.nn.Parameter)
-        if hold is not None and is_parameter and pairing.is_plain:
-            loaded: Any = hold(source.weight(pairing.names[0]), tensor.dtype)
-        else:
-            value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-            _decode(value.view(pairing.matrix), pairing, meta, files)
-            loaded = torch.nn.Parameter(value, requires_grad=False) if is_parameter else value
-        loaded._is_hf_initialized = True
-        _assign(model, pairing.param, loaded)
+    with open_model(meta.header) as files:
+        for pairing in opened.pairings:
+            tensor = tensors[pairing.param]
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            loaded: Any
+            if hold is not None and source is not None and is_parameter and pairing.is_plain:
+                loaded = hold.of_file(source.weight(pairing.names[0]), tensor.dtype)
+            else:
+                value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                _decode(value.view(pairing.matrix), pairing, meta, files)
+                loaded = torch.nn.Parameter(value, requires_grad=False) if is_parameter else value
+                loaded = hold.of_values(loaded) if hold is not None and is_parameter else loaded
+            loaded._is_hf_initialized = True
+            _assign(model, pairing.param, loaded)
     for name, buffer in list(model.named_non_persistent_buffers()):
         _assign(model, name, torch.empty_like(buffer, device=device))
     # As in `from_pretrained`: what is loaded is marked as done, so that this computes the other buffers
@@ -305,15 +328,14 @@ def _fill(opened: _Opened, device: torch.device, hold: Callable[[Weight, torch.d
     model.initialize_weights()
 
 
-def _decode(target: torch.Tensor, pairing: Pairing, meta: Metadata, files: Sequence[NDArray[np.uint8]]) -> None:
+def _decode(target: torch.Tensor, pairing: Pairing, meta: Metadata, files: OpenModel) -> None:
     """Decode a parameter's tensors into `target` `[stack, rows, cols]`."""
     stack, _, n_cols = pairing.matrix
     start = 0
     for name in pairing.names:
         info = meta.tensor(name)
         n_rows = math.prod(info.shape) // (stack * n_cols)
-        raw = raw_rows(files[info.part], info).reshape(stack, n_rows, -1)
-        for matrix, rows in zip(target, raw, strict=True):
+        for matrix, rows in zip(target, files.rows(info, stack * n_rows).stack(stack), strict=True):
             decode_into(
                 matrix[start : start + n_rows] if pairing.rows is None else matrix,
                 rows,
@@ -322,7 +344,6 @@ def _decode(target: torch.Tensor, pairing: Pairing, meta: Metadata, files: Seque
                 cols=pairing.cols,
                 values=None if pairing.rule.values is None else pairing.rule.values.read,
             )
-        release(files[info.part])
         start += n_rows
 
 

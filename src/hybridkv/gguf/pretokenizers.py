@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
+DEFAULT = "default"
+"""The name of converters that did not know the pre-tokenizer, and what llama.cpp takes where a file has none."""
+
 
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
@@ -106,6 +109,16 @@ _RECORDS = (
             rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}",
         ),
         source="openai/tiktoken o200k_base, quoted in llama-vocab.cpp",
+    ),
+    PreTokenizer(
+        (DEFAULT,),
+        (
+            r"[\p{P}\$\+<=>\^~\|]+",
+            r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+            r"\p{N}+",
+            r"[0-9][0-9][0-9]",
+        ),
+        source="llama.cpp's own, of no model: src/llama-vocab.cpp (llm_tokenizer_bpe)",
     ),
 )
 

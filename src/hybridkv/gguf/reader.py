@@ -1,8 +1,11 @@
 """GGUF headers: metadata and tensor table, checked against the file before anything is believed.
 
-Owns: the walk over the header of a GGUF file (version 2 and 3, little-endian) and the raw bytes of one
-tensor. Does not own: what the metadata means (`metadata.py`, `architectures/`) or how bytes become
-numbers (`decode.py`). Called by `load.py` and by the memory planner, which needs no weights.
+Owns the walk over the header of a GGUF file (version 2 and 3, little-endian). Does not own the tensors' bytes
+(`rows.py`), what the metadata means (`metadata.py`, `architectures/`) or how bytes become numbers (`decode.py`).
+Called by `split.py`.
+
+The file is mapped for the walk: one that another program truncates in the moment of it still ends the process with a
+bus error. The weights are read, not mapped.
 
 A header is untrusted input: a count, length, size or offset is compared with the bytes that are left
 before it is allocated, looped over or sliced, so that a damaged file costs one error and no memory.
@@ -123,44 +126,6 @@ def read_header(path: str | Path) -> Header:
         raise ModelFileError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def map_file(header: Header) -> NDArray[np.uint8]:
-    """Map the file read-only: uint8 `[file_bytes]`, paged in as it is used.
-
-    Raises
-    ------
-    ModelFileError
-        If the file is gone or no longer has the size that the header was checked against.
-    """
-    try:
-        with header.path.open("rb") as file:
-            data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-    except (OSError, ValueError) as error:
-        raise ModelFileError(f"{header.path} cannot be mapped: {error}") from error
-    if data.size != header.file_bytes:
-        raise ModelFileError(
-            f"{header.path} changed from {header.file_bytes} to {data.size} bytes while it was being read"
-        )
-    return data
-
-
-def map_parts(header: Header) -> list[NDArray[np.uint8]]:
-    """Map all files of a model, in the order of `TensorInfo.part`."""
-    return [map_file(part) for part in header.parts or (header,)]
-
-
-def release(data: NDArray[np.uint8]) -> None:
-    """Give a mapped file's pages back to the system: they stay in its cache, and out of this process's memory."""
-    mapping = getattr(data.base, "obj", None)
-    if isinstance(mapping, mmap.mmap) and hasattr(mapping, "madvise"):
-        mapping.madvise(mmap.MADV_DONTNEED)
-
-
-def raw_rows(data: NDArray[np.uint8], info: TensorInfo) -> NDArray[np.uint8]:
-    """View a tensor's bytes as rows: uint8 `[rows, row_bytes]`, no copy."""
-    n_rows = math.prod(info.shape[:-1])
-    return data[info.offset : info.offset + info.nbytes].reshape(n_rows, info.nbytes // n_rows)
-
-
 class _Walk:
     """One pass over the header; `pos` never moves past a byte that was not checked to exist."""
 
@@ -177,8 +142,9 @@ class _Walk:
         version, n_tensors, n_keys = self.preamble()
         metadata = self.metadata(n_keys)
         architecture = metadata.get("general.architecture", "")
-        # Only the first part of a split model says what it is.
-        if not isinstance(architecture, str) or not (architecture or metadata.get("split.no")):
+        # Only the first part of a split model says what it is; files of other kinds need no architecture (`kinds.py`).
+        named = architecture or metadata.get("split.no") or metadata.get("general.type", "model") != "model"
+        if not isinstance(architecture, str) or not named:
             self.fail("the metadata has no text 'general.architecture'", hint="is this a model file?")
         alignment = self.alignment(metadata)
         tensors = self.tensors(n_tensors, alignment)

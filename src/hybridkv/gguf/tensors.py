@@ -6,6 +6,8 @@ Owns the maps and hands out views of them. Does not own the header's checks (`re
 from __future__ import annotations
 
 import ctypes
+import math
+import mmap
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from hybridkv.errors import ModelFileError
 from hybridkv.formats.weights import get_weight_format
-from hybridkv.gguf.reader import Header, map_parts, raw_rows
+from hybridkv.gguf.reader import Header, TensorInfo
 from hybridkv.kernels.mapped import WatchedMap, lock_memory
 from hybridkv.kernels.weights import Weight, find_bad_block
 
@@ -37,12 +39,13 @@ class GgufSource:
     """
 
     def __init__(self, header: Header, memory: Memory = "mapped") -> None:
-        self._parts = tuple(part.path for part in header.parts or (header,))
+        parts = header.parts or (header,)
+        self._paths = tuple(part.path for part in parts)
         self._watches: list[WatchedMap] = []
-        self._files = [self._viewed(data) if memory == "mapped" else data.copy() for data in map_parts(header)]
+        self._files = [self._viewed(data) if memory == "mapped" else data.copy() for data in map(_mapped, parts)]
         self._infos = {info.name: info for info in header.tensors}
         self._weights: dict[str, Weight] = {}
-        self.memory = memory
+        self._vectors: dict[str, Tensor] = {}
 
     def has(self, name: str) -> bool:
         """Whether the file has this tensor."""
@@ -52,7 +55,7 @@ class GgufSource:
         """A matrix or a stack of matrices, as it lies; the same object each time."""
         if name not in self._weights:
             info = self._infos[name]
-            data = torch.from_numpy(raw_rows(self._files[info.part], info))
+            data = torch.from_numpy(_rows(self._files[info.part], info))
             n_out = info.shape[-2] if len(info.shape) > 1 else 1
             self._weights[name] = Weight(
                 get_weight_format(info.type.name), data.view(-1, n_out, data.shape[-1]), info.shape[-1]
@@ -60,10 +63,16 @@ class GgufSource:
         return self._weights[name]
 
     def vector(self, name: str) -> Tensor:
-        """A small tensor, decoded: float32 in the file's shape."""
-        info = self._infos[name]
-        values = dequantize(raw_rows(self._files[info.part], info), info.type)
-        return torch.from_numpy(np.require(values, np.float32, ["C", "A", "W"]).copy()).view(info.shape)
+        """A small tensor, decoded: float32 in the file's shape; the same object each time."""
+        if name not in self._vectors:
+            info = self._infos[name]
+            values = dequantize(_rows(self._files[info.part], info), info.type)
+            self._vectors[name] = torch.from_numpy(np.array(values, np.float32)).view(info.shape)
+        return self._vectors[name]
+
+    def vectors(self) -> Iterable[Tensor]:
+        """The vectors that were taken."""
+        return self._vectors.values()
 
     def matrices(self) -> Iterable[Weight]:
         """The matrices that were taken."""
@@ -81,7 +90,7 @@ class GgufSource:
         ModelFileError
             If pages were gone when they were read: what was computed from them is wrong.
         """
-        for path, watch in zip(self._parts, self._watches, strict=False):
+        for path, watch in zip(self._paths, self._watches, strict=False):
             if watch.is_damaged:
                 raise ModelFileError(
                     f"{path} became shorter while its weights were read",
@@ -116,3 +125,30 @@ class GgufSource:
         memory._kept = (data, watch)  # type: ignore[attr-defined]  # both live as long as the views
         view: NDArray[np.uint8] = np.ctypeslib.as_array(memory)
         return view
+
+
+def _mapped(header: Header) -> NDArray[np.uint8]:
+    """A file, uint8 `[file_bytes]`, paged in as it is used.
+
+    Raises
+    ------
+    ModelFileError
+        If the file is gone or no longer has the size that the header was checked against.
+    """
+    try:
+        with header.path.open("rb") as file:
+            data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except (OSError, ValueError) as error:
+        raise ModelFileError(f"{header.path} cannot be mapped: {error}") from error
+    if data.size != header.file_bytes:
+        raise ModelFileError(
+            f"{header.path} changed from {header.file_bytes} to {data.size} bytes while it was being read",
+            hint="another program writes this file, a download for instance; wait until it is done",
+        )
+    return data
+
+
+def _rows(data: NDArray[np.uint8], info: TensorInfo) -> NDArray[np.uint8]:
+    """A tensor's bytes as rows, uint8 `[rows, row_bytes]`, without a copy."""
+    n_rows = math.prod(info.shape[:-1])
+    return data[info.offset : info.offset + info.nbytes].reshape(n_rows, info.nbytes // n_rows)

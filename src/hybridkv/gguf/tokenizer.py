@@ -26,7 +26,7 @@ _ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_t
 
 # Control tokens that end a turn, whatever the file calls them: converters of many models name the end of
 # text alone. Source: llama.cpp, src/llama-vocab.cpp (`special_eog_ids`).
-_TURN_ENDS = (
+TURN_ENDS = (
     "<|endoftext|>",
     "<|end_of_text|>",
     "<|im_end|>",
@@ -83,6 +83,6 @@ def end_ids(meta: Metadata, n_tokens: int) -> list[int]:
     ids = [meta.token_id(role, n_tokens) for role in ("eos", "eot", "eom")]
     if meta.has("tokenizer.ggml.tokens"):
         vocabulary = read_vocabulary(meta)
-        found = [vocabulary.ids.get(token) for token in _TURN_ENDS]
+        found = [vocabulary.ids.get(token) for token in TURN_ENDS]
         ids += [index for index in found if index is not None and vocabulary.types[index] == TokenType.CONTROL]
     return list(dict.fromkeys(index for index in ids if index is not None))

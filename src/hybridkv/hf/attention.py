@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from hybridkv.cache import KVLayer, KVTypes
-from hybridkv.errors import GuardError, ModelError
+from hybridkv.errors import ContextError, GuardError, ModelError
 from hybridkv.hf.evidence import float_view, is_finite, measure, verify
 from hybridkv.hf.layers import QuantizedLayer
 from hybridkv.hf.probes import Probe
@@ -50,8 +50,15 @@ def attention_mask(
     """None for plain causal attention without padding, else bool `[B, 1, T, S]`, True where attended.
 
     Only causal masks may be left out: None means causal to the kernels, never "everything".
+
+    Raises
+    ------
+    ContextError
+        If the padding mask covers fewer tokens than the cache holds and the new ones together.
     """
     del allow_is_bidirectional_skip
+    if attention_mask is not None and attention_mask.shape[-1] < q_offset + q_length:
+        raise filled_cache(q_offset, attention_mask.shape[-1])
     causal = allow_is_causal_skip and local_size is None and q_offset + q_length == kv_offset + kv_length
     if causal and (attention_mask is None or bool(attention_mask[:, kv_offset:].all())):
         return None
@@ -68,6 +75,15 @@ def attention_mask(
     return mask
 
 
+def filled_cache(n_held: int, n_prompt: int | None = None) -> ContextError:
+    """The error of a prompt that is shorter than what its cache holds: `generate` takes all tokens up to now."""
+    this = "" if n_prompt is None else f"; this one has {n_prompt}"
+    return ContextError(
+        f"the cache holds {n_held} tokens of another prompt{this}",
+        hint="reset() the cache before another prompt, or give each its own",
+    )
+
+
 def attention_forward(
     module: Any,
     query: Tensor,
@@ -80,6 +96,7 @@ def attention_forward(
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     is_causal: bool | None = None,
+    position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of `query` `[B, Hq, T, D]` over packed rows, or over plain tensors where no cache is used.
@@ -95,6 +112,8 @@ def attention_forward(
         For what is not implemented: training, dropout, a position bias, a mask that weighs instead of hiding.
     NonFiniteError
         If the guard watches and the output is not finite.
+    ContextError
+        If the new tokens stand at positions that the cache has filled.
     """
     del kwargs
     if dropout or position_bias is not None:
@@ -116,12 +135,26 @@ def attention_forward(
         mask=None if attention_mask is None else _boolean(attention_mask, module),
     )
     if isinstance(key, LayerView):
+        if attention_mask is None and position_ids is not None:
+            _check_positions(key.layer.n_seen - query.shape[2], position_ids)
         out = _attend_stored(query, key, params)
     else:
         assert isinstance(value, Tensor)
         out = reference_attend(query, float_view(key, value), params)
     # One pass: the format that `to` is given decides what it copies into, where it copies at all.
     return out.transpose(1, 2).to(query.dtype, memory_format=torch.contiguous_format).contiguous(), None
+
+
+def _check_positions(n_held: int, position_ids: Tensor) -> None:
+    """Refuse unpadded tokens `[B, T]` that all stand where the cache holds others, as those of a shorter prompt do.
+
+    The cache has taken some of them by now and is of no use until it is reset.
+
+    A single token on an accelerator is not looked at: decoding does not wait for the device.
+    """
+    looked_at = position_ids.device.type == "cpu" or position_ids.shape[-1] > 1
+    if n_held and position_ids.dim() == 2 and looked_at and int(position_ids.max()) < n_held:
+        raise filled_cache(n_held)
 
 
 def attend_new(layer: QuantizedLayer, q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:

@@ -18,11 +18,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from hybridkv.cache import KVLayer, KVSpec, KVTypes, LayerFacts, LayerKernels, resolve
-from hybridkv.errors import ContextError, UsageError
+from hybridkv.errors import ContextError, ModelError, UsageError
 from hybridkv.formats import Scale
-from hybridkv.hf.attention import IMPLEMENTATION, register
+from hybridkv.hf.attention import IMPLEMENTATION, filled_cache, register
 from hybridkv.hf.facts import is_hybrid, kv_facts, layer_facts, takes_chunks
-from hybridkv.hf.layers import EmptyLayer, QuantizedAndStateLayer, QuantizedLayer, StateLayer
+from hybridkv.hf.layers import EmptyLayer, QuantizedAndStateLayer, QuantizedLayer
+from hybridkv.hf.states import StateLayer
 from hybridkv.hf.stored import StoredCache
 from hybridkv.hf.view import LayerWatch, Notify
 from hybridkv.kernels import ENCODERS, KERNELS, Encoder, Kernel
@@ -143,6 +144,13 @@ class ModelCache(Cache):  # type: ignore[misc]
         return {w.store.spec.facts.layer: w.watch.error for w in self.quantized if w.watch.error is not None}
 
     @property
+    def limits(self) -> dict[int, float]:
+        """Model layer -> the largest of these errors that the guard allows it, at the types that it has now."""
+        measured = self.errors
+        found = {w.store.spec.facts.layer: w.watch.guard.limit_for(w.store.types) for w in self.quantized}
+        return {layer: limit for layer, limit in found.items() if layer in measured}
+
+    @property
     def is_linear(self) -> list[bool]:
         """Which layers have a state and no KV cache."""
         return [isinstance(layer, StateLayer) and not isinstance(layer, QuantizedLayer) for layer in self.layers]
@@ -157,7 +165,15 @@ class ModelCache(Cache):  # type: ignore[misc]
         return 0 if not self.kv_layers else int(super().get_seq_length(layer_idx))
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Rows that the next call attends, and the position of the first."""
+        """Rows that the next call attends, and the position of the first.
+
+        Raises
+        ------
+        ContextError
+            For a call without new tokens, which `generate` makes of a prompt that is shorter than what is held.
+        """
+        if not query_length:
+            raise filled_cache(self.get_seq_length())
         if not self.kv_layers:
             return query_length, 0
         length, offset = super().get_mask_sizes(query_length, layer_idx)
@@ -250,13 +266,17 @@ class ModelCache(Cache):  # type: ignore[misc]
                 f"crop({tokens_to_remove}); allowed: 0 or a negative number of tokens to drop",
                 hint="crop(-n) drops the newest n tokens",
             )
-        if tokens_to_remove and not self.is_croppable:
-            stuck = [i for i, layer in enumerate(self.layers) if not layer.is_croppable]
+        stuck = [i for i, layer in enumerate(self.layers) if not _can_drop(layer, -tokens_to_remove)]
+        if stuck:
             raise ContextError(
                 f"crop({tokens_to_remove}): layers {', '.join(map(str, stuck))} cannot go back to an earlier token",
                 hint="reset() the cache and process the shorter prompt again",
             )
         super().crop(tokens_to_remove)
+
+
+def _can_drop(layer: Any, n_tokens: int) -> bool:
+    return layer.can_drop(n_tokens) if isinstance(layer, StateLayer) else not n_tokens or bool(layer.is_croppable)
 
 
 def quantized_cache(
@@ -308,10 +328,13 @@ def quantized_cache(
     Returns
     -------
     ModelCache
-        Pass it as `cache` (before Transformers 5.24: `past_key_values`) to `model(...)` or `model.generate(...)`.
+        Pass it as `cache` (before Transformers 5.24: `past_key_values`) to `model(...)` or `model.generate(...)`. It is
+        for one prompt and what follows it: `reset()` it before another.
 
     Raises
     ------
+    ModelError
+        For a model whose weights have no values.
     UsageError
         For an unknown type, rule or count; for a `config` that is none, or is of another model, or comes together with
         what it says itself.
@@ -322,7 +345,7 @@ def quantized_cache(
     >>> model.generate(**inputs, cache=cache)  # doctest: +SKIP
     """
     register()
-    facts = layer_facts(model.config)
+    device, facts = _device_of(model), layer_facts(model.config)
     asked_types: dict[str, Any] = {
         "type_k": type_k,
         "type_v": type_v,
@@ -344,8 +367,30 @@ def quantized_cache(
     specs, warnings = watcher.before(asked, hybrid=is_hybrid(facts), n_ctx=n_ctx or _PLAN_CONTEXT)
     for line in (*policy.notices(asked, n_ctx), *warnings):
         notify(line)
-    device = next(model.parameters()).device.type
     return ModelCache(model.config, specs, device=device, n_ctx=n_ctx, guard=watcher, notify=notify)
+
+
+def _device_of(model: Any) -> str:
+    """Return the type of the device on which a model computes.
+
+    Layers that accelerate keeps on disk or in other memory are on the meta device but for the moment in which they
+    run; the tensors that stay are where they run.
+
+    Raises
+    ------
+    ModelError
+        If weights are on the meta device for good.
+    """
+    held = [*model.named_parameters(), *model.named_buffers()]
+    empty = [name for name, tensor in held if tensor.is_meta]
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
+    if empty and (not offloaded or len(empty) == len(held)):
+        raise ModelError(
+            f"{len(empty)} of {len(held)} tensors of this model are on the meta device, {empty[0]} for one, and have "
+            "no values; allowed: weights in memory, or on disk where accelerate brings them in",
+            hint='load the model without device_map, or with device_map="auto" and an offload_folder',
+        )
+    return next(str(tensor.device.type) for _, tensor in held if not tensor.is_meta)
 
 
 def _policy(given: dict[str, Any]) -> Policy:

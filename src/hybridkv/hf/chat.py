@@ -1,8 +1,9 @@
 """Conversations as text: a model's own Jinja template, which is a stranger's program and treated as one.
 
-Owns: the limits and the errors. Transformers renders, in Jinja's immutable sandbox: no attribute that
-starts with an underscore, no change to what it is given, `range` up to 100 000. A template can still
-loop in loops, hence the limit on time. Called by the command line and by the server.
+Owns: the limits and the errors, and what becomes of system messages that a template does not take. Transformers
+renders, in Jinja's immutable sandbox: no attribute that starts with an underscore, no change to what it is given,
+`range` up to 100 000. A template can still loop in loops, hence the limit on time. Called by the command line and by
+the server.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from jinja2 import TemplateError
 from jinja2.exceptions import SecurityError
 
 from hybridkv.errors import ModelFileError, UsageError
+from hybridkv.hf.control_words import ControlWords, Covered
 
 MAX_SECONDS = 5.0
 MAX_CHARACTERS = 1 << 26
@@ -35,7 +37,97 @@ _FAILURES = (
 )
 
 
-def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+Message = Mapping[str, Any]
+
+
+class MessageError(ModelFileError):
+    """A message that the chat template does not take.
+
+    Parameters
+    ----------
+    index
+        Which one, from 0.
+    """
+
+    def __init__(self, message: str, *, index: int, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.index = index
+
+
+def chat_prompt(words: ControlWords, messages: Sequence[Message]) -> Covered:
+    """Render a conversation, up to where its answer begins.
+
+    System messages at the beginning are merged, a blank line between them, where the template takes only one.
+
+    Parameters
+    ----------
+    words
+        Those of the model's tokenizer.
+    messages
+        Each with a `role` and a `content`, and whatever else the template knows.
+
+    Raises
+    ------
+    UsageError
+        If the model has no chat template.
+    MessageError
+        For a system message that the template refuses or leaves out.
+    ModelFileError
+        If the template fails, tries what the sandbox forbids, or does not end.
+    """
+    cover = words.cover_of(_texts(messages))
+    covered = [cover.cover_message(message) for message in messages]
+    text = _render_systems(words.tokenizer, covered)
+    return Covered(cover.rendered(text), cover)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string in messages."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, held in value.items():
+            yield from _texts(key)
+            yield from _texts(held)
+    elif isinstance(value, (list, tuple)):
+        for held in value:
+            yield from _texts(held)
+
+
+def _render_systems(tokenizer: Any, messages: Sequence[Message]) -> str:
+    """Render messages whose system messages after the first may be more than the template takes."""
+    later = [index for index, message in enumerate(messages) if index and message.get("role") == "system"]
+    if not later or _takes(tokenizer, messages, later):
+        return chat_text(tokenizer, messages)
+    n_first = next((n for n, message in enumerate(messages) if message.get("role") != "system"), len(messages))
+    if n_first > 1:
+        contents = [str(message.get("content") or "") for message in messages[:n_first]]
+        messages = [{**messages[0], "content": "\n\n".join(contents)}, *messages[n_first:]]
+        later = [index - n_first + 1 for index in later if index >= n_first]
+    if later and not _takes(tokenizer, messages, later):
+        without = [message for index, message in enumerate(messages) if index not in later]
+        chat_text(tokenizer, without)  # what else is wrong is said first
+        index = later[0] + max(n_first, 1) - 1
+        raise MessageError(
+            f"messages.{index}: the chat template takes system messages at the beginning alone",
+            index=index,
+            hint="move it to the beginning, or make it a part of a user message",
+        )
+    return chat_text(tokenizer, messages)
+
+
+def _takes(tokenizer: Any, messages: Sequence[Message], later: Sequence[int]) -> bool:
+    """Whether a template writes these system messages: some refuse them, some leave them out in silence."""
+    marks = {index: f"system{index}message" for index in later}
+    marked = [{**m, "content": marks[n]} if n in marks else m for n, m in enumerate(messages)]
+    try:
+        text = chat_text(tokenizer, marked)
+    except ModelFileError:
+        return False
+    return all(mark in text for mark in marks.values())
+
+
+def chat_text(tokenizer: Any, messages: Sequence[Message]) -> str:
     """The text that a model sees of a conversation, up to where its answer begins.
 
     Parameters

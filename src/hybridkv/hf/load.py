@@ -7,16 +7,19 @@ brings code for a model type that Transformers has itself is loaded without it.
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hybridkv.errors import ModelError, ModelFileError
-from hybridkv.hf.attention import register
 from hybridkv.hf.ranks import check_packages, check_plan, parameters_of_rank, share
 
 RemoteCode = Literal["refused", "trusted"]
@@ -44,6 +47,13 @@ def load_config(directory: Path, *, remote_code: RemoteCode = "refused") -> Any:
         If config.json is missing or not understood, or if only code from the directory could understand it.
     """
     if not (directory / "config.json").is_file():
+        adapter = directory / "adapter_config.json"
+        if adapter.is_file():
+            base = str(_entry(adapter, "base_model_name_or_path"))[:100]
+            raise ModelFileError(
+                f"{directory} is an adapter of {base!r}; allowed: a whole model",
+                hint="merge it into its base model first (peft: merge_and_unload), save that, and give its directory",
+            )
         raise ModelFileError(
             f"{directory} holds no config.json", hint="give a .gguf file or a Hugging Face model directory"
         )
@@ -68,8 +78,15 @@ def load_weights(
     attn_implementation: str,
     remote_code: RemoteCode = "refused",
     n_ranks: int = 1,
+    replace: Callable[[Tensor], Tensor] | None = None,
 ) -> Any:
     """The model of a directory, in eval mode; with more than one rank, this rank's part of it.
+
+    Parameters
+    ----------
+    replace
+        Gives what takes the place of a parameter of two dimensions. Called where the directory `widens`: the model is
+        then loaded as bfloat16, and each parameter is replaced, or becomes `dtype`, by itself.
 
     Raises
     ------
@@ -80,6 +97,8 @@ def load_weights(
     ModelError
         If weights that the model needs are not in the files, or it cannot be cut for several ranks.
     """
+    from hybridkv.hf.attention import register  # imports Transformers' models, which a plan does not need
+
     register()
     config = load_config(directory, remote_code=remote_code)
     spread: dict[str, Any] = {}
@@ -90,10 +109,11 @@ def load_weights(
     if getattr(config, "quantization_config", None) is None:
         _check_dtypes(directory)
     try:
+        bare = replace is not None and n_ranks == 1 and widens(directory, config, remote_code=remote_code)
         model, report = AutoModelForCausalLM.from_pretrained(
             directory,
             config=config.get_text_config(decoder=True),
-            dtype=dtype,
+            dtype=torch.bfloat16 if bare else dtype,
             attn_implementation=attn_implementation,
             local_files_only=True,
             trust_remote_code=remote_code == "trusted",
@@ -117,7 +137,68 @@ def load_weights(
                 f"{len(names)} tensors {problem} in {directory}: {named}",
                 hint="the config and the weights do not belong together",
             )
+    if bare and replace is not None:
+        model = _widened(model, dtype, attn_implementation, replace)
     return (model if spread else model.to(device)).eval()  # a rank's part is where it belongs
+
+
+def widens(directory: Path, config: Any, *, remote_code: RemoteCode = "refused") -> bool:
+    """Whether a directory is loaded as bfloat16 and its parameters replaced one by one: if it holds nothing else."""
+    quantized = getattr(config, "quantization_config", None) is not None
+    return not quantized and remote_code == "refused" and set(stored_types(directory)) == {"BF16"}
+
+
+def stored_types(directory: Path) -> Counter[str]:
+    """How many numbers of each type a directory's files have; none without files that can be read."""
+    counts: Counter[str] = Counter()
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    part = file.get_slice(key)
+                    counts[part.get_dtype()] += prod(part.get_shape())
+        except (OSError, SafetensorError):
+            continue  # loading says what is wrong with it
+    return counts
+
+
+def _widened(stored: Any, dtype: torch.dtype, attn_implementation: str, replace: Callable[[Tensor], Tensor]) -> Any:
+    """A model of `dtype` with the parameters of a bfloat16 one, which loses them.
+
+    Not the same model in place: what a class computes when it is built, such as rotary frequencies or an embedding's
+    scale, would stay rounded to bfloat16.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(stored.config, dtype=dtype, attn_implementation=attn_implementation)
+    done: dict[str, Tensor] = {}  # by the name that a tied parameter has first
+    first: dict[int, str] = {}
+    persistent = stored.state_dict(keep_vars=True).keys()
+    places = [*stored.named_parameters(remove_duplicate=False), *stored.named_buffers(remove_duplicate=False)]
+    for name, tensor in places:
+        if name not in persistent:
+            continue
+        origin = first.setdefault(id(tensor), name)
+        if origin == name:
+            is_parameter = isinstance(tensor, nn.Parameter)
+            value = replace(tensor) if is_parameter and tensor.dim() == 2 else tensor
+            if value is tensor:
+                value = tensor.detach().to(model.get_parameter_or_buffer(name).dtype)
+            done[name] = nn.Parameter(value, requires_grad=False) if is_parameter else value
+            done[name]._is_hf_initialized = True  # type: ignore[attr-defined]
+            tensor.data = tensor.data.new_empty(0)  # free; the object stays, so that its id does
+        _assign(model, name, done[origin])
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        _assign(model, name, torch.empty_like(buffer, device="cpu"))
+    # As in `from_pretrained`: this computes what was not loaded.
+    model.tie_weights()
+    model.initialize_weights()
+    model.generation_config = stored.generation_config
+    return model
+
+
+def _assign(model: Any, name: str, value: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, value)
 
 
 def _check_dtypes(directory: Path) -> None:
@@ -179,8 +260,8 @@ def _entry(file: Path, key: str) -> Any:
     return content.get(key) if isinstance(content, dict) else None
 
 
-def count_parameters(config: Any, *, remote_code: RemoteCode = "refused", n_ranks: int = 1) -> int:
-    """Weights of a model with this config, tied ones once, or of one of several ranks. Builds it without memory.
+def build_empty(config: Any, *, remote_code: RemoteCode = "refused") -> Any:
+    """A model of this config without memory: all its tensors are on the meta device.
 
     Raises
     ------
@@ -189,11 +270,22 @@ def count_parameters(config: Any, *, remote_code: RemoteCode = "refused", n_rank
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            return AutoModelForCausalLM.from_config(
                 config.get_text_config(decoder=True), trust_remote_code=remote_code == "trusted"
             )
     except _NONSENSE as error:
         raise _no_model(config, error) from error
+
+
+def count_parameters(config: Any, *, remote_code: RemoteCode = "refused", n_ranks: int = 1) -> int:
+    """Weights of a model with this config, tied ones once, or of one of several ranks. Builds it without memory.
+
+    Raises
+    ------
+    ModelError
+        If the config describes no model.
+    """
+    model = build_empty(config, remote_code=remote_code)
     return sum(p.numel() for p in model.parameters()) if n_ranks == 1 else parameters_of_rank(model, n_ranks)
 
 

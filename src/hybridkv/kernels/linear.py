@@ -51,6 +51,12 @@ class PackedWeight:
         return self.data.numel()
 
 
+def packed_bytes(weight_type: WeightType, n_out: int, n_in: int) -> int:
+    """Bytes of a packed matrix, padding counted."""
+    n_bytes: int = _native().packed_bytes(weight_type, n_out, n_in)
+    return n_bytes
+
+
 def exact_type(weight: Tensor) -> WeightType:
     """The smallest type that holds `weight`, any float dtype [n_out, n_in], without changing a bit."""
     kinds: list[WeightType] = ["q4_0", "q8_0", "bf16"] if weight.shape[1] % _BLOCK == 0 else ["bf16"]
@@ -78,7 +84,7 @@ def pack(weight: Tensor, weight_type: WeightType) -> PackedWeight:
         raise UsageError(
             f"{weight_type} needs a multiple of {_BLOCK} inputs, not {n_in}", hint="pack this weight as bf16 or f32"
         )
-    data = allocate((_native().packed_bytes(weight_type, n_out, n_in),))
+    data = allocate((packed_bytes(weight_type, n_out, n_in),))
     panels = data.view(-(-n_out // _PANEL), -1)
     done = 0
     for chunk in _row_chunks(weight):
@@ -159,7 +165,7 @@ def _address(weight: PackedWeight) -> int:
     """Address of the packed bytes, once it is sure that the native code may read them."""
     data = weight.data
     assert data.dtype == torch.uint8 and data.device.type == "cpu" and data.is_contiguous()
-    assert data.numel() == _native().packed_bytes(weight.type, weight.n_out, weight.n_in), weight
+    assert data.numel() == packed_bytes(weight.type, weight.n_out, weight.n_in), weight
     assert data.data_ptr() % 64 == 0, data.data_ptr()
     return data.data_ptr()
 

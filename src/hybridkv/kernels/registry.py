@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 
 from hybridkv.errors import NoKernelError
-from hybridkv.formats import KVFormat, Scale
+from hybridkv.formats import FORMATS, KVFormat, Scale
 from hybridkv.kernels.case import AttentionCase, AttentionParams, KVView
 
 Attend = Callable[[Tensor, KVView, AttentionParams], Tensor]
@@ -102,8 +102,14 @@ def select(case: AttentionCase, kernels: Sequence[Kernel]) -> Kernel:
         kernels,
         lambda kernel: kernel.rejects(case),
         f"no kernel for {case}",
-        "f16, f32 and q8_KV take any head dim (-ctk f16 -ctv f16); `hybridkv doctor` prints what runs here",
+        f"quantized types work with head dims 16, 32, 48, 64 and every other multiple of 16; {_any_head_dim()} with "
+        "any (-ctk f16 -ctv f16); `hybridkv doctor` prints what runs here",
     )
+
+
+def _any_head_dim() -> str:
+    *names, last = [name for name, fmt in FORMATS.items() if fmt.rejects(1) is None]
+    return f"{', '.join(names)} and {last}"
 
 
 def select_encoder(device: str, fmt: KVFormat, head_dim: int, encoders: Sequence[Encoder]) -> Encoder:

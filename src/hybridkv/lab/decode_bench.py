@@ -21,7 +21,8 @@ from hybridkv.cache import KVTypes
 from hybridkv.engine import Engine
 from hybridkv.engine.load import Description, Loaded, load
 from hybridkv.engine.steps import StepKind, resolve_step
-from hybridkv.hf import Step, WeightKind, kv_facts, packing_rejects
+from hybridkv.held import WeightKind
+from hybridkv.hf import Step, kv_facts, packing_rejects
 from hybridkv.lab.peers import Found, ik_library
 from hybridkv.lab.peers.ik_model import Logits, ik_context, ik_model, runs
 from hybridkv.lab.timing import Spread, spread

@@ -30,7 +30,7 @@ MODES: tuple[Mode, ...] = ("prefill", "decode")
 PIECE = 512
 """Most tokens of a piece."""
 
-_LOGITS_BYTES = 64 << 20  # of a piece, float32: fewer tokens where the vocabulary is large
+LOGITS_BYTES = 64 << 20  # of a piece, float32: fewer tokens where the vocabulary is large
 _LAYER_TOKENS = 1024  # over which the layers' errors are measured
 
 
@@ -75,7 +75,7 @@ class Evaluator:
         self._n_ctx = n_ctx
         self._device = model.device.type
         vocabulary = model.config.get_text_config(decoder=True).vocab_size
-        self.piece = max(1, min(PIECE, _LOGITS_BYTES // (4 * vocabulary)))
+        self.piece = max(1, min(PIECE, LOGITS_BYTES // (4 * vocabulary)))
         self.speeds: dict[str, Speeds] = {}
 
     def cache(self, candidate: Candidate, guard: Guard | None = None) -> ModelCache:

@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 
-from hybridkv.errors import ModelError
 from hybridkv.gguf.checkpoint import Checkpoint
-from hybridkv.gguf.convert import find_architecture
 from hybridkv.gguf.load import map_gguf
 from hybridkv.gguf.pairing import build_skeleton
 from hybridkv.gguf.tensors import Memory
-from hybridkv.hf.step.weights import WeightKind
+from hybridkv.held import WeightKind
 from hybridkv.model import graph_of
 from hybridkv.native.sources import EncodedSource, ParameterSource, Typed
 
@@ -49,15 +47,6 @@ def native_model(config: Any, source: Typed, weights: WeightKind, end_ids: Seque
     return NativeModel(config, source, end_ids)
 
 
-def directory_rejects(config: Any) -> str | None:
-    """Why a directory of this config cannot be brought into the file's order; None if it can."""
-    try:
-        find_architecture(config.get_text_config(decoder=True))
-    except ModelError as error:
-        return error.message
-    return None
-
-
 def directory_source(directory: Path, config: Any) -> ParameterSource:
     """The safetensors of a Hugging Face directory as a source of weights, read one parameter at a time."""
     text = config.get_text_config(decoder=True)
@@ -65,4 +54,4 @@ def directory_source(directory: Path, config: Any) -> ParameterSource:
     return ParameterSource(skeleton, Checkpoint(directory, skeleton).parameter)
 
 
-__all__ = ["Memory", "NativeModel", "directory_rejects", "directory_source", "map_gguf", "native_model"]
+__all__ = ["Memory", "NativeModel", "directory_source", "map_gguf", "native_model"]

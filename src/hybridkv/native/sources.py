@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hybridkv.gguf.convert import find_architecture
 from hybridkv.gguf.pairing import Pairing, file_tensors, pair
-from hybridkv.hf.step.weights import WeightKind, reencoded, weight_type
+from hybridkv.held import WeightKind
+from hybridkv.hf.step.weights import reencoded, weight_type
 from hybridkv.kernels.weights import Weight, encode, find_bad_block
 from hybridkv.model import Source
 
@@ -30,6 +31,10 @@ class Typed(Source, Protocol):
 
     def matrices(self) -> Iterable[Weight]:
         """The matrices that were taken."""
+        ...
+
+    def vectors(self) -> Iterable[Tensor]:
+        """The vectors that were taken."""
         ...
 
     def verify(self) -> None:
@@ -89,6 +94,10 @@ class ParameterSource:
         vectors = (name for name, vector in self._vectors.items() if not torch.isfinite(vector).all())
         return next(bad, None) or next(vectors, None)
 
+    def vectors(self) -> Iterable[Tensor]:
+        """The vectors that were taken."""
+        return self._vectors.values()
+
     def verify(self) -> None:
         """Nothing to do: parameters were read whole."""
 
@@ -130,6 +139,10 @@ class EncodedSource:
         """The source's."""
         return self._source.shapes()
 
+    def vectors(self) -> Iterable[Tensor]:
+        """The vectors that were taken."""
+        return self._source.vectors()
+
     def verify(self) -> None:
         """The source's."""
         self._source.verify()
@@ -150,11 +163,19 @@ class EncodedSource:
 
 
 def bytes_by_type(source: Typed) -> dict[str, int]:
-    """Bytes of the matrices that were taken from a source, by type; the type with the most comes first."""
+    """Bytes of what was taken from a source, by type; the type with the most comes first, vectors are float32."""
     total: dict[str, int] = {}
     for weight in source.matrices():
         total[weight.format.name] = total.get(weight.format.name, 0) + weight.nbytes
+    if vectors := sum(vector.nbytes for vector in source.vectors()):
+        name = "f32" if "f32" in total else "f32 (vectors)"
+        total[name] = total.get(name, 0) + vectors
     return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+
+def types_held(source: Typed) -> str:
+    """The types of the matrices that were taken, as in `q4_K + q6_K`."""
+    return " + ".join(name for name in bytes_by_type(source) if "(vectors)" not in name)
 
 
 def source_of(model: Any) -> Typed:

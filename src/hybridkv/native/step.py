@@ -15,18 +15,18 @@ from torch import Tensor
 
 from hybridkv.hf.attention import attend_new, non_finite, verify_call
 from hybridkv.hf.cache import ModelCache
-from hybridkv.hf.layers import QuantizedLayer, StateLayer
+from hybridkv.hf.layers import QuantizedLayer
 from hybridkv.hf.rope import rope_angles
+from hybridkv.hf.states import StateLayer
 from hybridkv.hf.step.record import Answers, Fault, one_by_one
 from hybridkv.hf.view import LayerView
 from hybridkv.kernels import AttentionParams, cpu, cpu_native
 from hybridkv.kernels.step import Caches, Health, Rows
 from hybridkv.kernels.weights import rows as gather
 from hybridkv.model import ModelGraph, graph_of
-from hybridkv.model import rejects as graph_rejects
 from hybridkv.native import cpu as lowering
 from hybridkv.native.builder import Builder
-from hybridkv.native.sources import Typed, bytes_by_type, source_of
+from hybridkv.native.sources import Typed, source_of, types_held
 from hybridkv.policy import MismatchError, NonFiniteError
 
 MAX_ROWS = 512
@@ -34,16 +34,6 @@ MAX_ROWS = 512
 
 HEAD_ROWS = 64
 """Tokens whose logits are computed in one run: a row of them is as wide as the vocabulary."""
-
-
-def rejects(config: Any, device: str) -> str | None:
-    """Why the native step cannot run a model of this config on this type of device; None if it can."""
-    if (missing := cpu_native.available()) is not None:
-        return missing
-    if device != "cpu":
-        return f"runs on cpu, not on {device}"
-    reason = graph_rejects(config)
-    return lowering.rejects(graph_of(config)) if reason is None else reason
 
 
 class NativeStep:
@@ -68,7 +58,7 @@ class NativeStep:
     @property
     def name(self) -> str:
         """With the instruction set and the weights' types."""
-        return f"native-{cpu_native.isa()}, weights {' + '.join(bytes_by_type(self._source))}"
+        return f"native-{cpu_native.isa()}, weights {types_held(self._source)}"
 
     def forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence; see `Step.forward`."""

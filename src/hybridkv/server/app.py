@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from importlib import resources
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
+from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
@@ -21,7 +22,7 @@ from hybridkv.server.page import Page
 from hybridkv.server.refusals import RefusalError, refusal_for, refusal_for_mistakes
 from hybridkv.server.replies import ChatCompletion, Completion, Error, Health, Model, Models, Session, Status
 from hybridkv.server.respond import ChatWriter, CompletionWriter, json_response, respond
-from hybridkv.server.schema import ChatRequest, CompletionRequest
+from hybridkv.server.schema import ID_PATTERN, MAX_SEED, ChatRequest, CompletionRequest
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": Error, "description": "a body that is not JSON, or fields that are wrong together or alone"},
@@ -36,6 +37,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     500: {"model": Error, "description": "the engine failed"},
     503: {"model": Error, "description": "the server is shutting down"},
 }
+
+
+SessionName = Annotated[str, PathParameter(json_schema_extra={"pattern": ID_PATTERN})]
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -71,7 +75,7 @@ def create_app(served: Served, options: GateOptions, state: GateState) -> FastAP
     _add_completions(app, desk)
     _add_sessions(app, desk)
     _add_reports(app, desk, state)
-    _document_without_422(app)
+    _correct_document(app, served)
     app.add_middleware(Gate, options=options, state=state, count=metrics.count_reply)
     return app
 
@@ -103,15 +107,20 @@ def _add_completions(app: FastAPI, desk: Desk) -> None:
 
 
 def _add_sessions(app: FastAPI, desk: Desk) -> None:
-    errors = _POST_ERRORS | _errors(409)
+    options: dict[str, Any] = {
+        "response_model": Session,
+        "responses": _POST_ERRORS | _errors(409),
+        # What comes is not read; its type, which a web page elsewhere may not send, must be JSON's (`gate.py`).
+        "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": {}}}}},
+    }
 
-    @app.post("/v1/sessions/{name}/save", response_model=Session, responses=errors)
-    async def save_session(name: str) -> Response:
+    @app.post("/v1/sessions/{name}/save", **options)
+    async def save_session(name: SessionName) -> Response:
         """Write what a session's last request left, so that it outlives the server."""
         return json_response(await desk.sessions.save(name))
 
-    @app.post("/v1/sessions/{name}/restore", response_model=Session, responses=errors)
-    async def restore_session(name: str) -> Response:
+    @app.post("/v1/sessions/{name}/restore", **options)
+    async def restore_session(name: SessionName) -> Response:
         """Read it back, so that requests which go on from it do not start over."""
         return json_response(await desk.sessions.restore(name))
 
@@ -188,11 +197,21 @@ def _add_handlers(app: FastAPI) -> None:
     add(Exception, lambda _: RefusalError(500, "the server failed; its log says more", code="internal_error"))
 
 
-def _document_without_422(app: FastAPI) -> None:
-    """FastAPI documents its own reply to wrong fields, which here is 400 in OpenAI's shape."""
+def _correct_document(app: FastAPI, served: Served) -> None:
+    """Correct what FastAPI says: wrong fields give 400 in OpenAI's shape, and bounds of 63 bits are no floats.
+
+    What this model's tokenizer takes is added: an empty text is a prompt only where a token is put before it.
+    """
     document = app.openapi()
     for path in document["paths"].values():
         for operation in path.values():
             operation["responses"].pop("422", None)
+    schemas = document["components"]["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):
-        document["components"]["schemas"].pop(name, None)
+        schemas.pop(name, None)
+    for name in ("CompletionRequest", "ChatRequest"):
+        schemas[name]["properties"]["seed"]["anyOf"][0] |= {"minimum": -MAX_SEED, "maximum": MAX_SEED}
+    text, ids = schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"]
+    ids["items"]["exclusiveMaximum"] = served.n_vocab
+    if served.tokenizer is None or not served.tokenizer("").input_ids:
+        text["minLength"] = 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -22,6 +23,8 @@ BODY_SECONDS = 60.0
 
 _LINGER_SECONDS = 2.0
 _OPEN_PATHS = ("/", "/health", "/openapi.json", "/favicon.ico")
+TAKES_BODY = re.compile(r"/v1/(chat/)?completions/?|/v1/sessions/[^/]+/(save|restore)/?")
+"""Paths whose POST brings a body; a POST to any other is a wrong method or path, which the application says."""
 
 
 @dataclass(slots=True)
@@ -104,7 +107,7 @@ class Gate:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        if scope["method"] != "POST":
+        if scope["method"] != "POST" or TAKES_BODY.fullmatch(scope["path"]) is None:
             refusal = self._refuse_head(scope, headers)
             await (self._app if refusal is None else refusal.response())(scope, receive, send)
             return

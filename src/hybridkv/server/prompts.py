@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from hybridkv.errors import ModelFileError
-from hybridkv.hf.chat import chat_text
+from hybridkv.hf.chat import MessageError, chat_prompt
+from hybridkv.hf.control_words import ControlWords
 from hybridkv.server.refusals import RefusalError
 from hybridkv.server.schema import Message
 
@@ -35,9 +36,7 @@ class Prompts:
     def __init__(self, tokenizer: Any, n_vocab: int) -> None:
         self.tokenizer = tokenizer
         self._n_vocab = n_vocab
-        self._backend = tokenizer.backend_tokenizer
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        self._words = ControlWords(tokenizer)
         self._short, self._long = asyncio.Semaphore(_SHORT_AT_ONCE), asyncio.Semaphore(1)
 
     @property
@@ -46,7 +45,7 @@ class Prompts:
         return bool(self.tokenizer.chat_template)
 
     async def completion(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
-        """Token ids of a prompt.
+        """Token ids of a prompt; control words in it are control words, as in llama-server.
 
         Raises
         ------
@@ -55,7 +54,7 @@ class Prompts:
         """
         if isinstance(prompt, str):
             _check_text(prompt, "prompt")
-            ids = await self._in_thread(len(prompt), lambda: self._encode(prompt, special=True))
+            ids = await self._in_thread(len(prompt), lambda: tuple(self._words.encode(prompt)))
         else:
             ids = tuple(prompt)
             if ids and max(ids) >= self._n_vocab:
@@ -67,7 +66,7 @@ class Prompts:
         return ids
 
     async def chat(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Token ids of a conversation, up to where the answer begins.
+        """Token ids of a conversation, up to where the answer begins; what messages say is text, whatever it says.
 
         Raises
         ------
@@ -83,16 +82,14 @@ class Prompts:
             _check_text(turn["content"], f"messages.{number}.content")
 
         def render() -> tuple[int, ...]:
-            return self._encode(chat_text(self.tokenizer, turns), special=False)
+            return tuple(chat_prompt(self._words, turns).ids())
 
         try:
             return await self._in_thread(sum(len(turn["content"]) for turn in turns), render)
+        except MessageError as error:
+            raise RefusalError(400, error.message, param=f"messages.{error.index}") from error
         except ModelFileError as error:  # its hint is for the command line
             raise RefusalError(400, error.message, param="messages") from error
-
-    def _encode(self, text: str, *, special: bool) -> tuple[int, ...]:
-        # The tokenizer's own `encode` turns truncation off each time, which threads must not do at once.
-        return tuple(self._backend.encode(text, add_special_tokens=special).ids)
 
     async def _in_thread(self, n_characters: int, work: Callable[[], T]) -> T:
         async with self._long if n_characters > LONG_CHARACTERS else self._short:

@@ -8,13 +8,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from hybridkv.engine.requests import MAX_LOGPROBS
+from hybridkv.formats import FORMATS
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_SEED = 2**63 - 1
+ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
+"""Of a session's name: nothing that means something in a path."""
 MIN_TEMPERATURE = 1e-3
 """Below, and not 0, logits / temperature leaves float32."""
 
@@ -63,6 +74,46 @@ def _drop_neutral(data: Any, neutral: Mapping[str, tuple[Any, ...]]) -> Any:
     return kept
 
 
+Fragment = dict[str, Any]
+
+
+def _either(*, absent: str, given: str) -> Fragment:
+    """A field that is left out or null, unless another is true: as JSON Schema, for the document."""
+    return {
+        "anyOf": [
+            {"properties": {absent: {"type": "null"}}},
+            {"properties": {given: {"const": True}}, "required": [given]},
+        ]
+    }
+
+
+_TOGETHER: Fragment = {"allOf": [_either(absent="stream_options", given="stream")]}
+_CHAT_TOGETHER: Fragment = {
+    "allOf": [
+        *_TOGETHER["allOf"],
+        _either(absent="top_logprobs", given="logprobs"),
+        {
+            "anyOf": [
+                {"properties": {"max_tokens": {"type": "null"}}},
+                {"properties": {"max_completion_tokens": {"type": "null"}}},
+            ]
+        },
+    ]
+}
+_TEMPERATURE: Fragment = {
+    "anyOf": [{"const": 0}, {"type": "number", "minimum": MIN_TEMPERATURE, "maximum": 2}, {"type": "null"}]
+}
+
+
+def _whole(value: Any) -> Any:
+    """Make integers of numbers such as 4.0, which are integers in JSON Schema's words."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    return {name: _whole(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+
 class Strict(BaseModel):
     """No unknown field, no number in a string, no NaN."""
 
@@ -87,8 +138,8 @@ class StreamOptions(Strict):
 class KVTypesField(Strict):
     """How this request's KV cache is stored, in place of the server's own types."""
 
-    type_k: str = Field(max_length=32)
-    type_v: str = Field(max_length=32)
+    type_k: str = Field(max_length=32, json_schema_extra={"enum": list(FORMATS)})
+    type_v: str = Field(max_length=32, json_schema_extra={"enum": list(FORMATS)})
     rotate_k: bool = False
     rotate_v: bool = False
     tail: int = Field(0, ge=0, lt=2**31)
@@ -107,7 +158,9 @@ class Common(Strict):
     stop: Annotated[list[Text] | None, BeforeValidator(_as_list, json_schema_input_type=list[Text] | Text | None)] = (
         Field(None, max_length=MAX_STOPS)
     )
-    temperature: float | None = Field(None, ge=0, le=2, description=f"0 (greedy), or {MIN_TEMPERATURE} to 2; default 1")
+    temperature: Annotated[float | None, WithJsonSchema(_TEMPERATURE)] = Field(
+        None, ge=0, le=2, description=f"0 (greedy), or {MIN_TEMPERATURE} to 2; default 1"
+    )
     top_p: float | None = Field(None, gt=0, le=1, description="default 1: keeps all")
 
     top_k: int | None = Field(None, ge=0, lt=2**31, description="not OpenAI's; default 0: keeps all")
@@ -115,7 +168,12 @@ class Common(Strict):
     stop_token_ids: list[TokenId] | None = Field(None, max_length=64, description="not OpenAI's")
     ignore_eos: bool | None = Field(None, description="not OpenAI's; go on past the end-of-text token")
     cache_prompt: bool | None = Field(None, description="not OpenAI's; whether to begin from a stored prefix")
-    session: str | None = Field(None, max_length=64, description="not OpenAI's; what it can be saved as")
+    session: str | None = Field(
+        None,
+        max_length=64,
+        description="not OpenAI's; what it can be saved as",
+        json_schema_extra={"pattern": ID_PATTERN},
+    )
     kv_types: KVTypesField | None = Field(None, description="not OpenAI's")
 
     user: str | None = Field(None, max_length=512, description="accepted; nothing is done with it")
@@ -128,7 +186,7 @@ class Common(Strict):
     @model_validator(mode="before")
     @classmethod
     def _refuse_what_is_not_offered(cls, data: Any) -> Any:
-        return _drop_neutral(data, _NEUTRAL)
+        return _whole(_drop_neutral(data, _NEUTRAL))
 
     @field_validator("temperature")
     @classmethod
@@ -156,9 +214,11 @@ def _one_prompt(value: Any) -> Any:
 class CompletionRequest(Common):
     """The body of `/v1/completions`."""
 
+    model_config = ConfigDict(json_schema_extra=_TOGETHER)
+
     prompt: Annotated[
         str | list[TokenId],
-        BeforeValidator(_one_prompt, json_schema_input_type=str | list[TokenId]),
+        BeforeValidator(_one_prompt, json_schema_input_type=str | Annotated[list[TokenId], Field(min_length=1)]),
     ] = Field(description="text, or token ids; a list of one prompt is taken too")
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
@@ -189,6 +249,8 @@ class Message(Strict):
 
 class ChatRequest(Common):
     """The body of `/v1/chat/completions`."""
+
+    model_config = ConfigDict(json_schema_extra=_CHAT_TOGETHER)
 
     messages: list[Message] = Field(min_length=1, max_length=65536)
     max_completion_tokens: int | None = Field(None, ge=1, le=2**40)

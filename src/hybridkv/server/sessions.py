@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Protocol
 
 from hybridkv.engine.requests import Ticket
+from hybridkv.engine.session import remove_leftovers
 from hybridkv.errors import SessionError
 from hybridkv.server.refusals import RefusalError
 from hybridkv.server.replies import Session
-
-ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
-"""Nothing that means something in a path."""
+from hybridkv.server.schema import ID_PATTERN
 
 MAX_REMEMBERED = 1024
 """Sessions whose last request is known; the one that was used longest ago is forgotten first."""
@@ -44,10 +43,12 @@ class Sessions:
     keeper
         Reads and writes files.
     directory
-        Where they are; None keeps none.
+        Where they are; None keeps none. What killed servers left there half written is removed.
     """
 
     def __init__(self, keeper: Keeper, directory: Path | None) -> None:
+        if directory is not None:
+            remove_leftovers(directory)
         self._keeper, self._directory = keeper, directory
         self._last: OrderedDict[str, Ticket] = OrderedDict()
 

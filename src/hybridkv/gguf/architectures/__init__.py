@@ -12,6 +12,7 @@ from hybridkv.errors import ModelFileError
 from hybridkv.gguf.architectures import (
     falcon_h1,
     gemma3,
+    granite,
     granitehybrid,
     jamba,
     lfm2,
@@ -36,6 +37,7 @@ _MODULES = (
     lfm2,
     lfm2moe,
     granitehybrid,
+    granite,
     nemotron_h,
     nemotron_h_moe,
     jamba,
@@ -50,6 +52,14 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {module.ARCHITECTURE.name: module.ARCHITECTURE for module in _MODULES}
 )
 
+WRITABLE: tuple[Architecture, ...] = (*ARCHITECTURES.values(), granite.HYBRID_CLASS)
+"""What configs can be written as: some architectures are those of several Transformers classes."""
+
+_REFUSED = {
+    "qwen4exp": "hyper-connections, an indexer that selects keys, and embeddings of hashed n-grams",
+}
+"""Architectures that people have files of, and what of them is not computed here."""
+
 
 def get_architecture(header: Header) -> Architecture:
     """Return the record of a file's architecture.
@@ -59,9 +69,15 @@ def get_architecture(header: Header) -> Architecture:
     ModelFileError
         For an architecture that is not in the table.
     """
-    if header.architecture not in ARCHITECTURES:
+    name, known = header.architecture, ", ".join(ARCHITECTURES)
+    if name in _REFUSED:
         raise ModelFileError(
-            f"{header.path}: unknown architecture {header.architecture!r}; known: {', '.join(ARCHITECTURES)}",
-            hint="load the model from its Hugging Face directory instead",
+            f"{header.path}: architecture {name!r} is not supported: it needs {_REFUSED[name]}; known: {known}",
+            hint="current llama.cpp runs such files",
         )
-    return ARCHITECTURES[header.architecture]
+    if name not in ARCHITECTURES:
+        raise ModelFileError(
+            f"{header.path}: unknown architecture {name!r}; known: {known}",
+            hint="the model's Hugging Face directory runs if Transformers has a class for its config.json",
+        )
+    return ARCHITECTURES[name]

@@ -6,6 +6,8 @@ projections as one stack, gate above up, as some newer files do.
 
 from __future__ import annotations
 
+from gguf import ExpertGatingFuncType
+
 from hybridkv.gguf.architectures.record import Config, TensorRule
 from hybridkv.gguf.metadata import Metadata
 
@@ -41,6 +43,26 @@ SHARED_EXPERT = (
 def routed(meta: Metadata, layer: int) -> bool:
     """Whether a layer of this file has experts."""
     return meta.has_tensor(f"blk.{layer}.{ROUTER}")
+
+
+def check_routing(meta: Metadata, gating: ExpertGatingFuncType, *, normalised: bool = True) -> None:
+    """Check the counts of experts, and refuse a way to choose and weigh them that the model's class does not compute.
+
+    Parameters
+    ----------
+    gating
+        Makes scores of the router's output.
+    normalised
+        Whether the weights of a token's experts are made to sum to one.
+    """
+    meta.integer("expert_used_count", high=meta.integer("expert_count"))
+    meta.fixed("expert_gating_func", (0, int(gating)), f"{int(gating)} ({gating.name.lower()})")
+    word = "true" if normalised else "false"
+    for key in ("expert_weights_norm", "norm_top_k_prob"):  # the second is ollama's
+        meta.fixed(key, (normalised,), f"{word}: whether the weights of a token's experts are made to sum to one")
+    meta.fixed("expert_weights_scale", (0.0, 1.0), "1.0: scaled weights of experts are not supported here")
+    for key in ("expert_group_count", "expert_group_used_count"):
+        meta.fixed(key, (0, 1), "1: groups of experts are not supported here")
 
 
 def sparse_everywhere(config: Config) -> str | None:

@@ -15,7 +15,7 @@ from hybridkv.gguf.architectures import mamba2
 from hybridkv.gguf.architectures.layers import head_fields, head_keys
 from hybridkv.gguf.architectures.llama import REALS, SIZES
 from hybridkv.gguf.architectures.record import Architecture, Config, Fields, Keys, TensorRule
-from hybridkv.gguf.architectures.rope import rope_fields, rope_keys, rope_problem
+from hybridkv.gguf.architectures.rope import KINDS, rope_fields, rope_keys, rope_problem
 from hybridkv.gguf.decode import Floats
 from hybridkv.gguf.metadata import Metadata
 
@@ -47,6 +47,8 @@ _LAYER = (
     TensorRule("attn_v.weight", "self_attn.v_proj.weight", scale=lambda c: c.attention_in_multiplier),
     TensorRule("attn_output.weight", "self_attn.o_proj.weight", scale=lambda c: c.attention_out_multiplier),
     *_MIXER,
+    # llama.cpp asks for the name without suffix, and its converter writes it so.
+    TensorRule("ffn_norm", "pre_ff_layernorm.weight"),
     TensorRule("ffn_norm.weight", "pre_ff_layernorm.weight"),
     TensorRule("ffn_gate.weight", "feed_forward.gate_proj.weight", scale=lambda c: c.mlp_multipliers[0]),
     TensorRule("ffn_up.weight", "feed_forward.up_proj.weight"),
@@ -78,11 +80,13 @@ def _keys(config: Config) -> Keys:
 def _problem(config: Config) -> str | None:
     if config.attention_bias or config.mlp_bias or config.projectors_bias or config.mamba_proj_bias:
         return "its projections have biases"
+    if mamba2.limited(config):
+        return "its mixers' time steps are limited"
     if config.mamba_rms_norm and config.mamba_norm_before_gate:
         return "its mixers normalise before the gate"
     if config.tie_word_embeddings and config.embedding_multiplier != config.lm_head_multiplier:
         return "embeddings and head are one matrix with two multipliers"
-    return rope_problem(config, ("default", "linear", "yarn"))
+    return rope_problem(config, KINDS)
 
 
 ARCHITECTURE = Architecture(

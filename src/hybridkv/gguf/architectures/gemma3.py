@@ -17,7 +17,7 @@ from types import MappingProxyType
 from hybridkv.gguf.architectures.layers import head_fields, head_keys, n_blocks
 from hybridkv.gguf.architectures.llama import FEED_FORWARD, REALS, SIZES
 from hybridkv.gguf.architectures.record import ZERO_CENTRED, Architecture, Config, Fields, Keys, TensorRule
-from hybridkv.gguf.architectures.rope import rope_fields, rope_keys
+from hybridkv.gguf.architectures.rope import rope_fields, rope_keys, unscaled_fields
 from hybridkv.gguf.metadata import Metadata
 
 _LAYERS_OF_27B = 62
@@ -53,11 +53,11 @@ def _fields(meta: Metadata) -> Fields:
         **heads,
         "sliding_window": meta.integer("attention.sliding_window", high=2**31 - 1),
         "layer_types": _layer_types(meta, layers),
-        "query_pre_attn_scalar": round(meta.real("attention.scale") ** -2) if meta.has("attention.scale") else scaled,
+        "query_pre_attn_scalar": _score_scale(meta) if meta.has("attention.scale") else scaled,
         "final_logit_softcapping": _softcap(meta),
         "rope_parameters": {
             "full_attention": rope_fields(meta, heads["head_dim"]) | theta,
-            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+            "sliding_attention": unscaled_fields(meta, local, heads["head_dim"]),
         },
     }
 
@@ -66,8 +66,16 @@ def _heads(meta: Metadata) -> int:
     return meta.integer("attention.head_count")
 
 
+def _score_scale(meta: Metadata) -> int:
+    """Return the number whose root scores are divided by, which is whole in a config."""
+    number = meta.real("attention.scale") ** -2
+    if not 0.5 < number < 2**31 or abs(number - round(number)) > 1e-4 * number:
+        meta.expected("attention.scale", "one over the root of a whole number")
+    return round(number)
+
+
 def _softcap(meta: Metadata) -> float | None:
-    return meta.real("final_logit_softcapping") if meta.has("final_logit_softcapping") else None
+    return meta.real_or("final_logit_softcapping", 0.0) or None
 
 
 def _layer_types(meta: Metadata, layers: int) -> list[str]:

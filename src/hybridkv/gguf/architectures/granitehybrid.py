@@ -6,19 +6,22 @@ How the file differs from Transformers' `GraniteMoeHybridForCausalLM`:
   has a dense model's names.
 * Query and key rows are interleaved as in `llama`, though most models have no RoPE: `rope.scaling.finetuned` says
   whether they have.
-* The four multipliers are keys. KV heads are counted per layer, zero in Mamba layers.
+* The four multipliers are keys; scores that have none are divided by the root of the head dim. KV heads are counted
+  per layer, zero in Mamba layers.
 """
 
 from __future__ import annotations
 
 from types import MappingProxyType
 
+from gguf import ExpertGatingFuncType
+
 from hybridkv.gguf.architectures import mamba2
-from hybridkv.gguf.architectures.experts import experts
-from hybridkv.gguf.architectures.layers import head_keys, kv_heads_per_layer
+from hybridkv.gguf.architectures.experts import check_routing, experts
+from hybridkv.gguf.architectures.layers import head_keys, kv_heads_per_layer, spread_head_dim
 from hybridkv.gguf.architectures.llama import REALS
 from hybridkv.gguf.architectures.record import Architecture, Config, Fields, Keys, TensorRule, embeddings, rotary_halves
-from hybridkv.gguf.architectures.rope import no_scaling, partial_rotary, rope_keys, rope_problem
+from hybridkv.gguf.architectures.rope import KINDS, rope_fields, rope_keys, rope_problem
 from hybridkv.gguf.decode import Order
 from hybridkv.gguf.metadata import Metadata
 
@@ -77,33 +80,33 @@ _DENSE = (
 
 
 def _fields(meta: Metadata) -> Fields:
-    no_scaling(meta)
     sizes = mamba2.mixer_fields(meta)
-    hidden, n_heads = meta.integer("embedding_length"), meta.integer("attention.head_count")
+    hidden, size = meta.integer("embedding_length"), spread_head_dim(meta)
     if sizes["inner"] % hidden:
         meta.fail(f"{sizes['inner']} values of a mixer are no multiple of the {hidden} of the model")
     n_kv_heads, attends = kv_heads_per_layer(meta)
     rotated = meta.flag(_FINETUNED, default=True)
-    if rotated and partial_rotary(meta, hidden // n_heads):
-        meta.expected("rope.dimension_count", "all dimensions of a head")
+    if not rotated:
+        meta.disregard("rope.")
     n_experts = meta.integer("expert_count", low=0) if meta.has("expert_count") else 0
     routed: Fields = {"num_local_experts": 0, "shared_intermediate_size": meta.integer("feed_forward_length")}
     if n_experts:
+        check_routing(meta, ExpertGatingFuncType.SOFTMAX)
         routed = {
             "num_local_experts": n_experts,
             "num_experts_per_tok": meta.integer("expert_used_count", high=n_experts),
             "shared_intermediate_size": meta.integer("expert_shared_feed_forward_length"),
         }
-    theta = meta.real("rope.freq_base") if meta.has("rope.freq_base") else 10000.0
     return {
         **mamba2.bamba_fields(meta),
         **routed,
-        **{field: meta.real(key) for field, key in _MULTIPLIERS.items() if meta.has(key)},
+        **{field: meta.real_or(key, 1.0) for field, key in _MULTIPLIERS.items()},
+        "attention_multiplier": meta.real_or("attention.scale", size**-0.5),
         "mamba_expand": sizes["inner"] // hidden,
         "num_key_value_heads": n_kv_heads,
         "layer_types": ["full_attention" if each else "linear_attention" for each in attends],
         "position_embedding_type": "rope" if rotated else None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": theta},
+        "rope_parameters": rope_fields(meta, size) if rotated else {"rope_type": "default", "rope_theta": 10000.0},
     }
 
 
@@ -130,9 +133,11 @@ def _keys(config: Config) -> Keys:
 def _problem(config: Config) -> str | None:
     if config.attention_bias or config.mamba_proj_bias:
         return "its projections have biases"
+    if mamba2.limited(config):
+        return "its mixers' time steps are limited"
     if len({*config.layer_types}) == 1:
         return "its layers are all of one kind"
-    return rope_problem(config, ("default",))
+    return rope_problem(config, KINDS)
 
 
 def _layers(config: Config) -> list[tuple[str, ...]]:

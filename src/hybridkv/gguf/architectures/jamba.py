@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import MappingProxyType
 
-from hybridkv.gguf.architectures.experts import experts, routed
-from hybridkv.gguf.architectures.layers import head_keys, kv_heads_per_layer, n_blocks
+from gguf import ExpertGatingFuncType
+
+from hybridkv.gguf.architectures.experts import check_routing, experts, routed
+from hybridkv.gguf.architectures.layers import head_keys, kv_heads_per_layer, n_blocks, spread_head_dim
 from hybridkv.gguf.architectures.llama import REALS, SIZES
 from hybridkv.gguf.architectures.record import LOG_DECAY, Architecture, Config, Fields, Keys, TensorRule, embeddings
 from hybridkv.gguf.metadata import Metadata
@@ -55,6 +57,8 @@ _DENSE = (
 
 
 def _fields(meta: Metadata) -> Fields:
+    meta.disregard("rope.")
+    spread_head_dim(meta)
     hidden, inner = meta.integer("embedding_length"), meta.integer("ssm.inner_size")
     if inner % hidden:
         meta.fail(f"{inner} values of a mixer are no multiple of the {hidden} of the model")
@@ -70,7 +74,10 @@ def _fields(meta: Metadata) -> Fields:
         "attn_layer_offset": attn_offset,
         "num_experts": 1,
     }
-    if any(with_experts):
+    if not any(with_experts):
+        meta.disregard("expert_")
+    else:
+        check_routing(meta, ExpertGatingFuncType.SOFTMAX, normalised=False)
         n_experts = meta.integer("expert_count", low=2)
         period, offset = _every(meta, with_experts, "experts")
         fields |= {
@@ -94,11 +101,11 @@ def _every(meta: Metadata, which: Sequence[bool], what: str) -> tuple[int, int]:
 
 
 def _keys(config: Config) -> Keys:
+    n_used = config.num_experts_per_tok
     return {
         **head_keys(config, [kind == "full_attention" for kind in config.layer_types]),
         "ssm.inner_size": config.mamba_expand * config.hidden_size,
-        "expert_count": config.num_experts,
-        "expert_used_count": config.num_experts_per_tok,
+        **({"expert_count": config.num_experts, "expert_used_count": n_used} if config.num_experts > 1 else {}),
     }
 
 

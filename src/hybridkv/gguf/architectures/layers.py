@@ -25,6 +25,11 @@ def n_blocks(meta: Metadata) -> tuple[int, int]:
 def kv_heads(meta: Metadata) -> int:
     """Return the number of KV heads that all layers have, the query heads' where the file says none."""
     n_heads = meta.integer("attention.head_count")
+    if meta.is_array("attention.head_count_kv"):
+        n_kv_heads, attends = kv_heads_per_layer(meta)
+        if not all(attends):
+            meta.expected("attention.head_count_kv", "KV heads in all layers")
+        return n_kv_heads
     n_kv_heads = meta.integer("attention.head_count_kv") if meta.has("attention.head_count_kv") else n_heads
     return checked_heads(meta, n_heads, n_kv_heads)
 
@@ -54,6 +59,17 @@ def head_dim(meta: Metadata) -> int:
         size = meta.integer("attention.key_length")
     if meta.has("attention.value_length"):
         meta.integer("attention.value_length", low=size, high=size)
+    if not size:
+        meta.fail(f"{meta.integer('attention.head_count')} heads share {meta.integer('embedding_length')} values")
+    return size
+
+
+def spread_head_dim(meta: Metadata) -> int:
+    """Return the head dim where it can only be the width spread over the heads, since the config has no other."""
+    size = head_dim(meta)
+    spread = meta.integer("embedding_length") // meta.integer("attention.head_count")
+    if size != spread:
+        meta.expected("attention.key_length", f"{spread}, the embedding's width over the heads")
     return size
 
 

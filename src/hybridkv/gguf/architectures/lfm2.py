@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from hybridkv.gguf.architectures.layers import head_dim, head_keys, kv_heads_per_layer
+from hybridkv.gguf.architectures.layers import head_keys, kv_heads_per_layer, spread_head_dim
 from hybridkv.gguf.architectures.llama import SIZES
 from hybridkv.gguf.architectures.record import Architecture, Config, Fields, Keys, TensorRule
-from hybridkv.gguf.architectures.rope import rope_fields, rope_keys, rope_problem
+from hybridkv.gguf.architectures.rope import KINDS, rope_fields, rope_keys, rope_problem
 from hybridkv.gguf.metadata import Metadata
 
 REALS = {"norm_eps": "attention.layer_norm_rms_epsilon"}
@@ -53,7 +53,7 @@ def layer_fields(meta: Metadata) -> Fields:
     return {
         "num_key_value_heads": n_kv_heads,
         "layer_types": ["full_attention" if each else "conv" for each in attends],
-        "rope_parameters": rope_fields(meta, head_dim(meta)),
+        "rope_parameters": rope_fields(meta, spread_head_dim(meta)),
         "conv_bias": False,
     }
 
@@ -69,7 +69,7 @@ def problem(config: Config) -> str | None:
     """Return what cannot be written of a config."""
     if config.conv_bias or "full_attention" not in config.layer_types:
         return "its convolutions have biases, or no layer attends"
-    return rope_problem(config, ("default", "linear", "yarn"))
+    return rope_problem(config, KINDS)
 
 
 def _fields(meta: Metadata) -> Fields:

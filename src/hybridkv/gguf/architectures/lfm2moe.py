@@ -11,6 +11,7 @@ from types import MappingProxyType
 from gguf import ExpertGatingFuncType
 
 from hybridkv.gguf.architectures import experts, lfm2
+from hybridkv.gguf.architectures.layers import n_blocks
 from hybridkv.gguf.architectures.llama import SIZES
 from hybridkv.gguf.architectures.record import Architecture, Config, Fields, Keys, TensorRule
 from hybridkv.gguf.metadata import Metadata
@@ -19,7 +20,8 @@ _DENSE = "leading_dense_block_count"
 
 
 def _fields(meta: Metadata) -> Fields:
-    n_dense = meta.integer(_DENSE, low=0, high=len(meta.header.tensors)) if meta.has(_DENSE) else 0
+    experts.check_routing(meta, ExpertGatingFuncType.SIGMOID)
+    n_dense = meta.integer(_DENSE, low=0, high=n_blocks(meta)[0]) if meta.has(_DENSE) else 0
     return {**lfm2.layer_fields(meta), "num_dense_layers": n_dense, "norm_topk_prob": True, "use_expert_bias": True}
 
 

@@ -7,6 +7,7 @@ Source: llama.cpp conversion/mamba.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from hybridkv.gguf.architectures.record import LOG_DECAY, Config, Fields, Keys, TensorRule
@@ -40,6 +41,7 @@ def mixer(module: str, heads: str, groups: str, inner: Callable[[Config], int]) 
         TensorRule("ssm_conv1d.weight", f"{module}.conv1d.weight"),
         TensorRule("ssm_conv1d.bias", f"{module}.conv1d.bias"),
         TensorRule("ssm_dt.bias", f"{module}.dt_bias"),
+        TensorRule("ssm_dt", f"{module}.dt_bias"),  # ollama's name
         TensorRule("ssm_a", f"{module}.A_log", values=LOG_DECAY, shape=column),
         TensorRule("ssm_d", f"{module}.D", shape=column),
         TensorRule("ssm_norm.weight", f"{module}.norm.weight", shape=folded),
@@ -72,6 +74,12 @@ def bamba_fields(meta: Metadata) -> Fields:
         "mamba_conv_bias": any(info.name.endswith("ssm_conv1d.bias") for info in meta.header.tensors),
         "mamba_proj_bias": False,
     }
+
+
+def limited(config: Config) -> bool:
+    """Whether a config keeps time steps within bounds, which this format has no place for."""
+    low, high = config.time_step_limit
+    return bool(low > 0 or high < math.inf)
 
 
 def inner_keys(inner: int) -> Keys:

@@ -2,7 +2,9 @@
 
 How the file differs from Transformers' `NemotronHForCausalLM`: what kind a layer is follows from its KV heads and its
 feed-forward width, both counted per layer: neither means Mamba. Query and key rows are interleaved as in `llama`,
-though there is no RoPE.
+though there is no RoPE. All norms are RMSNorms of one epsilon; llama.cpp insists on the key of LayerNorm's and prefers
+that of RMSNorm's, so both are written and either is read. Transformers' class keeps a mixer's time steps above
+`time_step_min`; the format has no place for that, and neither llama.cpp nor the original code does it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ SIZES = {
     "n_groups": "ssm.group_count",
     "conv_kernel": "ssm.conv_kernel",
 }
-REALS = {"layer_norm_epsilon": "attention.layer_norm_rms_epsilon"}
+_EPSILONS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
+_NO_LIMIT = 1e-30
+"""For `time_step_min`, whose logarithm Transformers takes."""
 
 
 def _query_rows(config: Config) -> Order:
@@ -58,8 +62,15 @@ TENSORS = {
 }
 
 
+def _epsilon(meta: Metadata) -> float:
+    """Return the epsilon of all norms: RMSNorm's of the two, where a file has both."""
+    found = [meta.real(key) for key in _EPSILONS if meta.has(key)]
+    return found[0] if found else meta.real(_EPSILONS[0])
+
+
 def layer_fields(meta: Metadata, feed_forward: str) -> Fields:
     """Return heads and layer types; layers with a feed-forward width are of kind `feed_forward`."""
+    meta.disregard("rope.")
     blocks, layers = n_blocks(meta)
     n_kv = meta.integers("attention.head_count_kv", blocks)[:layers]
     widths = meta.integers("feed_forward_length", blocks)[:layers]
@@ -73,6 +84,8 @@ def layer_fields(meta: Metadata, feed_forward: str) -> Fields:
     if (True, True) in pairs:
         meta.fail(f"layer {pairs.index((True, True))} has both KV heads and a feed-forward width")
     return {
+        "time_step_min": _NO_LIMIT,
+        "layer_norm_epsilon": _epsilon(meta),
         "layers_block_type": [kinds[each] for each in pairs],
         "num_key_value_heads": checked_heads(meta, meta.integer("attention.head_count"), max(n_kv)),
         "head_dim": head_dim(meta),
@@ -88,6 +101,7 @@ def keys(config: Config, width: int) -> Keys:
     return {
         **head_keys(config, [kind == "full_attention" for kind in kinds]),
         **mamba2.inner_keys(_inner(config)),
+        **dict.fromkeys(_EPSILONS, float(config.layer_norm_epsilon)),
         "feed_forward_length": [width * (kind in ("mlp", "moe")) for kind in kinds],
     }
 
@@ -115,7 +129,7 @@ ARCHITECTURE = Architecture(
     config_class="NemotronHConfig",
     model_class="NemotronHForCausalLM",
     sizes=SIZES,
-    reals=REALS,
+    reals={},
     fields=lambda meta: layer_fields(meta, "mlp"),
     keys=lambda config: keys(config, config.intermediate_size),
     layers=layers,

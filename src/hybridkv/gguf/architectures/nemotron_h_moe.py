@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+from gguf import ExpertGatingFuncType
+
 from hybridkv.gguf.architectures import nemotron_h
 from hybridkv.gguf.architectures.record import Architecture, Config, Fields, Keys, TensorRule
 from hybridkv.gguf.metadata import Metadata
@@ -30,19 +32,41 @@ _EXPERTS = (
     TensorRule("ffn_down_shexp.weight", "mixer.shared_experts.down_proj.weight"),
     TensorRule("ffn_latent_down.weight", "mixer.fc1_latent_proj.weight"),
     TensorRule("ffn_latent_up.weight", "mixer.fc2_latent_proj.weight"),
+    # ollama's names of the two.
+    TensorRule("ffn_latent_in.weight", "mixer.fc1_latent_proj.weight"),
+    TensorRule("ffn_latent_out.weight", "mixer.fc2_latent_proj.weight"),
 )
 
 
 def _fields(meta: Metadata) -> Fields:
     fields = nemotron_h.layer_fields(meta, "moe")
-    scale = meta.real("expert_weights_scale") if meta.has("expert_weights_scale") else 1.0
+    sigmoid = int(ExpertGatingFuncType.SIGMOID)
+    meta.fixed("expert_gating_func", (0, sigmoid), f"{sigmoid} (sigmoid)")
     return {
         **fields,
-        **{field: meta.integer(key) for field, key in _GROUPS.items() if meta.has(key)},
-        "routed_scaling_factor": scale,
-        "norm_topk_prob": meta.flag("expert_weights_norm", default=True),
+        **_groups(meta),
+        "routed_scaling_factor": meta.real_or("expert_weights_scale", 1.0),
+        # llama.cpp's default: it counts for files, Transformers' own is the opposite.
+        "norm_topk_prob": meta.flag("expert_weights_norm", default=False),
         "moe_latent_size": meta.integer(_LATENT) if meta.has(_LATENT) else None,
     }
+
+
+def _groups(meta: Metadata) -> Fields:
+    """Return the groups that experts are chosen from, one if the file has none, and check all counts of experts."""
+    n_experts = meta.integer("expert_count")
+    n_used = meta.integer("expert_used_count", high=n_experts)
+    group_count, used_count = _GROUPS.values()
+    n_groups = meta.integer(group_count, low=0, high=n_experts) if meta.has(group_count) else 0
+    if n_groups <= 1:
+        meta.fixed(used_count, (0, 1), "1: there is one group")
+        return dict.fromkeys(_GROUPS, 1)
+    if n_experts % n_groups or n_experts // n_groups < 2:
+        meta.expected(group_count, f"a divisor of {n_experts} experts that leaves two or more in a group")
+    n_used_groups = meta.integer(used_count, high=n_groups)
+    if n_used > n_used_groups * (n_experts // n_groups):
+        meta.fail(f"{n_used} experts are used, and {n_used_groups} of {n_groups} groups have fewer")
+    return {"n_group": n_groups, "topk_group": n_used_groups}
 
 
 def _keys(config: Config) -> Keys:
@@ -67,7 +91,7 @@ ARCHITECTURE = Architecture(
     config_class="NemotronHConfig",
     model_class="NemotronHForCausalLM",
     sizes={**nemotron_h.SIZES, **_SIZES},
-    reals=nemotron_h.REALS,
+    reals={},
     fields=_fields,
     keys=_keys,
     layers=nemotron_h.layers,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from hybridkv.gguf.architectures.layers import head_dim, head_keys, kv_heads
+from hybridkv.gguf.architectures.layers import head_keys, kv_heads, spread_head_dim
 from hybridkv.gguf.architectures.llama import DENSE, FEED_FORWARD, REALS, SIZES
 from hybridkv.gguf.architectures.qwen3 import problem
 from hybridkv.gguf.architectures.record import Architecture, Config, Fields, Keys, embeddings
@@ -13,7 +13,7 @@ from hybridkv.gguf.metadata import Metadata
 
 
 def _fields(meta: Metadata) -> Fields:
-    return {"num_key_value_heads": kv_heads(meta), "rope_parameters": rope_fields(meta, head_dim(meta))}
+    return {"num_key_value_heads": kv_heads(meta), "rope_parameters": rope_fields(meta, spread_head_dim(meta))}
 
 
 def _keys(config: Config) -> Keys:

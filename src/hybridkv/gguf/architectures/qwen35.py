@@ -30,7 +30,7 @@ from hybridkv.gguf.architectures.record import (
     TensorRule,
     grouped,
 )
-from hybridkv.gguf.architectures.rope import no_scaling, partial_rotary, rope_keys, rope_problem
+from hybridkv.gguf.architectures.rope import KINDS, rope_fields, rope_keys, rope_problem
 from hybridkv.gguf.decode import Order
 from hybridkv.gguf.metadata import Metadata
 
@@ -44,12 +44,14 @@ SIZES = {
     "linear_num_value_heads": "ssm.time_step_rank",
 }
 
+_RECURRENT = "attention.recurrent_layers"
 
 REALS = {"rms_norm_eps": "attention.layer_norm_rms_epsilon"}
 
 
 def fields(meta: Metadata) -> Fields:
     """Return what `SIZES` cannot say of `Qwen3_5TextConfig`."""
+    meta.fixed("ssm.v_head_reordered", (True,), "true: value heads that are tiled over the key heads")
     return {**layer_fields(meta), "rope_parameters": rope(meta, meta.integer("attention.key_length"))}
 
 
@@ -72,13 +74,19 @@ def layer_fields(meta: Metadata, interval: int | None = None) -> Fields:
 def _attending(meta: Metadata, interval: int | None) -> tuple[int, list[bool]]:
     """Return the number of KV heads, and which layers attend.
 
-    A file says which either by an interval or, like other hybrids, by a KV head count per layer that is zero
-    where there is no attention.
+    A file says which by a KV head count per layer that is zero where there is no attention, as other hybrids do, by a
+    flag per layer, or by an interval.
     """
-    if meta.is_array("attention.head_count_kv"):
-        return kv_heads_per_layer(meta)
-    n_kv_heads = checked_heads(meta, meta.integer("attention.head_count"), meta.integer("attention.head_count_kv"))
     blocks, n_layers = n_blocks(meta)
+    flags = meta.flags(_RECURRENT, blocks)[:n_layers] if meta.has(_RECURRENT) else None
+    if meta.is_array("attention.head_count_kv"):
+        n_kv_heads, attends = kv_heads_per_layer(meta)
+        if flags is not None and flags != [not each for each in attends]:
+            meta.expected(_RECURRENT, "the layers without KV heads")
+        return n_kv_heads, attends
+    n_kv_heads = checked_heads(meta, meta.integer("attention.head_count"), meta.integer("attention.head_count_kv"))
+    if flags is not None:
+        return n_kv_heads, [not each for each in flags]
     if meta.has("full_attention_interval"):
         interval = meta.integer("full_attention_interval", high=blocks + 1)
     if interval is None:
@@ -95,17 +103,23 @@ def _layer_type(attends: bool) -> str:
 
 
 def rope(meta: Metadata, size: int) -> Fields:
-    """Return `rope_parameters`; the sections of a file's fourth, unused axis are left out."""
-    no_scaling(meta)
+    """Return `rope_parameters`; the section of a file's fourth, unused axis is left out, as it is by some files."""
     meta.integer("rope.dimension_count", low=2, high=size)
+    meta.real("rope.freq_base")
     return {
-        "rope_type": "default",
-        "rope_theta": meta.real("rope.freq_base"),
         "partial_rotary_factor": 1.0,
-        **partial_rotary(meta, size),
-        "mrope_section": meta.integers("rope.dimension_sections", 4)[:3],
+        **rope_fields(meta, size, partial=True),
+        "mrope_section": _sections(meta),
         "mrope_interleaved": True,
     }
+
+
+def _sections(meta: Metadata) -> list[int]:
+    key = "rope.dimension_sections"
+    sections = meta.integers(key, 3 if meta.length(key) == 3 else 4)
+    if any(sections[3:]):
+        meta.expected(key, "0 dimensions in a fourth section: that axis has no positions in a text")
+    return sections[:3]
 
 
 def keys(config: Config) -> Keys:
@@ -126,7 +140,7 @@ def layer_keys(config: Config) -> Keys:
     regular = all(each == ((layer + 1) % interval == 0) for layer, each in enumerate(attends))
     return {
         **head_keys(config, None if regular else attends),
-        **({"full_attention_interval": interval} if regular else {}),
+        **({"full_attention_interval": interval} if regular else {_RECURRENT: [not each for each in attends]}),
         "ssm.inner_size": config.linear_num_value_heads * config.linear_value_head_dim,
     }
 
@@ -135,7 +149,7 @@ def problem(config: Config) -> str | None:
     """Return what cannot be written of a config."""
     if "full_attention" not in config.layer_types or config.attention_bias:
         return "it has no attention layers, or attention biases"
-    return rope_problem(config, ("default",))
+    return rope_problem(config, KINDS, partial=True)
 
 
 def layers(config: Config) -> list[tuple[str, ...]]:
@@ -190,6 +204,7 @@ LINEAR_ATTENTION = (
     TensorRule("ssm_beta.weight", "linear_attn.in_proj_b.weight", rows=_per_head),
     TensorRule("ssm_a", "linear_attn.A_log", values=LOG_DECAY, cols=_per_head),
     TensorRule("ssm_dt.bias", "linear_attn.dt_bias", cols=_per_head),
+    TensorRule("ssm_dt", "linear_attn.dt_bias", cols=_per_head),  # ollama's name
     TensorRule("ssm_conv1d.weight", "linear_attn.conv1d.weight", rows=_behind_qk),
     TensorRule("ssm_norm.weight", "linear_attn.norm.weight"),
     TensorRule("ssm_out.weight", "linear_attn.out_proj.weight", cols=_per_value),

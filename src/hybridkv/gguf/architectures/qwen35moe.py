@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+from gguf import ExpertGatingFuncType
+
 from hybridkv.gguf.architectures import experts, qwen35
-from hybridkv.gguf.architectures.record import Architecture
+from hybridkv.gguf.architectures.record import Architecture, Fields
+from hybridkv.gguf.metadata import Metadata
+
+
+def _fields(meta: Metadata) -> Fields:
+    experts.check_routing(meta, ExpertGatingFuncType.SOFTMAX)
+    return qwen35.fields(meta)
+
 
 ARCHITECTURE = Architecture(
     name="qwen35moe",
@@ -13,7 +22,7 @@ ARCHITECTURE = Architecture(
     model_class="Qwen3_5MoeForCausalLM",
     sizes={**qwen35.SIZES, **experts.SHARED_SIZES},
     reals=qwen35.REALS,
-    fields=qwen35.fields,
+    fields=_fields,
     keys=qwen35.keys,
     layers=qwen35.layers,
     tensors=MappingProxyType(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
+from gguf import ExpertGatingFuncType
+
 from hybridkv.gguf.architectures import experts, qwen3
 from hybridkv.gguf.architectures.llama import DENSE, REALS, SIZES
 from hybridkv.gguf.architectures.record import Architecture, Config, Fields, embeddings
@@ -12,6 +14,7 @@ from hybridkv.gguf.metadata import Metadata
 
 
 def _fields(meta: Metadata) -> Fields:
+    experts.check_routing(meta, ExpertGatingFuncType.SOFTMAX)
     return {**qwen3.fields(meta), "norm_topk_prob": True}
 
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 from types import MappingProxyType
 
 import numpy as np
+from gguf import ExpertGatingFuncType
 
 from hybridkv.gguf.architectures import experts, qwen35
 from hybridkv.gguf.architectures.record import LOG_DECAY, Architecture, Config, Fields, Keys, TensorRule
-from hybridkv.gguf.architectures.rope import rope_fields, rope_keys, rope_problem
+from hybridkv.gguf.architectures.rope import KINDS, rope_fields, rope_keys, rope_problem
 from hybridkv.gguf.decode import Order
 from hybridkv.gguf.metadata import Metadata
 
@@ -56,6 +57,7 @@ LINEAR_ATTENTION = (
     TensorRule("ssm_ba.weight", "linear_attn.in_proj_ba.weight"),
     TensorRule("ssm_a", "linear_attn.A_log", values=LOG_DECAY),
     TensorRule("ssm_dt.bias", "linear_attn.dt_bias"),
+    TensorRule("ssm_dt", "linear_attn.dt_bias"),  # ollama's name
     TensorRule("ssm_conv1d.weight", "linear_attn.conv1d.weight"),
     TensorRule("ssm_norm.weight", "linear_attn.norm.weight"),
     TensorRule("ssm_out.weight", "linear_attn.out_proj.weight"),
@@ -64,9 +66,12 @@ LINEAR_ATTENTION = (
 
 def _fields(meta: Metadata) -> Fields:
     size = meta.integer("attention.key_length")
+    experts.check_routing(meta, ExpertGatingFuncType.SOFTMAX)
+    meta.fixed("ssm.v_head_reordered", (False,), "false: value heads that are grouped by key head")
     return {
         **qwen35.layer_fields(meta, _INTERVAL),
-        "rope_parameters": rope_fields(meta, size),
+        # Said in any case: the class has another default.
+        "rope_parameters": {"partial_rotary_factor": 1.0, **rope_fields(meta, size, partial=True)},
         "norm_topk_prob": True,
     }
 
@@ -78,7 +83,7 @@ def _keys(config: Config) -> Keys:
 def _problem(config: Config) -> str | None:
     if "full_attention" not in config.layer_types or config.attention_bias:
         return "it has no attention layers, or attention biases"
-    return experts.sparse_everywhere(config) or rope_problem(config, ("default", "linear", "yarn"))
+    return experts.sparse_everywhere(config) or rope_problem(config, KINDS, partial=True)
 
 
 ARCHITECTURE = Architecture(

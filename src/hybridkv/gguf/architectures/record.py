@@ -22,7 +22,7 @@ Fields = dict[str, Any]
 Config = Any
 """A Transformers config; which attributes it has, its architecture's file knows."""
 
-Key = int | float | bool | str | list[int] | list[float] | list[str]
+Key = int | float | bool | str | list[bool] | list[int] | list[float] | list[str]
 Keys = dict[str, Key]
 """Metadata of a file; the names are the architecture's unless they start with a shared prefix."""
 

@@ -5,12 +5,11 @@ from hybridkv.hf.step.fused import FusedStep
 from hybridkv.hf.step.graph import GraphStep
 from hybridkv.hf.step.record import Step
 from hybridkv.hf.step.weights import (
-    WeightKind,
-    holder,
+    Holder,
     pack_model,
-    packed_parameter,
     packing_rejects,
     parse_weights,
+    save_unpacked,
     vocabulary_rows,
 )
 
@@ -18,12 +17,11 @@ __all__ = [
     "EagerStep",
     "FusedStep",
     "GraphStep",
+    "Holder",
     "Step",
-    "WeightKind",
-    "holder",
     "pack_model",
-    "packed_parameter",
     "packing_rejects",
     "parse_weights",
+    "save_unpacked",
     "vocabulary_rows",
 ]

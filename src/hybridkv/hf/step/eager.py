@@ -12,7 +12,7 @@ from torch import Tensor
 from hybridkv.hf.cache import ModelCache
 from hybridkv.hf.facts import cache_argument, takes_chunks
 from hybridkv.hf.step.record import Answers, one_by_one
-from hybridkv.hf.step.weights import packed_types
+from hybridkv.hf.step.weights import types_held
 
 PREFILL_CHUNK = 512
 """Prompt tokens per forward pass; bounds the activations' memory."""
@@ -38,8 +38,8 @@ class EagerStep:
     @property
     def name(self) -> str:
         """With the weights' types, if they are packed."""
-        types = packed_types(self._model)
-        return f"eager, weights {' + '.join(types)}" if types else "eager"
+        types = types_held(self._model)
+        return f"eager, weights {types}" if types else "eager"
 
     def forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence; see `Step.forward`."""

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from hybridkv.hf.attention import attend_new
 from hybridkv.hf.cache import ModelCache
-from hybridkv.hf.layers import QuantizedLayer, StateLayer
+from hybridkv.hf.layers import QuantizedLayer
+from hybridkv.hf.states import StateLayer
 from hybridkv.hf.step.record import Answers, one_by_one
 from hybridkv.kernels import AttentionParams
 

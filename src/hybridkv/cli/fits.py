@@ -1,0 +1,149 @@
+"""Compare a run with the memory there is before weights are read; refuse it with the numbers and what would fit.
+
+A run that does not fit swaps, and takes the machine with it. For main memory alone: a CUDA allocation that fails is an
+error of its own, at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from hybridkv.cli.show import notice, size, weights_words
+from hybridkv.errors import ContextError
+
+if TYPE_CHECKING:
+    from hybridkv.cache import KVSpec
+    from hybridkv.cli.model_options import Opened
+    from hybridkv.held import Held
+
+_SMALLER = ("q8_0", "q4_0")
+"""Cache types that are tried for what would fit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a run takes at its full context.
+
+    Attributes
+    ----------
+    specs
+        Every KV layer of every cache that is alive at once.
+    n_caches
+        How many of these there are, with their own states.
+    n_ctx, n_seqs
+        Tokens of a sequence, and sequences of a cache.
+    more
+        Other bytes, by what they are.
+    budget_bytes
+        What KV and states may take at most; None for no limit.
+    guarded
+        Whether the guard measures the first prompt.
+    """
+
+    specs: Sequence[KVSpec]
+    n_ctx: int
+    n_seqs: int = 1
+    n_caches: int = 1
+    more: Mapping[str, int] = field(default_factory=dict)
+    budget_bytes: int | None = None
+    guarded: bool = True
+
+
+def check_memory(opened: Opened, demand: Demand) -> None:
+    """Refuse what does not fit; nothing is compared for other devices than the CPU.
+
+    Raises
+    ------
+    ContextError
+        With the numbers, and what would fit.
+    """
+    from hybridkv.memory import Available, available_memory
+
+    if opened.device_type != "cpu":
+        return
+    limit, option = opened.memory_limit, opened.limit_option
+    available = available_memory() if limit is None else Available(limit, f"allowed by {option}")
+    if available is None:
+        notice(f"this system does not say how much memory is free: nothing was compared with it ({option} SIZE does)")
+        return
+    held = opened.held()
+    parts = _parts(opened, demand)
+    kept = sum(parts.values())
+    needed = max(held.peak_bytes, held.n_bytes + kept)
+    if needed <= available.n_bytes:
+        return
+    shown = [f"{name} {size(n_bytes)}" for name, n_bytes in parts.items() if n_bytes]
+    loading = f"; {size(held.peak_bytes)} while they are loaded" if held.peak_bytes > 1.1 * held.n_bytes else ""
+    raise ContextError(
+        f"not enough memory: this takes {size(needed)}, and {size(available.n_bytes)} are {available.source}\n"
+        f"weights {size(held.n_bytes)} ({weights_words(held.parts)}{loading}); {', '.join(shown)}",
+        hint=f"{_hint(opened, demand, held, parts, available.n_bytes)}; {option} SIZE replaces what is free",
+    )
+
+
+def _kv_bytes(specs: Sequence[KVSpec], demand: Demand) -> int:
+    return sum(spec.bytes_at(demand.n_ctx, demand.n_seqs) for spec in specs)
+
+
+def _state_bytes(opened: Opened, n_seqs: int) -> int:
+    """Bytes of the states of sequences."""
+    from hybridkv.plan import plan
+
+    return plan((), opened.description.facts, n_ctx=0, n_seqs=n_seqs).state_bytes
+
+
+def _parts(opened: Opened, demand: Demand) -> dict[str, int]:
+    """Bytes beside the weights, by what they are."""
+    from hybridkv.plan import guard_bytes, work_bytes
+
+    states = _state_bytes(opened, demand.n_seqs) * demand.n_caches
+    kv = _kv_bytes(demand.specs, demand)
+    if demand.budget_bytes is not None and kv + states > demand.budget_bytes:
+        kv = max(0, demand.budget_bytes - states)
+    types = ", ".join(dict.fromkeys(spec.types.label for spec in demand.specs)) if demand.n_caches == 1 else ""
+    caches = f"at {types}" if types else f"in {demand.n_caches} caches"
+    return {
+        f"KV of {demand.n_seqs} x {demand.n_ctx} tokens {caches}": kv,
+        "states": states,
+        **demand.more,
+        "activations about": work_bytes(opened.description.config),
+        "the guard's copies": guard_bytes(demand.specs) if demand.guarded else 0,
+    }
+
+
+def _hint(opened: Opened, demand: Demand, held: Held, parts: Mapping[str, int], n_available: int) -> str:
+    """What would fit: other weights, a smaller type, a smaller context."""
+    from hybridkv.plan import largest_context
+
+    kv = next(iter(parts.values()))
+    rest = sum(parts.values()) - kv
+    free = n_available - held.n_bytes - rest
+    if held.peak_bytes > n_available or free < 0:
+        for kind in ("int8", "int4"):
+            smaller = opened.description.held(kind, "cpu", "f32", engine=opened.engine)
+            if (
+                opened.weights in ("auto", "f32", "bf16", "plain")
+                and max(smaller.peak_bytes, smaller.n_bytes + rest + kv) <= n_available
+            ):
+                return f"--weights {kind} holds the weights in {size(smaller.n_bytes)} and fits"
+        if held.peak_bytes <= n_available:
+            return f"{size(held.n_bytes + rest)} do not depend on the context: take a smaller model"
+        return "the weights do not fit: take a smaller model, or a machine with more memory"
+    if demand.budget_bytes is not None and kv + parts["states"] == demand.budget_bytes:
+        return f"--memory {(free + parts['states']) // 2**20}MiB for running sequences fits"
+    found = []
+    for name in _SMALLER:
+        specs = [replace(s, types=replace(s.types, type_k=name, type_v=name)) for s in demand.specs]
+        if demand.n_caches == 1 and _kv_bytes(specs, demand) <= min(free, kv - 1):
+            found.append(f"-ctk {name} -ctv {name}")
+            break
+    most = largest_context(demand.specs, free, n_seqs=demand.n_seqs)
+    if most and most < demand.n_ctx:
+        found.append(f"-c {most}")
+    one = _state_bytes(opened, 1) + _kv_bytes(demand.specs, replace(demand, n_seqs=1))
+    n_seqs = (free + parts["states"]) // one if demand.n_seqs > 1 and one else 0
+    if n_seqs:
+        found.append(f"-np {n_seqs}")
+    return f"{' or '.join(found)} fits" if found else "take fewer or smaller caches"

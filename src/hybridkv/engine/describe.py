@@ -1,0 +1,152 @@
+"""Find a model and say what it is from its header alone: GGUF files and Hugging Face directories.
+
+With `load.py`, the one place that knows both kinds. Reads no weights, so that types are resolved to kernels and memory
+is planned before anything large is touched; imports none of Transformers' models, so that a plan is there at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from hybridkv.cache import LayerFacts
+from hybridkv.errors import ModelError, ModelFileError
+from hybridkv.gguf.load import describe_gguf
+from hybridkv.held import Held, Runner, WeightKind, held_weights
+from hybridkv.hf.facts import layer_facts
+from hybridkv.hf.ranks import check_plan
+from hybridkv.native.choice import EngineKind, runs_natively
+
+if TYPE_CHECKING:
+    from hybridkv.hf.load import RemoteCode
+
+BUNDLED = "reference-hybrid-q8_0.gguf"
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A model before its weights.
+
+    Attributes
+    ----------
+    path
+        The file or directory.
+    name
+        What to call it.
+    config
+        Its Transformers config.
+    facts
+        What its layers remember.
+    n_ctx_train
+        Tokens it was trained for, or None if it does not say.
+    remote_code
+        Whether Python code in its directory may run.
+    n_ranks
+        Over how many processes it is cut; `facts` are those of one.
+    """
+
+    path: Path
+    name: str
+    config: Any
+    facts: tuple[LayerFacts, ...]
+    n_ctx_train: int | None
+    remote_code: RemoteCode = "refused"
+    n_ranks: int = 1
+
+    def held(
+        self, kind: WeightKind, device: str, plain: Literal["f32", "bf16"], *, engine: EngineKind = "auto"
+    ) -> Held:
+        """Bytes of the weights as `load` will hold them; those of one rank.
+
+        Parameters
+        ----------
+        kind
+            How matrices are held.
+        device
+            torch's device type.
+        plain
+            Type of what is not packed.
+        engine
+            What was asked to run it.
+        """
+        runner: Runner = "eager"
+        if kind != "plain" and self.n_ranks == 1 and runs_natively(self.config, device, self.path, engine):
+            runner = "native"
+        if self.n_ranks > 1:
+            from hybridkv.hf.load import count_parameters
+
+            n = count_parameters(self.config, remote_code=self.remote_code, n_ranks=self.n_ranks)
+            n_bytes = n * (4 if plain == "f32" else 2)
+            return Held({plain: n_bytes}, n_bytes)
+        loading: Literal["by tensor", "at once"] = "by tensor"
+        if self.path.is_dir():
+            from hybridkv.hf.checkpoint import stored_tensors as stored_in_directory
+            from hybridkv.hf.load import widens
+
+            tensors = stored_in_directory(self.path, self.config, remote_code=self.remote_code)
+            if not widens(self.path, self.config, remote_code=self.remote_code):
+                loading = "at once"
+        else:
+            from hybridkv.gguf.stored import stored_tensors
+
+            tensors = stored_tensors(self.path)
+        return held_weights(tensors, kind, device=device, plain=plain, loading=loading, runner=runner)
+
+
+def bundled_model() -> Path:
+    """The reference model that comes with the package: 29 M parameters, 3 attention and 9 recurrent layers."""
+    return Path(str(resources.files("hybridkv") / "models" / BUNDLED))
+
+
+def bundled_text() -> Path:
+    """Held-out English technical prose, 1.7 million characters, that the bundled model was not trained on."""
+    return Path(str(resources.files("hybridkv") / "models" / "heldout_long.txt"))
+
+
+def describe(path: Path, *, remote_code: RemoteCode = "refused", n_ranks: int = 1) -> Description:
+    """What a model is, from its header or config alone.
+
+    Parameters
+    ----------
+    n_ranks
+        Over how many processes it is to be cut.
+
+    Raises
+    ------
+    ModelFileError
+        If there is no model, or it is damaged or not understood.
+    ModelError
+        If its layers cannot be cached, or it cannot be cut so.
+    """
+    if not path.exists():
+        raise ModelFileError(f"no model at {path}", hint="leave -m out to run the bundled model")
+    if path.suffix == ".safetensors":
+        raise ModelFileError(f"{path} is a part of a model", hint=f"give its directory: -m {path.parent}")
+    if path.is_dir() or path.name == "config.json":
+        from hybridkv.hf.load import load_config
+
+        directory = path if path.is_dir() else path.parent
+        config, name = load_config(directory, remote_code=remote_code), directory.resolve().name
+        path = directory
+    elif n_ranks > 1:
+        raise ModelError(
+            f"{path}: a GGUF model runs in one process, not on {n_ranks} ranks",
+            hint="a Hugging Face model directory can be cut; Transformers does it",
+        )
+    else:
+        name, config = describe_gguf(path)
+    if n_ranks > 1:
+        check_plan(config)
+    text = config.get_text_config(decoder=True)
+    n_ctx_train = getattr(text, "max_position_embeddings", None)
+    printable = "".join(c if c.isprintable() else "?" for c in name)  # a file's word, shown on a terminal
+    return Description(path, printable, config, _facts(config, n_ranks), n_ctx_train, remote_code, n_ranks)
+
+
+def _facts(config: Any, n_ranks: int) -> tuple[LayerFacts, ...]:
+    try:
+        return layer_facts(config, n_ranks=n_ranks)
+    except (ArithmeticError, AttributeError, TypeError) as error:
+        raise ModelError(f"the config of {config.model_type!r} describes no model: {error}") from error

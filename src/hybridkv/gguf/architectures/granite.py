@@ -1,0 +1,116 @@
+"""`granite`: dense Granite models (3.x and the 4.0 ones without a recurrent layer), Llama with four multipliers.
+
+How the file differs from Transformers' `GraniteForCausalLM`: query and key rows are interleaved as in `llama`; scores
+are divided by the root of the head dim where the file has no `attention.scale`, and the other multipliers are one.
+
+Granite 4.0's dense models are published in the hybrids' class, `GraniteMoeHybridForCausalLM` with attention in every
+layer, whose gate and up projections are one matrix: `HYBRID_CLASS` is for writing those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import MappingProxyType
+
+from hybridkv.gguf.architectures import llama
+from hybridkv.gguf.architectures.layers import head_fields, head_keys
+from hybridkv.gguf.architectures.record import Architecture, Config, Fields, Keys, TensorRule, embeddings, rotary_halves
+from hybridkv.gguf.architectures.rope import SETTINGS, partial_rotary, rope_fields, rope_keys, rope_problem
+from hybridkv.gguf.decode import Order
+from hybridkv.gguf.metadata import Metadata
+
+MULTIPLIERS = {
+    "attention_multiplier": "attention.scale",
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
+FINETUNED = "rope.scaling.finetuned"
+"""Whether there is RoPE at all: Granite's meaning of this key."""
+
+
+def _head_dim(config: Config) -> int:
+    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size
+
+
+def _query_rows(config: Config) -> Order:
+    return rotary_halves(config.num_attention_heads, _head_dim(config))
+
+
+def _key_rows(config: Config) -> Order:
+    return rotary_halves(config.num_key_value_heads, _head_dim(config))
+
+
+_ATTENTION = (
+    TensorRule("attn_norm.weight", "input_layernorm.weight"),
+    TensorRule("attn_q.weight", "self_attn.q_proj.weight", rows=_query_rows),
+    TensorRule("attn_k.weight", "self_attn.k_proj.weight", rows=_key_rows),
+    TensorRule("attn_v.weight", "self_attn.v_proj.weight"),
+    TensorRule("attn_output.weight", "self_attn.o_proj.weight"),
+    TensorRule("attn_q.bias", "self_attn.q_proj.bias", cols=_query_rows),
+    TensorRule("attn_k.bias", "self_attn.k_proj.bias", cols=_key_rows),
+    TensorRule("attn_v.bias", "self_attn.v_proj.bias"),
+    TensorRule("attn_output.bias", "self_attn.o_proj.bias"),
+    TensorRule("ffn_norm.weight", "post_attention_layernorm.weight"),
+)
+_SHARED = (
+    TensorRule(("ffn_gate.weight", "ffn_up.weight"), "shared_mlp.input_linear.weight"),
+    TensorRule("ffn_down.weight", "shared_mlp.output_linear.weight"),
+)
+
+
+def _fields(meta: Metadata) -> Fields:
+    heads = head_fields(meta)
+    if not meta.flag(FINETUNED, default=True):
+        meta.expected(FINETUNED, "true: a dense Granite model without RoPE is not supported")
+    if heads["head_dim"] % 2 or partial_rotary(meta, heads["head_dim"]):
+        meta.expected("rope.dimension_count", "all dimensions of a head, an even number")
+    return {
+        **heads,
+        "attention_multiplier": heads["head_dim"] ** -0.5,
+        **{field: meta.real(key) for field, key in MULTIPLIERS.items() if meta.has(key)},
+        "rope_parameters": rope_fields(meta, heads["head_dim"]),
+        "attention_bias": meta.has_tensor("blk.0.attn_q.bias"),
+        "mlp_bias": meta.has_tensor("blk.0.ffn_up.bias"),
+    }
+
+
+def _keys(config: Config) -> Keys:
+    return {
+        **head_keys(config),
+        **rope_keys(config, _head_dim(config)),
+        **{key: float(getattr(config, field)) for field, key in MULTIPLIERS.items()},
+        FINETUNED: True,
+    }
+
+
+def _hybrid_problem(config: Config) -> str | None:
+    if {*config.layer_types} != {"full_attention"} or config.num_local_experts:
+        return "some of its layers are recurrent, or have experts"
+    if config.position_embedding_type != "rope":
+        return "it has no RoPE"
+    return rope_problem(config)
+
+
+ARCHITECTURE = Architecture(
+    name="granite",
+    config_class="GraniteConfig",
+    model_class="GraniteForCausalLM",
+    sizes=llama.SIZES,
+    reals=llama.REALS,
+    fields=_fields,
+    keys=_keys,
+    tensors=MappingProxyType({"model": embeddings(), "layer": _ATTENTION + llama.FEED_FORWARD}),
+    suits=rope_problem,
+    settings=SETTINGS,
+    source="gguf-py constants.py; llama.cpp conversion/granite.py and src/models/granite.cpp",
+)
+HYBRID_CLASS = replace(
+    ARCHITECTURE,
+    config_class="GraniteMoeHybridConfig",
+    model_class="GraniteMoeHybridForCausalLM",
+    sizes={**llama.SIZES, "shared_intermediate_size": "feed_forward_length"},
+    tensors=MappingProxyType({"model": embeddings(), "layer": _ATTENTION + _SHARED}),
+    suits=_hybrid_problem,
+)

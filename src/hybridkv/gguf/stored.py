@@ -1,0 +1,54 @@
+"""What a GGUF file stores of a model's weights, from its header alone: for counting bytes before any is read.
+
+Does not own what a run makes of them (`hybridkv.held`).
+"""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+
+from hybridkv.gguf.architectures import get_architecture
+from hybridkv.gguf.architectures.record import Architecture
+from hybridkv.gguf.load import _skipped
+from hybridkv.gguf.metadata import Metadata
+from hybridkv.gguf.reader import TensorInfo
+from hybridkv.gguf.split import read_model
+from hybridkv.held import Place, Shape, StoredTensor
+
+_CONVOLUTIONS = ("ssm_conv1d.weight", "shortconv.conv.weight")
+_PLACES: dict[str, Place] = {"token_embd.weight": "embedding", "output.weight": "head"}
+
+
+def stored_tensors(path: str | Path) -> tuple[StoredTensor, ...]:
+    """Return the tensors that become weights, and how each is stored.
+
+    Raises
+    ------
+    ModelFileError
+        For a damaged file.
+    """
+    meta = Metadata(read_model(path))
+    skipped = {name for names in _skipped(meta).values() for name in names}
+    plain = _plain_names(get_architecture(meta.header))
+    return tuple(_stored(info, plain) for info in meta.header.tensors if info.name not in skipped)
+
+
+def _plain_names(architecture: Architecture) -> frozenset[str]:
+    """Names, within a block, of the matrices that a file has row by row as the Transformers model does."""
+    rules = [rule for part in architecture.tensors.values() for rule in part]
+    lie = {r.gguf for r in rules if isinstance(r.gguf, str) and r.rows is None and r.cols is None and r.values is None}
+    return frozenset(lie - {r.gguf for r in rules if r.rows is not None or r.cols is not None or r.values is not None})
+
+
+def _stored(info: TensorInfo, plain: frozenset[str]) -> StoredTensor:
+    dims = [dim for dim in info.shape if dim > 1] or [1]
+    shape: Shape = (
+        "vector" if len(dims) == 1 or info.name.endswith(_CONVOLUTIONS) else "matrix" if len(dims) == 2 else "experts"
+    )
+    n_in = dims[-1]
+    n_out = dims[-2] if shape != "vector" else prod(dims[:-1])
+    n_stack = prod(dims[:-2]) if shape == "experts" else 1
+    own = info.name.split(".", 2)[-1] if info.name.startswith("blk.") else info.name
+    place = _PLACES.get(info.name, "layer")
+    return StoredTensor(info.type.name.lower(), n_stack, n_out, n_in, shape, place, lies=own in plain)

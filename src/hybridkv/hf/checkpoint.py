@@ -1,0 +1,42 @@
+"""What a model directory stores of a model's weights: shapes from its config, types from its files' headers.
+
+For counting bytes before any is read. Does not own what a run makes of them (`hybridkv.held`).
+"""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from hybridkv.held import Place, Shape, StoredTensor
+from hybridkv.hf.load import RemoteCode, build_empty, stored_types
+
+
+def stored_tensors(directory: Path, config: Any, *, remote_code: RemoteCode = "refused") -> tuple[StoredTensor, ...]:
+    """Return the weights that a model of this config has, tied ones once.
+
+    Without files beside the config, what it says of their type is believed.
+
+    Raises
+    ------
+    ModelError
+        If the config describes no model.
+    """
+    most = stored_types(directory).most_common(1)
+    stored = most[0][0].lower() if most else str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    stored = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}.get(stored, stored)
+    model = build_empty(config, remote_code=remote_code)
+    places: dict[int, Place] = {}
+    for place, module in (("head", model.get_output_embeddings()), ("embedding", model.get_input_embeddings())):
+        if module is not None:
+            places[id(module.weight)] = place  # type: ignore[assignment]
+    found = []
+    for parameter in model.parameters():
+        dims = tuple(parameter.shape)
+        is_vector = len(dims) < 2 or (len(dims) == 3 and dims[1] == 1)  # or a convolution's one channel
+        shape: Shape = "vector" if is_vector else "matrix" if len(dims) == 2 else "experts"
+        n_in, n_out = dims[-1] if dims else 1, dims[-2] if len(dims) > 1 else 1
+        place = places.get(id(parameter), "layer")
+        found.append(StoredTensor(stored, prod(dims[:-2]), n_out, n_in, shape, place))
+    return tuple(found)
