@@ -1,8 +1,8 @@
 """Weights as they lie in a GGUF file, and products with them on the CPU: y = W x, read in place.
 
 Owns the checks that make the native code safe to call. Knows no models and no files: the bytes may be a view of a
-mapped file, at any alignment. A model's native step multiplies `Weight` records itself; `matmul` is for tests and benches,
-`rows` for an embedding.
+mapped file, at any alignment. A model's native step multiplies `Weight` records itself; `matmul` is for tests and
+benches, `rows` for an embedding.
 
 A row of activations gets the same bits whatever the number of rows beside it.
 """
@@ -20,6 +20,7 @@ from hybridkv.errors import UsageError
 from hybridkv.formats import Scale, get_format
 from hybridkv.formats.weights import WeightFormat, get_weight_format
 from hybridkv.kernels.cpu_native import _native, allocate, available, encode_into, isa
+from hybridkv.kernels.grids import set_grid
 
 _CHUNK_VALUES = 1 << 21
 # Types that floats are rounded to, with the rule of their scales.
@@ -62,6 +63,8 @@ class Weight:
                 f"{self.format.name} rows of {self.n_in} inputs are uint8 [stack, outputs, {row_bytes}], "
                 f"not {self.data.dtype} {list(self.data.shape)}"
             )
+        if self.format.grid is not None and available() is None:
+            set_grid(self.format)
         if not self.data.is_contiguous() or self.data.device.type != "cpu":
             raise UsageError("rows of a weight lie side by side in host memory")
 
