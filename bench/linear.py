@@ -1,147 +1,230 @@
-"""Linear layers over packed weights on the CPU: correctness first, then speed beside the machine's own ceilings.
+"""Products on ggml weight rows on the CPU: correctness first, then speed beside the machine's own ceilings.
 
-For every case: relative RMSE against float64 with the stored weight (a case above its tolerance is not timed and the
-exit code is 1), then the median of many calls with its 10th and 90th percentile, preparation of the activations
-included; GB/s of weights and the fraction of the measured read bandwidth of a set of that size (weights that were just
-used lie in a cache, as they do in a model that fits); G multiply-adds per second. The shapes are those of a 0.8B
-Qwen3.5-like model and of one of 29M. The last line is JSON.
+For every case: relative RMSE against float64 products with what gguf-py decodes (a case above the tolerance is not
+timed and the exit code is 1), then the least and the median time of many calls, preparation of the activations included;
+GB/s of weights and the fraction of the measured read bandwidth of a set of that size; G multiply-adds per second and the
+fraction of the measured peak. One row takes a matrix that no cache holds, more rows one of a layer. With one thread, only
+the processor's own time counts. With --ik, the product of ik_llama.cpp (PyPI's ik-llama-cpp-python) is timed in the same
+process on the same bytes. The last line is JSON.
 
-    python bench/linear.py --quick
+    HYBRIDKV_ISA=avx2 python bench/linear.py --types q4_K,q6_K -t 1 --ik
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import importlib.util
 import json
 import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
 from torch import Tensor
 
+from hybridkv.formats.weights import WEIGHTS, WeightFormat
 from hybridkv.kernels import cpu_native
-from hybridkv.kernels.linear import PackedWeight, WeightType, gather, linear, pack
+from hybridkv.kernels.weights import Weight, matmul
 
-# Few rows keep far more bits than the weights have; many rows on AMX are bfloat16 products.
-TOLERANCE = 4e-3
-SHAPES = (
-    (1024, 384),
-    (384, 1024),
-    (8192, 384),
-    (6144, 1024),
-    (3584, 1024),
-    (1024, 3584),
-    (151936, 1024),
-)
-N_ROWS = (1, 4, 16, 64, 512)
-MOST_OUTPUT_BYTES = 200 << 20
+TOLERANCE = 1e-3
+Clock = Callable[[], float]
+
+LARGE, LAYER = (65536, 2048), (1024, 2048)
+N_ROWS = (1, 2, 4, 8, 16, 64, 512)
+CHECKED = 256
+# Where a block keeps float16 scales; random bytes there would be NaN or huge.
+HALVES = {
+    "q8_0": (0,), "q4_0": (0,), "q4_1": (0, 2), "q5_0": (0,), "q5_1": (0, 2), "iq4_nl": (0,), "q2_K": (80, 82),
+    "q3_K": (108,), "q4_K": (0, 2), "q5_K": (0, 2), "q6_K": (208,), "iq4_xs": (0,), "iq2_xxs": (0,), "iq2_xs": (0,),
+    "iq2_s": (0,), "iq3_xxs": (0,), "iq3_s": (0,), "iq1_s": (0,),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One timed case."""
 
+    weight_type: str
     n_out: int
     n_in: int
-    weight_type: str
     n_rows: int
     threads: int
     error: float
+    least_us: float
     median_us: float
-    p10_us: float
-    p90_us: float
     gb_s: float
     of_bandwidth: float
     gmac_s: float
+    of_peak: float
+    ik_us: float | None
 
 
-def timed(call: Callable[[], object], budget_s: float) -> tuple[float, float, float]:
-    """Median, 10th and 90th percentile in microseconds, after a warm-up."""
-    call()
+def timed(call: Callable[[], object], budget_s: float, clock: Clock) -> tuple[float, float]:
+    """Least and median microseconds, after a warm-up."""
     call()
     times: list[float] = []
     end = time.perf_counter() + budget_s
     while len(times) < 5 or (time.perf_counter() < end and len(times) < 5000):
-        begin = time.perf_counter()
+        begin = clock()
         call()
-        times.append((time.perf_counter() - begin) * 1e6)
+        times.append((clock() - begin) * 1e6)
     times.sort()
-    return times[len(times) // 2], times[len(times) // 10], times[-1 - len(times) // 10]
+    return times[0], times[len(times) // 2]
 
 
-def weight_of(n_out: int, n_in: int, weight_type: WeightType) -> PackedWeight:
-    """Normal rows; beyond 4096 they repeat."""
-    weight = torch.randn(min(n_out, 4096), n_in, generator=torch.Generator().manual_seed(1))
-    return pack(weight.repeat(-(-n_out // 4096), 1)[:n_out], weight_type)
+def weight_of(fmt: WeightFormat, n_out: int, n_in: int) -> Weight:
+    """Random codes with scales of one magnitude; beyond 4096, rows repeat."""
+    rng, some = np.random.default_rng(1), min(n_out, 4096)
+    if fmt.block == 1:
+        values = torch.from_numpy(rng.normal(size=(some, n_in)).astype(np.float32))
+        dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[fmt.name]
+        rows = values.to(dtype).view(torch.uint8).numpy()
+    else:
+        blocks = rng.integers(0, 256, (some, n_in // fmt.block, fmt.block_bytes), dtype=np.uint8)
+        scales = rng.uniform(0.5, 1.0, (some, n_in // fmt.block)).astype(np.float16)
+        for at in HALVES.get(fmt.name, ()):
+            blocks[..., at : at + 2] = scales[..., None].view(np.uint8)
+        if fmt.name == "mxfp4":
+            blocks[..., 0] = rng.integers(120, 128, blocks.shape[:2])
+        if fmt.name == "iq1_m":
+            blocks[..., 48:56:1] = blocks[..., 48:56] & 0x0F | np.array([0, 0, 0, 0, 0, 0, 0, 0x30], dtype=np.uint8)
+        rows = blocks.reshape(some, -1)
+    data = cpu_native.allocate((1, n_out, fmt.row_bytes(n_in)))
+    data[0] = torch.from_numpy(rows).repeat(-(-n_out // some), 1)[:n_out]
+    return Weight(fmt, data, n_in)
 
 
-def error_of(packed: PackedWeight, x: Tensor, out: Tensor) -> float:
-    """Relative RMSE of at most 64 rows and 4096 outputs: float64 products of more would dominate the run."""
-    some = torch.arange(min(packed.n_out, 4096)) * (packed.n_out // min(packed.n_out, 4096))
-    exact = x[:64].double() @ gather(packed, some).double().T
-    return float((out[:64, some] - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+def error_of(weight: Weight, x: Tensor, out: Tensor) -> float:
+    """Relative RMSE of at most 64 rows and the first outputs: float64 products of more would dominate the run."""
+    rows = weight.data[0, :CHECKED].numpy()
+    values = rows.view(np.float32) if weight.format.name == "f32" else dequantize(rows, _ggml(weight.format))
+    exact = x[:64].double() @ torch.from_numpy(values.astype(np.float64)).T
+    return float((out[:64, :CHECKED] - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+
+def _ggml(fmt: WeightFormat) -> GGMLQuantizationType:
+    return GGMLQuantizationType(fmt.ggml_type)
 
 
 def read_bandwidth(n_bytes: int, threads: int) -> float:
     """GB/s of reading a set of this size again and again."""
-    data = torch.ones(max(n_bytes // 4, 1 << 14))
-    return float(cpu_native._native().probe(cpu_native.isa(), "read", data.data_ptr(), data.numel(), threads)) / 1e9
+    data = cpu_native.allocate((max(n_bytes, 1 << 16),)).fill_(0).view(torch.float32)
+    return cpu_native.probe("read", threads, data) / 1e9
 
 
-def bench(n_out: int, n_in: int, weight_type: WeightType, threads: int, budget: float) -> tuple[list[Row], bool]:
-    """All numbers of rows of one weight, and whether all of them were right."""
-    done: list[Row] = []
-    right = True
-    packed = weight_of(n_out, n_in, weight_type)
-    bandwidth = read_bandwidth(packed.nbytes, threads)
-    for n_rows in N_ROWS:
-        if n_rows * n_out * 4 > MOST_OUTPUT_BYTES:
-            continue
-        x, out = torch.randn(n_rows, n_in), torch.empty(n_rows, n_out)
-        error = error_of(packed, x, linear(x, packed, out=out, n_threads=threads))
-        if not error <= TOLERANCE:
-            print(f"[{n_out}, {n_in}] {weight_type} x {n_rows}: relative RMSE {error:.1e}: not timed")
-            right = False
-            continue
-        median, p10, p90 = timed(lambda x=x, out=out: linear(x, packed, out=out, n_threads=threads), budget)  # type: ignore[misc]
-        gb_s = packed.nbytes / median / 1e3
-        macs = n_out * n_in * n_rows / median / 1e3
-        row = Row(
-            n_out, n_in, weight_type, n_rows, threads, error, median, p10, p90, gb_s, gb_s / bandwidth, macs
-        )  # fmt: skip
-        done.append(row)
-        print(
-            f"{f'[{n_out}, {n_in}]':15} {packed.nbytes / 1e6:6.1f} MB {weight_type:5} x{n_rows:4} {median:10.1f} us "
-            f"[{p10:.1f}, {p90:.1f}]  {gb_s:6.1f} GB/s {gb_s / bandwidth:4.0%} of {bandwidth:.0f}  "
-            f"{macs:7.1f} GMAC/s  error {error:.0e}",
-            flush=True,
-        )
-    return done, right
+class Ik:
+    """ik_llama.cpp's own product of one matrix, through its graph; activations are quantized in every call."""
+
+    def __init__(self) -> None:
+        spec = importlib.util.find_spec("ik_llama_cpp")
+        assert spec is not None, "install ik-llama-cpp-python"
+        assert spec.origin is not None
+        self.ggml = ggml = ctypes.CDLL(str(Path(spec.origin).parent / "lib" / "libggml.so"))
+        pointer = ctypes.c_void_p
+        for name, arguments in {
+            "ggml_init": [_InitParams],
+            "ggml_new_tensor_2d": [pointer, ctypes.c_int, ctypes.c_int64, ctypes.c_int64],
+            "ggml_mul_mat": [pointer] * 3,
+            "ggml_new_graph": [pointer],
+            "ggml_build_forward_expand": [pointer] * 2,
+            "ggml_get_data": [pointer],
+            "ggml_graph_compute_with_ctx": [pointer, pointer, ctypes.c_int],
+            "ggml_free": [pointer],
+        }.items():
+            function = getattr(ggml, name)
+            function.argtypes, function.restype = arguments, pointer
+
+    def time(self, weight: Weight, x: Tensor, threads: int, budget_s: float, clock: Clock) -> float:
+        """Least microseconds of a product; each call plans its graph anew, which takes a few of them."""
+        ggml, n_out, (n_rows, n_in) = self.ggml, weight.n_out, x.shape
+        work = 4 * x.numel() * 2 + (64 << 20)
+        room = weight.nbytes + 4 * x.numel() + 4 * n_rows * n_out + work
+        context = ggml.ggml_init(_InitParams(room, None, False))
+        w = ggml.ggml_new_tensor_2d(context, weight.format.ggml_type, n_in, n_out)
+        a = ggml.ggml_new_tensor_2d(context, 0, n_in, n_rows)
+        y = ggml.ggml_mul_mat(context, w, a)
+        ctypes.memmove(ggml.ggml_get_data(w), weight.data.data_ptr(), weight.nbytes)
+        ctypes.memmove(ggml.ggml_get_data(a), x.data_ptr(), 4 * x.numel())
+        graph = ggml.ggml_new_graph(context)
+        ggml.ggml_build_forward_expand(graph, y)
+        # Every call takes its working memory from the context: so many fit.
+        calls = max(2, min(200, work // (4 * x.numel() + (1 << 16)) - 1))
+        times: list[float] = []
+        end = time.perf_counter() + budget_s
+        while len(times) < calls and (len(times) < 2 or time.perf_counter() < end):
+            begin = clock()
+            ggml.ggml_graph_compute_with_ctx(context, graph, threads)
+            times.append((clock() - begin) * 1e6)
+        ggml.ggml_free(context)
+        return min(times)
+
+
+class _InitParams(ctypes.Structure):
+    _fields_ = (("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+def bench(
+    fmt: WeightFormat, n_rows: int, shape: tuple[int, int], threads: int, budget: float, peak: float, ik: Ik | None
+) -> Row | None:
+    """One case; None if its results are wrong."""
+    n_out, n_in = shape
+    weight = weight_of(fmt, n_out, n_in)
+    bandwidth = read_bandwidth(weight.nbytes, threads)
+    x, out = torch.randn(n_rows, n_in, generator=torch.Generator().manual_seed(2)), torch.empty(n_rows, n_out)
+    error = error_of(weight, x, matmul(x, weight, out=out, n_threads=threads))
+    if not error <= TOLERANCE:
+        print(f"{list(shape)} {fmt.name} x {n_rows}: relative RMSE {error:.1e}: not timed")
+        return None
+    # One thread may have to share its processor: only its own time counts.
+    clock = time.process_time if threads == 1 else time.perf_counter
+    least, median = timed(lambda: matmul(x, weight, out=out, n_threads=threads), budget, clock)
+    theirs = None if ik is None or fmt.ggml_type == 39 else ik.time(weight, x, threads, budget, clock)
+    gb_s, macs = weight.nbytes / least / 1e3, n_out * n_in * n_rows / least / 1e3
+    row = Row(
+        fmt.name, n_out, n_in, n_rows, threads, error, least, median, gb_s, gb_s / bandwidth, macs, macs / peak, theirs
+    )
+    anchor = "" if theirs is None else f"  ik {theirs:9.1f} us, {theirs / least:.2f}x"
+    print(
+        f"{fmt.name:7} {f'[{n_out}, {n_in}]':13} x{n_rows:4} {least:9.1f} us (median {median:9.1f})  {gb_s:5.1f} GB/s "
+        f"{gb_s / bandwidth:4.0%} of {bandwidth:.0f}  {macs:6.1f} GMAC/s {macs / peak:4.0%}  error {error:.0e}{anchor}",
+        flush=True,
+    )
+    return row
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="shorter timings, q8_0 and q4_0 only")
-    parser.add_argument("--types", default="q8_0,q4_0,bf16,f32")
+    parser.add_argument("--types", default=",".join(WEIGHTS))
+    parser.add_argument("--rows", default=",".join(map(str, N_ROWS)))
+    parser.add_argument("--shape", help="n_out,n_in of every case")
+    parser.add_argument("--budget", type=float, default=0.5, help="seconds of a case")
+    parser.add_argument("--ik", action="store_true", help="time ik_llama.cpp on the same bytes")
     parser.add_argument("-t", "--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
-    native, isa = cpu_native._native(), cpu_native.isa()
-    top = {kind: native.probe(isa, kind, 0, 400_000, args.threads) / 1e9 for kind in ("float", "integer")}
+    isa = cpu_native.isa()
+    top = {kind: cpu_native.probe(kind, args.threads) / 1e9 for kind in ("float", "integer")}  # type: ignore[arg-type]
     print(f"isa {isa}, {args.threads} threads, {platform.processor() or platform.machine()}")
-    half = " (bfloat16 tiles do half of it)" if isa == "amx" else ""
-    print(f"ceilings: {top['float']:.0f} G float and {top['integer']:.0f} G integer MAC/s{half}")
-    done: list[Row] = []
-    right = True
-    for weight_type in ["q8_0", "q4_0"] if args.quick else args.types.split(","):
-        for n_out, n_in in SHAPES:
-            if weight_type == "f32" and n_out > 100_000:
-                continue
-            some, fine = bench(n_out, n_in, weight_type, args.threads, 0.1 if args.quick else 0.5)
-            done, right = done + some, right and fine
-    print(json.dumps({"isa": isa, "ceilings": top, "rows": [asdict(row) for row in done]}))
-    return int(not right)
+    print(f"ceilings: {top['float']:.0f} G float and {top['integer']:.0f} G int16 multiply-adds/s")
+    ik = Ik() if args.ik else None
+    done: list[Row | None] = []
+    for name in args.types.split(","):
+        fmt = WEIGHTS[name]
+        for n_rows in map(int, args.rows.split(",")):
+            shape = LARGE if n_rows == 1 else LAYER
+            if args.shape:
+                n_out, n_in = map(int, args.shape.split(","))
+                shape = n_out, n_in
+            peak = top["integer" if fmt.is_quantized else "float"]
+            done.append(bench(fmt, n_rows, shape, args.threads, args.budget, peak, ik))
+    right = [row for row in done if row is not None]
+    print(json.dumps({"isa": isa, "ceilings": top, "rows": [asdict(row) for row in right]}))
+    return int(len(right) < len(done))
 
 
 if __name__ == "__main__":

@@ -79,3 +79,20 @@ def decode(name: str, rows: Bytes, head_dim: int) -> Floats:
     for packed, row in zip(rows, out, strict=True):
         function(packed.ctypes.data, row.ctypes.data, head_dim)
     return out
+
+
+def quantize(ggml_type: int, x: Floats, row_bytes: int) -> Bytes:
+    """Rows [N, D] to the bytes [N, row_bytes] of any weight type, all inputs counting alike."""
+    library = _library()
+    if library is None:
+        pytest.skip("ik-llama-cpp-python is not installed: nothing quantizes weights of this type")
+    library.ggml_quantize_init.argtypes = [ctypes.c_int]
+    function = library.ggml_quantize_chunk
+    function.restype = ctypes.c_size_t
+    function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    x = np.ascontiguousarray(x, dtype=np.float32)
+    out, importance = np.zeros((x.shape[0], row_bytes), dtype=np.uint8), np.ones(x.shape[1], dtype=np.float32)
+    library.ggml_quantize_init(ggml_type)
+    done = function(ggml_type, x.ctypes.data, out.ctypes.data, 0, *x.shape, importance.ctypes.data)
+    assert done == out.nbytes, (done, out.nbytes)
+    return out

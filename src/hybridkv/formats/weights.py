@@ -28,11 +28,13 @@ class WeightFormat:
     group
         Values that share a scale; 1 for plain values.
     code_bits
-        Bits of a code; those of a value for plain values. Codes from a grid count what they take on average.
+        Bits of a code; those of a value for plain values; whole bits of a value for codes of several.
     has_min
         True if a group's values lie above a minimum.
     codebook
         Value of each code in units of the scale; None if codes are evenly spaced, or index whole groups of values.
+    grid
+        Class of gguf-py's quants that has the values which codes of 4 or 8 values index; None without such codes.
     source
         Where the layout comes from.
     """
@@ -42,9 +44,10 @@ class WeightFormat:
     block: int
     block_bytes: int
     group: int
-    code_bits: float
+    code_bits: int
     has_min: bool = False
     codebook: tuple[int, ...] | None = None
+    grid: str | None = None
     source: str = "ggml-common.h"
 
     @property
@@ -89,6 +92,13 @@ _ALL: Final = (
     WeightFormat("q5_K", 13, 256, 176, 32, 5, has_min=True),
     WeightFormat("q6_K", 14, 256, 210, 16, 6),
     WeightFormat("iq4_xs", 23, 256, 136, 32, 4, codebook=_IQ4_NL),
+    WeightFormat("iq2_xxs", 16, 256, 66, 32, 2, grid="IQ2_XXS"),
+    WeightFormat("iq2_xs", 17, 256, 74, 16, 2, grid="IQ2_XS"),
+    WeightFormat("iq2_s", 22, 256, 82, 16, 2, grid="IQ2_S"),
+    WeightFormat("iq3_xxs", 18, 256, 98, 32, 3, grid="IQ3_XXS"),
+    WeightFormat("iq3_s", 21, 256, 110, 32, 3, grid="IQ3_S"),
+    WeightFormat("iq1_s", 19, 256, 50, 32, 1, grid="IQ1_S"),
+    WeightFormat("iq1_m", 29, 256, 56, 16, 1, grid="IQ1_S"),
 )
 
 WEIGHTS: Final[Mapping[str, WeightFormat]] = MappingProxyType({fmt.name: fmt for fmt in _ALL})

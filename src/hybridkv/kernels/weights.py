@@ -20,6 +20,7 @@ from hybridkv.errors import UsageError
 from hybridkv.formats import Scale, get_format
 from hybridkv.formats.weights import WeightFormat, get_weight_format
 from hybridkv.kernels.cpu_native import _native, allocate, available, encode_into, isa
+from hybridkv.kernels.grids import set_grid
 
 _CHUNK_VALUES = 1 << 21
 # Types that floats are rounded to, with the rule of their scales.
@@ -62,6 +63,8 @@ class Weight:
                 f"{self.format.name} rows of {self.n_in} inputs are uint8 [stack, outputs, {row_bytes}], "
                 f"not {self.data.dtype} {list(self.data.shape)}"
             )
+        if self.format.grid is not None and available() is None:
+            set_grid(self.format)
         if self.data.stride()[1:] != (row_bytes, 1) or self.data.device.type != "cpu":
             raise UsageError("rows of a weight lie side by side in host memory")
 

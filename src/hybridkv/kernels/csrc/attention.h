@@ -85,6 +85,12 @@ struct Isa {
     const LinearKernels* linear;
 };
 
+extern const LinearKernels kLinearPortable;
+#if defined(HYBRIDKV_X86)
+extern const LinearKernels kLinearAvx2;
+extern const LinearKernels kLinearAvx512;
+#endif
+
 extern const Isa kIsaPortable;
 #if defined(HYBRIDKV_X86)
 extern const Isa kIsaAvx2;

@@ -8,16 +8,7 @@
 
 namespace {
 
-using F = Simd::F;
-using I = Simd::I;
-constexpr int L = Simd::lanes;
-
 // Calls f(std::integral_constant-like tag, first row) for groups of rows_q, 4, 2 and 1 query rows.
-template <int N>
-struct Rows {
-    static constexpr int count = N;
-};
-
 template <class Fn>
 inline void for_row_groups(int n, Fn&& f) {
     int r = 0;

@@ -1,12 +1,11 @@
-// The body of a translation unit of one instruction set: define HYBRIDKV_ISA_RECORD and HYBRIDKV_ISA_NAME, include
-// a simd_*.h, then this. Everything but the record has internal linkage, so that no code of one instruction set
-// can be merged with another's by the linker.
+// The body of a translation unit of one instruction set: define HYBRIDKV_ISA_RECORD, HYBRIDKV_ISA_NAME and
+// HYBRIDKV_ISA_LINEAR (a record of linear/), include a simd_*.h, then this. Everything but the record has internal
+// linkage, so that no code of one instruction set can be merged with another's by the linker.
 #pragma once
 
 #include "attend.h"
 #include "encode.h"
 #include "linear.h"
-#include "linear/linear.h"
 #include "probe.h"
 #include "recurrent.h"
 
@@ -17,5 +16,5 @@ const StepKernels kStep = {prepared_bytes, prepare,    linear_scratch_bytes, lin
                            rope_rows,      decay_rows, weigh_rows, rotate_rows,          conv_channels, delta_head};
 }
 const Isa HYBRIDKV_ISA_RECORD = {HYBRIDKV_ISA_NAME, scratch_bytes, attend,     encode,
-                                 probe_float,         probe_integer, probe_read, &kStep, &kLinear};
+                                 probe_float,         probe_integer, probe_read, &kStep, &HYBRIDKV_ISA_LINEAR};
 }  // namespace hybridkv

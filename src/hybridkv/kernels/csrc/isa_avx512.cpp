@@ -2,4 +2,5 @@
 
 #define HYBRIDKV_ISA_RECORD kIsaAvx512
 #define HYBRIDKV_ISA_NAME "avx512"
+#define HYBRIDKV_ISA_LINEAR kLinearAvx512
 #include "isa.h"

@@ -47,13 +47,18 @@ double probe_integer(int64_t rounds, float* sink) {
     return static_cast<double>(rounds) * 4 * 16 * 16 * 64;
 #else
     I acc[12];
+#pragma GCC unroll 12
     for (int i = 0; i < 12; ++i) acc[i] = Simd::set1i(i);
-    const I x = Simd::set1i(static_cast<int32_t>(sink[0]));
+    I x = Simd::set1i(static_cast<int32_t>(sink[0]));
     for (int64_t i = 0; i < rounds; ++i) {
 #pragma GCC unroll 12
-        for (I& a : acc) a = Simd::dot2(a, x, x);
+        for (I& a : acc) {
+            Simd::settle(x);  // another one each time, as far as the compiler knows: every product is made
+            Simd::add_dot2(a, x, x);
+        }
     }
     F sum = Simd::to_float(acc[0]);
+#pragma GCC unroll 12
     for (int i = 1; i < 12; ++i) sum = Simd::add(sum, Simd::to_float(acc[i]));
     sink[0] = Simd::reduce_add(sum);
     return static_cast<double>(rounds) * 12 * 2 * L;

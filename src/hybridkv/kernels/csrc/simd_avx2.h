@@ -27,6 +27,13 @@ struct Simd {
     static I set1i(const uint8_t* p) { return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(p))); }
     // A sum that the compiler may not put off: it would keep the products of a whole block in memory until then.
     static void settle(I& x) { asm("" : "+x"(x)); }
+    // acc = dot2(acc, a, b), where it stands: not put off, and without a copy of the sum.
+    static void add_dot2(I& acc, I a, I b) {
+        const I product = _mm256_madd_epi16(a, b);
+        asm("vpaddd %1, %0, %0" : "+x"(acc) : "x"(product));
+    }
+    // A value that the compiler may not load, or make, again.
+    static void keep(F& x) { asm("" : "+x"(x)); }
     static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
     static F add(F a, F b) { return _mm256_add_ps(a, b); }
     static F sub(F a, F b) { return _mm256_sub_ps(a, b); }

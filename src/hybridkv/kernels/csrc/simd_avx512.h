@@ -23,6 +23,9 @@ struct Simd {
     static I loadi(const int32_t* p) { return _mm512_loadu_si512(p); }
     static void storei(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
     static I set1i(int32_t x) { return _mm512_set1_epi32(x); }
+    static void settle(I& x) { asm("" : "+v"(x)); }
+    static void add_dot2(I& acc, I a, I b) { acc = _mm512_dpwssd_epi32(acc, a, b); }
+    static void keep(F& x) { asm("" : "+v"(x)); }
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static F add(F a, F b) { return _mm512_add_ps(a, b); }
     static F sub(F a, F b) { return _mm512_sub_ps(a, b); }

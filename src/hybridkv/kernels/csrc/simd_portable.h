@@ -25,6 +25,7 @@ struct Simd {
     static void storei(int32_t* p, I v) { std::memcpy(p, &v, sizeof v); }
     static I set1i(int32_t x) { return I{x, x, x, x}; }
     static void settle(I&) {}
+    static void add_dot2(I& acc, I a, I b) { acc = dot2(acc, a, b); }
     static I set1i(const uint8_t* p) {
         int32_t x;
         std::memcpy(&x, p, 4);

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "attention.h"
+#include "simd/lanes.h"
 
 namespace {
 
@@ -20,9 +21,6 @@ constexpr int kTile = 64;
 constexpr int kStagedK = kTile;
 constexpr int kWidth = kBlock;
 #endif
-
-// A phase of a tile stays a function of its own: profiles show it by name, and nothing is gained by inlining.
-#define HYBRIDKV_PHASE __attribute__((noinline))
 
 inline int64_t padded(int64_t head_dim) { return (head_dim + kBlock - 1) / kBlock * kBlock; }
 

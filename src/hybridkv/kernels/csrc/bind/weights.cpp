@@ -89,6 +89,9 @@ std::tuple<int64_t, int64_t> weight_bad_block(const std::string& type, int64_t n
 }  // namespace
 
 void bind_weights(nb::module_& m) {
+    m.def("set_grid", [](const std::string& type, Address bytes, size_t size) {
+        set_grid(type.c_str(), reinterpret_cast<const void*>(bytes), size);
+    });
     m.def("weight_linear", &weight_linear);
     m.def("weight_rows", &weight_rows);
     m.def("weight_bad_block", &weight_bad_block);

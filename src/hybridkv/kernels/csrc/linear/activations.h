@@ -4,11 +4,8 @@
 
 #include <limits>
 
+#include "../simd/lanes.h"
 #include "types.h"
-
-#ifndef HYBRIDKV_PHASE
-#define HYBRIDKV_PHASE __attribute__((noinline))
-#endif
 
 namespace {
 namespace weights {
@@ -26,44 +23,47 @@ constexpr float kLargest = 16383.f;  // 32 products with the largest code times 
 
 inline int64_t units_of(int64_t n_in) { return (n_in + kUnit - 1) / kUnit; }
 
-inline int64_t ints_stride(int64_t n_in) { return units_of(n_in) * (kUnitBytes + static_cast<int64_t>(sizeof(Meta))); }
+// Not a multiple of a line: rows that are read side by side use other banks, and other sets, of a cache.
+inline int64_t ints_stride(int64_t n_in) { return units_of(n_in) * (kUnitBytes + static_cast<int64_t>(sizeof(Meta))) + 32; }
 
-inline int64_t floats_stride(int64_t n_in) { return units_of(n_in) * kUnit * 4; }
+inline int64_t floats_stride(int64_t n_in) { return units_of(n_in) * kUnit * 4 + 32; }
 
 // 256 activations, of which `n` are there. A NaN or an infinity among them makes the scale a NaN.
 template <class Order>
 inline void put_unit(const float* x, int64_t n, int16_t* codes, Meta& meta) {
-    constexpr float kMagic = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
     constexpr uint32_t kInfinity = 0x7f800000u;
-    uint32_t bits[kUnit] = {}, top = 0;
-    int32_t c[kUnit] = {};
-    std::memcpy(bits, x, static_cast<size_t>(n) * 4);
-    for (const uint32_t b : bits) top = (b & 0x7fffffffu) > top ? b & 0x7fffffffu : top;
+    float some[kUnit];
+    if (n < kUnit) {
+        std::memset(some, 0, sizeof some);
+        std::memcpy(some, x, static_cast<size_t>(n) * 4);
+        x = some;
+    }
+    uint32_t top = 0;
+    for (int i = 0; i < kUnit; ++i) {
+        const uint32_t bits = load_as<uint32_t>(x + i) & 0x7fffffffu;
+        top = bits > top ? bits : top;
+    }
     const float largest = float_of_bits(top);
     meta.scale = largest / kLargest;
     if (largest < 1e-30f) meta.scale = 0.f;  // its inverse may be infinite
     if (top >= kInfinity) meta.scale = std::numeric_limits<float>::quiet_NaN();
+    const F inverse = Simd::set1(meta.scale > 0.f ? kLargest / largest : 0.f);
+    int32_t c[kUnit] = {};
     if (meta.scale > 0.f) {
-        const float inverse = kLargest / largest;
-        float values[kUnit];
-        std::memcpy(values, bits, sizeof values);
-        for (int i = 0; i < kUnit; ++i) {
-            values[i] = values[i] * inverse + kMagic;
-            std::memcpy(&c[i], &values[i], 4);
-            c[i] -= 0x4b400000;
+        for (int i = 0; i < kUnit; i += L) Simd::storei(c + i, Simd::to_int(Simd::mul(Simd::load(x + i), inverse)));
+    }
+    float sums[16];  // below 2^24: exact
+    for (int g = 0; g < 16; g += L) {
+        F each[L];
+        for (int i = 0; i < L; ++i) {
+            each[i] = Simd::to_float(Simd::loadi(c + 16 * (g + i)));
+            for (int k = L; k < 16; k += L) each[i] = Simd::add(each[i], Simd::to_float(Simd::loadi(c + 16 * (g + i) + k)));
         }
+        Simd::store(sums + g, Simd::reduce_all(each));
     }
-    for (int g = 0; g < 16; ++g) {
-        int32_t sum = 0;
-        for (int i = 0; i < 16; ++i) sum += c[16 * g + i];
-        meta.half_sums[g] = static_cast<float>(sum) * meta.scale;
-    }
-    for (int g = 0; g < kGroups; ++g) {
-        int32_t sum = 0;
-        for (int i = 0; i < 32; ++i) sum += c[32 * g + i];
-        meta.sums[g] = static_cast<float>(sum) * meta.scale;
-    }
-    for (int i = 0; i < kUnit; ++i) codes[i] = static_cast<int16_t>(c[Order::input(i)]);
+    for (int g = 0; g < 16; ++g) meta.half_sums[g] = sums[g] * meta.scale;
+    for (int g = 0; g < kGroups; ++g) meta.sums[g] = (sums[2 * g] + sums[2 * g + 1]) * meta.scale;
+    Order::put(c, codes);
     std::memset(meta.padding, 0, sizeof meta.padding);
 }
 
@@ -83,8 +83,7 @@ inline void prepare_floats(const float* x, int64_t n_in, uint8_t* out) {
     std::memset(out + n_in * 4, 0, static_cast<size_t>(floats_stride(n_in) - n_in * 4));
 }
 
-template <class Order>
-size_t prepared_bytes(Operand operand, int64_t n_in, int64_t n_rows) {
+inline size_t prepared_bytes(Operand operand, int64_t n_in, int64_t n_rows) {
     return static_cast<size_t>(n_rows * (operand == Operand::ints ? ints_stride(n_in) : floats_stride(n_in)));
 }
 

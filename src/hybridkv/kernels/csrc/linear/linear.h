@@ -1,11 +1,82 @@
-// The four functions of LinearKernels of one instruction set. Included once per instruction set.
+// The body of a translation unit of one instruction set: define HYBRIDKV_LINEAR_RECORD, include a simd_*.h, then this.
 #pragma once
+
+#if defined(__AVX512VNNI__)
+#include "bring_avx512.h"
+#elif defined(__AVX2__)
+#include "bring_avx2.h"
+#endif
 
 #include "plain.h"
 
+#if defined(__AVX2__)
+#include "floats.h"
+
 namespace {
+namespace weights {
 
-const hybridkv::LinearKernels kLinear = {weights::prepared_bytes<weights::PlainOrder>, weights::prepare<weights::PlainOrder>,
-                                         weights::Plain::scratch_bytes, weights::Plain::linear};
+constexpr int64_t kFewRows = 4;  // as many as share a row in registers
 
+template <class T>
+void linear_ints(const Matrix& w, const uint8_t* x, const int32_t* x_rows, int64_t n_rows, int64_t row0, int64_t row1,
+                 const Output& out, void* scratch) {
+    if (n_rows > kFewRows) return Many::linear<T>(w, x, x_rows, n_rows, row0, row1, out, scratch);
+    const int64_t stride = ints_stride(w.n_in), units = units_of(w.n_in);
+    Many::for_rows<4>(n_rows, [&](auto group, int64_t q) {
+        constexpr int n = decltype(group)::count;
+        few_rows<T, n>(w, Taken<n>(x, stride, x_rows, q, units), q, row0, row1, out);
+    });
+}
+
+struct Vectors {
+    static size_t scratch_bytes(const hybridkv::WeightType& type, int64_t, int64_t n_rows) {
+        if (type.operand == Operand::floats) return sizeof(Floats::Scratch);
+        if (n_rows <= kFewRows) return 0;
+        switch (static_cast<TypeId>(type.id)) {
+#define HYBRIDKV_CASE(T, name) \
+    case TypeId::T: return sizeof(Many::Scratch<T>);
+            HYBRIDKV_GROUP_WEIGHTS(HYBRIDKV_CASE)
+            HYBRIDKV_SCALED_WEIGHTS(HYBRIDKV_CASE)
+            HYBRIDKV_GRID_WEIGHTS(HYBRIDKV_CASE)
+#undef HYBRIDKV_CASE
+            default: return 0;
+        }
+    }
+
+    static void linear(const Matrix& w, const void* prepared, const int32_t* x_rows, int64_t n_rows, int64_t row0,
+                       int64_t row1, float* y, int64_t y_stride, bool add, void* scratch) {
+        const uint8_t* x = static_cast<const uint8_t*>(prepared);
+        const Output out{y, y_stride, add};
+        switch (static_cast<TypeId>(w.type->id)) {
+#define HYBRIDKV_CASE(T, name) \
+    case TypeId::T: return linear_ints<T>(w, x, x_rows, n_rows, row0, row1, out, scratch);
+            HYBRIDKV_GROUP_WEIGHTS(HYBRIDKV_CASE)
+            HYBRIDKV_SCALED_WEIGHTS(HYBRIDKV_CASE)
+            HYBRIDKV_GRID_WEIGHTS(HYBRIDKV_CASE)
+#undef HYBRIDKV_CASE
+#define HYBRIDKV_CASE(T, name) \
+    case TypeId::T: return Floats::linear<T>(w, x, x_rows, n_rows, row0, row1, out, scratch);
+            HYBRIDKV_FLOAT_WEIGHTS(HYBRIDKV_CASE)
+#undef HYBRIDKV_CASE
+        }
+    }
+};
+
+using Products = Vectors;
+
+}  // namespace weights
 }  // namespace
+#else
+namespace {
+namespace weights {
+using Order = PlainOrder;
+using Products = Plain;
+}  // namespace weights
+}  // namespace
+#endif
+
+namespace hybridkv {
+extern const LinearKernels HYBRIDKV_LINEAR_RECORD;
+const LinearKernels HYBRIDKV_LINEAR_RECORD = {weights::prepared_bytes, weights::prepare<weights::Order>,
+                                              weights::Products::scratch_bytes, weights::Products::linear};
+}  // namespace hybridkv

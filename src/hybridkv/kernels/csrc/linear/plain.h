@@ -10,7 +10,9 @@ namespace weights {
 using hybridkv::Matrix;
 
 struct PlainOrder {
-    static constexpr int input(int i) { return i; }
+    static void put(const int32_t* c, int16_t* out) {
+        for (int i = 0; i < kUnit; ++i) out[i] = static_cast<int16_t>(c[i]);
+    }
 };
 
 // Eight partial sums; each kernel adds them in this order.

@@ -67,11 +67,48 @@ const WeightType kTypes[] = {
 #undef HYBRIDKV_ROW
 };
 
+struct GridTable {
+    const char* types[2];
+    uint8_t* bytes;
+    size_t size;
+    bool ready;
+};
+
+GridTable kTables[] = {
+    {{"iq2_xxs", ""}, reinterpret_cast<uint8_t*>(grids.iq2_xxs), sizeof grids.iq2_xxs, false},
+    {{"iq2_xs", ""}, reinterpret_cast<uint8_t*>(grids.iq2_xs), sizeof grids.iq2_xs, false},
+    {{"iq2_s", ""}, reinterpret_cast<uint8_t*>(grids.iq2_s), sizeof grids.iq2_s, false},
+    {{"iq3_xxs", ""}, reinterpret_cast<uint8_t*>(grids.iq3_xxs), sizeof grids.iq3_xxs, false},
+    {{"iq3_s", ""}, reinterpret_cast<uint8_t*>(grids.iq3_s), sizeof grids.iq3_s, false},
+    {{"iq1_s", "iq1_m"}, reinterpret_cast<uint8_t*>(grids.iq1), sizeof grids.iq1, false},
+};
+
+GridTable* table_of(const char* type) {
+    for (GridTable& table : kTables) {
+        for (const char* name : table.types) {
+            if (std::strcmp(name, type) == 0) return &table;
+        }
+    }
+    return nullptr;
+}
+
 }  // namespace
+
+Grids grids;
+
+void set_grid(const char* type, const void* bytes, size_t size) {
+    GridTable* table = table_of(type);
+    if (table == nullptr || table->size != size) throw std::invalid_argument(std::string("the grid of ") + type);
+    std::memcpy(table->bytes, bytes, size);
+    table->ready = true;
+}
 
 const WeightType& weight_type(const char* name) {
     for (const WeightType& type : kTypes) {
-        if (std::strcmp(type.name, name) == 0) return type;
+        if (std::strcmp(type.name, name) != 0) continue;
+        const GridTable* table = table_of(name);
+        if (table && !table->ready) throw std::invalid_argument(std::string("no grid was set for ") + name);
+        return type;
     }
     throw std::invalid_argument(std::string("no native kernel reads weights of type ") + name);
 }

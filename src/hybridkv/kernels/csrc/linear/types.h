@@ -249,6 +249,35 @@ struct IQ4_XS {
     }
 };
 
+// ---- Types with a grid: the same, from values and signs.
+
+template <class T>
+struct OfGrid : T {
+    static constexpr Scales scales = Scales::ints;
+    static constexpr bool has_min = false;
+    static void bring(const uint8_t* b, Unit& u) {
+        int8_t s[16];
+        T::scale_bytes(b, s);
+        u.d = T::d(b);
+        for (int i = 0; i < 16; ++i) u.scale[i] = s[i];
+        for (int g = 0; g < kGroups; ++g) {
+            const GridGroup of = T::group(b, g);
+            for (int i = 0; i < kGroup; ++i) {
+                const int value = static_cast<int>(of.bytes[i / 8] >> (i % 8 * 8) & 255) - T::zero;
+                u.code[g * kGroup + i] = static_cast<int16_t>(of.signs >> i & 1 ? -value : value);
+            }
+        }
+    }
+};
+
+using IQ2_XXS = OfGrid<IQ2_XXSGrid>;
+using IQ2_XS = OfGrid<IQ2_XSGrid>;
+using IQ2_S = OfGrid<IQ2_SGrid>;
+using IQ3_XXS = OfGrid<IQ3_XXSGrid>;
+using IQ3_S = OfGrid<IQ3_SGrid>;
+using IQ1_S = OfGrid<IQ1_SGrid>;
+using IQ1_M = OfGrid<IQ1_MGrid>;
+
 // ---- Types without scales.
 
 struct F32 {
@@ -276,7 +305,8 @@ struct BF16 {
     X(MXFP4, "mxfp4")
 #define HYBRIDKV_SCALED_WEIGHTS(X) \
     X(Q2_K, "q2_K") X(Q3_K, "q3_K") X(Q4_K, "q4_K") X(Q5_K, "q5_K") X(Q6_K, "q6_K") X(IQ4_XS, "iq4_xs")
-#define HYBRIDKV_WEIGHTS(X) HYBRIDKV_FLOAT_WEIGHTS(X) HYBRIDKV_GROUP_WEIGHTS(X) HYBRIDKV_SCALED_WEIGHTS(X)
+#define HYBRIDKV_WEIGHTS(X) \
+    HYBRIDKV_FLOAT_WEIGHTS(X) HYBRIDKV_GROUP_WEIGHTS(X) HYBRIDKV_SCALED_WEIGHTS(X) HYBRIDKV_GRID_WEIGHTS(X)
 
 enum class TypeId : int {
 #define HYBRIDKV_ID(T, name) T,

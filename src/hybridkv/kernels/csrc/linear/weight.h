@@ -26,8 +26,11 @@ struct WeightType {
     int64_t row_bytes(int64_t n_in) const { return n_in / block * bytes; }
 };
 
-// Throws std::invalid_argument if there is no such type.
+// Throws std::invalid_argument if there is no such type, or if it needs a grid that was not set.
 const WeightType& weight_type(const char* name);
+
+// The values that the codes of a type index, as grids.h lays them out. Throws if the type has none of this size.
+void set_grid(const char* type, const void* bytes, size_t size);
 
 struct Matrix {
     const WeightType* type;

@@ -1,0 +1,143 @@
+// Products with few rows of activations: a row of the matrix is streamed once, its codes meet all rows in registers.
+#pragma once
+
+namespace {
+namespace weights {
+
+using hybridkv::Matrix;
+
+constexpr int kAhead = 1536;  // bytes that are asked for before they are needed
+
+// Where the results of a call go.
+struct Output {
+    float* y;
+    int64_t stride;
+    bool add;
+
+    // Sums of L output rows from r on for one row of y, of which `n` are there.
+    void put(const F (&acc)[L], int64_t q, int64_t r, int64_t n) const {
+        const F sums = Simd::reduce_all(acc);
+        float* out = y + q * stride + r;
+        if (n >= L) {
+            Simd::store(out, add ? Simd::add(Simd::load(out), sums) : sums);
+        } else {
+            float each[L];
+            Simd::store(each, sums);
+            for (int64_t i = 0; i < n; ++i) out[i] = add ? out[i] + each[i] : each[i];
+        }
+    }
+};
+
+// Activations of NQ rows.
+template <int NQ>
+struct Taken {
+    const uint8_t* rows[NQ];
+    int64_t units;
+
+    Taken(const uint8_t* x, int64_t stride, const int32_t* x_rows, int64_t q, int64_t n_units) : units(n_units) {
+        for (int i = 0; i < NQ; ++i) rows[i] = x + (x_rows ? x_rows[q + i] : q + i) * stride;
+    }
+    const int32_t* codes(int q, int64_t u) const { return reinterpret_cast<const int32_t*>(rows[q] + u * kUnitBytes); }
+    const Meta& meta(int q, int64_t u) const {
+        return reinterpret_cast<const Meta*>(rows[q] + units * kUnitBytes)[u];
+    }
+};
+
+// The last unit of a row that has fewer blocks than a unit: a copy with zeros behind it.
+template <class T>
+struct LastUnit {
+    static constexpr int blocks = kUnit / T::block;
+    uint8_t bytes[blocks * T::bytes] = {};
+
+    LastUnit(const uint8_t* row, int64_t n_in) {
+        const int64_t first = n_in / kUnit * kUnit;
+        std::memcpy(bytes, row + first / T::block * T::bytes, static_cast<size_t>((n_in - first) / T::block * T::bytes));
+    }
+};
+
+template <class T>
+constexpr int kUnitOf = kUnit / T::block * T::bytes;  // bytes of a unit
+
+// acc[q] += products of one unit
+template <class T, int NQ>
+inline __attribute__((always_inline)) void few_unit(const uint8_t* b, const Taken<NQ>& x, int64_t u, F (&acc)[NQ]) {
+    using B = Bring<T>;
+    F mins[B::min_vectors > 0 ? B::min_vectors : 1];
+    if constexpr (T::scales == Scales::ints) {
+        constexpr int chains = NQ <= 4 ? 2 : 1;
+        I sum[NQ][chains];
+#pragma GCC unroll 8
+        for (auto& row : sum) for (I& s : row) s = Simd::set1i(0);
+        B::words(b, [&](int step, I even, I odd) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+            for (int q = 0; q < NQ; ++q) {
+                const int32_t* a = x.codes(q, u) + step * 2 * L;
+                Simd::add_dot2(sum[q][0], even, Simd::loadi(a));
+                Simd::add_dot2(sum[q][chains - 1], odd, Simd::loadi(a + L));
+            }
+        });
+        const F d = Simd::set1(B::d(b));
+        if constexpr (B::min_vectors > 0) B::mins(b, mins);
+#pragma GCC unroll 8
+        for (int q = 0; q < NQ; ++q) {
+            acc[q] = Simd::fma(Simd::to_float(chains == 2 ? add_ints(sum[q][0], sum[q][chains - 1]) : sum[q][0]),
+                               Simd::mul(d, Simd::set1(x.meta(q, u).scale)), acc[q]);
+        }
+    } else {
+        const auto scales = B::scales(b);
+        float each[kGroups];
+        store_scales(each, scales);
+        if constexpr (B::min_vectors > 0) B::mins(b, scales, mins);
+        F unit[NQ];
+#pragma GCC unroll 8
+        for (F& sum : unit) sum = Simd::set1(0.f);
+        B::words(b, [&](int step, I even, I odd) __attribute__((always_inline)) {
+            const F scale = step_scale(each, step);
+#pragma GCC unroll 8
+            for (int q = 0; q < NQ; ++q) {
+                const int32_t* a = x.codes(q, u) + step * 2 * L;
+                I sum = Simd::dot2(Simd::dot2(Simd::set1i(0), even, Simd::loadi(a)), odd, Simd::loadi(a + L));
+                Simd::settle(sum);
+                unit[q] = Simd::fma(Simd::to_float(sum), scale, unit[q]);
+            }
+        });
+#pragma GCC unroll 8
+        for (int q = 0; q < NQ; ++q) acc[q] = Simd::fma(unit[q], Simd::set1(x.meta(q, u).scale), acc[q]);
+    }
+#pragma GCC unroll 8
+    for (int q = 0; q < NQ; ++q) {
+        for (int v = 0; v < B::min_vectors; ++v) {
+            acc[q] = Simd::fma(mins[v], Simd::load(B::sums(x.meta(q, u)) + v * L), acc[q]);
+        }
+    }
+}
+
+template <class T, int NQ>
+HYBRIDKV_PHASE void few_rows(const Matrix& w, const Taken<NQ>& x, int64_t q0, int64_t row0, int64_t row1,
+                             const Output& out) {
+    const int64_t whole = w.n_in / kUnit;
+    for (int64_t r = row0; r < row1; r += L) {
+        const int64_t n = row1 - r < L ? row1 - r : L;
+        F sums[NQ][L];
+        for (int i = 0; i < L; ++i) {
+            F acc[NQ];
+            for (F& a : acc) a = Simd::set1(0.f);
+            if (i < n) {
+                const uint8_t* row = w.data + (r + i) * w.row_bytes;
+                for (int64_t u = 0; u < whole; ++u) {
+                    const uint8_t* b = row + u * kUnitOf<T>;
+                    for (int line = 0; line < kUnitOf<T>; line += 64) __builtin_prefetch(b + kAhead + line, 0, 3);
+                    few_unit<T, NQ>(b, x, u, acc);
+                }
+                if constexpr (T::block < kUnit) {
+                    if (w.n_in % kUnit) few_unit<T, NQ>(LastUnit<T>(row, w.n_in).bytes, x, whole, acc);
+                }
+            }
+            for (int q = 0; q < NQ; ++q) sums[q][i] = acc[q];
+        }
+        for (int q = 0; q < NQ; ++q) out.put(sums[q], q0 + q, r, n);
+    }
+}
+
+}  // namespace weights
+}  // namespace
