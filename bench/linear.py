@@ -1,11 +1,11 @@
 """Products on ggml weight rows on the CPU: correctness first, then speed beside the machine's own ceilings.
 
 For every case: relative RMSE against float64 products with what gguf-py decodes (a case above the tolerance is not
-timed and the exit code is 1), then the least and the median time of many calls, preparation of the activations included;
-GB/s of weights and the fraction of the measured read bandwidth of a set of that size; G multiply-adds per second and the
-fraction of the measured peak. One row takes a matrix that no cache holds, more rows one of a layer. With one thread, only
-the processor's own time counts. With --ik, the product of ik_llama.cpp (PyPI's ik-llama-cpp-python) is timed in the same
-process on the same bytes. The last line is JSON.
+timed and the exit code is 1), then the least and the median time of many calls, preparation of the activations
+included; GB/s of weights and the fraction of the measured read bandwidth of a set of that size; G multiply-adds per
+second and the fraction of the measured peak. One row takes a matrix that no cache holds, more rows one of a layer. With
+one thread, only the processor's own time counts. With --ik, the product of ik_llama.cpp (PyPI's ik-llama-cpp-python) is
+timed in the same process on the same bytes. The last line is JSON.
 
     HYBRIDKV_ISA=avx2 python bench/linear.py --types q4_K,q6_K -t 1 --ik
 """

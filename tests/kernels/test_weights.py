@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +21,7 @@ pytestmark = pytest.mark.skipif(cpu_native.available() is not None, reason=f"{cp
 
 # Relative RMSE: quantized weights meet activations of 15 bits with a scale per 256, plain ones meet float32.
 LIMIT = 3e-4
+_PROT_NONE = 0  # of <sys/mman.h>
 N_ROWS = (1, 2, 3, 4, 5, 8, 9, 16, 33, 100)
 N_OUT = (1, 15, 17, 257)
 
@@ -226,6 +231,26 @@ def test_bytes_may_lie_anywhere(isa: str, fmt: WeightFormat) -> None:
         w = Weight(fmt, there.view(1, 33, -1), n_in)
         assert torch.equal(matmul(x, w), want)
         assert torch.equal(weights.decode(w).view(torch.int32), values.view(torch.int32))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are closed by Linux's mprotect")
+def test_nothing_is_read_behind_the_last_row(isa: str, fmt: WeightFormat) -> None:
+    """Rows end with the file: what lies behind them may not be mapped."""
+    page, n_in = mmap.PAGESIZE, inputs(fmt)[1]
+    data = coded(fmt, 5, n_in)
+    room = -(-data.nbytes // page) * page
+    memory = mmap.mmap(-1, room + page)
+    whole = np.frombuffer(memory, dtype=np.uint8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(whole.ctypes.data + room), ctypes.c_size_t(page), _PROT_NONE) == 0
+    there = whole[room - data.nbytes : room].reshape(data.shape)
+    there[:] = data
+    w = weight(fmt, there, n_in)
+    for n_rows in (1, 9):
+        x = normal(n_rows, n_in)
+        assert torch.equal(matmul(x, w), matmul(x, weight(fmt, data, n_in)))
+    assert torch.equal(weights.decode(w), weights.decode(weight(fmt, data, n_in)))
+    assert find_bad_block(w) is None
 
 
 def test_threads_do_not_change_the_result(isa: str, fmt: WeightFormat) -> None:

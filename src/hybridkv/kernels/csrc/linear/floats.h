@@ -18,17 +18,30 @@ inline F load_floats<BF16>(const uint8_t* p) { return Simd::bf16(reinterpret_cas
 
 struct Floats {
     static constexpr int64_t kOut = Many::kOut, kMost = Many::kMost, kDepth = kUnit;
+    static constexpr int64_t kRow = kDepth + 8;  // floats: rows side by side start in other halves of a line
 
-    // acc[r * r_stride + q * q_stride] += products of NR rows, `w_stride` bytes apart, and NQ rows over `depth` inputs,
-    // a multiple of L
-    template <class T, int NR, int NQ>
-    static HYBRIDKV_PHASE void tile(const uint8_t* w, int64_t w_stride, const uint8_t* const* x, int64_t depth, F* acc,
-                                    int64_t q_stride) {
+    // acc[q * kOut + r] += products of `n` rows, `w_stride` bytes apart and NR at a time, and NQ rows over `depth`
+    // inputs, a multiple of L
+    template <class T, int NQ, int NR>
+    static HYBRIDKV_PHASE void tiles(const uint8_t* w, int64_t w_stride, int64_t n, const uint8_t* const* x,
+                                     int64_t depth, F* acc) {
+        const uint8_t* from[NQ];
+        for (int q = 0; q < NQ; ++q) from[q] = x[q];
+        int64_t r = 0;
+        for (; r + NR <= n; r += NR) tile<T, NQ, NR>(w + r * w_stride, w_stride, from, depth, acc + r);
+        if constexpr (NR > 1) {
+            for (; r < n; ++r) tile<T, NQ, 1>(w + r * w_stride, w_stride, from, depth, acc + r);
+        }
+    }
+
+    template <class T, int NQ, int NR>
+    static inline __attribute__((always_inline)) void tile(const uint8_t* w, int64_t w_stride,
+                                                           const uint8_t* const (&x)[NQ], int64_t depth, F* acc) {
         F sum[NR][NQ];
 #pragma GCC unroll 8
         for (int r = 0; r < NR; ++r) {
 #pragma GCC unroll 8
-            for (int q = 0; q < NQ; ++q) sum[r][q] = acc[q * q_stride + r];
+            for (int q = 0; q < NQ; ++q) sum[r][q] = acc[q * kOut + r];
         }
         for (int64_t k = 0; k < depth; k += L) {
             F wv[NR];
@@ -36,7 +49,8 @@ struct Floats {
             for (int r = 0; r < NR; ++r) wv[r] = load_floats<T>(w + r * w_stride + k * T::bytes);
 #pragma GCC unroll 8
             for (int q = 0; q < NQ; ++q) {
-                const F xv = Simd::load(reinterpret_cast<const float*>(x[q]) + k);
+                F xv = Simd::load(reinterpret_cast<const float*>(x[q]) + k);
+                Simd::keep(xv);
 #pragma GCC unroll 8
                 for (int r = 0; r < NR; ++r) sum[r][q] = Simd::fma(wv[r], xv, sum[r][q]);
             }
@@ -44,23 +58,15 @@ struct Floats {
 #pragma GCC unroll 8
         for (int r = 0; r < NR; ++r) {
 #pragma GCC unroll 8
-            for (int q = 0; q < NQ; ++q) acc[q * q_stride + r] = sum[r][q];
+            for (int q = 0; q < NQ; ++q) acc[q * kOut + r] = sum[r][q];
         }
-    }
-
-    // `n` rows of the matrix, by NR and then ever fewer.
-    template <class T, int NQ, int NR>
-    static inline void tiles(const uint8_t* w, int64_t w_stride, int64_t n, const uint8_t* const* x, int64_t depth, F* acc,
-                             int64_t q_stride, int64_t r = 0) {
-        for (; n - r >= NR; r += NR) tile<T, NR, NQ>(w + r * w_stride, w_stride, x, depth, acc + r, q_stride);
-        if constexpr (NR > 1) tiles<T, NQ, NR / 2>(w, w_stride, n, x, depth, acc, q_stride, r);
     }
 
     // Inputs [k, k + depth) of `n` rows as float32, zeros up to `width`.
     template <class T>
     static HYBRIDKV_PHASE void bring(const Matrix& w, int64_t r0, int64_t n, int64_t k, int64_t depth, int64_t width,
                                      float* out) {
-        for (int64_t r = 0; r < n; ++r, out += kDepth) {
+        for (int64_t r = 0; r < n; ++r, out += kRow) {
             const uint8_t* from = w.data + (r0 + r) * w.row_bytes + k * T::bytes;
             int64_t i = 0;
             for (; i + L <= depth; i += L) Simd::store(out + i, load_floats<T>(from + i * T::bytes));
@@ -71,7 +77,7 @@ struct Floats {
 
     struct Scratch {
         F acc[kMost][kOut];
-        alignas(64) float rows[kOut][kDepth];
+        alignas(64) float rows[kOut][kRow];
     };
 
     template <class T>
@@ -79,15 +85,14 @@ struct Floats {
                        int64_t row1, const Output& out, void* scratch) {
         Scratch& s = *static_cast<Scratch*>(scratch);
         const int64_t stride = floats_stride(w.n_in);
-        for (int64_t r0 = row0; r0 < row1; r0 += kOut) {
-            const int64_t n = row1 - r0 < kOut ? row1 - r0 : kOut;
-            for (int64_t q0 = 0; q0 < n_rows; q0 += kMost) {
-                const int64_t nq = n_rows - q0 < kMost ? n_rows - q0 : kMost;
-                const uint8_t* from[kMost];
-                for (int64_t q = 0; q < nq; ++q) {
-                    from[q] = x + (x_rows ? x_rows[q0 + q] : q0 + q) * stride;
-                    for (F& a : s.acc[q]) a = Simd::set1(0.f);
-                }
+        const int64_t most = Many::rows_in_cache(stride);
+        for (int64_t q0 = 0; q0 < n_rows; q0 += most) {
+            const int64_t nq = n_rows - q0 < most ? n_rows - q0 : most;
+            const uint8_t* from[kMost];
+            for (int64_t q = 0; q < nq; ++q) from[q] = x + (x_rows ? x_rows[q0 + q] : q0 + q) * stride;
+            for (int64_t r0 = row0; r0 < row1; r0 += kOut) {
+                const int64_t n = row1 - r0 < kOut ? row1 - r0 : kOut;
+                for (int64_t q = 0; q < nq; ++q) for (F& a : s.acc[q]) a = Simd::set1(0.f);
                 if (n_rows <= 4) in_place<T>(w, r0, n, from, nq, s);
                 else brought<T>(w, r0, n, from, nq, s);
                 for (int64_t q = 0; q < nq; ++q) Many::put(s.acc[q], q0 + q, r0, n, out);
@@ -103,11 +108,11 @@ struct Floats {
         Many::for_rows<4>(nq, [&](auto group, int64_t q) {
             constexpr int NQ = decltype(group)::count, NR = 8 / NQ;
             const uint8_t* row = w.data + r0 * w.row_bytes;
-            tiles<T, NQ, NR>(row, w.row_bytes, n, x + q, whole, s.acc[q], kOut);
+            tiles<T, NQ, NR>(row, w.row_bytes, n, x + q, whole, s.acc[q]);
             if (!left) return;
             const uint8_t* rest[NQ];
             for (int i = 0; i < NQ; ++i) rest[i] = x[q + i] + whole * 4;
-            tiles<F32, NQ, NR>(reinterpret_cast<const uint8_t*>(s.rows), kDepth * 4, n, rest, L, s.acc[q], kOut);
+            tiles<F32, NQ, NR>(reinterpret_cast<const uint8_t*>(s.rows), kRow * 4, n, rest, L, s.acc[q]);
         });
     }
 
@@ -117,11 +122,11 @@ struct Floats {
         for (int64_t k = 0; k < w.n_in; k += kDepth) {
             const int64_t depth = w.n_in - k < kDepth ? w.n_in - k : kDepth, width = (depth + L - 1) / L * L;
             bring<T>(w, r0, n, k, depth, width, s.rows[0]);
-            Many::for_rows<6>(nq, [&](auto group, int64_t q) {
+            Many::for_tiles<T>(nq, [&](auto group, int64_t q) {
                 constexpr int NQ = decltype(group)::count, NR = L == 16 ? 4 : 2;
                 const uint8_t* from[NQ];
                 for (int i = 0; i < NQ; ++i) from[i] = x[q + i] + k * 4;
-                tiles<F32, NQ, NR>(reinterpret_cast<const uint8_t*>(s.rows), kDepth * 4, n, from, width, s.acc[q], kOut);
+                tiles<F32, NQ, NR>(reinterpret_cast<const uint8_t*>(s.rows), kRow * 4, n, from, width, s.acc[q]);
             });
         }
     }

@@ -15,14 +15,14 @@
 namespace {
 namespace weights {
 
-constexpr int64_t kFewRows = 4;  // as many as share a row in registers
+constexpr int kFewRows = L == 16 ? 8 : 4;  // as many as share a row in registers
 
 template <class T>
 void linear_ints(const Matrix& w, const uint8_t* x, const int32_t* x_rows, int64_t n_rows, int64_t row0, int64_t row1,
                  const Output& out, void* scratch) {
     if (n_rows > kFewRows) return Many::linear<T>(w, x, x_rows, n_rows, row0, row1, out, scratch);
     const int64_t stride = ints_stride(w.n_in), units = units_of(w.n_in);
-    Many::for_rows<4>(n_rows, [&](auto group, int64_t q) {
+    Many::for_rows<kFewRows>(n_rows, [&](auto group, int64_t q) {
         constexpr int n = decltype(group)::count;
         few_rows<T, n>(w, Taken<n>(x, stride, x_rows, q, units), q, row0, row1, out);
     });

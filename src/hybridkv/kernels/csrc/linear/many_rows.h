@@ -29,8 +29,11 @@ struct Many {
     };
 
     // A micro-kernel's output rows and rows of activations: sums, and what they are made of, stay in registers. Measured
-    // with AVX2 on Zen 4, G multiply-adds/s: 4 x 2 77, 3 x 4 and 3 x 3 75, 2 x 6 69.
-    static constexpr int kTileOut = 4, kTileRows = wide ? 6 : 2;
+    // with AVX2 on Zen 4, q4_K, G multiply-adds/s: 2 x 4, 2 x 6, 3 x 3 and 3 x 4 80, 4 x 2 72.
+    static constexpr int kTileOut = wide ? 4 : 2, kTileRows = wide ? 6 : 4;
+    // The largest one, for what is left at the end.
+    template <class T>
+    static constexpr int most_rows = wide || T::scales == Scales::ints ? 6 : 4;
 
     template <class T>
     static inline __attribute__((always_inline)) void bring(const uint8_t* b, Brought<T>& out) {
@@ -93,20 +96,34 @@ struct Many {
         }
     };
 
-    // acc[q][kOut] += products of NR output rows and NQ rows of activations over one unit
+    // acc[q][kOut] += products of NR output rows at a time, of `n`, and NQ rows of activations over one unit. Without
+    // minima and floats it is all loads and products of integers: the loop is unrolled, and pointers are kept.
     template <class T, int NR, int NQ>
-    static HYBRIDKV_PHASE void tile(const Brought<T>* w, const Taken<NQ>& x, int64_t u, F* acc) {
+    static HYBRIDKV_PHASE void tiles(const Brought<T>* w, int64_t n, const Taken<NQ>& x, int64_t u, F* acc) {
         const int32_t* a[NQ];
         const Meta* meta[NQ];
         for (int q = 0; q < NQ; ++q) {
             a[q] = x.codes(q, u);
             meta[q] = &x.meta(q, u);
         }
+        int64_t r = 0;
+        for (; r + NR <= n; r += NR) tile<T, NR, NQ>(w + r, a, meta, acc + r);
+        if constexpr (NR > 1) {
+            for (; r < n; ++r) tile<T, 1, NQ>(w + r, a, meta, acc + r);
+        }
+    }
+
+    template <class T, int NR, int NQ>
+    static inline __attribute__((always_inline)) void tile(const Brought<T>* w, const int32_t* const (&a)[NQ],
+                                                           const Meta* const (&meta)[NQ], F* acc) {
         if constexpr (T::scales == Scales::ints) {
             I sum[NR][NQ];
 #pragma GCC unroll 8
-            for (auto& row : sum) for (I& s : row) s = Simd::set1i(0);
-#pragma GCC unroll 2
+            for (auto& row : sum) {
+#pragma GCC unroll 8
+                for (I& s : row) s = Simd::set1i(0);
+            }
+#pragma GCC unroll 16
             for (int v = 0; v < kUnit / 2; v += L) {
                 I wv[NR];
 #pragma GCC unroll 4
@@ -116,9 +133,7 @@ struct Many {
                     I av = Simd::loadi(a[q] + v);
                     Simd::settle(av);  // loaded once, not by each product
 #pragma GCC unroll 4
-                    for (int r = 0; r < NR; ++r) {
-                        Simd::add_dot2(sum[r][q], wv[r], av);
-                    }
+                    for (int r = 0; r < NR; ++r) Simd::add_dot2(sum[r][q], wv[r], av);
                 }
             }
             F d[NR];
@@ -138,7 +153,10 @@ struct Many {
         } else {
             F unit[NR][NQ];
 #pragma GCC unroll 8
-            for (auto& row : unit) for (F& s : row) s = Simd::set1(0.f);
+            for (auto& row : unit) {
+#pragma GCC unroll 8
+                for (F& s : row) s = Simd::set1(0.f);
+            }
             for (int step = 0; step < kSteps; ++step) {
                 I even[NR], odd[NR];
                 F scale[NR];
@@ -172,15 +190,6 @@ struct Many {
         }
     }
 
-    // Output rows of one unit times NQ rows of activations.
-    template <class T, int NQ, int NR = kTileOut>
-    static inline void tiles(const Brought<T>* w, int64_t n, const Taken<NQ>& x, int64_t u, F* acc, int64_t r = 0) {
-        for (; n - r >= NR; r += NR) tile<T, NR, NQ>(w + r, x, u, acc + r);
-        if constexpr (NR > 1) {
-            if (r < n) tiles<T, NQ, NR / 2>(w, n, x, u, acc, r);
-        }
-    }
-
     // Calls f(Rows<N>, q) for groups of NQ rows and then ever fewer.
     template <int NQ, class Fn>
     static inline void for_rows(int64_t n, Fn&& f, int64_t q = 0) {
@@ -188,15 +197,18 @@ struct Many {
         if constexpr (NQ > 1) for_rows<NQ == 6 ? 4 : NQ / 2>(n, f, q);
     }
 
-    // The same for micro-kernels; three rows at once rather than two and one.
-    template <class Fn>
+    // Calls f(Rows<N>, q) for groups of kTileRows rows, and for all that are left as soon as that is one group.
+    template <class T, class Fn>
     static inline void for_tiles(int64_t n, Fn&& f) {
         int64_t q = 0;
-        if (!wide && n % 2 && n > 1) {
-            f(Rows<3>{}, q);
-            q = 3;
-        }
-        for_rows<kTileRows>(n, f, q);
+        for (; n - q > most_rows<T>; q += kTileRows) f(Rows<kTileRows>{}, q);
+        last<most_rows<T>>(n - q, f, q);
+    }
+
+    template <int N, class Fn>
+    static inline void last(int64_t n, Fn&& f, int64_t q) {
+        if (n == N) f(Rows<N>{}, q);
+        else if constexpr (N > 1) last<N - 1>(n, f, q);
     }
 
     template <class T>
@@ -204,17 +216,6 @@ struct Many {
         F acc[kMost][kOut];
         Brought<T> rows[kOut];
     };
-
-    // Asks for a unit of the rows of activations that come next: they lie apart, where processors do not look ahead.
-    static inline void expect(const uint8_t* x, int64_t stride, const int32_t* x_rows, int64_t q, int64_t end,
-                              int64_t units, int64_t u) {
-        for (int i = 0; i < kTileRows && q < end; ++i, ++q) {
-            const uint8_t* row = x + (x_rows ? x_rows[q] : q) * stride;
-            for (int line = 0; line < kUnitBytes; line += 64) __builtin_prefetch(row + u * kUnitBytes + line, 0, 3);
-            __builtin_prefetch(row + units * kUnitBytes + u * static_cast<int64_t>(sizeof(Meta)), 0, 3);
-            __builtin_prefetch(row + units * kUnitBytes + u * static_cast<int64_t>(sizeof(Meta)) + 64, 0, 3);
-        }
-    }
 
     template <class T>
     static void linear(const Matrix& w, const uint8_t* x, const int32_t* x_rows, int64_t n_rows, int64_t row0,
@@ -229,10 +230,9 @@ struct Many {
                 for (int64_t q = 0; q < nq; ++q) for (F& a : s.acc[q]) a = Simd::set1(0.f);
                 for (int64_t u = 0; u < units; ++u) {
                     bring_rows<T>(w, r0, n, u, s.rows);
-                    for_tiles(nq, [&](auto group, int64_t q) {
+                    for_tiles<T>(nq, [&](auto group, int64_t q) {
                         constexpr int NQ = decltype(group)::count;
-                        expect(x, stride, x_rows, q0 + q + NQ, q0 + nq, units, u);
-                        tiles<T, NQ>(s.rows, n, Taken<NQ>(x, stride, x_rows, q0 + q, units), u, s.acc[q]);
+                        tiles<T, kTileOut, NQ>(s.rows, n, Taken<NQ>(x, stride, x_rows, q0 + q, units), u, s.acc[q]);
                     });
                 }
                 for (int64_t q = 0; q < nq; ++q) put(s.acc[q], q0 + q, r0, n, out);

@@ -1,7 +1,6 @@
 // The table of weight types: decoding, and the search for scales that are no numbers.
 #include "types.h"
 
-#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -36,21 +35,7 @@ void decode(const uint8_t* row, int64_t n, float* out) {
 template <class T>
 int64_t find_bad(const uint8_t* row, int64_t n_blocks) {
     for (int64_t b = 0; b < n_blocks; ++b, row += T::bytes) {
-        bool fine = true;
-        if constexpr (T::scales == Scales::none) {
-            fine = std::isfinite(T::at(row));
-        } else if constexpr (T::scales == Scales::floats) {
-            int16_t code[kGroup];
-            float d = 0.f, m = 0.f;
-            T::bring(row, code, d, m);
-            fine = std::isfinite(d) && std::isfinite(m);
-        } else {
-            Unit u;
-            u.dmin = 0.f;
-            T::bring(row, u);
-            fine = std::isfinite(u.d) && std::isfinite(u.dmin);
-        }
-        if (!fine) return b;
+        if (!T::fine(row)) return b;
     }
     return -1;
 }

@@ -28,7 +28,11 @@ enum class Scales { ints, floats, none };
 constexpr int8_t kIq4nl[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 constexpr int8_t kMxfp4[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
-// ---- Types with a float scale per 32 values: block() gives a block's codes, scale and minimum.
+// Whether a float16 is neither NaN nor infinite.
+inline bool is_number(const uint8_t* half) { return (load_as<uint16_t>(half) & 0x7c00) != 0x7c00; }
+
+// ---- Types with a float scale per 32 values: bring() gives a block's codes, scale and minimum. fine() says
+// of every type with scales whether a block's are numbers.
 
 inline void nibbles(const uint8_t* qs, int16_t* code) {
     for (int i = 0; i < 16; ++i) {
@@ -53,6 +57,7 @@ struct Q8_0 {
     static constexpr int block = 32, bytes = 34;
     static constexpr Scales scales = Scales::floats;
     static constexpr bool has_min = false;
+    static bool fine(const uint8_t* b) { return is_number(b); }
     static void bring(const uint8_t* b, int16_t* code, float& d, float&) {
         d = half_at(b);
         for (int i = 0; i < 32; ++i) code[i] = static_cast<int8_t>(b[2 + i]);
@@ -63,6 +68,7 @@ struct Q4_0 {
     static constexpr int block = 32, bytes = 18;
     static constexpr Scales scales = Scales::floats;
     static constexpr bool has_min = false;
+    static bool fine(const uint8_t* b) { return is_number(b); }
     static void bring(const uint8_t* b, int16_t* code, float& d, float&) {
         d = half_at(b);
         nibbles(b + 2, code);
@@ -74,6 +80,7 @@ struct Q4_1 {
     static constexpr int block = 32, bytes = 20;
     static constexpr Scales scales = Scales::floats;
     static constexpr bool has_min = true;
+    static bool fine(const uint8_t* b) { return is_number(b) && is_number(b + 2); }
     static void bring(const uint8_t* b, int16_t* code, float& d, float& m) {
         d = half_at(b);
         m = half_at(b + 2);
@@ -85,6 +92,7 @@ struct Q5_0 {
     static constexpr int block = 32, bytes = 22;
     static constexpr Scales scales = Scales::floats;
     static constexpr bool has_min = false;
+    static bool fine(const uint8_t* b) { return is_number(b); }
     static void bring(const uint8_t* b, int16_t* code, float& d, float&) {
         d = half_at(b);
         nibbles(b + 6, code);
@@ -97,6 +105,7 @@ struct Q5_1 {
     static constexpr int block = 32, bytes = 24;
     static constexpr Scales scales = Scales::floats;
     static constexpr bool has_min = true;
+    static bool fine(const uint8_t* b) { return is_number(b) && is_number(b + 2); }
     static void bring(const uint8_t* b, int16_t* code, float& d, float& m) {
         d = half_at(b);
         m = half_at(b + 2);
@@ -109,6 +118,7 @@ struct IQ4_NL {
     static constexpr int block = 32, bytes = 18;
     static constexpr Scales scales = Scales::floats;
     static constexpr bool has_min = false;
+    static bool fine(const uint8_t* b) { return is_number(b); }
     static void bring(const uint8_t* b, int16_t* code, float& d, float&) {
         d = half_at(b);
         nibbles(b + 2, code);
@@ -123,6 +133,7 @@ struct MXFP4 {
     static constexpr int block = 32, bytes = 17;
     static constexpr Scales scales = Scales::floats;
     static constexpr bool has_min = false;
+    static bool fine(const uint8_t*) { return true; }
     static void bring(const uint8_t* b, int16_t* code, float& d, float&) {
         d = mxfp4_scale(b[0]);
         nibbles(b + 1, code);
@@ -154,6 +165,7 @@ struct Q2_K {
     static constexpr Scales scales = Scales::ints;
     static constexpr bool has_min = true;
     static constexpr int d_at = 80, dmin_at = 82;
+    static bool fine(const uint8_t* b) { return is_number(b + 80) && is_number(b + 82); }
     static void bring(const uint8_t* b, Unit& u) {
         u.d = half_at(b + d_at);
         u.dmin = half_at(b + dmin_at);
@@ -169,7 +181,8 @@ struct Q3_K {
     static constexpr int block = 256, bytes = 110;
     static constexpr Scales scales = Scales::ints;
     static constexpr bool has_min = false;
-    static constexpr int d_at = 108, dmin_at = -1;
+    static constexpr int d_at = 108;
+    static bool fine(const uint8_t* b) { return is_number(b + 108); }
     static void bring(const uint8_t* b, Unit& u) {
         u.d = half_at(b + d_at);
         const uint8_t* s = b + 96;
@@ -189,6 +202,7 @@ struct Q4_K {
     static constexpr Scales scales = Scales::ints;
     static constexpr bool has_min = true;
     static constexpr int d_at = 0, dmin_at = 2;
+    static bool fine(const uint8_t* b) { return is_number(b) && is_number(b + 2); }
     static void bring(const uint8_t* b, Unit& u) {
         u.d = half_at(b);
         u.dmin = half_at(b + 2);
@@ -202,6 +216,7 @@ struct Q5_K {
     static constexpr Scales scales = Scales::ints;
     static constexpr bool has_min = true;
     static constexpr int d_at = 0, dmin_at = 2;
+    static bool fine(const uint8_t* b) { return is_number(b) && is_number(b + 2); }
     static void bring(const uint8_t* b, Unit& u) {
         u.d = half_at(b);
         u.dmin = half_at(b + 2);
@@ -217,7 +232,8 @@ struct Q6_K {
     static constexpr int block = 256, bytes = 210;
     static constexpr Scales scales = Scales::ints;
     static constexpr bool has_min = false;
-    static constexpr int d_at = 208, dmin_at = -1;
+    static constexpr int d_at = 208;
+    static bool fine(const uint8_t* b) { return is_number(b + 208); }
     static void bring(const uint8_t* b, Unit& u) {
         u.d = half_at(b + d_at);
         for (int g = 0; g < 16; ++g) u.scale[g] = static_cast<int8_t>(b[192 + g]);
@@ -233,7 +249,8 @@ struct IQ4_XS {
     static constexpr int block = 256, bytes = 136;
     static constexpr Scales scales = Scales::ints;
     static constexpr bool has_min = false;
-    static constexpr int d_at = 0, dmin_at = -1;
+    static constexpr int d_at = 0;
+    static bool fine(const uint8_t* b) { return is_number(b); }
     static void bring(const uint8_t* b, Unit& u) {
         u.d = half_at(b);
         const int high = load_as<uint16_t>(b + 2);
@@ -255,6 +272,7 @@ template <class T>
 struct OfGrid : T {
     static constexpr Scales scales = Scales::ints;
     static constexpr bool has_min = false;
+    static bool fine(const uint8_t* b) { return T::d(b) - T::d(b) == 0.f; }
     static void bring(const uint8_t* b, Unit& u) {
         int8_t s[16];
         T::scale_bytes(b, s);
@@ -284,18 +302,21 @@ struct F32 {
     static constexpr int block = 1, bytes = 4;
     static constexpr Scales scales = Scales::none;
     static float at(const uint8_t* p) { return load_as<float>(p); }
+    static bool fine(const uint8_t* p) { return at(p) - at(p) == 0.f; }
 };
 
 struct F16 {
     static constexpr int block = 1, bytes = 2;
     static constexpr Scales scales = Scales::none;
     static float at(const uint8_t* p) { return half_at(p); }
+    static bool fine(const uint8_t* p) { return at(p) - at(p) == 0.f; }
 };
 
 struct BF16 {
     static constexpr int block = 1, bytes = 2;
     static constexpr Scales scales = Scales::none;
     static float at(const uint8_t* p) { return bf16_to_float(load_as<uint16_t>(p)); }
+    static bool fine(const uint8_t* p) { return at(p) - at(p) == 0.f; }
 };
 
 // Every type once; X(struct, ggml's name).
