@@ -91,7 +91,7 @@ class Description:
         else:
             from hybridkv.gguf.stored import stored_tensors
 
-            tensors = stored_tensors(self.path)
+            tensors = stored_tensors(self.path, runner)
         return held_weights(tensors, kind, device=device, plain=plain, loading=loading, runner=runner)
 
 

@@ -37,6 +37,10 @@ class Typed(Source, Protocol):
         """The vectors that were taken."""
         ...
 
+    def forget(self, name: str) -> None:
+        """Let go of a matrix that was taken and is not needed any more."""
+        ...
+
     def verify(self) -> None:
         """Raise an error if what was read is no longer what it was when it was opened."""
         ...
@@ -87,6 +91,10 @@ class ParameterSource:
     def matrices(self) -> Iterable[Weight]:
         """The matrices that were taken."""
         return self._weights.values()
+
+    def forget(self, name: str) -> None:
+        """Free a matrix; it is read again if it is asked for again."""
+        self._weights.pop(name, None)
 
     def check(self) -> str | None:
         """Name the first tensor that holds NaN or infinity; None if there is none."""
@@ -143,6 +151,10 @@ class EncodedSource:
         """The vectors that were taken."""
         return self._source.vectors()
 
+    def forget(self, name: str) -> None:
+        """Free a matrix; it is encoded again if it is asked for again."""
+        self._weights.pop(name, None)
+
     def verify(self) -> None:
         """The source's."""
         self._source.verify()
@@ -150,7 +162,11 @@ class EncodedSource:
     def _encoded(self, name: str) -> Weight:
         held = self._source.weight(name)
         kind = weight_type(self._kind, held.n_in, in_vocabulary=name in self._names)
-        return held if kind in (None, held.format.name) or held.n_out == 1 else reencoded(held, kind)
+        if kind is None or kind == held.format.name or held.n_out == 1:
+            return held
+        encoded = reencoded(held, kind)
+        self._source.forget(name)  # not held in both forms
+        return encoded
 
     def matrices(self) -> Iterable[Weight]:
         """The matrices that were taken."""
@@ -165,9 +181,13 @@ class EncodedSource:
 def bytes_by_type(source: Typed) -> dict[str, int]:
     """Bytes of what was taken from a source, by type; the type with the most comes first, vectors are float32."""
     total: dict[str, int] = {}
+    vectors = sum(vector.nbytes for vector in source.vectors())
     for weight in source.matrices():
-        total[weight.format.name] = total.get(weight.format.name, 0) + weight.nbytes
-    if vectors := sum(vector.nbytes for vector in source.vectors()):
+        if weight.format.name == "f32" and weight.n_out == 1:  # a single row
+            vectors += weight.nbytes
+        else:
+            total[weight.format.name] = total.get(weight.format.name, 0) + weight.nbytes
+    if vectors:
         name = "f32" if "f32" in total else "f32 (vectors)"
         total[name] = total.get(name, 0) + vectors
     return dict(sorted(total.items(), key=lambda item: -item[1]))

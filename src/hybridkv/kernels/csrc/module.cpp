@@ -243,7 +243,6 @@ NB_MODULE(_cpu, m) {
     m.def("is_damaged", &is_damaged);
     m.def("lock_memory", &lock_memory);
     m.def("probe", &probe);
-    bind_linear(m);
     bind_weights(m);
     bind_step(m);
 }
