@@ -72,7 +72,7 @@ class Description:
             What was asked to run it.
         """
         runner: Runner = "eager"
-        if kind != "plain" and self.n_ranks == 1 and runs_natively(self.config, device, self.path, engine):
+        if kind != "plain" and self.n_ranks == 1 and runs_natively(self.config, device, engine):
             runner = "native"
         if self.n_ranks > 1:
             from hybridkv.hf.load import count_parameters

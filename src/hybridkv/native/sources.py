@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hybridkv.gguf.convert import find_architecture
+from hybridkv.gguf.convert import find_tables
 from hybridkv.gguf.pairing import Pairing, file_tensors, pair
 from hybridkv.held import WeightKind
 from hybridkv.hf.step.weights import reencoded, weight_type
-from hybridkv.kernels.weights import Weight, encode, find_bad_block
+from hybridkv.kernels.weights import Weight, decode, encode, find_bad_block
 from hybridkv.model import Source
 
 _FLOATS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -60,7 +60,7 @@ class ParameterSource:
     def __init__(self, model: Any, parameter: Callable[[str], Tensor]) -> None:
         self._config = model.config.get_text_config(decoder=True)
         self._parameter = parameter
-        pairings = pair(find_architecture(self._config), self._config, model, ())
+        pairings = pair(find_tables(self._config), self._config, model, ())
         self._pairings: dict[str, Pairing] = {name: pairing for pairing in pairings for name in pairing.names}
         self._weights: dict[str, Weight] = {}
         self._vectors: dict[str, Tensor] = {}
@@ -79,13 +79,15 @@ class ParameterSource:
 
     def vector(self, name: str) -> Tensor:
         """A small tensor: float32 in the file's shape."""
+        if name in self._weights:  # a single row, which a product took: a directory is read once
+            return decode(self._weights[name]).flatten()
         if name not in self._vectors:
             self._vectors |= {each: tensor.float() for each, tensor in self._tensors(name)}
         return self._vectors[name]
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of all tensors."""
-        for pairing in dict.fromkeys(self._pairings.values()):
+        for pairing in {id(pairing): pairing for pairing in self._pairings.values()}.values():
             yield from zip(pairing.names, pairing.shapes, strict=True)
 
     def matrices(self) -> Iterable[Weight]:
@@ -93,7 +95,7 @@ class ParameterSource:
         return self._weights.values()
 
     def forget(self, name: str) -> None:
-        """Free a matrix; it is read again if it is asked for again."""
+        """Free a matrix that nobody asks for again."""
         self._weights.pop(name, None)
 
     def check(self) -> str | None:
@@ -152,7 +154,7 @@ class EncodedSource:
         return self._source.vectors()
 
     def forget(self, name: str) -> None:
-        """Free a matrix; it is encoded again if it is asked for again."""
+        """Free a matrix that nobody asks for again."""
         self._weights.pop(name, None)
 
     def verify(self) -> None:
