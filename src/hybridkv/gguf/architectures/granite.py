@@ -64,6 +64,10 @@ def _fields(meta: Metadata) -> Fields:
     heads = head_fields(meta)
     if not meta.flag(FINETUNED, default=True):
         meta.expected(FINETUNED, "true: a dense Granite model without RoPE is not supported")
+    # The hybrids' converter also writes sizes of recurrent layers, which are none here, and the width of their shared
+    # feed-forward, the only one here.
+    meta.disregard("ssm.")
+    meta.disregard("expert_shared_feed_forward_length")
     if heads["head_dim"] % 2 or partial_rotary(meta, heads["head_dim"]):
         meta.expected("rope.dimension_count", "all dimensions of a head, an even number")
     return {
