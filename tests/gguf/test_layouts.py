@@ -165,6 +165,8 @@ def test_granite_without_multipliers(tmp_path: Path) -> None:
     config = load_gguf(file.write(tmp_path / "x.gguf")).model.config
     assert config.attention_multiplier == 16**-0.5
     assert (config.embedding_multiplier, config.residual_multiplier, config.logits_scaling) == (1, 1, 1)
+    file.keys["granite.attention.scale"] = 0.0
+    assert load_gguf(file.write(tmp_path / "x.gguf")).model.config.attention_multiplier == 16**-0.5
     file.keys["granite.rope.scaling.finetuned"] = False
     with pytest.raises(ModelFileError, match=r"rope.scaling.finetuned' is False; expected true: a dense Granite model"):
         load_gguf(file.write(tmp_path / "x.gguf"))

@@ -72,8 +72,8 @@ def _fields(meta: Metadata) -> Fields:
         meta.expected("rope.dimension_count", "all dimensions of a head, an even number")
     return {
         **heads,
-        "attention_multiplier": heads["head_dim"] ** -0.5,
-        **{field: meta.real(key) for field, key in MULTIPLIERS.items() if meta.has(key)},
+        **{field: meta.real_or(key, 1.0) for field, key in MULTIPLIERS.items()},
+        "attention_multiplier": meta.real_or("attention.scale", heads["head_dim"] ** -0.5),
         "rope_parameters": rope_fields(meta, heads["head_dim"]),
         "attention_bias": meta.has_tensor("blk.0.attn_q.bias"),
         "mlp_bias": meta.has_tensor("blk.0.ffn_up.bias"),
