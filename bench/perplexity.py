@@ -31,8 +31,9 @@ import hybridkv
 from hybridkv.cache import KVTypes
 from hybridkv.cli.show import simple_table
 from hybridkv.engine.load import Loaded, bundled_model, bundled_text, describe, load
-from hybridkv.hf import ModelCache, cache_argument, kv_facts
+from hybridkv.hf import EagerStep, ModelCache, kv_facts
 from hybridkv.kernels import KERNELS
+from hybridkv.native import NativeModel, NativeStep
 from hybridkv.policy import Guard, Policy, parse_scale
 
 TEXT = bundled_text()
@@ -71,8 +72,9 @@ def log_probs(loaded: Loaded, types: KVTypes, ids: Tensor, n_ctx: int) -> Any:
     """Yield log probabilities `[chunk, V]` after each position of ids `[1, n_ctx]`, chunk by chunk."""
     specs = Policy(types).resolve(kv_facts(loaded.description.facts))
     cache = ModelCache(loaded.model.config, specs, n_ctx=n_ctx, guard=Guard(mode="off"))
-    for chunk in torch.split(ids, CHUNK, dim=1):
-        yield torch.log_softmax(loaded.model(chunk, **{cache_argument(loaded.model): cache}).logits[0].float(), -1)
+    step = NativeStep(loaded.model) if isinstance(loaded.model, NativeModel) else EagerStep(loaded.model)
+    for index, chunk in enumerate(torch.split(ids, CHUNK, dim=1)):
+        yield torch.log_softmax(step.logits(chunk, cache, index * CHUNK)[0], -1)
 
 
 def main() -> int:

@@ -43,7 +43,7 @@ def model_of(path: Path, kind: WeightKind) -> Loaded:
 
 
 def held_bytes(loaded: Loaded) -> int:
-    """Of packed matrices."""
+    """Of all weights."""
     return sum(bytes_by_type(loaded.model.source).values())
 
 
