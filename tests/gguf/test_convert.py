@@ -202,7 +202,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no such model_type": (lambda d: configured(d, model_type="mystery"), "config.json"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors is missing"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json"),
-    "not safetensors": (lambda d: (d / "model.safetensors").write_bytes(b"\0" * 64), "cannot be read"),
+    "not safetensors": (
+        lambda d: (d / "model.safetensors").write_bytes(b"\0" * 64),
+        "the weights in .* cannot be converted: ",
+    ),
     "integers": (_integers, "'model.norm.weight' .* has dtype I8; allowed: F64, F32, F16, BF16"),
     "a tensor missing": (
         lambda d: rewritten(d, lambda t: t.pop("model.norm.weight")),

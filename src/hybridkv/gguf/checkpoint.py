@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from safetensors import SafetensorError, safe_open
 
@@ -29,6 +29,11 @@ class Checkpoint:
 
     Files are opened for one parameter at a time, so that the pages that were read do not stay in memory.
 
+    Parameters
+    ----------
+    purpose
+        What is to be done with them, as errors say it.
+
     Raises
     ------
     ModelFileError
@@ -37,8 +42,11 @@ class Checkpoint:
         For parameters that the files do not have.
     """
 
-    def __init__(self, directory: Path, model: PreTrainedModel) -> None:
+    def __init__(
+        self, directory: Path, model: PreTrainedModel, purpose: Literal["converted", "loaded"] = "converted"
+    ) -> None:
         self.directory = directory
+        self._purpose = purpose
         self._model = model
         self._open: dict[Path, Any] = {}
         self._mappings: dict[str, Any] = {}
@@ -85,12 +93,14 @@ class Checkpoint:
                 with safe_open(path, framework="pt") as file:
                     types = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
             except (SafetensorError, OSError) as error:
-                self._fail(f"the weights in {self.directory} cannot be read: {error}", f"{path.name} is damaged")
+                self._fail(
+                    f"the weights in {self.directory} cannot be {self._purpose}: {error}", f"{path.name} is damaged"
+                )
             for key, dtype in types.items():
                 if dtype not in DTYPES:
                     self._fail(
-                        f"tensor {key!r} in {self.directory} has dtype {dtype}; allowed: {', '.join(DTYPES)}",
-                        "quantized checkpoints cannot be converted: use the one that they were made from",
+                        f"tensor {key!r} in {path} has dtype {dtype}; allowed: {', '.join(DTYPES)}",
+                        f"quantized checkpoints cannot be {self._purpose}: use the one that they were made from",
                     )
                 tensors[key] = path
         return tensors
@@ -109,7 +119,10 @@ class Checkpoint:
             paths = [self.directory / "model.safetensors"]
         for path in paths:
             if not path.is_file():
-                self._fail(f"{path} is missing", "converting reads safetensors; other formats are not read")
+                self._fail(
+                    f"the weights in {self.directory} cannot be {self._purpose}: {path} is missing",
+                    "safetensors are read, other formats are not",
+                )
         return paths
 
     def _assign(self, tensors: dict[str, Path]) -> None:

@@ -104,6 +104,10 @@ class GgufSource:
         """Leave a matrix out of those that were taken."""
         self._weights.pop(name, None)
 
+    def shown(self, name: str) -> str:
+        """The file's own name."""
+        return name
+
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of all tensors of the file."""
         return ((info.name, info.shape) for info in self._infos.values())

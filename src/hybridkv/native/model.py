@@ -51,7 +51,7 @@ def directory_source(directory: Path, config: Any) -> ParameterSource:
     """The safetensors of a Hugging Face directory as a source of weights, read one parameter at a time."""
     text = config.get_text_config(decoder=True)
     skeleton = build_skeleton(text, torch.float32)
-    return ParameterSource(skeleton, Checkpoint(directory, skeleton).parameter)
+    return ParameterSource(skeleton, Checkpoint(directory, skeleton, "loaded").parameter)
 
 
 __all__ = ["Memory", "NativeModel", "directory_source", "map_gguf", "native_model"]

@@ -41,6 +41,10 @@ class Typed(Source, Protocol):
         """Let go of a matrix that was taken and is not needed any more."""
         ...
 
+    def shown(self, name: str) -> str:
+        """The name that a tensor has where a user sees it."""
+        ...
+
     def verify(self) -> None:
         """Raise an error if what was read is no longer what it was when it was opened."""
         ...
@@ -98,11 +102,15 @@ class ParameterSource:
         """Free a matrix that nobody asks for again."""
         self._weights.pop(name, None)
 
+    def shown(self, name: str) -> str:
+        """The parameter's."""
+        return self._pairings[name].param
+
     def check(self) -> str | None:
-        """Name the first tensor that holds NaN or infinity; None if there is none."""
+        """Name the first parameter that holds NaN or infinity; None if there is none."""
         bad = (name for name, weight in self._weights.items() if find_bad_block(weight) is not None)
         vectors = (name for name, vector in self._vectors.items() if not torch.isfinite(vector).all())
-        return next(bad, None) or next(vectors, None)
+        return next(map(self.shown, (*bad, *vectors)), None)
 
     def vectors(self) -> Iterable[Tensor]:
         """The vectors that were taken."""
@@ -157,6 +165,10 @@ class EncodedSource:
         """Free a matrix that nobody asks for again."""
         self._weights.pop(name, None)
 
+    def shown(self, name: str) -> str:
+        """The source's."""
+        return self._source.shown(name)
+
     def verify(self) -> None:
         """The source's."""
         self._source.verify()
@@ -177,7 +189,7 @@ class EncodedSource:
     def check(self) -> str | None:
         """Name the first tensor that holds NaN or infinity; None if there is none."""
         bad = (name for name, weight in self._weights.items() if find_bad_block(weight) is not None)
-        return next(bad, None) or self._source.check()
+        return next(map(self.shown, bad), None) or self._source.check()
 
 
 def bytes_by_type(source: Typed) -> dict[str, int]:
