@@ -122,6 +122,17 @@ def test_no_weights_help_experts(cli: Cli, models: ModelStore) -> None:
     assert "hint: the weights do not fit: take a smaller model, or a machine with more memory; " in said
 
 
+def test_what_is_proposed_is_counted_for_the_engine_that_will_run_it(cli: Cli, models: ModelStore) -> None:
+    """Without `plain`, the native engine holds experts as int8 too; the eager one does not."""
+    line = ("run", "-m", models.family("qwen3_5_moe_text"), "--ids", 1, "-n", 1, "-c", 16, "--memory", "3.8MiB")
+    said = refused(cli, *line, "--weights", "plain")
+    held = re.search(r"--weights int8 holds the weights in (\d+\.\d KiB) and fits", said)
+    done = cli(*line, "--weights", "int8")
+    assert (held is not None, done.code) == (True, 0), said
+    assert "KiB q8_0 + " in done.err
+    assert "--weights int8" not in refused(cli, *line, "--engine", "eager")
+
+
 @pytest.mark.usefixtures("_nothing_is_loaded")
 def test_a_directory_is_float32_first(cli: Cli, hybrid: Path) -> None:
     """Under the eager engine; the native one reads and encodes one matrix after the other."""

@@ -122,7 +122,7 @@ def _hint(opened: Opened, demand: Demand, held: Held, parts: Mapping[str, int], 
     free = n_available - held.n_bytes - rest
     if held.peak_bytes > n_available or free < 0:
         for kind in ("int8", "int4"):
-            smaller = opened.description.held(kind, "cpu", "f32", engine=opened.engine)
+            smaller = opened.description.held(kind, "cpu", "f32", engine=opened.asked)
             if (
                 opened.weights in ("auto", "f32", "bf16", "plain")
                 and max(smaller.peak_bytes, smaller.n_bytes + rest + kv) <= n_available

@@ -136,8 +136,8 @@ class Opened:
         Bytes of main memory that it may take; None for what there is.
     limit_option
         The option that says so.
-    engine
-        What was asked to run it.
+    engine, asked
+        What is to run it: with the weights that are held, and as it was asked for.
     memory
         Whether the weights of a GGUF file stay in the mapped file.
     lock
@@ -153,6 +153,7 @@ class Opened:
     memory_limit: int | None = None
     limit_option: str = "--memory"
     engine: StepKind = "auto"
+    asked: StepKind = "auto"
     memory: Memory = "mapped"
     lock: bool = False
 
@@ -224,11 +225,11 @@ def open_model(
     option = getattr(a, "limit_option", "--memory")  # tasks of `eval --ray` have neither
     limit = None if getattr(a, "memory_limit", None) is None else parse_bytes(a.memory_limit, option)
     graphs = parse_graphs(a.graph or "on")
-    kind, asked = parse_step(a.engine), parse_weights(a.weights)
+    asked_kind, asked = parse_step(a.engine), parse_weights(a.weights)
     n = n_ranks()
     if n > 1:
         _check_ranks(a, n, ranks)
-        kind, graphs = "eager", "off"
+        asked_kind, graphs = "eager", "off"
     transformers_logging.set_verbosity_error()  # its notes on missing speed packages are not this command's
     transformers_logging.disable_progress_bar()
     device = _device(a.device) if n == 1 else _device_of_rank(a.device, n)
@@ -242,14 +243,14 @@ def open_model(
     device_type = device.partition(":")[0]
     if a.graph is not None and device_type != "cuda":
         notice(f"--graph {a.graph} changes nothing: graphs are CUDA's, and this runs on {device_type}")
-    kind = engine_for(device_type, asked, kind)
+    kind = engine_for(device_type, asked, asked_kind)
     make_step = resolve_step(description.config, device_type, kind, graphs=graphs, notify=notice)
     weights, dtype = weights_on(device, asked, kind)
     if device_type != "cpu" and weights in ("int8", "int4"):
         check_torchao()
     memory: Memory = "copied" if getattr(a, "no_mmap", False) else "mapped"
     lock = bool(getattr(a, "mlock", False))
-    return Opened(description, device, n_ctx, weights, dtype, make_step, limit, option, kind, memory, lock)
+    return Opened(description, device, n_ctx, weights, dtype, make_step, limit, option, kind, asked_kind, memory, lock)
 
 
 def _check_ranks(a: argparse.Namespace, n: int, ranks: Literal["one", "many"]) -> None:
