@@ -17,7 +17,7 @@ from hybridkv.errors import ModelError, ModelFileError
 from hybridkv.gguf.architectures import ARCHITECTURES
 from hybridkv.gguf.convert import find_architecture
 from hybridkv.gguf.keys import NEUTRAL
-from hybridkv.gguf.load import config_from_gguf, load_gguf
+from hybridkv.gguf.load import config_from_gguf, load_gguf, map_gguf
 from hybridkv.gguf.reader import read_header
 from tests.families import build
 from tests.gguf.key_cases import draft, names, written
@@ -186,6 +186,25 @@ def test_no_more_experts_are_used_than_there_are(
     err = capsys.readouterr().err
     assert "error: " in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("architecture", ["qwen35moe", "qwen3next", "qwen3moe"])
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"expert_count": 0}, "expert_count' is 0; expected a whole number from 1"),
+        ({"expert_used_count": 0}, "expert_used_count' is 0; expected a whole number from 1"),
+        ({"expert_count": 3}, "has shape "),
+    ],
+)
+def test_numbers_of_experts_that_no_model_has(
+    tmp_path: Path, architecture: str, keys: dict[str, Any], message: str
+) -> None:
+    path = written(architecture, keys, tmp_path / "x.gguf")
+    with pytest.raises(ModelFileError, match=message):
+        load_gguf(path)
+    with pytest.raises(ModelFileError, match=message):
+        map_gguf(path)
 
 
 @pytest.mark.parametrize(
