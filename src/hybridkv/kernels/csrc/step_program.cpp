@@ -1,6 +1,7 @@
 #include "step_program.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 
 #include "pool.h"
@@ -197,9 +198,30 @@ private:
 
 }  // namespace
 
-void run_step(const std::vector<Op>& ops, size_t begin, size_t end, const StepRun& run) {
+void run_step(const std::vector<Op>& ops, size_t begin, size_t end, const StepRun& run, double* seconds) {
+    using Clock = std::chrono::steady_clock;
     const Runner runner(run);
-    for (size_t i = begin; i < end; ++i) std::visit(runner, ops[i]);
+    for (size_t i = begin; i < end; ++i) {
+        const Clock::time_point start = seconds ? Clock::now() : Clock::time_point{};
+        std::visit(runner, ops[i]);
+        if (seconds) seconds[i] += std::chrono::duration<double>(Clock::now() - start).count();
+    }
+}
+
+const char* kind_of(const Op& op) {
+    struct Names {
+        const char* operator()(const LinearOp&) const { return "product"; }
+        const char* operator()(const ExpertsOp&) const { return "experts"; }
+        const char* operator()(const NormOp&) const { return "norm"; }
+        const char* operator()(const GateOp&) const { return "gate"; }
+        const char* operator()(const RopeOp&) const { return "rope"; }
+        const char* operator()(const ConvOp&) const { return "convolution"; }
+        const char* operator()(const DecayOp&) const { return "decay"; }
+        const char* operator()(const WeighOp&) const { return "weighed sum"; }
+        const char* operator()(const DeltaOp&) const { return "delta rule"; }
+        const char* operator()(const AttendOp&) const { return "attention"; }
+    };
+    return std::visit(Names{}, op);
 }
 
 }  // namespace hybridkv
