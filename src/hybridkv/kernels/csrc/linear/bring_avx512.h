@@ -262,9 +262,8 @@ struct Bring<OfGrid<T>> : NoMins {
     static float d(const uint8_t* b) { return T::d(b); }
     template <class Use>
     static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use) {
-        int8_t s[16];
-        T::scale_bytes(b, s);
-        const Scales16 scales(load_half(reinterpret_cast<const uint8_t*>(s)));
+        const ScaleBytes s = T::scale_bytes(b);
+        const Scales16 scales(_mm_set_epi64x(static_cast<int64_t>(s.high), static_cast<int64_t>(s.low)));
 #pragma GCC unroll 1
         for (int i = 0; i < kSteps; ++i) {
             const I codes = signed_bytes(T::group(b, 2 * i), T::group(b, 2 * i + 1), T::zero), even = scales.even(i);

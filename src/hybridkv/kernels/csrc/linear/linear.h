@@ -15,7 +15,7 @@
 namespace {
 namespace weights {
 
-constexpr int kFewRows = L == 16 ? 8 : 4;  // as many as share a row in registers
+constexpr int kFewRows = 4;  // as many as share a row in registers
 
 template <class T>
 void linear_ints(const Matrix& w, const uint8_t* x, const int32_t* x_rows, int64_t n_rows, int64_t row0, int64_t row1,

@@ -29,11 +29,13 @@ struct Many {
     };
 
     // A micro-kernel's output rows and rows of activations: sums, and what they are made of, stay in registers. Measured
-    // with AVX2 on Zen 4, q4_K, G multiply-adds/s: 2 x 4, 2 x 6, 3 x 3 and 3 x 4 80, 4 x 2 72.
-    static constexpr int kTileOut = wide ? 4 : 2, kTileRows = wide ? 6 : 4;
+    // on Zen 4, q4_K, G multiply-adds/s, AVX2: 2 x 4, 2 x 6, 3 x 3 and 3 x 4 80, 4 x 2 72; AVX-512: 82 to 85 up to 4 x 6.
+    static constexpr int kTileOut = wide ? 4 : 2;
+    template <class T>
+    static constexpr int tile_rows = wide && T::scales == Scales::ints ? 6 : 4;
     // The largest one, for what is left at the end.
     template <class T>
-    static constexpr int most_rows = wide || T::scales == Scales::ints ? 6 : 4;
+    static constexpr int most_rows = T::scales == Scales::ints ? 6 : 4;
 
     template <class T>
     static inline __attribute__((always_inline)) void bring(const uint8_t* b, Brought<T>& out) {
@@ -197,11 +199,11 @@ struct Many {
         if constexpr (NQ > 1) for_rows<NQ == 6 ? 4 : NQ / 2>(n, f, q);
     }
 
-    // Calls f(Rows<N>, q) for groups of kTileRows rows, and for all that are left as soon as that is one group.
+    // Calls f(Rows<N>, q) for groups of tile_rows rows, and for all that are left as soon as that is one group.
     template <class T, class Fn>
     static inline void for_tiles(int64_t n, Fn&& f) {
         int64_t q = 0;
-        for (; n - q > most_rows<T>; q += kTileRows) f(Rows<kTileRows>{}, q);
+        for (; n - q > most_rows<T>; q += tile_rows<T>) f(Rows<tile_rows<T>>{}, q);
         last<most_rows<T>>(n - q, f, q);
     }
 

@@ -31,7 +31,9 @@ inline int32_t dot_32(const int16_t* w, const int16_t* x) {
 template <class T>
 inline void fold_scales(Unit& u, float* scale, float* half_min) {
     if constexpr (T::scales == Scales::ints) {
-        for (int i = 0; i < kUnit; ++i) u.code[i] = static_cast<int16_t>(u.code[i] * u.scale[i / 16]);
+        for (int g = 0; g < 16; ++g) {
+            for (int i = 16 * g; i < 16 * (g + 1); ++i) u.code[i] = static_cast<int16_t>(u.code[i] * u.scale[g]);
+        }
         for (int g = 0; g < kGroups; ++g) scale[g] = u.d;
         for (int g = 0; g < 16; ++g) half_min[g] = T::has_min ? -(u.dmin * static_cast<float>(u.min[g])) : 0.f;
     } else {

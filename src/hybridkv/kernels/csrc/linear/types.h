@@ -143,6 +143,15 @@ struct MXFP4 {
 
 // ---- Types of 256 values with integer scales: bring() fills all of a unit but the float scales.
 
+// Some bits of 32 bytes; `times` so much, on top of what is there.
+inline void put_bits(const uint8_t* b, int from, int mask, int16_t* code) {
+    for (int i = 0; i < kGroup; ++i) code[i] = static_cast<int16_t>(b[i] >> from & mask);
+}
+
+inline void add_bits(const uint8_t* b, int from, int mask, int times, int16_t* code) {
+    for (int i = 0; i < kGroup; ++i) code[i] = static_cast<int16_t>(code[i] + (b[i] >> from & mask) * times);
+}
+
 inline void scales_of_32(const int16_t (&of)[kGroups], int16_t* out) {
     for (int g = 0; g < 16; ++g) out[g] = of[g / 2];
 }
@@ -173,7 +182,7 @@ struct Q2_K {
             u.scale[g] = b[g] & 15;
             u.min[g] = b[g] >> 4;
         }
-        for (int v = 0; v < kUnit; ++v) u.code[v] = b[16 + v / 128 * 32 + v % 32] >> (v / 32 % 4 * 2) & 3;
+        for (int g = 0; g < kGroups; ++g) put_bits(b + 16 + g / 4 * 32, g % 4 * 2, 3, u.code + g * kGroup);
     }
 };
 
@@ -190,9 +199,10 @@ struct Q3_K {
             const int low = s[g % 8] >> (g / 8 * 4) & 15, high = s[8 + g % 4] >> (g / 4 * 2) & 3;
             u.scale[g] = static_cast<int16_t>((low | high << 4) - 32);
         }
-        for (int v = 0; v < kUnit; ++v) {
-            const int low = b[32 + v / 128 * 32 + v % 32] >> (v / 32 % 4 * 2) & 3, high = b[v % 32] >> (v / 32) & 1;
-            u.code[v] = static_cast<int16_t>(low + 4 * high - 4);
+        for (int g = 0; g < kGroups; ++g) {
+            put_bits(b + 32 + g / 4 * 32, g % 4 * 2, 3, u.code + g * kGroup);
+            add_bits(b, g, 1, 4, u.code + g * kGroup);
+            shift_codes(u.code + g * kGroup, 4);
         }
     }
 };
@@ -207,7 +217,7 @@ struct Q4_K {
         u.d = half_at(b);
         u.dmin = half_at(b + 2);
         six_bits(b + 4, u.scale, u.min);
-        for (int v = 0; v < kUnit; ++v) u.code[v] = b[16 + v / 64 * 32 + v % 32] >> (v / 32 % 2 * 4) & 15;
+        for (int g = 0; g < kGroups; ++g) put_bits(b + 16 + g / 2 * 32, g % 2 * 4, 15, u.code + g * kGroup);
     }
 };
 
@@ -221,9 +231,9 @@ struct Q5_K {
         u.d = half_at(b);
         u.dmin = half_at(b + 2);
         six_bits(b + 4, u.scale, u.min);
-        for (int v = 0; v < kUnit; ++v) {
-            const int low = b[48 + v / 64 * 32 + v % 32] >> (v / 32 % 2 * 4) & 15, high = b[16 + v % 32] >> (v / 32) & 1;
-            u.code[v] = static_cast<int16_t>(low | high << 4);
+        for (int g = 0; g < kGroups; ++g) {
+            put_bits(b + 48 + g / 2 * 32, g % 2 * 4, 15, u.code + g * kGroup);
+            add_bits(b + 16, g, 1, 16, u.code + g * kGroup);
         }
     }
 };
@@ -237,10 +247,10 @@ struct Q6_K {
     static void bring(const uint8_t* b, Unit& u) {
         u.d = half_at(b + d_at);
         for (int g = 0; g < 16; ++g) u.scale[g] = static_cast<int8_t>(b[192 + g]);
-        for (int v = 0; v < kUnit; ++v) {
-            const int low = b[v / 128 * 64 + v % 64] >> (v / 64 % 2 * 4) & 15;
-            const int high = b[128 + v / 128 * 32 + v % 32] >> (v / 32 % 4 * 2) & 3;
-            u.code[v] = static_cast<int16_t>((low | high << 4) - 32);
+        for (int g = 0; g < kGroups; ++g) {
+            put_bits(b + g / 4 * 64 + g % 2 * 32, g / 2 % 2 * 4, 15, u.code + g * kGroup);
+            add_bits(b + 128 + g / 4 * 32, g % 4 * 2, 3, 16, u.code + g * kGroup);
+            shift_codes(u.code + g * kGroup, 32);
         }
     }
 };
@@ -274,10 +284,12 @@ struct OfGrid : T {
     static constexpr bool has_min = false;
     static bool fine(const uint8_t* b) { return T::d(b) - T::d(b) == 0.f; }
     static void bring(const uint8_t* b, Unit& u) {
-        int8_t s[16];
-        T::scale_bytes(b, s);
+        const ScaleBytes s = T::scale_bytes(b);
         u.d = T::d(b);
-        for (int i = 0; i < 16; ++i) u.scale[i] = s[i];
+        for (int i = 0; i < 8; ++i) {
+            u.scale[i] = static_cast<int16_t>(s.low >> 8 * i & 255);
+            u.scale[i + 8] = static_cast<int16_t>(s.high >> 8 * i & 255);
+        }
         for (int g = 0; g < kGroups; ++g) {
             const GridGroup of = T::group(b, g);
             for (int i = 0; i < kGroup; ++i) {
