@@ -20,6 +20,7 @@ from torch import Tensor
 from hybridkv.errors import ModelFileError
 from hybridkv.formats.weights import get_weight_format
 from hybridkv.gguf.reader import Header, TensorInfo
+from hybridkv.kernels.cpu_native import allocate
 from hybridkv.kernels.mapped import WatchedMap, lock_memory
 from hybridkv.kernels.weights import Weight, find_bad_block
 
@@ -42,7 +43,7 @@ class GgufSource:
         parts = header.parts or (header,)
         self._paths = tuple(part.path for part in parts)
         self._watches: list[WatchedMap] = []
-        self._files = [self._viewed(data) if memory == "mapped" else data.copy() for data in map(_mapped, parts)]
+        self._files = [self._viewed(data) if memory == "mapped" else _copied(data) for data in map(_mapped, parts)]
         self._infos = {info.name: info for info in header.tensors}
         self._weights: dict[str, Weight] = {}
         self._vectors: dict[str, Tensor] = {}
@@ -125,6 +126,13 @@ class GgufSource:
         memory._kept = (data, watch)  # type: ignore[attr-defined]  # both live as long as the views
         view: NDArray[np.uint8] = np.ctypeslib.as_array(memory)
         return view
+
+
+def _copied(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The same bytes in memory of this process, in large pages where the system has them."""
+    copy: NDArray[np.uint8] = allocate((data.size,)).numpy()
+    np.copyto(copy, data)
+    return copy
 
 
 def _mapped(header: Header) -> NDArray[np.uint8]:

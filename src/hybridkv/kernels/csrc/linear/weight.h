@@ -55,8 +55,8 @@ struct LinearKernels {
 
 // Output rows in a task: so many that handing it out costs nothing, and few enough that threads end together.
 inline int64_t rows_per_task(const Matrix& w, int64_t n_rows, int n_threads) {
-    constexpr int64_t kLeastBytes = 16 << 10, kRowTile = 24;  // many_rows.h brings so many rows at once
-    const int64_t tasks = n_threads * (n_rows <= 8 ? 16 : 4);
+    constexpr int64_t kLeastBytes = 96 << 10, kRowTile = 24;  // many_rows.h brings so many rows at once
+    const int64_t tasks = n_threads * 16;
     const int64_t least = (kLeastBytes - 1) / (w.row_bytes > 0 ? w.row_bytes : 1) + 1;
     const int64_t share = (w.n_out + tasks - 1) / tasks;
     const int64_t rows = least > share ? least : share;
