@@ -5,42 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize, quantize
 
 from hybridkv.engine.describe import bundled_model, describe
-from hybridkv.engine.load import load
+from hybridkv.engine.load import Loaded, load
 from hybridkv.errors import ModelError
+from hybridkv.formats.weights import WEIGHTS
 from hybridkv.gguf.convert import find_architecture, write_gguf
-from hybridkv.gguf.decode import is_decodable
-from hybridkv.held import EXACT, StoredTensor, WeightKind, held_weights
+from hybridkv.held import StoredTensor, WeightKind, held_weights
 from hybridkv.hf.step.weights import held_parts
-from hybridkv.kernels.linear import WeightType, exact_type, packed_bytes
+from hybridkv.native import NativeModel, NativeStep, bytes_by_type
 from tests.families import FAMILIES, build
+from tests.native.test_step import NATIVE
 
 KINDS: tuple[WeightKind, ...] = ("auto", "plain", "f32", "bf16", "int8", "int4")
-TYPES = [type_ for type_ in sorted(GGML_QUANT_SIZES) if is_decodable(type_)]
 
 
-@pytest.mark.parametrize("type_", TYPES, ids=lambda type_: type_.name)
-def test_the_smallest_type_that_holds_a_stored_type(type_: GGMLQuantizationType) -> None:
-    """gguf-py decodes 64 rows of the type, random ones or random bytes; packing looks at their values."""
-    rng = np.random.default_rng(1)
-    rows = rng.normal(0, 0.02, (64, 512)).astype(np.float32)
-    try:
-        raw = quantize(rows, type_)
-    except NotImplementedError:
-        block, size = GGML_QUANT_SIZES[type_]
-        raw = rng.integers(0, 256, (64, 512 // block * size), dtype=np.uint8)
-    with np.errstate(all="ignore"):
-        values = np.nan_to_num(dequantize(raw, type_))
-    found = exact_type(torch.from_numpy(np.ascontiguousarray(values, np.float32)))
-    promised = EXACT.get(type_.name.lower(), "f32")
-    # A type that is not in the table is planned as f32, the most that it can take.
-    assert found == promised or (type_.name.lower() not in EXACT and promised == "f32")
+def found(loaded: Loaded) -> dict[str, int]:
+    """Bytes as they are held once the model can run."""
+    if not isinstance(loaded.model, NativeModel):
+        return held_parts(loaded.model)
+    NativeStep(loaded.model)
+    return bytes_by_type(loaded.model.source)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -48,7 +35,7 @@ def test_the_bundled_file(kind: WeightKind) -> None:
     description = describe(bundled_model())
     loaded = load(description, dtype=torch.float32, device="cpu", weights=kind)
     held = description.held(kind, "cpu", "f32")
-    assert held.parts == held_parts(loaded.model)
+    assert held.parts == found(loaded)
     assert held.n_bytes == sum(held.parts.values()) <= held.peak_bytes
 
 
@@ -61,7 +48,10 @@ def test_directories_of_every_family(family: str, tmp_path: Path) -> None:
         for kind in kinds:
             loaded = load(description, dtype=torch.float32, device="cpu", weights=kind)
             held = description.held(kind, "cpu", "f32")
-            assert held.parts == held_parts(loaded.model), (dtype, kind)
+            assert held.parts == found(loaded), (dtype, kind)
+            if isinstance(loaded.model, NativeModel):
+                assert held.peak_bytes >= held.n_bytes
+                continue
             wide = 4 * sum(p.numel() for p in loaded.model.parameters())
             assert held.peak_bytes >= (wide if dtype == torch.float32 else held.n_bytes)
 
@@ -69,7 +59,7 @@ def test_directories_of_every_family(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("type_", ["q8_0", "f16"])
 def test_files_of_every_family(family: str, type_: str, tmp_path: Path) -> None:
-    """Up to the padding of single rows, which files store as vectors.
+    """Exactly under the native engine; under the eager one up to the padding of single rows, which are vectors there.
 
     Value heads are as wide as a block of q8_0, as real ones are or wider: files have them in another order, and a
     block that is torn apart is no block.
@@ -87,11 +77,41 @@ def test_files_of_every_family(family: str, type_: str, tmp_path: Path) -> None:
     write_gguf(tmp_path, tmp_path / "m.gguf", config, name="m", type_=type_, tokenizer={})
     description = describe(tmp_path / "m.gguf")
     loaded = load(description, dtype=torch.float32, device="cpu", weights="auto")
-    held, found = description.held("auto", "cpu", "f32"), held_parts(loaded.model)
-    assert held.parts.keys() == found.keys()
-    for name, n_bytes in found.items():
-        assert held.parts[name] == pytest.approx(n_bytes, rel=0.1, abs=20_000), name
-    assert held.parts.get("f32 (experts)") == found.get("f32 (experts)")
+    held, parts = description.held("auto", "cpu", "f32"), found(loaded)
+    assert isinstance(loaded.model, NativeModel) == (family in NATIVE)
+    assert held.parts.keys() == parts.keys()
+    assert held.parts.get("f32 (experts)") == parts.get("f32 (experts)")
+    for name, n_bytes in parts.items():
+        if family in NATIVE:
+            assert held.parts[name] == n_bytes, name
+        else:
+            assert held.parts[name] == pytest.approx(n_bytes, rel=0.1, abs=20_000), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", NATIVE)
+def test_files_of_native_families_held_otherwise(family: str, kind: WeightKind, tmp_path: Path) -> None:
+    build(family).save_pretrained(tmp_path)
+    config = describe(tmp_path).config
+    write_gguf(tmp_path, tmp_path / "m.gguf", config, name="m", type_="q8_0", tokenizer={})
+    description = describe(tmp_path / "m.gguf")
+    loaded = load(description, dtype=torch.float32, device="cpu", weights=kind)
+    assert isinstance(loaded.model, NativeModel) == (kind != "plain")
+    if kind != "plain":
+        assert description.held(kind, "cpu", "f32").parts == found(loaded)
+
+
+@pytest.mark.parametrize("type_", [*WEIGHTS, "tq1_0"])
+def test_types_stay_what_they_are_where_products_read_them(type_: str) -> None:
+    """Experts and matrices under the native engine, and under the eager one what lies as in the model."""
+    n_in = 256
+    size = WEIGHTS[type_].row_bytes(n_in) if type_ in WEIGHTS else 4 * n_in
+    name = type_ if type_ in WEIGHTS else "f32"
+    layer = StoredTensor(type_.lower(), 1, 10, n_in, "matrix", lies=True)
+    experts = StoredTensor(type_.lower(), 3, 10, n_in, "experts")
+    assert held_weights([layer, experts], "auto", runner="native").parts == {name: 40 * size}
+    assert held_weights([layer], "auto").parts == {name: 10 * size}
+    assert held_weights([experts], "auto").parts == {"f32 (experts)": 30 * 4 * n_in}
 
 
 def test_other_devices() -> None:
@@ -116,21 +136,19 @@ def test_other_devices() -> None:
 
 
 def test_the_most_that_is_held_while_loading() -> None:
-    """One matrix at a time is there twice, as float32 and packed; a directory is float32 first, as a whole."""
+    """What lies in a file is there once; what is encoded also as float32; a directory is float32 first, as a whole."""
     tensors = [
         StoredTensor("q8_0", 1, 1024, 64, "matrix", "head"),
         StoredTensor("q8_0", 1, 4096, 64, "matrix", "embedding"),
-        StoredTensor("q8_0", 1, 64, 64, "matrix"),
+        StoredTensor("q8_0", 1, 64, 64, "matrix", lies=True),
     ]
-    rows: dict[str, tuple[WeightType, int]] = {
-        "head": ("q8_0", 1024),
-        "embedding": ("q8_0", 4096),
-        "layer": ("q8_0", 64),
-    }
-    packed = {name: packed_bytes(type_, n, 64) for name, (type_, n) in rows.items()}
-    held = held_weights(tensors, "auto")
-    assert held.parts == {"q8_0": sum(packed.values())}
-    assert held.peak_bytes == max(packed["embedding"] + 4 * 4096 * 64, sum(packed.values()) + 4 * 1024 * 64)
-    directory = held_weights(tensors, "auto", loading="at once")
-    assert directory.peak_bytes == 4 * 64 * (1024 + 4096 + 64) + packed["embedding"]
-    assert held_weights(tensors, "plain", loading="at once").peak_bytes == 4 * 64 * (1024 + 4096 + 64)
+    rows = 1024 + 4096 + 64
+    for weights in (held_weights(tensors, "auto", runner="native"), held_weights(tensors, "int8", runner="native")):
+        assert weights.parts == {"q8_0": 68 * rows}
+    assert held_weights(tensors, "auto", runner="native").peak_bytes == 68 * rows
+    assert held_weights(tensors, "auto").parts == {"f32": 4 * 64 * (1024 + 4096), "q8_0": 68 * 64}
+    encoded = held_weights(tensors, "int8")
+    assert encoded.peak_bytes == max(68 * 4096 + 4 * 4096 * 64, 68 * rows + 4 * 1024 * 64)
+    directory = held_weights(tensors, "int8", loading="at once")
+    assert directory.peak_bytes == 4 * 64 * rows + 68 * 4096
+    assert held_weights(tensors, "plain", loading="at once").peak_bytes == 4 * 64 * rows

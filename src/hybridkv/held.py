@@ -136,7 +136,7 @@ def held_weights(
     if vectors:  # with the matrices that are held alike, or else by themselves
         name = plain if plain in parts or not parts else f"{plain} (vectors)"
         parts[name] = parts.get(name, 0) + vectors
-    ranked = sorted(parts.items(), key=lambda part: EXPERTS not in part[0])
+    ranked = sorted(parts.items(), key=lambda part: (EXPERTS not in part[0], -part[1]))
     return Held(dict(ranked), max(peak, sum(parts.values())))
 
 
@@ -145,13 +145,13 @@ _ITEMSIZE: Final[Mapping[str, int]] = {"f32": 4, "bf16": 2}
 
 def _on_cpu(tensor: StoredTensor, kind: WeightKind, runner: Runner) -> dict[str, int]:
     """Bytes of a tensor by how they are held; nothing for a vector."""
-    if tensor.shape == "vector":
+    if tensor.shape == "vector" or (runner == "native" and tensor.n_out == 1 and tensor.type == "f32"):
         return {}
     if tensor.shape == "experts" and runner == "eager":
         return {f"f32 ({EXPERTS})": 4 * tensor.n_values}
     if kind == "plain":
         return {"f32": 4 * tensor.n_values}
-    name = ENCODED.get(kind)
+    name = None if runner == "native" and tensor.n_out == 1 else ENCODED.get(kind)  # a single row is not encoded
     if name in ("q8_0", "q4_0"):
         name = None if tensor.n_in % _BLOCK else name if tensor.place == "layer" else "q8_0"
     if name is None:

@@ -117,9 +117,9 @@ def test_what_cannot_run_is_left_out_and_said(cli: Cli, models: ModelStore) -> N
 
 
 def test_the_default_is_what_run_holds(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed on the CPU, and the bundled file is q8_0; bfloat16 where there is a GPU."""
+    """As the file has them on the CPU, and the bundled one is q8_0; bfloat16 where there is a GPU."""
     for has_gpu, device, dtype, held in (
-        (False, "cpu", "q8_0", "29.6 MiB q8_0"),
+        (False, "cpu", "q8_0", "29.5 MiB q8_0"),
         (True, "cuda", "bf16", "55.6 MiB bf16"),
     ):
         monkeypatch.setattr("torch.cuda.is_available", lambda has_gpu=has_gpu: has_gpu)
@@ -127,21 +127,31 @@ def test_the_default_is_what_run_holds(cli: Cli, monkeypatch: pytest.MonkeyPatch
         assert f"weights on {device}: {held}" in planned
         assert cli("plan", "--types", "q8_0", "--dtype", dtype, "--device", device).out == planned
     said = cli("run", "--ids", 1, "-n", 1, "--device", "cpu").err
-    assert "weights: 29.6 MiB q8_0 + 192.3 KiB f32 (vectors)\n" in said
+    assert "weights: 29.5 MiB q8_0 + 192.3 KiB f32 (vectors)\n" in said
 
 
-def test_experts_are_promised_what_run_holds(cli: Cli, models: ModelStore) -> None:
-    """`--weights` does not reach them: whatever is asked, both commands say the same, and that it is float32."""
+@pytest.mark.parametrize("engine", ["auto", "eager"])
+def test_experts_are_promised_what_run_holds(cli: Cli, models: ModelStore, engine: str) -> None:
+    """`--weights` reaches them under the native engine; under the eager one both commands say that they are float32."""
     model = models.family("qwen3_5_moe_text")
     for dtype, weights in (("auto", "auto"), ("q8_0", "int8"), ("q4_0", "int4"), ("bf16", "bf16")):
-        planned = cli("plan", "-m", model, "--dtype", dtype, "-c", 100, "--device", "cpu")
-        done = cli("run", "-m", model, "--ids", 1, "-n", 1, "--weights", weights, "--device", "cpu")
+        options = ("-m", model, "--engine", engine, "--device", "cpu")
+        planned = cli("plan", *options, "--dtype", dtype, "-c", 100)
+        done = cli("run", *options, "--ids", 1, "-n", 1, "--weights", weights)
         (said,) = (line.removeprefix("weights: ") for line in done.err.splitlines() if line.startswith("weights: "))
         (promised,) = (line for line in planned.out.splitlines() if line.startswith("weights on cpu: "))
         assert promised.removeprefix("weights on cpu: ").split(";")[0] == said
-        assert "KiB f32 (experts) + " in said
-        assert "engine: eager, weights f32 (experts) + " in done.err
-        assert "of experts are held as f32, whatever --weights says" in done.err
+        held = {"auto": "f32", "int8": "q8_0", "int4": "q4_0"}.get(weights, weights)
+        if engine == "auto":
+            assert re.match(rf"\d+\.\d KiB {held}( \+|$)", said), said
+            assert "(experts)" not in said
+            assert re.search(rf"engine: +native-\w+, weights {held}", done.err)
+            assert "of experts are held as f32" not in done.err
+        else:
+            assert "KiB f32 (experts) + " in said
+            expected = "engine: +eager\n" if weights == "auto" else r"engine: +eager, weights f32 \(experts\) \+ "
+            assert re.search(expected, done.err)
+            assert ("of experts are held as f32, whatever --weights says" in done.err) == (weights != "auto")
 
 
 def test_runs_option_line_is_planned_as_it_stands(cli: Cli) -> None:
@@ -190,12 +200,22 @@ def test_the_same_weights_by_two_names(cli: Cli) -> None:
         assert cli("plan", *wrong).code == 2
 
 
-def test_plain_weights_of_the_native_step_are_there_twice(cli: Cli) -> None:
+def test_plain_weights_are_transformers_own(cli: Cli) -> None:
+    """So that its forward pass runs them: once, whatever the file has."""
     planned = cli("plan", "--weights", "plain", "--device", "cpu").out
     done = cli("run", "--weights", "plain", "--ids", 1, "-n", 1, "--device", "cpu").err
-    assert "111.3 MiB f32 + 29.6 MiB q8_0 (packed again)" in planned
-    assert "weights: 111.3 MiB f32 + 29.6 MiB q8_0 (packed again)" in done
+    assert "weights on cpu: 111.3 MiB f32\n" in planned
+    assert "weights: 111.3 MiB f32\n" in done
+    assert re.search(r"engine: +eager\n", done)
     assert "weights on cpu: 111.3 MiB f32\n" in cli("plan", "--engine", "eager", "--device", "cpu").out
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_the_native_engine_takes_no_plain_weights(cli: Cli, command: str) -> None:
+    ids = ("--ids", 1) if command == "run" else ()
+    done = cli(command, "--weights", "plain", "--engine", "native", "--device", "cpu", *ids)
+    assert done.code == 2
+    assert "error: --weights plain with --engine native; allowed: auto, f32, bf16, int8, int4\nhint: " in done.err
 
 
 def test_a_plan_of_a_file_imports_no_model(gguf: Path) -> None:

@@ -13,10 +13,10 @@ from hybridkv.engine import Engine, SamplingParams
 from hybridkv.engine.load import Loaded, bundled_model, describe, load
 from hybridkv.errors import GuardError
 from hybridkv.hf import EagerStep, ModelCache, kv_facts
-from hybridkv.hf.step import native
 from hybridkv.kernels import KERNELS
 from hybridkv.kernels.step import Rows
 from hybridkv.native import NativeStep
+from hybridkv.native import step as native
 from hybridkv.policy import Guard, GuardMode, Policy
 from tests.hf.faults import DECODE
 

@@ -203,7 +203,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors is missing"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json"),
     "not safetensors": (lambda d: (d / "model.safetensors").write_bytes(b"\0" * 64), "cannot be read"),
-    "integers": (_integers, "'model.norm.weight' .* has dtype I8; allowed: F32, F16, BF16"),
+    "integers": (_integers, "'model.norm.weight' .* has dtype I8; allowed: F64, F32, F16, BF16"),
     "a tensor missing": (
         lambda d: rewritten(d, lambda t: t.pop("model.norm.weight")),
         "1 tensors are missing .*: model.norm.weight",

@@ -14,8 +14,15 @@ from hybridkv.engine.convert import convert
 from hybridkv.errors import ModelFileError
 from hybridkv.gguf.load import load_gguf
 from tests.families import build
+from tests.gguf.test_architectures import VARIANTS
 from tests.gguf.test_bad_metadata import copied
 from tests.gguf.write_qwen35 import Draft
+
+
+def read_draft(path: Path) -> Draft:
+    read = GGUFReader(path)
+    keys = {key: field.contents() for key, field in read.fields.items() if not key.startswith("GGUF.")}
+    return Draft(keys.pop("general.architecture"), keys, {tensor.name: tensor.data.copy() for tensor in read.tensors})
 
 
 def equal(tmp_path: Path, one: Draft, two: Draft) -> bool:
@@ -158,6 +165,8 @@ def test_granite_without_multipliers(tmp_path: Path) -> None:
     config = load_gguf(file.write(tmp_path / "x.gguf")).model.config
     assert config.attention_multiplier == 16**-0.5
     assert (config.embedding_multiplier, config.residual_multiplier, config.logits_scaling) == (1, 1, 1)
+    file.keys["granite.attention.scale"] = 0.0
+    assert load_gguf(file.write(tmp_path / "x.gguf")).model.config.attention_multiplier == 16**-0.5
     file.keys["granite.rope.scaling.finetuned"] = False
     with pytest.raises(ModelFileError, match=r"rope.scaling.finetuned' is False; expected true: a dense Granite model"):
         load_gguf(file.write(tmp_path / "x.gguf"))
@@ -180,14 +189,24 @@ def test_ollamas_names_of_nemotrons_latent_projections(tmp_path: Path) -> None:
     options = {"moe_latent_size": 48}
     build("nemotron_h", **options).save_pretrained(tmp_path / "model")
     path = convert(tmp_path / "model", tmp_path / "written.gguf", weights="f32").path
-    read = GGUFReader(path)
-    keys = {key: field.contents() for key, field in read.fields.items() if not key.startswith("GGUF.")}
-    del keys["general.architecture"]
-    tensors = {
-        tensor.name.replace("latent_down", "latent_in").replace("latent_up", "latent_out"): tensor.data.copy()
-        for tensor in read.tensors
+    file = read_draft(path)
+    file.tensors = {
+        name.replace("latent_down", "latent_in").replace("latent_up", "latent_out"): values
+        for name, values in file.tensors.items()
     }
-    assert any("latent_in" in name for name in tensors)
-    ollama = Draft("nemotron_h_moe", keys, tensors).write(tmp_path / "ollama.gguf")
+    assert any("latent_in" in name for name in file.tensors)
+    ollama = file.write(tmp_path / "ollama.gguf")
     ours, theirs = load_gguf(path).model.state_dict(), load_gguf(ollama).model.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+@pytest.mark.parametrize("architecture", ["granite", "granitehybrid"])
+def test_granite_without_experts_says_the_width_of_its_feed_forward_twice(tmp_path: Path, architecture: str) -> None:
+    """As llama.cpp's converter writes Granite 4.0's dense models and its hybrids without experts."""
+    family, changes = VARIANTS[architecture][architecture == "granitehybrid"]
+    build(family, **changes).save_pretrained(tmp_path / "model")
+    file = read_draft(convert(tmp_path / "model", tmp_path / "x.gguf", weights="f32").path)
+    file.keys[f"{architecture}.expert_shared_feed_forward_length"] = file.keys[f"{architecture}.feed_forward_length"]
+    if architecture == "granite":
+        file.keys |= {"granite.ssm.conv_kernel": 4, "granite.ssm.inner_size": 128}
+    assert load_gguf(file.write(tmp_path / "y.gguf")).notices == ()

@@ -117,12 +117,15 @@ def _engines() -> dict[str, str]:
 
 def _weights() -> dict[str, str]:
     """How each kind of weight is held on the CPU."""
+    from hybridkv.formats.weights import WEIGHTS
     from hybridkv.kernels import cpu_native
-    from hybridkv.kernels.linear import WEIGHT_TYPES
 
     missing = cpu_native.available()
-    matrices = f"float32, not packed: {missing}" if missing else f"packed as {', '.join(WEIGHT_TYPES)}"
-    return {"matrices on cpu": matrices, "stacks of experts, vectors, convolutions on cpu": "float32"}
+    matrices = f"float32, decoded: {missing}" if missing else f"as a file has them: {', '.join(WEIGHTS)}"
+    return {
+        "matrices and stacks of experts on cpu": matrices,
+        "vectors, convolutions, stacks of experts under the eager engine on cpu": "float32",
+    }
 
 
 def _recurrent() -> dict[str, str]:

@@ -64,9 +64,10 @@ def add_model_arguments(
         "--weights",
         default="auto",
         metavar="auto|plain|f32|bf16|int8|int4",
-        help="how matrices are held: packed without any change, plain tensors, or rounded; int8 is q8_0, int4 is q4_0 "
-        "with embedding and output head at int8, both are torchao's on CUDA (default auto: packed on the CPU, plain on "
-        "CUDA and under --engine eager); the eager engine holds stacks of experts as float32",
+        help="how matrices are held: auto as the file has them, plain as Transformers' float32 tensors for the eager "
+        "engine, f32, bf16, int8 and int4 converted; int8 is q8_0, int4 is q4_0 with embedding and output head at "
+        "int8, both are torchao's on CUDA (default auto; plain on CUDA and under --engine eager); the eager engine "
+        "holds stacks of experts as float32",
     )
     group.add_argument(
         "--no-mmap",
@@ -241,6 +242,7 @@ def open_model(
     device_type = device.partition(":")[0]
     if a.graph is not None and device_type != "cuda":
         notice(f"--graph {a.graph} changes nothing: graphs are CUDA's, and this runs on {device_type}")
+    kind = engine_for(device_type, asked, kind)
     make_step = resolve_step(description.config, device_type, kind, graphs=graphs, notify=notice)
     weights, dtype = weights_on(device, asked, kind)
     if device_type != "cpu" and weights in ("int8", "int4"):
@@ -305,6 +307,24 @@ def _device(name: str) -> str:
             hint="try --device cpu",
         )
     return name
+
+
+def engine_for(device_type: str, weights: WeightKind, engine: StepKind) -> StepKind:
+    """The engine to ask for: on the CPU, Transformers' own forward pass runs plain weights, which are its tensors.
+
+    Raises
+    ------
+    UsageError
+        If the native engine is to take them.
+    """
+    if device_type != "cpu" or weights != "plain":
+        return engine
+    if engine == "native":
+        raise UsageError(
+            "--weights plain with --engine native; allowed: auto, f32, bf16, int8, int4",
+            hint="plain weights are Transformers' own tensors, for --engine eager; f32 keeps every value too",
+        )
+    return "eager"
 
 
 def weights_on(device: str, asked: WeightKind, engine: StepKind) -> tuple[WeightKind, torch.dtype]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from hybridkv.cli import run
 from hybridkv.cli.cache_options import add_cache_arguments, given_types, policy_from
-from hybridkv.cli.model_options import DEFAULT_CTX, weights_on
+from hybridkv.cli.model_options import DEFAULT_CTX, engine_for, weights_on
 from hybridkv.cli.show import (
     MAX_CONTEXT,
     model_path,
@@ -210,9 +210,10 @@ def _held(description: Description, asked: WeightKind, device: str, engine: str)
     if description.n_ranks > 1:
         wide = asked == "f32" or (asked in ("auto", "plain") and device == "cpu")
         return _Weights(description.held("plain", device, "f32" if wide else "bf16"), 4 if wide else 2)
-    kind, dtype = weights_on(device, asked, "eager" if engine == "eager" else "auto")
+    chosen = engine_for(device, asked, cast("EngineKind", engine))
+    kind, dtype = weights_on(device, asked, chosen)
     wide = dtype == torch.float32
-    held = description.held(kind, device, "f32" if wide else "bf16", engine=cast("EngineKind", engine))
+    held = description.held(kind, device, "f32" if wide else "bf16", engine=chosen)
     return _Weights(held, 4 if wide else 2)
 
 

@@ -72,7 +72,7 @@ class Description:
             What was asked to run it.
         """
         runner: Runner = "eager"
-        if kind != "plain" and self.n_ranks == 1 and runs_natively(self.config, device, self.path, engine):
+        if kind != "plain" and self.n_ranks == 1 and runs_natively(self.config, device, engine):
             runner = "native"
         if self.n_ranks > 1:
             from hybridkv.hf.load import count_parameters
@@ -91,7 +91,7 @@ class Description:
         else:
             from hybridkv.gguf.stored import stored_tensors
 
-            tensors = stored_tensors(self.path)
+            tensors = stored_tensors(self.path, runner)
         return held_weights(tensors, kind, device=device, plain=plain, loading=loading, runner=runner)
 
 

@@ -73,7 +73,7 @@ def load(
     """
     hold = None
     if weights != "plain" and torch.device(device).type == "cpu":
-        if description.n_ranks == 1 and runs_natively(description.config, device, description.path, engine):
+        if description.n_ranks == 1 and runs_natively(description.config, device, engine):
             return _load_native(description, weights, memory)
         hold = Holder(weights, vocabulary_rows(description.config), dtype)
     if description.path.is_dir():

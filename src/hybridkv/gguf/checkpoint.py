@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-DTYPES = ("F32", "F16", "BF16")
+DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 class Checkpoint:

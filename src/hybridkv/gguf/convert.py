@@ -53,6 +53,29 @@ def find_architecture(config: Config) -> Architecture:
     ModelError
         For a `model_type` that is not in the tables, or a config that the format has no place for.
     """
+    problems = []
+    for architecture in _fitting(config):
+        problem = architecture.suits(config) if architecture.suits else None
+        if problem is None:
+            return architecture
+        problems.append(f"{architecture.name}: {problem}")
+    raise ModelError(f"this {config.model_type!r} model cannot be written as GGUF: {'; '.join(problems)}")
+
+
+def find_tables(config: Config) -> Architecture:
+    """Return the architecture whose tables name a config's tensors, whether or not a file could say all else of it.
+
+    Raises
+    ------
+    ModelError
+        For a `model_type` that is not in the tables.
+    """
+    fitting = _fitting(config)
+    suiting = (each for each in fitting if each.suits is None or each.suits(config) is None)
+    return next(suiting, fitting[0])
+
+
+def _fitting(config: Config) -> list[Architecture]:
     import transformers
 
     types = [getattr(transformers, each.config_class).model_type for each in WRITABLE]
@@ -60,13 +83,7 @@ def find_architecture(config: Config) -> Architecture:
     if not fitting:
         known = ", ".join(sorted(set(types)))
         raise ModelError(f"unknown model_type {config.model_type!r}; known: {known}")
-    problems = []
-    for architecture in fitting:
-        problem = architecture.suits(config) if architecture.suits else None
-        if problem is None:
-            return architecture
-        problems.append(f"{architecture.name}: {problem}")
-    raise ModelError(f"this {config.model_type!r} model cannot be written as GGUF: {'; '.join(problems)}")
+    return fitting
 
 
 def write_gguf(

@@ -27,7 +27,7 @@ from hybridkv.gguf.metadata import Metadata
 from hybridkv.gguf.pairing import Pairing, build_skeleton, pair, same_shape, state
 from hybridkv.gguf.rows import OpenModel, open_model
 from hybridkv.gguf.split import read_model
-from hybridkv.gguf.tensors import GgufSource, Memory
+from hybridkv.gguf.tensors import GgufSource, Memory, check_multiplied
 from hybridkv.gguf.tokenizer import end_ids, load_tokenizer
 from hybridkv.kernels.weights import Weight
 
@@ -155,6 +155,7 @@ def map_gguf(path: str | Path, memory: Memory = "mapped") -> MappedModel:
     import torch
 
     opened = _open(path, torch.float32, "sdpa")
+    check_multiplied(opened.meta.header, {name for pairing in opened.pairings for name in pairing.names})
     tokenizer, notices = opened.tokenizer()
     source = GgufSource(opened.meta.header, memory)
     return MappedModel(_name(opened.meta), opened.config, source, tokenizer, tuple(opened.end_ids() or ()), notices)

@@ -14,22 +14,25 @@ from hybridkv.gguf.load import _skipped
 from hybridkv.gguf.metadata import Metadata
 from hybridkv.gguf.reader import TensorInfo
 from hybridkv.gguf.split import read_model
-from hybridkv.held import Place, Shape, StoredTensor
+from hybridkv.gguf.tensors import check_multiplied
+from hybridkv.held import Place, Runner, Shape, StoredTensor
 
 _CONVOLUTIONS = ("ssm_conv1d.weight", "shortconv.conv.weight")
 _PLACES: dict[str, Place] = {"token_embd.weight": "embedding", "output.weight": "head"}
 
 
-def stored_tensors(path: str | Path) -> tuple[StoredTensor, ...]:
+def stored_tensors(path: str | Path, runner: Runner = "eager") -> tuple[StoredTensor, ...]:
     """Return the tensors that become weights, and how each is stored.
 
     Raises
     ------
     ModelFileError
-        For a damaged file.
+        For a damaged file, or one that has types which the runner does not multiply.
     """
     meta = Metadata(read_model(path))
     skipped = {name for names in _skipped(meta).values() for name in names}
+    if runner == "native":
+        check_multiplied(meta.header, {info.name for info in meta.header.tensors} - skipped)
     plain = _plain_names(get_architecture(meta.header))
     return tuple(_stored(info, plain) for info in meta.header.tensors if info.name not in skipped)
 

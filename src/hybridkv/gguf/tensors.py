@@ -8,24 +8,51 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from threading import Thread
 from typing import Literal
 
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 from torch import Tensor
 
 from hybridkv.errors import ModelFileError
-from hybridkv.formats.weights import get_weight_format
+from hybridkv.formats.weights import WEIGHTS, get_weight_format
 from hybridkv.gguf.reader import Header, TensorInfo
 from hybridkv.kernels.cpu_native import allocate
 from hybridkv.kernels.mapped import WatchedMap, lock_memory, populate
 from hybridkv.kernels.weights import Weight, find_bad_block
 
 Memory = Literal["mapped", "copied"]
+
+_MULTIPLIED = frozenset(fmt.ggml_type for fmt in WEIGHTS.values())
+
+
+def is_multiplied(type_: GGMLQuantizationType) -> bool:
+    """Whether native products read rows of a tensor type."""
+    return int(type_) in _MULTIPLIED
+
+
+def check_multiplied(header: Header, names: Collection[str]) -> None:
+    """Check that native products read all of these tensors.
+
+    Raises
+    ------
+    ModelFileError
+        For the first that has another type, with what the eager engine would take.
+    """
+    infos = [info for info in header.tensors if info.name in names]
+    bad = next((info for info in infos if not is_multiplied(info.type)), None)
+    if bad is not None:
+        n_bytes = 4 * sum(math.prod(info.shape) for info in infos)
+        raise ModelFileError(
+            f"{header.path}: tensor {bad.name!r} has type {bad.type.name}, which the native engine does not multiply; "
+            f"allowed: {', '.join(WEIGHTS)}",
+            hint=f"--engine eager decodes all weights to float32 ({n_bytes / 2**30:.2f} GiB), or requantize the model",
+        )
 
 
 class GgufSource:
@@ -56,12 +83,7 @@ class GgufSource:
     def weight(self, name: str) -> Weight:
         """A matrix or a stack of matrices, as it lies; the same object each time."""
         if name not in self._weights:
-            info = self._infos[name]
-            data = torch.from_numpy(_rows(self._files[info.part], info))
-            n_out = info.shape[-2] if len(info.shape) > 1 else 1
-            self._weights[name] = Weight(
-                get_weight_format(info.type.name), data.view(-1, n_out, data.shape[-1]), info.shape[-1]
-            )
+            self._weights[name] = self._lying(name)
         return self._weights[name]
 
     def vector(self, name: str) -> Tensor:
@@ -84,6 +106,10 @@ class GgufSource:
     def matrices(self) -> Iterable[Weight]:
         """The matrices that were taken."""
         return self._weights.values()
+
+    def forget(self, name: str) -> None:
+        """Leave a matrix out of those that were taken."""
+        self._weights.pop(name, None)
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of all tensors of the file."""
@@ -121,12 +147,20 @@ class GgufSource:
 
     def check(self) -> str | None:
         """Name the first tensor that holds NaN or infinity, and where; None if there is none."""
-        for name in self._infos:
-            where = find_bad_block(self.weight(name))
+        for name, info in self._infos.items():
+            if not is_multiplied(info.type):
+                continue  # of an image encoder: no run reads it
+            where = find_bad_block(self._lying(name))
             if where is not None:
                 expert, row, block = where
                 return f"{name} (" + (f"expert {expert}, " if expert else "") + f"row {row}, block {block})"
         return None
+
+    def _lying(self, name: str) -> Weight:
+        info = self._infos[name]
+        data = torch.from_numpy(_rows(self._files[info.part], info))
+        n_out = info.shape[-2] if len(info.shape) > 1 else 1
+        return Weight(get_weight_format(info.type.name), data.view(-1, n_out, data.shape[-1]), info.shape[-1])
 
     def _viewed(self, data: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The same memory, watched, under a flag that Torch takes without a warning; the map itself forbids writing."""

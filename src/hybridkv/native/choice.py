@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
-from hybridkv.errors import ModelError
-from hybridkv.gguf.convert import find_architecture
 from hybridkv.kernels import cpu_native
 from hybridkv.model import graph_of
 from hybridkv.model import rejects as graph_rejects
@@ -21,20 +18,12 @@ def rejects(config: Any, device: str) -> str | None:
         return missing
     if device != "cpu":
         return f"runs on cpu, not on {device}"
+    if getattr(config, "quantization_config", None) is not None:
+        return "weights that another program quantized"
     reason = graph_rejects(config)
     return lowering.rejects(graph_of(config)) if reason is None else reason
 
 
-def runs_natively(config: Any, device: str, path: Path, engine: EngineKind = "auto") -> bool:
-    """Whether the native step runs a model, so that no Transformers class is needed for it.
-
-    A directory must also be one that can be brought into the file's order.
-    """
-    if engine == "eager" or rejects(config, device.partition(":")[0]) is not None:
-        return False
-    if path.is_dir():
-        try:
-            find_architecture(config.get_text_config(decoder=True))
-        except ModelError:
-            return False
-    return True
+def runs_natively(config: Any, device: str, engine: EngineKind = "auto") -> bool:
+    """Whether the native step runs a model, so that no Transformers class is needed for it."""
+    return engine != "eager" and rejects(config, device.partition(":")[0]) is None

@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hybridkv.gguf.convert import find_architecture
+from hybridkv.gguf.convert import find_tables
 from hybridkv.gguf.pairing import Pairing, file_tensors, pair
 from hybridkv.held import WeightKind
 from hybridkv.hf.step.weights import reencoded, weight_type
-from hybridkv.kernels.weights import Weight, encode, find_bad_block
+from hybridkv.kernels.weights import Weight, decode, encode, find_bad_block
 from hybridkv.model import Source
 
 _FLOATS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -35,6 +35,10 @@ class Typed(Source, Protocol):
 
     def vectors(self) -> Iterable[Tensor]:
         """The vectors that were taken."""
+        ...
+
+    def forget(self, name: str) -> None:
+        """Let go of a matrix that was taken and is not needed any more."""
         ...
 
     def verify(self) -> None:
@@ -56,7 +60,7 @@ class ParameterSource:
     def __init__(self, model: Any, parameter: Callable[[str], Tensor]) -> None:
         self._config = model.config.get_text_config(decoder=True)
         self._parameter = parameter
-        pairings = pair(find_architecture(self._config), self._config, model, ())
+        pairings = pair(find_tables(self._config), self._config, model, ())
         self._pairings: dict[str, Pairing] = {name: pairing for pairing in pairings for name in pairing.names}
         self._weights: dict[str, Weight] = {}
         self._vectors: dict[str, Tensor] = {}
@@ -75,18 +79,24 @@ class ParameterSource:
 
     def vector(self, name: str) -> Tensor:
         """A small tensor: float32 in the file's shape."""
+        if name in self._weights:  # a single row, which a product took: a directory is read once
+            return decode(self._weights[name]).flatten()
         if name not in self._vectors:
             self._vectors |= {each: tensor.float() for each, tensor in self._tensors(name)}
         return self._vectors[name]
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of all tensors."""
-        for pairing in dict.fromkeys(self._pairings.values()):
+        for pairing in {id(pairing): pairing for pairing in self._pairings.values()}.values():
             yield from zip(pairing.names, pairing.shapes, strict=True)
 
     def matrices(self) -> Iterable[Weight]:
         """The matrices that were taken."""
         return self._weights.values()
+
+    def forget(self, name: str) -> None:
+        """Free a matrix that nobody asks for again."""
+        self._weights.pop(name, None)
 
     def check(self) -> str | None:
         """Name the first tensor that holds NaN or infinity; None if there is none."""
@@ -143,6 +153,10 @@ class EncodedSource:
         """The vectors that were taken."""
         return self._source.vectors()
 
+    def forget(self, name: str) -> None:
+        """Free a matrix that nobody asks for again."""
+        self._weights.pop(name, None)
+
     def verify(self) -> None:
         """The source's."""
         self._source.verify()
@@ -150,7 +164,11 @@ class EncodedSource:
     def _encoded(self, name: str) -> Weight:
         held = self._source.weight(name)
         kind = weight_type(self._kind, held.n_in, in_vocabulary=name in self._names)
-        return held if kind in (None, held.format.name) or held.n_out == 1 else reencoded(held, kind)
+        if kind is None or kind == held.format.name or held.n_out == 1:
+            return held
+        encoded = reencoded(held, kind)
+        self._source.forget(name)  # not held in both forms
+        return encoded
 
     def matrices(self) -> Iterable[Weight]:
         """The matrices that were taken."""
@@ -165,9 +183,13 @@ class EncodedSource:
 def bytes_by_type(source: Typed) -> dict[str, int]:
     """Bytes of what was taken from a source, by type; the type with the most comes first, vectors are float32."""
     total: dict[str, int] = {}
+    vectors = sum(vector.nbytes for vector in source.vectors())
     for weight in source.matrices():
-        total[weight.format.name] = total.get(weight.format.name, 0) + weight.nbytes
-    if vectors := sum(vector.nbytes for vector in source.vectors()):
+        if weight.format.name == "f32" and weight.n_out == 1:  # a single row
+            vectors += weight.nbytes
+        else:
+            total[weight.format.name] = total.get(weight.format.name, 0) + weight.nbytes
+    if vectors:
         name = "f32" if "f32" in total else "f32 (vectors)"
         total[name] = total.get(name, 0) + vectors
     return dict(sorted(total.items(), key=lambda item: -item[1]))

@@ -64,12 +64,16 @@ def _fields(meta: Metadata) -> Fields:
     heads = head_fields(meta)
     if not meta.flag(FINETUNED, default=True):
         meta.expected(FINETUNED, "true: a dense Granite model without RoPE is not supported")
+    # The hybrids' converter also writes sizes of recurrent layers, which are none here, and the width of their shared
+    # feed-forward, the only one here.
+    meta.disregard("ssm.")
+    meta.disregard("expert_shared_feed_forward_length")
     if heads["head_dim"] % 2 or partial_rotary(meta, heads["head_dim"]):
         meta.expected("rope.dimension_count", "all dimensions of a head, an even number")
     return {
         **heads,
-        "attention_multiplier": heads["head_dim"] ** -0.5,
-        **{field: meta.real(key) for field, key in MULTIPLIERS.items() if meta.has(key)},
+        **{field: meta.real_or(key, 1.0) for field, key in MULTIPLIERS.items()},
+        "attention_multiplier": meta.real_or("attention.scale", heads["head_dim"] ** -0.5),
         "rope_parameters": rope_fields(meta, heads["head_dim"]),
         "attention_bias": meta.has_tensor("blk.0.attn_q.bias"),
         "mlp_bias": meta.has_tensor("blk.0.ffn_up.bias"),

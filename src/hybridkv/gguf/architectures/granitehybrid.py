@@ -90,7 +90,10 @@ def _fields(meta: Metadata) -> Fields:
         meta.disregard("rope.")
     n_experts = meta.integer("expert_count", low=0) if meta.has("expert_count") else 0
     routed: Fields = {"num_local_experts": 0, "shared_intermediate_size": meta.integer("feed_forward_length")}
-    if n_experts:
+    if not n_experts:
+        # Of the shared feed-forward, which is the only one; converters write its width twice.
+        meta.disregard("expert_shared_feed_forward_length")
+    else:
         check_routing(meta, ExpertGatingFuncType.SOFTMAX)
         routed = {
             "num_local_experts": n_experts,

@@ -248,7 +248,7 @@ def held_parts(model: nn.Module) -> dict[str, int]:
     if vectors:
         name = "f32" if "f32" in parts or not parts else "f32 (vectors)"
         parts[name] = parts.get(name, 0) + vectors
-    return dict(sorted(parts.items(), key=lambda part: EXPERTS not in part[0]))
+    return dict(sorted(parts.items(), key=lambda part: (EXPERTS not in part[0], -part[1])))
 
 
 def types_held(model: nn.Module) -> str:

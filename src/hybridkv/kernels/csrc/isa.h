@@ -5,15 +5,14 @@
 
 #include "attend.h"
 #include "encode.h"
-#include "linear.h"
 #include "probe.h"
 #include "recurrent.h"
 
 namespace hybridkv {
 extern const Isa HYBRIDKV_ISA_RECORD;
 namespace {
-const StepKernels kStep = {prepared_bytes, prepare,    linear_scratch_bytes, linear,        norm_rows, gate_rows,
-                           rope_rows,      decay_rows, weigh_rows, rotate_rows,          conv_channels, delta_head};
+const StepKernels kStep = {norm_rows,  gate_rows,   rope_rows,     decay_rows,
+                           weigh_rows, rotate_rows, conv_channels, delta_head};
 }
 const Isa HYBRIDKV_ISA_RECORD = {HYBRIDKV_ISA_NAME, scratch_bytes, attend,     encode,
                                  probe_float,         probe_integer, probe_read, &kStep, &HYBRIDKV_ISA_LINEAR};

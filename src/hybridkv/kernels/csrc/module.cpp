@@ -244,7 +244,6 @@ NB_MODULE(_cpu, m) {
     m.def("lock_memory", &lock_memory);
     m.def("populate", &populate, nb::call_guard<nb::gil_scoped_release>());
     m.def("probe", &probe);
-    bind_linear(m);
     bind_weights(m);
     bind_step(m);
 }

@@ -25,7 +25,6 @@ using Rows = std::tuple<Side, Side, int64_t, int64_t, Address>;
 // Throws if there are no rows, or if the number of planes is not the format's.
 std::vector<Segment> segments_of(const std::vector<Rows>& rows, int64_t head_dim_k, int64_t head_dim_v);
 
-void bind_linear(nanobind::module_& m);
 void bind_weights(nanobind::module_& m);
 void bind_step(nanobind::module_& m);
 

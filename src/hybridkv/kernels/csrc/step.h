@@ -1,5 +1,5 @@
-// The records of a model's step outside of attention: weights in the kernels' own layout, operations on buffers, and
-// what one instruction set does with them. Knows no SIMD; step_program.cpp runs operations in order.
+// The records of a model's step outside of attention and products with weights: operations on buffers, and what one
+// instruction set does with them. Knows no SIMD; step_program.cpp runs operations in order.
 //
 // A buffer holds one row per token: row `sequence * n_tokens + token`. All values are float32.
 #pragma once
@@ -8,20 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "formats.h"
-
 namespace hybridkv {
-
-constexpr int kPanel = 16;  // output rows that lie side by side in a panel of a weight
-
-// A matrix [n_out, n_in] as panels of kPanel rows, each contiguous along n_in; linear.h has the layout per code.
-struct Weight {
-    Code code;  // f32, bf16, bytes: q8_0, nibbles: q4_0
-    int64_t n_out, n_in;
-    const uint8_t* data;
-
-    int64_t n_panels() const { return (n_out + kPanel - 1) / kPanel; }
-};
 
 // Columns of a buffer, in groups (heads) of `width` contiguous values.
 struct View {
@@ -92,27 +79,7 @@ struct AttendOp {
     int64_t call;
 };
 
-// Rows of a linear layer. Their number decides in which form and in which order products are summed, unless each row is
-// to get the bits that it gets alone.
-struct RowCount {
-    int64_t n;
-    bool each_alone;
-
-    int64_t deciding() const { return each_alone ? 1 : n; }
-};
-
 struct StepKernels {
-    // y = W x in two steps: inputs are brought once into the form that all weights of one code and n_in take, then
-    // panels are multiplied. `rows` are the whole call's in both.
-    size_t (*prepared_bytes)(Code code, int64_t n_in, RowCount rows);
-    // rows [r0, r1) of x; rows of x are x_stride floats apart
-    void (*prepare)(Code code, const float* x, int64_t x_stride, int64_t n_in, RowCount rows, int64_t r0, int64_t r1,
-                    void* prepared);
-    size_t (*linear_scratch_bytes)(Code code, int64_t n_in, RowCount rows);
-    // y[rows][16 * panel0 .. 16 * panel1), cut at n_out; added to what is there if `add`
-    void (*linear)(const Weight& w, const void* prepared, RowCount rows, int64_t panel0, int64_t panel1, float* y,
-                   int64_t y_stride, bool add, void* scratch);
-
     // Rows [r0, r1). Widths need not be multiples of anything.
     void (*norm)(const NormOp& op, int64_t r0, int64_t r1);
     void (*gate)(const GateOp& op, int64_t r0, int64_t r1);

@@ -8,9 +8,9 @@
 #include <new>
 #include <tuple>
 
-#include "../linear/weight.h"
-#include "../module.h"
-#include "../pool.h"
+#include "linear/weight.h"
+#include "module.h"
+#include "pool.h"
 
 namespace nb = nanobind;
 

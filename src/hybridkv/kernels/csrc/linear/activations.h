@@ -4,7 +4,7 @@
 
 #include <limits>
 
-#include "../simd/lanes.h"
+#include "simd/lanes.h"
 #include "types.h"
 
 namespace {

@@ -1,4 +1,4 @@
-#include "../simd_portable.h"
+#include "simd_portable.h"
 
 #define HYBRIDKV_LINEAR_RECORD kLinearPortable
 #include "linear.h"
