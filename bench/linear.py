@@ -63,6 +63,7 @@ class Row:
     gmac_s: float
     of_peak: float
     ik_us: float | None
+    ik_error: float | None
 
 
 def timed(call: Callable[[], object], budget_s: float, clock: Clock) -> tuple[float, float]:
@@ -140,8 +141,8 @@ class Ik:
             function = getattr(ggml, name)
             function.argtypes, function.restype = arguments, pointer
 
-    def time(self, weight: Weight, x: Tensor, threads: int, budget_s: float, clock: Clock) -> float:
-        """Least microseconds of a product; each call plans its graph anew, which takes a few of them."""
+    def time(self, weight: Weight, x: Tensor, threads: int, budget_s: float, clock: Clock) -> tuple[float, float]:
+        """Least microseconds and error of a product; each call plans its graph anew, which takes a few of them."""
         ggml, n_out, (n_rows, n_in) = self.ggml, weight.n_out, x.shape
         work = 4 * x.numel() * 2 + (64 << 20)
         room = weight.nbytes + 4 * x.numel() + 4 * n_rows * n_out + work
@@ -161,8 +162,10 @@ class Ik:
             begin = clock()
             ggml.ggml_graph_compute_with_ctx(context, graph, threads)
             times.append((clock() - begin) * 1e6)
+        out = torch.empty(n_rows, n_out)
+        ctypes.memmove(out.data_ptr(), ggml.ggml_get_data(y), out.nbytes)
         ggml.ggml_free(context)
-        return min(times)
+        return min(times), error_of(weight, x, out)
 
 
 class _InitParams(ctypes.Structure):
@@ -184,12 +187,25 @@ def bench(
     # One thread may have to share its processor: only its own time counts.
     clock = time.process_time if threads == 1 else time.perf_counter
     least, median = timed(lambda: matmul(x, weight, out=out, n_threads=threads), budget, clock)
-    theirs = None if ik is None or fmt.ggml_type == 39 else ik.time(weight, x, threads, budget, clock)
+    # ik_llama.cpp has another type of mxfp4's number.
+    theirs = None if ik is None or fmt.name == "mxfp4" else ik.time(weight, x, threads, budget, clock)
     gb_s, macs = weight.nbytes / least / 1e3, n_out * n_in * n_rows / least / 1e3
     row = Row(
-        fmt.name, n_out, n_in, n_rows, threads, error, least, median, gb_s, gb_s / bandwidth, macs, macs / peak, theirs
+        fmt.name,
+        n_out,
+        n_in,
+        n_rows,
+        threads,
+        error,
+        least,
+        median,
+        gb_s,
+        gb_s / bandwidth,
+        macs,
+        macs / peak,
+        *(theirs or (None, None)),
     )
-    anchor = "" if theirs is None else f"  ik {theirs:9.1f} us, {theirs / least:.2f}x"
+    anchor = "" if theirs is None else f"  ik {theirs[0]:9.1f} us, {theirs[0] / least:.2f}x, error {theirs[1]:.0e}"
     print(
         f"{fmt.name:7} {f'[{n_out}, {n_in}]':13} x{n_rows:4} {least:9.1f} us (median {median:9.1f})  {gb_s:5.1f} GB/s "
         f"{gb_s / bandwidth:4.0%} of {bandwidth:.0f}  {macs:6.1f} GMAC/s {macs / peak:4.0%}  error {error:.0e}{anchor}",
