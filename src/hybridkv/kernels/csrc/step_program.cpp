@@ -104,10 +104,11 @@ public:
             const LinearOp::Target* target;
             int64_t row0, row1;
         };
+        int64_t left = 0;
+        for (const LinearOp::Target& t : op.targets) left += t.weight.n_out * t.weight.row_bytes;
         std::vector<Part> parts;
         for (const LinearOp::Target& t : op.targets) {
-            const int64_t n = t.weight.n_out, step = rows_per_task(t.weight, rows_, run_.n_threads);
-            for (int64_t r = 0; r < n; r += step) parts.push_back({&t, r, std::min(n, r + step)});
+            cut_rows(t.weight, left, run_.n_threads, [&](int64_t r0, int64_t r1) { parts.push_back({&t, r0, r1}); });
         }
         parallel_for(static_cast<int64_t>(parts.size()), run_.n_threads, [&](int64_t i, int) {
             const Part& part = parts[static_cast<size_t>(i)];
