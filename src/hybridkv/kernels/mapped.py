@@ -35,6 +35,12 @@ class WatchedMap:
             _native().forget_map(self._map)
 
 
+def populate(address: int, n_bytes: int) -> None:
+    """Enter the pages of a map into this process's tables at once; where the system cannot, they come one by one."""
+    if available() is None:
+        _native().populate(address, n_bytes)
+
+
 def lock_memory(address: int, n_bytes: int) -> None:
     """Keep a range of memory from being paged out.
 
