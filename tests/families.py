@@ -93,6 +93,7 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
         "NemotronHForCausalLM",
         {
             "layers_block_type": ["mamba", "attention", "moe", "mamba", "attention"],
+            "time_step_min": 1e-30,  # which the class keeps to in prompts, and not in single tokens
             "head_dim": 32,
             "mamba_num_heads": 8,
             "mamba_head_dim": 16,

@@ -83,7 +83,7 @@ def test_rope(n_seqs: int, n_tokens: int) -> None:
     before = x.clone()
     program = StepProgram()
     program.rope(x, 12)
-    program.run(0, 1, n_seqs, n_tokens, angles=(angles.cos(), angles.sin()))
+    program.run(0, 1, n_seqs, n_tokens, angles=[(angles.cos(), angles.sin())])
     a, b, rest = before.double().view(n_seqs, n_tokens, 3, 20).split([6, 6, 8], dim=-1)
     c, s = angles.double().cos().view(1, n_tokens, 1, 6), angles.double().sin().view(1, n_tokens, 1, 6)
     exact = torch.cat([a * c - b * s, b * c + a * s, rest], dim=-1)
