@@ -22,8 +22,8 @@ from gguf.quants import quantize
 from numpy.typing import NDArray
 
 from hybridkv.errors import ModelError, ModelFileError
-from hybridkv.gguf.architectures import WRITABLE
-from hybridkv.gguf.architectures.record import Architecture, Config, Key, Keys
+from hybridkv.gguf.architectures import DIRECTORIES, WRITABLE
+from hybridkv.gguf.architectures.record import Architecture, Config, Key, Keys, Tables
 from hybridkv.gguf.checkpoint import Checkpoint
 from hybridkv.gguf.decode import Floats
 from hybridkv.gguf.pairing import Pairing, build_skeleton, file_tensors, pair
@@ -67,6 +67,22 @@ def find_architecture(config: Config) -> Architecture:
             return architecture
         problems.append(f"{architecture.name}: {problem}")
     raise ModelError(f"this {config.model_type!r} model cannot be written as GGUF: {'; '.join(problems)}")
+
+
+def find_tables(config: Config) -> Architecture | Tables:
+    """Return the tables that name a model's tensors, whether or not it can be written as a file.
+
+    Raises
+    ------
+    ModelError
+        As `find_architecture`, for a model that no table is of.
+    """
+    import transformers
+
+    for tables in DIRECTORIES:
+        if getattr(transformers, tables.config_class).model_type == config.model_type:
+            return tables
+    return find_architecture(config)
 
 
 def write_gguf(

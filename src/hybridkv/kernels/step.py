@@ -219,8 +219,10 @@ class StepProgram:
         taps, offsets = _floats(weight.T), [] if bias is None else _floats(bias)
         self._native.conv(self._columns(x), self._columns(dst), taps, offsets, kernel, state, silu)
 
-    def decay(self, a: Tensor, b: Tensor, decay: Tensor, beta: Tensor, rate: Tensor, bias: Tensor) -> None:
-        """`decay = exp(rate * softplus(a + bias))` and `beta = sigmoid(b)`, per value head.
+    def decay(
+        self, a: Tensor, b: Tensor, decay: Tensor, beta: Tensor, rate: Tensor, bias: Tensor, scale: float = 1.0
+    ) -> None:
+        """`decay = exp(rate * softplus(a + bias))` and `beta = scale * sigmoid(b)`, per value head.
 
         a and b `[rows, value heads]`, or in groups `[rows, key heads, value heads of each]`.
         """
@@ -229,7 +231,7 @@ class StepProgram:
         )
         assert all(x.shape[1:].numel() == decay.shape[1] for x in (a, b)), (a.shape, b.shape)
         columns = (self._columns(x) for x in (a, b, decay, beta))
-        self._native.decay(*columns, _floats(rate), _floats(bias))
+        self._native.decay(*columns, _floats(rate), _floats(bias), scale)
 
     def add_weighed(self, x: Tensor, g: Tensor, dst: Tensor) -> None:
         """`dst += x * sigmoid(g)`; x and dst `[rows, width]`, g `[rows, 1]`."""

@@ -49,7 +49,9 @@ class Attention:
     rope
         None for attention without positions.
     q_norm, k_norm
-        Per head.
+        Per head, or of all heads together.
+    norms_together
+        Which of the two.
     gated
         Whether the output is multiplied by sigmoid(gate).
     biased
@@ -63,6 +65,7 @@ class Attention:
     rope: Rope | None = None
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    norms_together: bool = False
     gated: bool = False
     biased: Literal["none", "qkv", "all"] = "none"
     q: str = "attn_q.weight"
@@ -87,6 +90,10 @@ class DeltaNet:
         Which key head value head h uses: `tiled` h % n_keys, `grouped` h // (n_values / n_keys).
     joined_rates
         Whether the decay's and the update's inputs come from one matrix, `ssm_ba`, interleaved by key head.
+    update_scale
+        Largest share of a value that an update replaces.
+    qkv
+        One projection, or those of queries, keys and values.
     norm
         Of the output, per head, before its gate.
     """
@@ -99,8 +106,9 @@ class DeltaNet:
     norm: Norm
     values: Literal["tiled", "grouped"] = "tiled"
     joined_rates: bool = False
+    update_scale: float = 1.0
     l2_eps: float = 1e-6
-    qkv: str = "attn_qkv.weight"
+    qkv: str | tuple[str, str, str] = "attn_qkv.weight"
     gate: str = "attn_gate.weight"
     joined: str = "ssm_in.weight"
     """All four projections interleaved by key head, in older files of grouped values."""

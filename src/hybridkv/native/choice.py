@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hybridkv.errors import ModelError
-from hybridkv.gguf.convert import find_architecture
+from hybridkv.gguf.convert import find_tables
 from hybridkv.kernels import cpu_native
 from hybridkv.model import graph_of
 from hybridkv.model import rejects as graph_rejects
@@ -22,19 +22,21 @@ def rejects(config: Any, device: str) -> str | None:
     if device != "cpu":
         return f"runs on cpu, not on {device}"
     reason = graph_rejects(config)
-    return lowering.rejects(graph_of(config)) if reason is None else reason
+    if reason is None:
+        reason = lowering.rejects(graph_of(config))
+    return _tables_reject(config) if reason is None else reason
+
+
+def _tables_reject(config: Any) -> str | None:
+    """Why no table names a model's tensors; None if one does."""
+    try:
+        find_tables(config.get_text_config(decoder=True))
+    except ModelError as error:
+        return str(error).partition("\n")[0]
+    return None
 
 
 def runs_natively(config: Any, device: str, path: Path, engine: EngineKind = "auto") -> bool:
-    """Whether the native step runs a model, so that no Transformers class is needed for it.
-
-    A directory must also be one that can be brought into the file's order.
-    """
-    if engine == "eager" or rejects(config, device.partition(":")[0]) is not None:
-        return False
-    if path.is_dir():
-        try:
-            find_architecture(config.get_text_config(decoder=True))
-        except ModelError:
-            return False
-    return True
+    """Whether the native step runs a model, so that no Transformers class is needed for it, wherever it lies."""
+    del path
+    return engine != "eager" and rejects(config, device.partition(":")[0]) is None

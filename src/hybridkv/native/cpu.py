@@ -79,12 +79,14 @@ def _attention(b: Builder, index: int, a: Attention, normed: Tensor, dst: Tensor
     if a.biased != "none":
         for name, part in ((a.q, raw), (a.k, k), (a.v, v)):
             b.bias(part, name)
+    if a.norms_together:
+        _norm_heads(b, a, raw, k)
     q, k, v = b.heads(raw, a.n_heads), b.heads(k, a.n_kv_heads), b.heads(v, a.n_kv_heads)
     q, gate = torch.split(q, a.head_dim, dim=2) if a.gated else (q, None)
-    for part, norm in ((q, a.q_norm), (k, a.k_norm)):
-        if norm is not None:
-            b.rms_norm(part, part, norm)
-        if a.rope is not None:
+    if not a.norms_together:
+        _norm_heads(b, a, q, k)
+    if a.rope is not None:
+        for part in (q, k):
             b.rope(part, a.rope)
     heads = b.heads(out, a.n_heads)
     b.attend(index, q, k, v, heads, a.scale)
@@ -95,13 +97,19 @@ def _attention(b: Builder, index: int, a: Attention, normed: Tensor, dst: Tensor
         b.bias(dst, a.out)
 
 
+def _norm_heads(b: Builder, a: Attention, q: Tensor, k: Tensor) -> None:
+    for part, norm in ((q, a.q_norm), (k, a.k_norm)):
+        if norm is not None:
+            b.rms_norm(part, part, norm)
+
+
 def _delta_net(b: Builder, index: int, d: DeltaNet, normed: Tensor, dst: Tensor, add: bool) -> None:
     n_key, n_value = d.n_keys * d.key_dim, d.n_values * d.value_dim
     raw, mixed = b.buffer("delta_raw", d.channels), b.buffer("delta_mixed", d.channels)
     z, out = b.buffer("delta_z", n_value), b.buffer("delta_out", n_value)
     decay, beta = b.buffer("delta_decay", d.n_values), b.buffer("delta_beta", d.n_values)
     conv_state, state = b.new_states(index, (d.kernel, d.channels), (d.n_values, d.key_dim, d.value_dim))
-    projections = [(d.qkv, raw), (d.gate, z)] if b.has(d.qkv) else _interleaved(b, d, raw, z)
+    projections = _delta_projections(b, d, raw, z)
     rates, alphas, betas = _rates(b, d)
     b.linear(normed, *projections, *rates)
     b.program.conv(raw, mixed, b.vector(d.conv).view(d.channels, d.kernel), None, conv_state)
@@ -109,12 +117,20 @@ def _delta_net(b: Builder, index: int, d: DeltaNet, normed: Tensor, dst: Tensor,
     q, k, v = b.heads(q, d.n_keys), b.heads(k, d.n_keys), b.heads(v, d.n_values)
     b.l2_norm(q, d.l2_eps, d.key_dim**-0.5)
     b.l2_norm(k, d.l2_eps)
-    b.program.decay(alphas, betas, decay, beta, b.vector(d.decay).flatten(), b.vector(d.bias).flatten())
+    b.program.decay(alphas, betas, decay, beta, b.vector(d.decay).flatten(), b.vector(d.bias).flatten(), d.update_scale)
     heads = b.heads(out, d.n_values)
     b.program.delta(q, k, v, decay, beta, heads, state, d.values)
     b.rms_norm(heads, heads, d.norm)
     b.program.gate(out, z, out, "silu")
     b.linear(out, (d.out, dst), add=add)
+
+
+def _delta_projections(b: Builder, d: DeltaNet, raw: Tensor, z: Tensor) -> list[tuple[str | Weight, Tensor]]:
+    """The products that give queries, keys and values, side by side in `raw`, and gates."""
+    if not isinstance(d.qkv, str):
+        parts = torch.split(raw, [d.n_keys * d.key_dim, d.n_keys * d.key_dim, d.n_values * d.value_dim], dim=1)
+        return [*zip(d.qkv, parts, strict=True), (d.gate, z)]
+    return [(d.qkv, raw), (d.gate, z)] if b.has(d.qkv) else _interleaved(b, d, raw, z)
 
 
 def _rates(b: Builder, d: DeltaNet) -> tuple[list[tuple[str | Weight, Tensor]], Tensor, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hybridkv.gguf.convert import find_architecture
+from hybridkv.gguf.convert import find_tables
 from hybridkv.gguf.pairing import Pairing, file_tensors, pair
 from hybridkv.held import WeightKind
 from hybridkv.hf.step.weights import reencoded, weight_type
@@ -56,7 +56,7 @@ class ParameterSource:
     def __init__(self, model: Any, parameter: Callable[[str], Tensor]) -> None:
         self._config = model.config.get_text_config(decoder=True)
         self._parameter = parameter
-        pairings = pair(find_architecture(self._config), self._config, model, ())
+        pairings = pair(find_tables(self._config), self._config, model, ())
         self._pairings: dict[str, Pairing] = {name: pairing for pairing in pairings for name in pairing.names}
         self._weights: dict[str, Weight] = {}
         self._vectors: dict[str, Tensor] = {}

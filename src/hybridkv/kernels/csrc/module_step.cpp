@@ -102,8 +102,8 @@ public:
         ops_.emplace_back(ConvOp{view(x), view(dst), weight, bias, kernel, state, silu});
     }
     void decay(const Columns& a, const Columns& b, const Columns& decay, const Columns& beta, const Values& rate,
-               const Values& bias) {
-        ops_.emplace_back(DecayOp{view(a), view(b), view(decay), view(beta), rate, bias});
+               const Values& bias, float scale) {
+        ops_.emplace_back(DecayOp{view(a), view(b), view(decay), view(beta), rate, bias, scale});
     }
     void delta(const Columns& q, const Columns& k, const Columns& v, const Columns& decay, const Columns& beta,
                const Columns& dst, int64_t state, bool tiled) {

@@ -111,7 +111,7 @@ void decay_rows(const DecayOp& op, int64_t r0, int64_t r1) {
         for (int64_t h = 0; h < op.decay.width; ++h) {
             const float x = op.a.at(r, h / op.a.width)[h % op.a.width] + op.bias[static_cast<size_t>(h)];
             decay[h] = ::expf(op.rate[static_cast<size_t>(h)] * softplus(x));
-            beta[h] = sigmoid(op.b.at(r, h / op.b.width)[h % op.b.width]);
+            beta[h] = op.scale * sigmoid(op.b.at(r, h / op.b.width)[h % op.b.width]);
         }
     }
 }

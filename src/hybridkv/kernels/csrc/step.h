@@ -61,11 +61,12 @@ struct ConvOp {
     bool silu;
 };
 
-// decay = exp(rate * softplus(a + bias)), beta = sigmoid(b), per value head
+// decay = exp(rate * softplus(a + bias)), beta = scale * sigmoid(b), per value head
 struct DecayOp {
     View a, b;         // value heads in groups of any size
     View decay, beta;  // one group
     std::vector<float> rate, bias;
+    float scale;
 };
 
 // dst += x * sigmoid(g), one g per row

@@ -31,6 +31,11 @@ def _llama_rejects(c: Any) -> str | None:
     return first(act_rejects(c), rope_rejects(c), window_rejects(c))
 
 
+def _plain_rejects(c: Any) -> str | None:
+    """What Mistral and Phi-3 refuse; a window is the cache's."""
+    return first(act_rejects(c), rope_rejects(c))
+
+
 def _llama_parts(c: Any, scale: float | None = None) -> tuple[Attention, Gated]:
     biased: Literal["all", "none"] = "all" if c.attention_bias else "none"
     return attention(c, pairs="neighbours", scale=scale, biased=biased), gated(c, biased=c.mlp_bias)
@@ -80,6 +85,8 @@ FAMILIES = {
     "granite": Family(
         _llama_rejects, lambda c: granite(c, [_llama_parts(c, c.attention_multiplier)] * c.num_hidden_layers)
     ),
+    "mistral": Family(_plain_rejects, lambda c: _layers(c, attention(c), gated(c))),
+    "phi3": Family(_plain_rejects, lambda c: _layers(c, attention(c), gated(c))),
     "qwen2": Family(dense_rejects, _qwen2),
     "qwen3": Family(dense_rejects, lambda c: _qwen3(c, gated(c))),
     "qwen3_moe": Family(sparse_rejects, lambda c: _qwen3(c, sparse(c, shared=False))),

@@ -11,6 +11,7 @@ from hybridkv.model.families.parts import (
     attention,
     bias_rejects,
     block,
+    by_kind,
     experts,
     experts_rejects,
     first,
@@ -172,9 +173,28 @@ def _jamba(c: Any) -> ModelGraph:
     )
 
 
+def _bamba_rejects(c: Any) -> str | None:
+    return first(
+        act_rejects(c),
+        rope_rejects(c),
+        bias_rejects(c, "attention_bias", "mlp_bias", "mamba_proj_bias"),
+        limit_rejects(c),
+    )
+
+
+def _bamba(c: Any) -> ModelGraph:
+    """Bamba: Mamba-2 and attention layers, whose RoPE turns a part of each head."""
+    mixers: dict[str, Mixer] = {
+        "full_attention": attention(c),
+        "linear_attention": mamba2(c, norm(c, "ssm_norm.weight")),
+    }
+    return by_kind(c, mixers, (norm(c, "attn_norm.weight"), norm(c, "ffn_norm.weight")), gated(c))
+
+
 FAMILIES = {
     "granitemoehybrid": Family(_granite_rejects, _granite),
     "nemotron_h": Family(_nemotron_rejects, _nemotron),
     "falcon_h1": Family(_falcon_rejects, _falcon),
+    "bamba": Family(_bamba_rejects, _bamba),
     "jamba": Family(_jamba_rejects, _jamba),
 }

@@ -1,7 +1,8 @@
-"""Qwen's hybrids: gated delta nets with a gated full attention every few layers."""
+"""Hybrids of gated delta nets and attention: Qwen's and OLMo's."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from hybridkv.model.families.parts import (
@@ -9,17 +10,19 @@ from hybridkv.model.families.parts import (
     act_rejects,
     attention,
     bias_rejects,
+    block,
     by_kind,
     experts,
     experts_rejects,
     first,
     gated,
+    graph,
     norm,
     rope_rejects,
     shared_expert,
     window_rejects,
 )
-from hybridkv.model.layers import DeltaNet, Experts, FeedForward, Mixer, ModelGraph
+from hybridkv.model.layers import Block, Branch, DeltaNet, Experts, FeedForward, Mixer, ModelGraph, Norm
 
 
 def dense_rejects(c: Any) -> str | None:
@@ -68,10 +71,48 @@ def _qwen3_5(c: Any, ffn: FeedForward, **delta: Any) -> ModelGraph:
     return by_kind(c, mixers, (norm(c, "attn_norm.weight"), norm(c, "post_attention_norm.weight")), ffn)
 
 
+def _olmo_rejects(c: Any) -> str | None:
+    return first(
+        act_rejects(c),
+        rope_rejects(c) if _olmo_turns(c) else None,
+        bias_rejects(c, "attention_bias"),
+        window_rejects(c),
+    )
+
+
+def _olmo_turns(c: Any) -> bool:
+    """Whether attention has positions."""
+    return bool(c.rope_parameters and c.rope_parameters.get("rope_theta") is not None)
+
+
+def _olmo_hybrid(c: Any) -> ModelGraph:
+    """OLMo-Hybrid: norms before the parts of a delta net's layer, and behind those of an attention layer."""
+    delta = _delta_net(
+        c,
+        values="grouped",
+        update_scale=2.0 if c.linear_allow_neg_eigval else 1.0,
+        qkv=("attn_q.weight", "attn_k.weight", "attn_v.weight"),
+    )
+    # Its output's norm has an epsilon of its own. Source: transformers, modeling_olmo_hybrid.py.
+    delta = replace(delta, norm=Norm("ssm_norm.weight", 1e-5))
+    norms = norm(c, "attn_q_norm.weight"), norm(c, "attn_k_norm.weight")
+    mixer = attention(c, pairs="halves" if _olmo_turns(c) else None, norms=norms, norms_together=True)
+    ffn = gated(c)
+    attends = Block(
+        (
+            Branch(None, (mixer,), norm(c, "post_attention_norm.weight")),
+            Branch(None, (ffn,), norm(c, "post_ffw_norm.weight")),
+        )
+    )
+    recurs = block(delta, ffn, (norm(c, "attn_norm.weight"), norm(c, "ffn_norm.weight")))
+    return graph(c, (attends if kind == "full_attention" else recurs for kind in c.layer_types))
+
+
 FAMILIES = {
     "qwen3_5_text": Family(dense_rejects, lambda c: _qwen3_5(c, gated(c))),
     "qwen3_5_moe_text": Family(sparse_rejects, lambda c: _qwen3_5(c, sparse(c, shared=True))),
     "qwen3_next": Family(
         sparse_rejects, lambda c: _qwen3_5(c, sparse(c, shared=True), values="grouped", joined_rates=True)
     ),
+    "olmo_hybrid": Family(_olmo_rejects, _olmo_hybrid),
 }
