@@ -188,7 +188,7 @@ def test_mamba2(n_heads: int, n_groups: int, d: int, n: int, n_seqs: int, n_toke
     x, b, c, dt = mixed.split([n_heads * d, n_groups * n, n_groups * n, n_heads], dim=1)
     x, b, c = x.unflatten(1, (n_heads, d)), b.unflatten(1, (n_groups, n)), c.unflatten(1, (n_groups, n))
     rate, bias, skip = -normal(n_heads, seed=1).exp(), normal(n_heads, seed=2), normal(n_heads, seed=3)
-    state, out = normal(n_seqs, n_heads, d, n, seed=4), buffer(rows, n_heads, d)
+    state, out = normal(n_seqs, n_heads, n, d, seed=4), buffer(rows, n_heads, d)
     program = StepProgram()
     program.mamba2(x, b, c, dt, out, 0, rate=rate, bias=bias, skip=skip)
     exact_state, exact = state.double(), torch.empty(n_seqs, n_tokens, n_heads, d, dtype=torch.float64)
@@ -198,8 +198,8 @@ def test_mamba2(n_heads: int, n_groups: int, d: int, n: int, n_seqs: int, n_toke
     for t in range(n_tokens):
         step = torch.nn.functional.softplus(steps[:, t] + bias)
         decay = (rate * step)[..., None, None].exp()
-        exact_state = decay * exact_state + torch.einsum("bh,bhd,bhn->bhdn", step, xs[:, t], bs[:, t])
-        exact[:, t] = torch.einsum("bhdn,bhn->bhd", exact_state, cs[:, t]) + skip[:, None] * xs[:, t]
+        exact_state = decay * exact_state + torch.einsum("bh,bhd,bhn->bhnd", step, xs[:, t], bs[:, t])
+        exact[:, t] = torch.einsum("bhnd,bhn->bhd", exact_state, cs[:, t]) + skip[:, None] * xs[:, t]
     program.run(0, 1, n_seqs, n_tokens, states=program.addresses([state], n_seqs), n_threads=2)
     assert error(out.view(exact.shape), exact) < TOLERANCE
     assert error(state, exact_state) < TOLERANCE

@@ -276,13 +276,13 @@ class StepProgram:
     ) -> None:
         """Mamba-2's state space; x and dst `[rows, heads, D]`, b and c `[rows, groups, N]`, dt `[rows, heads]`.
 
-        With dt = softplus(dt + bias): S = exp(rate dt) S + dt x b^T, dst = S c + skip x. State float32
-        `[B, heads, D, N]`; rate, bias and skip per head.
+        With dt = softplus(dt + bias): S = exp(rate dt) S + b (dt x)^T, dst = S^T c + skip x. State float32
+        `[B, heads, N, D]`; rate, bias and skip per head.
         """
         (_, n_heads, d), (_, n_groups, n) = x.shape, b.shape
         assert dst.shape == x.shape and c.shape == b.shape and n_heads % n_groups == 0, (x.shape, b.shape)
         assert dt.shape == x.shape[:2] and rate.shape == bias.shape == skip.shape == (n_heads,), dt.shape
-        self._expect(state, (n_heads, d, n))
+        self._expect(state, (n_heads, n, d))
         columns = (self._columns(each) for each in (x, b, c, dt, dst))
         self._native.mamba2(*columns, *(_floats(each) for each in (rate, bias, skip)), state)
 

@@ -164,7 +164,7 @@ def _interleaved(b: Builder, d: DeltaNet, raw: Tensor, z: Tensor) -> list[tuple[
 def _mamba2(b: Builder, index: int, m: Mamba2, normed: Tensor, dst: Tensor, add: bool) -> None:
     project = b.buffer("mamba_in", m.inner + m.channels + m.n_heads)
     mixed, out = b.buffer("mamba_mixed", m.channels), b.buffer("mamba_out", m.inner)
-    conv_state, state = b.new_states(index, (m.kernel, m.channels), (m.n_heads, m.head_dim, m.state_dim))
+    conv_state, state = b.new_states(index, (m.kernel, m.channels), (m.n_heads, m.state_dim, m.head_dim))
     b.linear(normed, (m.project, project))
     gate, raw, dt = torch.split(project, [m.inner, m.channels, m.n_heads], dim=1)
     bias = b.vector(m.conv_bias).flatten() if b.has(m.conv_bias) else None

@@ -1,4 +1,5 @@
-"""Tables of models that are read from directories alone: no GGUF file holds them, and the native engine has GGUF's names.
+"""Tables of models that are read from directories alone: no GGUF file holds them, and the native engine goes by
+GGUF's names.
 
 Bamba's RoPE concerns a part of each head, which Transformers' class for `granitehybrid` does not compute; OLMo-Hybrid
 has no architecture; a Mistral with a sliding window cannot say so as `llama`; Phi-3's projections are joined.

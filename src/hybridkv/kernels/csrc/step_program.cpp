@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kTaskValues = 16 << 10;    // of elementwise work
 constexpr int64_t kConvChannels = 256;       // of one sequence in a task
 constexpr int64_t kDeltaDims = 64;           // value dims of one head in a task
-constexpr int64_t kMamba2Dims = 32;          // head dims in a task: with 128 state dims each, they stay in the first cache
+constexpr int64_t kMamba2Dims = 64;          // head dims of one head in a task
 constexpr int64_t kMamba1Channels = 128;     // of one sequence in a task
 
 // Calls rows(r0, r1) over all rows, on several threads where there is enough to do.

@@ -1,7 +1,6 @@
 // The state space of Mamba-2. Source: Transformers are SSMs, arXiv 2405.21060.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -10,8 +9,8 @@
 
 namespace hybridkv {
 
-// Per head, with dt = softplus(dt + bias): S = exp(rate dt) S + (dt x) b^T; dst = S c + skip x.
-// The state is [sequence][head][head dim][state dim].
+// Per head, with dt = softplus(dt + bias): S = exp(rate dt) S + b (dt x)^T; dst = S^T c + skip x.
+// The state is [sequence][head][state dim][head dim]: lanes lie along the output, so that nothing is summed across them.
 struct Mamba2Op {
     View x, dst;                          // heads
     View b, c;                            // groups of heads
@@ -23,63 +22,72 @@ struct Mamba2Op {
     int64_t group(int64_t head) const { return head * b.groups / x.groups; }
 };
 
-// R rows of the state for one token: decayed, updated and read out in one pass over them.
-template <class S, int R>
-inline void mamba2_rows(float* state, int64_t n, float decay, const float* change, const float* b, const float* c,
-                        float* out) {
+// NV vectors of head dims from d0 on: the state is decayed, updated and read out in one pass over it. Two of its rows at a
+// time: enough sums to hide a multiply-add's latency.
+template <class S, int NV>
+HYBRIDKV_KERNEL void mamba2_columns(const Mamba2Op& op, float* state, int64_t row0, int64_t n_tokens, int64_t head,
+                                    int64_t d0) {
     using F = typename S::F;
     constexpr int L = S::lanes;
-    const F kept = S::set1(decay);
-    F sums[R], added[R];
-    for (int r = 0; r < R; ++r) {
-        sums[r] = S::set1(0.f);
-        added[r] = S::set1(change[r]);
-    }
-    int64_t i = 0;
-    for (; i + L <= n; i += L) {
-        const F bi = S::load(b + i), ci = S::load(c + i);
-        for (int r = 0; r < R; ++r) {
-            float* at = state + r * n + i;
-            const F s = S::fma(added[r], bi, S::mul(kept, S::load(at)));
-            S::store(at, s);
-            sums[r] = S::fma(s, ci, sums[r]);
+    const int64_t n = op.b.width, stride = op.x.width, group = op.group(head);
+    const size_t h = static_cast<size_t>(head);
+    for (int64_t r = row0; r < row0 + n_tokens; ++r) {
+        const float *x = op.x.at(r, head) + d0, *b = op.b.at(r, group), *c = op.c.at(r, group);
+        const float dt = softplus(op.dt.at(r, 0)[head] + op.bias[h]);
+        const F decay = S::set1(::expf(op.rate[h] * dt));
+        F sums[2][NV], change[NV];
+        for (int v = 0; v < NV; ++v) {
+            change[v] = S::mul(S::set1(dt), S::load(x + v * L));
+            sums[0][v] = sums[1][v] = S::set1(0.f);
+        }
+        const auto row = [&](int64_t i, F (&sum)[NV]) {
+            float* s = state + i * stride + d0;
+            const F bi = S::set1(b[i]), ci = S::set1(c[i]);
+            for (int v = 0; v < NV; ++v) {
+                const F next = S::fma(bi, change[v], S::mul(decay, S::load(s + v * L)));
+                S::store(s + v * L, next);
+                sum[v] = S::fma(next, ci, sum[v]);
+            }
+        };
+        int64_t i = 0;
+        for (; i + 2 <= n; i += 2) {
+            row(i, sums[0]);
+            row(i + 1, sums[1]);
+        }
+        if (i < n) row(i, sums[0]);
+        float* out = op.dst.at(r, head) + d0;
+        for (int v = 0; v < NV; ++v) {
+            S::store(out + v * L, S::fma(S::set1(op.skip[h]), S::load(x + v * L), S::add(sums[0][v], sums[1][v])));
         }
     }
-    for (int r = 0; r < R; ++r) out[r] = S::reduce_add(sums[r]);
-    for (; i < n; ++i) {
-        for (int r = 0; r < R; ++r) {
-            float& s = state[r * n + i];
-            s = std::fma(change[r], b[i], decay * s);
-            out[r] = std::fma(s, c[i], out[r]);
+}
+
+// One head dim, where no whole vector is left.
+template <class S>
+void mamba2_column(const Mamba2Op& op, float* state, int64_t row0, int64_t n_tokens, int64_t head, int64_t d) {
+    const int64_t group = op.group(head);
+    const size_t h = static_cast<size_t>(head);
+    for (int64_t r = row0; r < row0 + n_tokens; ++r) {
+        const float x = op.x.at(r, head)[d], *b = op.b.at(r, group), *c = op.c.at(r, group);
+        const float dt = softplus(op.dt.at(r, 0)[head] + op.bias[h]), decay = ::expf(op.rate[h] * dt);
+        float sum = 0.f;
+        for (int64_t i = 0; i < op.b.width; ++i) {
+            float& s = state[i * op.x.width + d];
+            s = std::fma(b[i], dt * x, decay * s);
+            sum = std::fma(s, c[i], sum);
         }
+        op.dst.at(r, head)[d] = std::fma(op.skip[h], x, sum);
     }
 }
 
 // Head dims [d0, d1) of one head of one sequence, whose tokens lie in rows from row0 on; state: of that head.
 template <class S>
-HYBRIDKV_KERNEL void mamba2_head(const Mamba2Op& op, float* state, int64_t row0, int64_t n_tokens, int64_t head,
-                                 int64_t d0, int64_t d1) {
-    constexpr int kRows = 4;
-    const int64_t n = op.b.width, group = op.group(head);
-    const size_t h = static_cast<size_t>(head);
-    for (int64_t r = row0; r < row0 + n_tokens; ++r) {
-        const float *x = op.x.at(r, head), *b = op.b.at(r, group), *c = op.c.at(r, group);
-        const float dt = softplus(op.dt.at(r, 0)[head] + op.bias[h]), decay = ::expf(op.rate[h] * dt);
-        float* out = op.dst.at(r, head);
-        int64_t d = d0;
-        for (; d + kRows <= d1; d += kRows) {
-            float change[kRows], sums[kRows];
-            for (int i = 0; i < kRows; ++i) change[i] = dt * x[d + i];
-            mamba2_rows<S, kRows>(state + d * n, n, decay, change, b, c, sums);
-            for (int i = 0; i < kRows; ++i) out[d + i] = std::fma(op.skip[h], x[d + i], sums[i]);
-        }
-        for (; d < d1; ++d) {
-            const float change = dt * x[d];
-            float sum;
-            mamba2_rows<S, 1>(state + d * n, n, decay, &change, b, c, &sum);
-            out[d] = std::fma(op.skip[h], x[d], sum);
-        }
-    }
+void mamba2_head(const Mamba2Op& op, float* state, int64_t row0, int64_t n_tokens, int64_t head, int64_t d0,
+                 int64_t d1) {
+    constexpr int L = S::lanes;
+    for (; d0 + 4 * L <= d1; d0 += 4 * L) mamba2_columns<S, 4>(op, state, row0, n_tokens, head, d0);
+    for (; d0 + L <= d1; d0 += L) mamba2_columns<S, 1>(op, state, row0, n_tokens, head, d0);
+    for (; d0 < d1; ++d0) mamba2_column<S>(op, state, row0, n_tokens, head, d0);
 }
 
 }  // namespace hybridkv
