@@ -9,15 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from hybridkv import model as models
 from hybridkv.cache import KVTypes
 from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import UsageError
 from hybridkv.hf import ModelCache, kv_facts, layer_facts
 from hybridkv.kernels import cpu_native
+from hybridkv.model import graph_of
 from hybridkv.native import NativeStep
 from hybridkv.native.choice import rejects
 from hybridkv.policy import Guard, Policy
-from tests.families import build
+from tests.families import FAMILIES, build
 
 pytestmark = [
     pytest.mark.skipif(cpu_native.available() is not None, reason="the native extension is not built"),
@@ -121,6 +123,14 @@ def test_variants(variant: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> No
     exact = model(input_ids=prompt, use_cache=False).logits[:, [29, 30, 48, 49]]
     difference = (torch.stack(got, dim=1).double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert difference < 4e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_declared_parts_are_those_of_the_graph(family: str) -> None:
+    config = build(family).config
+    text = config.get_text_config(decoder=True)
+    if text.model_type in models.FAMILIES:
+        assert {type(part) for part in graph_of(config).parts} <= {*models.FAMILIES[text.model_type].parts}
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

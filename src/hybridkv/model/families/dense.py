@@ -19,7 +19,7 @@ from hybridkv.model.families.parts import (
     window_rejects,
 )
 from hybridkv.model.families.qwen import dense_rejects, sparse, sparse_rejects
-from hybridkv.model.layers import Attention, Block, Branch, FeedForward, Gated, Mixer, ModelGraph
+from hybridkv.model.layers import Attention, Block, Branch, Experts, FeedForward, Gated, Mixer, ModelGraph
 
 
 def _layers(c: Any, mixer: Attention, ffn: FeedForward) -> ModelGraph:
@@ -80,15 +80,17 @@ def _gemma3(c: Any) -> ModelGraph:
     return graph(c, blocks, embed_scale=c.hidden_size**0.5)
 
 
+_DENSE = (Attention, Gated)
+
 FAMILIES = {
-    "llama": Family(_llama_rejects, lambda c: _layers(c, *_llama_parts(c))),
+    "llama": Family(_llama_rejects, lambda c: _layers(c, *_llama_parts(c)), _DENSE),
     "granite": Family(
-        _llama_rejects, lambda c: granite(c, [_llama_parts(c, c.attention_multiplier)] * c.num_hidden_layers)
+        _llama_rejects, lambda c: granite(c, [_llama_parts(c, c.attention_multiplier)] * c.num_hidden_layers), _DENSE
     ),
-    "mistral": Family(_plain_rejects, lambda c: _layers(c, attention(c), gated(c))),
-    "phi3": Family(_plain_rejects, lambda c: _layers(c, attention(c), gated(c))),
-    "qwen2": Family(dense_rejects, _qwen2),
-    "qwen3": Family(dense_rejects, lambda c: _qwen3(c, gated(c))),
-    "qwen3_moe": Family(sparse_rejects, lambda c: _qwen3(c, sparse(c, shared=False))),
-    "gemma3_text": Family(_gemma3_rejects, _gemma3),
+    "mistral": Family(_plain_rejects, lambda c: _layers(c, attention(c), gated(c)), _DENSE),
+    "phi3": Family(_plain_rejects, lambda c: _layers(c, attention(c), gated(c)), _DENSE),
+    "qwen2": Family(dense_rejects, _qwen2, _DENSE),
+    "qwen3": Family(dense_rejects, lambda c: _qwen3(c, gated(c)), _DENSE),
+    "qwen3_moe": Family(sparse_rejects, lambda c: _qwen3(c, sparse(c, shared=False)), (Attention, Experts)),
+    "gemma3_text": Family(_gemma3_rejects, _gemma3, _DENSE),
 }

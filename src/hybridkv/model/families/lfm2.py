@@ -15,7 +15,7 @@ from hybridkv.model.families.parts import (
     graph,
     rope_rejects,
 )
-from hybridkv.model.layers import Choice, Experts, FeedForward, Mixer, ModelGraph, Norm, ShortConv
+from hybridkv.model.layers import Attention, Choice, Experts, FeedForward, Gated, Mixer, ModelGraph, Norm, ShortConv
 
 
 def _dense_rejects(c: Any) -> str | None:
@@ -69,6 +69,8 @@ def _sparse(c: Any) -> ModelGraph:
 
 
 FAMILIES = {
-    "lfm2": Family(_dense_rejects, lambda c: _model(c, [gated(c, _width(c))] * c.num_hidden_layers)),
-    "lfm2_moe": Family(_sparse_rejects, _sparse),
+    "lfm2": Family(
+        _dense_rejects, lambda c: _model(c, [gated(c, _width(c))] * c.num_hidden_layers), (ShortConv, Attention, Gated)
+    ),
+    "lfm2_moe": Family(_sparse_rejects, _sparse, (ShortConv, Attention, Gated, Experts)),
 }

@@ -25,11 +25,13 @@ from hybridkv.model.families.parts import (
     window_rejects,
 )
 from hybridkv.model.layers import (
+    Attention,
     Block,
     Branch,
     Choice,
     Experts,
     FeedForward,
+    Gated,
     Mamba1,
     Mamba2,
     Mixer,
@@ -192,9 +194,9 @@ def _bamba(c: Any) -> ModelGraph:
 
 
 FAMILIES = {
-    "granitemoehybrid": Family(_granite_rejects, _granite),
-    "nemotron_h": Family(_nemotron_rejects, _nemotron),
-    "falcon_h1": Family(_falcon_rejects, _falcon),
-    "bamba": Family(_bamba_rejects, _bamba),
-    "jamba": Family(_jamba_rejects, _jamba),
+    "granitemoehybrid": Family(_granite_rejects, _granite, (Mamba2, Attention, Gated, Experts)),
+    "nemotron_h": Family(_nemotron_rejects, _nemotron, (Mamba2, Attention, Plain, Experts)),
+    "falcon_h1": Family(_falcon_rejects, _falcon, (Mamba2, Attention, Gated)),
+    "bamba": Family(_bamba_rejects, _bamba, (Mamba2, Attention, Gated)),
+    "jamba": Family(_jamba_rejects, _jamba, (Mamba1, Attention, Gated, Experts)),
 }

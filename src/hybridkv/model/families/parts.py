@@ -37,10 +37,13 @@ class Family:
         Why a model of this text config cannot be written, or None.
     graph
         Writes it.
+    parts
+        Kinds of parts that its layers may have, for tables and help.
     """
 
     rejects: Callable[[Any], str | None]
     graph: Callable[[Any], ModelGraph]
+    parts: tuple[type[Part], ...]
 
 
 def norm(c: Any, weight: str) -> Norm:

@@ -22,7 +22,18 @@ from hybridkv.model.families.parts import (
     shared_expert,
     window_rejects,
 )
-from hybridkv.model.layers import Block, Branch, DeltaNet, Experts, FeedForward, Mixer, ModelGraph, Norm
+from hybridkv.model.layers import (
+    Attention,
+    Block,
+    Branch,
+    DeltaNet,
+    Experts,
+    FeedForward,
+    Gated,
+    Mixer,
+    ModelGraph,
+    Norm,
+)
 
 
 def dense_rejects(c: Any) -> str | None:
@@ -109,10 +120,14 @@ def _olmo_hybrid(c: Any) -> ModelGraph:
 
 
 FAMILIES = {
-    "qwen3_5_text": Family(dense_rejects, lambda c: _qwen3_5(c, gated(c))),
-    "qwen3_5_moe_text": Family(sparse_rejects, lambda c: _qwen3_5(c, sparse(c, shared=True))),
-    "qwen3_next": Family(
-        sparse_rejects, lambda c: _qwen3_5(c, sparse(c, shared=True), values="grouped", joined_rates=True)
+    "qwen3_5_text": Family(dense_rejects, lambda c: _qwen3_5(c, gated(c)), (DeltaNet, Attention, Gated)),
+    "qwen3_5_moe_text": Family(
+        sparse_rejects, lambda c: _qwen3_5(c, sparse(c, shared=True)), (DeltaNet, Attention, Experts)
     ),
-    "olmo_hybrid": Family(_olmo_rejects, _olmo_hybrid),
+    "qwen3_next": Family(
+        sparse_rejects,
+        lambda c: _qwen3_5(c, sparse(c, shared=True), values="grouped", joined_rates=True),
+        (DeltaNet, Attention, Experts),
+    ),
+    "olmo_hybrid": Family(_olmo_rejects, _olmo_hybrid, (DeltaNet, Attention, Gated)),
 }
