@@ -16,7 +16,7 @@ from hybridkv.errors import UsageError
 from hybridkv.hf import ModelCache, kv_facts, layer_facts
 from hybridkv.kernels import cpu_native
 from hybridkv.model import graph_of
-from hybridkv.native import NativeStep
+from hybridkv.native import NativeStep, source_of
 from hybridkv.native.choice import rejects
 from hybridkv.policy import Guard, Policy
 from tests.families import FAMILIES, build
@@ -131,6 +131,15 @@ def test_declared_parts_are_those_of_the_graph(family: str) -> None:
     text = config.get_text_config(decoder=True)
     if text.model_type in models.FAMILIES:
         assert {type(part) for part in graph_of(config).parts} <= {*models.FAMILIES[text.model_type].parts}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tensor_is_named_once(family: str) -> None:
+    """As a session's fingerprint asks, also where rows are permuted."""
+    built = build(family)
+    if rejects(built.config, "cpu") is None:
+        names = [name for name, _ in source_of(built).shapes()]
+        assert len(names) == len(set(names)) > 10
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
