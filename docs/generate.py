@@ -21,6 +21,7 @@ from scaling import ranks_table, replicas_speed_table, replicas_table
 from serving import conversations_table, engine_table, load_table
 from tuned import tuning_table
 
+from families import families_page
 from gguf_keys import keys_page
 from quality import pictures, quality_table, recommended_table, targets_table
 
@@ -271,6 +272,7 @@ def main() -> int:
         "docs/formats.md": formats_page(),
         "docs/cli.md": cli_page(),
         "docs/gguf-keys.md": keys_page(),
+        "docs/families.md": families_page(),
         "docs/performance.md": performance(),
         "docs/quality.md": quality(),
         "docs/tuning.md": tuning(),

@@ -93,6 +93,7 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
         "NemotronHForCausalLM",
         {
             "layers_block_type": ["mamba", "attention", "moe", "mamba", "attention"],
+            "time_step_min": 1e-30,  # which the class keeps to in prompts, and not in single tokens
             "head_dim": 32,
             "mamba_num_heads": 8,
             "mamba_head_dim": 16,
@@ -138,6 +139,8 @@ CONTROLS: dict[str, tuple[str, dict[str, Any]]] = {
         "GraniteForCausalLM",
         {"num_hidden_layers": 2, "attention_multiplier": 0.2, "residual_multiplier": 0.22, "embedding_multiplier": 6.0},
     ),
+    "mistral": ("MistralForCausalLM", {"num_hidden_layers": 2, "sliding_window": 16}),
+    "phi3": ("Phi3ForCausalLM", {"num_hidden_layers": 2, "rope_parameters": {"partial_rotary_factor": 0.5}}),
     "qwen2": ("Qwen2ForCausalLM", {"num_hidden_layers": 2}),
     "qwen3_moe": ("Qwen3MoeForCausalLM", {"num_hidden_layers": 2, "head_dim": 32, "norm_topk_prob": True, **_EXPERTS}),
     "qwen3": ("Qwen3ForCausalLM", {"num_hidden_layers": 2, "head_dim": 48, "num_attention_heads": 6}),

@@ -44,6 +44,10 @@ def test_keys_page_is_the_committed_measurement(generate: ModuleType) -> None:
     assert (ROOT / "docs/gguf-keys.md").read_text() == generate.keys_page()
 
 
+def test_families_page_is_the_tables(generate: ModuleType) -> None:
+    assert (ROOT / "docs/families.md").read_text() == generate.families_page()
+
+
 def test_performance_tables_are_the_committed_measurements(generate: ModuleType) -> None:
     assert (ROOT / "docs/performance.md").read_text() == generate.performance()
 

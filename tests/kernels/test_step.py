@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
 from hybridkv.formats import FORMATS
 from hybridkv.kernels import KVView, Segment, cpu_native
-from hybridkv.kernels.step import Rows, StepProgram, delta_rejects
+from hybridkv.kernels.step import Gate, Routing, Rows, StepProgram, delta_rejects
+from hybridkv.kernels.weights import encode
 from hybridkv.rotation import rotate, rotation_block
 from tests.kernels.stored import Part, store_parts
 
@@ -51,7 +55,16 @@ def test_norm(heads: int, width: int) -> None:
     assert out[4].isnan().all()
 
 
-@pytest.mark.parametrize("kind", ["silu", "sigmoid"])
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "sigmoid": torch.sigmoid,
+    "product": lambda g: g,
+    "gelu": partial(torch.nn.functional.gelu, approximate="tanh"),
+    "relu": torch.relu,
+}
+
+
+@pytest.mark.parametrize("kind", GATES)
 @pytest.mark.parametrize("width", [1, 17, 64, 257])
 def test_gate(kind: str, width: int) -> None:
     """Heads strided as queries and gates are: side by side within a row."""
@@ -62,7 +75,7 @@ def test_gate(kind: str, width: int) -> None:
     program.gate(x, by, out, kind)  # type: ignore[arg-type]
     program.run(0, 1, 3, 1)
     g = by.double()
-    exact = x.double() * (torch.nn.functional.silu(g) if kind == "silu" else g.sigmoid())
+    exact = x.double() * GATES[kind](g)
     assert error(out, exact) < TOLERANCE
 
 
@@ -83,7 +96,7 @@ def test_rope(n_seqs: int, n_tokens: int) -> None:
     before = x.clone()
     program = StepProgram()
     program.rope(x, 12)
-    program.run(0, 1, n_seqs, n_tokens, angles=(angles.cos(), angles.sin()))
+    program.run(0, 1, n_seqs, n_tokens, angles=[(angles.cos(), angles.sin())])
     a, b, rest = before.double().view(n_seqs, n_tokens, 3, 20).split([6, 6, 8], dim=-1)
     c, s = angles.double().cos().view(1, n_tokens, 1, 6), angles.double().sin().view(1, n_tokens, 1, 6)
     exact = torch.cat([a * c - b * s, b * c + a * s, rest], dim=-1)
@@ -92,8 +105,8 @@ def test_rope(n_seqs: int, n_tokens: int) -> None:
 
 @pytest.mark.parametrize("channels", [1, 19, 300])
 @pytest.mark.parametrize("chunks", [(1,), (2, 1, 1), (7, 3), (1, 1, 1, 1, 1, 9)])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_conv_continues_its_state(channels: int, chunks: tuple[int, ...], with_bias: bool) -> None:
+@pytest.mark.parametrize(("with_bias", "silu"), [(False, True), (True, True), (False, False)])
+def test_conv_continues_its_state(channels: int, chunks: tuple[int, ...], with_bias: bool, silu: bool) -> None:
     """In whatever pieces two sequences come, the result is that of one convolution over each."""
     kernel, total = 4, sum(chunks)
     x = normal(2, total, channels)
@@ -101,7 +114,7 @@ def test_conv_continues_its_state(channels: int, chunks: tuple[int, ...], with_b
     raw, out = buffer(2 * total, channels), buffer(2 * total, channels)
     state = torch.zeros(2, kernel, channels)
     program = StepProgram()
-    program.conv(raw, out, weight, bias, 0)
+    program.conv(raw, out, weight, bias, 0, silu=silu)
     got, done = [], 0
     for n in chunks:
         raw[: 2 * n] = x[:, done : done + n].reshape(2 * n, channels)
@@ -112,7 +125,7 @@ def test_conv_continues_its_state(channels: int, chunks: tuple[int, ...], with_b
     exact = torch.nn.functional.conv1d(
         padded, weight.double().unsqueeze(1), None if bias is None else bias.double(), groups=channels
     )
-    exact = torch.nn.functional.silu(exact).transpose(1, 2)
+    exact = (torch.nn.functional.silu(exact) if silu else exact).transpose(1, 2)
     assert error(torch.cat(got, dim=1), exact) < TOLERANCE
     newest = torch.cat([torch.zeros(2, kernel, channels), x], dim=1)[:, -kernel:]
     assert torch.equal(state, newest)
@@ -128,6 +141,155 @@ def test_decay() -> None:
     exact = (rate.double() * torch.nn.functional.softplus(a.double() + bias)).exp()
     assert torch.allclose(decay.double(), exact, rtol=2e-5, atol=1e-30)
     assert error(beta, b.double().sigmoid()) < TOLERANCE
+
+
+@pytest.mark.parametrize("width", [1, 16, 37])
+def test_sums(width: int) -> None:
+    x, dst, bias = normal(5, width), normal(5, width, seed=1), normal(width, seed=2)
+    exact = dst.double() + 0.25 * x.double() + bias.double()
+    program = StepProgram()
+    program.add(x, dst, 0.25)
+    program.bias(dst, bias)
+    program.run(0, 2, 5, 1)
+    assert error(dst, exact) < TOLERANCE
+
+
+def test_norm_with_a_weight_for_each_head() -> None:
+    x, weight, out = normal(4, 3, 21), normal(3, 21, seed=1), buffer(4, 3, 21)
+    program = StepProgram()
+    program.norm(x, out, weight, factor=1 / 21, eps=1e-6)
+    program.run(0, 1, 4, 1)
+    exact = x.double() * weight / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert error(out, exact) < TOLERANCE
+
+
+def test_rope_by_tables() -> None:
+    """Each operation turns by the angles of its own table."""
+    x, angles = normal(3, 2, 8), (normal(3, 4, seed=1), normal(3, 4, seed=2))
+    first, second = x.clone(), x.clone()
+    program = StepProgram()
+    program.rope(first, 8, table=1)
+    program.rope(second, 8, table=0)
+    program.run(0, 2, 1, 3, angles=[(a.cos(), a.sin()) for a in angles])
+    for turned, a in ((first, angles[1]), (second, angles[0])):
+        c, s = a.double().cos().unsqueeze(1), a.double().sin().unsqueeze(1)
+        left, right = x.double().chunk(2, dim=-1)
+        assert error(turned, torch.cat([left * c - right * s, right * c + left * s], dim=-1)) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("n_heads", "n_groups", "d", "n"), [(1, 1, 1, 1), (4, 2, 33, 16), (6, 3, 64, 128), (2, 1, 7, 37)]
+)
+@pytest.mark.parametrize(("n_seqs", "n_tokens"), [(1, 1), (2, 1), (2, 9)])
+def test_mamba2(n_heads: int, n_groups: int, d: int, n: int, n_seqs: int, n_tokens: int) -> None:
+    """Against float64, token by token; inputs strided as they leave the convolution, and the state goes on."""
+    rows = n_seqs * n_tokens
+    mixed = normal(rows, n_heads * d + 2 * n_groups * n + n_heads)
+    x, b, c, dt = mixed.split([n_heads * d, n_groups * n, n_groups * n, n_heads], dim=1)
+    x, b, c = x.unflatten(1, (n_heads, d)), b.unflatten(1, (n_groups, n)), c.unflatten(1, (n_groups, n))
+    rate, bias, skip = -normal(n_heads, seed=1).exp(), normal(n_heads, seed=2), normal(n_heads, seed=3)
+    state, out = normal(n_seqs, n_heads, n, d, seed=4), buffer(rows, n_heads, d)
+    program = StepProgram()
+    program.mamba2(x, b, c, dt, out, 0, rate=rate, bias=bias, skip=skip)
+    exact_state, exact = state.double(), torch.empty(n_seqs, n_tokens, n_heads, d, dtype=torch.float64)
+    lifted = (each.double().unflatten(0, (n_seqs, n_tokens)) for each in (x, b, c, dt))
+    xs, bs, cs, steps = lifted
+    bs, cs = (each.repeat_interleave(n_heads // n_groups, dim=2) for each in (bs, cs))
+    for t in range(n_tokens):
+        step = torch.nn.functional.softplus(steps[:, t] + bias)
+        decay = (rate * step)[..., None, None].exp()
+        exact_state = decay * exact_state + torch.einsum("bh,bhd,bhn->bhnd", step, xs[:, t], bs[:, t])
+        exact[:, t] = torch.einsum("bhnd,bhn->bhd", exact_state, cs[:, t]) + skip[:, None] * xs[:, t]
+    program.run(0, 1, n_seqs, n_tokens, states=program.addresses([state], n_seqs), n_threads=2)
+    assert error(out.view(exact.shape), exact) < TOLERANCE
+    assert error(state, exact_state) < TOLERANCE
+
+
+@pytest.mark.parametrize(("channels", "n"), [(1, 1), (40, 16), (300, 11)])
+@pytest.mark.parametrize(("n_seqs", "n_tokens"), [(1, 1), (2, 1), (2, 9)])
+def test_mamba1(channels: int, n: int, n_seqs: int, n_tokens: int) -> None:
+    """Against float64, token by token, in place as it is used."""
+    rows = n_seqs * n_tokens
+    x, dt, b, c = (
+        normal(rows, channels),
+        normal(rows, channels, seed=1),
+        normal(rows, n, seed=2),
+        normal(rows, n, seed=3),
+    )
+    rate, bias, skip = -normal(channels, n, seed=4).exp(), normal(channels, seed=5), normal(channels, seed=6)
+    state = normal(n_seqs, channels, n, seed=7)
+    exact_state, exact = state.double(), torch.empty(n_seqs, n_tokens, channels, dtype=torch.float64)
+    xs, steps, bs, cs = (each.double().unflatten(0, (n_seqs, n_tokens)) for each in (x, dt, b, c))
+    for t in range(n_tokens):
+        step = torch.nn.functional.softplus(steps[:, t] + bias)
+        change = torch.einsum("bc,bn->bcn", step * xs[:, t], bs[:, t])
+        exact_state = (rate * step.unsqueeze(-1)).exp() * exact_state + change
+        exact[:, t] = torch.einsum("bcn,bn->bc", exact_state, cs[:, t]) + skip * xs[:, t]
+    program = StepProgram()
+    program.mamba1(x, b, c, dt, x, 0, rate=rate, bias=bias, skip=skip)
+    program.run(0, 1, n_seqs, n_tokens, states=program.addresses([state], n_seqs), n_threads=2)
+    assert error(x.view(exact.shape), exact) < TOLERANCE
+    assert error(state, exact_state) < TOLERANCE
+
+
+ROUTINGS = {
+    "softmax of the chosen": Routing(3, scale=2.0),
+    "softmax of all": Routing(3, normalised=False),
+    "sigmoid": Routing(3, "sigmoid", eps=1e-6),
+    "sigmoid, biased": Routing(2, "sigmoid", bias=normal(8, seed=9), normalised=False, scale=2.5),
+    "groups": Routing(3, "sigmoid", bias=normal(8, seed=9), n_groups=4, n_used_groups=2),
+    "one expert": Routing(1),
+    "all experts": Routing(8, "sigmoid"),
+}
+
+
+def weights_of(routing: Routing, scores: Tensor) -> Tensor:
+    """Of all experts `[rows, experts]`, 0 for those not chosen. Source: transformers, modeling_nemotron_h.py."""
+    shares = scores.softmax(-1) if routing.gating == "softmax" else scores.sigmoid()
+    values = shares if routing.bias is None else shares + routing.bias
+    grouped = values.unflatten(1, (routing.n_groups, -1))
+    if routing.n_groups > 1:
+        best = grouped.topk(2, dim=-1).values.sum(-1).topk(routing.n_used_groups, dim=-1).indices
+        kept = torch.zeros(grouped.shape[:2], dtype=torch.bool).scatter(1, best, True)
+        grouped = grouped.masked_fill(~kept.unsqueeze(-1), -torch.inf)
+    chosen = grouped.flatten(1).topk(routing.n_used, dim=-1).indices
+    weights = torch.zeros_like(shares).scatter(1, chosen, shares.gather(1, chosen))
+    return routing.scale * (weights / (weights.sum(-1, keepdim=True) + routing.eps) if routing.normalised else weights)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("add", [True, False])
+def test_experts(routing: str, gated: bool, add: bool) -> None:
+    """Experts with a gate and SiLU, and without one and squared ReLU; added, or written over what is there."""
+    how, x, dst = ROUTINGS[routing], normal(9, 24), normal(9, 24, seed=1) if add else buffer(9, 24)
+    scores = normal(9, 8, seed=2)
+    gate, up, down = normal(8, 20, 24, seed=3), normal(8, 20, 24, seed=4), normal(8, 24, 20, seed=5)
+    exact = dst.double() if add else torch.zeros(9, 24, dtype=torch.float64)
+    inner = torch.einsum("rn,emn->rem", x.double(), up.double())
+    if gated:
+        inner = inner * torch.nn.functional.silu(torch.einsum("rn,emn->rem", x.double(), gate.double()))
+    else:
+        inner = torch.relu(inner).square()
+    exact = exact + torch.einsum("re,rem,enm->rn", weights_of(how, scores.double()), inner, down.double())
+    program = StepProgram()
+    stacks = [encode(each, "f32") for each in (gate, up, down)]
+    act: Gate = "silu" if gated else "relu"
+    program.experts(x, scores, stacks[0] if gated else None, stacks[1], stacks[2], dst, how, act=act, add=add)
+    program.run(0, 1, 9, 1, n_threads=2)
+    assert error(dst, exact) < TOLERANCE
+
+
+@pytest.mark.parametrize("gating", ["softmax", "sigmoid"])
+def test_a_score_that_is_no_number_shows(gating: str) -> None:
+    x, dst, scores = normal(2, 16), buffer(2, 16), normal(2, 4, seed=1)
+    scores[1, 2] = torch.nan
+    stack = encode(normal(4, 16, 16, seed=2), "f32")
+    program = StepProgram()
+    program.experts(x, scores, stack, stack, stack, dst, Routing(2, gating), add=False)  # type: ignore[arg-type]
+    program.run(0, 1, 2, 1)
+    assert dst[0].isfinite().all()
+    assert dst[1].isnan().all()
 
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,7 @@ from hybridkv.hf import (
     layer_facts,
     pack_model,
     parse_weights,
+    takes_chunks,
 )
 from hybridkv.hf.attention import verify_call
 from hybridkv.hf.step import eager
@@ -50,7 +51,33 @@ from hybridkv.native.step import HEAD_ROWS, MAX_ROWS
 from hybridkv.policy import Guard, GuardMode, MismatchError, NonFiniteError, Policy
 from tests.families import FAMILIES, HYBRIDS, build, remembering
 
-NATIVE = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "llama_unbiased", "qwen3", "qwen3_moe")
+NATIVE = (
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "qwen3_next",
+    "lfm2",
+    "lfm2_moe",
+    "granitemoehybrid",
+    "nemotron_h",
+    "falcon_h1",
+    "jamba",
+    "llama",
+    "llama_unbiased",
+    "granite",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "gemma3_text",
+    "bamba",
+    "olmo_hybrid",
+    "mistral",
+    "phi3",
+)
+DIRECTORIES = ("bamba", "olmo_hybrid", "mistral", "phi3")
+"""Of which there are no files."""
+ROUNDED = {"lfm2_moe": 5e-3}
+"""Errors with integer products; here a token falls to another expert, whose score differs by less than that."""
+
 needs_native = pytest.mark.skipif(cpu_native.available() is not None, reason="the native extension is not built")
 pytestmark = [needs_native, pytest.mark.usefixtures("_inference")]
 
@@ -112,6 +139,9 @@ def every_logit(family: str, source: str, pieces: Sequence[Tensor], dtype: torch
         round_weights(model)
     model = model.to(dtype)
     model.set_experts_implementation("eager")  # torch's grouped products take no float64
+    if not takes_chunks(model.config):  # the class would start each piece over
+        whole = model(input_ids=torch.cat(list(pieces), dim=1), use_cache=False).logits
+        return list(torch.split(whole, [piece.shape[1] for piece in pieces], dim=1))
     cache, position, logits = DynamicCache(config=model.config), 0, []
     for piece in pieces:
         positions = torch.arange(position, position + piece.shape[1]).expand(piece.shape)
@@ -134,8 +164,10 @@ def error(got: Tensor, exact: Tensor) -> float:
 
 
 @pytest.mark.parametrize("isa", ["best", "portable"])
-@pytest.mark.parametrize("family", NATIVE)
-@pytest.mark.parametrize("source", ["model", "f32", "q8_0"])
+@pytest.mark.parametrize(
+    ("family", "source"),
+    [(f, s) for f in NATIVE for s in ("model", "f32", "q8_0") if s == "model" or f not in DIRECTORIES],
+)
 @pytest.mark.parametrize("lengths", [(1, 1, 1), (3, 1, 2), (70, 1, 33, 1)])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_logits(
@@ -163,7 +195,7 @@ def test_logits(
         position += piece.shape[1]
     exact = torch.cat(transformers_logits(family, source, pieces))
     assert got[0].dtype == torch.float32
-    assert error(torch.cat(got), exact) < (1e-3 if source == "q8_0" else 4e-5)
+    assert error(torch.cat(got), exact) < (ROUNDED.get(family, 1e-3) if source == "q8_0" else 4e-5)
 
 
 def test_a_prompt_longer_than_the_buffers() -> None:

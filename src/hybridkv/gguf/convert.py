@@ -22,8 +22,8 @@ from gguf.quants import quantize
 from numpy.typing import NDArray
 
 from hybridkv.errors import ModelError, ModelFileError
-from hybridkv.gguf.architectures import WRITABLE
-from hybridkv.gguf.architectures.record import Architecture, Config, Key, Keys
+from hybridkv.gguf.architectures import DIRECTORIES, WRITABLE
+from hybridkv.gguf.architectures.record import Architecture, Config, Key, Keys, Tables
 from hybridkv.gguf.checkpoint import Checkpoint
 from hybridkv.gguf.decode import Floats
 from hybridkv.gguf.pairing import Pairing, build_skeleton, file_tensors, pair
@@ -62,14 +62,19 @@ def find_architecture(config: Config) -> Architecture:
     raise ModelError(f"this {config.model_type!r} model cannot be written as GGUF: {'; '.join(problems)}")
 
 
-def find_tables(config: Config) -> Architecture:
-    """Return the architecture whose tables name a config's tensors, whether or not a file could say all else of it.
+def find_tables(config: Config) -> Architecture | Tables:
+    """Return the tables that name a config's tensors, whether or not a file could say all else of it.
 
     Raises
     ------
     ModelError
-        For a `model_type` that is not in the tables.
+        For a `model_type` that no table is of.
     """
+    import transformers
+
+    for tables in DIRECTORIES:
+        if getattr(transformers, tables.config_class).model_type == config.model_type:
+            return tables
     fitting = _fitting(config)
     suiting = (each for each in fitting if each.suits is None or each.suits(config) is None)
     return next(suiting, fitting[0])

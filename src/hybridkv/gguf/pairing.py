@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hybridkv.gguf.architectures.record import Architecture, Config, TensorRule
+from hybridkv.gguf.architectures.record import Architecture, Config, Tables, TensorRule
 from hybridkv.gguf.decode import Order
 
 if TYPE_CHECKING:
@@ -88,7 +88,9 @@ def state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: model.get_parameter_or_buffer(name) for name in unique.values()}
 
 
-def pair(architecture: Architecture, config: Config, model: PreTrainedModel, present: Collection[str]) -> list[Pairing]:
+def pair(
+    architecture: Architecture | Tables, config: Config, model: PreTrainedModel, present: Collection[str]
+) -> list[Pairing]:
     """Pair every parameter of a model with tensors.
 
     Parameters
@@ -114,7 +116,7 @@ def _fits_better(rule: TensorRule, other: TensorRule, present: Collection[str]) 
     return all(name in present for name in rule.names) and not all(name in present for name in other.names)
 
 
-def _rules(architecture: Architecture, config: Config) -> Iterator[TensorRule]:
+def _rules(architecture: Architecture | Tables, config: Config) -> Iterator[TensorRule]:
     """Yield all rules of a model with full names."""
     yield from architecture.tensors["model"]
     for layer, parts in enumerate(architecture.layers(config)):

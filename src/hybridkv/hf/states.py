@@ -97,8 +97,10 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
         states: Tensor = super().update_recurrent_state(recurrent_states, state_idx, **kwargs)
         return states
 
-    def native_states(self, batch: int, conv: tuple[int, int], recurrent: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Convolution state `[B, kernel, channels]` and recurrent state, float32 and contiguous, to continue in place.
+    def native_states(self, batch: int, conv: tuple[int, int], recurrent: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Convolution state `[B, kernel, channels]` and, if it has a shape, recurrent state, to continue in place.
+
+        Both are float32 and contiguous.
 
         Transformers keeps the former as `[B, channels, kernel]`; here its memory has the channels innermost.
 
@@ -111,14 +113,15 @@ class StateLayer(LinearAttentionLayer):  # type: ignore[misc]
         if not self.has_previous_state[0]:
             kernel, channels = conv
             self.lazy_initialization(
-                conv_states=torch.zeros(batch, channels, kernel), recurrent_states=torch.zeros(batch, *recurrent)
+                conv_states=torch.zeros(batch, channels, kernel),
+                recurrent_states=torch.zeros(batch, *recurrent) if recurrent else None,
             )
             self.has_previous_state[0] = True
         wide = self.conv_states[0].transpose(1, 2)
         if not wide.is_contiguous():
             wide = wide.contiguous()
             self.conv_states[0] = wide.transpose(1, 2)
-        return wide, self.recurrent_states[0]
+        return (wide, self.recurrent_states[0]) if recurrent else (wide,)
 
     def states(
         self, batch: int, conv: tuple[int, int], recurrent: tuple[int, ...], like: Tensor

@@ -20,6 +20,12 @@ from hybridkv.kernels.weights import Weight
 from hybridkv.rotation import rotation_block
 
 Columns = tuple[int, int, int, int, int]
+Angles = tuple[Tensor, Tensor]
+"""Cosines and sines."""
+
+Gate = Literal["sigmoid", "silu", "product", "gelu", "relu"]
+"""What multiplies: a sigmoid, SiLU, the number itself, GELU (by tanh), ReLU."""
+
 Caches = Literal["shared", "separate"]
 Health = Literal["finite", "bad output", "bad input"]
 _HEALTH: tuple[Health, ...] = get_args(Health)
@@ -32,6 +38,47 @@ class Target:
     weight: Weight
     dst: Tensor
     add: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Routing:
+    """Which experts a token is sent to, and how each is weighed.
+
+    Attributes
+    ----------
+    n_used
+        Experts of a token.
+    gating
+        `softmax`: the largest scores choose, and weights are shares of the softmax over all, or over the chosen if
+        `normalised`. `sigmoid`: the largest of sigmoid(score) + bias choose; weights are the sigmoids, divided by their
+        sum + `eps` if `normalised`.
+    bias
+        Per expert.
+    n_groups, n_used_groups
+        Experts are chosen from the groups whose two best are largest together.
+    scale
+        Factor on all weights.
+    """
+
+    n_used: int
+    gating: Literal["softmax", "sigmoid"] = "softmax"
+    bias: Tensor | None = None
+    n_groups: int = 1
+    n_used_groups: int = 1
+    normalised: bool = True
+    eps: float = 0.0
+    scale: float = 1.0
+
+    def native(self, n_experts: int) -> tuple[object, ...]:
+        """As the native code takes it, checked against the number of experts."""
+        sigmoid, size = self.gating == "sigmoid", n_experts // max(1, self.n_groups)
+        assert 1 <= self.n_used <= self.n_used_groups * size and n_experts == size * self.n_groups, self
+        assert 1 <= self.n_used_groups <= self.n_groups and (self.n_groups == 1 or size > 1), self
+        assert sigmoid or (self.bias is None and self.n_groups == 1 and not self.eps), self
+        assert self.bias is None or self.bias.shape == (n_experts,), self.bias
+        bias = [] if self.bias is None else _floats(self.bias)
+        groups = self.n_groups, self.n_used_groups
+        return sigmoid, bias, self.n_used, *groups, self.normalised, self.eps, self.scale
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +120,7 @@ class StepProgram:
         self._keep: list[Any] = []
         self._rows: int | None = None
         self._states: dict[int, tuple[int, ...]] = {}
+        self._rotated: dict[int, int] = {}
         self._calls: list[tuple[int, int, int]] = []
 
     def __len__(self) -> int:
@@ -93,55 +141,73 @@ class StepProgram:
         self,
         x: Tensor,
         scores: Tensor,
-        gate: Weight,
+        gate: Weight | None,
         up: Weight,
         down: Weight,
         dst: Tensor,
+        routing: Routing,
         *,
-        n_used: int,
-        normalised: bool,
+        act: Gate = "silu",
+        add: bool = True,
     ) -> None:
-        """`dst += sum_e weight_e * down_e(silu(gate_e(x)) * up_e(x))` over the `n_used` experts of largest scores.
+        """`dst = sum_e weight_e * down_e(act(gate_e(x)) * up_e(x))` over each token's experts, added if `add`.
 
         Parameters
         ----------
         scores
-            `[rows, experts]`, before their softmax.
+            `[rows, experts]`, as the router gives them.
         gate, up, down
-            Stacks, one matrix per expert.
-        normalised
-            Whether the chosen experts' weights sum to one, or are shares of the softmax over all.
+            Stacks, one matrix per expert; without a gate, an expert is `down_e(act(up_e(x)) * up_e(x))`.
         """
         n_experts = scores.shape[1]
-        assert gate.n_stack == up.n_stack == down.n_stack == n_experts and 1 <= n_used <= n_experts, (
-            n_used,
-            scores.shape,
-        )
-        assert x.dim() == 2 and gate.n_in == up.n_in == x.shape[1] and down.n_out == dst.shape[1], (x.shape, dst.shape)
-        assert gate.n_out == up.n_out == down.n_in, (gate.n_out, up.n_out, down.n_in)
+        assert up.n_stack == down.n_stack == n_experts, (up.n_stack, down.n_stack, scores.shape)
+        assert x.dim() == 2 and up.n_in == x.shape[1] and down.n_out == dst.shape[1], (x.shape, dst.shape)
+        assert up.n_out == down.n_in, (up.n_out, down.n_in)
+        assert gate is None or (gate.n_stack, gate.n_out, gate.n_in) == (n_experts, up.n_out, up.n_in), gate
         columns = (self._columns(each) for each in (x, scores, dst))
-        self._native.experts(*columns, *(self._matrices(w) for w in (gate, up, down)), n_used, normalised)
+        gates = [] if gate is None else [self._matrices(gate)]
+        stacks = (self._matrices(weight) for weight in (up, down))
+        self._native.experts(*columns, gates, *stacks, act, routing.native(n_experts), add)
 
     def norm(self, x: Tensor, dst: Tensor, weight: Tensor, *, factor: float, eps: float) -> None:
-        """`x * weight / sqrt(sum(x^2) * factor + eps)` per head: RMSNorm with factor 1 / width, L2 norm with 1."""
-        assert x.shape == dst.shape and weight.shape == x.shape[-1:], (x.shape, dst.shape, weight.shape)
+        """`x * weight / sqrt(sum(x^2) * factor + eps)` per head: RMSNorm with factor 1 / width, L2 norm with 1.
+
+        The weight is one head's, for all of them, or all heads' `[heads, width]`.
+        """
+        assert x.shape == dst.shape and weight.shape in (x.shape[-1:], x.shape[1:]), (x.shape, dst.shape, weight.shape)
         self._native.norm(self._columns(x), self._columns(dst), _floats(weight), factor, eps)
 
-    def gate(self, x: Tensor, by: Tensor, dst: Tensor, kind: Literal["silu", "sigmoid"]) -> None:
-        """`x * silu(by)` or `x * sigmoid(by)`."""
+    def gate(self, x: Tensor, by: Tensor, dst: Tensor, kind: Gate) -> None:
+        """`x * kind(by)`."""
         assert x.shape == by.shape == dst.shape, (x.shape, by.shape, dst.shape)
         self._native.gate(self._columns(x), self._columns(by), self._columns(dst), kind)
 
-    def rope(self, x: Tensor, n_rotated: int, pairs: Literal["halves", "neighbours"] = "halves") -> None:
+    def add(self, x: Tensor, dst: Tensor, factor: float = 1.0) -> None:
+        """`dst += x * factor`."""
+        assert x.shape == dst.shape and x.dim() == 2, (x.shape, dst.shape)
+        self._native.add(self._columns(x), self._columns(dst), factor)
+
+    def bias(self, dst: Tensor, bias: Tensor) -> None:
+        """`dst += bias`, in every row."""
+        assert dst.dim() == 2 and bias.shape == dst.shape[1:], (dst.shape, bias.shape)
+        self._native.bias(self._columns(dst), _floats(bias))
+
+    def rope(
+        self, x: Tensor, n_rotated: int, pairs: Literal["halves", "neighbours"] = "halves", table: int = 0
+    ) -> None:
         """Turn the first `n_rotated` values of each head by the run's angles, in place.
 
-        `halves` (NeoX) turns values i and i + n_rotated / 2 together, `neighbours` 2 i and 2 i + 1.
+        `halves` (NeoX) turns values i and i + n_rotated / 2 together, `neighbours` 2 i and 2 i + 1. `table` counts the
+        run's angles.
         """
         assert 0 < n_rotated <= x.shape[-1] and n_rotated % 2 == 0, (n_rotated, x.shape)
-        self._native.rope(self._columns(x), n_rotated, pairs == "neighbours")
+        assert self._rotated.setdefault(table, n_rotated) == n_rotated, (table, n_rotated)
+        self._native.rope(self._columns(x), n_rotated, pairs == "neighbours", table)
 
-    def conv(self, x: Tensor, dst: Tensor, weight: Tensor, bias: Tensor | None, state: int) -> None:
-        """Causal depthwise convolution with SiLU.
+    def conv(
+        self, x: Tensor, dst: Tensor, weight: Tensor, bias: Tensor | None, state: int, *, silu: bool = True
+    ) -> None:
+        """Causal depthwise convolution, with SiLU or without.
 
         Weight `[channels, kernel]`; state float32 `[B, kernel, channels]`, the newest inputs, oldest first.
         """
@@ -151,10 +217,12 @@ class StepProgram:
         assert bias is None or bias.shape == (channels,), bias
         self._expect(state, (kernel, channels))
         taps, offsets = _floats(weight.T), [] if bias is None else _floats(bias)
-        self._native.conv(self._columns(x), self._columns(dst), taps, offsets, kernel, state)
+        self._native.conv(self._columns(x), self._columns(dst), taps, offsets, kernel, state, silu)
 
-    def decay(self, a: Tensor, b: Tensor, decay: Tensor, beta: Tensor, rate: Tensor, bias: Tensor) -> None:
-        """`decay = exp(rate * softplus(a + bias))` and `beta = sigmoid(b)`, per value head.
+    def decay(
+        self, a: Tensor, b: Tensor, decay: Tensor, beta: Tensor, rate: Tensor, bias: Tensor, scale: float = 1.0
+    ) -> None:
+        """`decay = exp(rate * softplus(a + bias))` and `beta = scale * sigmoid(b)`, per value head.
 
         a and b `[rows, value heads]`, or in groups `[rows, key heads, value heads of each]`.
         """
@@ -163,7 +231,7 @@ class StepProgram:
         )
         assert all(x.shape[1:].numel() == decay.shape[1] for x in (a, b)), (a.shape, b.shape)
         columns = (self._columns(x) for x in (a, b, decay, beta))
-        self._native.decay(*columns, _floats(rate), _floats(bias))
+        self._native.decay(*columns, _floats(rate), _floats(bias), scale)
 
     def add_weighed(self, x: Tensor, g: Tensor, dst: Tensor) -> None:
         """`dst += x * sigmoid(g)`; x and dst `[rows, width]`, g `[rows, 1]`."""
@@ -192,6 +260,56 @@ class StepProgram:
         assert delta_rejects(d, dv) is None
         self._expect(state, (n_value, d, dv))
         self._native.delta(*(self._columns(x) for x in (q, k, v, decay, beta, dst)), state, values == "tiled")
+
+    def mamba2(
+        self,
+        x: Tensor,
+        b: Tensor,
+        c: Tensor,
+        dt: Tensor,
+        dst: Tensor,
+        state: int,
+        *,
+        rate: Tensor,
+        bias: Tensor,
+        skip: Tensor,
+    ) -> None:
+        """Mamba-2's state space; x and dst `[rows, heads, D]`, b and c `[rows, groups, N]`, dt `[rows, heads]`.
+
+        With dt = softplus(dt + bias): S = exp(rate dt) S + b (dt x)^T, dst = S^T c + skip x. State float32
+        `[B, heads, N, D]`; rate, bias and skip per head.
+        """
+        (_, n_heads, d), (_, n_groups, n) = x.shape, b.shape
+        assert dst.shape == x.shape and c.shape == b.shape and n_heads % n_groups == 0, (x.shape, b.shape)
+        assert dt.shape == x.shape[:2] and rate.shape == bias.shape == skip.shape == (n_heads,), dt.shape
+        self._expect(state, (n_heads, n, d))
+        columns = (self._columns(each) for each in (x, b, c, dt, dst))
+        self._native.mamba2(*columns, *(_floats(each) for each in (rate, bias, skip)), state)
+
+    def mamba1(
+        self,
+        x: Tensor,
+        b: Tensor,
+        c: Tensor,
+        dt: Tensor,
+        dst: Tensor,
+        state: int,
+        *,
+        rate: Tensor,
+        bias: Tensor,
+        skip: Tensor,
+    ) -> None:
+        """Mamba-1's selective state space; x, dt and dst `[rows, channels]`, b and c `[rows, N]`.
+
+        With dt = softplus(dt + bias): S = exp(rate dt) S + dt x b, dst = S . c + skip x. State float32
+        `[B, channels, N]`; rate `[channels, N]`, bias and skip per channel.
+        """
+        (_, channels), n = x.shape, b.shape[1]
+        assert x.shape == dt.shape == dst.shape and b.shape == c.shape == (x.shape[0], n), (x.shape, b.shape)
+        assert rate.shape == (channels, n) and bias.shape == skip.shape == (channels,), rate.shape
+        self._expect(state, (channels, n))
+        columns = (self._columns(each) for each in (x, b, c, dt, dst))
+        self._native.mamba1(*columns, *(_floats(each) for each in (rate, bias, skip)), state)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dst: Tensor, scale: float) -> None:
         """Store k and v, one new token per sequence, and attend q; all `[rows, heads, D]`, dst contiguous.
@@ -223,7 +341,7 @@ class StepProgram:
         n_seqs: int,
         n_tokens: int,
         *,
-        angles: tuple[Tensor, Tensor] | None = None,
+        angles: Sequence[Angles] = (),
         states: Sequence[int] = (),
         rows: Sequence[Rows] = (),
         caches: Caches = "shared",
@@ -234,7 +352,8 @@ class StepProgram:
         Parameters
         ----------
         angles
-            Cosines and sines, float32 `[T, n_rotated / 2]` each; `[B, n_rotated / 2]` for separate caches.
+            By the tables that `rope` counts, float32 `[T, n_rotated / 2]` each; `[B, n_rotated / 2]` for separate
+            caches.
         states
             Of `addresses`, or `separate_addresses`; continued in place.
         rows
@@ -253,9 +372,10 @@ class StepProgram:
         n_angles, n_sets = (n_seqs, n_seqs) if separate else (n_tokens, 1)
         assert not separate or n_tokens == 1, n_tokens
         assert not self._states or len(states) >= n_sets * (max(self._states) + 1), (len(states), self._states)
-        cos, sin = angles or (None, None)
-        for x in (cos, sin):
-            assert x is None or (x.dtype == torch.float32 and x.is_contiguous() and x.shape[0] == n_angles), x
+        assert len(angles) >= len(self._rotated), (len(angles), self._rotated)
+        for table, n_rotated in self._rotated.items():
+            for x in angles[table]:
+                assert x.dtype == torch.float32 and x.is_contiguous() and x.shape == (n_angles, n_rotated // 2), x
         shapes = [shape for shape in self._calls for _ in range(n_sets)]
         calls = [r.native(n_seqs // n_sets, *shape) for r, shape in zip(rows, shapes, strict=True)] if rows else []
         health = self._native.run(
@@ -265,8 +385,7 @@ class StepProgram:
             n_seqs,
             n_tokens,
             separate,
-            0 if cos is None else cos.data_ptr(),
-            0 if sin is None else sin.data_ptr(),
+            [(cos.data_ptr(), sin.data_ptr()) for cos, sin in angles],
             states,
             calls,
             n_threads or torch.get_num_threads(),

@@ -1,6 +1,6 @@
 """A model as data: records of what its layers compute, and where their weights come from.
 
-Owns the records (`layers.py`), one function a family that writes them from a config (`families.py`), and the protocol
+Owns the records (`layers.py`), one function a family that writes them from a config (`families/`), and the protocol
 of whoever holds the weights (`source.py`). Names and conventions are GGUF's. Knows no backend and no file format.
 """
 
@@ -8,14 +8,21 @@ from hybridkv.model.families import FAMILIES, graph_of, rejects
 from hybridkv.model.layers import (
     Attention,
     Block,
+    Branch,
+    Choice,
     DeltaNet,
     Experts,
     FeedForward,
     Gated,
+    Mamba1,
+    Mamba2,
     Mixer,
     ModelGraph,
     Norm,
+    Part,
+    Plain,
     Rope,
+    ShortConv,
 )
 from hybridkv.model.source import Source
 
@@ -23,14 +30,21 @@ __all__ = [
     "FAMILIES",
     "Attention",
     "Block",
+    "Branch",
+    "Choice",
     "DeltaNet",
     "Experts",
     "FeedForward",
     "Gated",
+    "Mamba1",
+    "Mamba2",
     "Mixer",
     "ModelGraph",
     "Norm",
+    "Part",
+    "Plain",
     "Rope",
+    "ShortConv",
     "Source",
     "graph_of",
     "rejects",

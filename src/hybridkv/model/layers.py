@@ -6,6 +6,7 @@ they are, `ssm_a` as -exp(A_log), rows in the file's order. A backend lowers eac
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,10 +27,13 @@ class Rope:
     ----------
     pairs
         Which values turn together: `halves` (i, i + n_rotated / 2) or `neighbours` (2 i, 2 i + 1).
+    kind
+        Which of the config's `rope_parameters`, in a model whose kinds of layers have their own.
     """
 
     n_rotated: int
     pairs: Literal["halves", "neighbours"] = "halves"
+    kind: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +49,13 @@ class Attention:
     rope
         None for attention without positions.
     q_norm, k_norm
-        Per head.
+        Per head, or of all heads together.
+    norms_together
+        Which of the two.
     gated
         Whether the output is multiplied by sigmoid(gate).
+    biased
+        Projections that have a bias beside their weight: `attn_q.bias`.
     """
 
     n_heads: int
@@ -57,7 +65,9 @@ class Attention:
     rope: Rope | None = None
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    norms_together: bool = False
     gated: bool = False
+    biased: Literal["none", "qkv", "all"] = "none"
     q: str = "attn_q.weight"
     k: str = "attn_k.weight"
     v: str = "attn_v.weight"
@@ -80,6 +90,10 @@ class DeltaNet:
         Which key head value head h uses: `tiled` h % n_keys, `grouped` h // (n_values / n_keys).
     joined_rates
         Whether the decay's and the update's inputs come from one matrix, `ssm_ba`, interleaved by key head.
+    update_scale
+        Largest share of a value that an update replaces.
+    qkv
+        One projection, or those of queries, keys and values.
     norm
         Of the output, per head, before its gate.
     """
@@ -92,8 +106,9 @@ class DeltaNet:
     norm: Norm
     values: Literal["tiled", "grouped"] = "tiled"
     joined_rates: bool = False
+    update_scale: float = 1.0
     l2_eps: float = 1e-6
-    qkv: str = "attn_qkv.weight"
+    qkv: str | tuple[str, str, str] = "attn_qkv.weight"
     gate: str = "attn_gate.weight"
     joined: str = "ssm_in.weight"
     """All four projections interleaved by key head, in older files of grouped values."""
@@ -112,36 +127,187 @@ class DeltaNet:
 
 
 @dataclass(frozen=True, slots=True)
+class Mamba2:
+    """A Mamba-2 mixer: one projection to gate, x, B, C and time steps, a convolution over x, B and C, a state space.
+
+    Attributes
+    ----------
+    n_groups
+        Groups of heads that share B and C, and of the values that the norm takes together.
+    head_dim, state_dim
+        Sizes of a head's state.
+    kernel
+        Inputs of the causal convolution.
+    norm
+        Of the gated output, by groups; without one the output is gated alone.
+    """
+
+    n_heads: int
+    n_groups: int
+    head_dim: int
+    state_dim: int
+    kernel: int
+    norm: Norm | None
+    project: str = "ssm_in.weight"
+    conv: str = "ssm_conv1d.weight"
+    conv_bias: str = "ssm_conv1d.bias"
+    bias: tuple[str, ...] = ("ssm_dt.bias", "ssm_dt")
+    """Of the time steps, and another name that some files have."""
+    rate: str = "ssm_a"
+    skip: str = "ssm_d"
+    out: str = "ssm_out.weight"
+
+    @property
+    def inner(self) -> int:
+        """Values of all heads."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution: x, B and C."""
+        return self.inner + 2 * self.n_groups * self.state_dim
+
+
+@dataclass(frozen=True, slots=True)
+class Mamba1:
+    """A Mamba-1 mixer with norms on time steps, B and C.
+
+    Attributes
+    ----------
+    inner
+        Channels.
+    state_dim
+        Values of a channel's state.
+    rank
+        Width of the time steps before their projection.
+    kernel
+        Inputs of the causal convolution.
+    """
+
+    inner: int
+    state_dim: int
+    rank: int
+    kernel: int
+    dt_norm: Norm
+    b_norm: Norm
+    c_norm: Norm
+    project: str = "ssm_in.weight"
+    conv: str = "ssm_conv1d.weight"
+    conv_bias: str = "ssm_conv1d.bias"
+    select: str = "ssm_x.weight"
+    """To time steps, B and C."""
+    dt: str = "ssm_dt.weight"
+    bias: str = "ssm_dt.bias"
+    rate: str = "ssm_a"
+    skip: str = "ssm_d"
+    out: str = "ssm_out.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class ShortConv:
+    """A short convolution between two products: `out(c * conv(b * x))`, where b, c and x are one projection.
+
+    Attributes
+    ----------
+    channels
+        Width of each of the three.
+    kernel
+        Inputs of the causal convolution.
+    """
+
+    channels: int
+    kernel: int
+    project: str = "shortconv.in_proj.weight"
+    conv: str = "shortconv.conv.weight"
+    out: str = "shortconv.out_proj.weight"
+
+
+@dataclass(frozen=True, slots=True)
 class Gated:
-    """`down(silu(gate(x)) * up(x))`, `width` values in between."""
+    """`down(act(gate(x)) * up(x))`, `width` values in between.
+
+    Attributes
+    ----------
+    biased
+        Whether its projections have biases: `ffn_up.bias`.
+    """
 
     width: int
     gate: str = "ffn_gate.weight"
     up: str = "ffn_up.weight"
     down: str = "ffn_down.weight"
+    act: Literal["silu", "gelu"] = "silu"
+    biased: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """`down(relu(up(x))^2)`, `width` values in between."""
+
+    width: int
+    up: str = "ffn_up.weight"
+    down: str = "ffn_down.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which experts a token is sent to, and how each is weighed.
+
+    Attributes
+    ----------
+    n_used
+        Experts of a token.
+    gating
+        What makes shares of the router's scores.
+    normalised
+        Whether the weights of a token's experts are made to sum to one; else they are their shares.
+    bias
+        Added to the shares for the choice alone.
+    n_groups, n_used_groups
+        Experts are chosen from the groups whose two best are largest together.
+    eps
+        Added to what shares are divided by.
+    scale
+        Factor on all weights.
+    """
+
+    n_used: int
+    gating: Literal["softmax", "sigmoid"] = "softmax"
+    normalised: bool = True
+    bias: str | None = None
+    n_groups: int = 1
+    n_used_groups: int = 1
+    eps: float = 0.0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """A mixture of gated experts: each token is sent to the `n_used` that its router scores highest.
+    """A mixture of experts: each token is sent to those that its router chooses.
 
     Attributes
     ----------
     width
         Values between an expert's two projections.
-    normalised
-        Whether the weights of a token's experts are made to sum to one; else they are shares of all experts' softmax.
+    gated
+        Whether experts are `Gated`; else they are `Plain`.
     gate, up, down
         Stacks `[n_experts, n_out, n_in]`.
+    latent
+        Width around the experts where it is not the model's; 0 if it is.
     shared
-        One more expert that every token takes; `shared_gate` is the row whose sigmoid weighs it.
+        One more expert that every token takes.
+    weighed
+        Whether the shared expert is weighed by the sigmoid of `shared_gate`, a row.
     """
 
     n_experts: int
-    n_used: int
     width: int
-    normalised: bool = True
-    shared: Gated | None = None
+    choice: Choice
+    gated: bool = True
+    latent: int = 0
+    shared: Gated | Plain | None = None
+    weighed: bool = False
     router: str = "ffn_gate_inp.weight"
     gate: str = "ffn_gate_exps.weight"
     up: str = "ffn_up_exps.weight"
@@ -149,20 +315,41 @@ class Experts:
     """Both in one stack, gate above up, in some files."""
     down: str = "ffn_down_exps.weight"
     shared_gate: str = "ffn_gate_inp_shexp.weight"
+    into: tuple[str, ...] = ("ffn_latent_down.weight", "ffn_latent_in.weight")
+    back: tuple[str, ...] = ("ffn_latent_up.weight", "ffn_latent_out.weight")
+    """Around the experts of a latent width; other names are some files'."""
 
 
-Mixer = Attention | DeltaNet
-FeedForward = Gated | Experts
+Mixer = Attention | DeltaNet | Mamba2 | Mamba1 | ShortConv
+FeedForward = Gated | Plain | Experts
+Part = Mixer | FeedForward
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """`x += scale * after(sum of parts(norm(x)))`.
+
+    Attributes
+    ----------
+    norm
+        None where the parts read x itself.
+    parts
+        Side by side: each reads the same.
+    after
+        Of the sum.
+    """
+
+    norm: Norm | None
+    parts: tuple[Part, ...]
+    after: Norm | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One layer: `x += mixer(norm(x))`, then `x += ffn(ffn_norm(x))`."""
+    """One layer: branches, one after the other."""
 
-    norm: Norm
-    mixer: Mixer
-    ffn_norm: Norm
-    ffn: FeedForward
+    branches: tuple[Branch, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,13 +360,24 @@ class ModelGraph:
     ----------
     hidden
         Width of the residual stream.
+    embed_scale
+        Factor on the embedding.
     head
         Output matrix; a source without it uses the embedding (tied).
+    logit_scale
+        Factor on the logits.
     """
 
     hidden: int
     n_vocab: int
     blocks: tuple[Block, ...]
     norm: Norm
+    embed_scale: float = 1.0
+    logit_scale: float = 1.0
     embed: str = "token_embd.weight"
     head: str = "output.weight"
+
+    @property
+    def parts(self) -> Iterator[Part]:
+        """Mixers and feed-forwards of all layers, in order."""
+        return (part for block in self.blocks for branch in block.branches for part in branch.parts)

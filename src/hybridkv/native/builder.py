@@ -5,6 +5,7 @@ Owns the buffers and the program. What a record becomes is in `cpu.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from hybridkv.kernels.step import StepProgram, Target
 from hybridkv.kernels.weights import Weight
-from hybridkv.model import Norm, Source
+from hybridkv.model import Norm, Rope, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,8 @@ class Builder:
         self.calls: list[AttentionCall] = []
         self.state_layers: list[int] = []
         self.state_shapes: list[tuple[tuple[int, int], tuple[int, ...]]] = []
+        self.ropes: list[str | None] = []
+        """Kinds of RoPE, in the order of the program's tables of angles."""
         self.n_rows = rows
         self.source = source
         self.prefix = ""
@@ -88,24 +91,45 @@ class Builder:
         """A small tensor of the block, float32."""
         return self.source.vector(self.prefix + name)
 
+    def either(self, names: Sequence[str]) -> str:
+        """The first of these names that the block has."""
+        return next(name for name in names if self.has(name))
+
     def linear(self, x: Tensor, *targets: tuple[str | Weight, Tensor], add: bool = False) -> None:
         """`dst = W x` for weights that read the same x; `dst += W x` with `add`."""
         weights = ((self.weight(w) if isinstance(w, str) else w, dst) for w, dst in targets)
         self.program.linear(x, *(Target(weight, dst, add) for weight, dst in weights))
 
-    def rms_norm(self, x: Tensor, dst: Tensor, norm: Norm) -> None:
-        """RMSNorm over the last dim."""
-        self.program.norm(x, dst, self.vector(norm.weight), factor=1 / x.shape[-1], eps=norm.eps)
+    def rms_norm(self, x: Tensor, dst: Tensor, norm: Norm, scale: float = 1.0) -> None:
+        """RMSNorm over the last dim, times a scale; the weight is of all heads or of each."""
+        # Some files leave out the suffix.
+        weight = self.vector(self.either((norm.weight, norm.weight.removesuffix(".weight")))).flatten() * scale
+        each = weight if weight.numel() == x.shape[-1] else weight.view(x.shape[1:])
+        self.program.norm(x, dst, each, factor=1 / x.shape[-1], eps=norm.eps)
+
+    def bias(self, x: Tensor, weight: str) -> None:
+        """Add the bias that lies beside a weight."""
+        self.program.bias(x, self.vector(weight.removesuffix(".weight") + ".bias").flatten())
+
+    def rope(self, x: Tensor, rope: Rope) -> None:
+        """Turn heads by their positions, in place."""
+        if rope.kind not in self.ropes:
+            self.ropes.append(rope.kind)
+        self.program.rope(x, rope.n_rotated, rope.pairs, self.ropes.index(rope.kind))
 
     def l2_norm(self, x: Tensor, eps: float, scale: float = 1.0) -> None:
         """L2 norm over the last dim, in place, times a scale."""
         self.program.norm(x, x, torch.full(x.shape[-1:], scale), factor=1.0, eps=eps)
 
-    def new_states(self, layer: int, conv: tuple[int, int], recurrent: tuple[int, ...]) -> tuple[int, int]:
-        """Indices of a layer's convolution state `[B, kernel, channels]` and recurrent state, by their shapes."""
+    def new_states(self, layer: int, conv: tuple[int, int], recurrent: tuple[int, ...] = ()) -> tuple[int, int]:
+        """Indices of a layer's convolution state `[B, kernel, channels]` and recurrent state, by their shapes.
+
+        Without a shape there is no recurrent state, and its index means nothing.
+        """
+        first = sum(1 + bool(shape) for _, shape in self.state_shapes)
         self.state_layers.append(layer)
         self.state_shapes.append((conv, recurrent))
-        return 2 * len(self.state_layers) - 2, 2 * len(self.state_layers) - 1
+        return first, first + 1
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> None:
         """Store k and v, and attend."""

@@ -11,22 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridkv.kernels.step import delta_rejects
+from hybridkv.kernels.step import Gate, Routing, delta_rejects
 from hybridkv.kernels.weights import Weight
-from hybridkv.model import Attention, Block, DeltaNet, Experts, Gated, ModelGraph
+from hybridkv.model import (
+    Attention,
+    Branch,
+    DeltaNet,
+    Experts,
+    Gated,
+    Mamba1,
+    Mamba2,
+    ModelGraph,
+    Plain,
+    ShortConv,
+)
 from hybridkv.native.builder import Builder
 
 
 def rejects(graph: ModelGraph) -> str | None:
     """Why the CPU's operations cannot run a graph; None if they can."""
-    for block in graph.blocks:
-        for record in (block.mixer, block.ffn):
-            if type(record) not in LOWER:
-                return f"knows no {type(record).__name__}"
-        if isinstance(block.mixer, DeltaNet):
-            reason = delta_rejects(block.mixer.key_dim, block.mixer.value_dim)
-            if reason is not None:
-                return reason
+    for part in graph.parts:
+        if type(part) not in LOWER:
+            return f"knows no {type(part).__name__}"
+        if isinstance(part, DeltaNet) and (reason := delta_rejects(part.key_dim, part.value_dim)) is not None:
+            return reason
     return None
 
 
@@ -35,52 +43,73 @@ def build_layers(graph: ModelGraph, b: Builder) -> None:
     x = b.buffer("x", graph.hidden)
     for index, block in enumerate(graph.blocks):
         b.prefix = f"blk.{index}."
-        _block(b, index, block, x)
+        for branch in block.branches:
+            _branch(b, index, branch, x)
     b.prefix = ""
 
 
 def build_head(graph: ModelGraph, b: Builder) -> None:
     """Write what follows, for the tokens whose logits are asked for: from buffer `x` to buffer `logits`."""
     x = b.buffer("x", graph.hidden)
-    b.rms_norm(x, x, graph.norm)
+    b.rms_norm(x, x, graph.norm, graph.logit_scale)
     head = graph.head if b.has(graph.head) else graph.embed
     b.linear(x, (head, b.buffer("logits", graph.n_vocab)))
 
 
-def _block(b: Builder, index: int, block: Block, x: Tensor) -> None:
-    normed = b.buffer("normed", x.shape[1])
-    b.rms_norm(x, normed, block.norm)
-    LOWER[type(block.mixer)](b, index, block.mixer, normed, x)
-    b.rms_norm(x, normed, block.ffn_norm)
-    LOWER[type(block.ffn)](b, index, block.ffn, normed, x)
+def _branch(b: Builder, index: int, branch: Branch, x: Tensor) -> None:
+    normed = x
+    if branch.norm is not None:
+        normed = b.buffer("normed", x.shape[1])
+        b.rms_norm(x, normed, branch.norm)
+    direct = branch.norm is not None and branch.after is None and branch.scale == 1
+    dst = x if direct else b.buffer("branch", x.shape[1])
+    for number, part in enumerate(branch.parts):
+        LOWER[type(part)](b, index, part, normed, dst, direct or number > 0)
+    if branch.after is not None:
+        b.rms_norm(dst, dst, branch.after)
+    if not direct:
+        b.program.add(dst, x, branch.scale)
 
 
-def _attention(b: Builder, index: int, a: Attention, normed: Tensor, x: Tensor) -> None:
+def _attention(b: Builder, index: int, a: Attention, normed: Tensor, dst: Tensor, add: bool) -> None:
     raw = b.buffer("attention_q", a.n_heads * a.head_dim * (2 if a.gated else 1))
     k, v = (b.buffer(f"attention_{name}", a.n_kv_heads * a.head_dim) for name in "kv")
     out = b.buffer("attention_out", a.n_heads * a.head_dim)
     b.linear(normed, (a.q, raw), (a.k, k), (a.v, v))
+    if a.biased != "none":
+        for name, part in ((a.q, raw), (a.k, k), (a.v, v)):
+            b.bias(part, name)
+    if a.norms_together:
+        _norm_heads(b, a, raw, k)
     q, k, v = b.heads(raw, a.n_heads), b.heads(k, a.n_kv_heads), b.heads(v, a.n_kv_heads)
     q, gate = torch.split(q, a.head_dim, dim=2) if a.gated else (q, None)
-    for part, norm in ((q, a.q_norm), (k, a.k_norm)):
-        if norm is not None:
-            b.rms_norm(part, part, norm)
-        if a.rope is not None:
-            b.program.rope(part, a.rope.n_rotated, a.rope.pairs)
+    if not a.norms_together:
+        _norm_heads(b, a, q, k)
+    if a.rope is not None:
+        for part in (q, k):
+            b.rope(part, a.rope)
     heads = b.heads(out, a.n_heads)
     b.attend(index, q, k, v, heads, a.scale)
     if gate is not None:
         b.program.gate(heads, gate, heads, "sigmoid")
-    b.linear(out, (a.out, x), add=True)
+    b.linear(out, (a.out, dst), add=add)
+    if a.biased == "all":
+        b.bias(dst, a.out)
 
 
-def _delta_net(b: Builder, index: int, d: DeltaNet, normed: Tensor, x: Tensor) -> None:
+def _norm_heads(b: Builder, a: Attention, q: Tensor, k: Tensor) -> None:
+    for part, norm in ((q, a.q_norm), (k, a.k_norm)):
+        if norm is not None:
+            b.rms_norm(part, part, norm)
+
+
+def _delta_net(b: Builder, index: int, d: DeltaNet, normed: Tensor, dst: Tensor, add: bool) -> None:
     n_key, n_value = d.n_keys * d.key_dim, d.n_values * d.value_dim
     raw, mixed = b.buffer("delta_raw", d.channels), b.buffer("delta_mixed", d.channels)
     z, out = b.buffer("delta_z", n_value), b.buffer("delta_out", n_value)
     decay, beta = b.buffer("delta_decay", d.n_values), b.buffer("delta_beta", d.n_values)
     conv_state, state = b.new_states(index, (d.kernel, d.channels), (d.n_values, d.key_dim, d.value_dim))
-    projections = [(d.qkv, raw), (d.gate, z)] if b.has(d.qkv) else _interleaved(b, d, raw, z)
+    projections = _delta_projections(b, d, raw, z)
     rates, alphas, betas = _rates(b, d)
     b.linear(normed, *projections, *rates)
     b.program.conv(raw, mixed, b.vector(d.conv).view(d.channels, d.kernel), None, conv_state)
@@ -88,12 +117,20 @@ def _delta_net(b: Builder, index: int, d: DeltaNet, normed: Tensor, x: Tensor) -
     q, k, v = b.heads(q, d.n_keys), b.heads(k, d.n_keys), b.heads(v, d.n_values)
     b.l2_norm(q, d.l2_eps, d.key_dim**-0.5)
     b.l2_norm(k, d.l2_eps)
-    b.program.decay(alphas, betas, decay, beta, b.vector(d.decay).flatten(), b.vector(d.bias).flatten())
+    b.program.decay(alphas, betas, decay, beta, b.vector(d.decay).flatten(), b.vector(d.bias).flatten(), d.update_scale)
     heads = b.heads(out, d.n_values)
     b.program.delta(q, k, v, decay, beta, heads, state, d.values)
     b.rms_norm(heads, heads, d.norm)
     b.program.gate(out, z, out, "silu")
-    b.linear(out, (d.out, x), add=True)
+    b.linear(out, (d.out, dst), add=add)
+
+
+def _delta_projections(b: Builder, d: DeltaNet, raw: Tensor, z: Tensor) -> list[tuple[str | Weight, Tensor]]:
+    """The products that give queries, keys and values, side by side in `raw`, and gates."""
+    if not isinstance(d.qkv, str):
+        parts = torch.split(raw, [d.n_keys * d.key_dim, d.n_keys * d.key_dim, d.n_values * d.value_dim], dim=1)
+        return [*zip(d.qkv, parts, strict=True), (d.gate, z)]
+    return [(d.qkv, raw), (d.gate, z)] if b.has(d.qkv) else _interleaved(b, d, raw, z)
 
 
 def _rates(b: Builder, d: DeltaNet) -> tuple[list[tuple[str | Weight, Tensor]], Tensor, Tensor]:
@@ -124,41 +161,126 @@ def _interleaved(b: Builder, d: DeltaNet, raw: Tensor, z: Tensor) -> list[tuple[
     return parts
 
 
-def _gated(b: Builder, index: int, f: Gated, normed: Tensor, x: Tensor) -> None:
+def _mamba2(b: Builder, index: int, m: Mamba2, normed: Tensor, dst: Tensor, add: bool) -> None:
+    project = b.buffer("mamba_in", m.inner + m.channels + m.n_heads)
+    mixed, out = b.buffer("mamba_mixed", m.channels), b.buffer("mamba_out", m.inner)
+    conv_state, state = b.new_states(index, (m.kernel, m.channels), (m.n_heads, m.state_dim, m.head_dim))
+    b.linear(normed, (m.project, project))
+    gate, raw, dt = torch.split(project, [m.inner, m.channels, m.n_heads], dim=1)
+    bias = b.vector(m.conv_bias).flatten() if b.has(m.conv_bias) else None
+    b.program.conv(raw, mixed, b.vector(m.conv).view(m.channels, m.kernel), bias, conv_state)
+    grouped = m.n_groups * m.state_dim
+    x, left, right = torch.split(mixed, [m.inner, grouped, grouped], dim=1)
+    names = {"rate": m.rate, "bias": b.either(m.bias), "skip": m.skip}
+    vectors = {each: b.vector(name).flatten() for each, name in names.items()}
+    groups = b.heads(left, m.n_groups), b.heads(right, m.n_groups)
+    b.program.mamba2(b.heads(x, m.n_heads), *groups, dt, b.heads(out, m.n_heads), state, **vectors)
+    b.program.gate(out, gate, out, "silu")
+    if m.norm is not None:
+        heads = b.heads(out, m.n_groups)
+        b.rms_norm(heads, heads, m.norm)
+    b.linear(out, (m.out, dst), add=add)
+
+
+def _mamba1(b: Builder, index: int, m: Mamba1, normed: Tensor, dst: Tensor, add: bool) -> None:
+    project, mixed = b.buffer("mamba_in", 2 * m.inner), b.buffer("mamba_mixed", m.inner)
+    select, dt = b.buffer("mamba_select", m.rank + 2 * m.state_dim), b.buffer("mamba_dt", m.inner)
+    conv_state, state = b.new_states(index, (m.kernel, m.inner), (m.inner, m.state_dim))
+    b.linear(normed, (m.project, project))
+    raw, gate = torch.chunk(project, 2, dim=1)
+    bias = b.vector(m.conv_bias).flatten() if b.has(m.conv_bias) else None
+    b.program.conv(raw, mixed, b.vector(m.conv).view(m.inner, m.kernel), bias, conv_state)
+    b.linear(mixed, (m.select, select))
+    steps, left, right = torch.split(select, [m.rank, m.state_dim, m.state_dim], dim=1)
+    for part, norm in ((steps, m.dt_norm), (left, m.b_norm), (right, m.c_norm)):
+        b.rms_norm(part, part, norm)
+    b.linear(steps, (m.dt, dt))
+    rate = b.vector(m.rate).view(m.inner, m.state_dim)
+    vectors = {"rate": rate, "bias": b.vector(m.bias).flatten(), "skip": b.vector(m.skip).flatten()}
+    b.program.mamba1(mixed, left, right, dt, mixed, state, **vectors)
+    b.program.gate(mixed, gate, mixed, "silu")
+    b.linear(mixed, (m.out, dst), add=add)
+
+
+def _short_conv(b: Builder, index: int, s: ShortConv, normed: Tensor, dst: Tensor, add: bool) -> None:
+    project, mixed = b.buffer("conv_in", 3 * s.channels), b.buffer("conv_mixed", s.channels)
+    state, _ = b.new_states(index, (s.kernel, s.channels))
+    b.linear(normed, (s.project, project))
+    before, after, x = torch.chunk(project, 3, dim=1)
+    b.program.gate(x, before, x, "product")
+    b.program.conv(x, mixed, b.vector(s.conv).view(s.channels, s.kernel), None, state, silu=False)
+    b.program.gate(mixed, after, mixed, "product")
+    b.linear(mixed, (s.out, dst), add=add)
+
+
+def _gated(b: Builder, index: int, f: Gated, normed: Tensor, dst: Tensor, add: bool) -> None:
     del index
-    _feed_forward(b, f, normed, x, add=True)
-
-
-def _feed_forward(b: Builder, f: Gated, normed: Tensor, dst: Tensor, *, add: bool) -> None:
     gate, up = b.buffer(f"gate_{f.width}", f.width), b.buffer(f"up_{f.width}", f.width)
     b.linear(normed, (f.gate, gate), (f.up, up))
-    b.program.gate(up, gate, up, "silu")  # silu(gate) is gate times its sigmoid: up * silu(gate)
+    if f.biased:
+        b.bias(gate, f.gate)
+        b.bias(up, f.up)
+    b.program.gate(up, gate, up, f.act)
+    b.linear(up, (f.down, dst), add=add)
+    if f.biased:
+        b.bias(dst, f.down)
+
+
+def _plain(b: Builder, index: int, f: Plain, normed: Tensor, dst: Tensor, add: bool) -> None:
+    del index
+    up = b.buffer(f"up_{f.width}", f.width)
+    b.linear(normed, (f.up, up))
+    b.program.gate(up, up, up, "relu")  # a number times its ReLU is the square of that
     b.linear(up, (f.down, dst), add=add)
 
 
-def _experts(b: Builder, index: int, e: Experts, normed: Tensor, x: Tensor) -> None:
-    del index
+def _experts(b: Builder, index: int, e: Experts, normed: Tensor, dst: Tensor, add: bool) -> None:
     scores = b.buffer("router", e.n_experts)
     targets: list[tuple[str | Weight, Tensor]] = [(e.router, scores)]
-    if e.shared is not None:
-        weigh = b.buffer("shared_weight", 1)
-        row = b.weight(e.shared_gate)
-        targets.append((row, weigh))
+    x, result = normed, dst
+    if e.shared is not None and e.weighed:
+        targets.append((e.shared_gate, b.buffer("shared_weight", 1)))
+    if e.latent:
+        x, result = b.buffer("latent", e.latent), b.buffer("latent_out", e.latent)
+        targets.append((b.either(e.into), x))
     b.linear(normed, *targets)
-    both = None if b.has(e.gate) else b.weight(e.gate_up)
-    gate = b.weight(e.gate) if both is None else both.part(0, e.width)
-    up = b.weight(e.up) if both is None else both.part(e.width, 2 * e.width)
-    b.program.experts(normed, scores, gate, up, b.weight(e.down), x, n_used=e.n_used, normalised=e.normalised)
-    if e.shared is not None:
-        shared = b.buffer("shared", x.shape[1])
-        _feed_forward(b, e.shared, normed, shared, add=False)
-        b.program.add_weighed(shared, weigh, x)
+    gate, up = _expert_inputs(b, e)
+    act: Gate = "silu" if e.gated else "relu"
+    b.program.experts(x, scores, gate, up, b.weight(e.down), result, _routing(b, e), act=act, add=add and not e.latent)
+    if e.latent:
+        b.linear(result, (b.either(e.back), dst), add=add)
+    if e.shared is not None and e.weighed:
+        shared = b.buffer("shared", dst.shape[1])
+        LOWER[type(e.shared)](b, index, e.shared, normed, shared, False)
+        b.program.add_weighed(shared, b.buffer("shared_weight"), dst)
+    elif e.shared is not None:
+        LOWER[type(e.shared)](b, index, e.shared, normed, dst, True)
 
 
-LOWER: Mapping[type, Callable[[Builder, int, Any, Tensor, Tensor], None]] = {
+def _expert_inputs(b: Builder, e: Experts) -> tuple[Weight | None, Weight]:
+    """The stacks of gates, if experts have them, and of what they gate."""
+    if not e.gated:
+        return None, b.weight(e.up)
+    if b.has(e.gate):
+        return b.weight(e.gate), b.weight(e.up)
+    both = b.weight(e.gate_up)
+    return both.part(0, e.width), both.part(e.width, 2 * e.width)
+
+
+def _routing(b: Builder, e: Experts) -> Routing:
+    c = e.choice
+    bias = None if c.bias is None else b.vector(c.bias).flatten()
+    return Routing(c.n_used, c.gating, bias, c.n_groups, c.n_used_groups, c.normalised, c.eps, c.scale)
+
+
+LOWER: Mapping[type, Callable[[Builder, int, Any, Tensor, Tensor, bool], None]] = {
     Attention: _attention,
     DeltaNet: _delta_net,
+    Mamba2: _mamba2,
+    Mamba1: _mamba1,
+    ShortConv: _short_conv,
     Gated: _gated,
+    Plain: _plain,
     Experts: _experts,
 }
-"""Reads the normed hidden states, and adds its result to the residual stream."""
+"""Reads the normed hidden states, and writes its result to a buffer, or adds it to what is there."""

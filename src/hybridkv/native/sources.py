@@ -91,7 +91,7 @@ class ParameterSource:
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of all tensors."""
-        for pairing in {id(pairing): pairing for pairing in self._pairings.values()}.values():
+        for pairing in {pairing.param: pairing for pairing in self._pairings.values()}.values():
             yield from zip(pairing.names, pairing.shapes, strict=True)
 
     def matrices(self) -> Iterable[Weight]:

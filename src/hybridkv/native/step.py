@@ -21,7 +21,7 @@ from hybridkv.hf.states import StateLayer
 from hybridkv.hf.step.record import Answers, Fault, one_by_one
 from hybridkv.hf.view import LayerView
 from hybridkv.kernels import AttentionParams, cpu, cpu_native
-from hybridkv.kernels.step import Caches, Health, Rows
+from hybridkv.kernels.step import Angles, Caches, Health, Rows
 from hybridkv.kernels.weights import rows as gather
 from hybridkv.model import ModelGraph, graph_of
 from hybridkv.native import cpu as lowering
@@ -50,7 +50,7 @@ class NativeStep:
         self._config = model.config
         self._graph: ModelGraph = graph_of(model.config)
         self._source: Typed = source_of(model)
-        self._angles: tuple[Tensor, Tensor] | None = None
+        self._angles: list[Angles] = []
         self._embedding = self._source.weight(self._graph.embed)
         self._layers = self._write(lowering.build_layers, 1)
         self._head = self._write(lowering.build_head, 1)
@@ -139,7 +139,8 @@ class NativeStep:
         if self._layers.n_rows < len(tokens):
             self._layers = self._write(lowering.build_layers, len(tokens))
         x = self._layers.buffer("x")[: len(tokens)]
-        return x.copy_(gather(self._embedding, tokens))
+        x.copy_(gather(self._embedding, tokens))
+        return x if self._graph.embed_scale == 1 else x.mul_(self._graph.embed_scale)
 
     def _decode_many(
         self,
@@ -153,8 +154,8 @@ class NativeStep:
         x = self._embedded(tokens)
         program = self._layers.program
         states = program.separate_addresses([self._cache_states(cache, 1) for cache in caches])
-        cos, sin = self._turns(0, max(positions) + 1)
-        angles = cos[list(positions)], sin[list(positions)]
+        tables = self._turns(0, max(positions) + 1)
+        angles = [(cos[list(positions)], sin[list(positions)]) for cos, sin in tables]
         by_call = [layer for call in zip(*layers, strict=True) for layer in call]
         rows = [_new_rows(layer, 1) for layer in by_call]
         run = partial(
@@ -163,7 +164,7 @@ class NativeStep:
         return x, self._run_checked(run, by_call, rows, 1)
 
     def _decode(
-        self, layers: Sequence[QuantizedLayer], n_seqs: int, angles: tuple[Tensor, Tensor], states: list[int]
+        self, layers: Sequence[QuantizedLayer], n_seqs: int, angles: Sequence[Angles], states: list[int]
     ) -> None:
         """All layers over one token per sequence, attention included, in a single run but where the guard looks in.
 
@@ -243,13 +244,13 @@ class NativeStep:
             states += layer.native_states(n_seqs, *shapes)
         return states
 
-    def _turns(self, position: int, n_tokens: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the positions from `position` on, `[T, n_rotated / 2]`, kept."""
+    def _turns(self, position: int, n_tokens: int) -> list[Angles]:
+        """Cosines and sines of the positions from `position` on, `[T, n_rotated / 2]`, of each kind of RoPE; kept."""
         end = position + n_tokens
-        if self._angles is None or self._angles[0].shape[0] < end:
-            self._angles = rope_angles(self._config, max(1024, end + end // 2))
-        cos, sin = self._angles
-        return cos[position:end], sin[position:end]
+        if self._layers.ropes and (not self._angles or self._angles[0][0].shape[0] < end):
+            n_positions = max(1024, end + end // 2)
+            self._angles = [rope_angles(self._config, n_positions, kind) for kind in self._layers.ropes]
+        return [(cos[position:end], sin[position:end]) for cos, sin in self._angles]
 
     def _write(self, build: Callable[[ModelGraph, Builder], None], n_rows: int) -> Builder:
         """Write operations for buffers of `n_rows` rows."""

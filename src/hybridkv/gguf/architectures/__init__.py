@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from hybridkv.errors import ModelFileError
 from hybridkv.gguf.architectures import (
+    directories,
     falcon_h1,
     gemma3,
     granite,
@@ -54,6 +55,9 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 
 WRITABLE: tuple[Architecture, ...] = (*ARCHITECTURES.values(), granite.HYBRID_CLASS)
 """What configs can be written as: some architectures are those of several Transformers classes."""
+
+DIRECTORIES = directories.DIRECTORIES
+"""Tables of models that are read from directories alone."""
 
 _REFUSED = {
     "qwen4exp": "hyper-connections, an indexer that selects keys, and embeddings of hashed n-grams",

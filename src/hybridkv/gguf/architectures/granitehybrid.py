@@ -53,7 +53,8 @@ def _key_rows(config: Config) -> Order:
     return rotary_halves(config.num_key_value_heads, _head_dim(config))
 
 
-def _inner(config: Config) -> int:
+def inner_size(config: Config) -> int:
+    """Values of a mixer."""
     inner: int = config.mamba_n_heads * config.mamba_d_head
     return inner
 
@@ -118,7 +119,7 @@ def _keys(config: Config) -> Keys:
     keys: Keys = {
         **head_keys(config, attends),
         **rope_keys(config, _head_dim(config)),
-        **mamba2.inner_keys(_inner(config)),
+        **mamba2.inner_keys(inner_size(config)),
         **{key: float(getattr(config, field)) for field, key in _MULTIPLIERS.items()},
         _FINETUNED: config.position_embedding_type == "rope",
         "feed_forward_length": config.shared_intermediate_size,
@@ -161,7 +162,7 @@ ARCHITECTURE = Architecture(
         {
             "model": embeddings(),
             "norms": _NORMS,
-            "linear_attention": mamba2.mixer("mamba", "mamba_n_heads", "mamba_n_groups", _inner),
+            "linear_attention": mamba2.mixer("mamba", "mamba_n_heads", "mamba_n_groups", inner_size),
             "full_attention": _ATTENTION,
             "experts": _EXPERTS,
             "dense": _DENSE,

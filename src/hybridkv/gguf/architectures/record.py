@@ -93,6 +93,19 @@ def _one_kind(config: Config) -> Sequence[tuple[str, ...]]:
 
 
 @dataclass(frozen=True, slots=True)
+class Tables:
+    """Names of a model's tensors, and nothing of its metadata: for models that no file holds.
+
+    The attributes mean what they mean in `Architecture`.
+    """
+
+    config_class: str
+    tensors: Mapping[str, tuple[TensorRule, ...]]
+    layers: Callable[[Config], Sequence[tuple[str, ...]]] = _one_kind
+    prefix: str = "model.layers."
+
+
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """One GGUF architecture.
 

@@ -4,6 +4,7 @@
 
 #include <initializer_list>
 
+#include "ops/math.h"
 #include "stage.h"
 
 namespace {
@@ -132,19 +133,7 @@ HYBRIDKV_PHASE void v_values(const float* p, const float* v, float* acc, int64_t
     }
 }
 
-// e^x for x <= 80; 0 stays exact at -inf only through the caller's select. NaN stays NaN.
-// Source: Cephes expf, degree 5, error below 2 ulp.
-inline F exp(F x) {
-    x = Simd::max(Simd::set1(-87.f), x);
-    const F n = Simd::round(Simd::mul(x, Simd::set1(1.44269504f)));
-    F r = Simd::fma(n, Simd::set1(-0.693359375f), x);
-    r = Simd::fma(n, Simd::set1(2.12194440e-4f), r);
-    F y = Simd::set1(1.9875691500e-4f);
-    for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
-        y = Simd::fma(y, r, Simd::set1(c));
-    }
-    y = Simd::add(Simd::fma(y, Simd::mul(r, r), r), Simd::set1(1.f));
-    return Simd::mul(y, Simd::pow2(n));
-}
+// 0 stays exact at -inf only through the caller's select.
+inline F exp(F x) { return hybridkv::exp_of<Simd>(x); }
 
 }  // namespace

@@ -14,35 +14,80 @@ namespace {
 
 constexpr int64_t kRowsPerTask = 8;  // of routing, activations and sums
 
-// A row's choice: experts in falling order of their scores, and their weights.
-void choose(const ExpertsOp& op, int64_t row, int32_t* experts, float* weights) {
-    const float* scores = op.scores.at(row, 0);
-    const int64_t n = op.scores.width, k = op.n_used;
-    float sum = 0.f, largest = -std::numeric_limits<float>::infinity();
-    bool sound = true;
-    for (int64_t e = 0; e < n; ++e) {
-        sound &= std::isfinite(scores[e]);
-        largest = std::max(largest, scores[e]);
-    }
+// The k experts of largest values, in falling order.
+void largest(const float* values, int64_t n, int64_t k, int32_t* experts) {
     int64_t held = 0;
-    for (int64_t e = 0; e < n && sound; ++e) {
-        if (held == k && scores[e] <= scores[experts[k - 1]]) continue;
+    for (int64_t e = 0; e < n; ++e) {
+        if (held == k && values[e] <= values[experts[k - 1]]) continue;
         int64_t at = held < k ? held++ : k - 1;
-        for (; at > 0 && scores[experts[at - 1]] < scores[e]; --at) experts[at] = experts[at - 1];
+        for (; at > 0 && values[experts[at - 1]] < values[e]; --at) experts[at] = experts[at - 1];
         experts[at] = static_cast<int32_t>(e);
     }
-    if (!sound) {  // no choice can be right: the row's result is to show it
+}
+
+// Rules out the experts of groups whose two best are not among the `n_used_groups` largest together.
+void keep_best_groups(const Routing& how, float* values, int64_t n) {
+    const int64_t size = n / how.n_groups;
+    std::vector<float> sums(static_cast<size_t>(how.n_groups));
+    std::vector<int32_t> best(static_cast<size_t>(how.n_used_groups));
+    for (int64_t g = 0; g < how.n_groups; ++g) {
+        float first = -std::numeric_limits<float>::infinity(), second = first;
+        for (int64_t e = g * size; e < (g + 1) * size; ++e) {
+            second = std::max(second, std::min(first, values[e]));
+            first = std::max(first, values[e]);
+        }
+        sums[static_cast<size_t>(g)] = first + second;
+    }
+    largest(sums.data(), how.n_groups, how.n_used_groups, best.data());
+    for (int64_t e = 0; e < n; ++e) {
+        if (std::find(best.begin(), best.end(), static_cast<int32_t>(e / size)) == best.end()) {
+            values[e] = -std::numeric_limits<float>::infinity();
+        }
+    }
+}
+
+// Of the chosen experts, from all experts' scores.
+void softmax_weights(const Routing& how, const float* scores, int64_t n, const int32_t* experts, float* weights) {
+    const float most = *std::max_element(scores, scores + n);
+    float sum = 0.f;
+    for (int64_t j = 0; j < how.n_used; ++j) weights[j] = std::exp(scores[experts[j]] - most);
+    if (how.normalised) {
+        for (int64_t j = 0; j < how.n_used; ++j) sum += weights[j];
+    } else {
+        for (int64_t e = 0; e < n; ++e) sum += std::exp(scores[e] - most);
+    }
+    for (int64_t j = 0; j < how.n_used; ++j) weights[j] *= how.scale / sum;
+}
+
+void sigmoid_weights(const Routing& how, const float* shares, const int32_t* experts, float* weights) {
+    float sum = how.eps;
+    for (int64_t j = 0; j < how.n_used; ++j) sum += weights[j] = shares[experts[j]];
+    for (int64_t j = 0; j < how.n_used; ++j) weights[j] *= how.normalised ? how.scale / sum : how.scale;
+}
+
+// A row's choice: experts in falling order, and their weights.
+void choose(const ExpertsOp& op, int64_t row, int32_t* experts, float* weights) {
+    const Routing& how = op.routing;
+    const float* scores = op.scores.at(row, 0);
+    const int64_t n = op.scores.width, k = how.n_used;
+    if (!std::all_of(scores, scores + n, [](float s) { return std::isfinite(s); })) {
+        // No choice can be right: the row's result is to show it.
         for (int64_t j = 0; j < k; ++j) experts[j] = static_cast<int32_t>(j);
         std::fill(weights, weights + k, std::numeric_limits<float>::quiet_NaN());
         return;
     }
-    for (int64_t j = 0; j < k; ++j) weights[j] = std::exp(scores[experts[j]] - largest);
-    if (op.normalised) {
-        for (int64_t j = 0; j < k; ++j) sum += weights[j];
-    } else {
-        for (int64_t e = 0; e < n; ++e) sum += std::exp(scores[e] - largest);
+    if (!how.sigmoid) {
+        largest(scores, n, k, experts);
+        return softmax_weights(how, scores, n, experts, weights);
     }
-    for (int64_t j = 0; j < k; ++j) weights[j] /= sum;
+    static thread_local std::vector<float> shares, values;
+    shares.resize(static_cast<size_t>(n));
+    for (int64_t e = 0; e < n; ++e) shares[static_cast<size_t>(e)] = 1.f / (1.f + std::exp(-scores[e]));
+    values = shares;
+    for (size_t e = 0; e < how.bias.size(); ++e) values[e] += how.bias[e];
+    if (how.n_groups > 1) keep_best_groups(how, values.data(), n);
+    largest(values.data(), n, k, experts);
+    sigmoid_weights(how, shares.data(), experts, weights);
 }
 
 // The rows of all experts, those of one expert side by side: place p holds row rows[p].
@@ -123,10 +168,10 @@ private:
 
 void run_experts(const ExpertsOp& op, const Isa& isa, int64_t n_rows, int n_threads) {
     const LinearKernels& kernels = *isa.linear;
-    const int64_t width = op.gate.first.n_out, hidden = op.down.first.n_out, k = op.n_used, n_places = n_rows * k;
-    const Operand for_gate = op.gate.first.type->operand, for_up = op.up.first.type->operand;
+    const int64_t width = op.up.first.n_out, hidden = op.down.first.n_out, k = op.routing.n_used, n_places = n_rows * k;
+    const Operand for_up = op.up.first.type->operand, for_gate = op.has_gate ? op.gate.first.type->operand : for_up;
     const Operand for_down = op.down.first.type->operand;
-    const int64_t n_in = op.gate.first.n_in;
+    const int64_t n_in = op.up.first.n_in;
 
     static thread_local Routes routes;
     routes.experts.resize(static_cast<size_t>(n_places));
@@ -135,13 +180,13 @@ void run_experts(const ExpertsOp& op, const Isa& isa, int64_t n_rows, int n_thre
     by_rows(n_rows, n_rows < 8 ? 1 : n_threads, [&](int64_t a, int64_t b) {
         for (int64_t r = a; r < b; ++r) choose(op, r, chosen.experts.data() + r * k, chosen.weights.data() + r * k);
     });
-    chosen.sort(op.gate.count, k);
+    chosen.sort(op.up.count, k);
 
     Memory memory;
     const size_t gate_form = memory.add(kernels.prepared_bytes(for_gate, n_in, n_rows));
     const size_t up_form = for_up == for_gate ? gate_form : memory.add(kernels.prepared_bytes(for_up, n_in, n_rows));
-    const size_t gates = memory.add(static_cast<size_t>(n_places * width) * 4);
     const size_t ups = memory.add(static_cast<size_t>(n_places * width) * 4);
+    const size_t gates = op.has_gate ? memory.add(static_cast<size_t>(n_places * width) * 4) : ups;
     const size_t down_form = memory.add(kernels.prepared_bytes(for_down, width, n_places));
     const size_t results = memory.add(static_cast<size_t>(n_places * hidden) * 4);
     memory.allocate();
@@ -162,7 +207,8 @@ void run_experts(const ExpertsOp& op, const Isa& isa, int64_t n_rows, int n_thre
         kernels.linear(w, from, x_rows ? x_rows + p0 : nullptr, n, part.row0, part.row1, y + p0 * w.n_out, w.n_out, false,
                        scratch);
     };
-    const std::vector<Part> parts = parts_of({&op.gate, &op.up}, chosen, n_threads);
+    const std::vector<Part> parts =
+        op.has_gate ? parts_of({&op.gate, &op.up}, chosen, n_threads) : parts_of({&op.up}, chosen, n_threads);
     parallel_for(static_cast<int64_t>(parts.size()), n_threads, [&](int64_t i, int) {
         const Part& part = parts[static_cast<size_t>(i)];
         if (part.stack == &op.gate) multiply(part, memory.at<char>(gate_form), chosen.rows.data(), gate);
@@ -171,7 +217,7 @@ void run_experts(const ExpertsOp& op, const Isa& isa, int64_t n_rows, int n_thre
     by_rows(n_places, n_threads, [&](int64_t a, int64_t b) {
         const int64_t stride = width, n = b - a;
         const View g{gate + a * stride, stride, 0, 1, width}, u{up + a * stride, stride, 0, 1, width};
-        isa.step->gate(GateOp{u, g, u, Gate::silu}, 0, n);
+        isa.step->gate(GateOp{u, g, u, op.act}, 0, n);
         kernels.prepare(for_down, up, stride, width, a, b, memory.at<char>(down_form));
     });
     const std::vector<Part> last = parts_of({&op.down}, chosen, n_threads);
@@ -181,6 +227,7 @@ void run_experts(const ExpertsOp& op, const Isa& isa, int64_t n_rows, int n_thre
     by_rows(n_rows, n_threads, [&](int64_t a, int64_t b) {
         for (int64_t r = a; r < b; ++r) {
             float* dst = op.dst.at(r, 0);
+            if (!op.add) std::fill(dst, dst + hidden, 0.f);
             for (int64_t j = 0; j < k; ++j) {  // in the row's own order: its bits do not depend on other rows
                 const size_t at = static_cast<size_t>(r * k + j);
                 const float weight = chosen.weights[at], *y = result + chosen.places[at] * hidden;

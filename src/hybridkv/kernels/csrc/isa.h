@@ -11,8 +11,9 @@
 namespace hybridkv {
 extern const Isa HYBRIDKV_ISA_RECORD;
 namespace {
-const StepKernels kStep = {norm_rows,  gate_rows,   rope_rows,     decay_rows,
-                           weigh_rows, rotate_rows, conv_channels, delta_head};
+const StepKernels kStep = {norm_rows,      gate_rows,       rope_rows,   decay_rows,    weigh_rows, add_rows<Simd>,
+                           bias_rows<Simd>, rotate_rows,     conv_channels, delta_head,  mamba2_head<Simd>,
+                           mamba1_channels<Simd>};
 }
 const Isa HYBRIDKV_ISA_RECORD = {HYBRIDKV_ISA_NAME, scratch_bytes, attend,     encode,
                                  probe_float,         probe_integer, probe_read, &kStep, &HYBRIDKV_ISA_LINEAR};

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "module.h"
 #include "step_program.h"
@@ -26,6 +27,8 @@ using Target = std::tuple<WeightRows, Address, int64_t, bool>;
 // of the first matrix, how many there are, and how many bytes they lie apart
 using Matrices = std::tuple<WeightRows, int64_t, int64_t>;
 using Values = std::vector<float>;
+// whether by sigmoids, bias, experts used, groups, groups used, whether normalised, eps, scale
+using Choice = std::tuple<bool, Values, int64_t, int64_t, int64_t, bool, float, float>;
 // of K or V: head dim, whether to refit, rotation block
 using Store = std::tuple<int64_t, bool, int64_t>;
 // segments, K, V, window
@@ -50,6 +53,21 @@ View view(const Columns& c) {
     return {reinterpret_cast<float*>(std::get<0>(c)), std::get<1>(c), std::get<2>(c), std::get<3>(c), std::get<4>(c)};
 }
 
+Routing routing(const Choice& c) {
+    const auto& [sigmoid, bias, n_used, n_groups, n_used_groups, normalised, eps, scale] = c;
+    return {sigmoid, bias, n_used, n_groups, n_used_groups, normalised, eps, scale};
+}
+
+Gate gate_named(const std::string& kind) {
+    constexpr std::pair<const char*, Gate> kGates[] = {{"sigmoid", Gate::sigmoid}, {"silu", Gate::silu},
+                                                       {"product", Gate::product}, {"gelu", Gate::gelu},
+                                                       {"relu", Gate::relu}};
+    for (const auto& [name, gate] : kGates) {
+        if (kind == name) return gate;
+    }
+    throw std::invalid_argument("no gate " + kind);
+}
+
 class Program {
 public:
     void linear(const Columns& x, const std::vector<Target>& targets) {
@@ -59,32 +77,45 @@ public:
         }
         ops_.emplace_back(std::move(op));
     }
-    void experts(const Columns& x, const Columns& scores, const Columns& dst, const Matrices& gate, const Matrices& up,
-                 const Matrices& down, int64_t n_used, bool normalised) {
-        ops_.emplace_back(
-            ExpertsOp{view(x), view(scores), view(dst), stack(gate), stack(up), stack(down), n_used, normalised});
+    // gate: none or one
+    void experts(const Columns& x, const Columns& scores, const Columns& dst, const std::vector<Matrices>& gate,
+                 const Matrices& up, const Matrices& down, const std::string& act, const Choice& choice, bool add) {
+        ops_.emplace_back(ExpertsOp{view(x), view(scores), view(dst), stack(gate.empty() ? up : gate[0]), stack(up),
+                                    stack(down), !gate.empty(), gate_named(act), routing(choice),
+                                    add});
     }
     void norm(const Columns& x, const Columns& dst, const Values& weight, float factor, float eps) {
         ops_.emplace_back(NormOp{view(x), view(dst), weight, factor, eps});
     }
     void gate(const Columns& x, const Columns& g, const Columns& dst, const std::string& kind) {
-        if (kind != "silu" && kind != "sigmoid") throw std::invalid_argument("no gate " + kind);
-        ops_.emplace_back(GateOp{view(x), view(g), view(dst), kind == "silu" ? Gate::silu : Gate::sigmoid});
+        ops_.emplace_back(GateOp{view(x), view(g), view(dst), gate_named(kind)});
     }
-    void rope(const Columns& x, int64_t n_rotated, bool neighbours) {
-        ops_.emplace_back(RopeOp{view(x), n_rotated, neighbours});
+    void add(const Columns& x, const Columns& dst, float factor) {
+        ops_.emplace_back(AddOp{view(x), view(dst), factor});
+    }
+    void bias(const Columns& dst, const Values& bias) { ops_.emplace_back(BiasOp{view(dst), bias}); }
+    void rope(const Columns& x, int64_t n_rotated, bool neighbours, int64_t table) {
+        ops_.emplace_back(RopeOp{view(x), n_rotated, neighbours, table});
     }
     void conv(const Columns& x, const Columns& dst, const Values& weight, const Values& bias, int64_t kernel,
-              int64_t state) {
-        ops_.emplace_back(ConvOp{view(x), view(dst), weight, bias, kernel, state});
+              int64_t state, bool silu) {
+        ops_.emplace_back(ConvOp{view(x), view(dst), weight, bias, kernel, state, silu});
     }
     void decay(const Columns& a, const Columns& b, const Columns& decay, const Columns& beta, const Values& rate,
-               const Values& bias) {
-        ops_.emplace_back(DecayOp{view(a), view(b), view(decay), view(beta), rate, bias});
+               const Values& bias, float scale) {
+        ops_.emplace_back(DecayOp{view(a), view(b), view(decay), view(beta), rate, bias, scale});
     }
     void delta(const Columns& q, const Columns& k, const Columns& v, const Columns& decay, const Columns& beta,
                const Columns& dst, int64_t state, bool tiled) {
         ops_.emplace_back(DeltaOp{view(q), view(k), view(v), view(decay), view(beta), view(dst), state, tiled});
+    }
+    void mamba2(const Columns& x, const Columns& b, const Columns& c, const Columns& dt, const Columns& dst,
+                const Values& rate, const Values& bias, const Values& skip, int64_t state) {
+        ops_.emplace_back(Mamba2Op{view(x), view(dst), view(b), view(c), view(dt), rate, bias, skip, state});
+    }
+    void mamba1(const Columns& x, const Columns& b, const Columns& c, const Columns& dt, const Columns& dst,
+                const Values& rate, const Values& bias, const Values& skip, int64_t state) {
+        ops_.emplace_back(Mamba1Op{view(x), view(dt), view(dst), view(b), view(c), rate, bias, skip, state});
     }
     void weigh(const Columns& x, const Columns& g, const Columns& dst) {
         ops_.emplace_back(WeighOp{view(x), view(g), view(dst)});
@@ -108,14 +139,16 @@ public:
 
     // The health of each call's output, as Health counts.
     std::vector<int> run(const std::string& isa, size_t begin, size_t end, int64_t n_seqs, int64_t n_tokens,
-                         bool separate, Address cos, Address sin, const std::vector<Address>& states,
+                         bool separate, const std::vector<std::tuple<Address, Address>>& angles, const std::vector<Address>& states,
                          const std::vector<Call>& calls, int n_threads) const {
         if (begin > end || end > ops_.size()) throw std::out_of_range("operations of a step");
         if (separate && n_tokens != 1) throw std::invalid_argument("separate sequences take one token each");
         std::vector<AttendCall> attended;
         for (const Call& call : calls) attended.push_back(attend_call(call));
-        StepRun run{isa_named(isa), n_seqs, n_tokens, separate, reinterpret_cast<const float*>(cos),
-                    reinterpret_cast<const float*>(sin), {}, attended, n_threads};
+        StepRun run{isa_named(isa), n_seqs, n_tokens, separate, {}, {}, attended, n_threads};
+        for (const auto& [cos, sin] : angles) {
+            run.angles.push_back({reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin)});
+        }
         for (const Address state : states) run.states.push_back(reinterpret_cast<float*>(state));
         {
             nb::gil_scoped_release unlocked;
@@ -140,11 +173,15 @@ void bind_step(nb::module_& m) {
         .def("experts", &Program::experts)
         .def("norm", &Program::norm)
         .def("gate", &Program::gate)
+        .def("add", &Program::add)
+        .def("bias", &Program::bias)
         .def("rope", &Program::rope)
         .def("conv", &Program::conv)
         .def("decay", &Program::decay)
         .def("weigh", &Program::weigh)
         .def("delta", &Program::delta)
+        .def("mamba2", &Program::mamba2)
+        .def("mamba1", &Program::mamba1)
         .def("attend", &Program::attend)
         .def("run", &Program::run)
         .def("start_timing", &Program::start_timing)

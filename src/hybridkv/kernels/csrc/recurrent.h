@@ -17,6 +17,9 @@ inline F sigmoid(F x) {
     return Simd::div(Simd::set1(1.f), Simd::add(e, Simd::set1(1.f)));
 }
 
+// tanh(u) = 2 sigmoid(2 u) - 1, so GELU's share is sigmoid(2 sqrt(2 / pi) (g + 0.044715 g^3)).
+constexpr float kGelu = 1.5957691216f, kGeluCubic = 0.071354816272f;
+
 inline void norm_group(const float* x, const float* weight, float factor, float eps, int64_t width, float* out) {
     F sums[4];
     for (F& s : sums) s = Simd::set1(0.f);
@@ -37,27 +40,50 @@ inline void norm_group(const float* x, const float* weight, float factor, float 
 }
 
 void norm_rows(const NormOp& op, int64_t r0, int64_t r1) {
+    const bool per_group = static_cast<int64_t>(op.weight.size()) > op.x.width;
     for (int64_t r = r0; r < r1; ++r) {
         for (int64_t g = 0; g < op.x.groups; ++g) {
-            norm_group(op.x.at(r, g), op.weight.data(), op.factor, op.eps, op.x.width, op.dst.at(r, g));
+            const float* weight = op.weight.data() + (per_group ? g * op.x.width : 0);
+            norm_group(op.x.at(r, g), weight, op.factor, op.eps, op.x.width, op.dst.at(r, g));
         }
     }
+}
+
+inline float gated(Gate gate, float g) {
+    switch (gate) {
+        case Gate::sigmoid: return sigmoid(g);
+        case Gate::silu: return g * sigmoid(g);
+        case Gate::gelu: return g * sigmoid(g * std::fma(g * g, kGeluCubic, kGelu));
+        case Gate::relu: return g > 0.f || g != g ? g : 0.f;
+        case Gate::product: break;
+    }
+    return g;
+}
+
+template <Gate G>
+inline F gated(F g) {
+    if constexpr (G == Gate::sigmoid) return sigmoid(g);
+    if constexpr (G == Gate::silu) return Simd::mul(g, sigmoid(g));
+    if constexpr (G == Gate::gelu) {
+        const F inner = Simd::fma(Simd::mul(g, g), Simd::set1(kGeluCubic), Simd::set1(kGelu));
+        return Simd::mul(g, sigmoid(Simd::mul(g, inner)));
+    }
+    if constexpr (G == Gate::relu) return Simd::max(Simd::set1(0.f), g);
+    return g;
 }
 
 template <Gate G>
 inline void gate_group(const float* x, const float* g, int64_t width, float* out) {
     int64_t i = 0;
-    for (; i + L <= width; i += L) {
-        const F gate = Simd::load(g + i);
-        F y = Simd::mul(Simd::load(x + i), sigmoid(gate));
-        if (G == Gate::silu) y = Simd::mul(y, gate);
-        Simd::store(out + i, y);
-    }
-    for (; i < width; ++i) out[i] = x[i] * sigmoid(g[i]) * (G == Gate::silu ? g[i] : 1.f);
+    for (; i + L <= width; i += L) Simd::store(out + i, Simd::mul(Simd::load(x + i), gated<G>(Simd::load(g + i))));
+    for (; i < width; ++i) out[i] = x[i] * gated(G, g[i]);
 }
 
 void gate_rows(const GateOp& op, int64_t r0, int64_t r1) {
-    const auto run = op.gate == Gate::silu ? gate_group<Gate::silu> : gate_group<Gate::sigmoid>;
+    constexpr void (*kKinds[])(const float*, const float*, int64_t, float*) = {
+        gate_group<Gate::sigmoid>, gate_group<Gate::silu>, gate_group<Gate::product>, gate_group<Gate::gelu>,
+        gate_group<Gate::relu>};
+    const auto run = kKinds[static_cast<size_t>(op.gate)];
     for (int64_t r = r0; r < r1; ++r) {
         for (int64_t g = 0; g < op.x.groups; ++g) run(op.x.at(r, g), op.g.at(r, g), op.x.width, op.dst.at(r, g));
     }
@@ -84,9 +110,8 @@ void decay_rows(const DecayOp& op, int64_t r0, int64_t r1) {
         float *decay = op.decay.at(r, 0), *beta = op.beta.at(r, 0);
         for (int64_t h = 0; h < op.decay.width; ++h) {
             const float x = op.a.at(r, h / op.a.width)[h % op.a.width] + op.bias[static_cast<size_t>(h)];
-            const float softplus = x > 20.f ? x : std::log1p(::expf(x));
-            decay[h] = ::expf(op.rate[static_cast<size_t>(h)] * softplus);
-            beta[h] = sigmoid(op.b.at(r, h / op.b.width)[h % op.b.width]);
+            decay[h] = ::expf(op.rate[static_cast<size_t>(h)] * softplus(x));
+            beta[h] = op.scale * sigmoid(op.b.at(r, h / op.b.width)[h % op.b.width]);
         }
     }
 }
@@ -145,7 +170,7 @@ void conv_channels(const ConvOp& op, float* state, int64_t row0, int64_t n_token
                 const float* x = conv_input(op, state, row0, t, taps - 1 - j);
                 sum = Simd::fma(Simd::load(op.weight.data() + j * channels + c), Simd::load(x + c), sum);
             }
-            Simd::store(out + c, Simd::mul(sum, sigmoid(sum)));
+            Simd::store(out + c, op.silu ? Simd::mul(sum, sigmoid(sum)) : sum);
         }
         for (; c < c1; ++c) {
             float sum = bias ? bias[c] : 0.f;
@@ -153,7 +178,7 @@ void conv_channels(const ConvOp& op, float* state, int64_t row0, int64_t n_token
                 sum += op.weight[static_cast<size_t>(j * channels + c)] *
                        conv_input(op, state, row0, t, taps - 1 - j)[c];
             }
-            out[c] = sum * sigmoid(sum);
+            out[c] = op.silu ? sum * sigmoid(sum) : sum;
         }
     }
     // Oldest first, so that a row is read before it is overwritten.

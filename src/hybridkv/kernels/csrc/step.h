@@ -8,24 +8,23 @@
 #include <cstdint>
 #include <vector>
 
+#include "ops/add.h"
+#include "ops/mamba1.h"
+#include "ops/mamba2.h"
+#include "ops/view.h"
+
 namespace hybridkv {
-
-// Columns of a buffer, in groups (heads) of `width` contiguous values.
-struct View {
-    float* data;
-    int64_t row_stride, group_stride, groups, width;
-
-    float* at(int64_t row, int64_t group) const { return data + row * row_stride + group * group_stride; }
-};
 
 // dst = x * weight / sqrt(sum(x^2) * factor + eps), per group. RMSNorm: factor 1 / width. L2 norm: factor 1.
 struct NormOp {
     View x, dst;
-    std::vector<float> weight;  // [width]
+    std::vector<float> weight;  // [width], or [group][width]
     float factor, eps;
 };
 
-enum class Gate : uint8_t { sigmoid, silu };
+// What g becomes: 1 / (1 + e^-g); g times that; g itself; g times a normal distribution's share below it, by its usual
+// formula with tanh; g where it is positive, else 0.
+enum class Gate : uint8_t { sigmoid, silu, product, gelu, relu };
 
 // dst = x * gate(g)
 struct GateOp {
@@ -39,20 +38,23 @@ struct RopeOp {
     View x;
     int64_t n_rotated;
     bool neighbours;
+    int64_t table;  // of the run's angles
 };
 
-// Causal depthwise convolution with SiLU. The state [sequence][kernel][channel] holds the newest inputs, oldest first.
+// Causal depthwise convolution, with SiLU or without. The state [sequence][kernel][channel] holds the newest inputs, oldest first.
 struct ConvOp {
     View x, dst;  // one group
     std::vector<float> weight, bias;  // [kernel][channel]; [channel] or empty
     int64_t kernel, state;
+    bool silu;
 };
 
-// decay = exp(rate * softplus(a + bias)), beta = sigmoid(b), per value head
+// decay = exp(rate * softplus(a + bias)), beta = scale * sigmoid(b), per value head
 struct DecayOp {
     View a, b;         // value heads in groups of any size
     View decay, beta;  // one group
     std::vector<float> rate, bias;
+    float scale;
 };
 
 // dst += x * sigmoid(g), one g per row
@@ -87,6 +89,8 @@ struct StepKernels {
     void (*rope)(const RopeOp& op, const float* cos, const float* sin, int64_t n_angles, int64_t r0, int64_t r1);
     void (*decay)(const DecayOp& op, int64_t r0, int64_t r1);
     void (*weigh)(const WeighOp& op, int64_t r0, int64_t r1);
+    void (*add)(const AddOp& op, int64_t r0, int64_t r1);
+    void (*bias)(const BiasOp& op, int64_t r0, int64_t r1);
     // Orthonormal Walsh-Hadamard transform of blocks of `block` values (a power of two), in place.
     void (*rotate)(const View& x, int64_t block, int64_t r0, int64_t r1);
     // Channels [c0, c1) of the tokens [row0, row0 + n_tokens) of one sequence; state: of that sequence.
@@ -94,6 +98,11 @@ struct StepKernels {
     // Value dims [d0, d1) of one head of one sequence; state: of that head.
     void (*delta)(const DeltaOp& op, float* state, int64_t row0, int64_t n_tokens, int64_t head, int64_t d0,
                   int64_t d1);
+    // Head dims [d0, d1) of one head of one sequence; state: of that head.
+    void (*mamba2)(const Mamba2Op& op, float* state, int64_t row0, int64_t n_tokens, int64_t head, int64_t d0,
+                   int64_t d1);
+    // Channels [c0, c1) of one sequence; state: of that sequence.
+    void (*mamba1)(const Mamba1Op& op, float* state, int64_t row0, int64_t n_tokens, int64_t c0, int64_t c1);
 };
 
 }  // namespace hybridkv

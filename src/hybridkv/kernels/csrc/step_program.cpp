@@ -13,6 +13,8 @@ namespace {
 constexpr int64_t kTaskValues = 16 << 10;    // of elementwise work
 constexpr int64_t kConvChannels = 256;       // of one sequence in a task
 constexpr int64_t kDeltaDims = 64;           // value dims of one head in a task
+constexpr int64_t kMamba2Dims = 64;          // head dims of one head in a task
+constexpr int64_t kMamba1Channels = 128;     // of one sequence in a task
 
 // Calls rows(r0, r1) over all rows, on several threads where there is enough to do.
 template <class Rows>
@@ -35,14 +37,23 @@ public:
                 [&](int64_t a, int64_t b) { step_.gate(op, a, b); });
     }
     void operator()(const RopeOp& op) const {
+        const Angles& angles = run_.angles.at(static_cast<size_t>(op.table));
+        const int64_t n_angles = run_.separate ? run_.n_seqs : run_.n_tokens;
         by_rows(rows_, op.x.groups * op.n_rotated, run_.n_threads,
-                [&](int64_t a, int64_t b) { step_.rope(op, run_.cos, run_.sin, run_.separate ? run_.n_seqs : run_.n_tokens, a, b); });
+                [&](int64_t a, int64_t b) { step_.rope(op, angles.cos, angles.sin, n_angles, a, b); });
     }
     void operator()(const DecayOp& op) const {
         by_rows(rows_, op.decay.width * 32, run_.n_threads, [&](int64_t a, int64_t b) { step_.decay(op, a, b); });
     }
     void operator()(const WeighOp& op) const {
         by_rows(rows_, op.x.width, run_.n_threads, [&](int64_t a, int64_t b) { step_.weigh(op, a, b); });
+    }
+
+    void operator()(const AddOp& op) const {
+        by_rows(rows_, op.x.width, run_.n_threads, [&](int64_t a, int64_t b) { step_.add(op, a, b); });
+    }
+    void operator()(const BiasOp& op) const {
+        by_rows(rows_, op.dst.width, run_.n_threads, [&](int64_t a, int64_t b) { step_.bias(op, a, b); });
     }
 
     void operator()(const ConvOp& op) const {
@@ -62,6 +73,24 @@ public:
             const int64_t seq = i / parts / heads, head = i / parts % heads, d0 = i % parts * kDeltaDims;
             float* state = run_.state(op.state, seq, heads * op.head_floats()) + head * op.head_floats();
             step_.delta(op, state, seq * run_.n_tokens, run_.n_tokens, head, d0, std::min(dims, d0 + kDeltaDims));
+        });
+    }
+
+    void operator()(const Mamba2Op& op) const {
+        const int64_t heads = op.x.groups, dims = op.x.width, parts = (dims + kMamba2Dims - 1) / kMamba2Dims;
+        parallel_for(run_.n_seqs * heads * parts, run_.n_threads, [&](int64_t i, int) {
+            const int64_t seq = i / parts / heads, head = i / parts % heads, d0 = i % parts * kMamba2Dims;
+            float* state = run_.state(op.state, seq, heads * op.head_floats()) + head * op.head_floats();
+            step_.mamba2(op, state, seq * run_.n_tokens, run_.n_tokens, head, d0, std::min(dims, d0 + kMamba2Dims));
+        });
+    }
+
+    void operator()(const Mamba1Op& op) const {
+        const int64_t channels = op.x.width, parts = (channels + kMamba1Channels - 1) / kMamba1Channels;
+        parallel_for(run_.n_seqs * parts, run_.n_threads, [&](int64_t i, int) {
+            const int64_t seq = i / parts, c0 = i % parts * kMamba1Channels;
+            float* state = run_.state(op.state, seq, channels * op.b.width);
+            step_.mamba1(op, state, seq * run_.n_tokens, run_.n_tokens, c0, std::min(channels, c0 + kMamba1Channels));
         });
     }
 
@@ -215,11 +244,15 @@ const char* kind_of(const Op& op) {
         const char* operator()(const ExpertsOp&) const { return "experts"; }
         const char* operator()(const NormOp&) const { return "norm"; }
         const char* operator()(const GateOp&) const { return "gate"; }
+        const char* operator()(const AddOp&) const { return "sum"; }
+        const char* operator()(const BiasOp&) const { return "bias"; }
         const char* operator()(const RopeOp&) const { return "rope"; }
         const char* operator()(const ConvOp&) const { return "convolution"; }
         const char* operator()(const DecayOp&) const { return "decay"; }
         const char* operator()(const WeighOp&) const { return "weighed sum"; }
         const char* operator()(const DeltaOp&) const { return "delta rule"; }
+        const char* operator()(const Mamba2Op&) const { return "Mamba-2"; }
+        const char* operator()(const Mamba1Op&) const { return "Mamba-1"; }
         const char* operator()(const AttendOp&) const { return "attention"; }
     };
     return std::visit(Names{}, op);

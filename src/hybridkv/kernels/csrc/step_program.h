@@ -23,7 +23,8 @@ struct LinearOp {
     std::vector<Target> targets;
 };
 
-using Op = std::variant<LinearOp, ExpertsOp, NormOp, GateOp, RopeOp, ConvOp, DecayOp, WeighOp, DeltaOp, AttendOp>;
+using Op = std::variant<LinearOp, ExpertsOp, NormOp, GateOp, AddOp, BiasOp, RopeOp, ConvOp, DecayOp, WeighOp, DeltaOp,
+                        Mamba2Op, Mamba1Op, AttendOp>;
 
 enum class Health : int8_t { finite, bad_output, bad_input };
 
@@ -36,6 +37,11 @@ struct AttendCall {
     Health health;                  // of the output, set by the run
 };
 
+// Cosines and sines: [token, or sequence if separate][half of the rotated dims].
+struct Angles {
+    const float *cos, *sin;
+};
+
 // What changes from run to run: rows are sequences times tokens.
 //
 // Sequences share one cache, or are `separate`: each has a cache, a length and a position of its own, and one token. What
@@ -44,7 +50,7 @@ struct StepRun {
     const Isa& isa;
     int64_t n_seqs, n_tokens;
     bool separate;
-    const float *cos, *sin;      // [token, or sequence if separate][half of the rotated dims], where a RopeOp runs
+    std::vector<Angles> angles;  // by the tables that RopeOps name
     std::vector<float*> states;  // by the operations' indices: of all sequences together, or of each if separate
     std::vector<AttendCall>& calls;
     int n_threads;

@@ -1,0 +1,54 @@
+"""docs/families.md: which engine runs which models. Called by `generate.py`."""
+
+from __future__ import annotations
+
+_WORDS = {
+    "Attention": "attention",
+    "DeltaNet": "gated delta net",
+    "Mamba1": "Mamba",
+    "Mamba2": "Mamba-2",
+    "ShortConv": "short convolution",
+}
+
+
+def families_page() -> str:
+    """The page, of the native engine's families, the GGUF tables and the states that are planned."""
+    import transformers
+
+    from hybridkv.gguf.architectures import WRITABLE
+    from hybridkv.hf.facts import STATE_SHAPES
+    from hybridkv.hf.step.fused import FAMILY_NAMES
+    from hybridkv.model import FAMILIES, Experts
+
+    files: dict[str, list[str]] = {}
+    for architecture in WRITABLE:
+        family = getattr(transformers, architecture.config_class).model_type
+        if architecture.name not in files.setdefault(family, []):
+            files[family].append(architecture.name)
+    lines = [
+        "# Families of models",
+        "",
+        "Written by `docs/generate.py` from `hybridkv.model.FAMILIES`, the GGUF tables and `hybridkv.hf.facts`. Names are those",
+        "of `model_type` in a Transformers config.",
+        "",
+        "*Native* is this package's own engine: C++ on the CPU, Triton on CUDA. It is tested against Transformers in float64",
+        "(`tests/native`, `tests/hf/test_cuda_step.py`). What it cannot compute of a model (an activation, biases, a kind of",
+        "RoPE) it refuses by name, and `--engine auto` then takes *eager*, Transformers' own code with our cache. Families",
+        "without a GGUF name run from Hugging Face directories alone. Other models that Transformers runs are eager too.",
+        "",
+        "| family | layers | experts | native on the CPU | native on CUDA | GGUF |",
+        "|---|---|---|---|---|---|",
+    ]
+    for family in sorted({*FAMILIES, *STATE_SHAPES, *files}):
+        native = FAMILIES.get(family)
+        parts = () if native is None else native.parts
+        mixers = " + ".join(_WORDS[part.__name__] for part in parts if part.__name__ in _WORDS)
+        cells = (
+            mixers or "-",
+            "yes" if Experts in parts else "-",
+            "yes" if native else "eager",
+            "yes" if family in FAMILY_NAMES else "eager",
+            ", ".join(f"`{name}`" for name in files.get(family, ())) or "-",
+        )
+        lines.append(f"| {family} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

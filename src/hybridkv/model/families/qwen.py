@@ -1,0 +1,133 @@
+"""Hybrids of gated delta nets and attention: Qwen's and OLMo's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from hybridkv.model.families.parts import (
+    Family,
+    act_rejects,
+    attention,
+    bias_rejects,
+    block,
+    by_kind,
+    experts,
+    experts_rejects,
+    first,
+    gated,
+    graph,
+    norm,
+    rope_rejects,
+    shared_expert,
+    window_rejects,
+)
+from hybridkv.model.layers import (
+    Attention,
+    Block,
+    Branch,
+    DeltaNet,
+    Experts,
+    FeedForward,
+    Gated,
+    Mixer,
+    ModelGraph,
+    Norm,
+)
+
+
+def dense_rejects(c: Any) -> str | None:
+    """What dense models and experts refuse alike."""
+    return first(act_rejects(c), rope_rejects(c), bias_rejects(c, "attention_bias", "mlp_bias"), window_rejects(c))
+
+
+def sparse_rejects(c: Any) -> str | None:
+    """What models with experts in every layer refuse."""
+    reason = dense_rejects(c) or experts_rejects(c.num_experts_per_tok, c.num_experts)
+    if reason is None and (getattr(c, "decoder_sparse_step", 1) != 1 or getattr(c, "mlp_only_layers", None)):
+        return "layers without experts among those that have them"
+    return reason
+
+
+def sparse(c: Any, *, shared: bool) -> Experts:
+    """Qwen's experts; the shared one is weighed by a gate of its own."""
+    return experts(
+        c,
+        n_experts=c.num_experts,
+        width=c.moe_intermediate_size,
+        normalised=getattr(c, "norm_topk_prob", True),
+        shared=shared_expert(c.shared_expert_intermediate_size if shared else 0),
+        weighed=True,
+    )
+
+
+def _delta_net(c: Any, **how: Any) -> DeltaNet:
+    return DeltaNet(
+        n_keys=c.linear_num_key_heads,
+        n_values=c.linear_num_value_heads,
+        key_dim=c.linear_key_head_dim,
+        value_dim=c.linear_value_head_dim,
+        kernel=c.linear_conv_kernel_dim,
+        norm=norm(c, "ssm_norm.weight"),
+        **how,
+    )
+
+
+def _qwen3_5(c: Any, ffn: FeedForward, **delta: Any) -> ModelGraph:
+    norms = norm(c, "attn_q_norm.weight"), norm(c, "attn_k_norm.weight")
+    mixers: dict[str, Mixer] = {
+        "full_attention": attention(c, norms=norms, gated=True),
+        "linear_attention": _delta_net(c, **delta),
+    }
+    return by_kind(c, mixers, (norm(c, "attn_norm.weight"), norm(c, "post_attention_norm.weight")), ffn)
+
+
+def _olmo_rejects(c: Any) -> str | None:
+    return first(
+        act_rejects(c),
+        rope_rejects(c) if _olmo_turns(c) else None,
+        bias_rejects(c, "attention_bias"),
+        window_rejects(c),
+    )
+
+
+def _olmo_turns(c: Any) -> bool:
+    """Whether attention has positions."""
+    return bool(c.rope_parameters and c.rope_parameters.get("rope_theta") is not None)
+
+
+def _olmo_hybrid(c: Any) -> ModelGraph:
+    """OLMo-Hybrid: norms before the parts of a delta net's layer, and behind those of an attention layer."""
+    delta = _delta_net(
+        c,
+        values="grouped",
+        update_scale=2.0 if c.linear_allow_neg_eigval else 1.0,
+        qkv=("attn_q.weight", "attn_k.weight", "attn_v.weight"),
+    )
+    # Its output's norm has an epsilon of its own. Source: transformers, modeling_olmo_hybrid.py.
+    delta = replace(delta, norm=Norm("ssm_norm.weight", 1e-5))
+    norms = norm(c, "attn_q_norm.weight"), norm(c, "attn_k_norm.weight")
+    mixer = attention(c, pairs="halves" if _olmo_turns(c) else None, norms=norms, norms_together=True)
+    ffn = gated(c)
+    attends = Block(
+        (
+            Branch(None, (mixer,), norm(c, "post_attention_norm.weight")),
+            Branch(None, (ffn,), norm(c, "post_ffw_norm.weight")),
+        )
+    )
+    recurs = block(delta, ffn, (norm(c, "attn_norm.weight"), norm(c, "ffn_norm.weight")))
+    return graph(c, (attends if kind == "full_attention" else recurs for kind in c.layer_types))
+
+
+FAMILIES = {
+    "qwen3_5_text": Family(dense_rejects, lambda c: _qwen3_5(c, gated(c)), (DeltaNet, Attention, Gated)),
+    "qwen3_5_moe_text": Family(
+        sparse_rejects, lambda c: _qwen3_5(c, sparse(c, shared=True)), (DeltaNet, Attention, Experts)
+    ),
+    "qwen3_next": Family(
+        sparse_rejects,
+        lambda c: _qwen3_5(c, sparse(c, shared=True), values="grouped", joined_rates=True),
+        (DeltaNet, Attention, Experts),
+    ),
+    "olmo_hybrid": Family(_olmo_rejects, _olmo_hybrid, (DeltaNet, Attention, Gated)),
+}

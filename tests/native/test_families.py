@@ -1,0 +1,182 @@
+"""What configs of native families say beyond their defaults, against Transformers in float64; and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hybridkv import model as models
+from hybridkv.cache import KVTypes
+from hybridkv.engine.steps import resolve_step
+from hybridkv.errors import UsageError
+from hybridkv.hf import ModelCache, kv_facts, layer_facts
+from hybridkv.kernels import cpu_native
+from hybridkv.model import graph_of
+from hybridkv.native import NativeStep, source_of
+from hybridkv.native.choice import rejects
+from hybridkv.policy import Guard, Policy
+from tests.families import FAMILIES, build
+
+pytestmark = [
+    pytest.mark.skipif(cpu_native.available() is not None, reason="the native extension is not built"),
+    pytest.mark.usefixtures("_inference"),
+]
+
+_MOE = {"n_routed_experts": 8, "num_experts_per_tok": 3, "routed_scaling_factor": 2.5}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "nemotron_h: dense feed-forwards": (
+        "nemotron_h",
+        {"layers_block_type": ["mlp", "mamba", "attention", "mlp", "mamba"], "n_groups": 2},
+    ),
+    "nemotron_h: groups of experts": ("nemotron_h", {**_MOE, "n_group": 4, "topk_group": 2}),
+    "nemotron_h: weights that do not sum to one": ("nemotron_h", {**_MOE, "norm_topk_prob": False}),
+    "nemotron_h: a latent width": ("nemotron_h", {**_MOE, "moe_latent_size": 24}),
+    "nemotron_h: convolutions without biases": ("nemotron_h", {"use_conv_bias": False}),
+    "granitemoehybrid: no experts": ("granitemoehybrid", {"num_local_experts": 0}),
+    "granitemoehybrid: positions": ("granitemoehybrid", {"position_embedding_type": "rope", "mamba_n_groups": 4}),
+    "granitemoehybrid: multipliers": (
+        "granitemoehybrid",
+        {
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.22,
+            "embedding_multiplier": 6.0,
+            "logits_scaling": 3.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "falcon_h1: a norm after the gate": (
+        "falcon_h1",
+        {"mamba_rms_norm": True, "mamba_norm_before_gate": False, "mamba_n_groups": 2},
+    ),
+    "falcon_h1: multipliers": (
+        "falcon_h1",
+        {
+            "embedding_multiplier": 5.0,
+            "lm_head_multiplier": 0.05,
+            "attention_in_multiplier": 0.9,
+            "attention_out_multiplier": 0.8,
+            "key_multiplier": 0.7,
+            "ssm_in_multiplier": 1.25,
+            "ssm_out_multiplier": 0.3,
+            "ssm_multipliers": [0.4, 0.5, 0.6, 0.7, 0.8],
+            "mlp_multipliers": [0.9, 0.35],
+        },
+    ),
+    "lfm2: a width as it is": ("lfm2", {"block_auto_adjust_ff_dim": False}),
+    "jamba: no experts": ("jamba", {"num_experts": 1}),
+    "jamba: an odd state": ("jamba", {"mamba_d_state": 11, "mamba_dt_rank": 5}),
+    "granitemoehybrid: an odd state": (
+        "granitemoehybrid",
+        {"mamba_d_state": 19, "mamba_n_heads": 2, "mamba_d_head": 64},
+    ),
+    "llama: biases everywhere": ("llama", {"mlp_bias": True}),
+    "llama: scaled positions": ("llama", {"rope_parameters": _LLAMA3}),
+    "olmo_hybrid: no positions": ("olmo_hybrid", {"rope_parameters": {"rope_theta": None, "rope_type": "default"}}),
+    "olmo_hybrid: updates below one": ("olmo_hybrid", {"linear_allow_neg_eigval": False}),
+    "gemma3_text: windows alone": ("gemma3_text", {"layer_types": ["sliding_attention"] * 3}),
+}
+
+
+@pytest.fixture
+def _inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("isa", ["best", "portable"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(variant: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Biases and experts' corrections are random here: Transformers begins with zeros, which would hide them."""
+    if isa != "best":
+        monkeypatch.setenv("HYBRIDKV_ISA", isa)
+    family, changes = VARIANTS[variant]
+    model = build(family, attention="hybridkv", **changes)
+    noise = torch.Generator().manual_seed(3)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.dim() == 1 and ("bias" in name or name.endswith((".D", "norm.weight"))):
+            tensor += 0.3 * torch.randn(tensor.shape, generator=noise)
+    specs = Policy(KVTypes("f32", "f32")).resolve(kv_facts(layer_facts(model.config)))
+    cache, prompt, got = ModelCache(model.config, specs, guard=Guard()), tokens(2, 50), []
+    step = NativeStep(model)
+    for begin, end in ((0, 30), (30, 31), (31, 49), (49, 50)):
+        got.append(step.forward(prompt[:, begin:end], cache, begin))
+    model.config._attn_implementation = "eager"
+    model = model.double()
+    model.set_experts_implementation("eager")
+    exact = model(input_ids=prompt, use_cache=False).logits[:, [29, 30, 48, 49]]
+    difference = (torch.stack(got, dim=1).double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert difference < 4e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_declared_parts_are_those_of_the_graph(family: str) -> None:
+    config = build(family).config
+    text = config.get_text_config(decoder=True)
+    if text.model_type in models.FAMILIES:
+        assert {type(part) for part in graph_of(config).parts} <= {*models.FAMILIES[text.model_type].parts}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tensor_is_named_once(family: str) -> None:
+    """As a session's fingerprint asks, also where rows are permuted."""
+    built = build(family)
+    if rejects(built.config, "cpu") is None:
+        names = [name for name, _ in source_of(built).shapes()]
+        assert len(names) == len(set(names)) > 10
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "lfm2: biases": ("lfm2", {"conv_bias": True}, "projections with a bias \\(conv_bias\\)"),
+    "lfm2_moe: weights": ("lfm2_moe", {"norm_topk_prob": False}, "experts' weights do not sum to one"),
+    "granitemoehybrid: limits": (
+        "granitemoehybrid",
+        {"time_step_limit": (0.1, 1.0)},
+        "time steps limited to 0.1 to 1.0",
+    ),
+    "granitemoehybrid: biases": ("granitemoehybrid", {"attention_bias": True}, "a bias \\(attention_bias\\)"),
+    "nemotron_h: an activation": ("nemotron_h", {"mlp_hidden_act": "silu"}, "activation 'silu', not relu2"),
+    "nemotron_h: dense layers and experts": (
+        "nemotron_h",
+        {"layers_block_type": ["mlp", "mamba", "attention", "moe"]},
+        "both dense layers and layers with experts",
+    ),
+    "falcon_h1: the norm's place": (
+        "falcon_h1",
+        {"mamba_rms_norm": True, "mamba_norm_before_gate": True},
+        "a norm before the gate",
+    ),
+    "gemma3_text: softcaps": ("gemma3_text", {"attn_logit_softcapping": 30.0}, "softcapped"),
+    "jamba: biases": ("jamba", {"mamba_proj_bias": True}, "a bias \\(mamba_proj_bias\\)"),
+    "qwen2: a window": ("qwen2", {"use_sliding_window": True, "sliding_window": 8}, "a sliding window"),
+    "llama: RoPE": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+        "RoPE of type 'dynamic'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_computed_is_refused(case: str) -> None:
+    family, changes, reason = REFUSED[case]
+    config = build(family, **changes).config
+    with pytest.raises(UsageError, match=reason):
+        resolve_step(config, "cpu", "native")
+    assert rejects(config, "cpu") is not None
