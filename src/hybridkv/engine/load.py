@@ -19,6 +19,7 @@ from hybridkv.hf.control_words import ControlWords
 from hybridkv.hf.load import load_tokenizer, load_weights
 from hybridkv.hf.step import Holder, save_unpacked
 from hybridkv.hf.torchao_weights import quantize_weights
+from hybridkv.memory import available_memory
 from hybridkv.native import Memory, directory_source, map_gguf, native_model
 from hybridkv.native.choice import runs_natively
 
@@ -108,6 +109,9 @@ def _load_native(description: Description, weights: WeightKind, memory: Memory) 
         _add_turn_ends(loaded)
         return loaded
     mapped = map_gguf(path, memory)
+    free = available_memory()
+    if memory == "mapped" and (free is None or mapped.source.n_bytes < free.n_bytes):
+        mapped.source.populate()
     model = native_model(mapped.config, mapped.source, weights, mapped.end_ids)
     return Loaded(description, model, mapped.tokenizer, mapped.notices)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from threading import Thread
 from typing import Literal
 
 import numpy as np
@@ -21,7 +22,8 @@ from torch import Tensor
 from hybridkv.errors import ModelFileError
 from hybridkv.formats.weights import WEIGHTS, get_weight_format
 from hybridkv.gguf.reader import Header, TensorInfo
-from hybridkv.kernels.mapped import WatchedMap, lock_memory
+from hybridkv.kernels.cpu_native import allocate
+from hybridkv.kernels.mapped import WatchedMap, lock_memory, populate
 from hybridkv.kernels.weights import Weight, find_bad_block
 
 Memory = Literal["mapped", "copied"]
@@ -69,7 +71,7 @@ class GgufSource:
         parts = header.parts or (header,)
         self._watches: list[WatchedMap] = []
         self._files = [
-            self._viewed(part, data) if memory == "mapped" else data.copy()
+            self._viewed(part, data) if memory == "mapped" else _copied(data)
             for part, data in zip(parts, map(_mapped, parts), strict=True)
         ]
         self._infos = {info.name: info for info in header.tensors}
@@ -98,6 +100,11 @@ class GgufSource:
         """The vectors that were taken."""
         return self._vectors.values()
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(data.size for data in self._files)
+
     def matrices(self) -> Iterable[Weight]:
         """The matrices that were taken."""
         return self._weights.values()
@@ -124,6 +131,10 @@ class GgufSource:
         """
         for watch in self._watches:
             watch.verify()
+
+    def populate(self) -> None:
+        """Bring the files' pages into this process's tables in the background: using them is faster then."""
+        Thread(target=_populate, args=(self._files,), daemon=True).start()
 
     def lock(self) -> None:
         """Keep all files' pages in memory.
@@ -161,6 +172,18 @@ class GgufSource:
         memory._kept = (data, watch)  # type: ignore[attr-defined]  # both live as long as the views
         view: NDArray[np.uint8] = np.ctypeslib.as_array(memory)
         return view
+
+
+def _copied(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The same bytes in memory of this process, in large pages where the system has them."""
+    copy: NDArray[np.uint8] = allocate((data.size,)).numpy()
+    np.copyto(copy, data)
+    return copy
+
+
+def _populate(files: Sequence[NDArray[np.uint8]]) -> None:
+    for data in files:
+        populate(data.ctypes.data, data.size)
 
 
 def _mapped(header: Header) -> NDArray[np.uint8]:

@@ -63,6 +63,12 @@ def verify_maps() -> None:
         watch.verify()
 
 
+def populate(address: int, n_bytes: int) -> None:
+    """Enter the pages of a map into this process's tables at once; where the system cannot, they come one by one."""
+    if available() is None:
+        _native().populate(address, n_bytes)
+
+
 def lock_memory(address: int, n_bytes: int) -> None:
     """Keep a range of memory from being paged out.
 

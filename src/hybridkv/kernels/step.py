@@ -279,6 +279,15 @@ class StepProgram:
         first = (weight.format.name, weight.n_out, weight.n_in, weight.data.data_ptr())
         return first, weight.n_stack, weight.data.stride(0)
 
+    def start_timing(self) -> None:
+        """Time every operation from now on; without this, nothing is timed and nothing costs."""
+        self._native.start_timing()
+
+    def timing(self) -> list[tuple[str, float]]:
+        """Kind of every operation in order, and seconds since `start_timing`."""
+        found: list[tuple[str, float]] = self._native.timing()
+        return found
+
     def _expect(self, state: int, shape: tuple[int, ...]) -> None:
         assert self._states.setdefault(state, shape) == shape, (state, shape)
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <limits>
 #include <vector>
 
@@ -68,18 +69,25 @@ struct Routes {
 };
 
 struct Part {
+    const Stack* stack;
     int64_t expert, row0, row1;  // output rows
 };
 
 // Output rows of every expert that has rows, in tasks.
-std::vector<Part> parts_of(const Stack& stack, const Routes& routes, int n_threads) {
+std::vector<Part> parts_of(std::initializer_list<const Stack*> stacks, const Routes& routes, int n_threads) {
+    const auto has_rows = [&](int64_t e) {
+        return routes.starts[static_cast<size_t>(e) + 1] > routes.starts[static_cast<size_t>(e)];
+    };
+    int64_t left = 0;
+    for (const Stack* stack : stacks) {
+        for (int64_t e = 0; e < stack->count; ++e) left += has_rows(e) * stack->first.n_out * stack->first.row_bytes;
+    }
     std::vector<Part> parts;
-    for (int64_t e = 0; e < stack.count; ++e) {
-        const int64_t n = routes.starts[static_cast<size_t>(e) + 1] - routes.starts[static_cast<size_t>(e)];
-        if (n == 0) continue;
-        const int64_t step = rows_per_task(stack.first, n, n_threads);
-        for (int64_t r = 0; r < stack.first.n_out; r += step) {
-            parts.push_back({e, r, std::min(stack.first.n_out, r + step)});
+    for (const Stack* stack : stacks) {
+        for (int64_t e = 0; e < stack->count; ++e) {
+            if (!has_rows(e)) continue;
+            cut_rows(stack->first, left, n_threads,
+                     [&](int64_t r0, int64_t r1) { parts.push_back({stack, e, r0, r1}); });
         }
     }
     return parts;
@@ -144,24 +152,21 @@ void run_experts(const ExpertsOp& op, const Isa& isa, int64_t n_rows, int n_thre
         if (up_form == gate_form) return;
         kernels.prepare(for_up, op.x.data, op.x.row_stride, n_in, a, b, memory.at<char>(up_form));
     });
-    const auto multiply = [&](const Stack& stack, const Part& part, const char* x, const int32_t* x_rows, float* y) {
+    const auto multiply = [&](const Part& part, const char* x, const int32_t* x_rows, float* y) {
         const int64_t p0 = chosen.starts[static_cast<size_t>(part.expert)];
         const int64_t n = chosen.starts[static_cast<size_t>(part.expert) + 1] - p0;
-        const Matrix w = stack.at(part.expert);
+        const Matrix w = part.stack->at(part.expert);
         void* scratch = thread_scratch(kernels.scratch_bytes(*w.type, w.n_in, n));
         const size_t row = kernels.prepared_bytes(w.type->operand, w.n_in, 1);
         const char* from = x_rows ? x : x + static_cast<size_t>(p0) * row;
         kernels.linear(w, from, x_rows ? x_rows + p0 : nullptr, n, part.row0, part.row1, y + p0 * w.n_out, w.n_out, false,
                        scratch);
     };
-    std::vector<Part> parts = parts_of(op.gate, chosen, n_threads);
-    const int64_t n_gates = static_cast<int64_t>(parts.size());
-    const std::vector<Part> more = parts_of(op.up, chosen, n_threads);
-    parts.insert(parts.end(), more.begin(), more.end());
+    const std::vector<Part> parts = parts_of({&op.gate, &op.up}, chosen, n_threads);
     parallel_for(static_cast<int64_t>(parts.size()), n_threads, [&](int64_t i, int) {
         const Part& part = parts[static_cast<size_t>(i)];
-        if (i < n_gates) multiply(op.gate, part, memory.at<char>(gate_form), chosen.rows.data(), gate);
-        else multiply(op.up, part, memory.at<char>(up_form), chosen.rows.data(), up);
+        if (part.stack == &op.gate) multiply(part, memory.at<char>(gate_form), chosen.rows.data(), gate);
+        else multiply(part, memory.at<char>(up_form), chosen.rows.data(), up);
     });
     by_rows(n_places, n_threads, [&](int64_t a, int64_t b) {
         const int64_t stride = width, n = b - a;
@@ -169,9 +174,9 @@ void run_experts(const ExpertsOp& op, const Isa& isa, int64_t n_rows, int n_thre
         isa.step->gate(GateOp{u, g, u, Gate::silu}, 0, n);
         kernels.prepare(for_down, up, stride, width, a, b, memory.at<char>(down_form));
     });
-    const std::vector<Part> last = parts_of(op.down, chosen, n_threads);
+    const std::vector<Part> last = parts_of({&op.down}, chosen, n_threads);
     parallel_for(static_cast<int64_t>(last.size()), n_threads, [&](int64_t i, int) {
-        multiply(op.down, last[static_cast<size_t>(i)], memory.at<char>(down_form), nullptr, result);
+        multiply(last[static_cast<size_t>(i)], memory.at<char>(down_form), nullptr, result);
     });
     by_rows(n_rows, n_threads, [&](int64_t a, int64_t b) {
         for (int64_t r = a; r < b; ++r) {

@@ -242,6 +242,7 @@ NB_MODULE(_cpu, m) {
     m.def("forget_map", &forget_map);
     m.def("is_damaged", &is_damaged);
     m.def("lock_memory", &lock_memory);
+    m.def("populate", &populate, nb::call_guard<nb::gil_scoped_release>());
     m.def("probe", &probe);
     bind_weights(m);
     bind_step(m);

@@ -96,6 +96,16 @@ public:
 
     size_t size() const { return ops_.size(); }
 
+    // Starts timing every operation; what was timed before is forgotten.
+    void start_timing() { seconds_.assign(ops_.size(), 0.); }
+
+    // Kind of each operation, and seconds since timing was started; no seconds if it never was.
+    std::vector<std::tuple<std::string, double>> timing() const {
+        std::vector<std::tuple<std::string, double>> found;
+        for (size_t i = 0; i < seconds_.size(); ++i) found.emplace_back(kind_of(ops_[i]), seconds_[i]);
+        return found;
+    }
+
     // The health of each call's output, as Health counts.
     std::vector<int> run(const std::string& isa, size_t begin, size_t end, int64_t n_seqs, int64_t n_tokens,
                          bool separate, Address cos, Address sin, const std::vector<Address>& states,
@@ -109,7 +119,7 @@ public:
         for (const Address state : states) run.states.push_back(reinterpret_cast<float*>(state));
         {
             nb::gil_scoped_release unlocked;
-            run_step(ops_, begin, end, run);
+            run_step(ops_, begin, end, run, seconds_.empty() ? nullptr : seconds_.data());
         }
         std::vector<int> health;
         for (const AttendCall& call : attended) health.push_back(static_cast<int>(call.health));
@@ -118,6 +128,7 @@ public:
 
 private:
     std::vector<Op> ops_;
+    mutable std::vector<double> seconds_;  // while operations are timed
 };
 
 }  // namespace
@@ -136,6 +147,8 @@ void bind_step(nb::module_& m) {
         .def("delta", &Program::delta)
         .def("attend", &Program::attend)
         .def("run", &Program::run)
+        .def("start_timing", &Program::start_timing)
+        .def("timing", &Program::timing)
         .def("__len__", &Program::size);
 }
 

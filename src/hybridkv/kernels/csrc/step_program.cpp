@@ -1,6 +1,7 @@
 #include "step_program.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 
 #include "pool.h"
@@ -103,10 +104,11 @@ public:
             const LinearOp::Target* target;
             int64_t row0, row1;
         };
+        int64_t left = 0;
+        for (const LinearOp::Target& t : op.targets) left += t.weight.n_out * t.weight.row_bytes;
         std::vector<Part> parts;
         for (const LinearOp::Target& t : op.targets) {
-            const int64_t n = t.weight.n_out, step = rows_per_task(t.weight, rows_, run_.n_threads);
-            for (int64_t r = 0; r < n; r += step) parts.push_back({&t, r, std::min(n, r + step)});
+            cut_rows(t.weight, left, run_.n_threads, [&](int64_t r0, int64_t r1) { parts.push_back({&t, r0, r1}); });
         }
         parallel_for(static_cast<int64_t>(parts.size()), run_.n_threads, [&](int64_t i, int) {
             const Part& part = parts[static_cast<size_t>(i)];
@@ -197,9 +199,30 @@ private:
 
 }  // namespace
 
-void run_step(const std::vector<Op>& ops, size_t begin, size_t end, const StepRun& run) {
+void run_step(const std::vector<Op>& ops, size_t begin, size_t end, const StepRun& run, double* seconds) {
+    using Clock = std::chrono::steady_clock;
     const Runner runner(run);
-    for (size_t i = begin; i < end; ++i) std::visit(runner, ops[i]);
+    for (size_t i = begin; i < end; ++i) {
+        const Clock::time_point start = seconds ? Clock::now() : Clock::time_point{};
+        std::visit(runner, ops[i]);
+        if (seconds) seconds[i] += std::chrono::duration<double>(Clock::now() - start).count();
+    }
+}
+
+const char* kind_of(const Op& op) {
+    struct Names {
+        const char* operator()(const LinearOp&) const { return "product"; }
+        const char* operator()(const ExpertsOp&) const { return "experts"; }
+        const char* operator()(const NormOp&) const { return "norm"; }
+        const char* operator()(const GateOp&) const { return "gate"; }
+        const char* operator()(const RopeOp&) const { return "rope"; }
+        const char* operator()(const ConvOp&) const { return "convolution"; }
+        const char* operator()(const DecayOp&) const { return "decay"; }
+        const char* operator()(const WeighOp&) const { return "weighed sum"; }
+        const char* operator()(const DeltaOp&) const { return "delta rule"; }
+        const char* operator()(const AttendOp&) const { return "attention"; }
+    };
+    return std::visit(Names{}, op);
 }
 
 }  // namespace hybridkv

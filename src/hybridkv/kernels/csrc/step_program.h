@@ -56,6 +56,10 @@ struct StepRun {
     }
 };
 
-void run_step(const std::vector<Op>& ops, size_t begin, size_t end, const StepRun& run);
+// Seconds of each operation are added to `seconds`, one per operation, unless it is null.
+void run_step(const std::vector<Op>& ops, size_t begin, size_t end, const StepRun& run, double* seconds);
+
+// The name of an operation's kind.
+const char* kind_of(const Op& op);
 
 }  // namespace hybridkv

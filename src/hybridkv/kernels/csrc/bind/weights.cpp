@@ -7,6 +7,8 @@
 #include <memory>
 #include <new>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "linear/weight.h"
 #include "module.h"
@@ -47,12 +49,14 @@ void weight_linear(const std::string& isa, const std::string& type, int64_t n_ou
     by_rows(n_x, n_threads, [&](int64_t a, int64_t b) {
         kernels.prepare(operand, reinterpret_cast<const float*>(x), x_stride, n_in, a, b, prepared.get());
     });
-    const int64_t step = rows_per_task(w, n_rows, n_threads);
+    std::vector<std::pair<int64_t, int64_t>> parts;
+    int64_t left = n_out * w.row_bytes;
+    cut_rows(w, left, n_threads, [&](int64_t r0, int64_t r1) { parts.emplace_back(r0, r1); });
     const size_t scratch = kernels.scratch_bytes(*w.type, n_in, n_rows);
-    parallel_for((n_out + step - 1) / step, n_threads, [&](int64_t i, int) {
-        kernels.linear(w, prepared.get(), reinterpret_cast<const int32_t*>(x_rows), n_rows, i * step,
-                       std::min(n_out, (i + 1) * step), reinterpret_cast<float*>(y), y_stride, add,
-                       thread_scratch(scratch));
+    parallel_for(static_cast<int64_t>(parts.size()), n_threads, [&](int64_t i, int) {
+        const auto [r0, r1] = parts[static_cast<size_t>(i)];
+        kernels.linear(w, prepared.get(), reinterpret_cast<const int32_t*>(x_rows), n_rows, r0, r1,
+                       reinterpret_cast<float*>(y), y_stride, add, thread_scratch(scratch));
     });
 }
 

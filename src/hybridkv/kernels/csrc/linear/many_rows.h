@@ -213,6 +213,14 @@ struct Many {
         else if constexpr (N > 1) last<N - 1>(n, f, q);
     }
 
+    // Asks for a unit's share of the next output rows, which lie behind each other: too many streams for a processor to
+    // see by itself.
+    static inline void ask_for(const Matrix& w, int64_t r0, int64_t row1, int64_t u, int64_t units) {
+        const int64_t n = row1 - r0 < kOut ? row1 - r0 : kOut, share = n * w.row_bytes / units + 1;
+        const uint8_t* p = w.data + r0 * w.row_bytes + u * share;
+        for (int64_t i = 0; i < share; i += 64) __builtin_prefetch(p + i, 0, 2);
+    }
+
     template <class T>
     struct Scratch {
         F acc[kMost][kOut];
@@ -231,6 +239,7 @@ struct Many {
                 const int64_t n = row1 - r0 < kOut ? row1 - r0 : kOut;
                 for (int64_t q = 0; q < nq; ++q) for (F& a : s.acc[q]) a = Simd::set1(0.f);
                 for (int64_t u = 0; u < units; ++u) {
+                    if (q0 == 0 && r0 + kOut < row1) ask_for(w, r0 + kOut, row1, u, units);
                     bring_rows<T>(w, r0, n, u, s.rows);
                     for_tiles<T>(nq, [&](auto group, int64_t q) {
                         constexpr int NQ = decltype(group)::count;

@@ -53,14 +53,20 @@ struct LinearKernels {
                    int64_t row1, float* y, int64_t y_stride, bool add, void* scratch);
 };
 
-// Output rows in a task: so many that handing it out costs nothing, and few enough that threads end together.
-inline int64_t rows_per_task(const Matrix& w, int64_t n_rows, int n_threads) {
-    constexpr int64_t kLeastBytes = 16 << 10, kRowTile = 24;  // many_rows.h brings so many rows at once
-    const int64_t tasks = n_threads * (n_rows <= 8 ? 16 : 4);
-    const int64_t least = (kLeastBytes - 1) / (w.row_bytes > 0 ? w.row_bytes : 1) + 1;
-    const int64_t share = (w.n_out + tasks - 1) / tasks;
-    const int64_t rows = least > share ? least : share;
-    return rows > kRowTile ? (rows + kRowTile - 1) / kRowTile * kRowTile : (rows + 3) / 4 * 4;
+// Cuts a matrix's output rows into tasks: calls task(row0, row1). `bytes_left` are those of all matrices of a call that
+// are not handed out yet: long streams come first, for each start costs, and then ever shorter ones, so that threads end
+// together.
+template <class Task>
+inline void cut_rows(const Matrix& w, int64_t& bytes_left, int n_threads, const Task& task) {
+    constexpr int64_t kLeastBytes = 64 << 10, kRowTile = 24;  // many_rows.h brings so many rows at once
+    for (int64_t row0 = 0, row1; row0 < w.n_out; row0 = row1) {
+        const int64_t share = bytes_left / (n_threads * 3), bytes = share > kLeastBytes ? share : kLeastBytes;
+        int64_t rows = bytes / (w.row_bytes > 0 ? w.row_bytes : 1) + 1;
+        rows = rows > kRowTile ? (rows + kRowTile - 1) / kRowTile * kRowTile : (rows + 3) / 4 * 4;
+        row1 = row0 + rows < w.n_out ? row0 + rows : w.n_out;
+        task(row0, row1);
+        bytes_left -= (row1 - row0) * w.row_bytes;
+    }
 }
 
 }  // namespace hybridkv
