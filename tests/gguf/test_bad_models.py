@@ -13,6 +13,8 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from hybridkv.errors import ModelFileError
 from hybridkv.gguf.load import config_from_gguf, load_gguf
+from hybridkv.hf import Holder
+from hybridkv.kernels.weights import Weight
 from tests.gguf import raw
 from tests.gguf.write_qwen35 import Draft, Key, add_key, draft, tiny_model
 
@@ -181,12 +183,17 @@ def test_a_file_that_shrinks_while_it_is_loaded(tmp_path: Path, left: int) -> No
     path = draft(MODEL).write(tmp_path / "x.gguf")
     size = path.stat().st_size
 
-    def shrink(parameter: torch.Tensor) -> torch.Tensor:
-        os.truncate(path, left)
-        return parameter
+    class Shrinking(Holder):
+        def of_file(self, weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+            os.truncate(path, left)
+            return super().of_file(weight, dtype)
+
+        def of_values(self, parameter: torch.Tensor) -> torch.Tensor:
+            os.truncate(path, left)
+            return super().of_values(parameter)
 
     with pytest.raises(ModelFileError, match=f"changed from {size} to {left} bytes while it was being read"):
-        load_gguf(path, replace=shrink)
+        load_gguf(path, hold=Shrinking("plain"))
 
 
 OTHER_KINDS: dict[str, tuple[Draft, str]] = {

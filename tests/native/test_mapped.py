@@ -19,15 +19,18 @@ pytestmark = pytest.mark.skipif(cpu_native.available() is not None, reason="the 
 
 SHRINKING = """
 import os, sys
+from pathlib import Path
 import torch
 from hybridkv.cache import KVTypes
+from hybridkv.engine.load import describe, load
+from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import HybridKVError
 from hybridkv.hf import ModelCache, kv_facts, layer_facts
-from hybridkv.native import NativeStep, map_gguf, native_model
 from hybridkv.policy import Policy
 
-mapped = map_gguf(sys.argv[1])
-step = NativeStep(native_model(mapped.config, mapped.source, "auto"))
+engine = sys.argv[2]
+mapped = load(describe(Path(sys.argv[1])), dtype=torch.float32, device="cpu", weights="auto", engine=engine).model
+step = resolve_step(mapped.config, "cpu", engine)(mapped)
 specs = Policy(KVTypes("f16", "f16")).resolve(kv_facts(layer_facts(mapped.config)))
 os.truncate(sys.argv[1], os.path.getsize(sys.argv[1]) // 4)
 try:
@@ -66,8 +69,10 @@ def test_copied_weights_do_not_need_the_file(copy: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "truncate") or sys.platform == "win32", reason="files in use do not shrink there")
-def test_a_file_that_shrinks_ends_in_an_error_and_not_a_signal(copy: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", SHRINKING, str(copy)], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("engine", ["native", "eager"])
+def test_a_file_that_shrinks_ends_in_an_error_and_not_a_signal(copy: Path, engine: str) -> None:
+    command = [sys.executable, "-c", SHRINKING, str(copy), engine]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert "became shorter while its weights were read" in done.stdout
 

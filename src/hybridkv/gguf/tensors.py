@@ -69,9 +69,11 @@ class GgufSource:
 
     def __init__(self, header: Header, memory: Memory = "mapped") -> None:
         parts = header.parts or (header,)
-        self._paths = tuple(part.path for part in parts)
         self._watches: list[WatchedMap] = []
-        self._files = [self._viewed(data) if memory == "mapped" else _copied(data) for data in map(_mapped, parts)]
+        self._files = [
+            self._viewed(part, data) if memory == "mapped" else _copied(data)
+            for part, data in zip(parts, map(_mapped, parts), strict=True)
+        ]
         self._infos = {info.name: info for info in header.tensors}
         self._weights: dict[str, Weight] = {}
         self._vectors: dict[str, Tensor] = {}
@@ -127,12 +129,8 @@ class GgufSource:
         ModelFileError
             If pages were gone when they were read: what was computed from them is wrong.
         """
-        for path, watch in zip(self._paths, self._watches, strict=False):
-            if watch.is_damaged:
-                raise ModelFileError(
-                    f"{path} became shorter while its weights were read",
-                    hint="do not change a model file in use; start again, or take --no-mmap to read it at once",
-                )
+        for watch in self._watches:
+            watch.verify()
 
     def populate(self) -> None:
         """Bring the files' pages into this process's tables in the background: using them is faster then."""
@@ -166,10 +164,10 @@ class GgufSource:
         n_out = info.shape[-2] if len(info.shape) > 1 else 1
         return Weight(get_weight_format(info.type.name), data.view(-1, n_out, data.shape[-1]), info.shape[-1])
 
-    def _viewed(self, data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def _viewed(self, part: Header, data: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The same memory, watched, under a flag that Torch takes without a warning; the map itself forbids writing."""
         memory = (ctypes.c_uint8 * data.size).from_address(data.ctypes.data)
-        watch = WatchedMap(data.ctypes.data, data.size)
+        watch = WatchedMap(str(part.path), data.ctypes.data, data.size)
         self._watches.append(watch)
         memory._kept = (data, watch)  # type: ignore[attr-defined]  # both live as long as the views
         view: NDArray[np.uint8] = np.ctypeslib.as_array(memory)

@@ -135,7 +135,7 @@ def attention_forward(
         mask=None if attention_mask is None else _boolean(attention_mask, module),
     )
     if isinstance(key, LayerView):
-        if attention_mask is None and position_ids is not None:
+        if attention_mask is None and position_ids is not None and key.fixed is None:
             _check_positions(key.layer.n_seen - query.shape[2], position_ids)
         out = _attend_stored(query, key, params)
     else:
@@ -150,7 +150,8 @@ def _check_positions(n_held: int, position_ids: Tensor) -> None:
 
     The cache has taken some of them by now and is of no use until it is reset.
 
-    A single token on an accelerator is not looked at: decoding does not wait for the device.
+    A single token on an accelerator is not looked at: decoding does not wait for the device. Nor is one whose step is
+    being recorded, which has no number.
     """
     looked_at = position_ids.device.type == "cpu" or position_ids.shape[-1] > 1
     if n_held and position_ids.dim() == 2 and looked_at and int(position_ids.max()) < n_held:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import errno
 import os
+import weakref
 
-from hybridkv.errors import UsageError
+from hybridkv.errors import ModelFileError, UsageError
 from hybridkv.kernels.cpu_native import _native, available
 
 
@@ -17,22 +18,49 @@ class WatchedMap:
 
     Parameters
     ----------
+    name
+        Of the file, for errors.
     address, n_bytes
         Of the map. Where the extension is not built, or the system has no such signal, nothing is watched.
     """
 
-    def __init__(self, address: int, n_bytes: int) -> None:
+    def __init__(self, name: str, address: int, n_bytes: int) -> None:
+        self._name = name
         self._map = _native().watch_map(address, n_bytes) if available() is None else -1
+        _WATCHED.add(self)
 
     @property
     def is_damaged(self) -> bool:
         """Whether pages were gone when they were read: what was computed from them is wrong."""
         return bool(self._map >= 0 and _native().is_damaged(self._map))
 
+    def verify(self) -> None:
+        """Refuse to go on with a file that has shrunk since it was mapped.
+
+        Raises
+        ------
+        ModelFileError
+            If pages were gone when they were read: what was computed from them is wrong.
+        """
+        if self.is_damaged:
+            raise ModelFileError(
+                f"{self._name} became shorter while its weights were read",
+                hint="do not change a model file in use; start again, or take --no-mmap to read it at once",
+            )
+
     def __del__(self) -> None:
         """Forget the map."""
         if getattr(self, "_map", -1) >= 0:
             _native().forget_map(self._map)
+
+
+_WATCHED: weakref.WeakSet[WatchedMap] = weakref.WeakSet()
+
+
+def verify_maps() -> None:
+    """Verify every map that is in use; see `WatchedMap.verify`."""
+    for watch in list(_WATCHED):
+        watch.verify()
 
 
 def populate(address: int, n_bytes: int) -> None:

@@ -13,6 +13,7 @@ from hybridkv.hf.cache import ModelCache
 from hybridkv.hf.facts import cache_argument, takes_chunks
 from hybridkv.hf.step.record import Answers, one_by_one
 from hybridkv.hf.step.weights import types_held
+from hybridkv.kernels.mapped import verify_maps
 
 PREFILL_CHUNK = 512
 """Prompt tokens per forward pass; bounds the activations' memory."""
@@ -85,4 +86,5 @@ class EagerStep:
             # Not every model counts the past itself: Bamba would start each call at position 0.
             arguments["position_ids"] = positions
         logits: Tensor = self._model(input_ids=tokens, use_cache=True, **arguments).logits
+        verify_maps()
         return logits
