@@ -6,7 +6,7 @@ is planned before anything large is touched; imports none of Transformers' model
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +17,7 @@ from hybridkv.gguf.load import describe_gguf
 from hybridkv.held import Held, Runner, WeightKind, held_weights
 from hybridkv.hf.facts import layer_facts
 from hybridkv.hf.ranks import check_plan
-from hybridkv.native.choice import EngineKind, runs_natively
+from hybridkv.native.choice import EngineKind, multiplies, runs_natively
 
 if TYPE_CHECKING:
     from hybridkv.hf.load import RemoteCode
@@ -88,6 +88,8 @@ class Description:
             tensors = stored_in_directory(self.path, self.config, remote_code=self.remote_code)
             if not widens(self.path, self.config, remote_code=self.remote_code):
                 loading = "at once"
+            if runner == "native" and multiplies(self.config):
+                tensors = tuple(replace(tensor, type="f32") for tensor in tensors)
         else:
             from hybridkv.gguf.stored import stored_tensors
 

@@ -17,7 +17,7 @@ from hybridkv.gguf.split import read_model
 from hybridkv.gguf.tensors import check_multiplied
 from hybridkv.held import Place, Runner, Shape, StoredTensor
 
-_CONVOLUTIONS = ("ssm_conv1d.weight", "shortconv.conv.weight")
+_SMALL = ("ssm_conv1d.weight", "shortconv.conv.weight", "ssm_a")  # convolutions, and decays of each state
 _PLACES: dict[str, Place] = {"token_embd.weight": "embedding", "output.weight": "head"}
 
 
@@ -47,7 +47,7 @@ def _plain_names(architecture: Architecture) -> frozenset[str]:
 def _stored(info: TensorInfo, plain: frozenset[str]) -> StoredTensor:
     dims = [dim for dim in info.shape if dim > 1] or [1]
     shape: Shape = (
-        "vector" if len(dims) == 1 or info.name.endswith(_CONVOLUTIONS) else "matrix" if len(dims) == 2 else "experts"
+        "vector" if len(dims) == 1 or info.name.endswith(_SMALL) else "matrix" if len(dims) == 2 else "experts"
     )
     n_in = dims[-1]
     n_out = dims[-2] if shape != "vector" else prod(dims[:-1])

@@ -32,7 +32,8 @@ def stored_tensors(directory: Path, config: Any, *, remote_code: RemoteCode = "r
         if module is not None:
             places[id(module.weight)] = place  # type: ignore[assignment]
     found = []
-    for parameter in model.parameters():
+    # Buffers of a checkpoint too, such as experts' biases; tied tensors once.
+    for parameter in {id(value): value for value in model.state_dict(keep_vars=True).values()}.values():
         dims = tuple(parameter.shape)
         is_vector = len(dims) < 2 or (len(dims) == 3 and dims[1] == 1)  # or a convolution's one channel
         shape: Shape = "vector" if is_vector else "matrix" if len(dims) == 2 else "experts"

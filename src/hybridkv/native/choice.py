@@ -37,6 +37,12 @@ def _tables_reject(config: Any) -> str | None:
     return None
 
 
+def multiplies(config: Any) -> bool:
+    """Whether a directory's matrices are multiplied by numbers of the config, which leaves them float32."""
+    tables = find_tables(config.get_text_config(decoder=True))
+    return any(rule.scale is not None for rules in tables.tensors.values() for rule in rules)
+
+
 def runs_natively(config: Any, device: str, engine: EngineKind = "auto") -> bool:
     """Whether the native step runs a model, so that no Transformers class is needed for it."""
     return engine != "eager" and rejects(config, device.partition(":")[0]) is None

@@ -235,7 +235,7 @@ def held_parts(model: nn.Module) -> dict[str, int]:
     """Bytes of a model's weights by how they are held, named as `hybridkv.held` names them ahead."""
     parts: dict[str, int] = {}
     vectors = 0
-    for parameter in model.parameters():
+    for parameter in {id(value): value for value in model.state_dict(keep_vars=True).values()}.values():
         if isinstance(parameter, PackedTensor):
             held, n_bytes = parameter.packed.format.name, parameter.packed.nbytes
         elif parameter.dim() < 2 or (parameter.dim() == 3 and parameter.shape[1] == 1):  # a convolution's one channel
