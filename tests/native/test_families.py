@@ -76,6 +76,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "lfm2: a width as it is": ("lfm2", {"block_auto_adjust_ff_dim": False}),
+    "lfm2_moe: weights that do not sum to one": (
+        "lfm2_moe",
+        {"norm_topk_prob": False, "routed_scaling_factor": 1.5, "use_expert_bias": False},
+    ),
+    "granitemoehybrid: Mamba alone": ("granitemoehybrid", {"layer_types": ["mamba"] * 4}),
+    "granitemoehybrid: attention alone": (
+        "granitemoehybrid",
+        {"layer_types": ["attention"] * 4, "position_embedding_type": "rope"},
+    ),
+    "qwen3_moe: weights that do not sum to one": ("qwen3_moe", {"norm_topk_prob": False}),
     "jamba: no experts": ("jamba", {"num_experts": 1}),
     "jamba: an odd state": ("jamba", {"mamba_d_state": 11, "mamba_dt_rank": 5}),
     "granitemoehybrid: an odd state": (
@@ -144,7 +154,6 @@ def test_every_tensor_is_named_once(family: str) -> None:
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "lfm2: biases": ("lfm2", {"conv_bias": True}, "projections with a bias \\(conv_bias\\)"),
-    "lfm2_moe: weights": ("lfm2_moe", {"norm_topk_prob": False}, "experts' weights do not sum to one"),
     "granitemoehybrid: limits": (
         "granitemoehybrid",
         {"time_step_limit": (0.1, 1.0)},
@@ -163,6 +172,16 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "a norm before the gate",
     ),
     "gemma3_text: softcaps": ("gemma3_text", {"attn_logit_softcapping": 30.0}, "softcapped"),
+    "falcon_h1: tied": (
+        "falcon_h1",
+        {"tie_word_embeddings": True, "embedding_multiplier": 2.0, "lm_head_multiplier": 0.5},
+        "one matrix with two multipliers",
+    ),
+    "falcon_h1: RoPE in part": (
+        "falcon_h1",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+        "RoPE of a part of each head",
+    ),
     "jamba: biases": ("jamba", {"mamba_proj_bias": True}, "a bias \\(mamba_proj_bias\\)"),
     "qwen2: a window": ("qwen2", {"use_sliding_window": True, "sliding_window": 8}, "a sliding window"),
     "llama: RoPE": (

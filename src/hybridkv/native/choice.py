@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from hybridkv.errors import ModelError
-from hybridkv.gguf.convert import find_tables
 from hybridkv.kernels import cpu_native
 from hybridkv.model import graph_of
 from hybridkv.model import rejects as graph_rejects
@@ -23,18 +21,7 @@ def rejects(config: Any, device: str) -> str | None:
     if getattr(config, "quantization_config", None) is not None:
         return "weights that another program quantized"
     reason = graph_rejects(config)
-    if reason is None:
-        reason = lowering.rejects(graph_of(config))
-    return _tables_reject(config) if reason is None else reason
-
-
-def _tables_reject(config: Any) -> str | None:
-    """Why no table names a model's tensors; None if one does."""
-    try:
-        find_tables(config.get_text_config(decoder=True))
-    except ModelError as error:
-        return str(error).partition("\n")[0]
-    return None
+    return lowering.rejects(graph_of(config)) if reason is None else reason
 
 
 def multiplies(config: Any) -> bool:

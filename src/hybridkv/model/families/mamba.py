@@ -75,6 +75,8 @@ def _nemotron_rejects(c: Any) -> str | None:
         bias_rejects(c, "attention_bias", "mlp_bias", "mamba_proj_bias", "use_bias"),
         "layers with a sliding window" if c.sliding_window else None,
         None if n_experts is None else experts_rejects(c.num_experts_per_tok, n_experts),
+        "both dense layers and layers with experts" if {"mlp", "moe"} <= {*c.layers_block_type} else None,
+        "experts and no attention" if n_experts is not None and "full_attention" not in c.layers_block_type else None,
         "groups of a single expert" if n_experts is not None and n_experts == c.n_group > 1 else None,
     )
 
@@ -131,6 +133,9 @@ def _falcon_rejects(c: Any) -> str | None:
         bias_rejects(c, "attention_bias", "mlp_bias", "projectors_bias", "mamba_proj_bias"),
         limit_rejects(c),
         "a norm before the gate" if c.mamba_rms_norm and c.mamba_norm_before_gate else None,
+        "embeddings and head as one matrix with two multipliers"
+        if c.tie_word_embeddings and c.embedding_multiplier != c.lm_head_multiplier
+        else None,
     )
 
 
@@ -178,7 +183,7 @@ def _jamba(c: Any) -> ModelGraph:
 def _bamba_rejects(c: Any) -> str | None:
     return first(
         act_rejects(c),
-        rope_rejects(c),
+        rope_rejects(c, partial=True),
         bias_rejects(c, "attention_bias", "mlp_bias", "mamba_proj_bias"),
         limit_rejects(c),
     )

@@ -155,9 +155,17 @@ def first(*reasons: str | None) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def rope_rejects(c: Any, rope: Any = None) -> str | None:
-    """Why RoPE of this config cannot be computed ahead, or None."""
+def rope_rejects(c: Any, rope: Any = None, *, partial: bool = False) -> str | None:
+    """Why RoPE of this config cannot be computed ahead, or None.
+
+    Parameters
+    ----------
+    partial
+        Whether the model's class turns a part of each head if it is told to; the others pass over it.
+    """
     rope = c.rope_parameters if rope is None else rope
+    if rope.get("partial_rotary_factor", 1.0) != 1 and not partial:
+        return "RoPE of a part of each head, which its class does not compute"
     if rope["rope_type"] not in ROPES:
         return f"RoPE of type {rope['rope_type']!r}; it knows {', '.join(ROPES)}"
     if rope["rope_type"] == "longrope" and list(rope["short_factor"]) != list(rope["long_factor"]):

@@ -36,17 +36,30 @@ from hybridkv.model.layers import (
 )
 
 
-def dense_rejects(c: Any) -> str | None:
-    """What dense models and experts refuse alike."""
-    return first(act_rejects(c), rope_rejects(c), bias_rejects(c, "attention_bias", "mlp_bias"), window_rejects(c))
+def dense_rejects(c: Any, *, partial: bool = False) -> str | None:
+    """What dense models and experts refuse alike; `partial` as in `rope_rejects`."""
+    return first(
+        act_rejects(c),
+        rope_rejects(c, partial=partial),
+        bias_rejects(c, "attention_bias", "mlp_bias"),
+        window_rejects(c),
+    )
 
 
-def sparse_rejects(c: Any) -> str | None:
+def sparse_rejects(c: Any, *, partial: bool = False) -> str | None:
     """What models with experts in every layer refuse."""
-    reason = dense_rejects(c) or experts_rejects(c.num_experts_per_tok, c.num_experts)
+    reason = dense_rejects(c, partial=partial) or experts_rejects(c.num_experts_per_tok, c.num_experts)
     if reason is None and (getattr(c, "decoder_sparse_step", 1) != 1 or getattr(c, "mlp_only_layers", None)):
         return "layers without experts among those that have them"
     return reason
+
+
+def _dense_rejects(c: Any) -> str | None:
+    return dense_rejects(c, partial=True)
+
+
+def _sparse_rejects(c: Any) -> str | None:
+    return sparse_rejects(c, partial=True)
 
 
 def sparse(c: Any, *, shared: bool) -> Experts:
@@ -120,12 +133,14 @@ def _olmo_hybrid(c: Any) -> ModelGraph:
 
 
 FAMILIES = {
-    "qwen3_5_text": Family(dense_rejects, lambda c: _qwen3_5(c, gated(c)), (DeltaNet, Attention, Gated)),
+    "qwen3_5_text": Family(_dense_rejects, lambda c: _qwen3_5(c, gated(c)), (DeltaNet, Attention, Gated)),
     "qwen3_5_moe_text": Family(
-        sparse_rejects, lambda c: _qwen3_5(c, sparse(c, shared=True)), (DeltaNet, Attention, Experts)
+        _sparse_rejects,
+        lambda c: _qwen3_5(c, sparse(c, shared=True)),
+        (DeltaNet, Attention, Experts),
     ),
     "qwen3_next": Family(
-        sparse_rejects,
+        _sparse_rejects,
         lambda c: _qwen3_5(c, sparse(c, shared=True), values="grouped", joined_rates=True),
         (DeltaNet, Attention, Experts),
     ),
