@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from hybridkv.gguf.convert import find_tables
 from hybridkv.kernels import cpu_native
 from hybridkv.model import graph_of
 from hybridkv.model import rejects as graph_rejects
