@@ -154,6 +154,6 @@ def test_the_model_list_is_what_it_says() -> None:
     assert all(isinstance(cache, ModelCache) and cache.kv_layers for cache in kinds.values())
     assert all(any(isinstance(layer, StateLayer) for layer in kinds[name].layers) for name in HYBRIDS)
     windows = {name for name, cache in kinds.items() if any(s.facts.window for s in cache.specs)}
-    assert windows == {"gemma2", "gemma3_text", "gpt_oss"}
+    assert windows == {"gemma2", "gemma3_text", "gpt_oss", "mistral"}
     assert {name for name in CONTROLS if kinds[name].specs[0].facts.sinks} == {"gpt_oss"}
     assert {name for name in CONTROLS if kinds[name].specs[0].facts.softcap} == {"gemma2"}

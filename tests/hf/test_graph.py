@@ -25,7 +25,7 @@ from tests.families import FAMILIES, build
 from tests.hf import recorded
 from tests.hf.recorded import Again, Suspicious, Traced
 
-WINDOWED = ("gemma2", "gemma3_text", "gpt_oss")
+WINDOWED = ("gemma2", "gemma3_text", "gpt_oss", "mistral")
 TWO_LAYERS = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 F32 = KVTypes("f32", "f32")
 

@@ -230,6 +230,7 @@ std::vector<Segment> segments_of(const std::vector<Rows>& rows, int64_t head_dim
 }  // namespace hybridkv
 
 NB_MODULE(_cpu, m) {
+    nb::set_leak_warnings(false);  // a step that lives until the interpreter's end is no leak
     std::vector<std::string> formats;
     for (const Format& f : kFormats) formats.emplace_back(f.name);
     m.attr("FORMATS") = nb::cast(formats);
