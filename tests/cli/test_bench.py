@@ -151,6 +151,16 @@ def test_decode_json(cli: Cli, gguf: Path, engine: str) -> None:
     assert set(found["ratio"]) == {"q8_0 depth 0", "q8_0 depth 40", "q8_0 prompt 16"}
 
 
+def test_a_profile_says_where_a_token_s_time_goes(cli: Cli, gguf: Path) -> None:
+    """Its parts are the whole: what is no operation is named too. Other steps say that they have none."""
+    found = last_line(cli("bench", "decode", "-m", gguf, *DECODE, "--against", "", "--profile", "--json"))
+    for step in found["steps"]:
+        assert {"product", "attention", "head: product", "outside"} <= set(step["profile"])
+        assert all(ms >= 0 for ms in step["profile"].values())
+    done = cli("bench", "decode", "-m", gguf, *DECODE, "--against", "", "--profile", "--engine", "eager")
+    assert "no profile: operations are timed where the native step runs" in done.out
+
+
 def test_decode_without_ik_says_so(cli: Cli, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(decode_bench.PEERS, "ik", absent)
     done = cli("bench", "decode", "-m", gguf, *DECODE)

@@ -72,6 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="auto|native|eager",
         help="what runs the layers outside of attention, as in `run` (default auto)",
     )
+    parser.add_argument(
+        "--profile", action="store_true", help="print where a token's time goes, by kind of native operation"
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -111,6 +114,7 @@ def _plan(a: argparse.Namespace) -> Plan:
         n_steps=n_steps,
         n_threads=threads_from(a.threads),
         kind=parse_step(a.engine),
+        profile=a.profile,
     )
 
 
@@ -142,6 +146,19 @@ def _print(report: DecodeReport, plan: Plan, console: Console) -> None:
     peers = [p.name for p in report.peers if p.path is not None]
     for title, speeds in (("prompt", report.prompts), ("generation", report.steps)):
         _print_speeds(title, speeds, peers, console)
+    for speed in report.steps:
+        if speed.profile:
+            _print_profile(speed, console)
+        elif plan.profile:
+            console.print("no profile: operations are timed where the native step runs")
+
+
+def _print_profile(speed: Speed, console: Console) -> None:
+    whole, title = sum(speed.profile.values()), f"{speed.kv_type} at depth {speed.depth}"
+    table = simple_table(title, "ms a token", "share", left=(title,))
+    for kind, ms in speed.profile.items():
+        table.add_row(kind, f"{ms:.3f}", f"{ms / whole:.1%}")
+    console.print(table)
 
 
 def _print_speeds(title: str, speeds: tuple[Speed, ...], peers: list[str], console: Console) -> None:

@@ -26,6 +26,7 @@ from hybridkv.hf import Step, kv_facts, packing_rejects
 from hybridkv.lab.peers import Found, ik_library
 from hybridkv.lab.peers.ik_model import Logits, ik_context, ik_model, runs
 from hybridkv.lab.timing import Spread, spread
+from hybridkv.native import NativeStep
 from hybridkv.policy import Guard, Policy
 
 PEERS: dict[str, Callable[[], Found]] = {"ik": ik_library.find}
@@ -72,6 +73,8 @@ class Plan:
         Tokens of the timed prompt, at depth 0.
     n_steps
         Timed steps at each depth.
+    profile
+        Whether as many steps again are timed operation by operation, where the native step runs.
     """
 
     types: tuple[str, ...]
@@ -80,11 +83,13 @@ class Plan:
     n_steps: int
     n_threads: int
     kind: StepKind = "auto"
+    profile: bool = False
 
     @property
     def n_ctx(self) -> int:
         """Tokens that a context must hold, warm-up steps included."""
-        return max(*self.depths, self.n_prompt, 2 * _N_AGREE + len(_TEXT)) + self.n_steps + _BURSTS
+        steps = self.n_steps * (2 if self.profile else 1)
+        return max(*self.depths, self.n_prompt, 2 * _N_AGREE + len(_TEXT)) + steps + _BURSTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +117,19 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Time of a step at a depth, or of the prompt; by runner."""
+    """Time of a step at a depth, or of the prompt; by runner.
+
+    Attributes
+    ----------
+    profile
+        Milliseconds of our step by kind of operation, `outside` for what is not one; empty if it was not asked for.
+    """
 
     kv_type: str
     depth: int
     n_tokens: int
     time: dict[str, Spread] = field(default_factory=dict)
+    profile: dict[str, float] = field(default_factory=dict)
 
     @property
     def tok_s(self) -> dict[str, float]:
@@ -178,6 +190,21 @@ class OurRunner:
             logits = self._engine.advance(torch.tensor(ids))
         values: Logits = logits[0].numpy()
         return values
+
+    def profile(self, n_steps: int) -> dict[str, float]:
+        """Milliseconds of a greedy step by kind of operation; empty where another than the native step runs."""
+        step = self._engine.step
+        if not isinstance(step, NativeStep):
+            return {}
+        token = 1
+        step.start_timing()
+        begin = time.perf_counter()
+        for _ in range(n_steps):
+            token = int(self.advance([token]).argmax())
+        whole = time.perf_counter() - begin
+        seconds = step.timing()
+        seconds["outside"] = whole - sum(seconds.values())
+        return {kind: 1e3 * spent / n_steps for kind, spent in sorted(seconds.items(), key=lambda item: -item[1])}
 
     def deepen(self, n_tokens: int) -> None:
         """Repeat the stored rows until there are `n_tokens`."""
@@ -327,4 +354,7 @@ def _time_steps(kv_type: str, runners: dict[str, Runner], plan: Plan, depth: int
                 tokens[name] = int(runner.advance([tokens[name]]).argmax())
                 if n_done:
                     seconds[name].append(time.perf_counter() - begin)
-    return Speed(kv_type, depth, 1, {name: spread(s) for name, s in seconds.items()})
+    ours = runners[OURS]
+    assert isinstance(ours, OurRunner)
+    profile = ours.profile(plan.n_steps) if plan.profile else {}
+    return Speed(kv_type, depth, 1, {name: spread(s) for name, s in seconds.items()}, profile)

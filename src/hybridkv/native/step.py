@@ -60,6 +60,19 @@ class NativeStep:
         """With the instruction set and the weights' types."""
         return f"native-{cpu_native.isa()}, weights {types_held(self._source)}"
 
+    def start_timing(self) -> None:
+        """Time every operation from now on; without this, nothing is timed and nothing costs."""
+        self._layers.program.start_timing()
+        self._head.program.start_timing()
+
+    def timing(self) -> dict[str, float]:
+        """Seconds since `start_timing` by kind of operation, those of the output head apart."""
+        seconds: dict[str, float] = {}
+        for part, builder in (("", self._layers), ("head: ", self._head)):
+            for kind, spent in builder.program.timing():
+                seconds[part + kind] = seconds.get(part + kind, 0.0) + spent
+        return seconds
+
     def forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence; see `Step.forward`."""
         for part in self._parts(tokens):
