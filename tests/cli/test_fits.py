@@ -112,6 +112,12 @@ def test_smaller_weights_are_proposed_where_they_fit(cli: Cli) -> None:
     assert cli("run", "--ids", 1, "-n", 1, "--weights", "int8", "--memory", "100MiB").code == 0
 
 
+def test_weights_as_they_are_are_proposed_first(cli: Cli) -> None:
+    said = refused(cli, "run", "--ids", 1, "-n", 1, "--weights", "plain", "--memory", "100MiB")
+    assert "hint: without --weights and --engine they are held as they are, in 29.7 MiB, and fit; " in said
+    assert cli("run", "--ids", 1, "-n", 1, "--memory", "100MiB").code == 0
+
+
 @pytest.mark.usefixtures("_nothing_is_loaded")
 def test_no_weights_help_experts(cli: Cli, models: ModelStore) -> None:
     """Of the eager engine, whose experts are float32."""

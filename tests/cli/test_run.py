@@ -421,7 +421,7 @@ def test_ctrl_c_ends_calmly_with_the_figures(cli: Cli, gguf: Path, monkeypatch: 
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Streams, "push", interrupted)
-    done = cli("run", "-m", gguf, "--ids", "83,260", "-n", 50)
+    done = cli("run", "-m", gguf, "--ids", "83,260", "-n", 50, "--temp", 0, "--ignore-eos")
     assert done.code == 130
     assert len(done.out.split()) == 3
     assert "generation: 3 tokens" in done.err
