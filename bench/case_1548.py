@@ -6,12 +6,24 @@ queries of 36-byte blocks (q8_1) as blocks of 34 (q8_0). This script runs the sa
 our kernels and once with a kernel that misreads its queries in just that way, and writes docs/case-1548.md.
 
     python bench/case_1548.py > docs/case-1548.md
+
+and, on a file of the pull request's own geometry, its own command for the end of that page:
+
+    python bench/random_model.py m.gguf --mix q4_k_m --layers 40 --experts 256 --hidden 2048
+    python bench/case_1548.py --original m.gguf >> docs/case-1548.md
 """
 
 from __future__ import annotations
 
+import argparse
+import resource
+import shlex
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,10 +35,12 @@ from hybridkv.errors import GuardError
 from hybridkv.formats import FORMATS
 from hybridkv.hf import ModelCache, kv_facts
 from hybridkv.kernels import KERNELS, AttentionParams, Kernel, KVView
+from hybridkv.lab.machine import cpu_model
 from hybridkv.policy import Guard, GuardMode, Policy
 
 PROMPT = "Hello world"
 N_PREDICT = 64
+ORIGINAL = "-np 1 -fa on -t 2 -ctk q4_0 -ctv q4_0 -khad -vhad -n 64 --temp 0 --ignore-eos"
 
 
 def misreading(kernel: Kernel) -> Kernel:
@@ -104,7 +118,41 @@ def page(loaded: Loaded) -> str:
     return "\n".join(lines) + "\n"
 
 
+def original(path: Path) -> str:
+    """The end of the page: the pull request's own command on a file of its model's geometry."""
+    options = shlex.split(ORIGINAL)
+    command = [sys.executable, "-m", "hybridkv.cli", "run", "-m", str(path), *options, "-p", PROMPT]
+    begin = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - begin
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    size = path.stat().st_size / 2**30
+    said = [line for line in done.stderr.splitlines() if line.startswith(("weights", "engine", "prompt", "gen", "mem"))]
+    return "\n".join(
+        [
+            "",
+            "## The command itself, on its model's geometry",
+            "",
+            f"`hybridkv run -m {path.name} {ORIGINAL} -p {PROMPT!r}`:",
+            f"exit code {done.returncode}, {seconds:.1f} s with the start, file {size:.2f} GiB, peak resident memory",
+            f"{peak:.2f} GiB (the file's own pages, and what the program takes). Random weights,",
+            f"on one {cpu_model()}: the words mean nothing, the numbers are finite and the work is that of the model.",
+            "",
+            "```text",
+            *said,
+            "```",
+            "",
+        ]
+    )
+
+
 def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--original", type=Path, help="a file of the original geometry: print the page's end alone")
+    arguments = parser.parse_args()
+    if arguments.original is not None:
+        print(original(arguments.original), end="")
+        return 0
     print(page(load(describe(bundled_model()), dtype=torch.float32, device="cpu")), end="")
     return 0
 
