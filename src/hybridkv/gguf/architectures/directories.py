@@ -10,6 +10,7 @@ from __future__ import annotations
 from types import MappingProxyType
 
 from hybridkv.gguf.architectures import granitehybrid, llama, mamba2
+from hybridkv.gguf.architectures.layers import config_head_dim
 from hybridkv.gguf.architectures.record import LOG_DECAY, Config, Tables, TensorRule, embeddings
 
 _GATED = (
@@ -72,7 +73,7 @@ _OLMO_HYBRID = Tables(
 
 
 def _phi3_rows(c: Config) -> tuple[int, ...]:
-    size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    size = config_head_dim(c)
     return tuple(size * heads for heads in (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads))
 
 

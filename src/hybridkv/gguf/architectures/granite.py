@@ -13,10 +13,9 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from hybridkv.gguf.architectures import llama
-from hybridkv.gguf.architectures.layers import head_fields, head_keys
-from hybridkv.gguf.architectures.record import Architecture, Config, Fields, Keys, TensorRule, embeddings, rotary_halves
+from hybridkv.gguf.architectures.layers import config_head_dim, head_fields, head_keys
+from hybridkv.gguf.architectures.record import Architecture, Config, Fields, Keys, TensorRule, embeddings
 from hybridkv.gguf.architectures.rope import SETTINGS, partial_rotary, rope_fields, rope_keys, rope_problem
-from hybridkv.gguf.decode import Order
 from hybridkv.gguf.metadata import Metadata
 
 MULTIPLIERS = {
@@ -28,32 +27,6 @@ MULTIPLIERS = {
 FINETUNED = "rope.scaling.finetuned"
 """Whether there is RoPE at all: Granite's meaning of this key."""
 
-
-def _head_dim(config: Config) -> int:
-    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return size
-
-
-def _query_rows(config: Config) -> Order:
-    return rotary_halves(config.num_attention_heads, _head_dim(config))
-
-
-def _key_rows(config: Config) -> Order:
-    return rotary_halves(config.num_key_value_heads, _head_dim(config))
-
-
-_ATTENTION = (
-    TensorRule("attn_norm.weight", "input_layernorm.weight"),
-    TensorRule("attn_q.weight", "self_attn.q_proj.weight", rows=_query_rows),
-    TensorRule("attn_k.weight", "self_attn.k_proj.weight", rows=_key_rows),
-    TensorRule("attn_v.weight", "self_attn.v_proj.weight"),
-    TensorRule("attn_output.weight", "self_attn.o_proj.weight"),
-    TensorRule("attn_q.bias", "self_attn.q_proj.bias", cols=_query_rows),
-    TensorRule("attn_k.bias", "self_attn.k_proj.bias", cols=_key_rows),
-    TensorRule("attn_v.bias", "self_attn.v_proj.bias"),
-    TensorRule("attn_output.bias", "self_attn.o_proj.bias"),
-    TensorRule("ffn_norm.weight", "post_attention_layernorm.weight"),
-)
 _SHARED = (
     TensorRule(("ffn_gate.weight", "ffn_up.weight"), "shared_mlp.input_linear.weight"),
     TensorRule("ffn_down.weight", "shared_mlp.output_linear.weight"),
@@ -83,7 +56,7 @@ def _fields(meta: Metadata) -> Fields:
 def _keys(config: Config) -> Keys:
     return {
         **head_keys(config),
-        **rope_keys(config, _head_dim(config)),
+        **rope_keys(config, config_head_dim(config)),
         **{key: float(getattr(config, field)) for field, key in MULTIPLIERS.items()},
         FINETUNED: True,
     }
@@ -105,7 +78,7 @@ ARCHITECTURE = Architecture(
     reals=llama.REALS,
     fields=_fields,
     keys=_keys,
-    tensors=MappingProxyType({"model": embeddings(), "layer": _ATTENTION + llama.FEED_FORWARD}),
+    tensors=MappingProxyType({"model": embeddings(), "layer": llama.LAYER}),
     suits=rope_problem,
     settings=SETTINGS,
     source="gguf-py constants.py; llama.cpp conversion/granite.py and src/models/granite.cpp",
@@ -115,6 +88,6 @@ HYBRID_CLASS = replace(
     config_class="GraniteMoeHybridConfig",
     model_class="GraniteMoeHybridForCausalLM",
     sizes={**llama.SIZES, "shared_intermediate_size": "feed_forward_length"},
-    tensors=MappingProxyType({"model": embeddings(), "layer": _ATTENTION + _SHARED}),
+    tensors=MappingProxyType({"model": embeddings(), "layer": llama.ATTENTION + _SHARED}),
     suits=_hybrid_problem,
 )

@@ -18,6 +18,7 @@ from gguf import ExpertGatingFuncType
 
 from hybridkv.gguf.architectures import mamba2
 from hybridkv.gguf.architectures.experts import check_routing, experts
+from hybridkv.gguf.architectures.granite import FINETUNED, MULTIPLIERS
 from hybridkv.gguf.architectures.layers import head_keys, kv_heads_per_layer, spread_head_dim
 from hybridkv.gguf.architectures.llama import REALS
 from hybridkv.gguf.architectures.record import Architecture, Config, Fields, Keys, TensorRule, embeddings, rotary_halves
@@ -31,13 +32,6 @@ _SIZES = {
     "num_attention_heads": "attention.head_count",
     **mamba2.SIZES,
 }
-_MULTIPLIERS = {
-    "attention_multiplier": "attention.scale",
-    "embedding_multiplier": "embedding_scale",
-    "residual_multiplier": "residual_scale",
-    "logits_scaling": "logit_scale",
-}
-_FINETUNED = "rope.scaling.finetuned"
 
 
 def _head_dim(config: Config) -> int:
@@ -86,7 +80,7 @@ def _fields(meta: Metadata) -> Fields:
     if sizes["inner"] % hidden:
         meta.fail(f"{sizes['inner']} values of a mixer are no multiple of the {hidden} of the model")
     n_kv_heads, attends = kv_heads_per_layer(meta)
-    rotated = meta.flag(_FINETUNED, default=True)
+    rotated = meta.flag(FINETUNED, default=True)
     if not rotated:
         meta.disregard("rope.")
     n_experts = meta.integer("expert_count", low=0) if meta.has("expert_count") else 0
@@ -104,7 +98,7 @@ def _fields(meta: Metadata) -> Fields:
     return {
         **mamba2.bamba_fields(meta),
         **routed,
-        **{field: meta.real_or(key, 1.0) for field, key in _MULTIPLIERS.items()},
+        **{field: meta.real_or(key, 1.0) for field, key in MULTIPLIERS.items()},
         "attention_multiplier": meta.real_or("attention.scale", size**-0.5),
         "mamba_expand": sizes["inner"] // hidden,
         "num_key_value_heads": n_kv_heads,
@@ -120,8 +114,8 @@ def _keys(config: Config) -> Keys:
         **head_keys(config, attends),
         **rope_keys(config, _head_dim(config)),
         **mamba2.inner_keys(inner_size(config)),
-        **{key: float(getattr(config, field)) for field, key in _MULTIPLIERS.items()},
-        _FINETUNED: config.position_embedding_type == "rope",
+        **{key: float(getattr(config, field)) for field, key in MULTIPLIERS.items()},
+        FINETUNED: config.position_embedding_type == "rope",
         "feed_forward_length": config.shared_intermediate_size,
     }
     if config.num_local_experts:

@@ -73,6 +73,12 @@ def spread_head_dim(meta: Metadata) -> int:
     return size
 
 
+def config_head_dim(config: Config) -> int:
+    """Return the head dim of a config: its own, or the width spread over the heads where it has none."""
+    size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size
+
+
 def head_fields(meta: Metadata) -> Fields:
     """Return KV heads and head dim of a model that has one of each."""
     return {"num_key_value_heads": kv_heads(meta), "head_dim": head_dim(meta)}
@@ -81,7 +87,7 @@ def head_fields(meta: Metadata) -> Fields:
 def head_keys(config: Config, attends: Sequence[bool] | None = None) -> Keys:
     """Return the keys of KV heads, per layer if `attends` is given, and of head dims."""
     n_kv_heads = config.num_key_value_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = config_head_dim(config)
     return {
         "attention.head_count_kv": n_kv_heads if attends is None else [n_kv_heads * each for each in attends],
         "attention.key_length": size,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from hybridkv.gguf.architectures.layers import head_fields, head_keys
+from hybridkv.gguf.architectures.layers import config_head_dim, head_fields, head_keys
 from hybridkv.gguf.architectures.record import Architecture, Config, Fields, Keys, TensorRule, embeddings, rotary_halves
 from hybridkv.gguf.architectures.rope import SETTINGS, rope_fields, rope_keys, rope_problem
 from hybridkv.gguf.decode import Order
@@ -49,14 +49,14 @@ FEED_FORWARD = (
 
 
 def _query_rows(config: Config) -> Order:
-    return rotary_halves(config.num_attention_heads, config.head_dim)
+    return rotary_halves(config.num_attention_heads, config_head_dim(config))
 
 
 def _key_rows(config: Config) -> Order:
-    return rotary_halves(config.num_key_value_heads, config.head_dim)
+    return rotary_halves(config.num_key_value_heads, config_head_dim(config))
 
 
-LAYER = (
+ATTENTION = (
     TensorRule("attn_norm.weight", "input_layernorm.weight"),
     TensorRule("attn_q.weight", "self_attn.q_proj.weight", rows=_query_rows),
     TensorRule("attn_k.weight", "self_attn.k_proj.weight", rows=_key_rows),
@@ -67,8 +67,10 @@ LAYER = (
     TensorRule("attn_v.bias", "self_attn.v_proj.bias"),
     TensorRule("attn_output.bias", "self_attn.o_proj.bias"),
     TensorRule("ffn_norm.weight", "post_attention_layernorm.weight"),
-    *FEED_FORWARD,
 )
+"""A layer's attention, rows as `llama` interleaves them, and both of its norms."""
+
+LAYER = (*ATTENTION, *FEED_FORWARD)
 
 
 def _fields(meta: Metadata) -> Fields:
