@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from hybridkv.engine.describe import bundled_model, describe
+from hybridkv.engine.describe import Description, bundled_model, describe
 from hybridkv.engine.load import Loaded, load
 from hybridkv.errors import ModelError
 from hybridkv.formats.weights import WEIGHTS
@@ -63,6 +63,17 @@ def test_directories_of_every_family(family: str, tmp_path: Path) -> None:
             assert held.peak_bytes >= (wide if dtype == torch.float32 else held.n_bytes)
 
 
+def file_of(directory: Path, type_: str) -> Description:
+    """What is known of a directory's model, written as a file into it; skips what no file holds."""
+    config = describe(directory).config
+    try:
+        find_architecture(config)
+    except ModelError as error:
+        pytest.skip(str(error))
+    write_gguf(directory, directory / "m.gguf", config, name="m", type_=type_, tokenizer={})
+    return describe(directory / "m.gguf")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("type_", ["q8_0", "f16"])
 def test_files_of_every_family(family: str, type_: str, tmp_path: Path) -> None:
@@ -76,13 +87,7 @@ def test_files_of_every_family(family: str, type_: str, tmp_path: Path) -> None:
         options = options | {"linear_value_head_dim": 32}
     with mock.patch.dict(FAMILIES, {family: (class_name, options)}):
         build(family).save_pretrained(tmp_path)
-    config = describe(tmp_path).config
-    try:
-        find_architecture(config)
-    except ModelError as error:
-        pytest.skip(str(error))
-    write_gguf(tmp_path, tmp_path / "m.gguf", config, name="m", type_=type_, tokenizer={})
-    description = describe(tmp_path / "m.gguf")
+    description = file_of(tmp_path, type_)
     loaded = load(description, dtype=torch.float32, device="cpu", weights="auto")
     held, parts = description.held("auto", "cpu", "f32"), found(loaded)
     assert isinstance(loaded.model, NativeModel) == (family in NATIVE)
@@ -99,13 +104,7 @@ def test_files_of_every_family(family: str, type_: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", NATIVE)
 def test_files_of_native_families_held_otherwise(family: str, kind: WeightKind, tmp_path: Path) -> None:
     build(family).save_pretrained(tmp_path)
-    config = describe(tmp_path).config
-    try:
-        find_architecture(config)
-    except ModelError as error:
-        pytest.skip(str(error))
-    write_gguf(tmp_path, tmp_path / "m.gguf", config, name="m", type_="q8_0", tokenizer={})
-    description = describe(tmp_path / "m.gguf")
+    description = file_of(tmp_path, "q8_0")
     loaded = load(description, dtype=torch.float32, device="cpu", weights=kind)
     assert isinstance(loaded.model, NativeModel) == (kind != "plain")
     if kind != "plain":

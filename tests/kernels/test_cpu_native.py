@@ -22,16 +22,6 @@ TOLERANCE = 2e-3
 TYPES = tuple(FORMATS)
 
 
-def isas() -> tuple[str, ...]:
-    return tuple(cpu_native._native().isas()) if cpu_native.available() is None else ()
-
-
-@pytest.fixture(params=isas())
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("HYBRIDKV_ISA", request.param)
-    return str(request.param)
-
-
 @lru_cache(maxsize=64)
 def stored(name: str, shape: tuple[int, int, int, int], start: int, seed: int) -> tuple[Tensor, ...]:
     """Random rows [B, Hkv, S, D] in poisoned memory; to encode them in torch takes longer than their attention."""

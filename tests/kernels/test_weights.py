@@ -26,16 +26,6 @@ N_ROWS = (1, 2, 3, 4, 5, 8, 9, 16, 33, 100)
 N_OUT = (1, 15, 17, 257)
 
 
-def isas() -> tuple[str, ...]:
-    return tuple(cpu_native._native().isas()) if cpu_native.available() is None else ()
-
-
-@pytest.fixture(params=isas())
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("HYBRIDKV_ISA", request.param)
-    return str(request.param)
-
-
 @pytest.fixture(params=WEIGHTS.values(), ids=lambda fmt: str(fmt.name))
 def fmt(request: pytest.FixtureRequest) -> WeightFormat:
     found: WeightFormat = request.param
