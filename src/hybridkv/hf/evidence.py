@@ -25,9 +25,13 @@ from hybridkv.hf.probes import Probe, butterfly, newest_rows, probes, visible_ro
 from hybridkv.hf.view import LayerView
 from hybridkv.kernels import AttentionParams, KVView, Segment
 from hybridkv.kernels.reference import attend as reference_attend
+from hybridkv.kernels.threads import torch_on_one_thread
 from hybridkv.policy import Evidence
 
 Attend = Callable[[Probe], Tensor]
+
+_SHARED_OUT = 1 << 20
+"""Values from which on a sum is worth more than one thread."""
 
 SAMPLED_QUERIES = 16
 """Queries of a call that are compared at most, evenly spaced; the first few come in addition."""
@@ -120,6 +124,13 @@ def float_view(k: Tensor, v: Tensor) -> KVView:
 
 def is_finite(x: Tensor) -> bool:
     """Whether all of `x` is finite: one pass over it, and a second only if the sum is not."""
+    if x.numel() < _SHARED_OUT:
+        with torch_on_one_thread():
+            return _sums_finite(x)
+    return _sums_finite(x)
+
+
+def _sums_finite(x: Tensor) -> bool:
     return math.isfinite(x.sum(dtype=torch.float32).item()) or bool(torch.isfinite(x).all())
 
 

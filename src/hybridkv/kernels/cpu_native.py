@@ -18,6 +18,7 @@ from torch import Tensor
 from hybridkv.errors import UsageError
 from hybridkv.formats import Scale, get_format
 from hybridkv.kernels.case import Segment, require_host_rows
+from hybridkv.kernels.threads import native_threads
 
 Isa = Literal["amx", "avx512", "avx2", "portable"]
 
@@ -109,7 +110,7 @@ def encode_into(
         head_dim,
         capacity,
         start,
-        n_threads or torch.get_num_threads(),
+        n_threads or native_threads(),
     )
 
 
@@ -196,7 +197,7 @@ def attend(
         causal,
         0 if seq_start is None else seq_start.data_ptr(),
         out.data_ptr(),
-        n_threads or torch.get_num_threads(),
+        n_threads or native_threads(),
     )
     if on_scratch is not None:
         on_scratch(scratch_bytes)

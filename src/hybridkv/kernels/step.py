@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hybridkv.kernels import cpu_native
 from hybridkv.kernels.case import KVView
+from hybridkv.kernels.threads import native_threads
 from hybridkv.kernels.weights import Weight
 from hybridkv.rotation import rotation_block
 
@@ -388,7 +389,7 @@ class StepProgram:
             [(cos.data_ptr(), sin.data_ptr()) for cos, sin in angles],
             states,
             calls,
-            n_threads or torch.get_num_threads(),
+            n_threads or native_threads(),
         )
         return [_HEALTH[code] for code in health]
 

@@ -21,6 +21,7 @@ from hybridkv.formats import Scale, get_format
 from hybridkv.formats.weights import WeightFormat, get_weight_format
 from hybridkv.kernels.cpu_native import _native, allocate, available, encode_into, isa
 from hybridkv.kernels.grids import set_grid
+from hybridkv.kernels.threads import native_threads
 
 _CHUNK_VALUES = 1 << 21
 # Types that floats are rounded to, with the rule of their scales.
@@ -146,7 +147,7 @@ def matmul(
     _native().weight_linear(
         isa(), weight.format.name, weight.n_out, weight.n_in, weight.address(expert), x.data_ptr(), x.stride(0),
         x.shape[0], 0 if x_rows is None else x_rows.data_ptr(), n_rows, out.data_ptr(), out.stride(0), into == "add",
-        n_threads or torch.get_num_threads(),
+        n_threads or native_threads(),
     )  # fmt: skip
     return out
 
@@ -169,7 +170,7 @@ def rows(weight: Weight, ids: Tensor, *, expert: int = 0, n_threads: int | None 
     out = torch.empty(ids.numel(), weight.n_in, dtype=torch.float32)
     _native().weight_rows(
         weight.format.name, weight.n_out, weight.n_in, weight.address(expert), ids.data_ptr(), ids.numel(),
-        out.data_ptr(), n_threads or torch.get_num_threads(),
+        out.data_ptr(), n_threads or native_threads(),
     )  # fmt: skip
     return out
 
@@ -183,7 +184,7 @@ def find_bad_block(weight: Weight, *, n_threads: int | None = None) -> tuple[int
     """Matrix of the stack, row and block of the first scale, minimum or plain value that is NaN or infinite."""
     for expert in range(weight.n_stack):
         row, block = _native().weight_bad_block(
-            weight.format.name, weight.n_out, weight.n_in, weight.address(expert), n_threads or torch.get_num_threads()
+            weight.format.name, weight.n_out, weight.n_in, weight.address(expert), n_threads or native_threads()
         )
         if row >= 0:
             return expert, row, block

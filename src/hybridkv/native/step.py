@@ -22,6 +22,7 @@ from hybridkv.hf.step.record import Answers, Fault, one_by_one
 from hybridkv.hf.view import LayerView
 from hybridkv.kernels import AttentionParams, cpu, cpu_native
 from hybridkv.kernels.step import Angles, Caches, Health, Rows
+from hybridkv.kernels.threads import torch_on_one_thread
 from hybridkv.kernels.weights import rows as gather
 from hybridkv.model import ModelGraph, graph_of
 from hybridkv.native import cpu as lowering
@@ -73,6 +74,7 @@ class NativeStep:
                 seconds[part + kind] = seconds.get(part + kind, 0.0) + spent
         return seconds
 
+    @torch_on_one_thread()
     def forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence; see `Step.forward`."""
         for part in self._parts(tokens):
@@ -80,6 +82,7 @@ class NativeStep:
             position += part.shape[1]
         return self._logits(hidden[:, -1])
 
+    @torch_on_one_thread()
     def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> Answers:
         """All in one run, weights read once; see `Step.forward_many`.
 
@@ -101,6 +104,7 @@ class NativeStep:
                 failed |= {group[i]: error for i, error in part.failed.items()}
         return Answers(logits, failed)
 
+    @torch_on_one_thread()
     def logits(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence; see `Step.logits`."""
         logits = []

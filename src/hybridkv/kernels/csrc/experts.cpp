@@ -169,8 +169,9 @@ private:
 void run_experts(const ExpertsOp& op, const Isa& isa, int64_t n_rows, int n_threads) {
     const LinearKernels& kernels = *isa.linear;
     const int64_t width = op.up.first.n_out, hidden = op.down.first.n_out, k = op.routing.n_used, n_places = n_rows * k;
-    const Operand for_up = op.up.first.type->operand, for_gate = op.has_gate ? op.gate.first.type->operand : for_up;
-    const Operand for_down = op.down.first.type->operand;
+    const auto operand_of = [&](const Stack& stack) { return kernels.operand(*stack.first.type, n_rows); };
+    const Operand for_up = operand_of(op.up), for_gate = op.has_gate ? operand_of(op.gate) : for_up;
+    const Operand for_down = operand_of(op.down);
     const int64_t n_in = op.up.first.n_in;
 
     static thread_local Routes routes;
@@ -197,22 +198,22 @@ void run_experts(const ExpertsOp& op, const Isa& isa, int64_t n_rows, int n_thre
         if (up_form == gate_form) return;
         kernels.prepare(for_up, op.x.data, op.x.row_stride, n_in, a, b, memory.at<char>(up_form));
     });
-    const auto multiply = [&](const Part& part, const char* x, const int32_t* x_rows, float* y) {
+    const auto multiply = [&](const Part& part, Operand operand, const char* x, const int32_t* x_rows, float* y) {
         const int64_t p0 = chosen.starts[static_cast<size_t>(part.expert)];
         const int64_t n = chosen.starts[static_cast<size_t>(part.expert) + 1] - p0;
         const Matrix w = part.stack->at(part.expert);
         void* scratch = thread_scratch(kernels.scratch_bytes(*w.type, w.n_in, n));
-        const size_t row = kernels.prepared_bytes(w.type->operand, w.n_in, 1);
+        const size_t row = kernels.prepared_bytes(operand, w.n_in, 1);
         const char* from = x_rows ? x : x + static_cast<size_t>(p0) * row;
-        kernels.linear(w, from, x_rows ? x_rows + p0 : nullptr, n, part.row0, part.row1, y + p0 * w.n_out, w.n_out, false,
+        kernels.linear(w, operand, from, x_rows ? x_rows + p0 : nullptr, n, part.row0, part.row1, y + p0 * w.n_out, w.n_out, false,
                        scratch);
     };
     const std::vector<Part> parts =
         op.has_gate ? parts_of({&op.gate, &op.up}, chosen, n_threads) : parts_of({&op.up}, chosen, n_threads);
     parallel_for(static_cast<int64_t>(parts.size()), n_threads, [&](int64_t i, int) {
         const Part& part = parts[static_cast<size_t>(i)];
-        if (part.stack == &op.gate) multiply(part, memory.at<char>(gate_form), chosen.rows.data(), gate);
-        else multiply(part, memory.at<char>(up_form), chosen.rows.data(), up);
+        if (part.stack == &op.gate) multiply(part, for_gate, memory.at<char>(gate_form), chosen.rows.data(), gate);
+        else multiply(part, for_up, memory.at<char>(up_form), chosen.rows.data(), up);
     });
     by_rows(n_places, n_threads, [&](int64_t a, int64_t b) {
         const int64_t stride = width, n = b - a;
@@ -222,7 +223,7 @@ void run_experts(const ExpertsOp& op, const Isa& isa, int64_t n_rows, int n_thre
     });
     const std::vector<Part> last = parts_of({&op.down}, chosen, n_threads);
     parallel_for(static_cast<int64_t>(last.size()), n_threads, [&](int64_t i, int) {
-        multiply(last[static_cast<size_t>(i)], memory.at<char>(down_form), nullptr, result);
+        multiply(last[static_cast<size_t>(i)], for_down, memory.at<char>(down_form), nullptr, result);
     });
     by_rows(n_rows, n_threads, [&](int64_t a, int64_t b) {
         for (int64_t r = a; r < b; ++r) {

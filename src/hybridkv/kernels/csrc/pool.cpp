@@ -22,8 +22,11 @@ using Work = std::function<void(int64_t, int)>;
 using Clock = std::chrono::steady_clock;
 
 // How long a worker looks for the next call before it sleeps. Waking a sleeper takes as long as a short attention
-// (30 to 100 us); the calls of one decode step follow each other faster than this.
-constexpr auto kLinger = std::chrono::microseconds(100);
+// (30 to 100 us, and on virtual machines up to a millisecond). Between two calls of one decode step, and between two
+// steps, with what Python does there, it is not to sleep; a single call from elsewhere, torch's threads beside it, lets
+// it go soon.
+constexpr auto kLinger = std::chrono::microseconds(100), kLingerAfterSteps = std::chrono::microseconds(3000);
+std::atomic<int64_t> g_linger_us{kLinger.count()};
 
 inline void relax() {
 #if defined(HYBRIDKV_X86)
@@ -90,7 +93,7 @@ private:
             const uint64_t round = round_.load();
             return round % 2 == 1 && round != seen ? round : 0;
         };
-        const Clock::time_point end = Clock::now() + kLinger;
+        const Clock::time_point end = Clock::now() + std::chrono::microseconds(g_linger_us.load(std::memory_order_relaxed));
         do {
             for (int i = 0; i < 32; ++i) {
                 if (const uint64_t round = news()) return round;
@@ -157,6 +160,8 @@ struct Aligned {
 }  // namespace
 
 void parallel_for(int64_t n_tasks, int n_threads, const Work& work) { pool().run(n_tasks, n_threads, work); }
+
+void expect_steps() { g_linger_us.store(kLingerAfterSteps.count(), std::memory_order_relaxed); }
 
 void* thread_scratch(size_t bytes) {
     thread_local Aligned kept;

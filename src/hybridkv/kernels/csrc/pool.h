@@ -1,4 +1,4 @@
-// A small thread pool: the caller works along, workers look for the next call for 100 us and then sleep, a forked child
+// A small thread pool: the caller works along, workers look for the next call for a while and then sleep, a forked child
 // starts afresh.
 #pragma once
 
@@ -11,6 +11,9 @@ namespace hybridkv {
 // done. worker is in 0..n_threads-1 and no two tasks run at once with the same one. A second caller at the same
 // time runs its tasks alone.
 void parallel_for(int64_t n_tasks, int n_threads, const std::function<void(int64_t, int)>& work);
+
+// From now on calls come step after step: workers stay awake between them, for milliseconds.
+void expect_steps();
 
 // Memory of at least `bytes`, 64-byte aligned, kept by the calling thread until it asks for more or ends.
 void* thread_scratch(size_t bytes);

@@ -112,19 +112,20 @@ public:
     void operator()(const LinearOp& op) const {
         const LinearKernels& kernels = *run_.isa.linear;
         const int64_t n_in = op.x.width;
-        // Two forms of x at most, one for each operand that a target takes.
-        size_t starts[2] = {0, 0}, total = 0;
-        bool takes[2] = {false, false};
+        // x in the forms that the targets take.
+        size_t starts[kOperands] = {}, total = 0;
+        bool takes[kOperands] = {};
         for (const LinearOp::Target& t : op.targets) {
-            const size_t form = static_cast<size_t>(t.weight.type->operand);
+            const Operand operand = kernels.operand(*t.weight.type, rows_);
+            const size_t form = static_cast<size_t>(operand);
             if (takes[form]) continue;
             takes[form] = true;
             starts[form] = total;
-            total += (kernels.prepared_bytes(t.weight.type->operand, n_in, rows_) + 63) / 64 * 64;
+            total += (kernels.prepared_bytes(operand, n_in, rows_) + 63) / 64 * 64;
         }
         char* prepared = static_cast<char*>(call_memory(total));
         by_rows(rows_, n_in, run_.n_threads, [&](int64_t a, int64_t b) {
-            for (const Operand form : {Operand::ints, Operand::floats}) {
+            for (const Operand form : {Operand::ints, Operand::bytes, Operand::floats}) {
                 if (!takes[static_cast<size_t>(form)]) continue;
                 kernels.prepare(form, op.x.data, op.x.row_stride, n_in, a, b, prepared + starts[static_cast<size_t>(form)]);
             }
@@ -142,8 +143,8 @@ public:
         parallel_for(static_cast<int64_t>(parts.size()), run_.n_threads, [&](int64_t i, int) {
             const Part& part = parts[static_cast<size_t>(i)];
             const LinearOp::Target& t = *part.target;
-            kernels.linear(t.weight, prepared + starts[static_cast<size_t>(t.weight.type->operand)], nullptr, rows_,
-                           part.row0, part.row1, t.dst, t.dst_stride, t.add,
+            const Operand operand = kernels.operand(*t.weight.type, rows_);
+            kernels.linear(t.weight, operand, prepared + starts[static_cast<size_t>(operand)], nullptr, rows_, part.row0, part.row1, t.dst, t.dst_stride, t.add,
                            thread_scratch(kernels.scratch_bytes(*t.weight.type, n_in, rows_)));
         });
     }
@@ -231,6 +232,7 @@ private:
 void run_step(const std::vector<Op>& ops, size_t begin, size_t end, const StepRun& run, double* seconds) {
     using Clock = std::chrono::steady_clock;
     const Runner runner(run);
+    expect_steps();
     for (size_t i = begin; i < end; ++i) {
         const Clock::time_point start = seconds ? Clock::now() : Clock::time_point{};
         std::visit(runner, ops[i]);

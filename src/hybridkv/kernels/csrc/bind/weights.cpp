@@ -42,7 +42,7 @@ void weight_linear(const std::string& isa, const std::string& type, int64_t n_ou
                    int n_threads) {
     const LinearKernels& kernels = *isa_named(isa).linear;
     const Matrix w = matrix(type, n_out, n_in, data);
-    const Operand operand = w.type->operand;
+    const Operand operand = kernels.operand(*w.type, n_rows);
     nb::gil_scoped_release unlocked;
     const std::unique_ptr<void, Free> prepared(
         ::operator new(kernels.prepared_bytes(operand, n_in, n_x), std::align_val_t{64}));
@@ -55,7 +55,7 @@ void weight_linear(const std::string& isa, const std::string& type, int64_t n_ou
     const size_t scratch = kernels.scratch_bytes(*w.type, n_in, n_rows);
     parallel_for(static_cast<int64_t>(parts.size()), n_threads, [&](int64_t i, int) {
         const auto [r0, r1] = parts[static_cast<size_t>(i)];
-        kernels.linear(w, prepared.get(), reinterpret_cast<const int32_t*>(x_rows), n_rows, r0, r1,
+        kernels.linear(w, operand, prepared.get(), reinterpret_cast<const int32_t*>(x_rows), n_rows, r0, r1,
                        reinterpret_cast<float*>(y), y_stride, add, thread_scratch(scratch));
     });
 }

@@ -19,18 +19,22 @@ struct Meta {
 };
 
 constexpr int kUnitBytes = kUnit * 2;
-constexpr float kLargest = 16383.f;  // 32 products with the largest code times scale, 4096, stay below 2^31
+// 32 products with the largest code times scale, 4096, stay below 2^31, and 128 * 127 + 63 is cut into bytes.
+constexpr float kLargest = 16319.f;
 
 inline int64_t units_of(int64_t n_in) { return (n_in + kUnit - 1) / kUnit; }
 
 // Not a multiple of a line: rows that are read side by side use other banks, and other sets, of a cache.
-inline int64_t ints_stride(int64_t n_in) { return units_of(n_in) * (kUnitBytes + static_cast<int64_t>(sizeof(Meta))) + 32; }
+template <class Order>
+inline int64_t order_stride(int64_t n_in) {
+    return units_of(n_in) * (Order::unit_bytes + static_cast<int64_t>(sizeof(Meta))) + 32;
+}
 
 inline int64_t floats_stride(int64_t n_in) { return units_of(n_in) * kUnit * 4 + 32; }
 
 // 256 activations, of which `n` are there. A NaN or an infinity among them makes the scale a NaN.
 template <class Order>
-inline void put_unit(const float* x, int64_t n, int16_t* codes, Meta& meta) {
+inline void put_unit(const float* x, int64_t n, uint8_t* codes, Meta& meta) {
     constexpr uint32_t kInfinity = 0x7f800000u;
     float some[kUnit];
     if (n < kUnit) {
@@ -70,11 +74,10 @@ inline void put_unit(const float* x, int64_t n, int16_t* codes, Meta& meta) {
 template <class Order>
 HYBRIDKV_PHASE void prepare_ints(const float* x, int64_t n_in, uint8_t* out) {
     const int64_t units = units_of(n_in);
-    int16_t* codes = reinterpret_cast<int16_t*>(out);
-    Meta* meta = reinterpret_cast<Meta*>(out + units * kUnitBytes);
+    Meta* meta = reinterpret_cast<Meta*>(out + units * Order::unit_bytes);
     for (int64_t u = 0; u < units; ++u) {
         const int64_t left = n_in - u * kUnit;
-        put_unit<Order>(x + u * kUnit, left < kUnit ? left : kUnit, codes + u * kUnit, meta[u]);
+        put_unit<Order>(x + u * kUnit, left < kUnit ? left : kUnit, out + u * Order::unit_bytes, meta[u]);
     }
 }
 
@@ -83,16 +86,42 @@ inline void prepare_floats(const float* x, int64_t n_in, uint8_t* out) {
     std::memset(out + n_in * 4, 0, static_cast<size_t>(floats_stride(n_in) - n_in * 4));
 }
 
+// c = 128 * high + low, and sums of neighbours, for codes that stand above their value: each in the inputs' order.
+struct ByteOrder {
+    static constexpr int unit_bytes = kUnit * 3, low_at = kUnit, pairs_at = kUnit * 2;
+
+    static void put(const int32_t* c, uint8_t* out) {
+        int8_t high[kUnit], low[kUnit];
+        int16_t pairs[kUnit / 2];
+        for (int i = 0; i < kUnit; ++i) {
+            const int32_t h = (c[i] + 64) >> 7;
+            high[i] = static_cast<int8_t>(h);
+            low[i] = static_cast<int8_t>(c[i] - 128 * h);
+        }
+        for (int i = 0; i < kUnit / 2; ++i) pairs[i] = static_cast<int16_t>(c[2 * i] + c[2 * i + 1]);
+        std::memcpy(out, high, sizeof high);
+        std::memcpy(out + low_at, low, sizeof low);
+        std::memcpy(out + pairs_at, pairs, sizeof pairs);
+    }
+};
+
+template <class Order>
 inline size_t prepared_bytes(Operand operand, int64_t n_in, int64_t n_rows) {
-    return static_cast<size_t>(n_rows * (operand == Operand::ints ? ints_stride(n_in) : floats_stride(n_in)));
+    const int64_t row = operand == Operand::floats ? floats_stride(n_in)
+                        : operand == Operand::ints ? order_stride<Order>(n_in)
+                                                   : order_stride<ByteOrder>(n_in);
+    return static_cast<size_t>(n_rows * row);
 }
 
 template <class Order>
 void prepare(Operand operand, const float* x, int64_t x_stride, int64_t n_in, int64_t r0, int64_t r1, void* prepared) {
-    uint8_t* out = static_cast<uint8_t*>(prepared);
+    const int64_t row = static_cast<int64_t>(prepared_bytes<Order>(operand, n_in, 1));
     for (int64_t r = r0; r < r1; ++r) {
-        if (operand == Operand::ints) prepare_ints<Order>(x + r * x_stride, n_in, out + r * ints_stride(n_in));
-        else prepare_floats(x + r * x_stride, n_in, out + r * floats_stride(n_in));
+        uint8_t* out = static_cast<uint8_t*>(prepared) + r * row;
+        const float* from = x + r * x_stride;
+        if (operand == Operand::ints) prepare_ints<Order>(from, n_in, out);
+        else if (operand == Operand::bytes) prepare_ints<ByteOrder>(from, n_in, out);
+        else prepare_floats(from, n_in, out);
     }
 }
 

@@ -14,10 +14,14 @@ namespace weights {
 
 constexpr int kStep = 4 * L;  // inputs of two vectors
 constexpr int kSteps = kUnit / kStep;
+constexpr int kStepBlocks = kStep / kGroup;
 
 // A step's even inputs, then its odd ones.
 struct Order {
-    static void put(const int32_t* c, int16_t* out) {
+    static constexpr int unit_bytes = kUnitBytes;
+
+    static void put(const int32_t* c, uint8_t* to) {
+        int16_t* out = reinterpret_cast<int16_t*>(to);
         for (int s = 0; s < kUnit; s += kStep) {
             for (int i = 0; i < kStep / 2; ++i) out[s + i] = static_cast<int16_t>(c[s + 2 * i]);
             for (int i = 0; i < kStep / 2; ++i) out[s + kStep / 2 + i] = static_cast<int16_t>(c[s + 2 * i + 1]);
@@ -140,60 +144,80 @@ struct NoMins {
     static const float* sums(const Meta& meta) { return meta.sums; }
 };
 
-template <>
-struct Bring<Q4_K> : SixBitMins {
+// The words of a type of codes and scales of a byte: `zero_log2` says how far codes stand above their value, if they do.
+template <class B>
+struct ScaledCodes {
     template <class Use>
     static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use) {
-        const Scales32 scales = SixBits(b + 4).bytes();
+        const auto scales = B::scales(b);
+        B::codes(b, [&](int g, I codes) __attribute__((always_inline)) {
+            if constexpr (B::zero_log2 > 0) scaled_above<B::zero_log2>(g, codes, scales, use);
+            else scaled(g, codes, scales, use);
+        });
+    }
+};
+
+template <>
+struct Bring<Q4_K> : SixBitMins, ScaledCodes<Bring<Q4_K>> {
+    static constexpr int zero_log2 = 0;
+    static Scales32 scales(const uint8_t* b) { return SixBits(b + 4).bytes(); }
+    template <class Use>
+    static __attribute__((always_inline)) void codes(const uint8_t* b, Use&& use) {
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
-            const I q = load_bytes(b + 16 + 32 * j);
-            scaled(2 * j, mask(q, 15), scales, use);
-            scaled(2 * j + 1, mask(shift<-4>(q), 15), scales, use);
+            I q = load_bytes(b + 16 + 32 * j);
+            Simd::settle(q);
+            use(2 * j, mask(q, 15));
+            use(2 * j + 1, mask(shift<-4>(q), 15));
         }
     }
 };
 
 template <>
-struct Bring<Q5_K> : SixBitMins {
+struct Bring<Q5_K> : SixBitMins, ScaledCodes<Bring<Q5_K>> {
+    static constexpr int zero_log2 = 0;
+    static Scales32 scales(const uint8_t* b) { return SixBits(b + 4).bytes(); }
     template <class Use>
-    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use) {
-        const Scales32 scales = SixBits(b + 4).bytes();
+    static __attribute__((always_inline)) void codes(const uint8_t* b, Use&& use) {
         const I high = load_bytes(b + 16);
-        pair<0>(b, high, scales, use);
-        pair<1>(b, high, scales, use);
-        pair<2>(b, high, scales, use);
-        pair<3>(b, high, scales, use);
+        pair<0>(b, high, use);
+        pair<1>(b, high, use);
+        pair<2>(b, high, use);
+        pair<3>(b, high, use);
     }
     template <int J, class Use>
-    static __attribute__((always_inline)) void pair(const uint8_t* b, I high, const Scales32& scales, Use&& use) {
-        const I q = load_bytes(b + 48 + 32 * J);
-        const I low_bit = mask(shift<4 - 2 * J>(high), 16), high_bit = mask(shift<3 - 2 * J>(high), 16);
-        scaled(2 * J, _mm256_or_si256(mask(q, 15), low_bit), scales, use);
-        scaled(2 * J + 1, _mm256_or_si256(mask(shift<-4>(q), 15), high_bit), scales, use);
+    static __attribute__((always_inline)) void pair(const uint8_t* b, I high, Use&& use) {
+        I q = load_bytes(b + 48 + 32 * J);
+        Simd::settle(q);
+        use(2 * J, _mm256_or_si256(mask(q, 15), mask(shift<4 - 2 * J>(high), 16)));
+        use(2 * J + 1, _mm256_or_si256(mask(shift<-4>(q), 15), mask(shift<3 - 2 * J>(high), 16)));
     }
 };
 
 template <>
-struct Bring<Q6_K> : NoMins {
+struct Bring<Q6_K> : NoMins, ScaledCodes<Bring<Q6_K>> {
+    static constexpr int zero_log2 = 5;
     static float d(const uint8_t* b) { return half_in(b + Q6_K::d_at); }
+    static Scales16 scales(const uint8_t* b) { return Scales16(load_half(b + 192)); }
     template <class Use>
-    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use) {
-        const Scales16 scales(load_half(b + 192));
+    static __attribute__((always_inline)) void codes(const uint8_t* b, Use&& use) {
 #pragma GCC unroll 2
         for (int h = 0; h < 2; ++h) {
-            const I a = load_bytes(b + 64 * h), c = load_bytes(b + 64 * h + 32), high = load_bytes(b + 128 + 32 * h);
-            scaled_above<5>(4 * h, _mm256_or_si256(mask(a, 15), mask(shift<4>(high), 48)), scales, use);
-            scaled_above<5>(4 * h + 1, _mm256_or_si256(mask(c, 15), mask(shift<2>(high), 48)), scales, use);
-            scaled_above<5>(4 * h + 2, _mm256_or_si256(mask(shift<-4>(a), 15), mask(high, 48)), scales, use);
-            scaled_above<5>(4 * h + 3, _mm256_or_si256(mask(shift<-4>(c), 15), mask(shift<-2>(high), 48)),
-                                  scales, use);
+            I a = load_bytes(b + 64 * h), c = load_bytes(b + 64 * h + 32), high = load_bytes(b + 128 + 32 * h);
+            Simd::settle(a);
+            Simd::settle(c);
+            Simd::settle(high);
+            use(4 * h, _mm256_or_si256(mask(a, 15), mask(shift<4>(high), 48)));
+            use(4 * h + 1, _mm256_or_si256(mask(c, 15), mask(shift<2>(high), 48)));
+            use(4 * h + 2, _mm256_or_si256(mask(shift<-4>(a), 15), mask(high, 48)));
+            use(4 * h + 3, _mm256_or_si256(mask(shift<-4>(c), 15), mask(shift<-2>(high), 48)));
         }
     }
 };
 
 template <>
-struct Bring<Q2_K> {
+struct Bring<Q2_K> : ScaledCodes<Bring<Q2_K>> {
+    static constexpr int zero_log2 = 0;
     static constexpr int min_vectors = 2;
     static float d(const uint8_t* b) { return half_in(b + Q2_K::d_at); }
     static void mins(const uint8_t* b, F* out) {
@@ -203,46 +227,47 @@ struct Bring<Q2_K> {
         out[1] = Simd::mul(dmin, floats_of_bytes(high & 0x0f0f0f0f0f0f0f0fu));
     }
     static const float* sums(const Meta& meta) { return meta.half_sums; }
+    static Scales16 scales(const uint8_t* b) { return Scales16(_mm_and_si128(load_half(b), _mm_set1_epi8(15))); }
     template <class Use>
-    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use) {
-        const Scales16 scales(_mm_and_si128(load_half(b), _mm_set1_epi8(15)));
+    static __attribute__((always_inline)) void codes(const uint8_t* b, Use&& use) {
 #pragma GCC unroll 2
         for (int h = 0; h < 2; ++h) {
             const I q = load_bytes(b + 16 + 32 * h);
-            scaled(4 * h, mask(q, 3), scales, use);
-            scaled(4 * h + 1, mask(shift<-2>(q), 3), scales, use);
-            scaled(4 * h + 2, mask(shift<-4>(q), 3), scales, use);
-            scaled(4 * h + 3, mask(shift<-6>(q), 3), scales, use);
+            use(4 * h, mask(q, 3));
+            use(4 * h + 1, mask(shift<-2>(q), 3));
+            use(4 * h + 2, mask(shift<-4>(q), 3));
+            use(4 * h + 3, mask(shift<-6>(q), 3));
         }
     }
 };
 
 template <>
-struct Bring<Q3_K> : NoMins {
+struct Bring<Q3_K> : NoMins, ScaledCodes<Bring<Q3_K>> {
+    static constexpr int zero_log2 = 2;
     static float d(const uint8_t* b) { return half_in(b + Q3_K::d_at); }
-    template <class Use>
-    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use) {
+    static __m128i scale_bytes(const uint8_t* b) {
         const uint32_t x = load_as<uint32_t>(b + 96), y = load_as<uint32_t>(b + 100), z = load_as<uint32_t>(b + 104);
         constexpr uint32_t low = 0x0f0f0f0fu, high = 0x30303030u;
         const __m128i s = _mm_set_epi32(static_cast<int32_t>((y >> 4 & low) | (z >> 2 & high)),
                                         static_cast<int32_t>((x >> 4 & low) | (z & high)),
                                         static_cast<int32_t>((y & low) | (z << 2 & high)),
                                         static_cast<int32_t>((x & low) | (z << 4 & high)));
-        const Scales16 scales(_mm_sub_epi8(s, _mm_set1_epi8(32)));
+        return _mm_sub_epi8(s, _mm_set1_epi8(32));
+    }
+    static Scales16 scales(const uint8_t* b) { return Scales16(scale_bytes(b)); }
+    template <class Use>
+    static __attribute__((always_inline)) void codes(const uint8_t* b, Use&& use) {
         const I bits = load_bytes(b);
-        half<0>(b, bits, scales, use);
-        half<1>(b, bits, scales, use);
+        half<0>(b, bits, use);
+        half<1>(b, bits, use);
     }
     template <int H, class Use>
-    static __attribute__((always_inline)) void half(const uint8_t* b, I bits, const Scales16& scales, Use&& use) {
+    static __attribute__((always_inline)) void half(const uint8_t* b, I bits, Use&& use) {
         const I q = load_bytes(b + 32 + 32 * H);
-        scaled_above<2>(4 * H, _mm256_or_si256(mask(q, 3), mask(shift<2 - 4 * H>(bits), 4)), scales, use);
-        scaled_above<2>(4 * H + 1, _mm256_or_si256(mask(shift<-2>(q), 3), mask(shift<1 - 4 * H>(bits), 4)), scales,
-                              use);
-        scaled_above<2>(4 * H + 2, _mm256_or_si256(mask(shift<-4>(q), 3), mask(shift<-4 * H>(bits), 4)), scales,
-                              use);
-        scaled_above<2>(4 * H + 3, _mm256_or_si256(mask(shift<-6>(q), 3), mask(shift<-1 - 4 * H>(bits), 4)),
-                              scales, use);
+        use(4 * H, _mm256_or_si256(mask(q, 3), mask(shift<2 - 4 * H>(bits), 4)));
+        use(4 * H + 1, _mm256_or_si256(mask(shift<-2>(q), 3), mask(shift<1 - 4 * H>(bits), 4)));
+        use(4 * H + 2, _mm256_or_si256(mask(shift<-4>(q), 3), mask(shift<-4 * H>(bits), 4)));
+        use(4 * H + 3, _mm256_or_si256(mask(shift<-6>(q), 3), mask(shift<-1 - 4 * H>(bits), 4)));
     }
 };
 
@@ -292,25 +317,30 @@ struct Bring<OfGrid<T>> : NoMins {
     }
 };
 
-// ---- Float scales: a unit is eight blocks.
+// ---- Float scales: a unit is eight blocks, of which the last of a row has perhaps fewer: the first `n_steps` steps.
 
 template <class T>
-inline F half_scales(const uint8_t* b) {
+inline F half_scales(const uint8_t* b, int n_steps) {
+    if (n_steps < kSteps) {
+        alignas(16) uint16_t some[kGroups] = {};
+        for (int g = 0; g < n_steps * kStepBlocks; ++g) some[g] = load_as<uint16_t>(b + g * T::bytes);
+        return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(some)));
+    }
     const auto at = [&](int g) { return load_as<int16_t>(b + g * T::bytes); };
     return _mm256_cvtph_ps(_mm_setr_epi16(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)));
 }
 
 template <class T>
 struct HalfScales : NoMins {
-    static F scales(const uint8_t* b) { return half_scales<T>(b); }
+    static F scales(const uint8_t* b, int n_steps = kSteps) { return half_scales<T>(b, n_steps); }
 };
 
 // Codes that are not below zero and a minimum of its own.
 template <class T>
 struct HalfMins {
     static constexpr int min_vectors = 1;
-    static F scales(const uint8_t* b) { return half_scales<T>(b); }
-    static void mins(const uint8_t* b, F, F* out) { out[0] = half_scales<T>(b + 2); }
+    static F scales(const uint8_t* b, int n_steps = kSteps) { return half_scales<T>(b, n_steps); }
+    static void mins(const uint8_t* b, F, F* out, int n_steps = kSteps) { out[0] = half_scales<T>(b + 2, n_steps); }
     static const float* sums(const Meta& meta) { return meta.sums; }
 };
 
@@ -318,8 +348,8 @@ struct HalfMins {
 template <class T, int Zero>
 struct Above {
     static constexpr int min_vectors = 1;
-    static F scales(const uint8_t* b) { return half_scales<T>(b); }
-    static void mins(const uint8_t*, F scales, F* out) {
+    static F scales(const uint8_t* b, int n_steps = kSteps) { return half_scales<T>(b, n_steps); }
+    static void mins(const uint8_t*, F scales, F* out, int = kSteps) {
         out[0] = Simd::mul(scales, Simd::set1(static_cast<float>(-Zero)));
     }
     static const float* sums(const Meta& meta) { return meta.sums; }
@@ -328,34 +358,34 @@ struct Above {
 template <>
 struct Bring<Q8_0> : HalfScales<Q8_0> {
     template <class Use>
-    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use) {
+    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use, int n_steps = kSteps) {
 #pragma GCC unroll 8
-        for (int g = 0; g < kGroups; ++g) signed_words(g, load_bytes(b + g * Q8_0::bytes + 2), use);
+        for (int g = 0; g < n_steps; ++g) signed_words(g, load_bytes(b + g * Q8_0::bytes + 2), use);
     }
 };
 
 template <>
 struct Bring<Q4_0> : Above<Q4_0, 8> {
     template <class Use>
-    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use) {
+    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use, int n_steps = kSteps) {
 #pragma GCC unroll 8
-        for (int g = 0; g < kGroups; ++g) unsigned_words(g, nibbles_32(b + g * Q4_0::bytes + 2), use);
+        for (int g = 0; g < n_steps; ++g) unsigned_words(g, nibbles_32(b + g * Q4_0::bytes + 2), use);
     }
 };
 
 template <>
 struct Bring<Q4_1> : HalfMins<Q4_1> {
     template <class Use>
-    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use) {
+    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use, int n_steps = kSteps) {
 #pragma GCC unroll 8
-        for (int g = 0; g < kGroups; ++g) unsigned_words(g, nibbles_32(b + g * Q4_1::bytes + 4), use);
+        for (int g = 0; g < n_steps; ++g) unsigned_words(g, nibbles_32(b + g * Q4_1::bytes + 4), use);
     }
 };
 
 template <class T, int At, class Use>
-inline __attribute__((always_inline)) void five_bits(const uint8_t* b, Use&& use) {
+inline __attribute__((always_inline)) void five_bits(const uint8_t* b, Use&& use, int n_steps) {
 #pragma GCC unroll 8
-    for (int g = 0; g < kGroups; ++g, b += T::bytes) {
+    for (int g = 0; g < n_steps; ++g, b += T::bytes) {
         unsigned_words(g, _mm256_or_si256(nibbles_32(b + At + 4), Unpack::bits(b + At, 16)), use);
     }
 }
@@ -363,22 +393,22 @@ inline __attribute__((always_inline)) void five_bits(const uint8_t* b, Use&& use
 template <>
 struct Bring<Q5_0> : Above<Q5_0, 16> {
     template <class Use>
-    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use) { five_bits<Q5_0, 2>(b, use); }
+    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use, int n_steps = kSteps) { five_bits<Q5_0, 2>(b, use, n_steps); }
 };
 
 template <>
 struct Bring<Q5_1> : HalfMins<Q5_1> {
     template <class Use>
-    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use) { five_bits<Q5_1, 4>(b, use); }
+    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use, int n_steps = kSteps) { five_bits<Q5_1, 4>(b, use, n_steps); }
 };
 
 template <>
 struct Bring<IQ4_NL> : HalfScales<IQ4_NL> {
     template <class Use>
-    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use) {
+    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use, int n_steps = kSteps) {
         const I book = book_of(kIq4nl);
 #pragma GCC unroll 8
-        for (int g = 0; g < kGroups; ++g, b += IQ4_NL::bytes) {
+        for (int g = 0; g < n_steps; ++g, b += IQ4_NL::bytes) {
             signed_words(g, _mm256_shuffle_epi8(book, nibbles_32(b + 2)), use);
         }
     }
@@ -386,16 +416,16 @@ struct Bring<IQ4_NL> : HalfScales<IQ4_NL> {
 
 template <>
 struct Bring<MXFP4> : NoMins {
-    static F scales(const uint8_t* b) {
-        float s[kGroups];
-        for (int g = 0; g < kGroups; ++g) s[g] = mxfp4_scale(b[g * MXFP4::bytes]);
+    static F scales(const uint8_t* b, int n_steps = kSteps) {
+        float s[kGroups] = {};
+        for (int g = 0; g < n_steps; ++g) s[g] = mxfp4_scale(b[g * MXFP4::bytes]);
         return Simd::load(s);
     }
     template <class Use>
-    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use) {
+    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use, int n_steps = kSteps) {
         const I book = book_of(kMxfp4);
 #pragma GCC unroll 8
-        for (int g = 0; g < kGroups; ++g, b += MXFP4::bytes) {
+        for (int g = 0; g < n_steps; ++g, b += MXFP4::bytes) {
             signed_words(g, _mm256_shuffle_epi8(book, nibbles_32(b + 1)), use);
         }
     }

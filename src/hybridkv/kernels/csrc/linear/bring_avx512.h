@@ -9,10 +9,14 @@ namespace weights {
 
 constexpr int kStep = 4 * L;
 constexpr int kSteps = kUnit / kStep;
+constexpr int kStepBlocks = kStep / kGroup;
 
 // A step's even inputs, then its odd ones.
 struct Order {
-    static void put(const int32_t* c, int16_t* out) {
+    static constexpr int unit_bytes = kUnitBytes;
+
+    static void put(const int32_t* c, uint8_t* to) {
+        int16_t* out = reinterpret_cast<int16_t*>(to);
         for (int s = 0; s < kUnit; s += kStep) {
             for (int i = 0; i < kStep / 2; ++i) out[s + i] = static_cast<int16_t>(c[s + 2 * i]);
             for (int i = 0; i < kStep / 2; ++i) out[s + kStep / 2 + i] = static_cast<int16_t>(c[s + 2 * i + 1]);
@@ -272,12 +276,17 @@ struct Bring<OfGrid<T>> : NoMins {
     }
 };
 
-// ---- Float scales: a unit is eight blocks.
+// ---- Float scales: a unit is eight blocks, of which the last of a row has perhaps fewer: the first `n_steps` steps.
 
 using Eight = __m256;
 
 template <class T>
-inline Eight half_scales(const uint8_t* b) {
+inline Eight half_scales(const uint8_t* b, int n_steps) {
+    if (n_steps < kSteps) {
+        alignas(16) uint16_t some[kGroups] = {};
+        for (int g = 0; g < n_steps * kStepBlocks; ++g) some[g] = load_as<uint16_t>(b + g * T::bytes);
+        return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(some)));
+    }
     const auto at = [&](int g) { return load_as<int16_t>(b + g * T::bytes); };
     return _mm256_cvtph_ps(_mm_setr_epi16(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)));
 }
@@ -289,21 +298,21 @@ inline F twice(Eight x) {
 
 template <class T>
 struct HalfScales : NoMins {
-    static Eight scales(const uint8_t* b) { return half_scales<T>(b); }
+    static Eight scales(const uint8_t* b, int n_steps = kSteps) { return half_scales<T>(b, n_steps); }
 };
 
 // Codes that are not below zero and a minimum of its own.
 template <class T>
 struct HalfMins : OneMin {
-    static Eight scales(const uint8_t* b) { return half_scales<T>(b); }
-    static void mins(const uint8_t* b, Eight, F* out) { out[0] = twice(half_scales<T>(b + 2)); }
+    static Eight scales(const uint8_t* b, int n_steps = kSteps) { return half_scales<T>(b, n_steps); }
+    static void mins(const uint8_t* b, Eight, F* out, int n_steps = kSteps) { out[0] = twice(half_scales<T>(b + 2, n_steps)); }
 };
 
 // Codes that stand `Zero` above their value: a minimum of -Zero scales.
 template <class T, int Zero>
 struct Above : OneMin {
-    static Eight scales(const uint8_t* b) { return half_scales<T>(b); }
-    static void mins(const uint8_t*, Eight scales, F* out) {
+    static Eight scales(const uint8_t* b, int n_steps = kSteps) { return half_scales<T>(b, n_steps); }
+    static void mins(const uint8_t*, Eight scales, F* out, int = kSteps) {
         out[0] = twice(_mm256_mul_ps(scales, _mm256_set1_ps(static_cast<float>(-Zero))));
     }
 };
@@ -311,9 +320,9 @@ struct Above : OneMin {
 template <>
 struct Bring<Q8_0> : HalfScales<Q8_0> {
     template <class Use>
-    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use) {
+    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use, int n_steps = kSteps) {
 #pragma GCC unroll 4
-        for (int s = 0; s < kSteps; ++s, b += 2 * Q8_0::bytes) {
+        for (int s = 0; s < n_steps; ++s, b += 2 * Q8_0::bytes) {
             signed_words(s, both(load_bytes(b + 2), load_bytes(b + Q8_0::bytes + 2)), use);
         }
     }
@@ -326,25 +335,25 @@ inline I two_blocks(const uint8_t* b) { return nibbles_64(b + At, b + T::bytes +
 template <>
 struct Bring<Q4_0> : Above<Q4_0, 8> {
     template <class Use>
-    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use) {
+    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use, int n_steps = kSteps) {
 #pragma GCC unroll 4
-        for (int s = 0; s < kSteps; ++s, b += 2 * Q4_0::bytes) unsigned_words(s, two_blocks<Q4_0, 2>(b), use);
+        for (int s = 0; s < n_steps; ++s, b += 2 * Q4_0::bytes) unsigned_words(s, two_blocks<Q4_0, 2>(b), use);
     }
 };
 
 template <>
 struct Bring<Q4_1> : HalfMins<Q4_1> {
     template <class Use>
-    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use) {
+    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use, int n_steps = kSteps) {
 #pragma GCC unroll 4
-        for (int s = 0; s < kSteps; ++s, b += 2 * Q4_1::bytes) unsigned_words(s, two_blocks<Q4_1, 4>(b), use);
+        for (int s = 0; s < n_steps; ++s, b += 2 * Q4_1::bytes) unsigned_words(s, two_blocks<Q4_1, 4>(b), use);
     }
 };
 
 template <class T, int At, class Use>
-inline __attribute__((always_inline)) void five_bits(const uint8_t* b, Use&& use) {
+inline __attribute__((always_inline)) void five_bits(const uint8_t* b, Use&& use, int n_steps) {
 #pragma GCC unroll 4
-    for (int s = 0; s < kSteps; ++s, b += 2 * T::bytes) {
+    for (int s = 0; s < n_steps; ++s, b += 2 * T::bytes) {
         const uint64_t bits = load_as<uint32_t>(b + At) | static_cast<uint64_t>(load_as<uint32_t>(b + T::bytes + At)) << 32;
         const I low = two_blocks<T, At + 4>(b);
         unsigned_words(s, _mm512_mask_add_epi8(low, bits, low, _mm512_set1_epi8(16)), use);
@@ -354,22 +363,22 @@ inline __attribute__((always_inline)) void five_bits(const uint8_t* b, Use&& use
 template <>
 struct Bring<Q5_0> : Above<Q5_0, 16> {
     template <class Use>
-    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use) { five_bits<Q5_0, 2>(b, use); }
+    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use, int n_steps = kSteps) { five_bits<Q5_0, 2>(b, use, n_steps); }
 };
 
 template <>
 struct Bring<Q5_1> : HalfMins<Q5_1> {
     template <class Use>
-    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use) { five_bits<Q5_1, 4>(b, use); }
+    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use, int n_steps = kSteps) { five_bits<Q5_1, 4>(b, use, n_steps); }
 };
 
 template <>
 struct Bring<IQ4_NL> : HalfScales<IQ4_NL> {
     template <class Use>
-    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use) {
+    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use, int n_steps = kSteps) {
         const I book = book_of(kIq4nl);
 #pragma GCC unroll 4
-        for (int s = 0; s < kSteps; ++s, b += 2 * IQ4_NL::bytes) {
+        for (int s = 0; s < n_steps; ++s, b += 2 * IQ4_NL::bytes) {
             signed_words(s, _mm512_shuffle_epi8(book, two_blocks<IQ4_NL, 2>(b)), use);
         }
     }
@@ -377,16 +386,16 @@ struct Bring<IQ4_NL> : HalfScales<IQ4_NL> {
 
 template <>
 struct Bring<MXFP4> : NoMins {
-    static Eight scales(const uint8_t* b) {
-        float s[kGroups];
-        for (int g = 0; g < kGroups; ++g) s[g] = mxfp4_scale(b[g * MXFP4::bytes]);
+    static Eight scales(const uint8_t* b, int n_steps = kSteps) {
+        float s[kGroups] = {};
+        for (int g = 0; g < n_steps * kStepBlocks; ++g) s[g] = mxfp4_scale(b[g * MXFP4::bytes]);
         return _mm256_loadu_ps(s);
     }
     template <class Use>
-    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use) {
+    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use, int n_steps = kSteps) {
         const I book = book_of(kMxfp4);
 #pragma GCC unroll 4
-        for (int s = 0; s < kSteps; ++s, b += 2 * MXFP4::bytes) {
+        for (int s = 0; s < n_steps; ++s, b += 2 * MXFP4::bytes) {
             signed_words(s, _mm512_shuffle_epi8(book, two_blocks<MXFP4, 1>(b)), use);
         }
     }

@@ -58,9 +58,10 @@ struct LastUnit {
 template <class T>
 constexpr int kUnitOf = kUnit / T::block * T::bytes;  // bytes of a unit
 
-// acc[q] += products of one unit
+// acc[q] += products of one unit, or of its first steps where the type's blocks are shorter than a unit
 template <class T, int NQ>
-inline __attribute__((always_inline)) void few_unit(const uint8_t* b, const Taken<NQ>& x, int64_t u, F (&acc)[NQ]) {
+inline __attribute__((always_inline)) void few_unit(const uint8_t* b, const Taken<NQ>& x, int64_t u, F (&acc)[NQ],
+                                                    int n_steps = kSteps) {
     using B = Bring<T>;
     F mins[B::min_vectors > 0 ? B::min_vectors : 1];
     if constexpr (T::scales == Scales::ints) {
@@ -84,10 +85,10 @@ inline __attribute__((always_inline)) void few_unit(const uint8_t* b, const Take
                                Simd::mul(d, Simd::set1(x.meta(q, u).scale)), acc[q]);
         }
     } else {
-        const auto scales = B::scales(b);
+        const auto scales = B::scales(b, n_steps);
         float each[kGroups];
         store_scales(each, scales);
-        if constexpr (B::min_vectors > 0) B::mins(b, scales, mins);
+        if constexpr (B::min_vectors > 0) B::mins(b, scales, mins, n_steps);
         F unit[NQ];
 #pragma GCC unroll 8
         for (F& sum : unit) sum = Simd::set1(0.f);
@@ -100,7 +101,7 @@ inline __attribute__((always_inline)) void few_unit(const uint8_t* b, const Take
                 Simd::settle(sum);
                 unit[q] = Simd::fma(Simd::to_float(sum), scale, unit[q]);
             }
-        });
+        }, n_steps);
 #pragma GCC unroll 8
         for (int q = 0; q < NQ; ++q) acc[q] = Simd::fma(unit[q], Simd::set1(x.meta(q, u).scale), acc[q]);
     }
@@ -130,7 +131,9 @@ HYBRIDKV_PHASE void few_rows(const Matrix& w, const Taken<NQ>& x, int64_t q0, in
                     few_unit<T, NQ>(b, x, u, acc);
                 }
                 if constexpr (T::block < kUnit) {
-                    if (w.n_in % kUnit) few_unit<T, NQ>(LastUnit<T>(row, w.n_in).bytes, x, whole, acc);
+                    const int left = static_cast<int>(w.n_in % kUnit);
+                    if (left % kStep) few_unit<T, NQ>(LastUnit<T>(row, w.n_in).bytes, x, whole, acc);
+                    else if (left) few_unit<T, NQ>(row + whole * kUnitOf<T>, x, whole, acc, left / kStep);
                 }
             }
             for (int q = 0; q < NQ; ++q) sums[q][i] = acc[q];

@@ -231,7 +231,7 @@ struct Many {
     static void linear(const Matrix& w, const uint8_t* x, const int32_t* x_rows, int64_t n_rows, int64_t row0,
                        int64_t row1, const Output& out, void* scratch) {
         Scratch<T>& s = *static_cast<Scratch<T>*>(scratch);
-        const int64_t units = units_of(w.n_in), stride = ints_stride(w.n_in);
+        const int64_t units = units_of(w.n_in), stride = order_stride<Order>(w.n_in);
         const int64_t most = rows_in_cache(stride);
         for (int64_t q0 = 0; q0 < n_rows; q0 += most) {
             const int64_t nq = n_rows - q0 < most ? n_rows - q0 : most;

@@ -10,7 +10,10 @@ namespace weights {
 using hybridkv::Matrix;
 
 struct PlainOrder {
-    static void put(const int32_t* c, int16_t* out) {
+    static constexpr int unit_bytes = kUnitBytes;
+
+    static void put(const int32_t* c, uint8_t* to) {
+        int16_t* out = reinterpret_cast<int16_t*>(to);
         for (int i = 0; i < kUnit; ++i) out[i] = static_cast<int16_t>(c[i]);
     }
 };
@@ -45,7 +48,7 @@ inline void fold_scales(Unit& u, float* scale, float* half_min) {
 template <class T, class Put>
 HYBRIDKV_PHASE void plain_ints(const Matrix& w, const uint8_t* x, const int32_t* x_rows, int64_t n_rows, int64_t row0,
                                int64_t row1, float* acc, Put&& put) {
-    const int64_t units = units_of(w.n_in), stride = ints_stride(w.n_in);
+    const int64_t units = units_of(w.n_in), stride = order_stride<PlainOrder>(w.n_in);
     Unit unit;
     float scale[kGroups], half_min[16];
     for (int64_t r = row0; r < row1; ++r) {
@@ -100,7 +103,11 @@ struct Plain {
         return static_cast<size_t>(n_rows) * kGroups * 4;
     }
 
-    static void linear(const Matrix& w, const void* prepared, const int32_t* x_rows, int64_t n_rows, int64_t row0,
+    static Operand operand(const hybridkv::WeightType& type, int64_t) {
+        return type.floats ? Operand::floats : Operand::ints;
+    }
+
+    static void linear(const Matrix& w, Operand, const void* prepared, const int32_t* x_rows, int64_t n_rows, int64_t row0,
                        int64_t row1, float* y, int64_t y_stride, bool add, void* scratch) {
         const uint8_t* x = static_cast<const uint8_t*>(prepared);
         const auto put = [&](int64_t q, int64_t r, float sum) {

@@ -42,8 +42,7 @@ int64_t find_bad(const uint8_t* row, int64_t n_blocks) {
 
 template <class T>
 constexpr WeightType row_of(const char* name, TypeId id) {
-    const Operand operand = T::scales == Scales::none ? Operand::floats : Operand::ints;
-    return {name, T::block, T::bytes, operand, decode<T>, find_bad<T>, static_cast<int>(id)};
+    return {name, T::block, T::bytes, T::scales == Scales::none, decode<T>, find_bad<T>, static_cast<int>(id)};
 }
 
 const WeightType kTypes[] = {
