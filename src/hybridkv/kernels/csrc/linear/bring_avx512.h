@@ -281,13 +281,8 @@ struct Bring<OfGrid<T>> : NoMins {
 using Eight = __m256;
 
 template <class T>
-inline Eight half_scales(const uint8_t* b, int n_steps) {
-    if (n_steps < kSteps) {
-        alignas(16) uint16_t some[kGroups] = {};
-        for (int g = 0; g < n_steps * kStepBlocks; ++g) some[g] = load_as<uint16_t>(b + g * T::bytes);
-        return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(some)));
-    }
-    const auto at = [&](int g) { return load_as<int16_t>(b + g * T::bytes); };
+inline __attribute__((always_inline)) Eight half_scales(const uint8_t* b, int n_steps) {
+    const auto at = [&](int g) { return g < n_steps * kStepBlocks ? load_as<int16_t>(b + g * T::bytes) : int16_t{0}; };
     return _mm256_cvtph_ps(_mm_setr_epi16(at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7)));
 }
 

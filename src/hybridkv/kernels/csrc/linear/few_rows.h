@@ -6,7 +6,7 @@ namespace weights {
 
 using hybridkv::Matrix;
 
-constexpr int kAhead = 1536;  // bytes that are asked for before they are needed
+constexpr int kAhead = 6144;  // bytes that are asked for before they are needed
 
 // Where the results of a call go.
 struct Output {
@@ -133,6 +133,7 @@ HYBRIDKV_PHASE void few_rows(const Matrix& w, const Taken<NQ>& x, int64_t q0, in
                 if constexpr (T::block < kUnit) {
                     const int left = static_cast<int>(w.n_in % kUnit);
                     if (left % kStep) few_unit<T, NQ>(LastUnit<T>(row, w.n_in).bytes, x, whole, acc);
+                    else if (left == kUnit / 2) few_unit<T, NQ>(row + whole * kUnitOf<T>, x, whole, acc, kSteps / 2);
                     else if (left) few_unit<T, NQ>(row + whole * kUnitOf<T>, x, whole, acc, left / kStep);
                 }
             }

@@ -38,39 +38,48 @@ struct Many {
     static constexpr int most_rows = T::scales == Scales::ints ? 6 : 4;
 
     template <class T>
-    static inline __attribute__((always_inline)) void bring(const uint8_t* b, Brought<T>& out) {
+    static inline __attribute__((always_inline)) void bring(const uint8_t* b, Brought<T>& out, int n_steps = kSteps) {
         using B = Bring<T>;
         F mins[B::min_vectors > 0 ? B::min_vectors : 1];
-        B::words(b, [&](int step, I even, I odd) __attribute__((always_inline)) {
+        const auto keep = [&](int step, I even, I odd) __attribute__((always_inline)) {
             int32_t* to = reinterpret_cast<int32_t*>(out.words) + step * 2 * L;
             Simd::storei(to, even);
             Simd::storei(to + L, odd);
-        });
+        };
         if constexpr (T::scales == Scales::ints) {
+            B::words(b, keep);
             out.scales[0] = B::d(b);
             if constexpr (B::min_vectors > 0) B::mins(b, mins);
         } else {
-            const auto scales = B::scales(b);
+            B::words(b, keep, n_steps);
+            const auto scales = B::scales(b, n_steps);
             store_scales(out.scales, scales);
-            if constexpr (B::min_vectors > 0) B::mins(b, scales, mins);
+            if constexpr (B::min_vectors > 0) B::mins(b, scales, mins, n_steps);
         }
         for (int v = 0; v < B::min_vectors; ++v) Simd::store(out.mins + v * L, mins[v]);
     }
 
     template <class T>
     static HYBRIDKV_PHASE void bring_rows(const Matrix& w, int64_t r0, int64_t n, int64_t u, Brought<T>* out) {
-        const bool whole = (u + 1) * kUnit <= w.n_in;
+        const int left = steps_of(w, u);
         for (int64_t i = 0; i < n; ++i) {
             const uint8_t* row = w.data + (r0 + i) * w.row_bytes;
             if constexpr (T::block < kUnit) {
-                if (!whole) {
-                    bring<T>(LastUnit<T>(row, w.n_in).bytes, out[i]);
+                if (left < kSteps) {
+                    if (w.n_in % kStep) bring<T>(LastUnit<T>(row, w.n_in).bytes, out[i], left);
+                    else bring<T>(row + u * kUnitOf<T>, out[i], left);
                     continue;
                 }
             }
             bring<T>(row + u * kUnitOf<T>, out[i]);
         }
-        (void)whole;
+        (void)left;
+    }
+
+    // Steps of unit `u` that hold inputs.
+    static int steps_of(const Matrix& w, int64_t u) {
+        const int64_t left = (w.n_in - u * kUnit + kStep - 1) / kStep;
+        return static_cast<int>(left < kSteps ? left : kSteps);
     }
 
     // Minima of NR output rows and the sums of one row of activations that they meet.
@@ -101,7 +110,7 @@ struct Many {
     // acc[q][kOut] += products of NR output rows at a time, of `n`, and NQ rows of activations over one unit. Without
     // minima and floats it is all loads and products of integers: the loop is unrolled, and pointers are kept.
     template <class T, int NR, int NQ>
-    static HYBRIDKV_PHASE void tiles(const Brought<T>* w, int64_t n, const Taken<NQ>& x, int64_t u, F* acc) {
+    static HYBRIDKV_PHASE void tiles(const Brought<T>* w, int64_t n, const Taken<NQ>& x, int64_t u, int n_steps, F* acc) {
         const int32_t* a[NQ];
         const Meta* meta[NQ];
         for (int q = 0; q < NQ; ++q) {
@@ -109,15 +118,16 @@ struct Many {
             meta[q] = &x.meta(q, u);
         }
         int64_t r = 0;
-        for (; r + NR <= n; r += NR) tile<T, NR, NQ>(w + r, a, meta, acc + r);
+        for (; r + NR <= n; r += NR) tile<T, NR, NQ>(w + r, a, meta, n_steps, acc + r);
         if constexpr (NR > 1) {
-            for (; r < n; ++r) tile<T, 1, NQ>(w + r, a, meta, acc + r);
+            for (; r < n; ++r) tile<T, 1, NQ>(w + r, a, meta, n_steps, acc + r);
         }
     }
 
     template <class T, int NR, int NQ>
     static inline __attribute__((always_inline)) void tile(const Brought<T>* w, const int32_t* const (&a)[NQ],
-                                                           const Meta* const (&meta)[NQ], F* acc) {
+                                                           const Meta* const (&meta)[NQ], int n_steps, F* acc) {
+        (void)n_steps;
         if constexpr (T::scales == Scales::ints) {
             I sum[NR][NQ];
 #pragma GCC unroll 8
@@ -159,7 +169,7 @@ struct Many {
 #pragma GCC unroll 8
                 for (F& s : row) s = Simd::set1(0.f);
             }
-            for (int step = 0; step < kSteps; ++step) {
+            for (int step = 0; step < n_steps; ++step) {
                 I even[NR], odd[NR];
                 F scale[NR];
 #pragma GCC unroll 4
@@ -241,9 +251,11 @@ struct Many {
                 for (int64_t u = 0; u < units; ++u) {
                     if (q0 == 0 && r0 + kOut < row1) ask_for(w, r0 + kOut, row1, u, units);
                     bring_rows<T>(w, r0, n, u, s.rows);
+                    const int n_steps = steps_of(w, u);
                     for_tiles<T>(nq, [&](auto group, int64_t q) {
                         constexpr int NQ = decltype(group)::count;
-                        tiles<T, kTileOut, NQ>(s.rows, n, Taken<NQ>(x, stride, x_rows, q0 + q, units), u, s.acc[q]);
+                        tiles<T, kTileOut, NQ>(s.rows, n, Taken<NQ>(x, stride, x_rows, q0 + q, units), u, n_steps,
+                                                 s.acc[q]);
                     });
                 }
                 for (int64_t q = 0; q < nq; ++q) put(s.acc[q], q0 + q, r0, n, out);
