@@ -14,7 +14,7 @@ from hybridkv.gguf.load import describe_gguf  # noqa: F401 - registers what toke
 from hybridkv.gguf.metadata import Metadata
 from hybridkv.gguf.reader import read_header
 from hybridkv.gguf.tokenizer import load_tokenizer
-from hybridkv.hf.detokenize import TextStream, token_bytes
+from hybridkv.text.detokenize import TextStream, token_bytes
 from tests.gguf.test_spm import build, keys_of, original
 
 TEXTS = (

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from hybridkv.engine.load import Description, Loaded
     from hybridkv.engine.steps import StepKind
     from hybridkv.held import Held, WeightKind
-    from hybridkv.hf import Step
     from hybridkv.native import Memory
+    from hybridkv.runtime import Step
 
 DEFAULT_CTX = 4096
 
@@ -217,7 +217,7 @@ def open_model(
 
     from hybridkv.engine.load import bundled_model, describe
     from hybridkv.engine.steps import parse_graphs, parse_step, resolve_step
-    from hybridkv.hf import parse_weights
+    from hybridkv.held import parse_weights
     from hybridkv.hf.ranks import n_ranks
     from hybridkv.hf.torchao_weights import check_torchao
     from hybridkv.plan import parse_bytes

@@ -15,8 +15,8 @@ from hybridkv.cache import LayerFacts
 from hybridkv.errors import ModelError, ModelFileError
 from hybridkv.gguf.load import describe_gguf
 from hybridkv.held import Held, Runner, WeightKind, held_weights
-from hybridkv.hf.facts import layer_facts
 from hybridkv.hf.ranks import check_plan
+from hybridkv.model.facts import layer_facts
 from hybridkv.native.choice import EngineKind, multiplies, runs_natively
 
 if TYPE_CHECKING:

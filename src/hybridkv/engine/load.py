@@ -14,14 +14,15 @@ from hybridkv.gguf.load import load_gguf
 from hybridkv.gguf.tensors import GgufSource
 from hybridkv.gguf.tokenizer import TURN_ENDS
 from hybridkv.held import WeightKind
-from hybridkv.hf import IMPLEMENTATION, pack_model, vocabulary_rows
-from hybridkv.hf.control_words import ControlWords
+from hybridkv.hf import IMPLEMENTATION, pack_model
 from hybridkv.hf.load import load_tokenizer, load_weights
 from hybridkv.hf.step import Holder, save_unpacked
 from hybridkv.hf.torchao_weights import quantize_weights
 from hybridkv.memory import available_memory
+from hybridkv.model import vocabulary_rows
 from hybridkv.native import Memory, directory_source, map_gguf, native_model
 from hybridkv.native.choice import runs_natively
+from hybridkv.text.control_words import ControlWords
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,13 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 from hybridkv.errors import UsageError, one_of
-from hybridkv.hf.step import EagerStep, FusedStep, GraphStep, Step, fused, graph
+from hybridkv.hf.step import EagerStep, FusedStep, GraphStep, fused, graph
 from hybridkv.hf.step.graph import Decoder
-from hybridkv.hf.view import Notify
 from hybridkv.native import NativeStep
 from hybridkv.native.choice import EngineKind
 from hybridkv.native.choice import rejects as native_rejects
+from hybridkv.runtime import Step
+from hybridkv.runtime.view import Notify
 
 StepKind = EngineKind
 GraphMode = Literal["on", "off"]

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from hybridkv.gguf.convert import find_tables
 from hybridkv.gguf.pairing import Pairing, file_tensors, pair
-from hybridkv.held import WeightKind
-from hybridkv.hf.step.weights import reencoded, weight_type
-from hybridkv.kernels.weights import Weight, decode, encode, find_bad_block
+from hybridkv.held import WeightKind, weight_type
+from hybridkv.kernels.weights import Weight, decode, encode, find_bad_block, reencoded
 from hybridkv.model import Source
 
 _FLOATS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}

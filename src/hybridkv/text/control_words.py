@@ -11,7 +11,7 @@ Qwen) are text as any: they are matched whole in messages too, as llama.cpp does
 such as `</think>`; these are left as they are unless they are control words. An assistant's messages alone may carry
 control words that enclose thoughts: the model wrote them, and templates cut there.
 
-Used by `hybridkv.hf.chat`, and by the command line for plain prompts and rows.
+Used by `hybridkv.text.chat`, and by the command line for plain prompts and rows.
 """
 
 from __future__ import annotations
