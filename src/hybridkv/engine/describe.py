@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hybridkv.cache import LayerFacts
 from hybridkv.errors import ModelError, ModelFileError
-from hybridkv.gguf.load import describe_gguf
+from hybridkv.gguf.describe import describe_gguf
 from hybridkv.held import Held, Runner, WeightKind, held_weights
 from hybridkv.hf.ranks import check_plan
 from hybridkv.model.facts import layer_facts

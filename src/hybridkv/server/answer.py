@@ -72,7 +72,7 @@ class Answer:
     Parameters
     ----------
     tokenizer
-        A fast Transformers tokenizer.
+        A `TextTokenizer`, or a fast Transformers tokenizer.
     prompt_ids
         What the answer continues.
     stops

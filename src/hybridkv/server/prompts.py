@@ -28,7 +28,7 @@ class Prompts:
     Parameters
     ----------
     tokenizer
-        A fast Transformers tokenizer.
+        A `TextTokenizer`, or a fast Transformers tokenizer.
     n_vocab
         Token ids are 0 to less than this.
     """

@@ -51,8 +51,8 @@ class ControlWords:
     Parameters
     ----------
     tokenizer
-        A fast Transformers tokenizer. What its file or an earlier call may have asked for is turned off: truncation,
-        padding, special tokens as text.
+        A `TextTokenizer`, or a fast Transformers tokenizer. What its file or an earlier call may have asked for is
+        turned off: truncation, padding, special tokens as text.
 
     Attributes
     ----------
