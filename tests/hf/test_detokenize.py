@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridkv.engine.load import bundled_model
-from hybridkv.gguf.load import describe_gguf  # noqa: F401 - registers what tokenizers need
+from hybridkv.gguf.describe import describe_gguf  # noqa: F401 - registers what tokenizers need
 from hybridkv.gguf.metadata import Metadata
 from hybridkv.gguf.reader import read_header
 from hybridkv.gguf.tokenizer import load_tokenizer

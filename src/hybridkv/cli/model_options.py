@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from hybridkv.cli.collector import import_torch, resume_collector
 from hybridkv.cli.show import MAX_CONTEXT, model_path, notice, size, weights_words
 from hybridkv.errors import UsageError
 
@@ -106,6 +107,7 @@ def limit_spinning() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    import_torch()
 
 
 def check_limits(a: argparse.Namespace, *more: tuple[str, str, int, int]) -> None:
@@ -203,6 +205,7 @@ class Opened:
         _say_weights(loaded, self.weights)
         if self.lock:
             lock_weights(loaded)
+        resume_collector()
         return loaded, step
 
 

@@ -123,7 +123,8 @@ def _load_native(description: Description, weights: WeightKind, memory: Memory) 
         loaded = Loaded(description, native_model(config, directory_source(path, config), weights), tokenizer)
         _add_turn_ends(loaded)
         return loaded
-    mapped = map_gguf(path, memory)
+    assert description.header is not None
+    mapped = map_gguf(description.header, memory)
     free = available_memory()
     if memory == "mapped" and (free is None or mapped.source.n_bytes < free.n_bytes):
         mapped.source.populate()

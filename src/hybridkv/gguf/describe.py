@@ -19,7 +19,7 @@ from hybridkv.gguf.bpe import assumption
 from hybridkv.gguf.keys import check_unread, unknown_keys
 from hybridkv.gguf.metadata import Metadata
 from hybridkv.gguf.reader import Header
-from hybridkv.gguf.split import read_model
+from hybridkv.gguf.split import metadata_of
 
 EMBEDDING = "token_embd.weight"
 OUTPUT = "output.weight"
@@ -61,7 +61,7 @@ def describe_gguf(path: str | Path | Header) -> tuple[str, FileConfig]:
     ModelFileError
         For a damaged file, an unknown architecture, or metadata that is missing or out of range.
     """
-    meta = Metadata(path if isinstance(path, Header) else read_model(path))
+    meta = metadata_of(path)
     return name_of(meta), file_config(meta, get_architecture(meta.header))
 
 

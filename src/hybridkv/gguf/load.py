@@ -25,7 +25,7 @@ from hybridkv.gguf.keys import check_unread
 from hybridkv.gguf.metadata import Metadata
 from hybridkv.gguf.pairing import Pairing, build_skeleton, pair, same_shape, state
 from hybridkv.gguf.rows import OpenModel, open_model
-from hybridkv.gguf.split import read_model
+from hybridkv.gguf.split import metadata_of
 from hybridkv.gguf.tensors import GgufSource
 from hybridkv.gguf.tokenizer import end_ids, load_tokenizer
 from hybridkv.kernels.weights import Weight
@@ -68,7 +68,7 @@ def config_from_gguf(path: str | Path) -> PreTrainedConfig:
     ModelFileError
         As `describe_gguf`, and for what that class refuses.
     """
-    meta = Metadata(read_model(path))
+    meta = metadata_of(path)
     return _config(meta, get_architecture(meta.header))
 
 
@@ -131,7 +131,7 @@ class _Opened:
 
 def _open(path: str | Path, dtype: torch.dtype, attn_implementation: str) -> _Opened:
     """Read and check all that comes before weights."""
-    meta = Metadata(read_model(path))
+    meta = metadata_of(path)
     architecture = get_architecture(meta.header)
     config = _config(meta, architecture)
     model = _skeleton(meta, config, dtype, attn_implementation)

@@ -17,7 +17,7 @@ from hybridkv.gguf.architectures.record import Architecture
 from hybridkv.gguf.describe import FileConfig, check_tensors, file_config, name_of, notices, says_none
 from hybridkv.gguf.metadata import Metadata
 from hybridkv.gguf.reader import Header
-from hybridkv.gguf.split import read_model
+from hybridkv.gguf.split import metadata_of
 from hybridkv.gguf.tensors import GgufSource, Memory, check_multiplied
 from hybridkv.gguf.tokenizer import end_ids, read_tokenizer
 from hybridkv.model import graph_of, rejects
@@ -57,7 +57,7 @@ def map_gguf(path: str | Path | Header, memory: Memory = "mapped") -> MappedMode
     ModelError
         For a model that no graph can be written of.
     """
-    meta = Metadata(path if isinstance(path, Header) else read_model(path))
+    meta = metadata_of(path)
     architecture = get_architecture(meta.header)
     config = file_config(meta, architecture)
     names = _check(meta, architecture, config)

@@ -11,9 +11,8 @@ from pathlib import Path
 from hybridkv.gguf.architectures import get_architecture
 from hybridkv.gguf.architectures.record import Architecture
 from hybridkv.gguf.describe import skipped
-from hybridkv.gguf.metadata import Metadata
 from hybridkv.gguf.reader import Header, TensorInfo
-from hybridkv.gguf.split import read_model
+from hybridkv.gguf.split import metadata_of
 from hybridkv.gguf.tensors import check_multiplied
 from hybridkv.held import Place, Runner, Shape, StoredTensor
 
@@ -29,7 +28,7 @@ def stored_tensors(path: str | Path | Header, runner: Runner = "eager") -> tuple
     ModelFileError
         For a damaged file, or one that has types which the runner does not multiply.
     """
-    meta = Metadata(path if isinstance(path, Header) else read_model(path))
+    meta = metadata_of(path)
     left_out = {name for names in skipped(meta).values() for name in names}
     if runner == "native":
         check_multiplied(meta.header, {info.name for info in meta.header.tensors} - left_out)

@@ -90,8 +90,9 @@ def load_tokenizer(meta: Metadata) -> PreTrainedTokenizerFast | None:
 def end_ids(meta: Metadata, n_tokens: int) -> list[int]:
     """Return the ids that end a generation: end of text, of turn and of message, each once."""
     ids = [meta.token_id(role, n_tokens) for role in ("eos", "eot", "eom")]
-    if meta.has("tokenizer.ggml.tokens"):
-        vocabulary = read_vocabulary(meta)
-        found = [vocabulary.ids.get(token) for token in TURN_ENDS]
-        ids += [index for index in found if index is not None and vocabulary.types[index] == TokenType.CONTROL]
+    if meta.has("tokenizer.ggml.tokens") and meta.has("tokenizer.ggml.token_type"):
+        tokens = meta.texts("tokenizer.ggml.tokens")
+        types = meta.integers("tokenizer.ggml.token_type", len(tokens))
+        words = {tokens[index]: index for index, type_ in enumerate(types) if type_ == TokenType.CONTROL}
+        ids += [words[token] for token in TURN_ENDS if token in words]
     return list(dict.fromkeys(index for index in ids if index is not None))

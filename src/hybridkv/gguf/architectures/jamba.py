@@ -132,6 +132,7 @@ def _derived(fields: Fields) -> Fields:
 
     return {
         "hidden_act": "silu",
+        "num_experts_per_tok": 2,  # the class's own, where no layer has experts
         "layer_types": ["full_attention" if has("attn", layer) else "linear_attention" for layer in layers],
         "layers_num_experts": [fields["num_experts"] if has("expert", layer) else 1 for layer in layers],
     }

@@ -131,6 +131,7 @@ def derived(fields: Fields) -> Fields:
         "mamba_hidden_act": "silu",
         "mlp_hidden_act": "relu2",
         "sliding_window": None,
+        "intermediate_size": 21504,  # the class's own, where no layer has a feed-forward
     }
 
 
