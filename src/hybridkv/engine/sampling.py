@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hybridkv.engine.filters import warp
+from hybridkv.engine.warpers import warp
 from hybridkv.errors import UsageError
 from hybridkv.kernels.threads import torch_on_one_thread
 

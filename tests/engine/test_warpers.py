@@ -12,7 +12,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from hybridkv.engine.filters import warp
+from hybridkv.engine.warpers import warp
 
 _NONE = torch.empty(3, 0, dtype=torch.long)
 
