@@ -33,9 +33,10 @@ from hybridkv.engine import Engine, SamplingParams
 from hybridkv.engine.load import Loaded, bundled_model, describe, load
 from hybridkv.errors import GuardError
 from hybridkv.formats import FORMATS
-from hybridkv.hf import ModelCache, kv_facts
+from hybridkv.hf import ModelCache
 from hybridkv.kernels import KERNELS, AttentionParams, Kernel, KVView
 from hybridkv.lab.machine import cpu_model
+from hybridkv.model import kv_facts
 from hybridkv.policy import Guard, GuardMode, Policy
 
 PROMPT = "Hello world"

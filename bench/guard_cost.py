@@ -24,7 +24,8 @@ import transformers  # noqa: E402
 from hybridkv.cache import KVTypes  # noqa: E402
 from hybridkv.engine.load import bundled_model, describe, load  # noqa: E402
 from hybridkv.engine.steps import parse_step, resolve_step  # noqa: E402
-from hybridkv.hf import ModelCache, kv_facts  # noqa: E402
+from hybridkv.hf import ModelCache  # noqa: E402
+from hybridkv.model import kv_facts  # noqa: E402
 from hybridkv.policy import Guard, GuardMode, Policy  # noqa: E402
 from perplexity import TEXT, commit, cpu_name  # noqa: E402
 

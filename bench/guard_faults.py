@@ -36,8 +36,9 @@ from tests.models import gemma3, smollm2
 from hybridkv.cache import KVSpec
 from hybridkv.cli.show import simple_table
 from hybridkv.engine.load import bundled_model, describe, load
-from hybridkv.hf import ModelCache, cache_argument, kv_facts, layer_facts
+from hybridkv.hf import ModelCache, cache_argument
 from hybridkv.kernels import ENCODERS, KERNELS
+from hybridkv.model import kv_facts, layer_facts
 from hybridkv.policy import Evidence, Guard, NonFiniteError, Ok, Policy, Verdict
 from perplexity import TEXT, commit, cpu_name, parse
 

@@ -22,8 +22,9 @@ from torch import Tensor
 from hybridkv.cache import KVTypes
 from hybridkv.cli.show import simple_table
 from hybridkv.engine.load import bundled_model, describe, load
-from hybridkv.hf import ModelCache, cache_argument, kv_facts
+from hybridkv.hf import ModelCache, cache_argument
 from hybridkv.kernels import KERNELS, AttentionParams, Kernel, KVView
+from hybridkv.model import kv_facts
 from hybridkv.policy import Guard, Policy
 from perplexity import TEXT, Score
 

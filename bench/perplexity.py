@@ -31,8 +31,9 @@ import hybridkv
 from hybridkv.cache import KVTypes
 from hybridkv.cli.show import simple_table
 from hybridkv.engine.load import Loaded, bundled_model, bundled_text, describe, load
-from hybridkv.hf import EagerStep, ModelCache, kv_facts
+from hybridkv.hf import EagerStep, ModelCache
 from hybridkv.kernels import KERNELS
+from hybridkv.model import kv_facts
 from hybridkv.native import NativeModel, NativeStep
 from hybridkv.policy import Guard, Policy, parse_scale
 

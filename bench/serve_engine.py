@@ -29,7 +29,7 @@ from hybridkv.cache import KVTypes  # noqa: E402
 from hybridkv.engine import Request, SamplingParams, Scheduler  # noqa: E402
 from hybridkv.engine.host import settle  # noqa: E402
 from hybridkv.engine.load import Loaded, bundled_model, bundled_text, describe, load  # noqa: E402
-from hybridkv.hf import kv_facts  # noqa: E402
+from hybridkv.model import kv_facts  # noqa: E402
 from hybridkv.native import NativeStep  # noqa: E402
 from hybridkv.policy import Guard, Policy  # noqa: E402
 from perplexity import commit, cpu_name  # noqa: E402

@@ -34,9 +34,9 @@ import transformers
 from hybridkv.cache import KVTypes
 from hybridkv.engine import Engine, Request, SamplingParams, Scheduler
 from hybridkv.engine.load import bundled_model, bundled_text, describe, load
-from hybridkv.hf import kv_facts
 from hybridkv.lab.machine import load as machine_load
 from hybridkv.lab.machine import machine
+from hybridkv.model import kv_facts
 from hybridkv.policy import Guard, Policy
 from perplexity import commit
 

@@ -27,7 +27,8 @@ from torch import Tensor
 from triton import TritonError
 
 from hybridkv.errors import HybridKVError
-from hybridkv.hf import EagerStep, layer_facts
+from hybridkv.hf import EagerStep
+from hybridkv.model import layer_facts
 from hybridkv.plan import largest_context, plan
 from step_cuda_model import (
     GEOMETRIES,

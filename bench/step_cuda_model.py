@@ -16,9 +16,11 @@ from torch import Tensor
 
 from hybridkv.cache import KVTypes
 from hybridkv.engine.steps import resolve_step
-from hybridkv.hf import IMPLEMENTATION, ModelCache, Step, is_finite, kv_facts, layer_facts
+from hybridkv.hf import IMPLEMENTATION, ModelCache
 from hybridkv.hf.layers import QuantizedLayer
+from hybridkv.model import kv_facts, layer_facts
 from hybridkv.policy import Guard, Policy
+from hybridkv.runtime import Step, is_finite
 
 _DELTA: dict[str, Any] = {"linear_num_key_heads": 16, "linear_num_value_heads": 32}
 _DELTA |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128, "head_dim": 256, "num_attention_heads": 16}

@@ -27,9 +27,9 @@ from hybridkv.cache import KVTypes
 from hybridkv.cli.show import simple_table
 from hybridkv.engine import Engine, SamplingParams
 from hybridkv.engine.load import Loaded, bundled_model, describe, load
-from hybridkv.held import WeightKind
-from hybridkv.hf import kv_facts, parse_weights
+from hybridkv.held import WeightKind, parse_weights
 from hybridkv.kernels import cpu_native
+from hybridkv.model import kv_facts
 from hybridkv.native import NativeStep, bytes_by_type
 from hybridkv.policy import Guard, Policy
 from perplexity import CHUNK, TEXT, Score, commit, cpu_name, log_probs, parse

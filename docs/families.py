@@ -16,9 +16,9 @@ def families_page() -> str:
     import transformers
 
     from hybridkv.gguf.architectures import WRITABLE
-    from hybridkv.hf.facts import STATE_SHAPES
     from hybridkv.hf.step.fused import FAMILY_NAMES
     from hybridkv.model import FAMILIES, Experts
+    from hybridkv.model.facts import STATE_SHAPES
 
     files: dict[str, list[str]] = {}
     for architecture in WRITABLE:
@@ -28,7 +28,7 @@ def families_page() -> str:
     lines = [
         "# Families of models",
         "",
-        "Written by `docs/generate.py` from `hybridkv.model.FAMILIES`, the GGUF tables and `hybridkv.hf.facts`. Names are those",
+        "Written by `docs/generate.py` from `hybridkv.model.FAMILIES`, the GGUF tables and `hybridkv.model.facts`. Names are those",
         "of `model_type` in a Transformers config.",
         "",
         "*Native* is this package's own engine: C++ on the CPU, Triton on CUDA. It is tested against Transformers in float64",

@@ -12,7 +12,8 @@ from hybridkv.cache.spec import WINDOW_SLACK
 from hybridkv.engine import Engine, SamplingParams
 from hybridkv.errors import UsageError
 from hybridkv.formats import FORMATS
-from hybridkv.hf import IMPLEMENTATION, kv_facts, layer_facts
+from hybridkv.hf import IMPLEMENTATION
+from hybridkv.model import kv_facts, layer_facts
 from hybridkv.native import NativeStep
 from hybridkv.plan import largest_context, parse_bytes, plan, unknown_states
 from hybridkv.policy import Guard, Policy

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal, get_args
 
+from hybridkv.errors import one_of
 from hybridkv.formats.weights import WEIGHTS, get_weight_format
 
 WeightKind = Literal["auto", "plain", "f32", "bf16", "int8", "int4"]
@@ -175,3 +176,28 @@ def _on_device(tensor: StoredTensor, kind: WeightKind, plain: str) -> dict[str, 
         f"{plain} ({EXPERTS})" if tensor.shape == "experts" and kind in ("int8", "int4") else plain: n
         * _ITEMSIZE[plain]
     }
+
+
+def parse_weights(text: str) -> WeightKind:
+    """Check a kind of weights.
+
+    Raises
+    ------
+    UsageError
+        Listing the kinds there are.
+    """
+    return one_of(text, WEIGHT_KINDS, "no weights", hint="auto keeps every weight as it is in the file")
+
+
+def weight_type(kind: WeightKind, n_in: int, *, in_vocabulary: bool) -> str | None:
+    """The type that a matrix is encoded in; None if it stays what it is.
+
+    Parameters
+    ----------
+    in_vocabulary
+        Whether its rows are the vocabulary's: the embedding or the head.
+    """
+    name = ENCODED.get(kind)
+    if name in ("q8_0", "q4_0"):
+        return None if n_in % 32 else "q8_0" if in_vocabulary else name
+    return name

@@ -17,7 +17,7 @@ import torch
 from hybridkv.cli.classify_rows import Row, Template, encode, read_template
 from hybridkv.engine.load import describe, load
 from hybridkv.errors import UsageError
-from hybridkv.hf.control_words import ControlWords
+from hybridkv.text.control_words import ControlWords
 from tests import chat_models
 from tests.cli.conftest import Cli
 from tests.cli.test_bad_input import one_error

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hybridkv.hf import chat
+from hybridkv.text import chat
 from tests.cli.conftest import Cli
 from tests.cli.models import ModelStore, with_config
 from tests.cli.test_bad_input import one_error, refused

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from hybridkv.formats import FORMATS
-from hybridkv.hf import facts
+from hybridkv.model import facts
 from tests.cli.conftest import Cli
 from tests.cli.models import ModelStore
 from tests.gguf.write_qwen35 import draft, tiny_model

@@ -23,9 +23,10 @@ from hybridkv.engine.load import Loaded, bundled_model, describe, load
 from hybridkv.engine.steps import resolve_step
 from hybridkv.formats import FORMATS, get_format
 from hybridkv.gguf.load import load_gguf
-from hybridkv.hf import Step, kv_facts
 from hybridkv.kernels.cuda import compiling
+from hybridkv.model import kv_facts
 from hybridkv.policy import Guard, Policy
+from hybridkv.runtime import Step
 from tests.cli.conftest import Cli
 from tests.cli.models import ModelStore, with_weights
 from tests.gguf.write_qwen35 import draft, tiny_model

@@ -12,8 +12,8 @@ import torch
 from hybridkv import quantized_cache
 from hybridkv.cache import KVSpec, KVTypes
 from hybridkv.errors import UsageError
-from hybridkv.hf import kv_facts, layer_facts
 from hybridkv.lab.results import read_jsonl
+from hybridkv.model import kv_facts, layer_facts
 from hybridkv.policy import config_of, format_config, read_config
 from tests.cli.conftest import Cli
 from tests.cli.models import ModelStore

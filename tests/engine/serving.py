@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from hybridkv.cache import KVSpec, KVTypes
 from hybridkv.engine import Event, Request, SamplingParams, Scheduler, Ticket
-from hybridkv.hf import Step, kv_facts, layer_facts
+from hybridkv.model import kv_facts, layer_facts
 from hybridkv.policy import Guard, Policy
+from hybridkv.runtime import Step
 from tests.families import build
 
 GREEDY = SamplingParams(temp=0)

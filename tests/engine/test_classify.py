@@ -14,8 +14,10 @@ from hybridkv.cache import KVTypes
 from hybridkv.engine.classify import Classifier, batches, label_tree, shared_length
 from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import ContextError, GuardError, UsageError
-from hybridkv.hf import EagerStep, ModelCache, Step, kv_facts, layer_facts, takes_chunks
+from hybridkv.hf import EagerStep, ModelCache
+from hybridkv.model import kv_facts, layer_facts, takes_chunks
 from hybridkv.policy import Guard, Policy
+from hybridkv.runtime import Step
 from tests.families import HYBRIDS, build
 
 SHARED = (5, 71, 8, 8, 40)

@@ -16,8 +16,9 @@ from hybridkv.cache import KVSpec, KVTypes
 from hybridkv.engine import Engine, SamplingParams
 from hybridkv.engine.load import Loaded, bundled_model, describe, load
 from hybridkv.errors import ContextError, GuardError, ModelError, UsageError
-from hybridkv.hf import ModelCache, kv_facts, layer_facts
+from hybridkv.hf import ModelCache
 from hybridkv.kernels import KERNELS, AttentionParams, Kernel, KVView
+from hybridkv.model import kv_facts, layer_facts
 from hybridkv.policy import Guard, GuardMode, Policy
 from tests.families import HYBRIDS, build
 

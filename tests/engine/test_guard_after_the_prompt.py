@@ -12,9 +12,10 @@ from hybridkv.cache import KVTypes
 from hybridkv.engine import Engine, SamplingParams
 from hybridkv.engine.load import Loaded, bundled_model, describe, load
 from hybridkv.errors import GuardError
-from hybridkv.hf import EagerStep, ModelCache, kv_facts
+from hybridkv.hf import EagerStep, ModelCache
 from hybridkv.kernels import KERNELS
 from hybridkv.kernels.step import Rows
+from hybridkv.model import kv_facts
 from hybridkv.native import NativeStep
 from hybridkv.native import step as native
 from hybridkv.policy import Guard, GuardMode, Policy

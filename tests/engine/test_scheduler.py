@@ -14,10 +14,10 @@ from hybridkv.engine import Event, Request, SamplingParams
 from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import AdmissionError, NoKernelError, UsageError
 from hybridkv.hf import ModelCache
-from hybridkv.hf.step.record import Answers
 from hybridkv.kernels import cpu_native
 from hybridkv.native import NativeStep
 from hybridkv.policy import Guard, NonFiniteError
+from hybridkv.runtime import Answers
 from tests.engine.serving import (
     GREEDY,
     Q8,

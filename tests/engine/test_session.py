@@ -25,8 +25,9 @@ from hybridkv.engine.session import Session, load_session, remove_leftovers, res
 from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import SessionError
 from hybridkv.formats import get_format
-from hybridkv.hf import ModelCache, Step
+from hybridkv.hf import ModelCache
 from hybridkv.policy import Guard
+from hybridkv.runtime import Step
 from tests.engine.serving import (
     GREEDY,
     Q8,

@@ -16,7 +16,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hybridkv.engine.convert import convert
 from hybridkv.errors import ModelFileError
-from hybridkv.gguf.load import describe_gguf, load_gguf
+from hybridkv.gguf.describe import describe_gguf
+from hybridkv.gguf.load import load_gguf
 from hybridkv.gguf.metadata import Metadata
 from hybridkv.gguf.reader import read_header
 from hybridkv.gguf.tokenizer import load_tokenizer

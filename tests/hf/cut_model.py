@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hybridkv.cache import KVTypes
-from hybridkv.hf import EagerStep, ModelCache, kv_facts, layer_facts, quantized_cache
+from hybridkv.hf import EagerStep, ModelCache, quantized_cache
 from hybridkv.hf.load import count_parameters, load_config, load_weights
 from hybridkv.hf.ranks import leave, local_rank, n_ranks, rank, same_everywhere
+from hybridkv.model import kv_facts, layer_facts
 from hybridkv.plan import plan
 from hybridkv.policy import Policy
 

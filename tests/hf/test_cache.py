@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Qwen3_5ForCausalLM, pipeline
 from hybridkv import ContextError, ModelError, NoKernelError, UsageError, quantized_cache
 from hybridkv.formats import get_format
 from hybridkv.hf import EagerStep, ModelCache, pack_model
-from hybridkv.hf.view import LayerView
+from hybridkv.runtime.view import LayerView
 from tests.chat_models import CHATML, byte_level
 from tests.families import FAMILIES, build, remembering
 from tests.hf.test_families import change, run, tokens

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hybridkv.errors import ModelFileError
-from hybridkv.hf import chat
+from hybridkv.text import chat
 
 
 def tokenizer(render: Any) -> Any:

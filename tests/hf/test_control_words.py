@@ -16,8 +16,8 @@ from hybridkv.errors import ModelFileError
 from hybridkv.gguf.metadata import Metadata
 from hybridkv.gguf.reader import read_header
 from hybridkv.gguf.tokenizer import load_tokenizer
-from hybridkv.hf.chat import MessageError, chat_prompt, chat_text
-from hybridkv.hf.control_words import ControlWords
+from hybridkv.text.chat import MessageError, chat_prompt, chat_text
+from hybridkv.text.control_words import ControlWords
 from tests import models as shipped
 from tests.chat_models import (
     CHATML,

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from hybridkv.cache import KVTypes
 from hybridkv.engine.steps import resolve_step
-from hybridkv.hf import EagerStep, GraphStep, ModelCache, kv_facts, layer_facts, takes_chunks
+from hybridkv.hf import EagerStep, GraphStep, ModelCache
 from hybridkv.hf.step.graph import set_sync_debug_mode
+from hybridkv.model import kv_facts, layer_facts, takes_chunks
 from hybridkv.policy import Guard, NonFiniteError, Policy
 from tests.families import FAMILIES, build
 

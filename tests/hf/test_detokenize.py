@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridkv.engine.load import bundled_model
-from hybridkv.gguf.load import describe_gguf  # noqa: F401 - registers what tokenizers need
+from hybridkv.gguf.describe import describe_gguf  # noqa: F401 - registers what tokenizers need
 from hybridkv.gguf.metadata import Metadata
 from hybridkv.gguf.reader import read_header
 from hybridkv.gguf.tokenizer import load_tokenizer
-from hybridkv.hf.detokenize import TextStream, token_bytes
+from hybridkv.text.detokenize import TextStream, token_bytes
 from tests.gguf.test_spm import build, keys_of, original
 
 TEXTS = (

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from hybridkv import GuardError, UsageError, quantized_cache
 from hybridkv.cache import KVLayer, KVTypes
-from hybridkv.hf import ModelCache, kv_facts, layer_facts
+from hybridkv.hf import ModelCache
 from hybridkv.kernels import KERNELS, AttentionParams, Kernel, KVView, reference
+from hybridkv.model import kv_facts, layer_facts
 from hybridkv.native import NativeStep
 from hybridkv.policy import Guard, Policy
 from tests.families import build, remembering

@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from hybridkv.cache import KVTypes
-from hybridkv.hf import EagerStep, ModelCache, kv_facts, layer_facts
+from hybridkv.hf import EagerStep, ModelCache
 from hybridkv.hf.step import fused
 from hybridkv.hf.step.graph import GraphStep
+from hybridkv.model import kv_facts, layer_facts
 from hybridkv.policy import Guard, Policy
 from tests.families import build, remembering
 from tests.hf import recorded

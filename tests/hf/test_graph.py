@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 from hybridkv.cache import KVTypes
 from hybridkv.engine import Engine
 from hybridkv.errors import ContextError
-from hybridkv.hf import EagerStep, ModelCache, kv_facts, layer_facts
+from hybridkv.hf import EagerStep, ModelCache
 from hybridkv.hf.layers import QuantizedLayer
 from hybridkv.hf.step import graph
 from hybridkv.hf.step.graph import GraphStep
 from hybridkv.kernels import KERNELS, Kernel, reference
+from hybridkv.model import kv_facts, layer_facts
 from hybridkv.policy import Guard, NonFiniteError, Policy
 from tests.families import FAMILIES, build
 from tests.hf import recorded

@@ -13,11 +13,12 @@ import torch
 
 from hybridkv.cache import KVLayer, KVTypes
 from hybridkv.errors import GuardError
-from hybridkv.hf import ModelCache, kv_facts, layer_facts
-from hybridkv.hf.probes import butterfly
+from hybridkv.hf import ModelCache
 from hybridkv.kernels import ENCODERS, KERNELS, KVView
+from hybridkv.model import kv_facts, layer_facts
 from hybridkv.policy import Guard, GuardMode, MismatchError, Policy
 from hybridkv.rotation import rotate
+from hybridkv.runtime.probes import butterfly
 from tests.families import FAMILIES, build, remembering
 from tests.hf.faults import DECODE, FAULTS, PROMPT, Fault, stages
 

@@ -12,9 +12,11 @@ from transformers import PreTrainedModel
 
 from hybridkv import GuardError, quantized_cache
 from hybridkv.cache import KVTypes
-from hybridkv.hf import ModelCache, evidence, kv_facts, layer_facts
+from hybridkv.hf import ModelCache
 from hybridkv.kernels import AttentionParams, Kernel, KVView, reference
+from hybridkv.model import kv_facts, layer_facts
 from hybridkv.policy import Guard, NonFiniteError, Policy
+from hybridkv.runtime import evidence
 from tests.families import build
 from tests.hf.test_families import run, tokens
 

@@ -15,9 +15,10 @@ import torch
 
 from hybridkv import ModelError, ModelFileError
 from hybridkv.engine.load import bundled_model, describe
-from hybridkv.hf import kv_facts, layer_facts
 from hybridkv.hf.load import load_weights
-from hybridkv.hf.ranks import check_plan, cuts_heads, n_ranks, rank
+from hybridkv.hf.ranks import check_plan, n_ranks, rank
+from hybridkv.model import kv_facts, layer_facts
+from hybridkv.model.ranks import cuts_heads
 from tests.families import HYBRIDS, build
 from tests.hf.cut_model import VOCABULARY
 from tests.torchrun import ROOT, needs_accelerate, torchrun

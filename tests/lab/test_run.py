@@ -13,12 +13,12 @@ from transformers import DynamicCache
 
 from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import UsageError
-from hybridkv.hf import kv_facts, layer_facts
 from hybridkv.lab.candidates import Candidate, expand
 from hybridkv.lab.corpus import Corpus, cut, read_text, snippet
 from hybridkv.lab.evaluate import Evaluator, Mode, agreement
 from hybridkv.lab.journal import Journal
 from hybridkv.lab.run import Run
+from hybridkv.model import kv_facts, layer_facts
 from tests.families import build, remembering
 
 N_CTX = 37

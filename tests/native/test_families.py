@@ -13,9 +13,9 @@ from hybridkv import model as models
 from hybridkv.cache import KVTypes
 from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import UsageError
-from hybridkv.hf import ModelCache, kv_facts, layer_facts
+from hybridkv.hf import ModelCache
 from hybridkv.kernels import cpu_native
-from hybridkv.model import graph_of
+from hybridkv.model import graph_of, kv_facts, layer_facts
 from hybridkv.native import NativeStep, source_of
 from hybridkv.native.choice import rejects
 from hybridkv.policy import Guard, Policy

@@ -21,8 +21,9 @@ from hybridkv.engine.load import load
 from hybridkv.errors import ModelFileError
 from hybridkv.gguf.load import load_gguf
 from hybridkv.held import WeightKind
-from hybridkv.hf import EagerStep, ModelCache, kv_facts, layer_facts
+from hybridkv.hf import EagerStep, ModelCache
 from hybridkv.kernels import cpu_native
+from hybridkv.model import kv_facts, layer_facts
 from hybridkv.native import NativeModel, NativeStep, map_gguf, native_model
 from hybridkv.policy import Guard, Policy
 from tests.families import remembering

@@ -25,7 +25,8 @@ from hybridkv.cache import KVTypes
 from hybridkv.engine.load import describe, load
 from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import HybridKVError
-from hybridkv.hf import ModelCache, kv_facts, layer_facts
+from hybridkv.hf import ModelCache
+from hybridkv.model import kv_facts, layer_facts
 from hybridkv.policy import Policy
 
 engine = sys.argv[2]

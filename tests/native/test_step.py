@@ -25,30 +25,20 @@ from hybridkv.engine.steps import parse_graphs, parse_step, resolve_step
 from hybridkv.errors import ContextError, ModelError, UsageError
 from hybridkv.formats import FORMATS
 from hybridkv.gguf.load import load_gguf
-from hybridkv.held import WeightKind
-from hybridkv.hf import (
-    EagerStep,
-    FusedStep,
-    GraphStep,
-    Holder,
-    ModelCache,
-    kv_facts,
-    layer_facts,
-    pack_model,
-    parse_weights,
-    takes_chunks,
-)
-from hybridkv.hf.attention import verify_call
+from hybridkv.held import WeightKind, parse_weights
+from hybridkv.hf import EagerStep, FusedStep, GraphStep, Holder, ModelCache, pack_model
 from hybridkv.hf.step import eager
 from hybridkv.hf.step.fused import FAMILY_NAMES
 from hybridkv.hf.step.weights import packed_of
-from hybridkv.hf.view import LayerView
 from hybridkv.kernels import KERNELS, AttentionParams, cpu_native
 from hybridkv.kernels.weights import decode
+from hybridkv.model import kv_facts, layer_facts, takes_chunks
 from hybridkv.native import NativeStep, map_gguf, native_model, source_of
 from hybridkv.native import step as native
 from hybridkv.native.step import HEAD_ROWS, MAX_ROWS
 from hybridkv.policy import Guard, GuardMode, MismatchError, NonFiniteError, Policy
+from hybridkv.runtime.attend import verify_call
+from hybridkv.runtime.view import LayerView
 from tests.families import FAMILIES, HYBRIDS, build, remembering
 
 NATIVE = (

@@ -18,7 +18,7 @@ import pytest
 from hybridkv.cache import KVTypes
 from hybridkv.engine import Engine, SamplingParams, Scheduler
 from hybridkv.engine.load import Loaded
-from hybridkv.hf import kv_facts, layer_facts, vocabulary_rows
+from hybridkv.model import kv_facts, layer_facts, vocabulary_rows
 from hybridkv.policy import Guard, Policy
 from hybridkv.server.desk import Served
 from tests.server.conftest import Running, running

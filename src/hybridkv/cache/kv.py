@@ -2,7 +2,8 @@
 
 Owns the way of a row: rotated, rounded to f16 among the sinks or in the tail where the types ask for them, packed when
 it leaves the tail or at once; append, view, crop, batch moves, reset, decode. Float copies of packed rows are never
-kept. Knows neither Transformers nor the guard; `hybridkv.hf` wraps it as a Transformers cache layer.
+kept. Knows neither Transformers nor the guard: `hybridkv.runtime` lets the guard look at it, and `hybridkv.hf` makes a
+Transformers cache layer of that.
 """
 
 from __future__ import annotations

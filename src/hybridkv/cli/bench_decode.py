@@ -21,6 +21,7 @@ from hybridkv.cli.bench_options import (
     types_from,
     words,
 )
+from hybridkv.cli.model_options import quiet_transformers
 from hybridkv.cli.show import model_path, simple_table
 from hybridkv.errors import UsageError
 
@@ -81,13 +82,10 @@ def main(arguments: argparse.Namespace) -> int:
     """Check, measure, print; 1 if the answers did not agree."""
     a = arguments
     plan = _plan(a)
-    from transformers.utils import logging as transformers_logging
-
     from hybridkv.engine.load import bundled_model, describe
     from hybridkv.lab.decode_bench import PEERS, run_decode_bench
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_transformers()
     peers = peers_from(a.against, PEERS)
     description = describe(bundled_model() if a.model is None else model_path(a.model))
     notice_load()

@@ -189,8 +189,8 @@ def _policies(a: argparse.Namespace) -> list[AnyPolicy]:
 def _resolve(opened: Opened, policies: Sequence[AnyPolicy], guard: Guard) -> list[tuple[KVSpec, ...]]:
     """Every layer's types and kernels at each run, printed, before any weight is loaded."""
     from hybridkv.cache import resolve
-    from hybridkv.hf import is_hybrid, kv_facts
     from hybridkv.kernels import ENCODERS, KERNELS
+    from hybridkv.model import is_hybrid, kv_facts
 
     facts = opened.description.facts
     print(summary(opened.description), file=sys.stderr)

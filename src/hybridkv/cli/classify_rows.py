@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hybridkv.errors import UsageError
 
 if TYPE_CHECKING:
-    from hybridkv.hf.control_words import ControlWords, Covered
+    from hybridkv.text.control_words import ControlWords, Covered
 
 DEFAULT_PROMPT = "Choose the label that fits the text.\nLabels: {labels}\n\nText: {text}\nLabel:"
 
@@ -144,7 +144,7 @@ def encode(
     """
     if tokenizer is None:
         raise UsageError("this model has no tokenizer", hint="classify reads text: take a model with one")
-    from hybridkv.hf.control_words import ControlWords
+    from hybridkv.text.control_words import ControlWords
 
     words = ControlWords(tokenizer)
 
@@ -171,8 +171,8 @@ def encode(
 
 def _prompt(template: Template, text: str, words: ControlWords, chat: bool) -> Covered:
     """The prompt of a row's text, without spaces at its end."""
-    from hybridkv.hf.chat import chat_prompt
-    from hybridkv.hf.control_words import Covered
+    from hybridkv.text.chat import chat_prompt
+    from hybridkv.text.control_words import Covered
 
     if chat:
         prompt = chat_prompt(words, [{"role": "user", "content": template.around(text)}])

@@ -22,11 +22,11 @@ from hybridkv.errors import UsageError, one_of
 if TYPE_CHECKING:
     from hybridkv.cache import AttentionFacts
     from hybridkv.engine.load import Loaded
-    from hybridkv.hf import Step
     from hybridkv.lab.candidates import Candidate
     from hybridkv.lab.corpus import Corpus
     from hybridkv.lab.results import Conditions, Result
     from hybridkv.lab.run import Run
+    from hybridkv.runtime import Step
 
 NAME = "eval"
 HELP = "measure what each KV cache type changes: perplexity, divergence, greedy text, bytes, speed"
@@ -194,8 +194,8 @@ def _counts(option: str, text: str | None) -> list[int]:
 def _resolve(opened: Opened, candidates: Sequence[Candidate]) -> Sequence[AttentionFacts]:
     """The model's KV layers; every candidate has kernels for them, before any weight is loaded."""
     from hybridkv.cache import resolve
-    from hybridkv.hf import kv_facts
     from hybridkv.kernels import ENCODERS, KERNELS
+    from hybridkv.model import kv_facts
 
     facts = kv_facts(opened.description.facts)
     print(summary(opened.description), file=sys.stderr)
@@ -212,8 +212,8 @@ def _resolve(opened: Opened, candidates: Sequence[Candidate]) -> Sequence[Attent
 
 def _demand(opened: Opened, candidates: Sequence[Candidate]) -> Demand:
     """All caches are alive at once, beside a piece's logits and their distributions."""
-    from hybridkv.hf import kv_facts, vocabulary_rows
     from hybridkv.lab.evaluate import LOGITS_BYTES, PIECE
+    from hybridkv.model import kv_facts, vocabulary_rows
 
     specs = [spec for c in candidates for spec in c.policy.resolve(kv_facts(opened.description.facts))]
     logits = 8 * min(LOGITS_BYTES, 4 * PIECE * vocabulary_rows(opened.description.config))

@@ -31,8 +31,8 @@ class Recipe:
 
     def __call__(self) -> Evaluator:
         """Load the model."""
-        from hybridkv.hf import kv_facts
         from hybridkv.lab.evaluate import Evaluator
+        from hybridkv.model import kv_facts
 
         opened = open_model(argparse.Namespace(**dict(self.options)))
         loaded, step = opened.load()

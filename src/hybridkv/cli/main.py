@@ -18,6 +18,7 @@ from typing import NoReturn
 from hybridkv import __version__
 from hybridkv.cli import bench, classify, convert, doctor, plan, report, run, serve, tune
 from hybridkv.cli import eval as evaluate
+from hybridkv.cli.collector import pause_collector
 from hybridkv.cli.show import warning
 from hybridkv.errors import HybridKVError, UsageError
 
@@ -120,10 +121,17 @@ def _warn_of_variables() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code."""
+    if argv is not None:
+        return _main(argv)
+    pause_collector()
+    return _main(sys.argv[1:])
+
+
+def _main(argv: Sequence[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no such character gets a question mark
     try:
-        arguments = _parse(sys.argv[1:] if argv is None else argv)
+        arguments = _parse(argv)
         _warn_of_variables()
         code: int = arguments.main(arguments)
         sys.stdout.flush()

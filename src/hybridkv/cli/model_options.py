@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from hybridkv.cli.collector import import_torch, resume_collector
 from hybridkv.cli.show import MAX_CONTEXT, model_path, notice, size, weights_words
 from hybridkv.errors import UsageError
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from hybridkv.engine.load import Description, Loaded
     from hybridkv.engine.steps import StepKind
     from hybridkv.held import Held, WeightKind
-    from hybridkv.hf import Step
     from hybridkv.native import Memory
+    from hybridkv.runtime import Step
 
 DEFAULT_CTX = 4096
 
@@ -90,6 +91,14 @@ def add_model_arguments(
     parser.set_defaults(limit_option=limit_option)
 
 
+def quiet_transformers() -> None:
+    """Keep Transformers' notes on missing speed packages and its progress bars out of a command's output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def limit_spinning() -> None:
     """Bound how long torch's threads spin while they wait for each other; call it before torch is imported.
 
@@ -98,6 +107,7 @@ def limit_spinning() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    import_torch()
 
 
 def check_limits(a: argparse.Namespace, *more: tuple[str, str, int, int]) -> None:
@@ -177,7 +187,10 @@ class Opened:
     def load(self) -> tuple[Loaded, Step]:
         """The model and what runs it; what is worth knowing of them is said."""
         from hybridkv.engine.load import load, lock_weights
+        from hybridkv.native.choice import runs_natively
 
+        if not runs_natively(self.description.config, self.device_type, self.engine):
+            quiet_transformers()
         loaded = load(
             self.description,
             dtype=self.dtype,
@@ -192,6 +205,7 @@ class Opened:
         _say_weights(loaded, self.weights)
         if self.lock:
             lock_weights(loaded)
+        resume_collector()
         return loaded, step
 
 
@@ -213,13 +227,11 @@ def open_model(
         For a model that is damaged or not understood.
     """
     import torch
-    from transformers.utils import logging as transformers_logging
 
-    from hybridkv.engine.load import bundled_model, describe
+    from hybridkv.engine.describe import bundled_model, describe
     from hybridkv.engine.steps import parse_graphs, parse_step, resolve_step
-    from hybridkv.hf import parse_weights
+    from hybridkv.held import parse_weights
     from hybridkv.hf.ranks import n_ranks
-    from hybridkv.hf.torchao_weights import check_torchao
     from hybridkv.plan import parse_bytes
 
     option = getattr(a, "limit_option", "--memory")  # tasks of `eval --ray` have neither
@@ -230,12 +242,12 @@ def open_model(
     if n > 1:
         _check_ranks(a, n, ranks)
         asked_kind, graphs = "eager", "off"
-    transformers_logging.set_verbosity_error()  # its notes on missing speed packages are not this command's
-    transformers_logging.disable_progress_bar()
     device = _device(a.device) if n == 1 else _device_of_rank(a.device, n)
     if a.threads is not None:
         torch.set_num_threads(a.threads)
     path = bundled_model() if a.model is None else model_path(a.model)
+    if path.is_dir() or path.name == "config.json":
+        quiet_transformers()
     description = describe(path, remote_code="trusted" if a.trust_remote_code else "refused", n_ranks=n)
     if a.trust_remote_code and path.is_file():
         notice("--trust-remote-code changes nothing: there is no code in this model")
@@ -247,6 +259,8 @@ def open_model(
     make_step = resolve_step(description.config, device_type, kind, graphs=graphs, notify=notice)
     weights, dtype = weights_on(device, asked, kind)
     if device_type != "cpu" and weights in ("int8", "int4"):
+        from hybridkv.hf.torchao_weights import check_torchao
+
         check_torchao()
     memory: Memory = "copied" if getattr(a, "no_mmap", False) else "mapped"
     lock = bool(getattr(a, "mlock", False))
@@ -355,13 +369,17 @@ def weights_on(device: str, asked: WeightKind, engine: StepKind) -> tuple[Weight
 def _say_weights(loaded: Loaded, weights: WeightKind) -> None:
     """Print what the weights take, and say where experts are held as float32."""
     from hybridkv.held import EXPERTS
-    from hybridkv.hf.step.weights import held_parts
     from hybridkv.native import NativeModel, bytes_by_type
 
     model = loaded.model
     if model.device.type != "cpu":
         return  # torchao's tensors say plain sizes
-    parts = bytes_by_type(model.source) if isinstance(model, NativeModel) else held_parts(model)
+    if isinstance(model, NativeModel):
+        parts = bytes_by_type(model.source)
+    else:
+        from hybridkv.hf.step.weights import held_parts
+
+        parts = held_parts(model)
     print(f"weights: {weights_words(parts)}", file=sys.stderr)
     experts = sum(n_bytes for name, n_bytes in parts.items() if EXPERTS in name)
     if experts and weights not in ("plain", "f32"):

@@ -111,7 +111,7 @@ def main(arguments: argparse.Namespace) -> int:
     a = arguments
     kind, device = _check(a)
     from hybridkv.engine.describe import bundled_model, describe
-    from hybridkv.hf.ranks import cuts_heads
+    from hybridkv.model.ranks import cuts_heads
     from hybridkv.plan import parse_bytes, unknown_states
     from hybridkv.policy import Guard, parse_mode
 
@@ -252,7 +252,7 @@ class _Question:
 
 def _rows(question: _Question, policies: Sequence[AnyPolicy]) -> list[dict[str, Any]]:
     """One object per pair of types or file, bytes as integers."""
-    from hybridkv.hf.facts import is_hybrid, kv_facts
+    from hybridkv.model.facts import is_hybrid, kv_facts
     from hybridkv.plan import largest_context, plan
     from hybridkv.policy import KVConfig
 
@@ -299,7 +299,7 @@ def _types(names: Sequence[str]) -> str:
 
 def _notices(description: Description, policies: Sequence[AnyPolicy], n_ctx: int) -> list[str]:
     """What has no effect; of an unquantized pair among others it goes without saying."""
-    from hybridkv.hf.facts import kv_facts
+    from hybridkv.model.facts import kv_facts
 
     resolved = [(policy, policy.resolve(kv_facts(description.facts))) for policy in policies]
     quantized = [pair for pair in resolved if any(spec.is_quantized for spec in pair[1])]

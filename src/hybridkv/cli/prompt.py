@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hybridkv.errors import UsageError
 
 if TYPE_CHECKING:
-    from hybridkv.hf.control_words import Covered
+    from hybridkv.text.control_words import Covered
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,11 +87,11 @@ def prompt_tokens(
         return PromptTokens("", prompt)
     if tokenizer is None:
         raise UsageError("this model has no tokenizer", hint="give the prompt as token ids with --ids")
-    from hybridkv.hf.control_words import ControlWords
+    from hybridkv.text.control_words import ControlWords
 
     words = ControlWords(tokenizer)
     if chat:
-        from hybridkv.hf.chat import chat_prompt
+        from hybridkv.text.chat import chat_prompt
 
         rendered = chat_prompt(words, [*before, {"role": "user", "content": prompt}])
         return PromptTokens(rendered.text, rendered.ids(), rendered)

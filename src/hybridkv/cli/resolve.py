@@ -24,8 +24,8 @@ def resolve_types(opened: Opened, policy: AnyPolicy, guard: Guard) -> tuple[KVSp
         If nothing runs them.
     """
     from hybridkv.cache import resolve
-    from hybridkv.hf import is_hybrid, kv_facts
     from hybridkv.kernels import ENCODERS, KERNELS
+    from hybridkv.model import is_hybrid, kv_facts
 
     facts = opened.description.facts
     asked = policy.resolve(kv_facts(facts))

@@ -271,7 +271,7 @@ def _served(
 ) -> Served:
     from hybridkv import __version__
     from hybridkv.cache import KVTypes
-    from hybridkv.hf import vocabulary_rows
+    from hybridkv.model import vocabulary_rows
     from hybridkv.server.desk import Served
 
     types = specs[0].types if specs else KVTypes()

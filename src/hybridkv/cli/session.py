@@ -69,10 +69,10 @@ class Conversation:
 
     def hand_over(self, engine: Engine) -> None:
         """Let the engine go on from the session, and say what comes of it."""
-        from hybridkv.engine.session import resume
-
         if self.session is None:
             return
+        from hybridkv.engine.session import resume
+
         if not self.n_held:
             notice(
                 f"--session: the prompt does not begin with the session's {self.session.n_cached} tokens (the chat "
@@ -90,10 +90,10 @@ class Conversation:
 
         An end token that was drawn is left out: what follows goes on behind the answer.
         """
-        from hybridkv.engine.session import Session, save_session
-
         if self.path is None or not engine.n_held:
             return
+        from hybridkv.engine.session import Session, save_session
+
         messages = () if self.session is None else self.session.messages
         if self.question is not None:
             asked = {"role": "user", "content": self.question}
@@ -115,10 +115,12 @@ def open_conversation(
     SessionError
         If the file is not a session of this model.
     """
-    from hybridkv.engine.session import load_session
-
     path = None if a.session is None else Path(a.session)
-    session = load_session(path, model) if path is not None and path.exists() else None
+    session = None
+    if path is not None and path.exists():
+        from hybridkv.engine.session import load_session
+
+        session = load_session(path, model)
     if session is not None and bool(session.messages) != a.chat:
         kind, other = ("a chat", "with --chat") if session.messages else ("plain text", "without --chat")
         raise UsageError(f"--session {path}: it is {kind}", hint=f"go on {other}, or give another file")

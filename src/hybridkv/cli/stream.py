@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from hybridkv.hf.detokenize import TextStream
+from hybridkv.text.detokenize import TextStream
 
 
 @dataclass(slots=True)

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
     from hybridkv.cache import AttentionFacts
     from hybridkv.engine.load import Loaded
-    from hybridkv.hf import Step
     from hybridkv.lab.corpus import Corpus
     from hybridkv.lab.evaluate import Evaluator
     from hybridkv.lab.journal import Journal
     from hybridkv.lab.run import Tick
     from hybridkv.lab.sensitivity import Part, Storage
     from hybridkv.lab.tuner import Goal, Outcome, Tuner
+    from hybridkv.runtime import Step
 
 NAME = "tune"
 HELP = "find KV cache types for each layer, for so many bits, bytes or so much divergence"
@@ -212,8 +212,8 @@ def _goal(a: argparse.Namespace, n_ctx: int) -> Goal:
 def _resolve(opened: Opened, types: Sequence[str], storage: Storage) -> Sequence[AttentionFacts]:
     """The model's KV layers; every pair of types has kernels for them, before any weight is loaded."""
     from hybridkv.cache import KVSpec, resolve
-    from hybridkv.hf import kv_facts
     from hybridkv.kernels import ENCODERS, KERNELS
+    from hybridkv.model import kv_facts
 
     facts = kv_facts(opened.description.facts)
     print(summary(opened.description), file=sys.stderr)

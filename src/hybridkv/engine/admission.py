@@ -10,7 +10,7 @@ import torch
 from hybridkv.cache import KVSpec
 from hybridkv.cache.spec import FRESH_ROWS
 from hybridkv.errors import AdmissionError
-from hybridkv.hf import layer_facts
+from hybridkv.model import layer_facts
 from hybridkv.plan import largest_context, plan
 
 

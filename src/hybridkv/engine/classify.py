@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from hybridkv.cache import KVSpec
+from hybridkv.engine.caches import new_cache
 from hybridkv.engine.ladder import labels_of, raised_specs
 from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import ContextError, UsageError
-from hybridkv.hf import ModelCache, Step, is_finite, takes_chunks
+from hybridkv.model import takes_chunks
 from hybridkv.policy import Guard, NonFiniteError
+from hybridkv.runtime import ModelCache, Step, is_finite
 
 Ids = Sequence[int]
 T = TypeVar("T")
@@ -263,14 +265,7 @@ class Classifier:
         return self._start
 
     def _cache(self, guard: Guard, n_ctx: int) -> ModelCache:
-        return ModelCache(
-            self._model.config,
-            self.specs,
-            device=self._device.type,
-            n_ctx=n_ctx,
-            guard=guard,
-            notify=self._notify,
-        )
+        return new_cache(self._model, self.specs, n_ctx=n_ctx, guard=guard, notify=self._notify)
 
     def _run(
         self, run: Callable[[Tensor, ModelCache, int], Tensor], tokens: Tensor, position: int, *caches: ModelCache

@@ -6,17 +6,19 @@ is planned before anything large is touched; imports none of Transformers' model
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hybridkv.cache import LayerFacts
 from hybridkv.errors import ModelError, ModelFileError
-from hybridkv.gguf.load import describe_gguf
+from hybridkv.gguf.describe import describe_gguf
+from hybridkv.gguf.reader import Header
+from hybridkv.gguf.split import read_model
 from hybridkv.held import Held, Runner, WeightKind, held_weights
-from hybridkv.hf.facts import layer_facts
 from hybridkv.hf.ranks import check_plan
+from hybridkv.model.facts import layer_facts
 from hybridkv.native.choice import EngineKind, multiplies, runs_natively
 
 if TYPE_CHECKING:
@@ -45,6 +47,8 @@ class Description:
         Whether Python code in its directory may run.
     n_ranks
         Over how many processes it is cut; `facts` are those of one.
+    header
+        Of a GGUF file: read once, for all who ask. None for a directory.
     """
 
     path: Path
@@ -54,6 +58,7 @@ class Description:
     n_ctx_train: int | None
     remote_code: RemoteCode = "refused"
     n_ranks: int = 1
+    header: Header | None = field(default=None, repr=False, compare=False)
 
     def held(
         self, kind: WeightKind, device: str, plain: Literal["f32", "bf16"], *, engine: EngineKind = "auto"
@@ -93,7 +98,8 @@ class Description:
         else:
             from hybridkv.gguf.stored import stored_tensors
 
-            tensors = stored_tensors(self.path, runner)
+            assert self.header is not None
+            tensors = stored_tensors(self.header, runner)
         return held_weights(tensors, kind, device=device, plain=plain, loading=loading, runner=runner)
 
 
@@ -126,6 +132,7 @@ def describe(path: Path, *, remote_code: RemoteCode = "refused", n_ranks: int = 
         raise ModelFileError(f"no model at {path}", hint="leave -m out to run the bundled model")
     if path.suffix == ".safetensors":
         raise ModelFileError(f"{path} is a part of a model", hint=f"give its directory: -m {path.parent}")
+    header = None
     if path.is_dir() or path.name == "config.json":
         from hybridkv.hf.load import load_config
 
@@ -138,13 +145,14 @@ def describe(path: Path, *, remote_code: RemoteCode = "refused", n_ranks: int = 
             hint="a Hugging Face model directory can be cut; Transformers does it",
         )
     else:
-        name, config = describe_gguf(path)
+        header = read_model(path)
+        name, config = describe_gguf(header)
     if n_ranks > 1:
         check_plan(config)
     text = config.get_text_config(decoder=True)
     n_ctx_train = getattr(text, "max_position_embeddings", None)
     printable = "".join(c if c.isprintable() else "?" for c in name)  # a file's word, shown on a terminal
-    return Description(path, printable, config, _facts(config, n_ranks), n_ctx_train, remote_code, n_ranks)
+    return Description(path, printable, config, _facts(config, n_ranks), n_ctx_train, remote_code, n_ranks, header)
 
 
 def _facts(config: Any, n_ranks: int) -> tuple[LayerFacts, ...]:

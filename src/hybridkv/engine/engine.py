@@ -16,14 +16,17 @@ import torch
 from torch import Tensor
 
 from hybridkv.cache import KVSpec
+from hybridkv.engine.caches import new_cache
 from hybridkv.engine.host import bad_logits
 from hybridkv.engine.ladder import check_weights, labels_of, raised_specs
 from hybridkv.engine.sampling import Sampler, SamplingParams
 from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import ContextError, GuardError, UsageError
-from hybridkv.hf import ModelCache, Step, is_finite, takes_chunks
-from hybridkv.hf.ranks import ranks_of, same_everywhere
+from hybridkv.hf.ranks import same_everywhere
+from hybridkv.model import takes_chunks
+from hybridkv.model.ranks import ranks_of
 from hybridkv.policy import Guard, MismatchError, NonFiniteError
+from hybridkv.runtime import ModelCache, Step, is_finite
 
 
 @dataclass(slots=True)
@@ -68,7 +71,7 @@ class Engine:
     step
         Runs the model over new tokens; the best that runs it by default.
     make_cache
-        Builds a cache for specs; `ModelCache` over all kernels by default.
+        Builds a cache for specs; `new_cache` by default.
 
     Attributes
     ----------
@@ -176,14 +179,7 @@ class Engine:
             )
 
     def _default_cache(self, specs: Sequence[KVSpec]) -> ModelCache:
-        return ModelCache(
-            self._model.config,
-            specs,
-            device=self._device.type,
-            n_ctx=self._n_ctx,
-            guard=self._guard,
-            notify=self._notify,
-        )
+        return new_cache(self._model, specs, n_ctx=self._n_ctx, guard=self._guard, notify=self._notify)
 
     def _advance(self, tokens: Tensor) -> Tensor:
         """Process the newest tokens of the history, `[B, T]`; the logits after them, finite, `[B, V]`."""

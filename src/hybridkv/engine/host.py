@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hybridkv.cache import KVSpec, KVTypes, resolve
+from hybridkv.engine.caches import new_cache
 from hybridkv.engine.requests import Request
 from hybridkv.errors import UsageError
-from hybridkv.hf import ModelCache, is_hybrid, kv_facts, layer_facts, vocabulary_rows
 from hybridkv.kernels import ENCODERS, KERNELS
+from hybridkv.model import is_hybrid, kv_facts, layer_facts, vocabulary_rows
 from hybridkv.policy import Guard, NonFiniteError, Policy
+from hybridkv.runtime import ModelCache
 
 
 class Host:
@@ -73,9 +75,7 @@ class Host:
 
     def new_cache(self, specs: Sequence[KVSpec], n_ctx: int) -> ModelCache:
         """An empty cache for one sequence."""
-        return ModelCache(
-            self.model.config, specs, device=self.device, n_ctx=n_ctx, guard=self.guard, notify=self.notify
-        )
+        return new_cache(self.model, specs, n_ctx=n_ctx, guard=self.guard, notify=self.notify)
 
 
 def settle() -> None:

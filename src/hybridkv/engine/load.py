@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hybridkv.engine.describe import Description, bundled_model, bundled_text, describe
-from hybridkv.engine.steps import StepKind
 from hybridkv.errors import UsageError
-from hybridkv.gguf.load import load_gguf
 from hybridkv.gguf.tensors import GgufSource
 from hybridkv.gguf.tokenizer import TURN_ENDS
 from hybridkv.held import WeightKind
-from hybridkv.hf import IMPLEMENTATION, pack_model, vocabulary_rows
-from hybridkv.hf.control_words import ControlWords
-from hybridkv.hf.load import load_tokenizer, load_weights
-from hybridkv.hf.step import Holder, save_unpacked
-from hybridkv.hf.torchao_weights import quantize_weights
 from hybridkv.memory import available_memory
+from hybridkv.model import vocabulary_rows
 from hybridkv.native import Memory, directory_source, map_gguf, native_model
-from hybridkv.native.choice import runs_natively
+from hybridkv.native.choice import EngineKind, runs_natively
+from hybridkv.text.control_words import ControlWords
+
+if TYPE_CHECKING:
+    from hybridkv.hf import Holder
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +46,7 @@ def load(
     dtype: torch.dtype,
     device: str,
     weights: WeightKind = "plain",
-    engine: StepKind = "auto",
+    engine: EngineKind = "auto",
     memory: Memory = "mapped",
 ) -> Loaded:
     """The model and its tokenizer.
@@ -71,29 +69,15 @@ def load(
     ModelFileError, ModelError
         For whatever is wrong with the files.
     """
-    hold = None
-    if weights != "plain" and torch.device(device).type == "cpu":
-        if description.n_ranks == 1 and runs_natively(description.config, device, engine):
-            return _load_native(description, weights, memory)
-        hold = Holder(weights, vocabulary_rows(description.config), dtype)
-    if description.path.is_dir():
-        code = description.remote_code
-        model = load_weights(
-            description.path,
-            dtype=dtype,
-            device=device,
-            attn_implementation=IMPLEMENTATION,
-            remote_code=code,
-            n_ranks=description.n_ranks,
-            replace=None if hold is None else hold.of_values,
-        )
-        if hold is not None:
-            pack_model(model, weights)
-        loaded = Loaded(description, model, load_tokenizer(description.path, remote_code=code))
-        _add_turn_ends(loaded)
-    else:
-        gguf = load_gguf(description.path, dtype=dtype, device=device, attn_implementation=IMPLEMENTATION, hold=hold)
-        loaded = Loaded(description, gguf.model, gguf.tokenizer, gguf.notices)
+    on_cpu = weights != "plain" and torch.device(device).type == "cpu"
+    if on_cpu and description.n_ranks == 1 and runs_natively(description.config, device, engine):
+        return _load_native(description, weights, memory)
+    from hybridkv.hf import Holder
+    from hybridkv.hf.step import save_unpacked
+    from hybridkv.hf.torchao_weights import quantize_weights
+
+    hold = Holder(weights, vocabulary_rows(description.config), dtype) if on_cpu else None
+    loaded = _load_eager(description, dtype, device, weights, hold)
     if hold is not None:
         save_unpacked(loaded.model)
     elif weights == "int8" or weights == "int4":
@@ -101,14 +85,46 @@ def load(
     return loaded
 
 
+def _load_eager(
+    description: Description, dtype: torch.dtype, device: str, weights: WeightKind, hold: Holder | None
+) -> Loaded:
+    """The Transformers model, its matrices held as `hold` says."""
+    from hybridkv.hf import IMPLEMENTATION, pack_model
+    from hybridkv.hf.load import load_tokenizer, load_weights
+
+    if not description.path.is_dir():
+        from hybridkv.gguf.load import load_gguf
+
+        gguf = load_gguf(description.path, dtype=dtype, device=device, attn_implementation=IMPLEMENTATION, hold=hold)
+        return Loaded(description, gguf.model, gguf.tokenizer, gguf.notices)
+    code = description.remote_code
+    model = load_weights(
+        description.path,
+        dtype=dtype,
+        device=device,
+        attn_implementation=IMPLEMENTATION,
+        remote_code=code,
+        n_ranks=description.n_ranks,
+        replace=None if hold is None else hold.of_values,
+    )
+    if hold is not None:
+        pack_model(model, weights)
+    loaded = Loaded(description, model, load_tokenizer(description.path, remote_code=code))
+    _add_turn_ends(loaded)
+    return loaded
+
+
 def _load_native(description: Description, weights: WeightKind, memory: Memory) -> Loaded:
     path, config = description.path, description.config
     if path.is_dir():
+        from hybridkv.hf.load import load_tokenizer
+
         tokenizer = load_tokenizer(path, remote_code=description.remote_code)
         loaded = Loaded(description, native_model(config, directory_source(path, config), weights), tokenizer)
         _add_turn_ends(loaded)
         return loaded
-    mapped = map_gguf(path, memory)
+    assert description.header is not None
+    mapped = map_gguf(description.header, memory)
     free = available_memory()
     if memory == "mapped" and (free is None or mapped.source.n_bytes < free.n_bytes):
         mapped.source.populate()

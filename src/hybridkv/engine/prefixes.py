@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from hybridkv.cache import KVSpec
-from hybridkv.hf import ModelCache
-from hybridkv.hf.stored import StoredCache
+from hybridkv.runtime import ModelCache
+from hybridkv.runtime.stored import StoredCache
 
 Key = tuple[KVSpec, ...]
 """How a sequence was asked to be stored: sequences of other types never meet."""

@@ -11,7 +11,7 @@ from hybridkv.engine.requests import Request
 from hybridkv.engine.running import Running
 from hybridkv.engine.session import Session, resume
 from hybridkv.errors import SessionError
-from hybridkv.hf.stored import StoredCache
+from hybridkv.runtime.stored import StoredCache
 
 CHECKPOINT_TOKENS = 1024
 """Tokens of a prompt between two checkpoints, beside those near its end; rounded to whole chunks."""

@@ -11,7 +11,7 @@ from hybridkv.cache import KVSpec
 from hybridkv.engine.prefixes import Checkpoint, Key
 from hybridkv.engine.requests import Event, Finish, Ticket
 from hybridkv.engine.sampling import Sampler
-from hybridkv.hf import ModelCache
+from hybridkv.runtime import ModelCache
 
 
 @dataclass(eq=False, slots=True)

@@ -1,4 +1,4 @@
-"""From logits to the next token: Transformers' own warpers in llama-cli's order, and a seeded draw."""
+"""From logits to the next token: llama-cli's filters, and a seeded draw."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hybridkv.engine.warpers import warp
 from hybridkv.errors import UsageError
-from hybridkv.hf.sampling import warp
 from hybridkv.kernels.threads import torch_on_one_thread
 
 

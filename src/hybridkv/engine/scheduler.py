@@ -31,9 +31,10 @@ from hybridkv.engine.session import load_session, save_session
 from hybridkv.engine.steps import resolve_step
 from hybridkv.engine.tally import Tally
 from hybridkv.errors import AdmissionError, HybridKVError, UsageError
-from hybridkv.hf import ModelCache, Step, finite_rows, is_finite, takes_chunks
+from hybridkv.model import takes_chunks
 from hybridkv.native import NativeStep
 from hybridkv.policy import Guard, MismatchError, NonFiniteError
+from hybridkv.runtime import ModelCache, Step, finite_rows, is_finite
 
 MAX_PARALLEL = 256
 """Sequences that may run at once; the native step's buffers hold a row for each."""

@@ -34,9 +34,10 @@ from hybridkv.cache.stored import StoredRows
 from hybridkv.engine.ladder import labels_of
 from hybridkv.errors import SessionError, UsageError
 from hybridkv.formats import get_format
-from hybridkv.hf import ModelCache, kv_facts, layer_facts
-from hybridkv.hf.stored import StoredCache, StoredState
+from hybridkv.model import kv_facts, layer_facts
 from hybridkv.native import NativeModel
+from hybridkv.runtime import ModelCache
+from hybridkv.runtime.stored import StoredCache, StoredState
 
 FORMAT, VERSION = "hybridkv session", "1"
 

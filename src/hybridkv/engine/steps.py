@@ -8,16 +8,13 @@ whoever asks for it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal, get_args
 
 from hybridkv.errors import UsageError, one_of
-from hybridkv.hf.step import EagerStep, FusedStep, GraphStep, Step, fused, graph
-from hybridkv.hf.step.graph import Decoder
-from hybridkv.hf.view import Notify
 from hybridkv.native import NativeStep
 from hybridkv.native.choice import EngineKind
 from hybridkv.native.choice import rejects as native_rejects
+from hybridkv.runtime import Notify, Step
 
 StepKind = EngineKind
 GraphMode = Literal["on", "off"]
@@ -66,27 +63,40 @@ def resolve_step(
     UsageError
         If the native step is asked for and cannot run it, with the reason.
     """
-    chosen = _computes(config, device, kind)
-    if chosen is NativeStep or device != "cuda" or graphs == "off":
-        return chosen
+    if device != "cuda" and kind != "eager":
+        reason = native_rejects(config, device)
+        if reason is None:
+            return NativeStep
+        if kind == "native":
+            raise _no_native(reason)
+    return _transformers_step(config, device, kind, graphs, notify)
+
+
+def _transformers_step(
+    config: Any, device: str, kind: StepKind, graphs: GraphMode, notify: Notify | None
+) -> Callable[[Any], Step]:
+    """What makes the step of a Transformers model."""
+    from hybridkv.hf.step import EagerStep, FusedStep, GraphStep, fused, graph
+
+    decoder: type[EagerStep] | type[FusedStep] = EagerStep
+    if device == "cuda" and kind != "eager":
+        reason = fused.rejects(config, device)
+        if reason is None:
+            decoder = FusedStep
+        elif kind == "native":
+            raise _no_native(reason)
+    if device != "cuda" or graphs == "off":
+        return decoder
     tell = graph.LOG.warning if notify is None else notify
     if (reason := graph.rejects(config, device)) is not None:
         tell(f"decoding is not recorded as a graph: {reason}")
-        return chosen
-    decoder: type[EagerStep] | type[FusedStep] = FusedStep if chosen is FusedStep else EagerStep
-    return partial(_recorded, decoder, notify=tell)
+        return decoder
+
+    def recorded(model: Any) -> GraphStep:
+        return GraphStep(decoder(model), notify=tell)
+
+    return recorded
 
 
-def _computes(config: Any, device: str, kind: StepKind) -> type[EagerStep] | type[FusedStep] | type[NativeStep]:
-    if kind == "eager":
-        return EagerStep
-    reason = fused.rejects(config, device) if device == "cuda" else native_rejects(config, device)
-    if reason is None:
-        return FusedStep if device == "cuda" else NativeStep
-    if kind == "native":
-        raise UsageError(f"the native step cannot run this model: {reason}", hint="use --engine eager, or auto")
-    return EagerStep
-
-
-def _recorded(decoder: Callable[[Any], Decoder], model: Any, *, notify: Notify) -> GraphStep:
-    return GraphStep(decoder(model), notify=notify)
+def _no_native(reason: str) -> UsageError:
+    return UsageError(f"the native step cannot run this model: {reason}", hint="use --engine eager, or auto")

@@ -80,10 +80,14 @@ def _splitter(pre: PreTokenizer) -> pre_tokenizers.PreTokenizer:
 
 def _merges(meta: Metadata, ids: Mapping[str, int]) -> list[tuple[str, str]]:
     """Return the merges as pairs; `tokenizers` raises a bare Exception for parts it does not know."""
-    merges = []
-    for merge in meta.texts("tokenizer.ggml.merges"):
-        left, _, right = merge.partition(" ")
-        if left not in ids or right not in ids or left + right not in ids:
-            meta.fail(f"'tokenizer.ggml.merges': {merge[:60]!r} does not join two tokens into a third")
-        merges.append((left, right))
-    return merges
+    merges = meta.texts("tokenizer.ggml.merges")
+    pairs = [(left, right) for left, _, right in map(_apart, merges)]
+    parts = {left for left, _ in pairs} | {right for _, right in pairs} | {left + right for left, right in pairs}
+    if not parts <= ids.keys():
+        bad = next(pair for pair in pairs if not {*pair, pair[0] + pair[1]} <= ids.keys())
+        meta.fail(f"'tokenizer.ggml.merges': {merges[pairs.index(bad)][:60]!r} does not join two tokens into a third")
+    return pairs
+
+
+def _apart(merge: str) -> tuple[str, str, str]:
+    return merge.partition(" ")

@@ -81,12 +81,9 @@ def find_tables(config: Config) -> Architecture | Tables:
 
 
 def _fitting(config: Config) -> list[Architecture]:
-    import transformers
-
-    types = [getattr(transformers, each.config_class).model_type for each in WRITABLE]
-    fitting = [each for each, type_ in zip(WRITABLE, types, strict=True) if type_ == config.model_type]
+    fitting = [each for each in WRITABLE if each.model_type == config.model_type]
     if not fitting:
-        known = ", ".join(sorted(set(types)))
+        known = ", ".join(sorted({each.model_type for each in WRITABLE}))
         raise ModelError(f"unknown model_type {config.model_type!r}; known: {known}")
     return fitting
 

@@ -18,29 +18,21 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from hybridkv.errors import UsageError
 from hybridkv.gguf.architectures import get_architecture
-from hybridkv.gguf.architectures.layers import n_blocks
-from hybridkv.gguf.architectures.record import Architecture, Fields
-from hybridkv.gguf.bpe import assumption
+from hybridkv.gguf.architectures.record import Architecture
 from hybridkv.gguf.decode import decodable_types, decode_into, is_decodable
-from hybridkv.gguf.keys import check_unread, unknown_keys
+from hybridkv.gguf.describe import check_tensors, fields_of, name_of, notices, says_none
+from hybridkv.gguf.keys import check_unread
 from hybridkv.gguf.metadata import Metadata
 from hybridkv.gguf.pairing import Pairing, build_skeleton, pair, same_shape, state
 from hybridkv.gguf.rows import OpenModel, open_model
-from hybridkv.gguf.split import read_model
-from hybridkv.gguf.tensors import GgufSource, Memory, check_multiplied
+from hybridkv.gguf.split import metadata_of
+from hybridkv.gguf.tensors import GgufSource
 from hybridkv.gguf.tokenizer import end_ids, load_tokenizer
 from hybridkv.kernels.weights import Weight
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-
-_EMBEDDING = "token_embd.weight"
-_OUTPUT = "output.weight"
-
-# Tensors beside the text model's in files that hold a whole multimodal model, as ollama writes them.
-_ENCODERS = ("v.", "a.", "mm.")
-_PREDICTION = "mtp."
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,18 +48,6 @@ class LoadedModel:
     notices: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class MappedModel:
-    """A model whose weights lie in a mapped file; see `LoadedModel`."""
-
-    name: str
-    config: PreTrainedConfig
-    source: GgufSource
-    tokenizer: PreTrainedTokenizerFast | None
-    end_ids: tuple[int, ...]
-    notices: tuple[str, ...]
-
-
 class Hold(Protocol):
     """Gives the parameters of a Transformers model that stand for matrices."""
 
@@ -80,21 +60,16 @@ class Hold(Protocol):
         ...
 
 
-def describe_gguf(path: str | Path) -> tuple[str, PreTrainedConfig]:
-    """Return a model's name and Transformers config, from the header alone.
+def config_from_gguf(path: str | Path) -> PreTrainedConfig:
+    """Return a file's config as Transformers' class, from the header alone.
 
     Raises
     ------
     ModelFileError
-        For a damaged file, an unknown architecture, or metadata that is missing or out of range.
+        As `describe_gguf`, and for what that class refuses.
     """
-    meta = Metadata(read_model(path))
-    return _name(meta), _config(meta, get_architecture(meta.header))
-
-
-def config_from_gguf(path: str | Path) -> PreTrainedConfig:
-    """Return a file's Transformers config alone; see `describe_gguf`."""
-    return describe_gguf(path)[1]
+    meta = metadata_of(path)
+    return _config(meta, get_architecture(meta.header))
 
 
 def load_gguf(
@@ -131,34 +106,12 @@ def load_gguf(
         raise UsageError(f"weights cannot be {dtype}; allowed: float32, bfloat16, float16")
     opened = _open(path, dtype, attn_implementation)
     model = opened.model
-    tokenizer, notices = opened.tokenizer()
+    tokenizer, said = opened.tokenizer()
     _fill(opened, torch.device(device), hold)
     model.eval()
-    if ends := opened.end_ids():
+    if ends := end_ids(opened.meta, opened.config.vocab_size):
         model.generation_config.eos_token_id = ends
-    return LoadedModel(_name(opened.meta), model, tokenizer, notices)
-
-
-def map_gguf(path: str | Path, memory: Memory = "mapped") -> MappedModel:
-    """Open a model whose weights stay where they are in the mapped file, checked as `load_gguf` checks them.
-
-    Parameters
-    ----------
-    memory
-        `copied` reads the file once into this process's memory instead.
-
-    Raises
-    ------
-    ModelFileError
-        For whatever is wrong with the file.
-    """
-    import torch
-
-    opened = _open(path, torch.float32, "sdpa")
-    check_multiplied(opened.meta.header, {name for pairing in opened.pairings for name in pairing.names})
-    tokenizer, notices = opened.tokenizer()
-    source = GgufSource(opened.meta.header, memory)
-    return MappedModel(_name(opened.meta), opened.config, source, tokenizer, tuple(opened.end_ids() or ()), notices)
+    return LoadedModel(name_of(opened.meta), model, tokenizer, said)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,66 +122,29 @@ class _Opened:
     config: PreTrainedConfig
     model: PreTrainedModel
     pairings: Sequence[Pairing]
-    skipped: tuple[str, ...]
 
     def tokenizer(self) -> tuple[PreTrainedTokenizerFast | None, tuple[str, ...]]:
         """The tokenizer, and what is worth knowing of the file."""
-        tokenizer = None if _says_none(self.meta) else load_tokenizer(self.meta)
-        assumed = None if tokenizer is None else assumption(self.meta)
-        return tokenizer, (*self.skipped, *([assumed] if assumed else []), *unknown_keys(self.meta))
-
-    def end_ids(self) -> list[int]:
-        return end_ids(self.meta, self.config.vocab_size)
+        tokenizer = None if says_none(self.meta) else load_tokenizer(self.meta)
+        return tokenizer, notices(self.meta, with_tokenizer=tokenizer is not None)
 
 
 def _open(path: str | Path, dtype: torch.dtype, attn_implementation: str) -> _Opened:
     """Read and check all that comes before weights."""
-    meta = Metadata(read_model(path))
+    meta = metadata_of(path)
     architecture = get_architecture(meta.header)
     config = _config(meta, architecture)
-    skipped = _skipped(meta)
     model = _skeleton(meta, config, dtype, attn_implementation)
     pairings = pair(architecture, config, model, {info.name for info in meta.header.tensors})
-    _check(meta, architecture, pairings, {name for names in skipped.values() for name in names})
-    notices = [f"{len(names)} tensors of {what} were skipped" for what, names in skipped.items() if names]
-    return _Opened(meta, config, model, pairings, tuple(notices))
-
-
-def _says_none(meta: Metadata) -> bool:
-    """Whether a file says that it has no tokenizer, in the two words that llama.cpp knows for it."""
-    key = "tokenizer.ggml.model"
-    return meta.has(key) and meta.text(key) in ("none", "no_vocab")
-
-
-def _name(meta: Metadata) -> str:
-    return meta.text("general.name") if meta.has("general.name") else meta.header.path.stem
-
-
-def _fields(meta: Metadata, architecture: Architecture) -> Fields:
-    """Return the config class's arguments: the architecture's own, and those that all files share."""
-    embedding = meta.tensor(_EMBEDDING)
-    vocab_size = embedding.shape[0]
-    if meta.has("tokenizer.ggml.tokens") and len(meta.texts("tokenizer.ggml.tokens")) > vocab_size:
-        meta.fail(f"there are more tokens than the {vocab_size} rows of {_EMBEDDING!r}")
-    return {
-        "num_hidden_layers": n_blocks(meta)[1],
-        "max_position_embeddings": meta.integer("context_length", high=2**31 - 1),
-        **{field: meta.integer(key) for field, key in architecture.sizes.items()},
-        **{field: meta.real(key) for field, key in architecture.reals.items()},
-        "vocab_size": vocab_size,
-        "tie_word_embeddings": not meta.has_tensor(_OUTPUT),
-        "bos_token_id": meta.token_id("bos", vocab_size),
-        "eos_token_id": meta.token_id("eos", vocab_size),
-        "pad_token_id": meta.token_id("padding", vocab_size),
-        **architecture.fields(meta),
-    }
+    _check(meta, architecture, pairings)
+    return _Opened(meta, config, model, pairings)
 
 
 def _config(meta: Metadata, architecture: Architecture) -> PreTrainedConfig:
     import transformers
 
     config_class = getattr(transformers, architecture.config_class)
-    fields = _fields(meta, architecture)
+    fields = fields_of(meta, architecture)
     check_unread(meta)
     with _described(meta):
         config: PreTrainedConfig = config_class(**fields, architectures=[architecture.model_class])
@@ -261,28 +177,10 @@ def _skeleton(
         return build_skeleton(config, dtype, attn_implementation)
 
 
-def _skipped(meta: Metadata) -> dict[str, set[str]]:
-    """Return the tensors for which the model classes have no place, by what they are of."""
-    blocks, layers = n_blocks(meta)
-    prefixes = {
-        "multi-token prediction blocks": (_PREDICTION, *(f"blk.{block}." for block in range(layers, blocks))),
-        "image and audio encoders": _ENCODERS,
-    }
-    names = [info.name for info in meta.header.tensors]
-    return {what: {name for name in names if name.startswith(starts)} for what, starts in prefixes.items()}
-
-
-def _check(meta: Metadata, architecture: Architecture, pairings: Sequence[Pairing], skipped: set[str]) -> None:
+def _check(meta: Metadata, architecture: Architecture, pairings: Sequence[Pairing]) -> None:
     """Check that the file has what the model needs, no more, in types and shapes that can be read."""
     needed = {name for pairing in pairings for name in pairing.names}
-    present = {info.name for info in meta.header.tensors} - skipped - {name for name, _ in architecture.settings}
-    for problem, names in (("missing", needed - present), ("unknown", present - needed)):
-        if names:
-            shown = ", ".join(sorted(names)[:8]) + (", ..." if len(names) > 8 else "")
-            meta.fail(
-                f"{len(names)} {problem} tensor(s) for architecture {architecture.name!r}: {shown}",
-                hint="the file is incomplete, or its converter writes another variant of this architecture",
-            )
+    check_tensors(meta, architecture, needed)
     for info in map(meta.tensor, needed):
         if not is_decodable(info.type):
             meta.fail(

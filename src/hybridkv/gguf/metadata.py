@@ -90,7 +90,8 @@ class Metadata:
         is_whole = isinstance(value, np.ndarray) and value.dtype.kind in "iu"
         if not isinstance(value, np.ndarray) or not is_whole or len(value) != length or (value < 0).any():
             self.expected(name, f"{length} whole numbers")
-        return [int(number) for number in value]
+        numbers: list[int] = value.tolist()
+        return numbers
 
     def real(self, name: str) -> float:
         """Return a finite number above zero."""
@@ -114,7 +115,8 @@ class Metadata:
             or np.isnan(value).any()
         ):
             self.expected(name, f"{length} numbers")
-        return [float(number) for number in value]
+        numbers: list[float] = value.tolist()
+        return numbers
 
     def flags(self, name: str, length: int) -> list[bool]:
         """Return an array of exactly `length` flags."""

@@ -18,6 +18,7 @@ from gguf import GGUF_DEFAULT_ALIGNMENT
 
 from hybridkv.errors import ModelFileError
 from hybridkv.gguf.kinds import check_kind
+from hybridkv.gguf.metadata import Metadata
 from hybridkv.gguf.reader import MAGIC, Header, read_header
 
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -54,6 +55,11 @@ def read_model(path: str | Path) -> Header:
     whole = replace(parts[0], tensors=tensors, parts=tuple(parts))
     check_kind(whole)
     return whole
+
+
+def metadata_of(path: str | Path | Header) -> Metadata:
+    """Return a model's metadata, from its header if that is at hand; see `read_model`."""
+    return Metadata(path if isinstance(path, Header) else read_model(path))
 
 
 def _read(path: Path) -> Header:

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from hybridkv.gguf.architectures import get_architecture
 from hybridkv.gguf.architectures.record import Architecture
-from hybridkv.gguf.load import _skipped
-from hybridkv.gguf.metadata import Metadata
-from hybridkv.gguf.reader import TensorInfo
-from hybridkv.gguf.split import read_model
+from hybridkv.gguf.describe import skipped
+from hybridkv.gguf.reader import Header, TensorInfo
+from hybridkv.gguf.split import metadata_of
 from hybridkv.gguf.tensors import check_multiplied
 from hybridkv.held import Place, Runner, Shape, StoredTensor
 
@@ -21,7 +20,7 @@ _SMALL = ("ssm_conv1d.weight", "shortconv.conv.weight", "ssm_a")  # convolutions
 _PLACES: dict[str, Place] = {"token_embd.weight": "embedding", "output.weight": "head"}
 
 
-def stored_tensors(path: str | Path, runner: Runner = "eager") -> tuple[StoredTensor, ...]:
+def stored_tensors(path: str | Path | Header, runner: Runner = "eager") -> tuple[StoredTensor, ...]:
     """Return the tensors that become weights, and how each is stored.
 
     Raises
@@ -29,12 +28,12 @@ def stored_tensors(path: str | Path, runner: Runner = "eager") -> tuple[StoredTe
     ModelFileError
         For a damaged file, or one that has types which the runner does not multiply.
     """
-    meta = Metadata(read_model(path))
-    skipped = {name for names in _skipped(meta).values() for name in names}
+    meta = metadata_of(path)
+    left_out = {name for names in skipped(meta).values() for name in names}
     if runner == "native":
-        check_multiplied(meta.header, {info.name for info in meta.header.tensors} - skipped)
+        check_multiplied(meta.header, {info.name for info in meta.header.tensors} - left_out)
     plain = _plain_names(get_architecture(meta.header))
-    return tuple(_stored(info, plain) for info in meta.header.tensors if info.name not in skipped)
+    return tuple(_stored(info, plain) for info in meta.header.tensors if info.name not in left_out)
 
 
 def _plain_names(architecture: Architecture) -> frozenset[str]:

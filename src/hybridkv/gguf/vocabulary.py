@@ -41,7 +41,8 @@ class Vocabulary:
 
     def of_type(self, type_: TokenType) -> list[str]:
         """Return the tokens in use that have this type, in order of their ids."""
-        return [token for token, index in self.ids.items() if self.types[index] == type_]
+        of_type = (index for index, each in enumerate(self.types) if each == type_)
+        return [token for token in map(self.tokens.__getitem__, of_type) if token in self.ids]
 
 
 def read_vocabulary(meta: Metadata) -> Vocabulary:
@@ -56,12 +57,11 @@ def read_vocabulary(meta: Metadata) -> Vocabulary:
     types = [int(TokenType.NORMAL)] * len(tokens)
     if meta.has("tokenizer.ggml.token_type"):
         types = meta.integers("tokenizer.ggml.token_type", len(tokens))
-    ids: dict[str, int] = {}
-    for index, (token, type_) in enumerate(zip(tokens, types, strict=True)):
-        if not token or type_ == TokenType.UNUSED:
-            continue
-        if ids.setdefault(token, index) != index:
-            meta.fail(f"tokens {ids[token]} and {index} of 'tokenizer.ggml.tokens' are both {token[:60]!r}")
+    used = [index for index, type_ in enumerate(types) if type_ != TokenType.UNUSED and tokens[index]]
+    ids = dict(zip(map(tokens.__getitem__, used), used, strict=True))
+    if len(ids) < len(used):
+        index = next(index for index in used if ids[tokens[index]] != index)
+        meta.fail(f"tokens {index} and {ids[tokens[index]]} of 'tokenizer.ggml.tokens' are both {tokens[index][:60]!r}")
     return Vocabulary(tokens, types, ids)
 
 

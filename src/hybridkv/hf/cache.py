@@ -7,35 +7,32 @@ one from a model in a line.
 from __future__ import annotations
 
 import copy
-import logging
+import inspect
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from torch import Tensor
 from transformers.cache_utils import Cache
 
-from hybridkv.cache import KVLayer, KVSpec, KVTypes, LayerFacts, LayerKernels, resolve
+from hybridkv import runtime
+from hybridkv.cache import KVLayer, KVSpec, KVTypes, LayerFacts
 from hybridkv.errors import ContextError, ModelError, UsageError
 from hybridkv.formats import Scale
 from hybridkv.hf.attention import IMPLEMENTATION, filled_cache, register
-from hybridkv.hf.facts import is_hybrid, kv_facts, layer_facts, takes_chunks
 from hybridkv.hf.layers import EmptyLayer, QuantizedAndStateLayer, QuantizedLayer
 from hybridkv.hf.states import StateLayer
-from hybridkv.hf.stored import StoredCache
-from hybridkv.hf.view import LayerWatch, Notify
 from hybridkv.kernels import ENCODERS, KERNELS, Encoder, Kernel
+from hybridkv.model.facts import is_hybrid, kv_facts, layer_facts, takes_chunks
 from hybridkv.policy import Guard, GuardMode, KVConfig, Policy, parse_mode, parse_override, parse_scale, read_config
+from hybridkv.runtime import LayerWatch, Notify
+from hybridkv.runtime.cache import LOG, watched_parts
 
-_LOG = logging.getLogger("hybridkv")
 _OVERRIDES = ("k_first", "k_last", "v_first", "v_last")
 _PLAN_CONTEXT = 4096  # what the guard's warnings count bytes at when no context was given
 
 
-class ModelCache(Cache):  # type: ignore[misc]
-    """Everything a model remembers of its sequences.
+class ModelCache(Cache, runtime.ModelCache):  # type: ignore[misc]
+    """Everything a model remembers of its sequences, as Transformers asks for it.
 
     Parameters
     ----------
@@ -67,17 +64,12 @@ class ModelCache(Cache):  # type: ignore[misc]
         device: str = "cpu",
         n_ctx: int | None = None,
         guard: Guard | None = None,
-        notify: Notify = _LOG.warning,
+        notify: Notify = LOG.warning,
         kernels: Sequence[Kernel] = KERNELS,
         encoders: Sequence[Encoder] = ENCODERS,
     ) -> None:
-        guard = Guard() if guard is None else guard
         text = config.get_text_config(decoder=True)
         facts = layer_facts(config)
-        specs_by_layer = {spec.facts.layer: spec for spec in specs}
-
-        def choose(spec: KVSpec) -> LayerKernels:
-            return resolve(spec, device, kernels, encoders)
 
         def packed() -> bool:
             return bool(text._attn_implementation == IMPLEMENTATION)
@@ -87,68 +79,37 @@ class ModelCache(Cache):  # type: ignore[misc]
             "takes_chunks": takes_chunks(config),
         }
 
-        kinds: set[KVSpec] = set()
-
-        def leads(spec: KVSpec) -> bool:
-            kind = replace(spec, facts=replace(spec.facts, layer=0))
-            first = kind not in kinds
-            kinds.add(kind)
-            return first
-
-        def build(index: int, layer: LayerFacts) -> Any:
-            if layer.attention is None:
+        def build(layer: LayerFacts, part: tuple[KVLayer, LayerWatch] | None) -> Any:
+            if part is None:
                 return EmptyLayer() if layer.state is None else StateLayer(**states)
-            spec = specs_by_layer[index]
-            watch = LayerWatch(guard, notify, leads=leads(spec))
-            parts = (KVLayer(spec, choose, n_ctx=n_ctx), watch, packed)
             if layer.state is None:
-                return QuantizedLayer(*parts)
-            return QuantizedAndStateLayer(*parts, **states)
+                return QuantizedLayer(*part, packed)
+            return QuantizedAndStateLayer(*part, packed, **states)
 
-        super().__init__(layers=[build(index, layer) for index, layer in enumerate(facts)])
+        parts = watched_parts(facts, specs, device, n_ctx, guard or Guard(), notify, kernels, encoders)
+        Cache.__init__(self, layers=[build(*layer) for layer in zip(facts, parts, strict=True)])
         self._sort()
 
     def _sort(self) -> None:
-        """Tell the layers' kinds apart, once: each is asked for at every step."""
-        self.quantized = tuple(layer for layer in self.layers if isinstance(layer, QuantizedLayer))
-        self.stateful = tuple(layer for layer in self.layers if isinstance(layer, StateLayer))
+        """Tell the layers' kinds apart."""
+        self._hold(
+            [layer if isinstance(layer, QuantizedLayer) else None for layer in self.layers],
+            [layer if isinstance(layer, StateLayer) else None for layer in self.layers],
+        )
 
-    @property
-    def kv_layers(self) -> tuple[KVLayer, ...]:
-        """The packed layers, in order."""
-        return tuple(layer.store for layer in self.quantized)
+    def copy(self, *, n_ctx: int | None = None) -> Self:
+        """A cache that goes on from the same tokens on its own; see `hybridkv.runtime.ModelCache`."""
+        return self._with([layer.copy(n_ctx) for layer in self.layers])
 
-    @property
-    def specs(self) -> tuple[KVSpec, ...]:
-        """What each KV layer is stored as now, fallbacks included."""
-        return tuple(layer.spec for layer in self.kv_layers)
+    def empty(self, *, n_ctx: int | None = None) -> Self:
+        """A cache of the same types and kernels that holds nothing and is not guarded."""
+        return self._with([layer.empty(n_ctx) for layer in self.layers])
 
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes allocated for codes and scales."""
-        return sum(layer.nbytes for layer in self.kv_layers)
-
-    @property
-    def kv_bytes_used(self) -> int:
-        """Bytes of the rows held."""
-        return sum(layer.nbytes_used for layer in self.kv_layers)
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes allocated for recurrent and convolution states."""
-        return sum(layer.nbytes for layer in self.stateful)
-
-    @property
-    def errors(self) -> dict[int, float]:
-        """Model layer -> relative RMSE of its attention output, where the guard has measured it."""
-        return {w.store.spec.facts.layer: w.watch.error for w in self.quantized if w.watch.error is not None}
-
-    @property
-    def limits(self) -> dict[int, float]:
-        """Model layer -> the largest of these errors that the guard allows it, at the types that it has now."""
-        measured = self.errors
-        found = {w.store.spec.facts.layer: w.watch.guard.limit_for(w.store.types) for w in self.quantized}
-        return {layer: limit for layer, limit in found.items() if layer in measured}
+    def _with(self, layers: list[Any]) -> Self:
+        twin = copy.copy(self)
+        twin.layers = layers
+        twin._sort()
+        return twin
 
     @property
     def is_linear(self) -> list[bool]:
@@ -185,74 +146,6 @@ class ModelCache(Cache):  # type: ignore[misc]
             return False
         return bool(super().has_previous_state(layer_idx, state_idx))
 
-    def copy(self, *, n_ctx: int | None = None) -> ModelCache:
-        """A cache that goes on from the same tokens on its own.
-
-        Whoever continues one beginning in several ways copies it before: a state cannot go back.
-
-        Parameters
-        ----------
-        n_ctx
-            Of the copy, as in the constructor. Memory for it is reserved by the first new token.
-        """
-        twin = copy.copy(self)
-        twin.layers = [layer.copy(n_ctx) for layer in self.layers]
-        twin._sort()
-        return twin
-
-    def empty(self, *, n_ctx: int | None = None) -> ModelCache:
-        """A cache of the same types and kernels that holds nothing and is not guarded."""
-        twin = copy.copy(self)
-        twin.layers = [layer.empty(n_ctx) for layer in self.layers]
-        twin._sort()
-        return twin
-
-    @property
-    def memory(self) -> tuple[Tensor, ...]:
-        """Every tensor that holds rows or states. The same objects mean the same memory."""
-        rows = [segment.memory for layer in self.quantized for segment in layer.store.segments]
-        return tuple(chain.from_iterable([*rows, *(layer.memory for layer in self.stateful)]))
-
-    def stored(self, after: StoredCache | None = None) -> StoredCache:
-        """A copy of what is held now, never to be changed.
-
-        Parameters
-        ----------
-        after
-            An earlier copy of the same sequence at the same specs: packed rows that it holds, it or those before it,
-            are left out.
-        """
-        before = [0] * len(self.quantized) if after is None else [rows.first + rows.n_packed for rows in after.rows]
-        return StoredCache(
-            specs=self.specs,
-            rows=tuple(layer.store.stored(first) for layer, first in zip(self.quantized, before, strict=True)),
-            pending=tuple(layer.watch.pending for layer in self.quantized),
-            errors=tuple(layer.watch.error for layer in self.quantized),
-            states=tuple(layer.stored() for layer in self.stateful),
-        )
-
-    def load(self, copies: Sequence[StoredCache]) -> None:
-        """Go on from the last of several copies of one sequence, each of which begins where the one before ends.
-
-        The cache must have been built for their specs.
-        """
-        last = copies[-1]
-        assert self.specs == last.specs, (self.specs, last.specs)
-        for index, layer in enumerate(self.quantized):
-            layer.store.load([copy.rows[index] for copy in copies])
-            layer.watch.pending, layer.watch.error = last.pending[index], last.errors[index]
-        for layer, states in zip(self.stateful, last.states, strict=True):
-            layer.load(states)
-
-    def load_converted(self, other: ModelCache) -> None:
-        """Go on from what another cache of the model holds at other types: rows are decoded and encoded again."""
-        for own, theirs in zip(self.layers, other.layers, strict=True):
-            if isinstance(own, QuantizedLayer):
-                own.store.load_converted(theirs.store)
-                own.watch.pending = False  # there are no unpacked rows left to compare with
-            if isinstance(own, StateLayer):
-                own.load(theirs.stored())
-
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the newest `-tokens_to_remove` tokens from every layer, or from none.
 
@@ -279,6 +172,24 @@ def _can_drop(layer: Any, n_tokens: int) -> bool:
     return layer.can_drop(n_tokens) if isinstance(layer, StateLayer) else not n_tokens or bool(layer.is_croppable)
 
 
+def cache_argument(model: Any) -> str:
+    """The name under which a model's forward pass takes its cache.
+
+    `cache` from Transformers 5.24 on, `past_key_values` before, `cache_params` in Mamba's own classes before. A wrong
+    name would vanish among the keyword arguments, and every call would start over without an error.
+
+    Raises
+    ------
+    ModelError
+        If the model takes none.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    for name in ("cache", "past_key_values", "cache_params"):
+        if name in parameters:
+            return name
+    raise ModelError(f"{type(model).__name__} takes no cache", hint="hybridkv runs causal language models")
+
+
 def quantized_cache(
     model: Any,
     *,
@@ -297,7 +208,7 @@ def quantized_cache(
     center: bool | None = None,
     n_ctx: int | None = None,
     guard: GuardMode | str = "check",
-    notify: Notify = _LOG.warning,
+    notify: Notify = LOG.warning,
 ) -> ModelCache:
     """A quantized KV cache for a Transformers model, hybrid or not.
 

@@ -1,28 +1,25 @@
 """Transformers cache layers over packed rows and float32 states.
 
-`QuantizedLayer` wraps a `KVLayer`; `QuantizedAndStateLayer` has the states of a `StateLayer` (`states.py`) too.
+`QuantizedLayer` is `WatchedRows`; `QuantizedAndStateLayer` has the states of a `StateLayer` (`states.py`) too.
 `hybridkv.hf.cache.ModelCache` is a list of them.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from hybridkv.cache import KVLayer
 from hybridkv.errors import ModelError
 from hybridkv.hf.states import StateLayer
-from hybridkv.hf.view import Fixed, LayerView, LayerWatch
-from hybridkv.policy import Schedule
+from hybridkv.runtime import LayerView, LayerWatch, WatchedRows
 
 
-class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
+class QuantizedLayer(WatchedRows, CacheLayerMixin):  # type: ignore[misc]
     """A Transformers cache layer that stores codes and scales.
 
     Parameters
@@ -40,11 +37,9 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
     supports_early_init = False
 
     def __init__(self, store: KVLayer, watch: LayerWatch, packed: Callable[[], bool]) -> None:
-        super().__init__()
-        self.store = store
-        self.watch = watch
+        CacheLayerMixin.__init__(self)
+        WatchedRows.__init__(self, store, watch)
         self.is_sliding = store.spec.facts.window is not None
-        self.fixed: Fixed | None = None
         self._packed = packed
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -64,25 +59,9 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def store_new(self, k: Tensor, v: Tensor) -> LayerView:
         """Store T new tokens `[B, Hkv, T, D]`; what an attention over the packed rows reads."""
-        if self.fixed is not None:
-            view = self.store.append_at(k, v, self.fixed.numbers)
-            return LayerView(self.store, view, self.watch, k, v, self.fixed)
-        if not self.is_initialized:
-            self.lazy_initialization(k, v)
-        fresh_k, fresh_v = self._unpacked(k, v) if self.watch.pending else (k, v)
-        return LayerView(self.store, self.store.append(k, v), self.watch, fresh_k, fresh_v)
-
-    def _unpacked(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows that this call attends as they are before any is packed, if this call packs the first of them.
-
-        A layer with a tail packs nothing in a short first prompt: what the guard compares with is then still there as
-        f16 rows, for the last time.
-        """
-        store, past = self.store, self.store.past_rows()
-        if not (self.watch.guard.measures and past and store.packs(k.shape[2])) or store.shows_packed(store.view(past)):
-            return k, v
-        old_k, old_v = store.decode(past)
-        return torch.cat([old_k, k.float()], 2), torch.cat([old_v, v.float()], 2)
+        if self.fixed is None and not self.is_initialized:
+            QuantizedLayer.lazy_initialization(self, k, v)
+        return WatchedRows.store_new(self, k, v)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Rows that the next call attends, and the position of the first."""
@@ -106,37 +85,9 @@ class QuantizedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Drop the newest `-tokens_to_remove` tokens (Transformers' sign)."""
         self.store.crop(abs(tokens_to_remove))
 
-    def reset(self) -> None:
-        """Forget all tokens; a raised type stays raised, and the next prompt is measured again."""
-        self.store.reset()
-        self.watch.pending, self.watch.schedule = True, Schedule()
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: sequence i continues from sequence `beam_idx[i]`."""
         self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence `repeats` times."""
-        # Of the rows alone, by name: a layer that has a state too repeats that itself.
-        QuantizedLayer.batch_select_indices(self, torch.arange(self.store.batch).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the sequences `indices`."""
-        if self.store.batch:
-            self.store.select_sequences(indices)
-
-    def copy(self, n_ctx: int | None) -> QuantizedLayer:
-        """A layer that goes on from the same tokens on its own; see `KVLayer.copy`."""
-        twin = copy.copy(self)
-        twin.store, twin.watch = self.store.copy(n_ctx), replace(self.watch)
-        return twin
-
-    def empty(self, n_ctx: int | None) -> QuantizedLayer:
-        """A layer of the same types that holds nothing, for a context of its own, and that no guard looks at."""
-        twin = copy.copy(self)
-        twin.store = self.store.empty(n_ctx)
-        twin.watch = LayerWatch(replace(self.watch.guard, mode="off"), self.watch.notify)
-        return twin
 
     def offload(self) -> None:
         """Not offered: packed rows are read where they are."""
@@ -224,18 +175,16 @@ class QuantizedAndStateLayer(StateLayer, QuantizedLayer):
         StateLayer.batch_select_indices(self, indices)
         QuantizedLayer.batch_select_indices(self, indices)
 
-    def copy(self, n_ctx: int | None) -> QuantizedAndStateLayer:
+    def copy(self, n_ctx: int | None) -> Self:
         """A layer that goes on from the same tokens on its own."""
         twin = StateLayer.copy(self, n_ctx)
-        assert isinstance(twin, QuantizedAndStateLayer)
         twin.store, twin.watch = self.store.copy(n_ctx), replace(self.watch)
         return twin
 
-    def empty(self, n_ctx: int | None) -> QuantizedAndStateLayer:
+    def empty(self, n_ctx: int | None) -> Self:
         """A layer of the same types and kind that holds nothing."""
         twin = QuantizedLayer.empty(self, n_ctx)
-        assert isinstance(twin, QuantizedAndStateLayer)
-        StateLayer.reset(twin)
+        StateLayer._forget(twin)
         return twin
 
     def get_max_length(self) -> int:

@@ -1,9 +1,6 @@
 """Tensor parallelism: what one rank of a model holds that Transformers has spread over several processes.
 
-Transformers' own plans say which projections are cut. Where a plan cuts the heads of attention, each rank's KV cache
-holds its own heads and nothing else, and attention over them needs no other rank; states are whole on every rank, as
-are the KV heads of a family whose plan gathers them. All of it follows from the config, so that kernels and bytes are
-known before a weight is read; the cache checks it against the real tensors at the first token.
+Transformers' own plans say which projections are cut; `hybridkv.model.ranks` says what follows for the cache.
 
 Processes are torchrun's: it says in the environment how many there are.
 """
@@ -14,18 +11,14 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hybridkv.cache import LayerFacts
 from hybridkv.errors import ModelError, UsageError
-
-_KEYS = ("k_proj", "qkv_proj", "query_key_value")
-"""Projections that make keys, alone or with others."""
+from hybridkv.model.ranks import ranks_of
 
 _FIRST_DIM = {"colwise", "colwise_gather_output", "colwise_rep", "packed_colwise", "embedding_rowwise"}
 _LAST_DIM = {"rowwise", "rowwise_split_input", "rowwise_rep", "packed_rowwise", "embedding_colwise"}
@@ -67,45 +60,6 @@ def leave(code: int = 0) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
-
-
-def ranks_of(config: Any) -> int:
-    """Over how many ranks the model of this config was loaded; 1 if it was not cut."""
-    spread = getattr(config, "distributed_config", None)
-    if isinstance(spread, Mapping):  # a config that was written down and read back
-        return int(spread.get("tp_size") or 1)
-    return int(getattr(spread, "tp_size", None) or 1)
-
-
-def cuts_heads(config: Any) -> bool:
-    """Whether Transformers' plan for this model gives each rank some of the KV heads."""
-    plan = getattr(config.get_text_config(decoder=True), "base_model_tp_plan", None) or {}
-    return any(name.rpartition(".")[2] in _KEYS and style == "colwise" for name, style in plan.items())
-
-
-def facts_of_rank(config: Any, facts: tuple[LayerFacts, ...], n: int) -> tuple[LayerFacts, ...]:
-    """What each of `n` ranks holds of layers that are as `facts` say on one.
-
-    Raises
-    ------
-    ModelError
-        If a layer's KV heads do not divide.
-    """
-    if n == 1 or not cuts_heads(config):
-        return facts
-    return tuple(layer if layer.attention is None else _cut(layer, n) for layer in facts)
-
-
-def _cut(layer: LayerFacts, n: int) -> LayerFacts:
-    whole = layer.attention
-    assert whole is not None
-    if whole.n_kv_heads % n:
-        fitting = [m for m in range(2, whole.n_kv_heads + 1) if whole.n_kv_heads % m == 0]
-        raise ModelError(
-            f"layer {whole.layer}: {whole.n_kv_heads} KV heads do not divide among {n} ranks",
-            hint=f"use {' or '.join(map(str, fitting))} ranks" if fitting else "run it in one process",
-        )
-    return replace(layer, attention=replace(whole, n_heads=whole.n_heads // n, n_kv_heads=whole.n_kv_heads // n))
 
 
 def check_plan(config: Any) -> None:

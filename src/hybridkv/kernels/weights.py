@@ -236,3 +236,11 @@ def _check_ids(ids: Tensor, n: int) -> None:
     assert ids.dim() == 1, ids.shape
     if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < n):
         raise UsageError(f"row ids {int(ids.min())}..{int(ids.max())} of a matrix of {n} rows")
+
+
+def reencoded(weight: Weight, name: str) -> Weight:
+    """The same matrices in another type, a few rows at a time."""
+    ids = torch.split(torch.arange(weight.n_out), max(1, _CHUNK_VALUES // weight.n_in))
+    parts = [encode(rows(weight, part, expert=e), name) for e in range(weight.n_stack) for part in ids]
+    data = torch.cat([part.data for part in parts], dim=1).view(weight.n_stack, weight.n_out, -1)
+    return Weight(parts[0].format, data, weight.n_in)

@@ -22,12 +22,14 @@ from hybridkv.engine import Engine
 from hybridkv.engine.load import Description, Loaded, load
 from hybridkv.engine.steps import StepKind, resolve_step
 from hybridkv.held import WeightKind
-from hybridkv.hf import Step, kv_facts, packing_rejects
+from hybridkv.hf import packing_rejects
 from hybridkv.lab.peers import Found, ik_library
 from hybridkv.lab.peers.ik_model import Logits, ik_context, ik_model, runs
 from hybridkv.lab.timing import Spread, spread
+from hybridkv.model import kv_facts
 from hybridkv.native import NativeStep
 from hybridkv.policy import Guard, Policy
+from hybridkv.runtime import Step
 
 PEERS: dict[str, Callable[[], Found]] = {"ik": ik_library.find}
 OURS = "hybridkv"

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from hybridkv.cache import AttentionFacts
+from hybridkv.engine.caches import new_cache
 from hybridkv.errors import GuardError
-from hybridkv.hf import ModelCache, Step
 from hybridkv.lab.candidates import Candidate
 from hybridkv.lab.measure import Expected, Trace
 from hybridkv.policy import Guard
+from hybridkv.runtime import ModelCache, Step
 
 Mode = Literal["prefill", "decode"]
 MODES: tuple[Mode, ...] = ("prefill", "decode")
@@ -82,7 +83,7 @@ class Evaluator:
         """An empty cache; nothing is watched unless a guard is given."""
         specs = candidate.policy.resolve(self.facts)
         guard = Guard(mode="off") if guard is None else guard
-        return ModelCache(self._model.config, specs, device=self._device, n_ctx=self._n_ctx, guard=guard)
+        return new_cache(self._model, specs, n_ctx=self._n_ctx, guard=guard)
 
     def run(self, window: Tensor, candidates: Sequence[Candidate], mode: Mode) -> Iterator[dict[str, Trace]]:
         """Process a window, int64 `[n_ctx + 1]`, piece by piece; yields each candidate's trace of a piece.

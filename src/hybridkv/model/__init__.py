@@ -4,6 +4,7 @@ Owns the records (`layers.py`), one function a family that writes them from a co
 of whoever holds the weights (`source.py`). Names and conventions are GGUF's. Knows no backend and no file format.
 """
 
+from hybridkv.model.facts import is_hybrid, kv_facts, layer_facts, takes_chunks, vocabulary_rows
 from hybridkv.model.families import FAMILIES, graph_of, rejects
 from hybridkv.model.layers import (
     Attention,
@@ -47,5 +48,10 @@ __all__ = [
     "ShortConv",
     "Source",
     "graph_of",
+    "is_hybrid",
+    "kv_facts",
+    "layer_facts",
     "rejects",
+    "takes_chunks",
+    "vocabulary_rows",
 ]

@@ -116,7 +116,8 @@ class DeltaNet:
     beta: str = "ssm_beta.weight"
     rates: str = "ssm_ba.weight"
     decay: str = "ssm_a"
-    bias: str = "ssm_dt.bias"
+    bias: tuple[str, ...] = ("ssm_dt.bias", "ssm_dt")
+    """Of the decay, and another name that some files have."""
     conv: str = "ssm_conv1d.weight"
     out: str = "ssm_out.weight"
 

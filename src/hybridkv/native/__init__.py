@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hybridkv.native.choice import EngineKind, rejects, runs_natively
     from hybridkv.native.model import Memory, NativeModel, directory_source, map_gguf, native_model
-    from hybridkv.native.sources import EncodedSource, ParameterSource, bytes_by_type, source_of, types_held
+    from hybridkv.native.parameters import ParameterSource
+    from hybridkv.native.sources import EncodedSource, bytes_by_type, source_of, types_held
     from hybridkv.native.step import NativeStep
 
 __all__ = [
@@ -35,7 +36,8 @@ __all__ = [
 _MODULES = {
     "choice": ("EngineKind", "rejects", "runs_natively"),
     "model": ("Memory", "NativeModel", "directory_source", "map_gguf", "native_model"),
-    "sources": ("EncodedSource", "ParameterSource", "bytes_by_type", "source_of", "types_held"),
+    "parameters": ("ParameterSource",),
+    "sources": ("EncodedSource", "bytes_by_type", "source_of", "types_held"),
     "step": ("NativeStep",),
 }
 _PLACES = {name: module for module, names in _MODULES.items() for name in names}

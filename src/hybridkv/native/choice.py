@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from hybridkv.gguf.convert import find_tables
 from hybridkv.kernels import cpu_native
 from hybridkv.model import graph_of
 from hybridkv.model import rejects as graph_rejects
@@ -27,6 +26,8 @@ def rejects(config: Any, device: str) -> str | None:
 
 def multiplies(config: Any) -> bool:
     """Whether a directory's matrices are multiplied by numbers of the config, which leaves them float32."""
+    from hybridkv.gguf.convert import find_tables
+
     tables = find_tables(config.get_text_config(decoder=True))
     return any(rule.scale is not None for rules in tables.tensors.values() for rule in rules)
 

@@ -117,7 +117,9 @@ def _delta_net(b: Builder, index: int, d: DeltaNet, normed: Tensor, dst: Tensor,
     q, k, v = b.heads(q, d.n_keys), b.heads(k, d.n_keys), b.heads(v, d.n_values)
     b.l2_norm(q, d.l2_eps, d.key_dim**-0.5)
     b.l2_norm(k, d.l2_eps)
-    b.program.decay(alphas, betas, decay, beta, b.vector(d.decay).flatten(), b.vector(d.bias).flatten(), d.update_scale)
+    b.program.decay(
+        alphas, betas, decay, beta, b.vector(d.decay).flatten(), b.vector(b.either(d.bias)).flatten(), d.update_scale
+    )
     heads = b.heads(out, d.n_values)
     b.program.delta(q, k, v, decay, beta, heads, state, d.values)
     b.rms_norm(heads, heads, d.norm)

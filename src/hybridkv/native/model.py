@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hybridkv.gguf.checkpoint import Checkpoint
-from hybridkv.gguf.load import map_gguf
-from hybridkv.gguf.pairing import build_skeleton
+from hybridkv.gguf.mapped import map_gguf
 from hybridkv.gguf.tensors import Memory
 from hybridkv.held import WeightKind
 from hybridkv.model import graph_of
-from hybridkv.native.sources import EncodedSource, ParameterSource, Typed
+from hybridkv.native.sources import EncodedSource, Typed
+
+if TYPE_CHECKING:
+    from hybridkv.native.parameters import ParameterSource
 
 
 class NativeModel:
@@ -49,6 +50,10 @@ def native_model(config: Any, source: Typed, weights: WeightKind, end_ids: Seque
 
 def directory_source(directory: Path, config: Any) -> ParameterSource:
     """The safetensors of a Hugging Face directory as a source of weights, read one parameter at a time."""
+    from hybridkv.gguf.checkpoint import Checkpoint
+    from hybridkv.gguf.pairing import build_skeleton
+    from hybridkv.native.parameters import ParameterSource
+
     text = config.get_text_config(decoder=True)
     skeleton = build_skeleton(text, torch.float32)
     return ParameterSource(skeleton, Checkpoint(directory, skeleton, "loaded").parameter)

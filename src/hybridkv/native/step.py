@@ -13,22 +13,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hybridkv.hf.attention import attend_new, non_finite, verify_call
-from hybridkv.hf.cache import ModelCache
-from hybridkv.hf.layers import QuantizedLayer
-from hybridkv.hf.rope import rope_angles
-from hybridkv.hf.states import StateLayer
-from hybridkv.hf.step.record import Answers, Fault, one_by_one
-from hybridkv.hf.view import LayerView
 from hybridkv.kernels import AttentionParams, cpu, cpu_native
 from hybridkv.kernels.step import Angles, Caches, Health, Rows
 from hybridkv.kernels.threads import torch_on_one_thread
 from hybridkv.kernels.weights import rows as gather
 from hybridkv.model import ModelGraph, graph_of
+from hybridkv.model.rope import rope_angles
 from hybridkv.native import cpu as lowering
 from hybridkv.native.builder import Builder
 from hybridkv.native.sources import Typed, source_of, types_held
 from hybridkv.policy import MismatchError, NonFiniteError
+from hybridkv.runtime import Answers, Fault, LayerView, ModelCache, WatchedRows, one_by_one
+from hybridkv.runtime.attend import attend_new, non_finite, verify_call
 
 MAX_ROWS = 512
 """Tokens of all sequences in one run; more go in several. Bounds the buffers."""
@@ -89,7 +85,7 @@ class NativeStep:
         A cache whose next call the guard measures for the first time, or whose kernels are not native, goes by itself.
         """
         n_seqs = len(caches)
-        layers = [[cache.layers[call.layer] for call in self._layers.calls] for cache in caches]
+        layers = [[_rows_of(cache, call.layer) for call in self._layers.calls] for cache in caches]
         together = [i for i in range(n_seqs) if all(map(_direct, layers[i]))]
         if len(together) == n_seqs:
             hidden, failed = self._decode_many(tokens, caches, layers, positions)
@@ -137,7 +133,7 @@ class NativeStep:
         builder, program = self._layers, self._layers.program
         states = program.addresses(self._cache_states(cache, n_seqs), n_seqs)
         angles = self._turns(position, n_tokens)
-        layers = [cache.layers[call.layer] for call in builder.calls]
+        layers = [_rows_of(cache, call.layer) for call in builder.calls]
         if n_tokens == 1 and all(_direct(layer) for layer in layers):
             self._decode(layers, n_seqs, angles, states)
             return x.view(n_seqs, n_tokens, -1)
@@ -163,7 +159,7 @@ class NativeStep:
         self,
         tokens: Tensor,
         caches: Sequence[ModelCache],
-        layers: Sequence[Sequence[QuantizedLayer]],
+        layers: Sequence[Sequence[WatchedRows]],
         positions: Sequence[int],
     ) -> tuple[Tensor, dict[int, Fault]]:
         """All layers over one token of each cache in one run; the hidden states `[N, hidden size]`, and failures."""
@@ -180,9 +176,7 @@ class NativeStep:
         )
         return x, self._run_checked(run, by_call, rows, 1)
 
-    def _decode(
-        self, layers: Sequence[QuantizedLayer], n_seqs: int, angles: Sequence[Angles], states: list[int]
-    ) -> None:
+    def _decode(self, layers: Sequence[WatchedRows], n_seqs: int, angles: Sequence[Angles], states: list[int]) -> None:
         """All layers over one token per sequence, attention included, in a single run but where the guard looks in.
 
         Raises
@@ -201,7 +195,7 @@ class NativeStep:
     def _run_checked(
         self,
         run: Callable[[int, int], list[Health]],
-        layers: Sequence[QuantizedLayer],
+        layers: Sequence[WatchedRows],
         rows: Sequence[Rows],
         n_seqs: int,
     ) -> dict[int, Fault]:
@@ -256,8 +250,8 @@ class NativeStep:
         """Convolution and recurrent state of every layer that has them, in the operations' order."""
         states: list[Tensor] = []
         for index, shapes in zip(self._layers.state_layers, self._layers.state_shapes, strict=True):
-            layer = cache.layers[index]
-            assert isinstance(layer, StateLayer)
+            layer = cache.states[index]
+            assert layer is not None
             states += layer.native_states(n_seqs, *shapes)
         return states
 
@@ -276,20 +270,25 @@ class NativeStep:
         return builder
 
 
-def _direct(layer: Any) -> bool:
+def _rows_of(cache: ModelCache, index: int) -> WatchedRows:
+    rows = cache.rows[index]
+    assert rows is not None
+    return rows
+
+
+def _direct(layer: WatchedRows) -> bool:
     """Whether one new token of this layer is stored and attended by the native code, with nothing to measure."""
-    assert isinstance(layer, QuantizedLayer)
     kernels = layer.store.kernels
     native = kernels.decode in cpu.KERNELS and kernels.write_k in cpu.ENCODERS and kernels.write_v in cpu.ENCODERS
     return native and not layer.watch.pending
 
 
-def _found(layer: QuantizedLayer, health: Health) -> NonFiniteError:
+def _found(layer: WatchedRows, health: Health) -> NonFiniteError:
     source: Literal["cache", "input"] = "cache" if health == "bad output" else "input"
     return non_finite(layer.store, layer.store.kernels.decode, source)
 
 
-def _new_rows(layer: QuantizedLayer, n_seqs: int) -> Rows:
+def _new_rows(layer: WatchedRows, n_seqs: int) -> Rows:
     view, types = layer.store.admit(n_seqs, 1, torch.device("cpu")), layer.store.types
     newest = view.segments[-1]
     scale_k = types.scale_for(newest.format_k.name) or newest.format_k.default_scale

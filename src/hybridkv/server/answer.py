@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hybridkv.engine.requests import Event
-from hybridkv.hf.detokenize import TextStream, token_bytes
 from hybridkv.server.stops import StopStrings
+from hybridkv.text.detokenize import TextStream, token_bytes
 
 Finish = Literal["stop", "length"]
 
@@ -72,7 +72,7 @@ class Answer:
     Parameters
     ----------
     tokenizer
-        A fast Transformers tokenizer.
+        A `TextTokenizer`, or a fast Transformers tokenizer.
     prompt_ids
         What the answer continues.
     stops

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from hybridkv.errors import ModelFileError
-from hybridkv.hf.chat import MessageError, chat_prompt
-from hybridkv.hf.control_words import ControlWords
 from hybridkv.server.refusals import RefusalError
 from hybridkv.server.schema import Message
+from hybridkv.text.chat import MessageError, chat_prompt
+from hybridkv.text.control_words import ControlWords
 
 LONG_CHARACTERS = 1 << 16
 _SHORT_AT_ONCE = 2
@@ -28,7 +28,7 @@ class Prompts:
     Parameters
     ----------
     tokenizer
-        A fast Transformers tokenizer.
+        A `TextTokenizer`, or a fast Transformers tokenizer.
     n_vocab
         Token ids are 0 to less than this.
     """

@@ -6,6 +6,7 @@ are no keys, so a model that was read has multipliers of one. Query and key rows
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -89,15 +90,25 @@ def _problem(config: Config) -> str | None:
     return rope_problem(config, KINDS)
 
 
+def _derived(fields: Fields) -> Fields:
+    return {
+        "hidden_act": "silu",
+        "layer_types": ["hybrid"] * fields["num_hidden_layers"],
+        "time_step_limit": (0.0, math.inf),
+    }
+
+
 ARCHITECTURE = Architecture(
     name="falcon-h1",
     config_class="FalconH1Config",
     model_class="FalconH1ForCausalLM",
+    model_type="falcon_h1",
     sizes={**SIZES, **mamba2.SIZES},
     reals=REALS,
     fields=_fields,
     keys=_keys,
     tensors=MappingProxyType({"model": _MODEL, "layer": _LAYER}),
     suits=_problem,
+    derived=_derived,
     source="gguf-py constants.py; llama.cpp conversion/falcon_h1.py",
 )

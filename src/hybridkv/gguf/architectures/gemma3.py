@@ -114,15 +114,26 @@ def _problem(config: Config) -> str | None:
     return None
 
 
+def _derived(fields: Fields) -> Fields:
+    del fields
+    return {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attn_logit_softcapping": None,
+        "use_bidirectional_attention": False,
+    }
+
+
 ARCHITECTURE = Architecture(
     name="gemma3",
     config_class="Gemma3TextConfig",
     model_class="Gemma3ForCausalLM",
+    model_type="gemma3_text",
     sizes=SIZES,
     reals=REALS,
     fields=_fields,
     keys=_keys,
     tensors=MappingProxyType({"model": MODEL, "layer": LAYER}),
     suits=_problem,
+    derived=_derived,
     source="gguf-py constants.py; llama.cpp conversion/gemma.py and src/models/gemma3.cpp",
 )

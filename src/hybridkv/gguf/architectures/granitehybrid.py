@@ -12,6 +12,7 @@ How the file differs from Transformers' `GraniteMoeHybridForCausalLM`:
 
 from __future__ import annotations
 
+import math
 from types import MappingProxyType
 
 from gguf import ExpertGatingFuncType
@@ -143,10 +144,16 @@ def _layers(config: Config) -> list[tuple[str, ...]]:
     return [("norms", kind, routed) for kind in config.layer_types]
 
 
+def _derived(fields: Fields) -> Fields:
+    del fields
+    return {"hidden_act": "silu", "time_step_limit": (0.0, math.inf)}
+
+
 ARCHITECTURE = Architecture(
     name="granitehybrid",
     config_class="GraniteMoeHybridConfig",
     model_class="GraniteMoeHybridForCausalLM",
+    model_type="granitemoehybrid",
     sizes=_SIZES,
     reals=REALS,
     fields=_fields,
@@ -163,5 +170,6 @@ ARCHITECTURE = Architecture(
         }
     ),
     suits=_problem,
+    derived=_derived,
     source="gguf-py constants.py; llama.cpp conversion/granite.py",
 )

@@ -122,10 +122,27 @@ def _layers(config: Config) -> list[tuple[str, ...]]:
     ]
 
 
+def _derived(fields: Fields) -> Fields:
+    """Periods as lists of layers. Source: transformers, configuration_jamba.py."""
+    layers = range(fields["num_hidden_layers"])
+
+    def has(what: str, layer: int) -> bool:
+        period = fields.get(f"{what}_layer_period")
+        return period is not None and layer % period == fields[f"{what}_layer_offset"]
+
+    return {
+        "hidden_act": "silu",
+        "num_experts_per_tok": 2,  # the class's own, where no layer has experts
+        "layer_types": ["full_attention" if has("attn", layer) else "linear_attention" for layer in layers],
+        "layers_num_experts": [fields["num_experts"] if has("expert", layer) else 1 for layer in layers],
+    }
+
+
 ARCHITECTURE = Architecture(
     name="jamba",
     config_class="JambaConfig",
     model_class="JambaForCausalLM",
+    model_type="jamba",
     sizes=_SIZES,
     reals=REALS,
     fields=_fields,
@@ -142,5 +159,6 @@ ARCHITECTURE = Architecture(
         }
     ),
     suits=_problem,
+    derived=_derived,
     source="gguf-py constants.py; llama.cpp conversion/jamba.py",
 )

@@ -97,6 +97,7 @@ ARCHITECTURE = Architecture(
     name="lfm2",
     config_class="Lfm2Config",
     model_class="Lfm2ForCausalLM",
+    model_type="lfm2",
     sizes={**SIZES, **CONV_SIZES},
     reals=REALS,
     fields=_fields,
@@ -104,5 +105,6 @@ ARCHITECTURE = Architecture(
     layers=_layers,
     tensors=MappingProxyType(TENSORS),
     suits=problem,
+    derived=lambda _: {},
     source="gguf-py constants.py; llama.cpp conversion/lfm2.py",
 )

@@ -52,6 +52,7 @@ ARCHITECTURE = Architecture(
     name="lfm2moe",
     config_class="Lfm2MoeConfig",
     model_class="Lfm2MoeForCausalLM",
+    model_type="lfm2_moe",
     sizes={**SIZES, **lfm2.CONV_SIZES, **experts.SIZES},
     reals=lfm2.REALS,
     fields=_fields,
@@ -59,5 +60,6 @@ ARCHITECTURE = Architecture(
     layers=_layers,
     tensors=MappingProxyType({**lfm2.TENSORS, "experts": _EXPERTS}),
     suits=_problem,
+    derived=lambda _: {"routed_scaling_factor": 1.0},
     source="gguf-py constants.py; llama.cpp conversion/lfm2.py",
 )

@@ -93,6 +93,7 @@ ARCHITECTURE = Architecture(
     name="llama",
     config_class="LlamaConfig",
     model_class="LlamaForCausalLM",
+    model_type="llama",
     sizes=SIZES,
     reals=REALS,
     fields=_fields,

@@ -124,10 +124,22 @@ def _problem(config: Config) -> str | None:
     return "some of its layers have experts" if "moe" in config.layers_block_type else problem(config)
 
 
+def derived(fields: Fields) -> Fields:
+    """Return the kinds of layers in the words of other configs, and activations."""
+    return {
+        "layer_types": fields["layers_block_type"],
+        "mamba_hidden_act": "silu",
+        "mlp_hidden_act": "relu2",
+        "sliding_window": None,
+        "intermediate_size": 21504,  # the class's own, where no layer has a feed-forward
+    }
+
+
 ARCHITECTURE = Architecture(
     name="nemotron_h",
     config_class="NemotronHConfig",
     model_class="NemotronHForCausalLM",
+    model_type="nemotron_h",
     sizes=SIZES,
     reals={},
     fields=lambda meta: layer_fields(meta, "mlp"),
@@ -135,5 +147,6 @@ ARCHITECTURE = Architecture(
     layers=layers,
     tensors=MappingProxyType(TENSORS),
     suits=_problem,
+    derived=derived,
     source="gguf-py constants.py; llama.cpp conversion/nemotron.py and src/llama-model.cpp",
 )

@@ -90,6 +90,7 @@ ARCHITECTURE = Architecture(
     name="nemotron_h_moe",
     config_class="NemotronHConfig",
     model_class="NemotronHForCausalLM",
+    model_type="nemotron_h",
     sizes={**nemotron_h.SIZES, **_SIZES},
     reals={},
     fields=_fields,
@@ -97,5 +98,6 @@ ARCHITECTURE = Architecture(
     layers=nemotron_h.layers,
     tensors=MappingProxyType({**nemotron_h.TENSORS, "moe": _EXPERTS}),
     suits=_problem,
+    derived=nemotron_h.derived,
     source="gguf-py constants.py; llama.cpp conversion/nemotron.py",
 )

@@ -24,6 +24,7 @@ ARCHITECTURE = Architecture(
     name="qwen2",
     config_class="Qwen2Config",
     model_class="Qwen2ForCausalLM",
+    model_type="qwen2",
     sizes=SIZES,
     reals=REALS,
     fields=_fields,

@@ -35,6 +35,7 @@ ARCHITECTURE = Architecture(
     name="qwen3",
     config_class="Qwen3Config",
     model_class="Qwen3ForCausalLM",
+    model_type="qwen3",
     sizes=SIZES,
     reals=REALS,
     fields=fields,

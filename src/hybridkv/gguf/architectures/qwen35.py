@@ -214,6 +214,7 @@ ARCHITECTURE = Architecture(
     name="qwen35",
     config_class="Qwen3_5TextConfig",
     model_class="Qwen3_5ForCausalLM",
+    model_type="qwen3_5_text",
     sizes={"intermediate_size": "feed_forward_length", **SIZES},
     reals=REALS,
     fields=fields,

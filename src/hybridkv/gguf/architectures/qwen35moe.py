@@ -20,6 +20,7 @@ ARCHITECTURE = Architecture(
     name="qwen35moe",
     config_class="Qwen3_5MoeTextConfig",
     model_class="Qwen3_5MoeForCausalLM",
+    model_type="qwen3_5_moe_text",
     sizes={**qwen35.SIZES, **experts.SHARED_SIZES},
     reals=qwen35.REALS,
     fields=_fields,

@@ -26,6 +26,7 @@ ARCHITECTURE = Architecture(
     name="qwen3moe",
     config_class="Qwen3MoeConfig",
     model_class="Qwen3MoeForCausalLM",
+    model_type="qwen3_moe",
     sizes={**SIZES, **experts.SIZES},
     reals=REALS,
     fields=_fields,

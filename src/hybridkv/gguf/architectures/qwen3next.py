@@ -90,6 +90,7 @@ ARCHITECTURE = Architecture(
     name="qwen3next",
     config_class="Qwen3NextConfig",
     model_class="Qwen3NextForCausalLM",
+    model_type="qwen3_next",
     sizes={**qwen35.SIZES, **experts.SHARED_SIZES},
     reals=qwen35.REALS,
     fields=_fields,

@@ -92,6 +92,11 @@ def _one_kind(config: Config) -> Sequence[tuple[str, ...]]:
     return [("layer",)] * config.num_hidden_layers
 
 
+def _with_silu(fields: Fields) -> Fields:
+    del fields
+    return {"hidden_act": "silu"}
+
+
 @dataclass(frozen=True, slots=True)
 class Tables:
     """Names of a model's tensors, and nothing of its metadata: for models that no file holds.
@@ -118,6 +123,8 @@ class Architecture:
         The value of `general.architecture`.
     config_class, model_class
         Names of the configuration and model class in Transformers.
+    model_type
+        What Transformers calls models of that class.
     sizes, reals
         Config fields and the metadata keys that hold them: whole numbers from one, and numbers above zero.
     fields
@@ -135,6 +142,8 @@ class Architecture:
     settings
         Names of tensors that hold no weights but what `fields` reads, such as RoPE's frequency factors, and what writes
         them from a config; None for a config that has no such setting.
+    derived
+        What Transformers' class adds to its arguments, as far as a graph or the cache asks for it.
     source
         Where names and conventions come from.
     """
@@ -142,6 +151,7 @@ class Architecture:
     name: str
     config_class: str
     model_class: str
+    model_type: str
     sizes: Mapping[str, str]
     reals: Mapping[str, str]
     fields: Callable[[Metadata], Fields]
@@ -152,6 +162,7 @@ class Architecture:
     prefix: str = "model.layers."
     suits: Callable[[Config], str | None] | None = None
     settings: tuple[tuple[str, Callable[[Config], Floats | None]], ...] = ()
+    derived: Callable[[Fields], Fields] = _with_silu
 
 
 ZERO_CENTRED = Values(read=lambda weight: weight - 1, write=lambda weight: weight + 1)

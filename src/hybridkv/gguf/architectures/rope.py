@@ -172,9 +172,9 @@ def rope_factors(config: Config) -> Floats | None:
     rope = config.rope_parameters
     if rope["rope_type"] != "llama3":
         return None
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from hybridkv.model.rope import rope_frequencies
 
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    scaled, _ = rope_frequencies(config)
     plain = 1 / rope["rope_theta"] ** (np.arange(len(scaled), dtype=np.float64) / len(scaled))
     factors: Floats = (plain / scaled.double().numpy()).astype(np.float32)
     return factors

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridkv.hf.cache import ModelCache
-from hybridkv.hf.facts import cache_argument, takes_chunks
-from hybridkv.hf.step.record import Answers, one_by_one
+from hybridkv.hf import cache_argument
 from hybridkv.hf.step.weights import types_held
 from hybridkv.kernels.mapped import verify_maps
+from hybridkv.model.facts import takes_chunks
+from hybridkv.runtime import Answers, ModelCache, one_by_one
 
 PREFILL_CHUNK = 512
 """Prompt tokens per forward pass; bounds the activations' memory."""

@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridkv.hf.attention import attend_new
-from hybridkv.hf.cache import ModelCache
-from hybridkv.hf.layers import QuantizedLayer
 from hybridkv.hf.states import StateLayer
-from hybridkv.hf.step.record import Answers, one_by_one
 from hybridkv.kernels import AttentionParams
+from hybridkv.runtime import Answers, ModelCache, one_by_one
+from hybridkv.runtime.attend import attend_new
 
 PROMPT_ROWS = 1024
 """Tokens of all sequences in one run; more go in several. Bounds the activations' memory."""
@@ -47,8 +45,8 @@ class Run:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Store k and v `[N, Hkv, D]`, and attend q `[N, Hq, D]`: float32 or float16 `[N, Hq, Dv]`."""
-        stored = self.cache.layers[layer]
-        assert isinstance(stored, QuantizedLayer)
+        stored = self.cache.rows[layer]
+        assert stored is not None
         q, k, v = (torch.unflatten(x, 0, (self.n_seqs, self.n_tokens)).transpose(1, 2) for x in (q, k, v))
         return attend_new(stored, q, k, v, AttentionParams(scale=scale)).transpose(1, 2).flatten(0, 1)
 
@@ -56,9 +54,9 @@ class Run:
         self, layer: int, conv: tuple[int, int], recurrent: tuple[int, ...], like: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Convolution state `[B, channels, kernel]` and recurrent state of a layer, to continue in place."""
-        stored = self.cache.layers[layer]
+        stored = self.cache.states[layer]
         assert isinstance(stored, StateLayer)
-        return stored.states(self.n_seqs, conv, recurrent, like)
+        return stored.filled_states(self.n_seqs, conv, recurrent, like)
 
 
 Layers = Callable[[Tensor, Run], Tensor]

@@ -27,11 +27,10 @@ from torch import Tensor
 
 from hybridkv.cache.fixed import N_NUMBERS, numbers_of
 from hybridkv.errors import ModelError
-from hybridkv.hf.attention import non_finite
-from hybridkv.hf.cache import ModelCache
-from hybridkv.hf.facts import layer_facts
-from hybridkv.hf.step.record import Answers, Step, one_by_one
-from hybridkv.hf.view import Fixed, Notify
+from hybridkv.model.facts import layer_facts
+from hybridkv.runtime import Answers, ModelCache, Step, one_by_one
+from hybridkv.runtime.attend import non_finite
+from hybridkv.runtime.view import Fixed, Notify
 
 LOG = logging.getLogger("hybridkv")
 

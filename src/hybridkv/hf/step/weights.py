@@ -16,24 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
-from hybridkv.errors import ModelError, one_of
-from hybridkv.held import ENCODED, EXPERTS, WEIGHT_KINDS, WeightKind
+from hybridkv.errors import ModelError
+from hybridkv.held import EXPERTS, WeightKind, weight_type
 from hybridkv.kernels import cpu_native
-from hybridkv.kernels.weights import Weight, decode, encode, matmul, rows
+from hybridkv.kernels.weights import Weight, decode, encode, matmul, reencoded, rows
+from hybridkv.model import vocabulary_rows
 
-
-def parse_weights(text: str) -> WeightKind:
-    """Check a kind of weights.
-
-    Raises
-    ------
-    UsageError
-        Listing the kinds there are.
-    """
-    return one_of(text, WEIGHT_KINDS, "no weights", hint="auto keeps every weight as it is in the file")
-
-
-_CHUNK_VALUES = 1 << 24
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -119,28 +107,6 @@ def _linear(x: Tensor, weight: PackedTensor, bias: Tensor | None = None) -> Tens
     return (out if bias is None else out + bias).to(x.dtype)
 
 
-def weight_type(kind: WeightKind, n_in: int, *, in_vocabulary: bool) -> str | None:
-    """The type that a matrix is encoded in; None if it stays what it is.
-
-    Parameters
-    ----------
-    in_vocabulary
-        Whether its rows are the vocabulary's: the embedding or the head.
-    """
-    name = ENCODED.get(kind)
-    if name in ("q8_0", "q4_0"):
-        return None if n_in % 32 else "q8_0" if in_vocabulary else name
-    return name
-
-
-def reencoded(weight: Weight, name: str) -> Weight:
-    """The same matrices in another type, a few rows at a time."""
-    ids = torch.split(torch.arange(weight.n_out), max(1, _CHUNK_VALUES // weight.n_in))
-    parts = [encode(rows(weight, part, expert=e), name) for e in range(weight.n_stack) for part in ids]
-    data = torch.cat([part.data for part in parts], dim=1).view(weight.n_stack, weight.n_out, -1)
-    return Weight(parts[0].format, data, weight.n_in)
-
-
 @dataclass(frozen=True, slots=True)
 class Holder:
     """Gives the parameter that stands for a matrix, held as asked.
@@ -223,12 +189,6 @@ def _unpack_state(module: nn.Module, state: dict[str, Tensor], prefix: str, loca
         known = plain.get(id(parameter.packed), value)
         plain[id(parameter.packed)] = known.unpacked() if isinstance(known, PackedTensor) else known
         state[prefix + name] = plain[id(parameter.packed)]
-
-
-def vocabulary_rows(config: Any) -> int:
-    """Rows of the embedding and of the output head of a config's model."""
-    rows: int = config.get_text_config(decoder=True).vocab_size
-    return rows
 
 
 def held_parts(model: nn.Module) -> dict[str, int]:

@@ -22,8 +22,9 @@ from hybridkv.model.layers import (
     Part,
     Rope,
 )
+from hybridkv.model.rope import SCALINGS
 
-ROPES = ("default", "linear", "llama3", "yarn", "longrope")
+ROPES = tuple(SCALINGS)
 """Whose angles do not depend on the length of the sequence; of longrope, if it has the same factors for all lengths."""
 
 

@@ -2,7 +2,7 @@
 
 In a model's own queries one row of hundreds may weigh a thousandth: left out, or attended though it should not be, it
 hardly shows. A probe is made from the stored K so that one row outweighs all others, at any context. Makes the queries;
-`hybridkv.hf.evidence` compares.
+`hybridkv.runtime.evidence` compares.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hybridkv.hf.cache import ModelCache
 from hybridkv.policy import MismatchError, NonFiniteError
+from hybridkv.runtime.cache import ModelCache
 
 Fault = NonFiniteError | MismatchError
 """What a sequence can be rebuilt after, at larger types."""

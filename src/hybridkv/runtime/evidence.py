@@ -5,7 +5,7 @@ the activations (do the types suit the layer?), how far the stored rows are from
 and how far the attention is from float attention over the rows that are stored (does the code do what the types mean?).
 
 Stored rows are encoded again by `KVFormat`, rotated by a butterfly and not by `hybridkv.rotation`; the mask is written
-out for the sampled queries. Measures only; `hybridkv.hf.attention` acts.
+out for the sampled queries. Measures only; `hybridkv.runtime.attend` acts.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor
 
 from hybridkv.cache import KVTypes
 from hybridkv.formats import FORMATS, KVFormat
-from hybridkv.hf.probes import Probe, butterfly, newest_rows, probes, visible_rows
-from hybridkv.hf.view import LayerView
 from hybridkv.kernels import AttentionParams, KVView, Segment
 from hybridkv.kernels.reference import attend as reference_attend
 from hybridkv.kernels.threads import torch_on_one_thread
 from hybridkv.policy import Evidence
+from hybridkv.runtime.probes import Probe, butterfly, newest_rows, probes, visible_rows
+from hybridkv.runtime.view import LayerView
 
 Attend = Callable[[Probe], Tensor]
 

@@ -7,13 +7,12 @@ tensors at the first token.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 from hybridkv.cache import AttentionFacts, LayerFacts, StateFacts
 from hybridkv.errors import ModelError
-from hybridkv.hf.ranks import facts_of_rank, ranks_of
+from hybridkv.model.ranks import facts_of_rank, ranks_of
 
 _KV = ("full_attention", "sliding_attention", "hybrid", "hybrid_sliding")
 _STATE = ("linear_attention", "conv", "hybrid", "hybrid_sliding")
@@ -88,24 +87,6 @@ def takes_chunks(config: Any) -> bool:
     They take the whole prompt at once and then single tokens.
     """
     return config.get_text_config(decoder=True).model_type not in _STARTS_OVER
-
-
-def cache_argument(model: Any) -> str:
-    """The name under which a model's forward pass takes its cache.
-
-    `cache` from Transformers 5.24 on, `past_key_values` before, `cache_params` in Mamba's own classes before. A wrong
-    name would vanish among the keyword arguments, and every call would start over without an error.
-
-    Raises
-    ------
-    ModelError
-        If the model takes none.
-    """
-    parameters = inspect.signature(model.forward).parameters
-    for name in ("cache", "past_key_values", "cache_params"):
-        if name in parameters:
-            return name
-    raise ModelError(f"{type(model).__name__} takes no cache", hint="hybridkv runs causal language models")
 
 
 def layer_facts(config: Any, *, n_ranks: int | None = None) -> tuple[LayerFacts, ...]:
@@ -222,3 +203,9 @@ def _first_said(config: Any, *names: str, otherwise: int) -> int:
         if value is not None:
             return int(value)
     return otherwise
+
+
+def vocabulary_rows(config: Any) -> int:
+    """Rows of the embedding and of the output head of a config's model."""
+    rows: int = config.get_text_config(decoder=True).vocab_size
+    return rows

@@ -29,7 +29,7 @@ class TextStream:
     Parameters
     ----------
     tokenizer
-        A fast Transformers tokenizer.
+        A `TextTokenizer`, or a fast Transformers tokenizer.
     prompt_ids
         What the sequence continues, so that its first word is spaced rightly. Its text is not handed out.
     """

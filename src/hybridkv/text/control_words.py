@@ -11,7 +11,7 @@ Qwen) are text as any: they are matched whole in messages too, as llama.cpp does
 such as `</think>`; these are left as they are unless they are control words. An assistant's messages alone may carry
 control words that enclose thoughts: the model wrote them, and templates cut there.
 
-Used by `hybridkv.hf.chat`, and by the command line for plain prompts and rows.
+Used by `hybridkv.text.chat`, and by the command line for plain prompts and rows.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice, pairwise
 from typing import Any
 
-from jinja2 import Environment, TemplateSyntaxError
 from tokenizers import AddedToken, Tokenizer, normalizers
 
 from hybridkv.errors import ModelFileError
@@ -51,8 +51,8 @@ class ControlWords:
     Parameters
     ----------
     tokenizer
-        A fast Transformers tokenizer. What its file or an earlier call may have asked for is turned off: truncation,
-        padding, special tokens as text.
+        A `TextTokenizer`, or a fast Transformers tokenizer. What its file or an earlier call may have asked for is
+        turned off: truncation, padding, special tokens as text.
 
     Attributes
     ----------
@@ -76,11 +76,8 @@ class ControlWords:
             if is_control(token.content, special=token.special or token.content in named) and token.content.strip()
         }
         self.by_id = {index: word for word, index in self.ids.items()}
-        words = {word.lstrip() for word in self.ids}
-        self.firsts = "".join(sorted({word[0] for word in words}))
-        kept = set(self._kept(words))
-        self._pattern = self._compile(kept)
-        self._pattern_of_thoughts = self._compile(kept | (words & set(_THOUGHTS)))
+        self._words = {word.lstrip() for word in self.ids}
+        self.firsts = "".join(sorted({word[0] for word in self._words}))
         self._begin, self._end = self._affixes()
         self._cover = Cover(self, _STAND_INS[: len(self.firsts)])
 
@@ -104,7 +101,13 @@ class ControlWords:
 
     def pattern(self, *, thoughts: bool) -> re.Pattern[str]:
         """Match what is left as it is, and single characters to cover."""
-        return self._pattern_of_thoughts if thoughts else self._pattern
+        return self._patterns[thoughts]
+
+    @cached_property
+    def _patterns(self) -> tuple[re.Pattern[str], re.Pattern[str]]:
+        """Without and with the words that enclose thoughts; plain prompts need neither."""
+        kept = set(self._kept(self._words))
+        return self._compile(kept), self._compile(kept | (self._words & set(_THOUGHTS)))
 
     def encode(self, text: str, *, begins: bool = True) -> list[int]:
         """Token ids of a prompt that may name control words, as llama.cpp takes prompts.
@@ -305,6 +308,8 @@ def _sources(template: Any) -> list[str]:
 
 def _literals(template: Any) -> Iterator[str]:
     """The strings in a template's expressions; none of one that is no Jinja, which rendering refuses."""
+    from jinja2 import Environment, TemplateSyntaxError  # a plain prompt needs none of it
+
     for source in _sources(template):
         try:
             for _, kind, value in Environment().lex(source):

@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from jinja2.exceptions import SecurityError
 
 from hybridkv.errors import ModelFileError, UsageError
-from hybridkv.hf.control_words import ControlWords, Covered
+from hybridkv.text.control_words import ControlWords, Covered
 
 MAX_SECONDS = 5.0
 MAX_CHARACTERS = 1 << 26

@@ -1,0 +1,140 @@
+"""What a GGUF file is, from its header alone: name, config, and what of it is left out.
+
+Owns the config as the file says it (`FileConfig`), the fields that all files share, and the checks of tensors' names
+that need no model. Does not own the file format (`reader.py`) or an architecture's tables (`architectures/`). Called by
+`load.py`, `mapped.py` and `stored.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Self
+
+from hybridkv.gguf.architectures import get_architecture
+from hybridkv.gguf.architectures.layers import n_blocks
+from hybridkv.gguf.architectures.record import Architecture, Fields
+from hybridkv.gguf.bpe import assumption
+from hybridkv.gguf.keys import check_unread, unknown_keys
+from hybridkv.gguf.metadata import Metadata
+from hybridkv.gguf.reader import Header
+from hybridkv.gguf.split import metadata_of
+
+EMBEDDING = "token_embd.weight"
+OUTPUT = "output.weight"
+
+# Tensors beside the text model's in files that hold a whole multimodal model, as ollama writes them.
+_ENCODERS = ("v.", "a.", "mm.")
+_PREDICTION = "mtp."
+
+
+class FileConfig(SimpleNamespace):
+    """A model's config as its file says it, under the names of Transformers' class, without that class.
+
+    It has what the file says, and what the class derives from it as far as a graph or the cache asks; other attributes
+    of the class it does not have.
+    """
+
+    model_type: str
+
+    def get_text_config(self, decoder: bool = True) -> Self:
+        """Return itself: a file holds a text model."""
+        del decoder
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it by name."""
+        return dict(vars(self))
+
+
+def describe_gguf(path: str | Path | Header) -> tuple[str, FileConfig]:
+    """Return a model's name and config, from the header alone.
+
+    Parameters
+    ----------
+    path
+        The .gguf file, of a split model any of its parts; or its header.
+
+    Raises
+    ------
+    ModelFileError
+        For a damaged file, an unknown architecture, or metadata that is missing or out of range.
+    """
+    meta = metadata_of(path)
+    return name_of(meta), file_config(meta, get_architecture(meta.header))
+
+
+def file_config(meta: Metadata, architecture: Architecture) -> FileConfig:
+    """Return the config, once no key is left that asks for what is not computed."""
+    fields = fields_of(meta, architecture)
+    check_unread(meta)
+    return FileConfig(**architecture.derived(fields) | fields, model_type=architecture.model_type)
+
+
+def says_none(meta: Metadata) -> bool:
+    """Whether a file says that it has no tokenizer, in the two words that llama.cpp knows for it."""
+    key = "tokenizer.ggml.model"
+    return meta.has(key) and meta.text(key) in ("none", "no_vocab")
+
+
+def name_of(meta: Metadata) -> str:
+    """Return the name that a file gives its model, or else the file's."""
+    return meta.text("general.name") if meta.has("general.name") else meta.header.path.stem
+
+
+def fields_of(meta: Metadata, architecture: Architecture) -> Fields:
+    """Return the config class's arguments: the architecture's own, and those that all files share."""
+    embedding = meta.tensor(EMBEDDING)
+    vocab_size = embedding.shape[0]
+    if meta.has("tokenizer.ggml.tokens") and len(meta.texts("tokenizer.ggml.tokens")) > vocab_size:
+        meta.fail(f"there are more tokens than the {vocab_size} rows of {EMBEDDING!r}")
+    return {
+        "num_hidden_layers": n_blocks(meta)[1],
+        "max_position_embeddings": meta.integer("context_length", high=2**31 - 1),
+        **{field: meta.integer(key) for field, key in architecture.sizes.items()},
+        **{field: meta.real(key) for field, key in architecture.reals.items()},
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": not meta.has_tensor(OUTPUT),
+        "bos_token_id": meta.token_id("bos", vocab_size),
+        "eos_token_id": meta.token_id("eos", vocab_size),
+        "pad_token_id": meta.token_id("padding", vocab_size),
+        **architecture.fields(meta),
+    }
+
+
+def skipped(meta: Metadata) -> dict[str, set[str]]:
+    """Return the tensors for which the model classes have no place, by what they are of."""
+    blocks, layers = n_blocks(meta)
+    prefixes = {
+        "multi-token prediction blocks": (_PREDICTION, *(f"blk.{block}." for block in range(layers, blocks))),
+        "image and audio encoders": _ENCODERS,
+    }
+    names = [info.name for info in meta.header.tensors]
+    return {what: {name for name in names if name.startswith(starts)} for what, starts in prefixes.items()}
+
+
+def notices(meta: Metadata, *, with_tokenizer: bool) -> tuple[str, ...]:
+    """Return what is worth knowing of a file: tensors that were left out, its tokenizer, and keys that nobody knows."""
+    left_out = [f"{len(names)} tensors of {what} were skipped" for what, names in skipped(meta).items() if names]
+    assumed = assumption(meta) if with_tokenizer else None
+    return (*left_out, *([assumed] if assumed else []), *unknown_keys(meta))
+
+
+def check_tensors(meta: Metadata, architecture: Architecture, needed: set[str], optional: Collection[str] = ()) -> None:
+    """Check that a file has the tensors that a model needs, and no more.
+
+    Raises
+    ------
+    ModelFileError
+        Naming some of those that are missing or unknown.
+    """
+    left_out = {name for names in skipped(meta).values() for name in names}
+    present = {info.name for info in meta.header.tensors} - left_out - {name for name, _ in architecture.settings}
+    for problem, names in (("missing", needed - present), ("unknown", present - needed - set(optional))):
+        if names:
+            shown = ", ".join(sorted(names)[:8]) + (", ..." if len(names) > 8 else "")
+            meta.fail(
+                f"{len(names)} {problem} tensor(s) for architecture {architecture.name!r}: {shown}",
+                hint="the file is incomplete, or its converter writes another variant of this architecture",
+            )

@@ -1,0 +1,148 @@
+"""Convolution and recurrent states of one layer, in the order of whoever fills them first."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from hybridkv.errors import ContextError
+from hybridkv.runtime.stored import StoredState
+
+StateOrder = Literal["transformers", "file"]
+"""In which order a state's heads are: Transformers', or that of GGUF files, in which the native step runs."""
+
+
+class States:
+    """States of one layer; the recurrent ones are float32 whatever the model's dtype.
+
+    Parameters
+    ----------
+    number_of_states
+        How many convolution and recurrent states the layer has of each.
+
+    Attributes
+    ----------
+    conv_states
+        `[B, channels, kernel]` each, by their numbers; None until they are filled.
+    recurrent_states
+        float32, likewise; None where there is none.
+    has_previous_state
+        Whether each was fed.
+    """
+
+    def __init__(self, number_of_states: int = 1) -> None:
+        self.number_of_states = number_of_states
+        self.conv_states: dict[int, Tensor | None] = dict.fromkeys(range(number_of_states))
+        self.recurrent_states: dict[int, Tensor | None] = dict.fromkeys(range(number_of_states))
+        self.has_previous_state: dict[int, bool] = dict.fromkeys(range(number_of_states), False)
+        self.order: StateOrder | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return sum(state.nbytes for state in self.memory)
+
+    @property
+    def memory(self) -> tuple[Tensor, ...]:
+        """The tensors that hold the states; other ones once the batch has changed."""
+        return tuple([s for s in (*self.conv_states.values(), *self.recurrent_states.values()) if s is not None])
+
+    def native_states(self, batch: int, conv: tuple[int, int], recurrent: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Convolution state `[B, kernel, channels]` and, if it has a shape, recurrent state, to continue in place.
+
+        Both are float32 and contiguous.
+
+        Transformers keeps the former as `[B, channels, kernel]`; here its memory has the channels innermost.
+
+        Raises
+        ------
+        ContextError
+            If Transformers' code has filled the states: its heads are in another order.
+        """
+        self._expect("file")
+        if not self.has_previous_state[0]:
+            self._fill(torch.zeros(batch, *conv).transpose(1, 2), torch.zeros(batch, *recurrent) if recurrent else None)
+        held = self.conv_states[0]
+        assert held is not None
+        wide = held.transpose(1, 2)
+        if not wide.is_contiguous():
+            wide = wide.contiguous()
+            self.conv_states[0] = wide.transpose(1, 2)
+        state = self.recurrent_states[0]
+        return (wide,) if state is None else (wide, state)
+
+    def _fill(self, conv: Tensor, recurrent: Tensor | None) -> None:
+        """Take the first of each kind, which is then fed."""
+        self.conv_states[0], self.recurrent_states[0] = conv, recurrent
+        self.has_previous_state[0] = True
+
+    def _expect(self, order: StateOrder) -> None:
+        """Note whose order the states are in; refuse to continue those of another."""
+        if self.order not in (None, order):
+            raise ContextError(
+                "the native step and Transformers' own code cannot continue each other's states: their heads are in "
+                "different orders",
+                hint="reset() the cache, or let one of them run all of a sequence",
+            )
+        self.order = order
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence `repeats` times."""
+        self._map(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences `indices`."""
+        self._map(lambda state: state.index_select(0, indices.to(state.device)))
+
+    def copy(self, n_ctx: int | None) -> Self:
+        """States that go on from the same tokens on their own."""
+        del n_ctx  # a state is as large for any context
+        twin = copy.copy(self)
+        for name, by_index in vars(self).items():
+            if isinstance(by_index, dict):
+                setattr(twin, name, dict(by_index))
+        twin._map(Tensor.clone)
+        return twin
+
+    def empty(self, n_ctx: int | None) -> Self:
+        """States of the same kind that have seen nothing."""
+        del n_ctx
+        twin = copy.copy(self)
+        twin._forget()
+        return twin
+
+    def stored(self) -> tuple[StoredState, ...]:
+        """Copies of the states."""
+
+        def clone(state: Tensor | None) -> Tensor | None:
+            return None if state is None else state.clone()
+
+        return tuple(
+            StoredState(clone(self.conv_states[i]), clone(self.recurrent_states[i]), self.has_previous_state[i])
+            for i in range(self.number_of_states)
+        )
+
+    def load(self, states: Sequence[StoredState]) -> None:
+        """Go on from copies of states."""
+        self._forget()
+        for index, state in enumerate(states):
+            self.has_previous_state[index] = state.fed
+            self.conv_states[index] = None if state.conv is None else state.conv.clone()
+            self.recurrent_states[index] = None if state.recurrent is None else state.recurrent.clone()
+
+    def reset(self) -> None:
+        """Forget all tokens, and the batch size with them."""
+        self._forget()
+
+    def _forget(self) -> None:
+        States.__init__(self, self.number_of_states)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        for states in (self.conv_states, self.recurrent_states):
+            for index, state in states.items():
+                if state is not None:
+                    states[index] = change(state)
