@@ -38,7 +38,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def inputs(fmt: WeightFormat) -> tuple[int, ...]:
     """One block, an odd number of them, and rows that end within a unit of 256."""
-    return (1, 33, 300, 768) if fmt.block == 1 else (fmt.block, 3 * fmt.block, 25 * 32 if fmt.block == 32 else 1024)
+    if fmt.block == 1:
+        return (1, 33, 300, 768)
+    return (32, 96, 256 + 128, 256 + 192, 800) if fmt.block == 32 else (fmt.block, 3 * fmt.block, 1024)
 
 
 def exact(x: Tensor, values: np.ndarray) -> Tensor:

@@ -298,6 +298,26 @@ def test_cache_operations_between_steps() -> None:
     assert torch.allclose(step.forward(then[:1], cache, 7), alone[0], atol=1e-5)
 
 
+def test_two_caches_in_turn_get_the_bits_that_they_get_alone() -> None:
+    """What is remembered of one cache's states is not taken for the other's."""
+    model = build("qwen3_5_text", attention="hybridkv")
+    pieces = [[tokens(1, 7, seed), *(tokens(1, 1, seed + n) for n in (1, 2, 3))] for seed in (0, 10)]
+
+    def run(step: NativeStep, cache: ModelCache, own: Sequence[Tensor], at: int) -> Tensor:
+        return step.forward(own[at], cache, 7 + at - 1 if at else 0)
+
+    alone = []
+    for own in pieces:
+        step, cache = NativeStep(model), cache_for(model)
+        alone.append([run(step, cache, own, at) for at in range(4)])
+    step, caches = NativeStep(model), [cache_for(model), cache_for(model)]
+    for at in range(4):
+        for which in (0, 1):
+            assert torch.equal(run(step, caches[which], pieces[which], at), alone[which][at])
+    with pytest.raises((AssertionError, ModelError)):
+        step.forward(tokens(2, 1), caches[1], 10)
+
+
 @pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_own_code_on_packed_weights(family: str, rounded: bool) -> None:

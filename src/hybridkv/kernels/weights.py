@@ -152,13 +152,17 @@ def matmul(
     return out
 
 
-def rows(weight: Weight, ids: Tensor, *, expert: int = 0, n_threads: int | None = None) -> Tensor:
+def rows(
+    weight: Weight, ids: Tensor, *, expert: int = 0, out: Tensor | None = None, n_threads: int | None = None
+) -> Tensor:
     """Decode rows of a matrix, with the bits of gguf-py's dequantize.
 
     Parameters
     ----------
     ids
         Integers [n], each in 0..n_out-1.
+    out
+        Where to, contiguous float32 [n, n_in]; a new tensor by default.
 
     Returns
     -------
@@ -167,7 +171,9 @@ def rows(weight: Weight, ids: Tensor, *, expert: int = 0, n_threads: int | None 
     """
     _check_ids(ids, weight.n_out)
     ids = ids.to(torch.int64).contiguous()
-    out = torch.empty(ids.numel(), weight.n_in, dtype=torch.float32)
+    if out is None:
+        out = torch.empty(ids.numel(), weight.n_in, dtype=torch.float32)
+    assert out.shape == (ids.numel(), weight.n_in) and out.dtype == torch.float32 and out.is_contiguous(), out.shape
     _native().weight_rows(
         weight.format.name, weight.n_out, weight.n_in, weight.address(expert), ids.data_ptr(), ids.numel(),
         out.data_ptr(), n_threads or native_threads(),
@@ -234,8 +240,9 @@ def _encode_rows(x: Tensor, name: str) -> Tensor:
 def _check_ids(ids: Tensor, n: int) -> None:
     """Raise unless every id is of one of `n` rows."""
     assert ids.dim() == 1, ids.shape
-    if ids.numel() and not (int(ids.min()) >= 0 and int(ids.max()) < n):
-        raise UsageError(f"row ids {int(ids.min())}..{int(ids.max())} of a matrix of {n} rows")
+    values = ids.tolist()
+    if values and not (min(values) >= 0 and max(values) < n):
+        raise UsageError(f"row ids {min(values)}..{max(values)} of a matrix of {n} rows")
 
 
 def reencoded(weight: Weight, name: str) -> Weight:

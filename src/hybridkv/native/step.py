@@ -6,6 +6,7 @@ model in memory.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -48,6 +49,7 @@ class NativeStep:
         self._graph: ModelGraph = graph_of(model.config)
         self._source: Typed = source_of(model)
         self._angles: list[Angles] = []
+        self._held_states: tuple[list[Tensor], int, list[int]] = [], 0, []
         self._embedding = self._source.weight(self._graph.embed)
         self._layers = self._write(lowering.build_layers, 1)
         self._head = self._write(lowering.build_head, 1)
@@ -119,10 +121,12 @@ class NativeStep:
             self._head = self._write(lowering.build_head, min(len(hidden), HEAD_ROWS))
         head = self._head
         logits = torch.empty(len(hidden), head.buffer("logits").shape[1])
-        for rows, out in zip(*(torch.split(x, head.n_rows) for x in (hidden, logits)), strict=True):
-            head.buffer("x")[: len(rows)] = rows
-            head.program.run(0, len(head.program), len(rows), 1, caches=caches)
-            out.copy_(head.buffer("logits")[: len(rows)])
+        for begin in range(0, len(hidden), head.n_rows):
+            rows = hidden[begin : begin + head.n_rows]
+            n_rows = len(rows)
+            head.buffer("x")[:n_rows] = rows
+            head.program.run(0, len(head.program), n_rows, 1, caches=caches)
+            logits[begin : begin + n_rows] = head.buffer("logits")[:n_rows]
         self._source.verify()
         return logits
 
@@ -131,7 +135,7 @@ class NativeStep:
         n_seqs, n_tokens = tokens.shape
         x = self._embedded(tokens.flatten())
         builder, program = self._layers, self._layers.program
-        states = program.addresses(self._cache_states(cache, n_seqs), n_seqs)
+        states = self._state_addresses(cache, n_seqs)
         angles = self._turns(position, n_tokens)
         layers = [_rows_of(cache, call.layer) for call in builder.calls]
         if n_tokens == 1 and all(_direct(layer) for layer in layers):
@@ -152,7 +156,7 @@ class NativeStep:
         if self._layers.n_rows < len(tokens):
             self._layers = self._write(lowering.build_layers, len(tokens))
         x = self._layers.buffer("x")[: len(tokens)]
-        x.copy_(gather(self._embedding, tokens))
+        gather(self._embedding, tokens, out=x)
         return x if self._graph.embed_scale == 1 else x.mul_(self._graph.embed_scale)
 
     def _decode_many(
@@ -245,6 +249,19 @@ class NativeStep:
                     failed[i] = error
         note(run(begin, len(self._layers.program)))
         return failed
+
+    def _state_addresses(self, cache: ModelCache, n_seqs: int) -> list[int]:
+        """Of one cache's states; those of the last step, if the same tensors are held still."""
+        layers = [cache.states[index] for index in self._layers.state_layers]
+        fed = all(layer is not None and layer.has_previous_state[0] for layer in layers)
+        held = [state for layer in layers if layer is not None for state in layer.memory]
+        known, n_known, addresses = self._held_states
+        if fed and n_seqs == n_known and len(known) == len(held) and all(map(operator.is_, known, held)):
+            return addresses
+        addresses = self._layers.program.addresses(self._cache_states(cache, n_seqs), n_seqs)
+        held = [state for layer in layers if layer is not None for state in layer.memory]
+        self._held_states = held, n_seqs, addresses
+        return addresses
 
     def _cache_states(self, cache: ModelCache, n_seqs: int) -> list[Tensor]:
         """Convolution and recurrent state of every layer that has them, in the operations' order."""
