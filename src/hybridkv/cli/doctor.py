@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridkv import __version__
+from hybridkv.cli.collector import import_torch
 from hybridkv.cli.show import simple_table, size, stdout_console
 from hybridkv.errors import UsageError
 from hybridkv.memory import available_memory
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Look, resolve every case, print."""
+    import_torch()
     import torch
 
     a = arguments

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from hybridkv.cli import run
 from hybridkv.cli.cache_options import add_cache_arguments, given_types, policy_from
+from hybridkv.cli.collector import import_torch
 from hybridkv.cli.model_options import DEFAULT_CTX, engine_for, weights_on
 from hybridkv.cli.show import (
     MAX_CONTEXT,
@@ -110,6 +111,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Describe, count, print."""
     a = arguments
     kind, device = _check(a)
+    import_torch()
     from hybridkv.engine.describe import bundled_model, describe
     from hybridkv.model.ranks import cuts_heads
     from hybridkv.plan import parse_bytes, unknown_states

@@ -127,7 +127,7 @@ def _load_native(description: Description, weights: WeightKind, memory: Memory) 
     mapped = map_gguf(description.header, memory)
     free = available_memory()
     if memory == "mapped" and (free is None or mapped.source.n_bytes < free.n_bytes):
-        mapped.source.populate()
+        mapped.source.populate_after_use()
     model = native_model(mapped.config, mapped.source, weights, mapped.end_ids)
     return Loaded(description, model, mapped.tokenizer, mapped.notices)
 

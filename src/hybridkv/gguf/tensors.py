@@ -70,6 +70,8 @@ class GgufSource:
     def __init__(self, header: Header, memory: Memory = "mapped") -> None:
         parts = header.parts or (header,)
         self._watches: list[WatchedMap] = []
+        self._populates = False
+        self._runs = 0
         self._files = [
             self._viewed(part, data) if memory == "mapped" else _copied(data)
             for part, data in zip(parts, map(_mapped, parts), strict=True)
@@ -122,7 +124,7 @@ class GgufSource:
         return ((info.name, info.shape) for info in self._infos.values())
 
     def verify(self) -> None:
-        """Refuse to go on with files that have shrunk since they were mapped.
+        """Refuse to go on with files that have shrunk since they were mapped; called after every run over the weights.
 
         Raises
         ------
@@ -131,10 +133,16 @@ class GgufSource:
         """
         for watch in self._watches:
             watch.verify()
+        self._runs += 1
+        if self._populates and self._runs == 2:
+            Thread(target=_populate, args=(self._files,), daemon=True).start()
 
-    def populate(self) -> None:
-        """Bring the files' pages into this process's tables in the background: using them is faster then."""
-        Thread(target=_populate, args=(self._files,), daemon=True).start()
+    def populate_after_use(self) -> None:
+        """Bring the files' pages into this process's tables after the first tokens: using them is faster then.
+
+        Not before: a short prompt needs few experts, and entering all pages holds up whoever enters those.
+        """
+        self._populates = True
 
     def lock(self) -> None:
         """Keep all files' pages in memory.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 # Transformers' name for a special token, and GGUF's. Roles beyond these have no name in Transformers.
-_ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+_ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 # Control tokens that end a turn, whatever the file calls them: converters of many models name the end of
 # text alone. Source: llama.cpp, src/llama-vocab.cpp (`special_eog_ids`).
