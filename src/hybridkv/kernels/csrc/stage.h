@@ -18,7 +18,8 @@ constexpr int kStagedK = 16;   // of them, rows of K staged at a time
 constexpr int kWidth = 64;     // bytes that a product takes of a row of codes
 #else
 constexpr int kTile = 64;
-constexpr int kStagedK = kTile;
+// Of them, rows of K staged at a time: in pairs of dims they stay in the first cache until the last query has had them.
+constexpr int kStagedK = 2 * Simd::lanes;
 constexpr int kWidth = kBlock;
 #endif
 
