@@ -21,18 +21,18 @@ inline void for_row_groups(int n, Fn&& f) {
     if (n - r >= 1) f(Rows<1>{}, r);
 }
 
-// kStagedK of scores[q][kTile] = sum_b d[b] * (start[b] + q16 . codes of block b) + m[b] * qsum[b]
-// q: [q][q_stride] pairs of int16; k: [pair][kStagedK] pairs; d, m: [block][kTile]; qsum, start: [q][blocks]
+// kPairedK of scores[q][kTile] = sum_b d[b] * (start[b] + q16 . codes of block b) + m[b] * qsum[b]
+// q: [q][q_stride] pairs of int16; k: [pair][kPairedK] pairs; d, m: [block][kTile]; qsum, start: [q][blocks]
 template <int NQ, bool HasMin>
 HYBRIDKV_PHASE void k_codes(const int32_t* q, int64_t q_stride, const int32_t* k, const float* d, const float* m,
                             const float* qsum, const int32_t* start, int64_t blocks, float* scores) {
-    constexpr int NV = kStagedK / L;
+    constexpr int NV = kPairedK / L;
     for (int64_t b = 0; b < blocks; ++b) {
         I acc[NQ][NV];
         for (int i = 0; i < NQ; ++i) for (I& a : acc[i]) a = Simd::set1i(start[i * blocks + b]);
-        const int32_t* kb = k + b * 16 * kStagedK;
+        const int32_t* kb = k + b * 16 * kPairedK;
         const int32_t* qb = q + b * 16;
-        for (int p = 0; p < 16; ++p, kb += kStagedK) {
+        for (int p = 0; p < 16; ++p, kb += kPairedK) {
             I kv[NV];
             for (int v = 0; v < NV; ++v) Simd::settle(kv[v] = Simd::loadi(kb + v * L));
             for (int i = 0; i < NQ; ++i) {

@@ -41,7 +41,7 @@ struct Products : Task {
     void put_values(int r, const float* q) { std::memcpy(s.q + r * dk, q, static_cast<size_t>(dk) * sizeof(float)); }
 
     void scores(int64_t j, int n) {
-        Prefetch ahead = ahead_of_v(j, n, k_few ? kTile / FewRows::step : k_int ? kTile / kStagedK : dk / kBlock);
+        Prefetch ahead = ahead_of_v(j, n, k_few ? kTile / FewRows::step : k_int ? kTile / kPairedK : dk / kBlock);
         if (k_few) return FewRows::all_scores(*this, seg.shift + j, n, ahead);
         return k_int ? score_codes(seg.shift + j, n, ahead) : score_values(seg.shift + j, n, ahead);
     }
@@ -50,12 +50,12 @@ struct Products : Task {
         const Codes codes = k_nibbles ? packed_codes(seg.k, row, n) : stage_codes(seg.k, head, row, n, s.codes);
         stage_scales(seg.k, head, row, n, s.flat, s.k_d, s.k_m);
         int32_t* pairs = reinterpret_cast<int32_t*>(s.k);
-        for (int first = 0; first < kTile; first += kStagedK) {
+        for (int first = 0; first < kTile; first += kPairedK) {
             ahead.step();
             if (k_nibbles) {
-                for (int64_t b = 0; b < dk / kBlock; b += 2) stage_k_nibbles(codes, first, b, pairs + b * 16 * kStagedK);
+                for (int64_t b = 0; b < dk / kBlock; b += 2) stage_k_nibbles(codes, first, b, pairs + b * 16 * kPairedK);
             } else {
-                for (int64_t b = 0; b < dk / kBlock; ++b) stage_k_pairs(codes, first, b, pairs + b * 16 * kStagedK);
+                for (int64_t b = 0; b < dk / kBlock; ++b) stage_k_pairs(codes, first, b, pairs + b * 16 * kPairedK);
             }
             for_row_groups(rows, [&](auto group, int r) {
                 constexpr int NQ = decltype(group)::count;
@@ -79,19 +79,19 @@ struct Products : Task {
         return {copy, stride};
     }
 
-    // Blocks b and b + 1 of kStagedK rows of nibbles, each to [16 pairs of dims][kStagedK].
+    // Blocks b and b + 1 of kPairedK rows of nibbles, each to [16 pairs of dims][kPairedK].
     static void stage_k_nibbles(const Codes& codes, int first, int64_t b, int32_t* pairs) {
-        for (int r = 0; r < kStagedK; r += L, pairs += L) {
+        for (int r = 0; r < kPairedK; r += L, pairs += L) {
             I quads[8];
             Simd::transpose8(codes.row(first + r) + b * (kBlock / 2), codes.stride, quads);
             for (int i = 0; i < 8; ++i) {
                 I low_even, low_odd, high_even, high_odd;
                 Simd::split_nibbles(quads[i], low_even, low_odd, high_even, high_odd);
-                int32_t* out = pairs + (i / 4 * 16 + i % 4 * 2) * kStagedK;
+                int32_t* out = pairs + (i / 4 * 16 + i % 4 * 2) * kPairedK;
                 Simd::storei(out, low_even);
-                Simd::storei(out + kStagedK, low_odd);
-                Simd::storei(out + 8 * kStagedK, high_even);
-                Simd::storei(out + 9 * kStagedK, high_odd);
+                Simd::storei(out + kPairedK, low_odd);
+                Simd::storei(out + 8 * kPairedK, high_even);
+                Simd::storei(out + 9 * kPairedK, high_odd);
             }
         }
     }
@@ -114,14 +114,14 @@ struct Products : Task {
         });
     }
 
-    // Block b of kStagedK rows of codes to [16 pairs of dims][kStagedK].
+    // Block b of kPairedK rows of codes to [16 pairs of dims][kPairedK].
     static void stage_k_pairs(const Codes& codes, int first, int64_t b, int32_t* pairs) {
-        for (int r = 0; r < kStagedK; r += L, pairs += L) {
+        for (int r = 0; r < kPairedK; r += L, pairs += L) {
             I quads[8];
             Simd::transpose8(codes.row(first + r) + b * kBlock, codes.stride, quads);
             for (int i = 0; i < 8; ++i) {
-                Simd::storei(pairs + 2 * i * kStagedK, Simd::even_codes(quads[i]));
-                Simd::storei(pairs + (2 * i + 1) * kStagedK, Simd::odd_codes(quads[i]));
+                Simd::storei(pairs + 2 * i * kPairedK, Simd::even_codes(quads[i]));
+                Simd::storei(pairs + (2 * i + 1) * kPairedK, Simd::odd_codes(quads[i]));
             }
         }
     }

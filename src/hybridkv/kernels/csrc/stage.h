@@ -18,8 +18,9 @@ constexpr int kStagedK = 16;   // of them, rows of K staged at a time
 constexpr int kWidth = 64;     // bytes that a product takes of a row of codes
 #else
 constexpr int kTile = 64;
-// Of them, rows of K staged at a time: in pairs of dims they stay in the first cache until the last query has had them.
-constexpr int kStagedK = 2 * Simd::lanes;
+constexpr int kStagedK = kTile;
+// Rows of K's codes in pairs of dims at a time: they stay in the first cache until the last query has had them.
+constexpr int kPairedK = 2 * Simd::lanes;
 constexpr int kWidth = kBlock;
 #endif
 
