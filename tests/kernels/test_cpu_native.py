@@ -327,6 +327,19 @@ def test_encode_writes_the_bytes_of_the_torch_encoder(isa: str, name: str, scale
             assert (plane[:, :, 74:] == 0xAB).all()
 
 
+@pytest.mark.parametrize(("name", "scale"), SCALES)
+def test_encode_takes_the_torch_encoder_s_side_between_two_codes(isa: str, name: str, scale: Scale) -> None:
+    """Halves of a unit: values as far from one code as from the next, and many that are the largest of their block."""
+    fmt = FORMATS[name]
+    x = torch.randint(-254, 255, (1, 2, 600, 64), generator=torch.Generator().manual_seed(5)) / 2
+    x[0, 0, :, ::32] = 127.0
+    x[0, 1] = (x[0, 1] / 30).round()
+    planes = tuple(torch.zeros(1, 2, 600, n, dtype=torch.uint8) for n in fmt.plane_bytes(64))
+    cpu_native.encode_into(x, name, scale, planes, 0)
+    for plane, expected in zip(planes, fmt.encode(x, scale), strict=True):
+        assert torch.equal(plane, expected)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize(("name", "scale"), SCALES)
 def test_encoding_what_is_not_finite_shows(isa: str, name: str, scale: Scale, bad: float) -> None:

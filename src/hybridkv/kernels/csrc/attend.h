@@ -207,6 +207,15 @@ struct Attend : Products {
         float* x = s.scores + r * kTile;
         const int64_t first = s.lo[r] - j > 0 ? s.lo[r] - j : 0, last = s.hi[r] - j < n ? s.hi[r] - j : n;
         const F unit = Simd::set1(s.q_unit[r]), center = Simd::set1(s.q_center[r]);
+        F top = Simd::set1(-kInf);
+        if (first == 0 && last == kTile && !a.mask && a.softcap <= 0.f) {  // most tiles
+            for (int i = 0; i < kTile; i += L) {
+                const F y = Simd::fma(Simd::load(x + i), unit, center);
+                Simd::store(x + i, y);
+                top = Simd::max(Simd::if_eq(y, y, y, Simd::set1(kInf)), top);
+            }
+            return Simd::reduce_max(top);
+        }
         for (int i = 0; i < kTile; i += L) {
             F y = Simd::fma(Simd::load(x + i), unit, center);
             if (a.softcap > 0.f) y = soft_cap(y);
@@ -218,7 +227,6 @@ struct Attend : Products {
             const uint8_t* keep = mask_row(r) + j;
             for (int64_t i = first; i < last; ++i) x[i] = keep[i] ? x[i] : -kInf;
         }
-        F top = Simd::set1(-kInf);
         for (int i = 0; i < kTile; i += L) {
             const F y = Simd::load(x + i);
             top = Simd::max(Simd::if_eq(y, y, y, Simd::set1(kInf)), top);  // a NaN score makes the row NaN

@@ -21,37 +21,35 @@ inline void for_row_groups(int n, Fn&& f) {
     if (n - r >= 1) f(Rows<1>{}, r);
 }
 
-// scores[q][kTile] = sum_b d[b] * (q16 . codes of block b) + m[b] * qsum[b]
-// q: [q][q_stride] pairs of int16; k: [pair][kTile] pairs; d, m: [block][kTile]; qsum: [q][blocks]
+// kPairedK of scores[q][kTile] = sum_b d[b] * (start[b] + q16 . codes of block b) + m[b] * qsum[b]
+// q: [q][q_stride] pairs of int16; k: [pair][kPairedK] pairs; d, m: [block][kTile]; qsum, start: [q][blocks]
 template <int NQ, bool HasMin>
 HYBRIDKV_PHASE void k_codes(const int32_t* q, int64_t q_stride, const int32_t* k, const float* d, const float* m,
-                    const float* qsum, int64_t blocks, float* scores) {
-    constexpr int NV = NQ >= Simd::rows_q ? Simd::cols : 2 * Simd::cols;
-    for (int v0 = 0; v0 < kTile; v0 += NV * L) {
-        for (int64_t b = 0; b < blocks; ++b) {
-            I acc[NQ][NV];
-            for (auto& row : acc) for (I& a : row) a = Simd::set1i(0);
-            const int32_t* kb = k + b * 16 * kTile + v0;
-            const int32_t* qb = q + b * 16;
-            for (int p = 0; p < 16; ++p, kb += kTile) {
-                I kv[NV];
-                for (int v = 0; v < NV; ++v) kv[v] = Simd::loadi(kb + v * L);
-                for (int i = 0; i < NQ; ++i) {
-                    const I qv = Simd::set1i(qb[i * q_stride + p]);
-                    for (int v = 0; v < NV; ++v) acc[i][v] = Simd::dot2(acc[i][v], kv[v], qv);
-                }
+                            const float* qsum, const int32_t* start, int64_t blocks, float* scores) {
+    constexpr int NV = kPairedK / L;
+    for (int64_t b = 0; b < blocks; ++b) {
+        I acc[NQ][NV];
+        for (int i = 0; i < NQ; ++i) for (I& a : acc[i]) a = Simd::set1i(start[i * blocks + b]);
+        const int32_t* kb = k + b * 16 * kPairedK;
+        const int32_t* qb = q + b * 16;
+        for (int p = 0; p < 16; ++p, kb += kPairedK) {
+            I kv[NV];
+            for (int v = 0; v < NV; ++v) Simd::settle(kv[v] = Simd::loadi(kb + v * L));
+            for (int i = 0; i < NQ; ++i) {
+                const I qv = Simd::set1i(qb[i * q_stride + p]);
+                for (int v = 0; v < NV; ++v) Simd::add_dot2(acc[i][v], kv[v], qv);
             }
-            for (int v = 0; v < NV; ++v) {
-                const F dv = Simd::load(d + b * kTile + v0 + v * L);
-                F mv = dv;
-                if constexpr (HasMin) mv = Simd::load(m + b * kTile + v0 + v * L);
-                for (int i = 0; i < NQ; ++i) {
-                    float* s = scores + i * kTile + v0 + v * L;
-                    const F sum = b ? Simd::load(s) : Simd::set1(0.f);
-                    F next = Simd::fma(Simd::to_float(acc[i][v]), dv, sum);
-                    if constexpr (HasMin) next = Simd::fma(mv, Simd::set1(qsum[i * blocks + b]), next);
-                    Simd::store(s, next);
-                }
+        }
+        for (int v = 0; v < NV; ++v) {
+            const F dv = Simd::load(d + b * kTile + v * L);
+            F mv = dv;
+            if constexpr (HasMin) mv = Simd::load(m + b * kTile + v * L);
+            for (int i = 0; i < NQ; ++i) {
+                float* s = scores + i * kTile + v * L;
+                const F sum = b ? Simd::load(s) : Simd::set1(0.f);
+                F next = Simd::fma(Simd::to_float(acc[i][v]), dv, sum);
+                if constexpr (HasMin) next = Simd::fma(mv, Simd::set1(qsum[i * blocks + b]), next);
+                Simd::store(s, next);
             }
         }
     }
@@ -90,12 +88,12 @@ HYBRIDKV_PHASE void v_codes(const int16_t* p, const int32_t* v, const float* uni
         for (auto& row : sum) for (I& a : row) a = Simd::set1i(0);
         for (int j = 0; j < kTile / 2; ++j) {
             I vv[NV];
-            for (int c = 0; c < NV; ++c) vv[c] = Simd::loadi(v + j * kBlock + e + c * L);
+            for (int c = 0; c < NV; ++c) Simd::settle(vv[c] = Simd::loadi(v + j * kBlock + e + c * L));
             for (int i = 0; i < NQ; ++i) {
                 int32_t pair;
                 std::memcpy(&pair, p + i * kTile + 2 * j, 4);
                 const I pv = Simd::set1i(pair);
-                for (int c = 0; c < NV; ++c) sum[i][c] = Simd::dot2(sum[i][c], vv[c], pv);
+                for (int c = 0; c < NV; ++c) Simd::add_dot2(sum[i][c], vv[c], pv);
             }
         }
         for (int i = 0; i < NQ; ++i) {

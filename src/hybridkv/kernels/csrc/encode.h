@@ -2,9 +2,7 @@
 // once per instruction set; compiled without contraction, because the order of roundings is the contract.
 #pragma once
 
-#include <cmath>
-
-#include "stage.h"
+#include "refit.h"
 
 namespace {
 
@@ -74,24 +72,6 @@ inline void encode_values(const EncodeParams& e, const float* x, uint8_t* out) {
     }
 }
 
-// float32 a * b + c with one rounding, as the torch encoder defines it: through float64.
-inline float fused(float a, float b, float c) {
-    return static_cast<float>(static_cast<double>(a) * static_cast<double>(b) + static_cast<double>(c));
-}
-
-inline float as_float(uint32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
-
-inline bool is_finite(float x) { return x - x == 0.f; }
-
-inline float inverse(float d) {
-    const float i = 1.f / d;
-    return is_finite(i) ? i : 0.f;
-}
-
 constexpr int code_bits(Code code) {
     switch (code) {
         case Code::pairs: return 2;
@@ -101,33 +81,6 @@ constexpr int code_bits(Code code) {
         case Code::nibbles_pairs: return 6;
         default: return 8;
     }
-}
-
-// The numbers of a block that are stored with its codes.
-struct Block {
-    float d, low, sum;
-};
-
-// Bits of the largest magnitude; a NaN's are above all others, so one NaN makes the scale NaN.
-inline __attribute__((always_inline)) uint32_t top_bits(const float* x, int64_t n) {
-    uint32_t top = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, x + i, 4);
-        bits &= 0x7fffffff;
-        top = bits > top ? bits : top;
-    }
-    return top;
-}
-
-inline __attribute__((always_inline)) float signed_top(const float* x, int64_t n) {
-    const uint32_t top = top_bits(x, n);
-    for (int64_t i = 0; i < n; ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, x + i, 4);
-        if ((bits & 0x7fffffff) == top) return x[i];
-    }
-    return 0.f;
 }
 
 // Scaled values to codes. NaN becomes a code like any other.
@@ -144,205 +97,6 @@ inline __attribute__((always_inline)) void to_codes(const float* y, int64_t n, f
         c = c < lowest ? lowest : c;
         codes[i] = static_cast<uint8_t>(static_cast<int32_t>(c));
     }
-}
-
-// Weighted least squares; lanes are summed in order, the two halves of the block side by side.
-inline __attribute__((always_inline)) float refit_pairs(const float* x, const float* q, int64_t n, float d) {
-    const float inv = inverse(d);
-    const int64_t half = (n + 1) / 2;
-    float sumqx = 0.f, sumq2 = 0.f;
-    const auto weight = [&](int64_t i) { return (x[i] * inv) * (x[i] * inv); };
-    constexpr int64_t kChunk = kBlock / 2;
-    float qx[kChunk], q2[kChunk];
-    for (int64_t at = 0; at < half; at += kChunk) {
-        const int64_t count = half - at < kChunk ? half - at : kChunk;
-        for (int64_t k = 0; k < count; ++k) {
-            const int64_t i = at + k, j = i + half;
-            const float w = weight(i);
-            float pair_qx = 0.f, pair_q2 = 0.f;
-            if (j < n) {
-                const float v = weight(j);
-                pair_qx = v * x[j] * q[j];
-                pair_q2 = v * q[j] * q[j];
-            }
-            qx[k] = fused(w * x[i], q[i], pair_qx);
-            q2[k] = fused(w * q[i], q[i], pair_q2);
-        }
-        for (int64_t k = 0; k < count; ++k) {
-            sumqx += qx[k];
-            sumq2 += q2[k];
-        }
-    }
-    const float fitted = sumqx / sumq2;
-    return is_finite(fitted) ? fitted : d;
-}
-
-// Sum of a block's terms, the upper half onto the lower until one is left. Overwrites them.
-inline float fold(float* terms) {
-    for (int n = kBlock / 2; n >= Simd::lanes; n /= 2) {
-        for (int i = 0; i < n; i += Simd::lanes) {
-            Simd::store(terms + i, Simd::add(Simd::load(terms + i), Simd::load(terms + i + n)));
-        }
-    }
-    return Simd::reduce_add(Simd::load(terms));
-}
-
-// q4_1, q5_1: least squares for scale and minimum, given the codes q, whose sum is `sum_q`.
-inline void refit_line(const float* x, const float* q, float sum_q, Block& b) {
-    float above[kBlock], product[kBlock], sum_q2 = 0.f;
-    for (int i = 0; i < kBlock; ++i) {
-        above[i] = x[i] - b.low;
-        product[i] = q[i] * above[i];
-    }
-    for (int i = 0; i < kBlock; ++i) sum_q2 += q[i] * q[i];
-    constexpr float n = kBlock;
-    const float sum_x = fold(above), sum_qx = fold(product);
-    const float slope = (n * sum_qx - sum_q * sum_x) / (n * sum_q2 - sum_q * sum_q);
-    const float shift = (sum_x - slope * sum_q) / n;
-    if (!is_finite(slope) || !is_finite(shift)) return;
-    b.d = slope;
-    b.low += shift;
-}
-
-// The hq formats: several fits, each of the nearest codes and their scale by least squares; the one with the least error
-// counts. The codebook's second half, of `Half` values, is the negative of its first.
-template <int Half>
-struct Starts {
-    float level[Half], middle[Half], size[kBlock];
-
-    Starts(const Format& f, const float* x) {
-        for (int k = 0; k < Half; ++k) level[k] = f.codebook[Half + k];
-        for (int k = 0; k + 1 < Half; ++k) middle[k] = (level[k] + level[k + 1]) / 2.f;
-        for (int i = 0; i < kBlock; ++i) size[i] = ::fabsf(x[i]);
-    }
-
-    // first + steps of every middle that size * scale reaches
-    inline __attribute__((always_inline)) Simd::F nearest(int i, float scale, float first, const float* steps) const {
-        const Simd::F y = Simd::mul(Simd::load(size + i), Simd::set1(scale));
-        Simd::F sum = Simd::set1(first);
-        for (int k = 0; k + 1 < Half; ++k) sum = Simd::add_if_ge(sum, Simd::set1(steps[k]), y, Simd::set1(middle[k]));
-        return sum;
-    }
-
-    // Codes and scale of the best fit; `d` where none is a number.
-    float fit(const int16_t* starts, const float* x, float d, uint8_t* codes) const {
-        float steps[Half], ones[Half];
-        for (int k = 0; k + 1 < Half; ++k) steps[k] = level[k + 1] - level[k];
-        for (float& one : ones) one = 1.f;
-        const float largest = as_float(top_bits(x, kBlock));
-        float best = -1.f, chosen = NAN;
-        for (int s = 0; s < kStarts; ++s) {
-            float scale = starts[s] / largest;
-            scale = is_finite(scale) ? scale : 0.f;
-            float product[kBlock], square[kBlock];
-            for (int i = 0; i < kBlock; i += Simd::lanes) {
-                const Simd::F q = nearest(i, scale, level[0], steps);
-                Simd::store(product + i, Simd::mul(Simd::load(size + i), q));
-                Simd::store(square + i, Simd::mul(q, q));
-            }
-            const float sum_qx = fold(product), fitted = sum_qx / fold(square), explained = fitted * sum_qx;
-            if (!(explained > best)) continue;
-            best = explained;
-            d = fitted;
-            chosen = scale;
-        }
-        float index[kBlock];
-        for (int i = 0; i < kBlock; i += Simd::lanes) Simd::store(index + i, nearest(i, chosen, 0.f, ones));
-        for (int i = 0; i < kBlock; ++i) {
-            const int32_t c = static_cast<int32_t>(index[i]);
-            codes[i] = static_cast<uint8_t>(x[i] < 0.f ? Half - 1 - c : Half + c);
-        }
-        return d;
-    }
-};
-
-inline float refit_starts(const Format& f, const float* x, float d, uint8_t* codes) {
-    if (f.code == Code::nibbles) return Starts<8>(f, x).fit(f.starts, x, d, codes);
-    if (f.code == Code::pairs_bits) return Starts<4>(f, x).fit(f.starts, x, d, codes);
-    return Starts<2>(f, x).fit(f.starts, x, d, codes);
-}
-
-// iq4_nl: fit, then move the code whose neighbour is nearest along the gradient, while that improves the fit. Values
-// and their neighbours in the codebook lie in arrays, which the compiler turns into vectors; beyond the ends lies
-// infinity.
-struct CodeSearch {
-    float w[kBlock], q[kBlock], up[kBlock], down[kBlock], distance[kBlock];
-
-    void look_up(const float* book, int i, int c) {  // book[-1] and book[16] are infinite
-        q[i] = book[c];
-        up[i] = book[c + 1];
-        down[i] = book[c - 1];
-    }
-
-    // The lane whose code is nearest to its neighbour, in units of the slope towards it; -1 if there is none.
-    int nearest(const float* x, float d) {
-        for (int i = 0; i < kBlock; ++i) {
-            const float slope = (d * w[i]) * fused(-d, q[i], x[i]);
-            distance[i] = (slope > 0.f ? up[i] - q[i] : q[i] - down[i]) / ::fabsf(slope);
-        }
-        Simd::F least = Simd::set1(-INFINITY);  // of the negated distances: the largest; a NaN is passed over
-        for (int i = 0; i < kBlock; i += Simd::lanes) {
-            least = Simd::max(Simd::sub(Simd::set1(0.f), Simd::load(distance + i)), least);
-        }
-        const float top = -Simd::reduce_max(least);
-        for (int i = 0; i < kBlock && top < INFINITY; ++i) {
-            if (distance[i] == top) return i;
-        }
-        return -1;
-    }
-};
-
-// Sums of w q x and w q q over each of eight blocks, one rounding after another in the order of the lanes: eight at a
-// time, because one alone would wait for every rounding.
-constexpr int kFits = 8;
-struct FitSums {
-    float qx[kFits], q2[kFits];
-};
-
-inline FitSums fit_sums(const float* x, const uint8_t* codes, const int8_t* book, int64_t blocks) {
-    alignas(64) float lanes_x[kBlock][kFits] = {}, lanes_q[kBlock][kFits] = {};
-    for (int64_t b = 0; b < blocks; ++b) {
-        for (int i = 0; i < kBlock; ++i) {
-            lanes_x[i][b] = x[b * kBlock + i];
-            lanes_q[i][b] = book[codes[b * kBlock + i]];
-        }
-    }
-    FitSums s{};
-    for (int i = 0; i < kBlock; ++i) {
-        const float *v = lanes_x[i], *q = lanes_q[i];
-#pragma GCC unroll 1
-        for (int b = 0; b < kFits; ++b) s.qx[b] = fused(v[b] * v[b] * q[b], v[b], s.qx[b]);
-#pragma GCC unroll 1
-        for (int b = 0; b < kFits; ++b) s.q2[b] = fused(v[b] * v[b] * q[b], q[b], s.q2[b]);
-    }
-    return s;
-}
-
-inline float refit_search(const float* x, uint8_t* codes, const float* book, float d, float sumqx, float sumq2) {
-    CodeSearch s;
-    for (int i = 0; i < kBlock; ++i) {
-        s.look_up(book, i, codes[i]);
-        s.w[i] = x[i] * x[i];
-    }
-    const float fitted = sumqx / sumq2;
-    d = is_finite(fitted) ? fitted : d;
-    float best = d * sumqx;
-    for (int moves = 0; moves < 32 * kBlock; ++moves) {
-        const int i = s.nearest(x, d);
-        if (i < 0) break;
-        const bool rises = (d * s.w[i]) * fused(-d, s.q[i], x[i]) > 0.f;
-        const float from = s.q[i], to = rises ? s.up[i] : s.down[i];
-        const float new_qx = fused(s.w[i] * x[i], to - from, sumqx);
-        const float new_q2 = fused(s.w[i], to * to - from * from, sumq2);
-        if (!(new_q2 > 0.f && new_qx * new_qx > best * new_q2)) break;
-        codes[i] = static_cast<uint8_t>(rises ? codes[i] + 1 : codes[i] - 1);
-        s.look_up(book, i, codes[i]);
-        sumqx = new_qx;
-        sumq2 = new_q2;
-        d = sumqx / sumq2;
-        best = d * sumqx;
-    }
-    return d;
 }
 
 // The scale rule over n lanes: codes out (two's complement for abs_max), scale, minimum and sum of codes returned.
@@ -437,20 +191,22 @@ inline void put_codes(const Format& f, const uint8_t* c, int64_t block, uint8_t*
 }
 
 // A row of a format with a codebook and a refit, kFits blocks at a time.
-inline void encode_searched(const Format& f, const float* x, int64_t blocks, float* y, uint8_t* const* rows) {
+inline void encode_searched(const Format& f, const float* x, int64_t blocks, uint8_t* const* rows) {
     alignas(64) uint8_t codes[kFits * kBlock];
-    float book[18] = {-INFINITY};
-    for (int c = 0; c < 16; ++c) book[c + 1] = f.codebook[c];
-    book[17] = INFINITY;
+    alignas(64) float q[kFits * kBlock];
+    const Codebook book(f.codebook);
     for (int64_t first = 0; first < blocks; first += kFits, x += kFits * kBlock) {
         const int64_t n = blocks - first < kFits ? blocks - first : kFits;
         float d[kFits];
-        for (int64_t b = 0; b < n; ++b) d[b] = encode_block(f, x + b * kBlock, kBlock, true, y, codes + b * kBlock).d;
-        const FitSums sums = fit_sums(x, codes, f.codebook, n);
+        for (int64_t b = 0; b < n; ++b) {
+            d[b] = signed_top(x + b * kBlock, kBlock) / f.codebook[0];
+            nearest_codes(book, x + b * kBlock, d[b], codes + b * kBlock, q + b * kBlock);
+        }
+        const FitSums sums(x, q, n);
         for (int64_t b = 0; b < n; ++b) {
             uint8_t* c = codes + b * kBlock;
             put_f16(rows[f.plane_d] + 2 * (first + b),
-                    refit_search(x + b * kBlock, c, book + 1, d[b], sums.qx[b], sums.q2[b]));
+                    refit_search(book, x + b * kBlock, c, d[b], sums.qx[b], sums.q2[b]));
             put_codes(f, c, first + b, rows);
         }
     }
@@ -466,7 +222,7 @@ inline void encode_row(const EncodeParams& e, const float* x, float* y, uint8_t*
         std::memcpy(rows[f.plane_s], &sum, 4);
         return;
     }
-    if (f.codebook && !f.starts && e.refit) return encode_searched(f, x, padded(e.head_dim) / kBlock, y, rows);
+    if (f.codebook && !f.starts && e.refit) return encode_searched(f, x, padded(e.head_dim) / kBlock, rows);
     alignas(64) uint8_t codes[kBlock];
     for (int64_t i = 0; i < padded(e.head_dim) / kBlock; ++i) {
         const Block b = encode_block(f, x + i * kBlock, kBlock, e.refit, y, codes);

@@ -38,7 +38,8 @@ struct FewRows {
                 F x[NR];
                 for (int r = 0; r < NR; ++r) x[r] = load_values<C>(rows[r], e);
                 for (int i = 0; i < NQ; ++i) {
-                    const F y = Simd::load(q + i * dims + e);
+                    F y = Simd::load(q + i * dims + e);
+                    Simd::keep(y);  // loaded once, not by each product
                     for (int r = 0; r < NR; ++r) acc[i * NR + r] = Simd::fma(x[r], y, acc[i * NR + r]);
                 }
             }

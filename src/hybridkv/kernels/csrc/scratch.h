@@ -15,6 +15,7 @@ struct Scratch {
     int16_t *p16, *d16, *pd16;
     int8_t* codes;
     int64_t *lo, *hi;
+    int32_t* q_start;
     size_t bytes;
 };
 
@@ -30,6 +31,7 @@ inline Scratch carve(const AttendParams& a, void* memory) {
     Scratch s{};
     take(s.q, rows * (dk + kBlock));  // float32, or int16, or packed terms
     take(s.q_sum, rows * dk / kBlock);
+    take(s.q_start, rows * dk / kBlock);
     take(s.scores, rows * kTile);
     take(s.p16, rows * kTile);
     take(s.pd16, rows * kTile);
@@ -51,7 +53,7 @@ inline Scratch carve(const AttendParams& a, void* memory) {
     take(s.d_block, dv / kBlock);
     take(s.d_inverse, dv / kBlock);
     take(s.flat, wide / kBlock * kTile + 8);
-    take(s.codes, wide * kTile + 64);
+    take(s.codes, wide * kTile * 3 / 2 + 64);  // and packed nibbles behind them
     s.bytes = used;
     return s;
 }

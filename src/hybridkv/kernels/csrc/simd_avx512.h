@@ -14,6 +14,8 @@ struct Simd {
     static constexpr int lanes = 16;
     static constexpr int rows_q = 8;
     static constexpr int cols = 2;
+    static constexpr bool masked = true;  // comparisons make masks
+    static constexpr bool nibble_pairs = false;  // pairs of codes straight from packed nibbles
     using F = __m512;
     using I = __m512i;
 
@@ -36,14 +38,21 @@ struct Simd {
     static F if_eq(F a, F b, F yes, F no) {
         return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ), no, yes);
     }
+    static F if_ge(F a, F b, F yes, F no) {
+        return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), no, yes);
+    }
     static F add_if_ge(F sum, F term, F a, F b) {
         return _mm512_mask_add_ps(sum, _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), sum, term);
+    }
+    static I count_if_ge(I n, F a, F b) {
+        return _mm512_mask_add_epi32(n, _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), n, _mm512_set1_epi32(1));
     }
     static I dot2(I acc, I a, I b) { return _mm512_dpwssd_epi32(acc, a, b); }
     static I mul_q15(I a, I b) { return _mm512_mulhrs_epi16(a, b); }
     static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
     static F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     static I to_int(F a) { return _mm512_cvtps_epi32(a); }
+    static I truncate(F a) { return _mm512_cvttps_epi32(a); }
     static F pow2(F n) { return _mm512_scalef_ps(_mm512_set1_ps(1.f), n); }
     static void store_i16(int16_t* p, I v) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(v));
@@ -66,6 +75,17 @@ struct Simd {
         };
         return lanes(lanes(t[0], t[1]), lanes(t[2], t[3]));
     }
+
+    static F fused(F a, F b, F c) {
+        const auto half = [](__m256 x, __m256 y, __m256 z) {
+            return _mm512_cvtpd_ps(_mm512_add_pd(_mm512_mul_pd(_mm512_cvtps_pd(x), _mm512_cvtps_pd(y)), _mm512_cvtps_pd(z)));
+        };
+        const auto upper = [](F x) { return _mm512_extractf32x8_ps(x, 1); };
+        const __m256 low = half(_mm512_castps512_ps256(a), _mm512_castps512_ps256(b), _mm512_castps512_ps256(c));
+        return _mm512_insertf32x8(_mm512_castps256_ps512(low), half(upper(a), upper(b), upper(c)), 1);
+    }
+    static F look_up(const float* table, I i) { return _mm512_permutexvar_ps(i, load(table)); }
+    static F as_float(I a) { return _mm512_castsi512_ps(a); }
 
     static float half_to_float(uint16_t h) { return _cvtsh_ss(h); }
     static F f16(const uint16_t* p) {
@@ -104,6 +124,8 @@ struct Simd {
             out[i + 4] = _mm512_shuffle_i64x2(z[i], z[i + 4], 0xdd);
         }
     }
+    static void split_nibbles(I, I&, I&, I&, I&) {}
+    static void interleave_nibbles(const int8_t*, const int8_t*, int8_t, int32_t*) {}
     static I even_codes(I x) { return _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8); }
     static I odd_codes(I x) { return _mm512_srai_epi16(x, 8); }
     static void interleave(const int8_t* a, const int8_t* b, int32_t* out) {

@@ -15,6 +15,8 @@ struct Simd {
     static constexpr int lanes = 4;
     static constexpr int rows_q = 4;   // query rows in a micro-kernel
     static constexpr int cols = 2;     // vectors of stored rows in a micro-kernel of rows_q
+    static constexpr bool masked = false;  // comparisons make masks
+    static constexpr bool nibble_pairs = false;  // pairs of codes straight from packed nibbles
     typedef float F __attribute__((vector_size(16)));
     typedef int32_t I __attribute__((vector_size(16)));
 
@@ -25,6 +27,7 @@ struct Simd {
     static void storei(int32_t* p, I v) { std::memcpy(p, &v, sizeof v); }
     static I set1i(int32_t x) { return I{x, x, x, x}; }
     static void settle(I&) {}
+    static void keep(F&) {}
     static void add_dot2(I& acc, I a, I b) { acc = dot2(acc, a, b); }
     static I set1i(const uint8_t* p) {
         int32_t x;
@@ -39,9 +42,11 @@ struct Simd {
     static F max(F a, F b) { return a > b ? a : b; }  // b if either is NaN
     static F abs(F a) { return (F)((I)a & 0x7fffffff); }
     static F if_eq(F a, F b, F yes, F no) { return a == b ? yes : no; }
+    static F if_ge(F a, F b, F yes, F no) { return a >= b ? yes : no; }
     static F add_if_ge(F sum, F term, F a, F b) {  // sum + term where a >= b
         return sum + (F)((I)(a >= b) & (I)term);
     }
+    static I count_if_ge(I n, F a, F b) { return n - (I)(a >= b); }  // n + 1 where a >= b
     static I dot2(I acc, I a, I b) {  // acc + a.lo16 * b.lo16 + a.hi16 * b.hi16
         return acc + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
     }
@@ -55,6 +60,7 @@ struct Simd {
         return (a + magic) - magic;
     }
     static I to_int(F a) { return __builtin_convertvector(round(a), I); }
+    static I truncate(F a) { return __builtin_convertvector(a, I); }
     static F pow2(F n) { return (F)((to_int(n) + 127) << 23); }  // n in [-127, 127]
     static void store_i16(int16_t* p, I v) {
         for (int i = 0; i < lanes; ++i) p[i] = static_cast<int16_t>(v[i]);
@@ -69,6 +75,13 @@ struct Simd {
     static F reduce_all(const F (&v)[4]) {  // each vector's sum to one lane, in order
         return F{reduce_add(v[0]), reduce_add(v[1]), reduce_add(v[2]), reduce_add(v[3])};
     }
+
+    static F fused(F a, F b, F c) {  // a * b + c by way of float64
+        for (int i = 0; i < lanes; ++i) c[i] = static_cast<float>(static_cast<double>(a[i]) * b[i] + c[i]);
+        return c;
+    }
+    static F look_up(const float* table, I i) { return F{table[i[0]], table[i[1]], table[i[2]], table[i[3]]}; }  // of 16
+    static F as_float(I a) { return (F)a; }
 
     static float half_to_float(uint16_t h) {
         const uint32_t sign = (h & 0x8000u) << 16, body = (h & 0x7fffu) << 13;
@@ -98,6 +111,8 @@ struct Simd {
         }
     }
     // Codes of one dword to pairs: (0, 2) and (1, 3), each sign-extended to 16 bits.
+    static void split_nibbles(I, I&, I&, I&, I&) {}
+    static void interleave_nibbles(const int8_t*, const int8_t*, int8_t, int32_t*) {}
     static I even_codes(I x) { return pair(x, 0, 16); }
     static I odd_codes(I x) { return pair(x, 8, 24); }
     static I pair(I x, int lo, int hi) {
