@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from gguf_keys import keys_measured
+
 _WORDS = {
     "Attention": "attention",
     "DeltaNet": "gated delta net",
     "Mamba1": "Mamba",
     "Mamba2": "Mamba-2",
+    "Shared": "shared blocks",
     "ShortConv": "short convolution",
 }
+
+
+def _read(key: str) -> set[str]:
+    """Architectures that read a metadata key, as measured."""
+    return {name for name, (verdicts, _) in keys_measured()[key].items() if "read" in verdicts.split()}
 
 
 def families_page() -> str:
@@ -20,6 +28,7 @@ def families_page() -> str:
     from hybridkv.model import FAMILIES, Experts
     from hybridkv.model.facts import STATE_SHAPES
 
+    skipped = _read("nextn_predict_layers")
     files: dict[str, list[str]] = {}
     for architecture in WRITABLE:
         family = getattr(transformers, architecture.config_class).model_type
@@ -36,8 +45,11 @@ def families_page() -> str:
         "RoPE) it refuses by name, and `--engine auto` then takes *eager*, Transformers' own code with our cache. Families",
         "without a GGUF name run from Hugging Face directories alone. Other models that Transformers runs are eager too.",
         "",
-        "| family | layers | experts | native on the CPU | native on CUDA | GGUF |",
-        "|---|---|---|---|---|---|",
+        "Multi-token prediction (MTP) is run for no family. *Left out*: a file that says how many such blocks it has is loaded",
+        "without them, with a notice; of the other architectures such a file is refused.",
+        "",
+        "| family | layers | experts | native on the CPU | native on CUDA | GGUF | MTP |",
+        "|---|---|---|---|---|---|---|",
     ]
     for family in sorted({*FAMILIES, *STATE_SHAPES, *files}):
         native = FAMILIES.get(family)
@@ -49,6 +61,7 @@ def families_page() -> str:
             "yes" if native else "eager",
             "yes" if family in FAMILY_NAMES else "eager",
             ", ".join(f"`{name}`" for name in files.get(family, ())) or "-",
+            "left out" if skipped & {*files.get(family, ())} else "-",
         )
         lines.append(f"| {family} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -72,6 +72,8 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_headdim": 16,
             "mamba_ngroups": 1,
             "use_mem_rope": True,
+            "adapter_rank": 12,
+            "time_step_min": 1e-30,  # which the class keeps to in prompts, and not in single tokens
         },
     ),
     "falcon_h1": (

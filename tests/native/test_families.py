@@ -36,6 +36,13 @@ _LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 
+_TWO_BLOCKS = {
+    "num_hidden_layers": 7,
+    "layers_block_type": ["mamba", "hybrid", "hybrid", "mamba", "hybrid", "hybrid", "hybrid"],
+    "num_mem_blocks": 2,
+    "use_shared_attention_adapter": True,
+}
+
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron_h: dense feed-forwards": (
         "nemotron_h",
@@ -96,6 +103,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama: scaled positions": ("llama", {"rope_parameters": _LLAMA3}),
     "olmo_hybrid: no positions": ("olmo_hybrid", {"rope_parameters": {"rope_theta": None, "rope_type": "default"}}),
     "olmo_hybrid: updates below one": ("olmo_hybrid", {"linear_allow_neg_eigval": False}),
+    "zamba2: two blocks with adapters": ("zamba2", _TWO_BLOCKS),
+    "zamba2: no positions, groups": ("zamba2", {"use_mem_rope": False, "mamba_ngroups": 2, "num_key_value_heads": 2}),
+    "zamba2: Mamba alone": ("zamba2", {"layers_block_type": ["mamba"] * 5}),
     "gemma3_text: windows alone": ("gemma3_text", {"layer_types": ["sliding_attention"] * 3}),
 }
 
@@ -181,6 +191,13 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "falcon_h1",
         {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
         "RoPE of a part of each head",
+    ),
+    "zamba2: an activation": ("zamba2", {"hidden_act": "silu"}, "activation 'silu', not gelu"),
+    "zamba2: biases": ("zamba2", {"add_bias_linear": True}, "a bias \\(add_bias_linear\\)"),
+    "zamba2: adapters of grouped heads": (
+        "zamba2",
+        {"use_shared_attention_adapter": True, "num_key_value_heads": 2},
+        "adapters of 2 KV heads beside 4 query heads",
     ),
     "jamba: biases": ("jamba", {"mamba_proj_bias": True}, "a bias \\(mamba_proj_bias\\)"),
     "qwen2: a window": ("qwen2", {"use_sliding_window": True, "sliding_window": 8}, "a sliding window"),

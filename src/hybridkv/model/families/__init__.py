@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybridkv.model.families import dense, lfm2, mamba, qwen
+from hybridkv.model.families import dense, lfm2, mamba, qwen, zamba
 from hybridkv.model.families.parts import Family
 from hybridkv.model.layers import ModelGraph
 
-FAMILIES: dict[str, Family] = {**qwen.FAMILIES, **lfm2.FAMILIES, **mamba.FAMILIES, **dense.FAMILIES}
+FAMILIES: dict[str, Family] = {**qwen.FAMILIES, **lfm2.FAMILIES, **mamba.FAMILIES, **zamba.FAMILIES, **dense.FAMILIES}
 """By Transformers' `model_type`; hybrids first."""
 
 
