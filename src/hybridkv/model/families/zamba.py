@@ -82,4 +82,4 @@ def _zamba2(c: Any) -> ModelGraph:
     return graph(c, blocks)
 
 
-FAMILIES = {"zamba2": Family(_rejects, _zamba2, (Mamba2, Attention, Gated, Shared))}
+FAMILIES = {"zamba2": Family(_rejects, _zamba2, (Mamba2, Attention, Gated, Shared), ("linear_attention", "hybrid"))}
