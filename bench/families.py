@@ -9,7 +9,8 @@ run here alone.
 
     python bench/families.py make lfm2 DIR
     python bench/families.py run lfm2 DIR --weights q8_0 --out OUT.jsonl
-    python bench/families.py table OUT.jsonl
+
+`docs/generate.py` makes the table of docs/performance.md of the lines in docs/measurements/families.jsonl.
 
 To compare with a build for plain AVX2, build llama.cpp so (-DGGML_NATIVE=OFF -DGGML_AVX512=OFF) and set
 HYBRIDKV_ISA=avx2; the build that is found is written into every line.
@@ -175,7 +176,8 @@ def run(family: str, directory: Path, weights: str, a: argparse.Namespace) -> No
             runner.advance(text)
         chosen = [greedy(runner, N_GREEDY, 3) for runner in runners.values()]
         line["greedy_agreed"] = [*(len({*each}) == 1 for each in zip(*chosen, strict=True)), False].index(False)
-        line |= speeds(runners, plan, n_vocab)
+        if not a.check_only:
+            line |= speeds(runners, plan, n_vocab)
         if isinstance(runners["hybridkv"], OurRunner):
             line["notices"] = runners["hybridkv"].notices
             line["profile"] = runners["hybridkv"].profile(8) if a.profile else None
@@ -247,34 +249,12 @@ def eager(family: str, directory: Path, weights: str, a: argparse.Namespace) -> 
             file.write(json.dumps(line) + "\n")
 
 
-def table(path: Path) -> None:
-    """Print the lines of a measurement as a table."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    slow = {line["family"]: line["eager_tok_s"] for line in lines if "eager_tok_s" in line}
-    print("| model | weights | K, V | apart | from Transformers: ours, theirs | prompt | depth 0 | 32768 | eager |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for line in (line for line in lines if "kv" in line):
-        cells = [f"{line['of']}" + (f" ({line['cut']})" if line["cut"] else ""), line["weights"], line["kv"]]
-        cells.append(f"{line['apart']:.1e}" if "apart" in line else "-")
-        cells.append(", ".join(f"{value:.1e}" for value in line["from_exact"].values()))
-        for part in ("prompt", "depth 0", "depth 32768"):
-            speed = line.get(part)
-            if speed is None:
-                cells.append("-")
-                continue
-            both = ", ".join(f"{value:.1f}" for value in speed["tok_s"].values())
-            cells.append(both + (f", **{speed['ratio']:.2f}x**" if "ratio" in speed else ""))
-        own = line["depth 0"]["tok_s"]["hybridkv"]
-        cells.append(f"{own / slow[line['family']]:.1f}x" if line["family"] in slow else "-")
-        print("| " + " | ".join(cells) + " |")
-
-
 def main() -> None:
-    """Make, measure, or print."""
+    """Make, or measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("make", "run", "eager", "table"))
-    parser.add_argument("family", help="of families_models.py; for table, the file of lines")
-    parser.add_argument("directory", type=Path, nargs="?", default=Path())
+    parser.add_argument("what", choices=("make", "run", "eager"))
+    parser.add_argument("family", help="of families_models.py")
+    parser.add_argument("directory", type=Path)
     parser.add_argument("--weights", default="q8_0", help="q8_0 or q4_k_m; q8_0 or q4_0 of a directory")
     parser.add_argument("--types", default="q8_0,q4_0")
     parser.add_argument("--depths", default="0,32768")
@@ -284,10 +264,9 @@ def main() -> None:
     parser.add_argument("--machine", default=os.uname().machine)
     parser.add_argument("--commit", default="")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--check-only", action="store_true", help="compare answers, time nothing")
     parser.add_argument("--exact-only", action="store_true", help="compute Transformers' logits, for a later run")
     a = parser.parse_args()
-    if a.what == "table":
-        return table(Path(a.family))
     if a.what == "make":
         a.directory.mkdir(parents=True, exist_ok=True)
         return make(a.family, a.directory)

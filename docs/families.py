@@ -1,6 +1,10 @@
-"""docs/families.md: which engine runs which models. Called by `generate.py`."""
+"""docs/families.md: which engine runs which models; and their speed, in docs/performance.md. Called by `generate.py`."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
 
 from gguf_keys import keys_measured
 
@@ -65,3 +69,45 @@ def families_page() -> str:
         )
         lines.append(f"| {family} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def speed_table() -> str:
+    """Families beside llama.cpp, and what a step takes that Transformers' layers run, as measured."""
+    path = Path(__file__).parent / "measurements/families.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    eager = {line["family"]: line["eager_tok_s"] for line in lines if "eager_tok_s" in line}
+    rows = [
+        "| geometry | weights | K and V | logits off by | prompt of 512 | depth 0 | depth 32768 | over eager |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    shown = [line for line in lines if "prompt" in line]
+    for line in shown:
+        own = line["depth 0"]["tok_s"]["hybridkv"]
+        cells = (
+            f"{line['of']}, {line['parameters'] / 1e6:.0f} M",
+            line["weights"],
+            line["kv"],
+            ", ".join(f"{off:.1g}" for off in line["from_exact"].values()),
+            *(_side_by_side(line.get(part)) for part in ("prompt", "depth 0", "depth 32768")),
+            f"{own / eager[line['family']]:.1f}x" if line["family"] in eager else "-",
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    cuts = {line["of"]: line["cut"] for line in shown if line["cut"]}
+    last = shown[-1]
+    return "\n".join(
+        (
+            *rows,
+            "",
+            "Cut: " + "; ".join(f"{of}: {cut}" for of, cut in cuts.items()) + ".",
+            f"`python bench/families.py`: {last['machine']}, {last['isa']}, {last['threads']} threads; hybridkv commit "
+            f"{last['commit']}; {next(line['peer'] for line in shown if line['peer'])}.",
+        )
+    )
+
+
+def _side_by_side(speed: dict[str, Any] | None) -> str:
+    """Tokens/s of both engines, and how many times as fast ours is."""
+    if speed is None:
+        return "-"
+    both = ", ".join(f"{value:.3g}" for value in speed["tok_s"].values())
+    return f"{both}, **{speed['ratio']:.2f}x**" if "ratio" in speed else both
