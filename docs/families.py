@@ -1,14 +1,26 @@
-"""docs/families.md: which engine runs which models. Called by `generate.py`."""
+"""docs/families.md: which engine runs which models; and their speed, in docs/performance.md. Called by `generate.py`."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gguf_keys import keys_measured
 
 _WORDS = {
     "Attention": "attention",
     "DeltaNet": "gated delta net",
     "Mamba1": "Mamba",
     "Mamba2": "Mamba-2",
+    "Shared": "shared blocks",
     "ShortConv": "short convolution",
 }
+
+
+def _read(key: str) -> set[str]:
+    """Architectures that read a metadata key, as measured."""
+    return {name for name, (verdicts, _) in keys_measured()[key].items() if "read" in verdicts.split()}
 
 
 def families_page() -> str:
@@ -20,6 +32,7 @@ def families_page() -> str:
     from hybridkv.model import FAMILIES, Experts
     from hybridkv.model.facts import STATE_SHAPES
 
+    skipped = _read("nextn_predict_layers")
     files: dict[str, list[str]] = {}
     for architecture in WRITABLE:
         family = getattr(transformers, architecture.config_class).model_type
@@ -36,8 +49,11 @@ def families_page() -> str:
         "RoPE) it refuses by name, and `--engine auto` then takes *eager*, Transformers' own code with our cache. Families",
         "without a GGUF name run from Hugging Face directories alone. Other models that Transformers runs are eager too.",
         "",
-        "| family | layers | experts | native on the CPU | native on CUDA | GGUF |",
-        "|---|---|---|---|---|---|",
+        "Multi-token prediction (MTP) is run for no family. *Left out*: a file that says how many such blocks it has is loaded",
+        "without them, with a notice; of the other architectures such a file is refused.",
+        "",
+        "| family | layers | experts | native on the CPU | native on CUDA | GGUF | MTP |",
+        "|---|---|---|---|---|---|---|",
     ]
     for family in sorted({*FAMILIES, *STATE_SHAPES, *files}):
         native = FAMILIES.get(family)
@@ -49,6 +65,49 @@ def families_page() -> str:
             "yes" if native else "eager",
             "yes" if family in FAMILY_NAMES else "eager",
             ", ".join(f"`{name}`" for name in files.get(family, ())) or "-",
+            "left out" if skipped & {*files.get(family, ())} else "-",
         )
         lines.append(f"| {family} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def speed_table() -> str:
+    """Families beside llama.cpp, and what a step takes that Transformers' layers run, as measured."""
+    path = Path(__file__).parent / "measurements/families.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    eager = {line["family"]: line["eager_tok_s"] for line in lines if "eager_tok_s" in line}
+    rows = [
+        "| geometry | weights | K and V | logits off by | prompt of 512 | depth 0 | depth 32768 | over eager |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    shown = [line for line in lines if "prompt" in line]
+    for line in shown:
+        own = line["depth 0"]["tok_s"]["hybridkv"]
+        cells = (
+            f"{line['of']}, {line['parameters'] / 1e6:.0f} M",
+            line["weights"],
+            line["kv"],
+            ", ".join(f"{off:.1g}" for off in line["from_exact"].values()),
+            *(_side_by_side(line.get(part)) for part in ("prompt", "depth 0", "depth 32768")),
+            f"{own / eager[line['family']]:.1f}x" if line["family"] in eager else "-",
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    cuts = {line["of"]: line["cut"] for line in shown if line["cut"]}
+    last = shown[-1]
+    return "\n".join(
+        (
+            *rows,
+            "",
+            "Cut: " + "; ".join(f"{of}: {cut}" for of, cut in cuts.items()) + ".",
+            f"`python bench/families.py`: {last['machine']}, {last['isa']}, {last['threads']} threads; hybridkv commit "
+            f"{last['commit']}; {next(line['peer'] for line in shown if line['peer'])}.",
+        )
+    )
+
+
+def _side_by_side(speed: dict[str, Any] | None) -> str:
+    """Tokens/s of both engines, and how many times as fast ours is."""
+    if speed is None:
+        return "-"
+    both = ", ".join(f"{value:.3g}" for value in speed["tok_s"].values())
+    return f"{both}, **{speed['ratio']:.2f}x**" if "ratio" in speed else both

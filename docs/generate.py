@@ -21,7 +21,7 @@ from scaling import ranks_table, replicas_speed_table, replicas_table
 from serving import conversations_table, engine_table, load_table
 from tuned import tuning_table
 
-from families import families_page
+from families import families_page, speed_table
 from gguf_keys import keys_page
 from quality import pictures, quality_table, recommended_table, targets_table
 
@@ -206,6 +206,7 @@ def performance() -> str:
             "attention-cuda": attention_cuda_table(),
             "step-cuda": step_cuda_table(),
             "step-cuda-35b": step_cuda_35b_table(),
+            "families": speed_table(),
             "decode-29m": steps_table("decode-29m", "hybridkv bench decode --against ik -t 2"),
             "decode-0.8b": steps_table(
                 "decode-0.8b", "hybridkv bench decode -m random-0.8b-q8_0.gguf --against ik -t 2"

@@ -9,6 +9,12 @@ from typing import Any
 _MEASUREMENT = Path(__file__).parent / "measurements/gguf-keys.json"
 
 
+def keys_measured() -> dict[str, Any]:
+    """Of every key, by architecture: verdicts, and the difference of logits."""
+    keys: dict[str, Any] = json.loads(_MEASUREMENT.read_text())["keys"]
+    return keys
+
+
 def keys_page() -> str:
     """The page, of the committed measurement and the tables in `hybridkv.gguf.keys`."""
     from hybridkv.gguf.keys import HARMLESS, NEUTRAL

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hybridkv.hf import cache_argument
 
-_BASE: dict[str, Any] = {
+BASE: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -72,6 +72,8 @@ HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_headdim": 16,
             "mamba_ngroups": 1,
             "use_mem_rope": True,
+            "adapter_rank": 12,
+            "time_step_min": 1e-30,  # which the class keeps to in prompts, and not in single tokens
         },
     ),
     "falcon_h1": (
@@ -184,7 +186,7 @@ def build(
     """A random model of `family`, with `changes` to its config; the same weights at every call."""
     class_name, options = FAMILIES[family]
     model_class = getattr(transformers, class_name)
-    config = model_class.config_class(**{**_BASE, **options, **changes})
+    config = model_class.config_class(**{**BASE, **options, **changes})
     config._attn_implementation = attention
     torch.manual_seed(7)
     model = model_class(config)

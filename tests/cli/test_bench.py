@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -197,3 +198,13 @@ def test_a_model_that_answers_otherwise_is_not_timed(cli: Cli, monkeypatch: pyte
 
 def test_library_folder_is_found_or_not() -> None:
     assert (ik_library.library_folder() is not None) == HERE
+
+
+@pytest.mark.parametrize("bench", ["decode", "attention"])
+def test_torch_spins_as_briefly_as_in_the_commands(bench: str, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its idle threads take a third of a step that `run` does not lose."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    assert cli("bench", bench, "--types", "nothing").code == 2
+    assert os.environ["GOMP_SPINCOUNT"] == "20000"

@@ -15,7 +15,7 @@ from hybridkv.engine.classify import Classifier, batches, label_tree, shared_len
 from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import ContextError, GuardError, UsageError
 from hybridkv.hf import EagerStep, ModelCache
-from hybridkv.model import kv_facts, layer_facts, takes_chunks
+from hybridkv.model import kv_facts, layer_facts
 from hybridkv.policy import Guard, Policy
 from hybridkv.runtime import Step
 from tests.families import HYBRIDS, build
@@ -33,7 +33,7 @@ class Counted:
 
     def __init__(self, step: Step, spoil: Sequence[int] = ()) -> None:
         self.step, self.spoil = step, spoil
-        self.name = "counted"
+        self.name, self.takes_chunks = "counted", step.takes_chunks
         self.calls: list[tuple[int, ...]] = []
 
     def forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
@@ -199,8 +199,9 @@ def test_one_row_and_rows_that_are_all_the_same() -> None:
 
 def test_models_that_take_a_prompt_at_once_share_nothing() -> None:
     model = build("jamba", attention="hybridkv")
-    assert not takes_chunks(model.config)
-    scorer = classifier(model)
+    step = EagerStep(model)
+    assert not step.takes_chunks
+    scorer = classifier(model, step=step)
     scorer.score(PROMPTS)
     assert scorer.figures.n_shared == scorer.figures.n_saved == 0
 

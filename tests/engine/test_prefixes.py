@@ -8,7 +8,7 @@ import torch
 from hybridkv.cache import KVTypes
 from hybridkv.engine import Request, Scheduler, Ticket
 from hybridkv.engine.prefixes import PrefixStore
-from hybridkv.hf import ModelCache
+from hybridkv.hf import EagerStep, ModelCache
 from hybridkv.policy import Guard
 from tests.engine.serving import (
     GREEDY,
@@ -24,6 +24,7 @@ from tests.engine.serving import (
     specs_for,
     tokens,
 )
+from tests.families import FAMILIES
 
 ROOM = 1 << 26
 
@@ -40,10 +41,8 @@ def ask(run: Scheduler, ids: tuple[int, ...], n_new: int = 10, **options: object
         ("qwen3_5_text", Q8),
         ("qwen3_5_text", Q8_TAILED),
         ("qwen3_5_text", KVTypes("f32", "f32")),
-        ("bamba", Q8),
         ("lfm2", Q8_TAILED),
-        ("gemma3_text", Q8),
-        ("zamba2", Q8),
+        *((family, Q8) for family in FAMILIES),
     ],
 )
 def test_a_conversation_goes_on_where_it_was(family: str, types: KVTypes) -> None:
@@ -125,7 +124,7 @@ def test_a_longer_prompt_goes_on_from_where_its_pieces_are_cut() -> None:
 
 
 def test_families_that_take_no_chunks_store_nothing() -> None:
-    run = scheduler("jamba", prefix_bytes=ROOM)
+    run = scheduler("jamba", prefix_bytes=ROOM, step=EagerStep(model("jamba")))
     first = ask(run, prompt(50))
     assert len(run.prefixes) == 0
     second = ask(run, (*first.token_ids, 5, 6))

@@ -41,6 +41,7 @@ from tests.engine.serving import (
     specs_for,
     tokens,
 )
+from tests.families import FAMILIES, HYBRIDS
 
 STORED = (Q8, TAILED, KVTypes("f32", "f16"), KVTypes("hq4_nl", "q5_1"))
 
@@ -80,11 +81,8 @@ def go_on(family: str, cache: ModelCache, ids: tuple[int, ...]) -> Tensor:
     ("family", "types"),
     [
         *[("qwen3_5_text", types) for types in STORED],
-        ("gemma3_text", Q8),
         ("falcon_h1", TAILED),
-        ("jamba", Q8),
-        ("lfm2", Q8),
-        ("gemma2", TAILED),
+        *[(family, Q8) for family in FAMILIES],
     ],
 )
 def test_goes_on_to_the_bit(tmp_path: Path, family: str, types: KVTypes) -> None:
@@ -363,8 +361,9 @@ def test_the_scheduler_saves_and_restores(tmp_path: Path) -> None:
         ("qwen3_5_text", Q8),
         ("qwen3_5_text", TAILED),
         ("lfm2", Q8_TAILED),
-        ("gemma3_text", Q8),
         ("bamba", KVTypes("f32", "f16")),
+        ("gemma3_text", Q8),
+        *[(family, Q8) for family in HYBRIDS],
     ],
 )
 def test_the_same_prompt_again_goes_on_near_its_end(tmp_path: Path, family: str, types: KVTypes) -> None:

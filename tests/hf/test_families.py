@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from hybridkv import ContextError, quantized_cache
-from hybridkv.hf import ModelCache
+from hybridkv.errors import ModelError
+from hybridkv.hf import ModelCache, layer_facts
 from hybridkv.hf.states import StateLayer
 from tests.families import CONTROLS, FAMILIES, HYBRIDS, build, remembering
 
@@ -157,3 +159,12 @@ def test_the_model_list_is_what_it_says() -> None:
     assert windows == {"gemma2", "gemma3_text", "gpt_oss", "mistral"}
     assert {name for name in CONTROLS if kinds[name].specs[0].facts.sinks} == {"gpt_oss"}
     assert {name for name in CONTROLS if kinds[name].specs[0].facts.softcap} == {"gemma2"}
+
+
+def test_layers_whose_cache_is_not_there_are_refused() -> None:
+    """Qwen3.8-Flash-Next's indexer keeps keys of its own, for which this cache has no place."""
+    config_class = getattr(transformers, "Qwen4ExpTextConfig", None)
+    if config_class is None:
+        pytest.skip("this Transformers has no class for it")
+    with pytest.raises(ModelError, match="layer 3 of 'qwen4_exp_text' is of type 'indexed_attention'; allowed: conv"):
+        layer_facts(config_class(num_hidden_layers=4))

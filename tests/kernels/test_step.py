@@ -60,6 +60,7 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "product": lambda g: g,
     "gelu": partial(torch.nn.functional.gelu, approximate="tanh"),
+    "gelu_erf": torch.nn.functional.gelu,
     "relu": torch.relu,
 }
 
@@ -77,6 +78,26 @@ def test_gate(kind: str, width: int) -> None:
     g = by.double()
     exact = x.double() * GATES[kind](g)
     assert error(out, exact) < TOLERANCE
+
+
+def test_exact_gelu_where_it_bends() -> None:
+    """Also its tail, which a formula by tanh misses."""
+    by, out = torch.linspace(-6, 6, 4096).view(1, -1), buffer(1, 4096)
+    program = StepProgram()
+    program.gate(torch.ones(1, 4096), by, out, "gelu_erf")
+    program.run(0, 1, 1, 1)
+    exact = torch.nn.functional.gelu(by.double())
+    assert torch.allclose(out.double(), exact, rtol=2e-5, atol=1e-9)
+
+
+def test_a_copy_fills_its_columns() -> None:
+    x, out = normal(3, 5), buffer(3, 9)
+    program = StepProgram()
+    program.copy(x, out[:, 4:])
+    program.run(0, 1, 2, 1)
+    assert torch.equal(out[:2, 4:], x[:2])
+    assert out[2].isnan().all()
+    assert out[:, :4].isnan().all()
 
 
 def test_gate_in_place_on_many_rows() -> None:

@@ -7,19 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from hybridkv import model as models
 from hybridkv.cache import KVTypes
 from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import UsageError
-from hybridkv.hf import ModelCache
+from hybridkv.hf import EagerStep, ModelCache
 from hybridkv.kernels import cpu_native
 from hybridkv.model import graph_of, kv_facts, layer_facts
 from hybridkv.native import NativeStep, source_of
 from hybridkv.native.choice import rejects
 from hybridkv.policy import Guard, Policy
-from tests.families import FAMILIES, build
+from tests.families import BASE, FAMILIES, build
 
 pytestmark = [
     pytest.mark.skipif(cpu_native.available() is not None, reason="the native extension is not built"),
@@ -34,6 +35,13 @@ _LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
+}
+
+_TWO_BLOCKS = {
+    "num_hidden_layers": 7,
+    "layers_block_type": ["mamba", "hybrid", "hybrid", "mamba", "hybrid", "hybrid", "hybrid"],
+    "num_mem_blocks": 2,
+    "use_shared_attention_adapter": True,
 }
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -96,6 +104,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama: scaled positions": ("llama", {"rope_parameters": _LLAMA3}),
     "olmo_hybrid: no positions": ("olmo_hybrid", {"rope_parameters": {"rope_theta": None, "rope_type": "default"}}),
     "olmo_hybrid: updates below one": ("olmo_hybrid", {"linear_allow_neg_eigval": False}),
+    "zamba2: two blocks with adapters": ("zamba2", _TWO_BLOCKS),
+    "zamba2: no positions, groups": ("zamba2", {"use_mem_rope": False, "mamba_ngroups": 2, "num_key_value_heads": 2}),
+    "zamba2: Mamba alone": ("zamba2", {"layers_block_type": ["mamba"] * 5}),
     "gemma3_text: windows alone": ("gemma3_text", {"layer_types": ["sliding_attention"] * 3}),
 }
 
@@ -182,6 +193,48 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
         "RoPE of a part of each head",
     ),
+    "zamba2: an activation": ("zamba2", {"hidden_act": "silu"}, "activation 'silu', not gelu"),
+    "zamba2: biases": ("zamba2", {"add_bias_linear": True}, "a bias \\(add_bias_linear\\)"),
+    "zamba2: adapters of grouped heads": (
+        "zamba2",
+        {"use_shared_attention_adapter": True, "num_key_value_heads": 2},
+        "adapters of 2 KV heads beside 4 query heads",
+    ),
+    "zamba2: a kind of layers": (
+        "zamba2",
+        {"layers_block_type": ["full_attention"] * 5},
+        "layer 0 of kind 'full_attention'; it knows linear_attention, hybrid",
+    ),
+    "qwen3_5_text: a kind of layers": ("qwen3_5_text", {"layer_types": ["conv"] * 4}, "layer 0 of kind 'conv'"),
+    "gemma3_text: a kind of layers": ("gemma3_text", {"layer_types": ["conv"] * 3}, "layer 0 of kind 'conv'"),
+    "lfm2: a kind of layers": ("lfm2", {"layer_types": ["linear_attention"] * 4}, "of kind 'linear_attention'"),
+    **{
+        f"{family}: groups": (family, {field: 3}, "layer 0: 8 Mamba heads do not divide into 3 groups")
+        for family, field in (
+            ("granitemoehybrid", "mamba_n_groups"),
+            ("nemotron_h", "n_groups"),
+            ("bamba", "mamba_n_groups"),
+            ("falcon_h1", "mamba_n_groups"),
+            ("zamba2", "mamba_ngroups"),
+        )
+    },
+    "zamba2: heads": ("zamba2", {"n_mamba_heads": 7}, "Mamba-2 heads of 16 values that do not fill 128"),
+    "qwen3_next: heads": ("qwen3_next", {"linear_num_value_heads": 3}, "3 value heads do not divide into 2 key heads"),
+    "olmo_hybrid: heads": (
+        "olmo_hybrid",
+        {"linear_num_value_heads": 6},
+        "6 value heads do not divide into 4",
+    ),
+    "nemotron_h: experts in groups": ("nemotron_h", {"n_group": 3}, "layer 2: 4 experts in 3 groups"),
+    "nemotron_h: groups used": ("nemotron_h", {"n_group": 2, "topk_group": 3}, "of which 3 are used"),
+    "nemotron_h: experts of a group": (
+        "nemotron_h",
+        {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 3},
+        "3 experts a token, of 1 groups of 2",
+    ),
+    "jamba: no inputs": ("jamba", {"mamba_d_conv": 0}, "layer 0: Mamba1 with kernel 0"),
+    "zamba2: no rank": ("zamba2", {"adapter_rank": 0}, "layer 1: Adapter with rank 0"),
+    "granite: nothing to divide by": ("granite", {"logits_scaling": 0.0}, "logits divided by 0"),
     "jamba: biases": ("jamba", {"mamba_proj_bias": True}, "a bias \\(mamba_proj_bias\\)"),
     "qwen2: a window": ("qwen2", {"use_sliding_window": True, "sliding_window": 8}, "a sliding window"),
     "llama: RoPE": (
@@ -195,7 +248,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_computed_is_refused(case: str) -> None:
     family, changes, reason = REFUSED[case]
-    config = build(family, **changes).config
-    with pytest.raises(UsageError, match=reason):
+    class_name, options = FAMILIES[family]
+    config = getattr(transformers, class_name).config_class(**{**BASE, **options, **changes})
+    with pytest.raises(UsageError, match=rf"{reason}.*\nhint: use --engine eager, or auto"):
         resolve_step(config, "cpu", "native")
     assert rejects(config, "cpu") is not None
+    assert resolve_step(config, "cpu") is EagerStep

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hybridkv.engine.convert import convert
 from hybridkv.engine.describe import describe
@@ -75,6 +76,27 @@ def test_models_with_one_kind_of_layer(kinds: list[str], tmp_path: Path) -> None
     assert isinstance(loaded.model, NativeModel)
     exact = model.double()(tokens(1, 7), use_cache=False).logits[:, -1]
     assert error(NativeStep(loaded.model).forward(tokens(1, 7), cache_for(model), 0), exact) < 2e-5
+
+
+@pytest.mark.parametrize("copies", ["once", "for every layer"])
+def test_blocks_that_layers_share_are_held_once(copies: str, tmp_path: Path) -> None:
+    """Also of a directory that has the block's tensors under every layer that uses it."""
+    kinds = ["mamba", "hybrid", "hybrid", "mamba", "hybrid"]
+    model = build("zamba2", layers_block_type=kinds, num_mem_blocks=2, use_shared_attention_adapter=True)
+    model.save_pretrained(tmp_path)
+    if copies == "for every layer":
+        named = {name: value.clone() for name, value in model.state_dict().items()}
+        save_file(named, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = load(describe(tmp_path), dtype=torch.float32, device="cpu", weights="auto")
+    assert isinstance(loaded.model, NativeModel)
+    step = NativeStep(loaded.model)
+    owners = {name.split(".")[1] for name, _ in loaded.model.source.shapes() if ".shared." in name}
+    assert owners == {"1", "2"}
+    assert sum(weight.nbytes for weight in loaded.model.source.matrices()) < 4 * sum(
+        p.numel() for p in model.parameters()
+    )
+    exact = model.double()(tokens(1, 7), use_cache=False).logits[:, -1]
+    assert error(step.forward(tokens(1, 7), cache_for(model), 0), exact) < 2e-5
 
 
 def test_weights_that_another_program_quantized_are_left_to_it() -> None:

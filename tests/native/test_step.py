@@ -60,10 +60,11 @@ NATIVE = (
     "gemma3_text",
     "bamba",
     "olmo_hybrid",
+    "zamba2",
     "mistral",
     "phi3",
 )
-DIRECTORIES = ("bamba", "olmo_hybrid", "mistral", "phi3")
+DIRECTORIES = ("bamba", "olmo_hybrid", "zamba2", "mistral", "phi3")
 """Of which there are no files."""
 ROUNDED = {"lfm2_moe": 5e-3}
 """Errors with integer products; here a token falls to another expert, whose score differs by less than that."""

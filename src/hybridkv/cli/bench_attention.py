@@ -21,6 +21,7 @@ from hybridkv.cli.bench_options import (
     types_from,
     words,
 )
+from hybridkv.cli.model_options import limit_spinning
 from hybridkv.cli.show import simple_table, size
 from hybridkv.errors import UsageError
 
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Check, measure, print; 1 if a case was wrong."""
+    limit_spinning()  # as `run` does
     from hybridkv.lab.attention_bench import PEERS, run_attention_bench, shapes
 
     a = arguments

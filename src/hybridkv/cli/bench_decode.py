@@ -21,7 +21,7 @@ from hybridkv.cli.bench_options import (
     types_from,
     words,
 )
-from hybridkv.cli.model_options import quiet_transformers
+from hybridkv.cli.model_options import limit_spinning, quiet_transformers
 from hybridkv.cli.show import model_path, simple_table
 from hybridkv.errors import UsageError
 
@@ -80,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Check, measure, print; 1 if the answers did not agree."""
+    limit_spinning()  # as `run` does; the peers' threads lose nothing by it
     a = arguments
     plan = _plan(a)
     from hybridkv.engine.load import bundled_model, describe

@@ -23,7 +23,6 @@ from hybridkv.engine.caches import new_cache
 from hybridkv.engine.ladder import labels_of, raised_specs
 from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import ContextError, UsageError
-from hybridkv.model import takes_chunks
 from hybridkv.policy import Guard, NonFiniteError
 from hybridkv.runtime import ModelCache, Step, is_finite
 
@@ -161,13 +160,12 @@ class Classifier:
         if not all(labels) or len({tuple(ids) for ids in labels}) < len(labels):
             raise UsageError("labels need tokens, and each other ones than the rest")
         self._model = model
-        self._takes_chunks = takes_chunks(model.config)
-        self._root = label_tree(labels, max(map(len, labels)) if self._takes_chunks else 1)
+        self.step = resolve_step(model.config, model.device.type)(model) if step is None else step
+        self._root = label_tree(labels, max(map(len, labels)) if self.step.takes_chunks else 1)
         self._n_labels = len(labels)
         self._n_ctx, self._batch, self._guard, self._notify = n_ctx, batch, guard, notify
         self._device = model.device
         self._start: ModelCache | None = None
-        self.step = resolve_step(model.config, self._device.type)(model) if step is None else step
         self.specs = tuple(specs)
         self.figures = Figures()
 
@@ -191,7 +189,7 @@ class Classifier:
         """
         self._check(prompts)
         start = time.perf_counter()
-        n_shared = shared_length(prompts) if self._takes_chunks else 0
+        n_shared = shared_length(prompts) if self.step.takes_chunks else 0
         self._start, self.figures = None, Figures(n_rows=len(prompts), n_shared=n_shared)
         if self._guard.measures:
             self._finite(partial(self._measure, max(prompts, key=len)))

@@ -23,7 +23,6 @@ from hybridkv.engine.sampling import Sampler, SamplingParams
 from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import ContextError, GuardError, UsageError
 from hybridkv.hf.ranks import same_everywhere
-from hybridkv.model import takes_chunks
 from hybridkv.model.ranks import ranks_of
 from hybridkv.policy import Guard, MismatchError, NonFiniteError
 from hybridkv.runtime import ModelCache, Step, is_finite
@@ -152,7 +151,7 @@ class Engine:
     def prefill(self, prompt: Sequence[int], n_held: int = 0) -> Tensor:
         """Process a prompt, of which the cache holds the first tokens; the logits after it, `[1, V]`, finite."""
         begin, pieces = n_held, 1
-        if begin and not takes_chunks(self._model.config):
+        if begin and not self.step.takes_chunks:
             pieces = len(prompt) - begin  # this model's code continues a state by single tokens only
         for piece in torch.tensor(list(prompt[begin:]), dtype=torch.long).tensor_split(pieces):
             begin += len(piece)

@@ -31,7 +31,6 @@ from hybridkv.engine.session import load_session, save_session
 from hybridkv.engine.steps import resolve_step
 from hybridkv.engine.tally import Tally
 from hybridkv.errors import AdmissionError, HybridKVError, UsageError
-from hybridkv.model import takes_chunks
 from hybridkv.native import NativeStep
 from hybridkv.policy import Guard, MismatchError, NonFiniteError
 from hybridkv.runtime import ModelCache, Step, finite_rows, is_finite
@@ -91,8 +90,8 @@ class Scheduler:
                 raise UsageError(f"{name} {value}; allowed: 1 to {most}")
         self._host = Host(model, specs, n_ctx=n_ctx, guard=guard, notify=notify)
         self._n_parallel, self._max_waiting = n_parallel, max_waiting
-        self._chunk = prefill_chunk if takes_chunks(model.config) else None
         self.step_of_model = resolve_step(model.config, self._host.device)(model) if step is None else step
+        self._chunk = prefill_chunk if self.step_of_model.takes_chunks else None
         native = isinstance(self.step_of_model, NativeStep)
         self.admission = Admission(
             model,

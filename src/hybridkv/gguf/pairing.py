@@ -119,8 +119,9 @@ def _fits_better(rule: TensorRule, other: TensorRule, present: Collection[str]) 
 def _rules(architecture: Architecture | Tables, config: Config) -> Iterator[TensorRule]:
     """Yield all rules of a model with full names."""
     yield from architecture.tensors["model"]
+    tensors = {**architecture.tensors, **(architecture.more(config) if isinstance(architecture, Tables) else {})}
     for layer, parts in enumerate(architecture.layers(config)):
-        for rule in (rule for part in parts for rule in architecture.tensors[part]):
+        for rule in (rule for part in parts for rule in tensors[part]):
             names = tuple(f"blk.{layer}.{name}" for name in rule.names)
             param = f"{architecture.prefix}{layer}.{rule.param}"
             yield TensorRule(names, param, rule.values, rule.rows, rule.cols, rule.parts, rule.shape, rule.scale)

@@ -24,8 +24,8 @@ Columns = tuple[int, int, int, int, int]
 Angles = tuple[Tensor, Tensor]
 """Cosines and sines."""
 
-Gate = Literal["sigmoid", "silu", "product", "gelu", "relu"]
-"""What multiplies: a sigmoid, SiLU, the number itself, GELU (by tanh), ReLU."""
+Gate = Literal["sigmoid", "silu", "product", "gelu", "gelu_erf", "relu"]
+"""What multiplies: a sigmoid, SiLU, the number itself, GELU (by tanh, or exact), ReLU."""
 
 Caches = Literal["shared", "separate"]
 Health = Literal["finite", "bad output", "bad input"]
@@ -187,6 +187,11 @@ class StepProgram:
         """`dst += x * factor`."""
         assert x.shape == dst.shape and x.dim() == 2, (x.shape, dst.shape)
         self._native.add(self._columns(x), self._columns(dst), factor)
+
+    def copy(self, x: Tensor, dst: Tensor) -> None:
+        """`dst = x`; neither overlaps the other."""
+        assert x.shape == dst.shape and x.dim() == 2, (x.shape, dst.shape)
+        self._native.copy(self._columns(x), self._columns(dst))
 
     def bias(self, dst: Tensor, bias: Tensor) -> None:
         """`dst += bias`, in every row."""

@@ -7,6 +7,7 @@ of whoever holds the weights (`source.py`). Names and conventions are GGUF's. Kn
 from hybridkv.model.facts import is_hybrid, kv_facts, layer_facts, takes_chunks, vocabulary_rows
 from hybridkv.model.families import FAMILIES, graph_of, rejects
 from hybridkv.model.layers import (
+    Adapter,
     Attention,
     Block,
     Branch,
@@ -23,12 +24,14 @@ from hybridkv.model.layers import (
     Part,
     Plain,
     Rope,
+    Shared,
     ShortConv,
 )
 from hybridkv.model.source import Source
 
 __all__ = [
     "FAMILIES",
+    "Adapter",
     "Attention",
     "Block",
     "Branch",
@@ -45,6 +48,7 @@ __all__ = [
     "Part",
     "Plain",
     "Rope",
+    "Shared",
     "ShortConv",
     "Source",
     "graph_of",

@@ -37,6 +37,30 @@ class Rope:
 
 
 @dataclass(frozen=True, slots=True)
+class Adapter:
+    """Low-rank products beside those of a weight that several layers share: `W x + b(a(x))`.
+
+    Attributes
+    ----------
+    rank
+        Values between the two.
+    use
+        Which of the layers that share the weight.
+    """
+
+    rank: int
+    use: int
+
+    def a(self, weight: str) -> str:
+        """The tensor that makes `rank` values of the weight's input."""
+        return f"{weight.removesuffix('.weight')}.lora_a.{self.use}.weight"
+
+    def b(self, weight: str) -> str:
+        """The tensor that makes the weight's output of them."""
+        return f"{weight.removesuffix('.weight')}.lora_b.{self.use}.weight"
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """Softmax attention over the KV cache.
 
@@ -56,6 +80,8 @@ class Attention:
         Whether the output is multiplied by sigmoid(gate).
     biased
         Projections that have a bias beside their weight: `attn_q.bias`.
+    adapter
+        Of queries, keys and values.
     """
 
     n_heads: int
@@ -68,6 +94,7 @@ class Attention:
     norms_together: bool = False
     gated: bool = False
     biased: Literal["none", "qkv", "all"] = "none"
+    adapter: Adapter | None = None
     q: str = "attn_q.weight"
     k: str = "attn_k.weight"
     v: str = "attn_v.weight"
@@ -231,14 +258,17 @@ class Gated:
     ----------
     biased
         Whether its projections have biases: `ffn_up.bias`.
+    adapter
+        Of gate and up, which have one `a` under the gate's name.
     """
 
     width: int
     gate: str = "ffn_gate.weight"
     up: str = "ffn_up.weight"
     down: str = "ffn_down.weight"
-    act: Literal["silu", "gelu"] = "silu"
+    act: Literal["silu", "gelu", "gelu_erf"] = "silu"
     biased: bool = False
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,7 +351,32 @@ class Experts:
     """Around the experts of a latent width; other names are some files'."""
 
 
-Mixer = Attention | DeltaNet | Mamba2 | Mamba1 | ShortConv
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """A transformer block that several layers share, before a layer's own mixer.
+
+    `mixer(norm(x + join(ffn(ffn_norm(attention(attn_norm([x | embedding])))))))`: nothing within the block is added to
+    the residual stream.
+
+    Attributes
+    ----------
+    owner
+        Layer that holds the block's weights, and the adapters of all layers that use it, under `shared.`.
+    norm
+        Of what the mixer reads.
+    """
+
+    owner: int
+    attn_norm: Norm
+    attention: Attention
+    ffn_norm: Norm
+    ffn: Gated
+    norm: Norm
+    mixer: Mamba2
+    join: str = "shared_join.weight"
+
+
+Mixer = Attention | DeltaNet | Mamba2 | Mamba1 | ShortConv | Shared
 FeedForward = Gated | Plain | Experts
 Part = Mixer | FeedForward
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from hybridkv.kernels.step import Gate, Routing, delta_rejects
 from hybridkv.kernels.weights import Weight
 from hybridkv.model import (
+    Adapter,
     Attention,
     Branch,
     DeltaNet,
@@ -23,6 +24,7 @@ from hybridkv.model import (
     Mamba2,
     ModelGraph,
     Plain,
+    Shared,
     ShortConv,
 )
 from hybridkv.native.builder import Builder
@@ -41,6 +43,8 @@ def rejects(graph: ModelGraph) -> str | None:
 def build_layers(graph: ModelGraph, b: Builder) -> None:
     """Write all blocks: embedded tokens come in buffer `x`, hidden states are left there."""
     x = b.buffer("x", graph.hidden)
+    if any(isinstance(part, Shared) for part in graph.parts):
+        b.program.copy(x, b.buffer("joined", 2 * graph.hidden)[:, graph.hidden :])
     for index, block in enumerate(graph.blocks):
         b.prefix = f"blk.{index}."
         for branch in block.branches:
@@ -76,6 +80,8 @@ def _attention(b: Builder, index: int, a: Attention, normed: Tensor, dst: Tensor
     k, v = (b.buffer(f"attention_{name}", a.n_kv_heads * a.head_dim) for name in "kv")
     out = b.buffer("attention_out", a.n_heads * a.head_dim)
     b.linear(normed, (a.q, raw), (a.k, k), (a.v, v))
+    for target in ((a.q, raw), (a.k, k), (a.v, v)):
+        _adapt(b, normed, a.adapter, target)
     if a.biased != "none":
         for name, part in ((a.q, raw), (a.k, k), (a.v, v)):
             b.bias(part, name)
@@ -95,6 +101,15 @@ def _attention(b: Builder, index: int, a: Attention, normed: Tensor, dst: Tensor
     b.linear(out, (a.out, dst), add=add)
     if a.biased == "all":
         b.bias(dst, a.out)
+
+
+def _adapt(b: Builder, x: Tensor, adapter: Adapter | None, *targets: tuple[str, Tensor]) -> None:
+    """Add the low-rank products of weights that share an adapter's `a`, which has the first one's name."""
+    if adapter is None:
+        return
+    low = b.buffer(f"low_{adapter.rank}", adapter.rank)
+    b.linear(x, (adapter.a(targets[0][0]), low))
+    b.linear(low, *((adapter.b(name), dst) for name, dst in targets), add=True)
 
 
 def _norm_heads(b: Builder, a: Attention, q: Tensor, k: Tensor) -> None:
@@ -215,10 +230,28 @@ def _short_conv(b: Builder, index: int, s: ShortConv, normed: Tensor, dst: Tenso
     b.linear(mixed, (s.out, dst), add=add)
 
 
+def _shared(b: Builder, index: int, s: Shared, x: Tensor, dst: Tensor, add: bool) -> None:
+    hidden, own = x.shape[1], b.prefix
+    joined, normed = b.buffer("joined", 2 * hidden), b.buffer("joined_normed", 2 * hidden)
+    attended, fed = b.buffer("shared_attended", hidden), b.buffer("shared_fed", hidden)
+    b.program.copy(x, joined[:, :hidden])
+    b.prefix = f"blk.{s.owner}.shared."
+    b.rms_norm(joined, normed, s.attn_norm)
+    _attention(b, index, s.attention, normed, attended, add=False)
+    b.rms_norm(attended, attended, s.ffn_norm)
+    _gated(b, index, s.ffn, attended, fed, add=False)
+    b.prefix = own
+    b.linear(fed, (s.join, attended))
+    b.program.add(x, attended)
+    b.rms_norm(attended, attended, s.norm)
+    _mamba2(b, index, s.mixer, attended, dst, add)
+
+
 def _gated(b: Builder, index: int, f: Gated, normed: Tensor, dst: Tensor, add: bool) -> None:
     del index
     gate, up = b.buffer(f"gate_{f.width}", f.width), b.buffer(f"up_{f.width}", f.width)
     b.linear(normed, (f.gate, gate), (f.up, up))
+    _adapt(b, normed, f.adapter, (f.gate, gate), (f.up, up))
     if f.biased:
         b.bias(gate, f.gate)
         b.bias(up, f.up)
@@ -281,6 +314,7 @@ LOWER: Mapping[type, Callable[[Builder, int, Any, Tensor, Tensor, bool], None]] 
     Mamba2: _mamba2,
     Mamba1: _mamba1,
     ShortConv: _short_conv,
+    Shared: _shared,
     Gated: _gated,
     Plain: _plain,
     Experts: _experts,

@@ -44,6 +44,8 @@ class NativeStep:
         file's order once.
     """
 
+    takes_chunks = True
+
     def __init__(self, model: Any) -> None:
         self._config = model.config
         self._graph: ModelGraph = graph_of(model.config)

@@ -41,6 +41,11 @@ class Step(Protocol):
         """Printed wherever the choice is shown."""
         ...
 
+    @property
+    def takes_chunks(self) -> bool:
+        """Whether a prompt may come in several pieces: a state is continued over several tokens at once."""
+        ...
+
     def forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence of the cache, which holds `position` tokens each.
 

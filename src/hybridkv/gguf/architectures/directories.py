@@ -2,14 +2,15 @@
 GGUF's names.
 
 Bamba's RoPE concerns a part of each head, which Transformers' class for `granitehybrid` does not compute; OLMo-Hybrid
-has no architecture; a Mistral with a sliding window cannot say so as `llama`; Phi-3's projections are joined.
+and Zamba2 (`zamba2.py`) have no architecture; a Mistral with a sliding window cannot say so as `llama`; Phi-3's
+projections are joined.
 """
 
 from __future__ import annotations
 
 from types import MappingProxyType
 
-from hybridkv.gguf.architectures import granitehybrid, llama, mamba2
+from hybridkv.gguf.architectures import granitehybrid, llama, mamba2, zamba2
 from hybridkv.gguf.architectures.layers import config_head_dim
 from hybridkv.gguf.architectures.record import LOG_DECAY, Config, Tables, TensorRule, embeddings
 
@@ -100,4 +101,4 @@ _MISTRAL = Tables(
     tensors=MappingProxyType({"model": embeddings(), "layer": llama.DENSE + llama.FEED_FORWARD}),
 )
 
-DIRECTORIES: tuple[Tables, ...] = (_BAMBA, _OLMO_HYBRID, _MISTRAL, _PHI3)
+DIRECTORIES: tuple[Tables, ...] = (_BAMBA, _OLMO_HYBRID, zamba2.TABLES, _MISTRAL, _PHI3)

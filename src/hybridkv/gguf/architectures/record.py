@@ -108,6 +108,8 @@ class Tables:
     tensors: Mapping[str, tuple[TensorRule, ...]]
     layers: Callable[[Config], Sequence[tuple[str, ...]]] = _one_kind
     prefix: str = "model.layers."
+    more: Callable[[Config], Mapping[str, tuple[TensorRule, ...]]] = lambda _: {}
+    """Parts whose rules a config decides."""
 
 
 @dataclass(frozen=True, slots=True)

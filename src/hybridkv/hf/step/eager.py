@@ -33,7 +33,7 @@ class EagerStep:
         parameters = inspect.signature(model.forward).parameters
         self._cache_argument = cache_argument(model)
         self._takes_positions = "position_ids" in parameters
-        self._takes_chunks = takes_chunks(model.config)
+        self.takes_chunks = takes_chunks(model.config)
         self._last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
 
     @property
@@ -62,7 +62,7 @@ class EagerStep:
         return torch.cat(parts, dim=1)
 
     def _chunks(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        return torch.split(tokens, PREFILL_CHUNK if self._takes_chunks else tokens.shape[1], dim=1)
+        return torch.split(tokens, PREFILL_CHUNK if self.takes_chunks else tokens.shape[1], dim=1)
 
     @property
     def device(self) -> torch.device:

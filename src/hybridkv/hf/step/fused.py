@@ -120,6 +120,8 @@ class FusedStep:
         A Transformers causal language model.
     """
 
+    takes_chunks = True
+
     def __init__(self, model: Any) -> None:
         self._embedding = model.get_input_embeddings()
         self._layers, self._head = families()[model.config.get_text_config(decoder=True).model_type].build(model)

@@ -212,6 +212,11 @@ class GraphStep:
         """The other step's, and that its decoding is recorded."""
         return f"{self._decoder.name}, decode as a graph"
 
+    @property
+    def takes_chunks(self) -> bool:
+        """As the other step does."""
+        return self._decoder.takes_chunks
+
     @torch.inference_mode()
     def forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence; see `Step.forward`.

@@ -61,7 +61,7 @@ Routing routing(const Choice& c) {
 Gate gate_named(const std::string& kind) {
     constexpr std::pair<const char*, Gate> kGates[] = {{"sigmoid", Gate::sigmoid}, {"silu", Gate::silu},
                                                        {"product", Gate::product}, {"gelu", Gate::gelu},
-                                                       {"relu", Gate::relu}};
+                                                       {"gelu_erf", Gate::gelu_erf}, {"relu", Gate::relu}};
     for (const auto& [name, gate] : kGates) {
         if (kind == name) return gate;
     }
@@ -93,6 +93,7 @@ public:
     void add(const Columns& x, const Columns& dst, float factor) {
         ops_.emplace_back(AddOp{view(x), view(dst), factor});
     }
+    void copy(const Columns& x, const Columns& dst) { ops_.emplace_back(CopyOp{view(x), view(dst)}); }
     void bias(const Columns& dst, const Values& bias) { ops_.emplace_back(BiasOp{view(dst), bias}); }
     void rope(const Columns& x, int64_t n_rotated, bool neighbours, int64_t table) {
         ops_.emplace_back(RopeOp{view(x), n_rotated, neighbours, table});
@@ -175,6 +176,7 @@ void bind_step(nb::module_& m) {
         .def("gate", &Program::gate)
         .def("add", &Program::add)
         .def("bias", &Program::bias)
+        .def("copy", &Program::copy)
         .def("rope", &Program::rope)
         .def("conv", &Program::conv)
         .def("decay", &Program::decay)

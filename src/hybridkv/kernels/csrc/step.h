@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "ops/add.h"
+#include "ops/copy.h"
 #include "ops/mamba1.h"
 #include "ops/mamba2.h"
 #include "ops/view.h"
@@ -23,8 +24,8 @@ struct NormOp {
 };
 
 // What g becomes: 1 / (1 + e^-g); g times that; g itself; g times a normal distribution's share below it, by its usual
-// formula with tanh; g where it is positive, else 0.
-enum class Gate : uint8_t { sigmoid, silu, product, gelu, relu };
+// formula with tanh, or exactly; g where it is positive, else 0.
+enum class Gate : uint8_t { sigmoid, silu, product, gelu, gelu_erf, relu };
 
 // dst = x * gate(g)
 struct GateOp {

@@ -55,6 +55,9 @@ public:
     void operator()(const BiasOp& op) const {
         by_rows(rows_, op.dst.width, run_.n_threads, [&](int64_t a, int64_t b) { step_.bias(op, a, b); });
     }
+    void operator()(const CopyOp& op) const {
+        by_rows(rows_, op.x.width, run_.n_threads, [&](int64_t a, int64_t b) { copy_rows(op, a, b); });
+    }
 
     void operator()(const ConvOp& op) const {
         const int64_t channels = op.x.width, parts = (channels + kConvChannels - 1) / kConvChannels;
@@ -248,6 +251,7 @@ const char* kind_of(const Op& op) {
         const char* operator()(const GateOp&) const { return "gate"; }
         const char* operator()(const AddOp&) const { return "sum"; }
         const char* operator()(const BiasOp&) const { return "bias"; }
+        const char* operator()(const CopyOp&) const { return "copy"; }
         const char* operator()(const RopeOp&) const { return "rope"; }
         const char* operator()(const ConvOp&) const { return "convolution"; }
         const char* operator()(const DecayOp&) const { return "decay"; }

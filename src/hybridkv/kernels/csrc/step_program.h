@@ -23,8 +23,8 @@ struct LinearOp {
     std::vector<Target> targets;
 };
 
-using Op = std::variant<LinearOp, ExpertsOp, NormOp, GateOp, AddOp, BiasOp, RopeOp, ConvOp, DecayOp, WeighOp, DeltaOp,
-                        Mamba2Op, Mamba1Op, AttendOp>;
+using Op = std::variant<LinearOp, ExpertsOp, NormOp, GateOp, AddOp, BiasOp, CopyOp, RopeOp, ConvOp, DecayOp, WeighOp,
+                        DeltaOp, Mamba2Op, Mamba1Op, AttendOp>;
 
 enum class Health : int8_t { finite, bad_output, bad_input };
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybridkv.model.families import dense, lfm2, mamba, qwen
-from hybridkv.model.families.parts import Family
+from hybridkv.model.checks import graph_rejects
+from hybridkv.model.families import dense, lfm2, mamba, qwen, zamba
+from hybridkv.model.families.parts import Family, kinds_reject
 from hybridkv.model.layers import ModelGraph
 
-FAMILIES: dict[str, Family] = {**qwen.FAMILIES, **lfm2.FAMILIES, **mamba.FAMILIES, **dense.FAMILIES}
+FAMILIES: dict[str, Family] = {**qwen.FAMILIES, **lfm2.FAMILIES, **mamba.FAMILIES, **zamba.FAMILIES, **dense.FAMILIES}
 """By Transformers' `model_type`; hybrids first."""
 
 
@@ -28,7 +29,8 @@ def rejects(config: Any) -> str | None:
     family = FAMILIES.get(text.model_type)
     if family is None:
         return f"knows no {text.model_type} layers; it knows {', '.join(FAMILIES)}"
-    return family.rejects(text)
+    reason = kinds_reject(text, family.kinds) or family.rejects(text)
+    return graph_rejects(family.graph(text)) if reason is None else reason
 
 
 __all__ = ["FAMILIES", "Family", "graph_of", "rejects"]

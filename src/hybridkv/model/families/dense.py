@@ -16,6 +16,7 @@ from hybridkv.model.families.parts import (
     graph,
     norm,
     rope_rejects,
+    scaling_rejects,
     window_rejects,
 )
 from hybridkv.model.families.qwen import dense_rejects, sparse, sparse_rejects
@@ -46,6 +47,14 @@ def granite(c: Any, layers: Iterable[tuple[Mixer, FeedForward]]) -> ModelGraph:
     norms, scale = (norm(c, "attn_norm.weight"), norm(c, "ffn_norm.weight")), float(c.residual_multiplier)
     blocks = (block(mixer, ffn, norms, scale=scale) for mixer, ffn in layers)
     return graph(c, blocks, embed_scale=float(c.embedding_multiplier), logit_scale=1 / c.logits_scaling)
+
+
+def _granite_rejects(c: Any) -> str | None:
+    return _llama_rejects(c) or scaling_rejects(c)
+
+
+def _granite(c: Any) -> ModelGraph:
+    return granite(c, [_llama_parts(c, c.attention_multiplier)] * c.num_hidden_layers)
 
 
 def _qwen2(c: Any) -> ModelGraph:
@@ -84,13 +93,11 @@ _DENSE = (Attention, Gated)
 
 FAMILIES = {
     "llama": Family(_llama_rejects, lambda c: _layers(c, *_llama_parts(c)), _DENSE),
-    "granite": Family(
-        _llama_rejects, lambda c: granite(c, [_llama_parts(c, c.attention_multiplier)] * c.num_hidden_layers), _DENSE
-    ),
+    "granite": Family(_granite_rejects, _granite, _DENSE),
     "mistral": Family(_plain_rejects, lambda c: _layers(c, attention(c), gated(c)), _DENSE),
     "phi3": Family(_plain_rejects, lambda c: _layers(c, attention(c), gated(c)), _DENSE),
     "qwen2": Family(dense_rejects, _qwen2, _DENSE),
     "qwen3": Family(dense_rejects, lambda c: _qwen3(c, gated(c)), _DENSE),
     "qwen3_moe": Family(sparse_rejects, lambda c: _qwen3(c, sparse(c, shared=False)), (Attention, Experts)),
-    "gemma3_text": Family(_gemma3_rejects, _gemma3, _DENSE),
+    "gemma3_text": Family(_gemma3_rejects, _gemma3, _DENSE, ("sliding_attention", "full_attention")),
 }

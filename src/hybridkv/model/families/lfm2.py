@@ -63,14 +63,18 @@ def _model(c: Any, ffns: list[FeedForward]) -> ModelGraph:
     return graph(c, blocks, last=norm("token_embd_norm.weight"))
 
 
+def _dense(c: Any) -> ModelGraph:
+    return _model(c, [gated(c, _width(c))] * c.num_hidden_layers)
+
+
 def _sparse(c: Any) -> ModelGraph:
     dense, sparse, n_dense = gated(c), _experts(c), c.num_dense_layers
     return _model(c, [dense if layer < n_dense else sparse for layer in range(c.num_hidden_layers)])
 
 
+_KINDS = ("conv", "full_attention")
+
 FAMILIES = {
-    "lfm2": Family(
-        _dense_rejects, lambda c: _model(c, [gated(c, _width(c))] * c.num_hidden_layers), (ShortConv, Attention, Gated)
-    ),
-    "lfm2_moe": Family(_sparse_rejects, _sparse, (ShortConv, Attention, Gated, Experts)),
+    "lfm2": Family(_dense_rejects, _dense, (ShortConv, Attention, Gated), _KINDS),
+    "lfm2_moe": Family(_sparse_rejects, _sparse, (ShortConv, Attention, Gated, Experts), _KINDS),
 }

@@ -6,6 +6,7 @@ from typing import Any
 
 from hybridkv.model.families.dense import granite
 from hybridkv.model.families.parts import (
+    RECURS_OR_ATTENDS,
     Family,
     act_rejects,
     attention,
@@ -21,6 +22,7 @@ from hybridkv.model.families.parts import (
     mamba2,
     norm,
     rope_rejects,
+    scaling_rejects,
     shared_expert,
     window_rejects,
 )
@@ -50,6 +52,7 @@ def _granite_rejects(c: Any) -> str | None:
         bias_rejects(c, "attention_bias", "mamba_proj_bias"),
         limit_rejects(c),
         experts_rejects(c.num_experts_per_tok, c.num_local_experts) if c.num_local_experts else None,
+        scaling_rejects(c),
     )
 
 
@@ -199,8 +202,10 @@ def _bamba(c: Any) -> ModelGraph:
 
 
 FAMILIES = {
-    "granitemoehybrid": Family(_granite_rejects, _granite, (Mamba2, Attention, Gated, Experts)),
-    "nemotron_h": Family(_nemotron_rejects, _nemotron, (Mamba2, Attention, Plain, Experts)),
+    "granitemoehybrid": Family(_granite_rejects, _granite, (Mamba2, Attention, Gated, Experts), RECURS_OR_ATTENDS),
+    "nemotron_h": Family(
+        _nemotron_rejects, _nemotron, (Mamba2, Attention, Plain, Experts), (*RECURS_OR_ATTENDS, "mlp", "moe")
+    ),
     "falcon_h1": Family(_falcon_rejects, _falcon, (Mamba2, Attention, Gated)),
     "bamba": Family(_bamba_rejects, _bamba, (Mamba2, Attention, Gated)),
     "jamba": Family(_jamba_rejects, _jamba, (Mamba1, Attention, Gated, Experts)),

@@ -40,11 +40,14 @@ class Family:
         Writes it.
     parts
         Kinds of parts that its layers may have, for tables and help.
+    kinds
+        What `layer_types` of a config may say; None where they decide nothing.
     """
 
     rejects: Callable[[Any], str | None]
     graph: Callable[[Any], ModelGraph]
     parts: tuple[type[Part], ...]
+    kinds: tuple[str, ...] | None = None
 
 
 def norm(c: Any, weight: str) -> Norm:
@@ -151,6 +154,16 @@ def by_kind(c: Any, mixers: dict[str, Mixer], norms: tuple[Norm, Norm], ffn: Fee
     return graph(c, (block(mixers[kind], ffn, norms) for kind in c.layer_types))
 
 
+RECURS_OR_ATTENDS = ("linear_attention", "full_attention")
+"""Kinds of layers that most hybrids have."""
+
+
+def kinds_reject(c: Any, kinds: tuple[str, ...] | None) -> str | None:
+    """Why layers of a config are of no kind that its family has, or None."""
+    unknown = [] if kinds is None else [(i, kind) for i, kind in enumerate(c.layer_types) if kind not in kinds]
+    return f"layer {unknown[0][0]} of kind {unknown[0][1]!r}; it knows {', '.join(kinds or ())}" if unknown else None
+
+
 def first(*reasons: str | None) -> str | None:
     """The first reason that there is."""
     return next((reason for reason in reasons if reason is not None), None)
@@ -198,6 +211,11 @@ def window_rejects(c: Any) -> str | None:
 def experts_rejects(n_used: int, n_experts: int) -> str | None:
     """Why so many experts a token cannot be chosen, or None."""
     return None if 1 <= n_used <= n_experts else f"{n_used} experts a token of {n_experts}"
+
+
+def scaling_rejects(c: Any) -> str | None:
+    """Why Granite's logits cannot be divided by what the config says, or None."""
+    return None if c.logits_scaling else "logits divided by 0"
 
 
 def limit_rejects(c: Any) -> str | None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from hybridkv.model.families.parts import (
+    RECURS_OR_ATTENDS,
     Family,
     act_rejects,
     attention,
@@ -133,16 +134,20 @@ def _olmo_hybrid(c: Any) -> ModelGraph:
 
 
 FAMILIES = {
-    "qwen3_5_text": Family(_dense_rejects, lambda c: _qwen3_5(c, gated(c)), (DeltaNet, Attention, Gated)),
+    "qwen3_5_text": Family(
+        _dense_rejects, lambda c: _qwen3_5(c, gated(c)), (DeltaNet, Attention, Gated), RECURS_OR_ATTENDS
+    ),
     "qwen3_5_moe_text": Family(
         _sparse_rejects,
         lambda c: _qwen3_5(c, sparse(c, shared=True)),
         (DeltaNet, Attention, Experts),
+        RECURS_OR_ATTENDS,
     ),
     "qwen3_next": Family(
         _sparse_rejects,
         lambda c: _qwen3_5(c, sparse(c, shared=True), values="grouped", joined_rates=True),
         (DeltaNet, Attention, Experts),
+        RECURS_OR_ATTENDS,
     ),
-    "olmo_hybrid": Family(_olmo_rejects, _olmo_hybrid, (DeltaNet, Attention, Gated)),
+    "olmo_hybrid": Family(_olmo_rejects, _olmo_hybrid, (DeltaNet, Attention, Gated), RECURS_OR_ATTENDS),
 }
