@@ -40,6 +40,8 @@ from hybridkv.policy import Guard, Policy, parse_scale
 TEXT = bundled_text()
 TYPES = "f32,bf16,q8_0,q8_1,q8_KV,q6_0,q5_1,q5_0,q4_1,q4_0,iq4_nl,q4_0+k,q4_0+kv,iq4_nl+kv,q8_0/q4_0,q4_0/q8_0"
 CHUNK = 512
+ROWS = 64
+"""Positions that are compared at once: a row is as wide as the vocabulary."""
 
 
 @dataclass
@@ -54,7 +56,8 @@ class Score:
     def add(self, log_probs: Tensor, reference: Tensor, targets: Tensor) -> None:
         """Score positions: log probabilities and the reference's `[n, V]`, next tokens `[n]`."""
         self.nll -= log_probs.gather(1, targets.unsqueeze(1)).double().sum().item()
-        self.kld += (reference.exp() * (reference - log_probs)).sum(1).double().sum().item()
+        for ours, theirs in zip(log_probs.split(ROWS), reference.split(ROWS), strict=True):
+            self.kld += (theirs.exp() * (theirs - ours)).sum(1).double().sum().item()
         self.same_top += int((reference.argmax(1) == log_probs.argmax(1)).sum())
         self.n += len(targets)
 
@@ -69,13 +72,13 @@ def parse(label: str) -> KVTypes:
 
 
 @torch.inference_mode()
-def log_probs(loaded: Loaded, types: KVTypes, ids: Tensor, n_ctx: int) -> Any:
+def log_probs(loaded: Loaded, types: KVTypes, ids: Tensor, n_ctx: int, chunk: int = CHUNK) -> Any:
     """Yield log probabilities `[chunk, V]` after each position of ids `[1, n_ctx]`, chunk by chunk."""
     specs = Policy(types).resolve(kv_facts(loaded.description.facts))
     cache = ModelCache(loaded.model.config, specs, n_ctx=n_ctx, guard=Guard(mode="off"))
     step = NativeStep(loaded.model) if isinstance(loaded.model, NativeModel) else EagerStep(loaded.model)
-    for index, chunk in enumerate(torch.split(ids, CHUNK, dim=1)):
-        yield torch.log_softmax(step.logits(chunk, cache, index * CHUNK)[0], -1)
+    for index, part in enumerate(torch.split(ids, chunk, dim=1)):
+        yield torch.log_softmax(step.logits(part, cache, index * chunk)[0], -1)
 
 
 def main() -> int:

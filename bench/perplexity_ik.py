@@ -47,7 +47,7 @@ def main() -> int:
     with ik_model(arguments.model) as handle:
         for label in LABELS:
             kv_type, _, rotated = label.partition("+")
-            with ik_context(handle, kv_type, n_ctx=n_ctx, n_threads=arguments.threads, rotated=rotated) as ik:  # type: ignore[arg-type]
+            with ik_context(handle, kv_type, n_ctx=n_ctx, n_threads=arguments.threads, rotated=rotated) as ik:
                 for window in range(n_windows):
                     part = ids[window * n_ctx : (window + 1) * n_ctx + 1]
                     targets = torch.tensor(part[1:])

@@ -7,6 +7,7 @@ bytes. Other types than q8_0 are rounded by ggml itself (ik-llama-cpp-python, of
 up (bytes, two words, numbered fillers); the text that comes out means nothing.
 
     python bench/random_model.py random-0.8b-q8_0.gguf
+    python bench/random_model.py random-2b-q6_k.gguf --mix q6_k --hidden 2048 --dense 6144
     python bench/random_model.py random-35b-q4_k_m.gguf --mix q4_k_m --layers 40 --hidden 2048 --experts 256
 """
 
@@ -26,7 +27,7 @@ import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGUFWriter, LlamaFileType, TokenType
 from gguf import GGMLQuantizationType as Type
 
-HEAD_DIM, N_KV_HEADS = 256, 2
+HEAD_DIM = 256
 N_KEYS, LINEAR_DIM, CONV = 16, 128, 4
 INTERVAL = 4
 EXPERT_WIDTH, N_USED = 512, 8
@@ -71,21 +72,15 @@ class Model:
     feed_forward: int
     vocabulary: int
     n_experts: int
+    n_heads: int
+    n_kv_heads: int
+    n_values: int
+    """Value heads of a recurrent layer."""
 
     @property
     def architecture(self) -> str:
         """GGUF's name of it."""
         return "qwen35moe" if self.n_experts else "qwen35"
-
-    @property
-    def n_heads(self) -> int:
-        """Query heads."""
-        return 16 if self.n_experts else 8
-
-    @property
-    def n_values(self) -> int:
-        """Value heads of a recurrent layer."""
-        return 32 if self.n_experts else 16
 
     @property
     def channels(self) -> int:
@@ -106,8 +101,8 @@ class Model:
         hidden = self.hidden
         if (layer + 1) % INTERVAL == 0:
             yield "attn_q", (2 * self.n_heads * HEAD_DIM, hidden)  # with the output's gate
-            yield "attn_k", (N_KV_HEADS * HEAD_DIM, hidden)
-            yield "attn_v", (N_KV_HEADS * HEAD_DIM, hidden)
+            yield "attn_k", (self.n_kv_heads * HEAD_DIM, hidden)
+            yield "attn_v", (self.n_kv_heads * HEAD_DIM, hidden)
             yield "attn_output", (hidden, self.n_heads * HEAD_DIM)
         else:
             yield "attn_qkv", (self.channels, hidden)
@@ -213,7 +208,7 @@ def add_keys(writer: GGUFWriter, name: str, model: Model) -> None:
     else:
         writer.add_feed_forward_length(model.feed_forward)
     writer.add_head_count(model.n_heads)
-    writer.add_head_count_kv(N_KV_HEADS)
+    writer.add_head_count_kv(model.n_kv_heads)
     writer.add_key_length(HEAD_DIM)
     writer.add_value_length(HEAD_DIM)
     writer.add_layer_norm_rms_eps(1e-6)
@@ -255,10 +250,17 @@ def main() -> int:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--dense", "--feed-forward", type=int, default=3584, metavar="FF", help="of a dense model")
     parser.add_argument("--experts", type=int, default=0, metavar="N", help="0: a dense model (default)")
+    parser.add_argument("--heads", type=int, metavar="N", help="query heads (default 8, with experts 16)")
+    parser.add_argument("--kv-heads", type=int, default=2, metavar="N", help="KV heads (default 2)")
+    parser.add_argument(
+        "--value-heads", type=int, metavar="N", help="of recurrent layers (default 16, with experts 32)"
+    )
     parser.add_argument("--vocabulary", type=int, default=151936)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    model = Model(args.mix, args.layers, args.hidden, args.dense, args.vocabulary, args.experts)
+    n_heads, n_values = args.heads or (16 if args.experts else 8), args.value_heads or (32 if args.experts else 16)
+    sizes = args.layers, args.hidden, args.dense, args.vocabulary, args.experts
+    model = Model(args.mix, *sizes, n_heads, args.kv_heads, n_values)
     writer = GGUFWriter(args.path, model.architecture)
     add_keys(writer, args.path.stem, model)
     add_vocabulary(writer, args.vocabulary)

@@ -1,10 +1,12 @@
 """What holding the weights costs on the CPU: bytes, tokens/s, and the divergence from weights as they are in the file.
 
-    python bench/weights.py --speed random-0.8b-q8_0.gguf    # of bench/random_model.py
+    python bench/weights.py --speed random-0.8b-q8_0.gguf                     # of bench/random_model.py
+    python bench/weights.py -m FILE.gguf --kinds auto,f32 --cache f32 --rounds 0    # a file's own types, no timing
 
-Divergence: the model's own next-token distributions on held-out text, an f16 cache, prefill in chunks of 512, against
-`plain`. Speed: rounds over all kinds, one token per step after a prompt of 4, median over the rounds, with the CPU time
-of a token beside it, which other programs on the machine disturb less. The last line is JSON.
+Divergence: the model's own next-token distributions on held-out text, prefill in chunks of 512, against `plain`, which
+is Transformers' layers with torch's float32 products of the decoded weights. Speed: rounds over all kinds, one token
+per step after a prompt of 4, median over the rounds, with the CPU time of a token beside it, which other programs on
+the machine disturb less. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -47,8 +49,10 @@ def held_bytes(loaded: Loaded) -> int:
     return sum(bytes_by_type(loaded.model.source).values())
 
 
-def scores(path: Path, kinds: Sequence[WeightKind], n_ctx: int, n_windows: int) -> dict[WeightKind, Score]:
-    """Every kind and `plain` itself on the same windows."""
+def scores(
+    path: Path, kinds: Sequence[WeightKind], n_ctx: int, n_windows: int, *, cache: str, chunk: int
+) -> dict[WeightKind, Score]:
+    """Every kind and `plain` itself on the same windows, chunk by chunk."""
     plain = model_of(path, "plain")
     assert plain.tokenizer is not None
     ids = torch.tensor([plain.tokenizer.encode(TEXT.read_text()[: 8 * n_ctx * n_windows])])
@@ -58,11 +62,10 @@ def scores(path: Path, kinds: Sequence[WeightKind], n_ctx: int, n_windows: int) 
     for window in range(n_windows):
         part = ids[:, window * n_ctx : (window + 1) * n_ctx]
         targets = ids[0, window * n_ctx + 1 : (window + 1) * n_ctx + 1]
-        reference = list(log_probs(plain, parse("f16"), part, n_ctx))
-        for kind, score in done.items():
-            outputs = reference if kind == "plain" else log_probs(models[kind], parse("f16"), part, n_ctx)
-            for index, output in enumerate(outputs):
-                score.add(output, reference[index], targets[index * CHUNK :][: len(output)])
+        outputs = (log_probs(models[kind], parse(cache), part, n_ctx, chunk) for kind in done)
+        for index, (reference, *others) in enumerate(zip(*outputs, strict=True)):
+            for score, output in zip(done.values(), (reference, *others), strict=True):
+                score.add(output, reference, targets[index * chunk :][: len(output)])
     return done
 
 
@@ -100,16 +103,19 @@ def main() -> int:
     parser.add_argument("-c", "--context", type=int, default=2048)
     parser.add_argument("--windows", type=int, default=4, help="of held-out text; 0: speed alone (default 4)")
     parser.add_argument("--kinds", default=",".join(KINDS))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cache", default="f16", help="types of K and V (default f16)")
+    parser.add_argument("--chunk", type=int, default=CHUNK, help=f"tokens that are processed at once (default {CHUNK})")
+    parser.add_argument("--rounds", type=int, default=3, help="of the timing; 0: none (default 3)")
     parser.add_argument("-t", "--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     measured = commit()
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(arguments.threads)
     kinds = [parse_weights(kind) for kind in arguments.kinds.split(",")]
-    speed = speeds(arguments.speed or arguments.model, kinds, arguments.rounds)
+    speed = speeds(arguments.speed or arguments.model, kinds, arguments.rounds) if arguments.rounds else {}
     with torch.inference_mode():
-        score = scores(arguments.model, kinds, arguments.context, arguments.windows) if arguments.windows else {}
+        how = {"cache": arguments.cache, "chunk": arguments.chunk}
+        score = scores(arguments.model, kinds, arguments.context, arguments.windows, **how) if arguments.windows else {}
     names = ("weights", "bytes", "tokens/s", "CPU ms/token", "perplexity", "change", "mean KLD", "same top")
     table, rows = simple_table(*names, left=("weights",)), []
     base = math.exp(score["plain"].nll / score["plain"].n) if score else math.nan
@@ -129,6 +135,7 @@ def main() -> int:
         "timed": (arguments.speed or arguments.model).name,
         "tokens": arguments.context * arguments.windows,
         "context": arguments.context,
+        "cache": arguments.cache,
         "isa": cpu_native.isa(),
         "threads": arguments.threads,
         "cpu": cpu_name(),

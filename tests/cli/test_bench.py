@@ -196,6 +196,43 @@ def test_a_model_that_answers_otherwise_is_not_timed(cli: Cli, monkeypatch: pyte
     assert "WRONG, above 0.1: not timed, against ik" in done.err
 
 
+@pytest.mark.skipif(not HERE, reason="ik-llama-cpp-python is not installed (x86-64 Linux only)")
+def test_a_difference_above_the_limit_is_timed_only_where_it_is_allowed(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    advance = decode_bench.OurRunner.advance
+    monkeypatch.setattr(decode_bench.OurRunner, "advance", lambda self, ids: advance(self, ids)[::-1])
+    done = cli("bench", "decode", *DECODE, "--difference-limit", 5, "--json")
+    assert done.code == 0
+    found = json.loads(done.out)
+    assert len(found["steps"]) == 2
+    (gate,) = found["gates"]
+    assert gate["limit"] == 5
+    assert gate["passed"]
+    assert 0.1 < gate["difference"] < 5
+    assert "q8_0: differs from ik, which --difference-limit 5 allows: logits within " in done.err
+    done = cli("bench", "decode", *DECODE, "--difference-limit", 0.2)
+    assert done.code == 1
+    assert "WRONG, above 0.2: not timed, against ik" in done.out
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "nan", "inf", "much"])
+def test_a_difference_limit_is_a_number(cli: Cli, limit: str) -> None:
+    done = cli("bench", "decode", *DECODE, "--difference-limit", limit)
+    assert done.code == 2
+    assert f"--difference-limit {limit!r}; allowed: a number above 0 and at most 100" in done.err
+    assert "hint: " in done.err
+
+
+@pytest.mark.skipif(not HERE, reason="ik-llama-cpp-python is not installed (x86-64 Linux only)")
+def test_rotated_rows_are_timed_beside_ik_s(cli: Cli) -> None:
+    options = ("-t", 1, "--types", "q4_0", "--depths", "0,40", "--prompt", 16, "-n", 4)
+    found = last_line(cli("bench", "decode", *options, "-khad", "-vhad", "--json"))
+    assert [gate["kv_type"] for gate in found["gates"]] == ["q4_0 -khad -vhad"]
+    assert found["gates"][0]["passed"]
+    assert set(found["ratio"]) == {f"q4_0 -khad -vhad {at}" for at in ("depth 0", "depth 40", "prompt 16")}
+
+
 def test_library_folder_is_found_or_not() -> None:
     assert (ik_library.library_folder() is not None) == HERE
 

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,10 +44,8 @@ def ik_model(path: Path) -> Iterator[int]:
 
 
 @contextmanager
-def ik_context(
-    model: int, kv_type: str, *, n_ctx: int, n_threads: int, rotated: Literal["", "k", "kv"] = ""
-) -> Iterator[IkContext]:
-    """A context with K and V of `kv_type`; batches as its own tools take them by default."""
+def ik_context(model: int, kv_type: str, *, n_ctx: int, n_threads: int, rotated: str = "") -> Iterator[IkContext]:
+    """A context with K and V of `kv_type`; batches as its own tools take them by default; `rotated` sides: k, v, kv."""
     context = IkContext(model, kv_type, n_ctx=n_ctx, n_threads=n_threads, rotated=rotated)
     try:
         yield context
@@ -63,9 +61,7 @@ def runs(kv_type: str) -> bool:
 class IkContext:
     """One sequence of tokens and what the model remembers of it."""
 
-    def __init__(
-        self, model: int, kv_type: str, *, n_ctx: int, n_threads: int, rotated: Literal["", "k", "kv"] = ""
-    ) -> None:
+    def __init__(self, model: int, kv_type: str, *, n_ctx: int, n_threads: int, rotated: str = "") -> None:
         self._api: Any = llama()[0]
         params = self._api.llama_context_default_params()
         params.n_ctx = -(-n_ctx // 256) * 256
