@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,8 +47,15 @@ def add_model_arguments(
         metavar="N",
         help=f"tokens in the context; 0: the trained length (default {default_ctx}, or the trained length if less)",
     )
-    group.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads")
-    group.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
+    group.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads (default -1: as torch)")
+    group.add_argument(
+        "-dev",
+        "--device",
+        type=device_name,
+        default="auto",
+        metavar="DEVICE",
+        help="auto, cpu, cuda or cuda:N (default auto)",
+    )
     group.add_argument(
         "--engine",
         default="auto",
@@ -69,6 +77,11 @@ def add_model_arguments(
         "engine, f32, bf16, int8 and int4 converted; int8 is q8_0, int4 is q4_0 with embedding and output head at "
         "int8, both are torchao's on CUDA (default auto; plain on CUDA and under --engine eager); the eager engine "
         "holds stacks of experts as float32",
+    )
+    group.add_argument(
+        "--no-context-shift",
+        action="store_true",
+        help="accepted for llama.cpp's sake: no context is shifted, a full one ends the answer",
     )
     group.add_argument(
         "--no-mmap",
@@ -99,6 +112,14 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
+def device_name(text: str) -> str:
+    """Read a device in llama.cpp's words, or in torch's."""
+    if text.lower() == "none":
+        return "cpu"
+    numbered = re.fullmatch(r"cuda(\d+)", text, re.IGNORECASE)
+    return f"cuda:{numbered[1]}" if numbered else text
+
+
 def limit_spinning() -> None:
     """Bound how long torch's threads spin while they wait for each other; call it before torch is imported.
 
@@ -118,6 +139,7 @@ def check_limits(a: argparse.Namespace, *more: tuple[str, str, int, int]) -> Non
     UsageError
         For the first one.
     """
+    a.threads = None if a.threads == -1 else a.threads  # llama.cpp's word for its own choice
     for option, name, least, most in (("-t", "threads", 1, 1024), ("-c", "ctx_size", 0, MAX_CONTEXT), *more):
         value = getattr(a, name)
         if value is not None and not least <= value <= most:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from hybridkv.cli import run
 from hybridkv.cli.cache_options import add_cache_arguments, given_types, policy_from
-from hybridkv.cli.model_options import DEFAULT_CTX, engine_for, weights_on
+from hybridkv.cli.llama_cpp import accepted_options
+from hybridkv.cli.model_options import DEFAULT_CTX, device_name, engine_for, weights_on
 from hybridkv.cli.show import (
     MAX_CONTEXT,
     model_path,
@@ -68,7 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--memory", metavar="SIZE", help="a budget such as 24GiB: prints the largest context that fits")
     parser.add_argument(
-        "--device", default="auto", metavar="DEVICE", help="auto, cpu or cuda, which need not be there (default auto)"
+        "-dev",
+        "--device",
+        type=device_name,
+        default="auto",
+        metavar="DEVICE",
+        help="auto, cpu or cuda, which need not be there (default auto)",
     )
     parser.add_argument(
         "--weights", metavar="auto|plain|f32|bf16|int8|int4", help="how `run` is to hold the weights (default auto)"
@@ -181,6 +187,7 @@ def _check(a: argparse.Namespace) -> tuple[WeightKind, str]:
             f"--tp {a.tp} with weights of {a.dtype or a.weights}; allowed: f32, bf16", hint="ranks hold plain weights"
         )
     idle = [name.removeprefix(_IDLE) for name in vars(a) if name.startswith(_IDLE)]
+    idle += accepted_options(a)
     idle += [f"-{side}had" for side in "kv" if getattr(a, f"{side}_cache_hadamard")]
     if idle := [name for name in idle if name != "--trust-remote-code"]:
         notice(f"no effect on a plan: {', '.join(idle)}")
