@@ -30,6 +30,7 @@ ONLY_IN = {
     "triton": ("kernels/cuda",),
     "gguf": ("gguf", "kernels/grids"),
     "rich": ("cli",),
+    "prompt_toolkit": ("cli",),
     "fastapi": ("server",),
     "starlette": ("server",),
     "uvicorn": ("server",),

@@ -36,11 +36,11 @@ def one_error(done: Outcome) -> str:
 USAGE: dict[str, tuple[list[object], str]] = {
     "no command": (
         [],
-        "no command was given; allowed: run, serve, classify, plan, eval, tune, report, bench, convert, doctor",
+        "no command was given; allowed: run, chat, serve, classify, plan, eval, tune, report, bench, convert, doctor",
     ),
     "mistyped command": (
         ["rnu", "-p", "x"],
-        "unknown command 'rnu'; allowed: run, serve, classify, plan, eval, tune, report, bench, convert, doctor\n"
+        "unknown command 'rnu'; allowed: run, chat, serve, classify, plan, eval, tune, report, bench, convert, doctor\n"
         "hint: did you mean 'run'",
     ),
     "prompt without command": (["-p", "x"], "unknown command .-p.*\nhint: try hybridkv run -p"),

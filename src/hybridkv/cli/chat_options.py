@@ -175,6 +175,11 @@ def unescaped(a: argparse.Namespace, text: str | None) -> str | None:
     return unescape(text) if text is not None and a.escape else text
 
 
+def stops_of(a: argparse.Namespace) -> tuple[str, ...]:
+    """Texts before which an answer ends."""
+    return tuple(str(unescaped(a, stop)) for stop in a.reverse_prompt if stop)
+
+
 def unescape(text: str) -> str:
     r"""Read `\n`, `\r`, `\t`, `\'`, `\"`, `\\` and `\xHH`; others stay, as in llama.cpp.
 

@@ -60,6 +60,11 @@ def read_prompt(a: argparse.Namespace) -> str | list[int]:
     return prompt
 
 
+def is_typed(a: argparse.Namespace) -> bool:
+    """Whether a person sits there, and the options say nothing yet."""
+    return a.prompt is None and a.file is None and sys.stdin is not None and sys.stdin.isatty()
+
+
 def _piped() -> str:
     """Text on stdin, "" if there is none or a person sits there."""
     if sys.stdin is None or sys.stdin.isatty():

@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from hybridkv.cli.cache_options import add_cache_arguments, policy_from
-from hybridkv.cli.chat_options import add_chat_arguments, chat_choice, is_chat, unescape
+from hybridkv.cli.chat_options import add_chat_arguments, chat_choice, is_chat, stops_of
 from hybridkv.cli.fits import Demand, check_memory, fit_context
 from hybridkv.cli.model_options import (
     add_model_arguments,
@@ -17,11 +17,13 @@ from hybridkv.cli.model_options import (
     limit_spinning,
     open_model,
 )
-from hybridkv.cli.prompt import add_prompt_arguments, read_prompt
+from hybridkv.cli.progress import loading, reading
+from hybridkv.cli.prompt import add_prompt_arguments, is_typed, read_prompt
 from hybridkv.cli.ranks import check_ranks, leave_ranks, speak_on_one_rank, tell_of_end
 from hybridkv.cli.resolve import resolve_types
 from hybridkv.cli.session import Conversation, check_session, open_conversation
 from hybridkv.cli.show import notice, size
+from hybridkv.cli.talk.start import check_talk, talk_about
 from hybridkv.errors import ContextError, HybridKVError, UsageError
 
 if TYPE_CHECKING:
@@ -109,7 +111,8 @@ def main(arguments: argparse.Namespace) -> int:
     a = arguments
     _check(a)
     choice = chat_choice(a)
-    prompt = read_prompt(a)
+    talks = (a.conversation or a.interactive) and not a.single_turn
+    prompt = None if talks and is_typed(a) else read_prompt(a)
     policy = policy_from(a)
     guard = Guard(mode=parse_mode(a.kv_guard))
     sampling = _sampling(a)
@@ -118,11 +121,15 @@ def main(arguments: argparse.Namespace) -> int:
     from hybridkv.engine.admission import is_out_of_memory
 
     opened = fit_context(open_model(a, ranks="many"), a.ctx_size, policy, guard, n_seqs=a.parallel)
+    if talks:
+        return talk_about(a, opened, policy, guard, sampling, choice, None if prompt is None else str(prompt))
+    assert prompt is not None
     tell = speak_on_one_rank(opened.description.n_ranks)
     n_ctx = opened.n_ctx
     specs = resolve_types(opened, policy, guard)
     check_memory(opened, Demand(specs, n_ctx, a.parallel, guarded=guard.measures))
-    loaded, step = opened.load()
+    with loading(opened.description.name):
+        loaded, step = opened.load()
     talk = open_conversation(a, prompt, loaded.model, loaded.tokenizer, choice)
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
     try:
@@ -153,6 +160,8 @@ def _check(a: argparse.Namespace) -> None:
     a.n_predict = -1 if a.n_predict == -2 else a.n_predict  # until the context is full, in older programs
     if a.n_predict == 0 or a.n_predict < -1:
         raise UsageError(f"-n {a.n_predict}; allowed: 1 or more, or -1 until the context is full", hint="try -n 64")
+    if a.conversation or a.interactive:
+        check_talk(a)
     check_session(a)
     check_ranks(a)
     check_limits(a, ("-np", "parallel", 1, 1024))
@@ -204,12 +213,13 @@ def _generate(
         ends,
         prompt=text if shown else "",
         live=not a.json,
-        stops=[unescape(stop) if a.escape else stop for stop in a.reverse_prompt if stop],
+        stops=stops_of(a),
     )
     stopped = "n"
-    with watch_compilation(loaded.model.device.type) as compiled:
+    with watch_compilation(loaded.model.device.type) as compiled, reading(len(ids), engine.read_share) as end_reading:
         try:
             for tokens in engine.generate(ids, sampling, n_predict=a.n_predict, n_seqs=a.parallel):
+                end_reading()
                 streams.push(tokens)
                 if streams.all_ended:
                     stopped = "reverse prompt" if streams.all_stopped else "end of text"
