@@ -31,6 +31,7 @@ ONLY_IN = {
     "gguf": ("gguf", "kernels/grids"),
     "rich": ("cli",),
     "prompt_toolkit": ("cli",),
+    "huggingface_hub": ("engine",),
     "fastapi": ("server",),
     "starlette": ("server",),
     "uvicorn": ("server",),

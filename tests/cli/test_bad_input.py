@@ -33,15 +33,15 @@ def one_error(done: Outcome) -> str:
     return message
 
 
+COMMANDS = "run, chat, serve, classify, plan, eval, tune, report, bench, convert, models, doctor"
 USAGE: dict[str, tuple[list[object], str]] = {
     "no command": (
         [],
-        "no command was given; allowed: run, chat, serve, classify, plan, eval, tune, report, bench, convert, doctor",
+        f"no command was given; allowed: {COMMANDS}",
     ),
     "mistyped command": (
         ["rnu", "-p", "x"],
-        "unknown command 'rnu'; allowed: run, chat, serve, classify, plan, eval, tune, report, bench, convert, doctor\n"
-        "hint: did you mean 'run'",
+        f"unknown command 'rnu'; allowed: {COMMANDS}\nhint: did you mean 'run'",
     ),
     "prompt without command": (["-p", "x"], "unknown command .-p.*\nhint: try hybridkv run -p"),
     "prompt without option": (

@@ -27,7 +27,7 @@ from hybridkv.engine import SamplingParams, Scheduler
 from hybridkv.engine.load import Loaded, describe, load
 from hybridkv.engine.session import load_session
 from hybridkv.errors import ContextError, UsageError
-from hybridkv.hf import kv_facts
+from hybridkv.model import kv_facts
 from hybridkv.policy import Guard, Policy
 from tests.cli.conftest import Cli
 from tests.gguf.write_qwen35 import draft, tiny_model

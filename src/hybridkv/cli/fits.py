@@ -100,8 +100,8 @@ def fit_context(
     more
         Bytes that are taken beside weights and caches.
     """
-    from hybridkv.hf import is_hybrid, kv_facts
     from hybridkv.memory import Available, available_memory
+    from hybridkv.model import is_hybrid, kv_facts
     from hybridkv.plan import largest_context
 
     if asked != 0 or opened.device_type != "cpu":

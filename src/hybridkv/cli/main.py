@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from hybridkv import __version__
-from hybridkv.cli import bench, chat, classify, convert, doctor, plan, report, run, serve, tune
+from hybridkv.cli import bench, chat, classify, convert, doctor, models, plan, report, run, serve, tune
 from hybridkv.cli import eval as evaluate
 from hybridkv.cli.collector import pause_collector
 from hybridkv.cli.llama_cpp import accept_options, accepted_names, options_from_variables, row_of, say_accepted
@@ -29,7 +29,7 @@ EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
-_COMMANDS = (run, chat, serve, classify, plan, evaluate, tune, report, bench, convert, doctor)
+_COMMANDS = (run, chat, serve, classify, plan, evaluate, tune, report, bench, convert, models, doctor)
 _LLAMA_CPP = (run, chat, serve, plan)
 """Commands that take llama.cpp's command lines."""
 

@@ -13,9 +13,9 @@ from hybridkv.cli import run
 from hybridkv.cli.cache_options import add_cache_arguments, given_types, policy_from
 from hybridkv.cli.llama_cpp import accepted_options
 from hybridkv.cli.model_options import DEFAULT_CTX, device_name, engine_for, weights_on
+from hybridkv.cli.model_source import add_source_arguments, model_of
 from hybridkv.cli.show import (
     MAX_CONTEXT,
-    model_path,
     notice,
     simple_table,
     size,
@@ -47,12 +47,7 @@ _IDLE = "idle_"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `hybridkv plan`, and those of `run`, so that its command line can be planned as it stands."""
-    parser.add_argument(
-        "-m",
-        "--model",
-        metavar="PATH",
-        help="GGUF file, model directory or config.json (default: the bundled model)",
-    )
+    add_source_arguments(parser)
     parser.add_argument(
         "-c",
         "--ctx-size",
@@ -116,7 +111,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Describe, count, print."""
     a = arguments
     kind, device = _check(a)
-    from hybridkv.engine.describe import bundled_model, describe
+    from hybridkv.engine.describe import describe
     from hybridkv.model.ranks import cuts_heads
     from hybridkv.plan import parse_bytes, unknown_states
     from hybridkv.policy import Guard, parse_mode
@@ -125,7 +120,7 @@ def main(arguments: argparse.Namespace) -> int:
     guard = Guard(mode=parse_mode(a.kv_guard))
     policies = _policies(a)
     description = describe(
-        bundled_model() if a.model is None else model_path(a.model),
+        model_of(a),
         remote_code="trusted" if hasattr(a, f"{_IDLE}--trust-remote-code") else "refused",
         n_ranks=a.tp,
     )

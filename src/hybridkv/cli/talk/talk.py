@@ -15,10 +15,10 @@ from hybridkv.engine.requests import Event, Request, Ticket
 from hybridkv.engine.session import load_session
 from hybridkv.errors import ContextError, HybridKVError, UsageError
 from hybridkv.formats import get_format
-from hybridkv.hf.chat import chat_prompt
-from hybridkv.hf.control_words import ControlWords, Covered
-from hybridkv.hf.detokenize import TextStream
 from hybridkv.server.stops import StopStrings
+from hybridkv.text.chat import chat_prompt
+from hybridkv.text.control_words import ControlWords, Covered
+from hybridkv.text.detokenize import TextStream
 
 if TYPE_CHECKING:
     from hybridkv.cache import KVTypes
