@@ -75,12 +75,44 @@ def cli_page() -> str:
     parts = ["# The command line", "", "Written by `docs/generate.py` from the parsers."]
     parts += [
         "",
-        "Options that llama-cli, llama-server and ik_llama.cpp have too are spelled as they spell them. Not all of theirs exist",
-        "here: an option that is not on this page is refused by name. `plan` accepts `run`'s, and says which change nothing.",
+        "Options that llama-cli, llama-server and ik_llama.cpp have too are spelled as they spell them; the others of theirs are",
+        "accepted or refused by name: [from-llama-cpp.md](from-llama-cpp.md). `plan` accepts `run`'s, and says which change",
+        "nothing.",
     ]
     for name, command in commands.items():
         parts += ["", f"## hybridkv {name}", "", "```text", command.format_help().rstrip(), "```"]
     return "\n".join(parts) + "\n"
+
+
+def llama_cpp_page() -> str:
+    """docs/from-llama-cpp.md: every option of llama.cpp and ik_llama.cpp, and what it is here."""
+    from hybridkv.cli.llama_cpp import ROWS, accepted_names
+    from hybridkv.cli.main import build_parser
+
+    _, commands = build_parser()
+    own = {c: commands[c]._option_string_actions.keys() - accepted_names(commands[c]) for c in ("run", "serve")}
+    lines = [
+        "# From llama.cpp: every option, and what it is here",
+        "",
+        "Written by `docs/generate.py` from `hybridkv.cli.llama_cpp`. `hybridkv run` stands for llama-cli, `hybridkv serve` for",
+        "llama-server; the lists are those of llama.cpp and ik_llama.cpp (`tests/data/options`). `plan` takes `run`'s line.",
+        "",
+        "- **same**: honoured under the same name, by the commands that are named.",
+        "- *note*: accepted; one line on stderr says what it is here. The answer does not change.",
+        "- refused: an error, because the answer would be another one. Values that turn the option off are accepted.",
+        "",
+        "Environment variables do what their options do; an option on the command line comes first.",
+        "",
+        "| option | variable | here | |",
+        "|---|---|---|---|",
+    ]
+    for row in ROWS:
+        has = [command for command, names in own.items() if set(row.names) & names]
+        here = f"**same** ({', '.join(has)})" if has else "*note*" if row.fate == "note" else "refused"
+        options = ", ".join(f"`{name}`" for name in row.names)
+        variable = f"`{row.env}`" if row.env else ""
+        lines.append(f"| {options} | {variable} | {here} | {row.text} |")
+    return "\n".join(lines) + "\n"
 
 
 def plan_block() -> str:
@@ -272,6 +304,7 @@ def main() -> int:
     pages = {
         "docs/formats.md": formats_page(),
         "docs/cli.md": cli_page(),
+        "docs/from-llama-cpp.md": llama_cpp_page(),
         "docs/gguf-keys.md": keys_page(),
         "docs/families.md": families_page(),
         "docs/performance.md": performance(),

@@ -40,6 +40,10 @@ def test_cli_page_is_the_help(generate: ModuleType, monkeypatch: pytest.MonkeyPa
     assert (ROOT / "docs/cli.md").read_text() == generate.cli_page()
 
 
+def test_the_page_for_llama_cpp_users_is_the_table(generate: ModuleType) -> None:
+    assert (ROOT / "docs/from-llama-cpp.md").read_text() == generate.llama_cpp_page()
+
+
 def test_keys_page_is_the_committed_measurement(generate: ModuleType) -> None:
     assert (ROOT / "docs/gguf-keys.md").read_text() == generate.keys_page()
 

@@ -30,6 +30,8 @@ ONLY_IN = {
     "triton": ("kernels/cuda",),
     "gguf": ("gguf", "kernels/grids"),
     "rich": ("cli",),
+    "prompt_toolkit": ("cli",),
+    "huggingface_hub": ("engine",),
     "fastapi": ("server",),
     "starlette": ("server",),
     "uvicorn": ("server",),

@@ -1,5 +1,8 @@
 """Run hybrid recurrent/attention language models with a quantized KV cache, fast and never silently wrong.
 
+>>> import hybridkv                                                       # doctest: +SKIP
+>>> print(hybridkv.load("model.gguf", type_k="q8_0", type_v="q8_0").generate("Hello"))  # doctest: +SKIP
+
 >>> from hybridkv import quantized_cache                                  # doctest: +SKIP
 >>> cache = quantized_cache(model, type_k="q4_0", type_v="q4_0", rotate_k=True)  # doctest: +SKIP
 >>> model.generate(**inputs, cache=cache)                                 # doctest: +SKIP
@@ -20,6 +23,7 @@ from hybridkv.errors import (
 )
 
 if TYPE_CHECKING:
+    from hybridkv.engine.api import TextModel, load
     from hybridkv.hf import ModelCache, quantized_cache
 
 __version__ = "0.1.0"
@@ -32,8 +36,10 @@ __all__ = [
     "ModelError",
     "ModelFileError",
     "NoKernelError",
+    "TextModel",
     "UsageError",
     "__version__",
+    "load",
     "quantized_cache",
 ]
 
@@ -44,4 +50,8 @@ def __getattr__(name: str) -> Any:
         from hybridkv import hf
 
         return getattr(hf, name)
+    if name in ("TextModel", "load"):
+        from hybridkv.engine import api
+
+        return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

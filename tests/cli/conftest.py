@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,11 @@ def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
         return Outcome(code, seen.out, seen.err)
 
     return call
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_piped_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
 
 
 @pytest.fixture(autouse=True)

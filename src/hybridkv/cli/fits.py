@@ -17,9 +17,14 @@ if TYPE_CHECKING:
     from hybridkv.cache import KVSpec
     from hybridkv.cli.model_options import Opened
     from hybridkv.held import Held
+    from hybridkv.policy import AnyPolicy, Guard
 
 _SMALLER = ("q8_0", "q4_0")
 """Cache types that are tried for what would fit."""
+
+
+_LEAST_CONTEXT = 256
+"""Tokens that `-c 0` goes down to, and in steps of which."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,41 @@ def check_memory(opened: Opened, demand: Demand) -> None:
         f"weights {size(held.n_bytes)} ({weights_words(held.parts)}{loading}); {', '.join(shown)}",
         hint=f"{_hint(opened, demand, held, parts, available.n_bytes)}; {option} SIZE replaces what is free",
     )
+
+
+def fit_context(
+    opened: Opened, asked: int | None, policy: AnyPolicy, guard: Guard, *, n_seqs: int, more: int = 0
+) -> Opened:
+    """Shorten the context that `-c 0` asks for to what memory allows, and say so; any other stays.
+
+    Parameters
+    ----------
+    asked
+        `-c` as it was given.
+    more
+        Bytes that are taken beside weights and caches.
+    """
+    from hybridkv.memory import Available, available_memory
+    from hybridkv.model import is_hybrid, kv_facts
+    from hybridkv.plan import largest_context
+
+    if asked != 0 or opened.device_type != "cpu":
+        return opened
+    limit = opened.memory_limit
+    available = available_memory() if limit is None else Available(limit, f"allowed by {opened.limit_option}")
+    if available is None:
+        return opened
+    facts = opened.description.facts
+    specs, _ = guard.before(policy.resolve(kv_facts(facts)), hybrid=is_hybrid(facts), n_ctx=opened.n_ctx)
+    parts = _parts(opened, Demand(specs, opened.n_ctx, n_seqs, guarded=guard.measures, more={"more": more}))
+    kv = next(iter(parts.values()))
+    free = available.n_bytes - opened.held().n_bytes - (sum(parts.values()) - kv)
+    most = largest_context(specs, free, n_seqs=n_seqs) if free > 0 else None
+    if most is None or most >= opened.n_ctx or most < _LEAST_CONTEXT:
+        return opened  # `check_memory` refuses what does not fit
+    most -= most % _LEAST_CONTEXT
+    notice(f"-c 0: {most} tokens fit in memory, not the {opened.n_ctx} of training; {size(available.n_bytes)} are free")
+    return replace(opened, n_ctx=most)
 
 
 def _kv_bytes(specs: Sequence[KVSpec], demand: Demand) -> int:

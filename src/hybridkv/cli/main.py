@@ -10,23 +10,29 @@ import io
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from types import ModuleType
 from typing import NoReturn
 
 from hybridkv import __version__
-from hybridkv.cli import bench, classify, convert, doctor, plan, report, run, serve, tune
+from hybridkv.cli import bench, chat, classify, convert, doctor, models, plan, report, run, serve, tune
 from hybridkv.cli import eval as evaluate
 from hybridkv.cli.collector import pause_collector
-from hybridkv.cli.show import warning
+from hybridkv.cli.llama_cpp import accept_options, accepted_names, options_from_variables, row_of, say_accepted
+from hybridkv.cli.show import notice, warning
 from hybridkv.errors import HybridKVError, UsageError
+
+_VERSION = f"hybridkv {__version__}"
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
-_COMMANDS = (run, serve, classify, plan, evaluate, tune, report, bench, convert, doctor)
+_COMMANDS = (run, chat, serve, classify, plan, evaluate, tune, report, bench, convert, models, doctor)
+_LLAMA_CPP = (run, chat, serve, plan)
+"""Commands that take llama.cpp's command lines."""
+
 _OPTION = re.compile(r"--?[A-Za-z][\w-]*")
 
 
@@ -37,8 +43,13 @@ class Parser(argparse.ArgumentParser):
         """Turn argparse's complaint into a `UsageError`."""
         raise UsageError(message, hint=_hint(message) or f"`{self.prog} --help` lists what there is")
 
-    def check_options(self, argv: Sequence[str]) -> None:
+    def check_options(self, argv: Sequence[str], others: Mapping[str, Parser] | None = None) -> None:
         """Refuse unknown options by their own name; argparse reads `-ngl` as `-n gl`.
+
+        Parameters
+        ----------
+        others
+            The other commands, one of which may have the option.
 
         Raises
         ------
@@ -50,9 +61,17 @@ class Parser(argparse.ArgumentParser):
             option = argument.partition("=")[0]
             glued = len(option) > 2 and option[:2] in known and option[2].isdigit()
             if _OPTION.fullmatch(option) and option not in known and not glued:
-                near = get_close_matches(option, known, n=1, cutoff=0.7)
-                hint = f"did you mean {near[0]!r}?" if near else f"`{self.prog} --help` lists what there is"
-                raise UsageError(f"unknown option {option!r}", hint=hint)
+                raise UsageError(f"unknown option {option!r}", hint=self._hint_for(option, others or {}))
+
+    def _hint_for(self, option: str, others: Mapping[str, Parser]) -> str:
+        """Who has an option, or the nearest one that is here."""
+        if row_of(option) is not None:
+            owners = [name for name, other in others.items() if option in other._option_string_actions]
+            if owners:
+                return f"it is an option of `hybridkv {owners[0]}`"
+        own = sorted(self._option_string_actions.keys() - accepted_names(self))
+        near = get_close_matches(option, own, n=1, cutoff=0.7)
+        return f"did you mean {near[0]!r}?" if near else f"`{self.prog} --help` lists what there is"
 
 
 def _hint(message: str) -> str | None:
@@ -71,7 +90,7 @@ def build_parser() -> tuple[Parser, dict[str, Parser]]:
         description="Run hybrid recurrent/attention language models with a quantized KV cache.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"hybridkv {__version__}")
+    parser.add_argument("--version", action="version", version=_VERSION)
     commands: dict[str, Parser] = {}
     _add_commands(parser, _COMMANDS, "", commands)
     return parser, commands
@@ -89,6 +108,10 @@ def _add_commands(parser: Parser, modules: Sequence[ModuleType], above: str, com
         else:
             module.add_arguments(command)
             command.set_defaults(main=module.main)
+            if module in _LLAMA_CPP:
+                command.add_argument("--version", action="version", version=_VERSION, help="print the version")
+                command.add_argument("--usage", action="help", help=argparse.SUPPRESS)
+                accept_options(command)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -108,15 +131,29 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             hint = f"did you mean {near[0]!r}?" if near else example
             raise UsageError(f"unknown {kind} {word!r}; allowed: {allowed}", hint=hint)
         name, chosen = full, commands[full]
-    chosen.check_options(rest)
-    return parser.parse_args(argv)
+    rest = [_with_dashes(word, chosen) for word in rest]
+    chosen.check_options(rest, commands)
+    words = _words_of_variables(chosen)
+    return parser.parse_args([*name.split(), *words, *rest])
 
 
-def _warn_of_variables() -> None:
-    """Say that llama.cpp's environment variables have no effect here; names alone, one value is a key."""
-    names = sorted(name for name in os.environ if name.startswith("LLAMA_ARG_") or name == "LLAMA_API_KEY")
-    if names and os.environ.get("RANK", "0") == "0":
-        warning(f"environment variables are not read, options are; without effect: {', '.join(names)}")
+def _with_dashes(word: str, command: Parser) -> str:
+    """`--top_k` as `--top-k`, which llama.cpp takes too."""
+    option, equals, value = word.partition("=")
+    dashed = option.replace("_", "-")
+    known = word.startswith("--") and option not in command._option_string_actions
+    return dashed + equals + value if known and dashed in command._option_string_actions else word
+
+
+def _words_of_variables(command: Parser) -> list[str]:
+    """Options that llama.cpp's environment variables stand for; named, without values: one is a key."""
+    words, used, idle = options_from_variables(os.environ, command._option_string_actions)
+    if os.environ.get("RANK", "0") == "0":
+        if used:
+            notice(f"from the environment: {', '.join(used)}")
+        if idle:
+            warning(f"environment variables without effect here: {', '.join(idle)}")
+    return words
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,7 +169,8 @@ def _main(argv: Sequence[str]) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no such character gets a question mark
     try:
         arguments = _parse(argv)
-        _warn_of_variables()
+        if arguments.main is not plan.main:
+            say_accepted(arguments)
         code: int = arguments.main(arguments)
         sys.stdout.flush()
     except HybridKVError as error:

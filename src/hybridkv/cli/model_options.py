@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from hybridkv.cli.collector import import_torch, resume_collector
-from hybridkv.cli.show import MAX_CONTEXT, model_path, notice, size, weights_words
+from hybridkv.cli.model_source import add_source_arguments, model_of
+from hybridkv.cli.rope_options import add_rope_arguments, changes_of
+from hybridkv.cli.show import MAX_CONTEXT, notice, size, weights_words
 from hybridkv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from hybridkv.engine.load import Description, Loaded
     from hybridkv.engine.steps import StepKind
     from hybridkv.held import Held, WeightKind
+    from hybridkv.model.changes import RopeChanges
     from hybridkv.native import Memory
     from hybridkv.runtime import Step
 
@@ -28,7 +32,7 @@ DEFAULT_CTX = 4096
 def add_model_arguments(
     parser: argparse.ArgumentParser, *, default_ctx: int = DEFAULT_CTX, limit_option: str = "--memory"
 ) -> None:
-    """Add `-m`, `-c`, `-t`, `--device`, `--engine`, `--graph`, `--weights`, `--trust-remote-code` and `--memory`.
+    """Add what says which model runs and how: `-m`, `-hf`, `-c`, `-t`, `--device`, `--weights`, `--memory` and others.
 
     Parameters
     ----------
@@ -36,9 +40,7 @@ def add_model_arguments(
         Another name for the last one, where `--memory` is a budget of something else.
     """
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "-m", "--model", metavar="PATH", help="GGUF file or model directory (default: the bundled model)"
-    )
+    add_source_arguments(group)
     group.add_argument(
         "-c",
         "--ctx-size",
@@ -46,8 +48,15 @@ def add_model_arguments(
         metavar="N",
         help=f"tokens in the context; 0: the trained length (default {default_ctx}, or the trained length if less)",
     )
-    group.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads")
-    group.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default auto)")
+    group.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads (default -1: as torch)")
+    group.add_argument(
+        "-dev",
+        "--device",
+        type=device_name,
+        default="auto",
+        metavar="DEVICE",
+        help="auto, cpu, cuda or cuda:N (default auto)",
+    )
     group.add_argument(
         "--engine",
         default="auto",
@@ -71,6 +80,14 @@ def add_model_arguments(
         "holds stacks of experts as float32",
     )
     group.add_argument(
+        "--context-shift",
+        nargs="?",
+        const="on",
+        metavar="on|off",
+        help="refused with the reason: a full context ends the answer",
+    )
+    group.add_argument("--no-context-shift", dest="context_shift", action="store_const", const="off", help="as it is")
+    group.add_argument(
         "--no-mmap",
         action="store_true",
         help="read a GGUF file into memory once, instead of using its weights where the system's file cache has them",
@@ -88,6 +105,7 @@ def add_model_arguments(
         help="main memory that weights, cache and all else may take, such as 24GiB; more is refused before weights are "
         "read (default: what this machine and its container have free)",
     )
+    add_rope_arguments(parser)
     parser.set_defaults(limit_option=limit_option)
 
 
@@ -97,6 +115,14 @@ def quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def device_name(text: str) -> str:
+    """Read a device in llama.cpp's words, or in torch's."""
+    if text.lower() == "none":
+        return "cpu"
+    numbered = re.fullmatch(r"cuda(\d+)", text, re.IGNORECASE)
+    return f"cuda:{numbered[1]}" if numbered else text
 
 
 def limit_spinning() -> None:
@@ -118,6 +144,7 @@ def check_limits(a: argparse.Namespace, *more: tuple[str, str, int, int]) -> Non
     UsageError
         For the first one.
     """
+    a.threads = None if a.threads == -1 else a.threads  # llama.cpp's word for its own choice
     for option, name, least, most in (("-t", "threads", 1, 1024), ("-c", "ctx_size", 0, MAX_CONTEXT), *more):
         value = getattr(a, name)
         if value is not None and not least <= value <= most:
@@ -228,7 +255,7 @@ def open_model(
     """
     import torch
 
-    from hybridkv.engine.describe import bundled_model, describe
+    from hybridkv.engine.describe import describe
     from hybridkv.engine.steps import parse_graphs, parse_step, resolve_step
     from hybridkv.held import parse_weights
     from hybridkv.hf.ranks import n_ranks
@@ -245,13 +272,17 @@ def open_model(
     device = _device(a.device) if n == 1 else _device_of_rank(a.device, n)
     if a.threads is not None:
         torch.set_num_threads(a.threads)
-    path = bundled_model() if a.model is None else model_path(a.model)
+    path = model_of(a)
     if path.is_dir() or path.name == "config.json":
         quiet_transformers()
-    description = describe(path, remote_code="trusted" if a.trust_remote_code else "refused", n_ranks=n)
+    changes = changes_of(a)
+    description = describe(
+        path, remote_code="trusted" if a.trust_remote_code else "refused", n_ranks=n, changes=changes
+    )
+    _refuse_shift(a, description)
     if a.trust_remote_code and path.is_file():
         notice("--trust-remote-code changes nothing: there is no code in this model")
-    n_ctx = _context(a.ctx_size, description.n_ctx_train, default_ctx)
+    n_ctx = _context(a.ctx_size, description.n_ctx_train, default_ctx, changes.rope)
     device_type = device.partition(":")[0]
     if a.graph is not None and device_type != "cuda":
         notice(f"--graph {a.graph} changes nothing: graphs are CUDA's, and this runs on {device_type}")
@@ -294,7 +325,22 @@ def _device_of_rank(name: str, n: int) -> str:
     return f"cuda:{local_rank()}" if kind == "cuda" else "cpu"
 
 
-def _context(asked: int | None, trained: int | None, default_ctx: int) -> int:
+def _refuse_shift(a: argparse.Namespace, description: Description) -> None:
+    """Refuse to drop old tokens of a full context, with the reason that this model has."""
+    if getattr(a, "context_shift", None) in (None, "off", "0", "false", "disabled"):
+        return
+    states = any(facts.state is not None for facts in description.facts)
+    reason = (
+        "this model's recurrent state has seen every token and cannot lose one"
+        if states
+        else "rows that were stored for other positions would answer wrongly"
+    )
+    raise UsageError(
+        f"--context-shift: {reason}", hint="a larger -c holds more; a full context ends an answer with `length`"
+    )
+
+
+def _context(asked: int | None, trained: int | None, default_ctx: int, rope: RopeChanges) -> int:
     """Tokens in the context: 0 asks for the trained length, the default never exceeds it."""
     if asked is None:
         return default_ctx if trained is None else min(default_ctx, trained)
@@ -302,8 +348,10 @@ def _context(asked: int | None, trained: int | None, default_ctx: int) -> int:
         if trained is None:
             raise UsageError("-c 0: this model does not say what it was trained for", hint="give -c N")
         return trained
-    if trained is not None and asked > trained:
-        notice(f"-c {asked} is more than the {trained} tokens that the model was trained for")
+    reach = None if trained is None else max(trained, int((rope.orig_ctx or trained) * (rope.factor or 1)))
+    if reach is not None and asked > reach:
+        scaled = f" and RoPE is scaled for ({reach})" if reach != trained else ""
+        notice(f"-c {asked} is more than the {trained} tokens that the model was trained for{scaled}")
     return asked
 
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 from hybridkv.cli import run
 from hybridkv.cli.cache_options import add_cache_arguments, given_types, policy_from
 from hybridkv.cli.collector import import_torch
-from hybridkv.cli.model_options import DEFAULT_CTX, engine_for, weights_on
+from hybridkv.cli.llama_cpp import accepted_options
+from hybridkv.cli.model_options import DEFAULT_CTX, device_name, engine_for, weights_on
+from hybridkv.cli.model_source import add_source_arguments, model_of
 from hybridkv.cli.show import (
     MAX_CONTEXT,
-    model_path,
     notice,
     simple_table,
     size,
@@ -47,12 +48,7 @@ _IDLE = "idle_"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `hybridkv plan`, and those of `run`, so that its command line can be planned as it stands."""
-    parser.add_argument(
-        "-m",
-        "--model",
-        metavar="PATH",
-        help="GGUF file, model directory or config.json (default: the bundled model)",
-    )
+    add_source_arguments(parser)
     parser.add_argument(
         "-c",
         "--ctx-size",
@@ -69,7 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--memory", metavar="SIZE", help="a budget such as 24GiB: prints the largest context that fits")
     parser.add_argument(
-        "--device", default="auto", metavar="DEVICE", help="auto, cpu or cuda, which need not be there (default auto)"
+        "-dev",
+        "--device",
+        type=device_name,
+        default="auto",
+        metavar="DEVICE",
+        help="auto, cpu or cuda, which need not be there (default auto)",
     )
     parser.add_argument(
         "--weights", metavar="auto|plain|f32|bf16|int8|int4", help="how `run` is to hold the weights (default auto)"
@@ -112,7 +113,7 @@ def main(arguments: argparse.Namespace) -> int:
     a = arguments
     kind, device = _check(a)
     import_torch()
-    from hybridkv.engine.describe import bundled_model, describe
+    from hybridkv.engine.describe import describe
     from hybridkv.model.ranks import cuts_heads
     from hybridkv.plan import parse_bytes, unknown_states
     from hybridkv.policy import Guard, parse_mode
@@ -121,7 +122,7 @@ def main(arguments: argparse.Namespace) -> int:
     guard = Guard(mode=parse_mode(a.kv_guard))
     policies = _policies(a)
     description = describe(
-        bundled_model() if a.model is None else model_path(a.model),
+        model_of(a),
         remote_code="trusted" if hasattr(a, f"{_IDLE}--trust-remote-code") else "refused",
         n_ranks=a.tp,
     )
@@ -183,6 +184,7 @@ def _check(a: argparse.Namespace) -> tuple[WeightKind, str]:
             f"--tp {a.tp} with weights of {a.dtype or a.weights}; allowed: f32, bf16", hint="ranks hold plain weights"
         )
     idle = [name.removeprefix(_IDLE) for name in vars(a) if name.startswith(_IDLE)]
+    idle += accepted_options(a)
     idle += [f"-{side}had" for side in "kv" if getattr(a, f"{side}_cache_hadamard")]
     if idle := [name for name in idle if name != "--trust-remote-code"]:
         notice(f"no effect on a plan: {', '.join(idle)}")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridkv.cli.chat_options import read_text, unescaped
 from hybridkv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,13 +21,20 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-p", "--prompt", metavar="TEXT", help="the prompt; may name control tokens such as <|im_end|>, not with --chat"
     )
-    parser.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a UTF-8 file")
+    parser.add_argument(
+        "-f", "--file", metavar="FILE", help="read the prompt from a UTF-8 file; without -p, -f and --ids: from a pipe"
+    )
     parser.add_argument("--ids", metavar="N,N,...", help="the prompt as token ids; the answer is ids too")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    parser.add_argument(
+        "--display-prompt",
+        action=argparse.BooleanOptionalAction,
+        help="print the prompt before the answer (default: without --chat)",
+    )
 
 
 def read_prompt(a: argparse.Namespace) -> str | list[int]:
-    """The prompt as given: text, or token ids.
+    """The prompt as given: text, or token ids; what is piped in if no option says.
 
     Raises
     ------
@@ -33,17 +42,37 @@ def read_prompt(a: argparse.Namespace) -> str | list[int]:
         If there is none, more than one, or one that cannot be read.
     """
     given = [option for option, value in (("-p", a.prompt), ("-f", a.file), ("--ids", a.ids)) if value is not None]
+    if not given and (piped := _piped()):
+        return piped
     if len(given) != 1:
         asked = "no prompt was given" if not given else f"{' and '.join(given)} were given together"
-        raise UsageError(f"{asked}; allowed: one of -p TEXT, -f FILE, --ids N,N,...", hint='try -p "Hello world"')
+        raise UsageError(
+            f"{asked}; allowed: one of -p TEXT, -f FILE, --ids N,N,..., or text on stdin", hint='try -p "Hello world"'
+        )
     if a.chat and a.ids is not None:
         raise UsageError("--chat and --ids were given together", hint="a chat template needs text: use -p")
-    prompt = _parse_ids(a.ids) if a.ids is not None else _read(Path(a.file)) if a.file is not None else a.prompt
+    text = read_text("-f", Path(a.file)) if a.file is not None else unescaped(a, a.prompt)
+    prompt = _parse_ids(a.ids) if a.ids is not None else text
     if not prompt:
         raise UsageError(f"{given[0]}: the prompt is empty", hint='give some text, for example -p "Hello world"')
     if isinstance(prompt, str) and not prompt.isascii():
-        _check_text(prompt)
+        check_text("-p", prompt)
     return prompt
+
+
+def is_typed(a: argparse.Namespace) -> bool:
+    """Whether a person sits there, and the options say nothing yet."""
+    return a.prompt is None and a.file is None and sys.stdin is not None and sys.stdin.isatty()
+
+
+def _piped() -> str:
+    """Text on stdin, "" if there is none or a person sits there."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return ""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"stdin: not UTF-8 text (byte {error.start})") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +91,7 @@ def prompt_tokens(
     *,
     chat: bool,
     before: Sequence[Mapping[str, str]] = (),
+    variables: Mapping[str, Any] | None = None,
     continues: bool = False,
 ) -> PromptTokens:
     """Tokenize a prompt. Control words in plain text are control words, as in llama-cli; in a chat they are text.
@@ -70,6 +100,8 @@ def prompt_tokens(
     ----------
     before
         Earlier messages of the conversation, with `chat`.
+    variables
+        Of the chat template.
     continues
         Whether plain text follows other text, so that nothing marks its beginning.
 
@@ -93,7 +125,7 @@ def prompt_tokens(
     if chat:
         from hybridkv.text.chat import chat_prompt
 
-        rendered = chat_prompt(words, [*before, {"role": "user", "content": prompt}])
+        rendered = chat_prompt(words, [*before, {"role": "user", "content": prompt}], variables)
         return PromptTokens(rendered.text, rendered.ids(), rendered)
     return PromptTokens(prompt, words.encode(prompt, begins=not continues))
 
@@ -106,18 +138,16 @@ def _parse_ids(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig").removesuffix("\n")  # an editor's byte order mark is no prompt
-    except OSError as error:
-        raise UsageError(f"-f {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"-f {path}: not UTF-8 text (byte {error.start})") from error
+def check_text(option: str, text: str) -> None:
+    """Refuse what is no UTF-8.
 
-
-def _check_text(text: str) -> None:
+    Raises
+    ------
+    UsageError
+        With the place.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         # The shell hands over bytes; those that are no UTF-8 arrive as lone surrogates.
-        raise UsageError(f"-p: not UTF-8 text (character {error.start})") from error
+        raise UsageError(f"{option}: not UTF-8 text (character {error.start})") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from hybridkv.cli.model_options import Opened
 from hybridkv.cli.show import layer_table, notice, stderr_console, summary, warning
@@ -13,8 +13,15 @@ if TYPE_CHECKING:
     from hybridkv.policy import AnyPolicy, Guard
 
 
-def resolve_types(opened: Opened, policy: AnyPolicy, guard: Guard) -> tuple[KVSpec, ...]:
+def resolve_types(
+    opened: Opened, policy: AnyPolicy, guard: Guard, *, show: Literal["layers", "kinds"] = "layers"
+) -> tuple[KVSpec, ...]:
     """How every KV layer will be stored; the table goes to stderr, with what has no effect.
+
+    Parameters
+    ----------
+    show
+        Every layer, or a line for those that are stored alike.
 
     Raises
     ------
@@ -43,5 +50,18 @@ def resolve_types(opened: Opened, policy: AnyPolicy, guard: Guard) -> tuple[KVSp
     for line in warnings:
         warning(line)
     if resolved:
-        stderr_console().print(layer_table(resolved))
+        if show == "layers":
+            stderr_console().print(layer_table(resolved))
+        else:
+            _say_kinds(resolved)
     return specs
+
+
+def _say_kinds(resolved: list[tuple[KVSpec, LayerKernels]]) -> None:
+    kinds: dict[str, int] = {}
+    for spec, kernels in resolved:
+        exact = f", {spec.exact_label} exact" if spec.exact_label else ""
+        line = f"{spec.types.label}{exact}, {kernels.label}, {spec.bytes_per_token} bytes/token"
+        kinds[line] = kinds.get(line, 0) + 1
+    for line, n_layers in kinds.items():
+        print(f"KV of {n_layers} layers: {line}", file=sys.stderr)

@@ -9,18 +9,21 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from hybridkv.cli.cache_options import add_cache_arguments, policy_from
-from hybridkv.cli.fits import Demand, check_memory
+from hybridkv.cli.chat_options import add_chat_arguments, chat_choice, is_chat, stops_of
+from hybridkv.cli.fits import Demand, check_memory, fit_context
 from hybridkv.cli.model_options import (
     add_model_arguments,
     check_limits,
     limit_spinning,
     open_model,
 )
-from hybridkv.cli.prompt import add_prompt_arguments, read_prompt
+from hybridkv.cli.progress import loading, reading
+from hybridkv.cli.prompt import add_prompt_arguments, is_typed, read_prompt
 from hybridkv.cli.ranks import check_ranks, leave_ranks, speak_on_one_rank, tell_of_end
 from hybridkv.cli.resolve import resolve_types
 from hybridkv.cli.session import Conversation, check_session, open_conversation
 from hybridkv.cli.show import notice, size
+from hybridkv.cli.talk.start import check_talk, talk_about
 from hybridkv.errors import ContextError, HybridKVError, UsageError
 
 if TYPE_CHECKING:
@@ -32,18 +35,21 @@ if TYPE_CHECKING:
 NAME = "run"
 HELP = "answer a prompt with a model on a quantized KV cache"
 
+_FLASH = {"1": "on", "true": "on", "0": "off", "false": "off"}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `hybridkv run`, in llama-cli's spellings."""
     add_model_arguments(parser)
     add_prompt_arguments(parser)
+    add_chat_arguments(parser)
     parser.add_argument(
         "-n",
         "--n-predict",
+        "--predict",
         type=int,
-        default=64,
         metavar="N",
-        help="tokens to generate; -1: until the context is full (default 64)",
+        help="most tokens to generate; -1: until the context is full (default 64, in a chat -1)",
     )
     parser.add_argument(
         "-np",
@@ -79,7 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument("-s", "--seed", type=int, metavar="N", help="seed of the draw; -1: a fresh one (default -1)")
-    group.add_argument("--temp", type=float, default=0.8, metavar="X", help="temperature; 0 is greedy (default 0.8)")
+    group.add_argument(
+        "--temp", "--temperature", type=float, default=0.8, metavar="X", help="temperature; 0 is greedy (default 0.8)"
+    )
     group.add_argument("--top-k", type=int, metavar="N", help="keep the N most likely tokens; 0 keeps all (default 40)")
     group.add_argument(
         "--top-p",
@@ -102,7 +110,9 @@ def main(arguments: argparse.Namespace) -> int:
 
     a = arguments
     _check(a)
-    prompt = read_prompt(a)
+    choice = chat_choice(a)
+    talks = (a.conversation or a.interactive) and not a.single_turn
+    prompt = None if talks and is_typed(a) else read_prompt(a)
     policy = policy_from(a)
     guard = Guard(mode=parse_mode(a.kv_guard))
     sampling = _sampling(a)
@@ -110,13 +120,17 @@ def main(arguments: argparse.Namespace) -> int:
     from hybridkv.engine import Engine
     from hybridkv.engine.admission import is_out_of_memory
 
-    opened = open_model(a, ranks="many")
+    opened = fit_context(open_model(a, ranks="many"), a.ctx_size, policy, guard, n_seqs=a.parallel)
+    if talks:
+        return talk_about(a, opened, policy, guard, sampling, choice, None if prompt is None else str(prompt))
+    assert prompt is not None
     tell = speak_on_one_rank(opened.description.n_ranks)
     n_ctx = opened.n_ctx
     specs = resolve_types(opened, policy, guard)
     check_memory(opened, Demand(specs, n_ctx, a.parallel, guarded=guard.measures))
-    loaded, step = opened.load()
-    talk = open_conversation(a, prompt, loaded.model, loaded.tokenizer)
+    with loading(opened.description.name):
+        loaded, step = opened.load()
+    talk = open_conversation(a, prompt, loaded.model, loaded.tokenizer, choice)
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
     try:
         engine = Engine(loaded.model, specs, n_ctx=n_ctx, guard=guard, notify=tell, step=step)
@@ -137,10 +151,17 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _check(a: argparse.Namespace) -> None:
     """Everything that can be refused before anything heavy is imported."""
+    a.flash_attn = _FLASH.get(a.flash_attn, a.flash_attn)
     if a.flash_attn not in ("on", "off", "auto"):
         raise UsageError(f"-fa {a.flash_attn!r}; allowed: on, off, auto")
+    a.chat = is_chat(a)
+    if a.n_predict is None:
+        a.n_predict = -1 if a.chat else 64
+    a.n_predict = -1 if a.n_predict == -2 else a.n_predict  # until the context is full, in older programs
     if a.n_predict == 0 or a.n_predict < -1:
         raise UsageError(f"-n {a.n_predict}; allowed: 1 or more, or -1 until the context is full", hint="try -n 64")
+    if a.conversation or a.interactive:
+        check_talk(a)
     check_session(a)
     check_ranks(a)
     check_limits(a, ("-np", "parallel", 1, 1024))
@@ -184,14 +205,24 @@ def _generate(
 
     text, ids = talk.text, talk.ids
     ends = set() if a.ignore_eos else set(loaded.end_ids)
-    streams = Streams(loaded.tokenizer if a.ids is None else None, ids, a.parallel, ends, prompt=text, live=not a.json)
+    shown = a.display_prompt if a.display_prompt is not None else not a.chat
+    streams = Streams(
+        loaded.tokenizer if a.ids is None else None,
+        ids,
+        a.parallel,
+        ends,
+        prompt=text if shown else "",
+        live=not a.json,
+        stops=stops_of(a),
+    )
     stopped = "n"
-    with watch_compilation(loaded.model.device.type) as compiled:
+    with watch_compilation(loaded.model.device.type) as compiled, reading(len(ids), engine.read_share) as end_reading:
         try:
             for tokens in engine.generate(ids, sampling, n_predict=a.n_predict, n_seqs=a.parallel):
+                end_reading()
                 streams.push(tokens)
                 if streams.all_ended:
-                    stopped = "end of text"
+                    stopped = "reverse prompt" if streams.all_stopped else "end of text"
                     break
             else:
                 if engine.timings.n_generated != a.n_predict * a.parallel:

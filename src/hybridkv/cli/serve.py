@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridkv.cli.cache_options import add_cache_arguments, policy_from
-from hybridkv.cli.fits import Demand, check_memory
+from hybridkv.cli.fits import Demand, check_memory, fit_context
 from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, limit_spinning, open_model
 from hybridkv.cli.ray_options import LOCAL
 from hybridkv.cli.resolve import resolve_types
@@ -134,7 +134,7 @@ def main(arguments: argparse.Namespace) -> int:
         return serve(a, policy, guard, keys)
     listener = bind(a.host, a.port)
     try:
-        opened = open_model(a)
+        opened = fit_context(open_model(a), a.ctx_size, policy, guard, n_seqs=a.parallel, more=a.prefix_memory)
         specs = resolve_types(opened, policy, guard)
         check_memory(opened, demand(a, opened, specs, guard))
         served, scheduler = load_served(a, opened, specs, guard)

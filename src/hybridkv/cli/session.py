@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridkv.cli.chat_options import ChatChoice, say_unused_variables
 from hybridkv.cli.prompt import PromptTokens, prompt_tokens
 from hybridkv.cli.show import notice
 from hybridkv.errors import UsageError
@@ -47,6 +49,8 @@ class Conversation:
         What the model sees now: all of the ids; of plain text only what is new.
     question
         The user's message, in a chat.
+    before
+        The messages before it, the system's among them.
     """
 
     path: Path | None
@@ -54,6 +58,7 @@ class Conversation:
     text: str
     ids: list[int]
     question: str | None
+    before: tuple[Mapping[str, str], ...] = ()
 
     @property
     def n_held(self) -> int:
@@ -94,7 +99,7 @@ class Conversation:
             return
         from hybridkv.engine.session import Session, save_session
 
-        messages = () if self.session is None else self.session.messages
+        messages = self.before
         if self.question is not None:
             asked = {"role": "user", "content": self.question}
             messages = (*messages, asked, {"role": "assistant", "content": answer})
@@ -104,9 +109,14 @@ class Conversation:
 
 
 def open_conversation(
-    a: argparse.Namespace, prompt: str | list[int], model: Any, tokenizer: Any | None
+    a: argparse.Namespace, prompt: str | list[int], model: Any, tokenizer: Any | None, choice: ChatChoice
 ) -> Conversation:
     """The prompt as tokens, behind those of the session file if there is one.
+
+    Parameters
+    ----------
+    choice
+        What the options say of chats; its template is put on the tokenizer.
 
     Raises
     ------
@@ -124,14 +134,34 @@ def open_conversation(
     if session is not None and bool(session.messages) != a.chat:
         kind, other = ("a chat", "with --chat") if session.messages else ("plain text", "without --chat")
         raise UsageError(f"--session {path}: it is {kind}", hint=f"go on {other}, or give another file")
-    before = () if session is None else session.messages
+    before = _before(session, choice)
+    choice.put_on(tokenizer)
+    if a.chat and tokenizer is not None:
+        say_unused_variables(tokenizer.chat_template, choice.variables)
     new = prompt_tokens(
-        prompt, model, tokenizer, chat=a.chat, before=before, continues=session is not None and not a.chat
+        prompt,
+        model,
+        tokenizer,
+        chat=a.chat,
+        before=before,
+        variables=choice.variables,
+        continues=session is not None and not a.chat,
     )
     ids = new.ids
     if session is not None:
         ids = _behind(session, new, tokenizer)
-    return Conversation(path, session, new.text, ids, prompt if a.chat and isinstance(prompt, str) else None)
+    return Conversation(path, session, new.text, ids, prompt if a.chat and isinstance(prompt, str) else None, before)
+
+
+def _before(session: Session | None, choice: ChatChoice) -> tuple[Mapping[str, str], ...]:
+    """The messages that a question follows."""
+    if session is None:
+        return () if choice.system is None else ({"role": "system", "content": choice.system},)
+    messages = tuple(session.messages)
+    first = messages[0] if messages and messages[0]["role"] == "system" else None
+    if choice.system is not None and (first is None or first["content"] != choice.system):
+        notice("-sys: the session has begun without this system message, and goes on without it")
+    return messages
 
 
 def _behind(session: Session, new: PromptTokens, tokenizer: Any) -> list[int]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
+from hybridkv.server.stops import StopStrings
 from hybridkv.text.detokenize import TextStream
 
 
@@ -14,6 +16,7 @@ class Sequence:
     """One generated sequence: its ids (the end token left out) and its text so far."""
 
     decoder: TextStream | None
+    stops: StopStrings
     ids: list[int] = field(default_factory=list)
     text: str = ""
     ended: bool = False
@@ -34,6 +37,8 @@ class Streams:
         Tokens that end a sequence.
     live
         Whether the first sequence is written to stdout as it grows.
+    stops
+        Texts before which a sequence ends.
     """
 
     def __init__(
@@ -45,18 +50,25 @@ class Streams:
         *,
         prompt: str,
         live: bool,
+        stops: Collection[str] = (),
     ) -> None:
         self._end_ids = end_ids
         self._live = live
         self._prompt = prompt
         self.sequences = [
-            Sequence(None if tokenizer is None else TextStream(tokenizer, prompt_ids)) for _ in range(n_seqs)
+            Sequence(None if tokenizer is None else TextStream(tokenizer, prompt_ids), StopStrings(tuple(stops)))
+            for _ in range(n_seqs)
         ]
 
     @property
     def all_ended(self) -> bool:
         """Whether every sequence has met its end token."""
         return all(s.ended for s in self.sequences)
+
+    @property
+    def all_stopped(self) -> bool:
+        """Whether every sequence has come to a text before which it ends."""
+        return all(s.stops.found for s in self.sequences)
 
     def write(self, text: str) -> None:
         """Write to stdout at once."""
@@ -79,6 +91,12 @@ class Streams:
             self._add(index, f"{token} " if sequence.decoder is None else sequence.decoder.push(token))
 
     def _add(self, index: int, piece: str) -> None:
+        sequence = self.sequences[index]
+        piece = sequence.stops.push(piece)
+        sequence.ended |= sequence.stops.found
+        self._write_piece(index, piece)
+
+    def _write_piece(self, index: int, piece: str) -> None:
         self.sequences[index].text += piece
         if self._live and index == 0:
             self.write(piece)
@@ -89,6 +107,7 @@ class Streams:
         for index, sequence in enumerate(self.sequences):
             if sequence.decoder is not None:
                 self._add(index, sequence.decoder.close())
+            self._write_piece(index, sequence.stops.close())
         if not self._live:
             return
         self.write("\n")

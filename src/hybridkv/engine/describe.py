@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from hybridkv.cache import LayerFacts
-from hybridkv.errors import ModelError, ModelFileError
+from hybridkv.errors import ModelError, ModelFileError, UsageError
+from hybridkv.gguf.changes import changed
 from hybridkv.gguf.describe import describe_gguf
 from hybridkv.gguf.reader import Header
 from hybridkv.gguf.split import read_model
 from hybridkv.held import Held, Runner, WeightKind, held_weights
 from hybridkv.hf.ranks import check_plan
+from hybridkv.model.changes import NO_CHANGES, ModelChanges, change_rope
 from hybridkv.model.facts import layer_facts
 from hybridkv.native.choice import EngineKind, multiplies, runs_natively
 
@@ -47,6 +49,8 @@ class Description:
         Whether Python code in its directory may run.
     n_ranks
         Over how many processes it is cut; `facts` are those of one.
+    changes
+        What options change of it; `config` and `header` have them.
     header
         Of a GGUF file: read once, for all who ask. None for a directory.
     """
@@ -58,6 +62,7 @@ class Description:
     n_ctx_train: int | None
     remote_code: RemoteCode = "refused"
     n_ranks: int = 1
+    changes: ModelChanges = NO_CHANGES
     header: Header | None = field(default=None, repr=False, compare=False)
 
     def held(
@@ -113,11 +118,15 @@ def bundled_text() -> Path:
     return Path(str(resources.files("hybridkv") / "models" / "heldout_long.txt"))
 
 
-def describe(path: Path, *, remote_code: RemoteCode = "refused", n_ranks: int = 1) -> Description:
+def describe(
+    path: Path, *, remote_code: RemoteCode = "refused", n_ranks: int = 1, changes: ModelChanges = NO_CHANGES
+) -> Description:
     """What a model is, from its header or config alone.
 
     Parameters
     ----------
+    changes
+        What options change of it.
     n_ranks
         Over how many processes it is to be cut.
 
@@ -138,6 +147,7 @@ def describe(path: Path, *, remote_code: RemoteCode = "refused", n_ranks: int = 
 
         directory = path if path.is_dir() else path.parent
         config, name = load_config(directory, remote_code=remote_code), directory.resolve().name
+        change_config(config, changes)
         path = directory
     elif n_ranks > 1:
         raise ModelError(
@@ -145,14 +155,28 @@ def describe(path: Path, *, remote_code: RemoteCode = "refused", n_ranks: int = 
             hint="a Hugging Face model directory can be cut; Transformers does it",
         )
     else:
-        header = read_model(path)
+        header = changed(read_model(path), changes)
         name, config = describe_gguf(header)
     if n_ranks > 1:
         check_plan(config)
     text = config.get_text_config(decoder=True)
     n_ctx_train = getattr(text, "max_position_embeddings", None)
     printable = "".join(c if c.isprintable() else "?" for c in name)  # a file's word, shown on a terminal
-    return Description(path, printable, config, _facts(config, n_ranks), n_ctx_train, remote_code, n_ranks, header)
+    facts = _facts(config, n_ranks)
+    return Description(path, printable, config, facts, n_ctx_train, remote_code, n_ranks, changes, header)
+
+
+def change_config(config: Any, changes: ModelChanges) -> None:
+    """Change the config of a directory in place.
+
+    Raises
+    ------
+    UsageError
+        For metadata of GGUF files, and for RoPE that the model's class does not compute.
+    """
+    if changes.keys:
+        raise UsageError("--override-kv with a model directory; allowed: with a GGUF file", hint="edit its config.json")
+    change_rope(config, changes.rope)
 
 
 def _facts(config: Any, n_ranks: int) -> tuple[LayerFacts, ...]:

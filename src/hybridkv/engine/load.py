@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hybridkv.engine.describe import Description, bundled_model, bundled_text, describe
+from hybridkv.engine.describe import Description, bundled_model, bundled_text, change_config, describe
 from hybridkv.errors import UsageError
 from hybridkv.gguf.tensors import GgufSource
 from hybridkv.gguf.tokenizer import TURN_ENDS
@@ -92,10 +92,10 @@ def _load_eager(
     from hybridkv.hf import IMPLEMENTATION, pack_model
     from hybridkv.hf.load import load_tokenizer, load_weights
 
-    if not description.path.is_dir():
+    if description.header is not None:
         from hybridkv.gguf.load import load_gguf
 
-        gguf = load_gguf(description.path, dtype=dtype, device=device, attn_implementation=IMPLEMENTATION, hold=hold)
+        gguf = load_gguf(description.header, dtype=dtype, device=device, attn_implementation=IMPLEMENTATION, hold=hold)
         return Loaded(description, gguf.model, gguf.tokenizer, gguf.notices)
     code = description.remote_code
     model = load_weights(
@@ -105,6 +105,7 @@ def _load_eager(
         attn_implementation=IMPLEMENTATION,
         remote_code=code,
         n_ranks=description.n_ranks,
+        change=lambda config: change_config(config, description.changes),
         replace=None if hold is None else hold.of_values,
     )
     if hold is not None:

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +28,7 @@ from hybridkv.engine.requests import Event, Request, SchedulerStats, Ticket
 from hybridkv.engine.reuse import Reuse
 from hybridkv.engine.running import Running
 from hybridkv.engine.sampling import draw_each
-from hybridkv.engine.session import load_session, save_session
+from hybridkv.engine.session import Message, load_session, save_session
 from hybridkv.engine.steps import resolve_step
 from hybridkv.engine.tally import Tally
 from hybridkv.errors import AdmissionError, HybridKVError, UsageError
@@ -167,11 +168,16 @@ class Scheduler:
             prefix_checkpoints=len(self.prefixes),
         )
 
-    def save(self, ticket: Ticket, path: Path) -> int:
+    def save(self, ticket: Ticket, path: Path, messages: tuple[Message, ...] = ()) -> int:
         """Write a sequence to a session file, as far as the stored prefixes hold it; the tokens that they hold.
 
         For any thread but the scheduler's own. After the sequence has ended, that is all but its last token, unless
         the budget has let it go.
+
+        Parameters
+        ----------
+        messages
+            Of the conversation, to keep beside it.
 
         Raises
         ------
@@ -180,7 +186,7 @@ class Scheduler:
         """
         name = f"request {ticket.number}"
         session = self.call(lambda: self._reuse.take(ticket.request, ticket.token_ids, name)).result()
-        save_session(path, session, self._host.model)
+        save_session(path, replace(session, messages=messages), self._host.model)
         return session.n_cached
 
     def restore(self, path: Path) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from hybridkv.gguf.describe import check_tensors, fields_of, name_of, notices, s
 from hybridkv.gguf.keys import check_unread
 from hybridkv.gguf.metadata import Metadata
 from hybridkv.gguf.pairing import Pairing, build_skeleton, pair, same_shape, state
+from hybridkv.gguf.reader import Header
 from hybridkv.gguf.rows import OpenModel, open_model
 from hybridkv.gguf.split import metadata_of
 from hybridkv.gguf.tensors import GgufSource
@@ -73,7 +74,7 @@ def config_from_gguf(path: str | Path) -> PreTrainedConfig:
 
 
 def load_gguf(
-    path: str | Path,
+    path: str | Path | Header,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     attn_implementation: str = "sdpa",
@@ -129,7 +130,7 @@ class _Opened:
         return tokenizer, notices(self.meta, with_tokenizer=tokenizer is not None)
 
 
-def _open(path: str | Path, dtype: torch.dtype, attn_implementation: str) -> _Opened:
+def _open(path: str | Path | Header, dtype: torch.dtype, attn_implementation: str) -> _Opened:
     """Read and check all that comes before weights."""
     meta = metadata_of(path)
     architecture = get_architecture(meta.header)

@@ -78,12 +78,15 @@ def load_weights(
     attn_implementation: str,
     remote_code: RemoteCode = "refused",
     n_ranks: int = 1,
+    change: Callable[[Any], None] | None = None,
     replace: Callable[[Tensor], Tensor] | None = None,
 ) -> Any:
     """The model of a directory, in eval mode; with more than one rank, this rank's part of it.
 
     Parameters
     ----------
+    change
+        Changes the config before the model is built.
     replace
         Gives what takes the place of a parameter of two dimensions. Called where the directory `widens`: the model is
         then loaded as bfloat16, and each parameter is replaced, or becomes `dtype`, by itself.
@@ -101,6 +104,8 @@ def load_weights(
 
     register()
     config = load_config(directory, remote_code=remote_code)
+    if change is not None:
+        change(config)
     spread: dict[str, Any] = {}
     if n_ranks > 1:
         check_plan(config)

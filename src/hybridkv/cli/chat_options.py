@@ -1,0 +1,218 @@
+"""The options of a chat: its system message, its template, and how its text is read and shown."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hybridkv.cli.show import notice
+from hybridkv.errors import UsageError
+
+_OF_TRANSFORMERS = {
+    *("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "max_length", "messages"),
+    *("padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize", "tokenizer_kwargs"),
+    "truncation",
+}
+_SWITCH = ("on", "off", "auto")
+
+
+def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options in llama-cli's spellings."""
+    group = parser.add_argument_group("chat")
+    for names, text in (
+        (("-cnv", "--conversation"), "go on asking, as `hybridkv chat` does"),
+        (("-st", "--single-turn"), "answer one message in the model's chat template, as --chat does"),
+        (("-i", "--interactive", "-if", "--interactive-first"), "as -cnv"),
+    ):
+        group.add_argument(*names, action="store_true", help=text)
+    group.add_argument(
+        "-no-cnv", "--no-conversation", action="store_true", help="answer one prompt without a template (default)"
+    )
+    group.add_argument("-sys", "--system-prompt", metavar="TEXT", help="the system message; makes a chat of a prompt")
+    group.add_argument(
+        "-sysf", "-spf", "--system-prompt-file", metavar="FILE", help="read the system message from a UTF-8 file"
+    )
+    group.add_argument("--chat-template", metavar="JINJA", help="a chat template in place of the model's own")
+    group.add_argument("--chat-template-file", metavar="FILE", help="read that template from a file")
+    group.add_argument(
+        "--chat-template-kwargs", metavar="JSON", help='variables of the template: {"enable_thinking": false}'
+    )
+    group.add_argument(
+        "-rea", "--reasoning", metavar="on|off|auto", help="set the template's enable_thinking (default auto: do not)"
+    )
+    group.add_argument("--reasoning-effort", metavar="LEVEL", help="set the template's reasoning_effort")
+    add_text_arguments(group)
+
+
+def add_text_arguments(group: argparse._ActionsContainer) -> None:
+    """Add `-e`, `--no-escape` and `-r`."""
+    group.add_argument(
+        "-e",
+        "--escape",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help=r"read \n, \t, \\, \" and \x41 in -p, -sys and -r as what they stand for; files stay as they are "
+        "(default on)",
+    )
+    group.add_argument(
+        "-r",
+        "--reverse-prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end an answer where this text begins; may be given several times",
+    )
+
+
+def is_chat(a: argparse.Namespace) -> bool:
+    """Whether a prompt is to be put into the chat template.
+
+    Raises
+    ------
+    UsageError
+        For options of a chat together with -no-cnv.
+    """
+    asked = [
+        option
+        for option, value in (
+            ("--chat", a.chat),
+            ("-cnv", a.conversation),
+            ("-st", a.single_turn),
+            ("-i", a.interactive),
+            ("-sys", a.system_prompt),
+            ("-sysf", a.system_prompt_file),
+        )
+        if value not in (None, False)
+    ]
+    if asked and a.no_conversation:
+        raise UsageError(f"-no-cnv and {asked[0]} were given together", hint="one of them will do")
+    return bool(asked)
+
+
+@dataclass(frozen=True, slots=True)
+class ChatChoice:
+    """What a command line says of chats.
+
+    Attributes
+    ----------
+    system
+        The system message; None for none.
+    template
+        In place of the model's own; None for that.
+    variables
+        Of the template.
+    """
+
+    system: str | None = None
+    template: str | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
+
+    def put_on(self, tokenizer: Any | None) -> None:
+        """Replace a tokenizer's template."""
+        if self.template is not None and tokenizer is not None:
+            tokenizer.chat_template = self.template
+
+
+def chat_choice(a: argparse.Namespace) -> ChatChoice:
+    """Read the options.
+
+    Raises
+    ------
+    UsageError
+        For files that cannot be read, text that is no template, and variables that are no JSON object.
+    """
+    if a.system_prompt is not None and a.system_prompt_file is not None:
+        raise UsageError("-sys and -sysf were given together", hint="one of them will do")
+    if a.chat_template is not None and a.chat_template_file is not None:
+        raise UsageError("--chat-template and --chat-template-file were given together", hint="one of them will do")
+    system = unescaped(a, a.system_prompt)
+    if a.system_prompt_file is not None:
+        system = read_text("-sysf", Path(a.system_prompt_file))
+    template = a.chat_template
+    if a.chat_template_file is not None:
+        template = read_text("--chat-template-file", Path(a.chat_template_file))
+    elif template is not None and "{" not in template:
+        raise UsageError(
+            f"--chat-template {template!r} names a template; allowed: the text of a Jinja template",
+            hint="leave it out for the model's own, or give --chat-template-file FILE",
+        )
+    return ChatChoice(system, template, _variables(a))
+
+
+def _variables(a: argparse.Namespace) -> dict[str, Any]:
+    text = a.chat_template_kwargs
+    try:
+        variables = {} if text is None else json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"--chat-template-kwargs: {error.msg} (character {error.pos})", hint="""try '{"enable_thinking": false}'"""
+        ) from error
+    if not isinstance(variables, dict) or (taken := sorted(_OF_TRANSFORMERS & variables.keys())):
+        what = "it is no JSON object" if not isinstance(variables, dict) else f"{', '.join(taken)} is not a variable"
+        raise UsageError(f"--chat-template-kwargs: {what}", hint="""try '{"enable_thinking": false}'""")
+    if a.reasoning is not None:
+        if a.reasoning not in _SWITCH:
+            raise UsageError(f"-rea {a.reasoning!r}; allowed: {', '.join(_SWITCH)}")
+        if a.reasoning != "auto":
+            variables["enable_thinking"] = a.reasoning == "on"
+    if a.reasoning_effort not in (None, "default"):
+        variables["reasoning_effort"] = a.reasoning_effort
+    return variables
+
+
+def say_unused_variables(template: str | None, variables: dict[str, Any]) -> None:
+    """Name the variables that a template does not read."""
+    unused = [name for name in variables if name not in (template or "")]
+    if unused:
+        notice(f"the chat template does not read {', '.join(unused)}: no effect")
+
+
+def unescaped(a: argparse.Namespace, text: str | None) -> str | None:
+    """Read escapes in a text of the command line, unless they are to stay."""
+    return unescape(text) if text is not None and a.escape else text
+
+
+def stops_of(a: argparse.Namespace) -> tuple[str, ...]:
+    """Texts before which an answer ends."""
+    return tuple(str(unescaped(a, stop)) for stop in a.reverse_prompt if stop)
+
+
+def unescape(text: str) -> str:
+    r"""Read `\n`, `\r`, `\t`, `\'`, `\"`, `\\` and `\xHH`; others stay, as in llama.cpp.
+
+    Source: llama.cpp, common/common.cpp (`string_process_escapes`).
+    """
+    plain = {"n": "\n", "r": "\r", "t": "\t", "'": "'", '"': '"', "\\": "\\"}
+    out, at = bytearray(), 0
+    while (found := text.find("\\", at)) >= 0 and found + 1 < len(text):
+        out += text[at:found].encode("utf-8", "surrogateescape")
+        letter, digits = text[found + 1], text[found + 2 : found + 4]
+        at = found + 2
+        if letter in plain:
+            out += plain[letter].encode()
+        elif letter == "x" and len(digits) == 2 and all(d in "0123456789abcdefABCDEF" for d in digits):
+            out.append(int(digits, 16))
+            at = found + 4
+        else:
+            out += text[found:at].encode("utf-8", "surrogateescape")
+    out += text[at:].encode("utf-8", "surrogateescape")
+    return out.decode("utf-8", "surrogateescape")
+
+
+def read_text(option: str, path: Path) -> str:
+    """Read a UTF-8 file.
+
+    Raises
+    ------
+    UsageError
+        If it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig").removesuffix("\n")  # an editor's byte order mark is no prompt
+    except OSError as error:
+        raise UsageError(f"{option} {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{option} {path}: not UTF-8 text (byte {error.start})") from error

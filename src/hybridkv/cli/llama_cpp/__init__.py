@@ -1,0 +1,19 @@
+"""What every option of llama.cpp and ik_llama.cpp is here: one table, from which all else derives.
+
+The options that parsers take without having them, what is said of each, the environment variables, and
+docs/from-llama-cpp.md. `rows_*.py` hold the table by subject, `accept.py` and `variables.py` use it.
+"""
+
+from hybridkv.cli.llama_cpp.accept import accept_options, accepted_names, accepted_options, say_accepted
+from hybridkv.cli.llama_cpp.table import ROWS, row_of
+from hybridkv.cli.llama_cpp.variables import options_from_variables
+
+__all__ = [
+    "ROWS",
+    "accept_options",
+    "accepted_names",
+    "accepted_options",
+    "options_from_variables",
+    "row_of",
+    "say_accepted",
+]

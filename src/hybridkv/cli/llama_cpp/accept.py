@@ -1,0 +1,78 @@
+"""Take options of llama.cpp that a parser does not have, and say what each is here."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from hybridkv.cli.llama_cpp.record import Row, Takes
+from hybridkv.cli.llama_cpp.table import ROWS
+from hybridkv.cli.show import notice
+from hybridkv.errors import UsageError
+
+_GIVEN = "llama_cpp_options"
+_NARGS: dict[Takes, Any] = {"": 0, "N": None, "[N]": "?", "N...": "+"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """An option as it was given."""
+
+    option: str
+    value: str | None
+    row: Row
+
+
+class _Accept(argparse.Action):
+    """Keep what was given for `say_accepted`."""
+
+    def __init__(self, option_strings: list[str], dest: str, *, row: Row) -> None:
+        super().__init__(
+            option_strings, dest, nargs=_NARGS[row.takes], default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
+        self.row = row
+
+    def __call__(self, _parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        """Append to the list."""
+        value = values if isinstance(values, str) else None
+        given = [*getattr(namespace, self.dest, ()), _Given(option_string, value, self.row)]
+        setattr(namespace, self.dest, given)
+
+
+def accept_options(parser: argparse.ArgumentParser) -> None:
+    """Add every option of the table that `parser` lacks, out of sight of the help."""
+    for row in ROWS:
+        names = [name for name in row.names if name not in parser._option_string_actions]
+        if names and row.fate != "same":
+            parser.add_argument(*names, dest=_GIVEN, action=_Accept, row=row)
+
+
+def accepted_names(parser: argparse.ArgumentParser) -> set[str]:
+    """Return the options that `accept_options` has added."""
+    return {name for name, action in parser._option_string_actions.items() if isinstance(action, _Accept)}
+
+
+def accepted_options(arguments: argparse.Namespace) -> list[str]:
+    """Return the options that were given and ask for something."""
+    given = [one.option for one in getattr(arguments, _GIVEN, ()) if not one.row.is_off(one.value)]
+    return list(dict.fromkeys(given))
+
+
+def say_accepted(arguments: argparse.Namespace) -> None:
+    """Print one line for each group of options that share a reason.
+
+    Raises
+    ------
+    UsageError
+        For one that would change the answer.
+    """
+    given: Iterable[_Given] = [one for one in getattr(arguments, _GIVEN, ()) if not one.row.is_off(one.value)]
+    lines: dict[str, list[str]] = {}
+    for one in given:
+        if one.row.fate == "refused":
+            raise UsageError(f"{one.option}: {one.row.text}", hint=f"leave {one.option} out")
+        lines.setdefault(one.row.text, []).append(one.option)
+    for text, options in lines.items():
+        notice(f"{', '.join(dict.fromkeys(options))}: {text}")

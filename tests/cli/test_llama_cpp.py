@@ -1,0 +1,285 @@
+"""Command lines of llama.cpp and ik_llama.cpp: every option of theirs is taken, and said to be what it is here."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from hybridkv.cli.chat_options import unescape
+from hybridkv.cli.llama_cpp import ROWS, accepted_names, options_from_variables, row_of
+from hybridkv.cli.main import build_parser
+from tests.cli.conftest import Cli
+from tests.gguf.write_qwen35 import draft, tiny_model
+
+DATA = Path(__file__).parent.parent / "data/options"
+LLAMA = [line.split("\t") for line in (DATA / "llama.cpp.txt").read_text().splitlines() if not line.startswith("#")]
+IK = [line.split("\t") for line in (DATA / "ik_llama.cpp.txt").read_text().splitlines() if not line.startswith("#")]
+NAMES = {name for _, names, *_ in LLAMA for name in names.split()} | {name for names, _ in IK for name in names.split()}
+COMMANDS = build_parser()[1]
+
+
+def test_every_option_of_both_engines_has_one_row() -> None:
+    rows = [name for row in ROWS for name in row.names]
+    assert len(rows) == len(set(rows))
+    assert not NAMES - set(rows)
+    assert len(NAMES) > 550
+
+
+def test_values_are_taken_as_there() -> None:
+    """An option with a value swallows it, a switch leaves the next word alone."""
+    both_ways = {"-co", "--color", "--fit", "--webui", "-dr", "--context-shift"}  # differ between the two
+    takes = {name: value != "-" for _, names, value, _ in LLAMA for name in names.split()}
+    takes = {name: value != "-" for names, value in IK for name in names.split()} | takes
+    for name in NAMES - both_ways:
+        row = row_of(name)
+        assert row is not None
+        assert (row.takes != "") == takes[name] or row.takes == "[N]", name
+
+
+def test_variables_are_those_of_llama_cpp() -> None:
+    theirs = {(name, variable) for _, names, _, variable in LLAMA for name in names.split()[:1] if variable != "-"}
+    for name, variable in theirs:
+        row = row_of(name)
+        assert row is not None
+        if variable.startswith(("LLAMA_", "HF_")):
+            assert row.env == variable, name
+
+
+def test_a_row_that_says_same_is_an_option_of_a_command() -> None:
+    own = {c: COMMANDS[c]._option_string_actions.keys() - accepted_names(COMMANDS[c]) for c in ("run", "serve")}
+    for row in ROWS:
+        for name in row.names:
+            assert row.fate != "same" or name in own["run"] | own["serve"], name
+
+
+@pytest.mark.parametrize("command", ["run", "serve", "plan"])
+def test_no_option_of_theirs_is_unknown(command: str) -> None:
+    parser = COMMANDS[command]
+    own = {"serve": COMMANDS["run"], "run": COMMANDS["serve"], "plan": COMMANDS["serve"]}[command]
+    for name in NAMES - parser._option_string_actions.keys():
+        # What remains is an option of the other command alone, and the error says so.
+        row = row_of(name)
+        assert row is not None
+        assert row.fate == "same"
+        assert name in own._option_string_actions, name
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["-ngl", "99"], "note: -ngl: --device says what runs the model"),
+        (["-ngl", "99", "-ncffn", "3"], "note: -ngl, -ncffn: --device says"),
+        (["-b", "2048", "-ub", "512"], "note: -b, -ub: prompts are processed whole"),
+        (["-ot", r"\.ffn_.*_exps\.=CPU"], "note: -ot: on the CPU experts lie in main memory anyway"),
+        (["--jinja"], "note: --jinja: chat templates are always rendered with Jinja"),
+        (["-fa", "1"], ""),
+        (["-fa"], ""),
+        (["--mirostat", "0", "--dry-multiplier", "0.0", "--repeat-penalty", "1"], ""),
+        (["-dev", "none"], ""),
+        (
+            ["--threads", "-1", "--top_k", "20", "--min_p=0"],
+            "note: --temp 0 takes the most likely token; no effect: --top-k, --min-p",
+        ),
+        (["-rtr", "-no-fmoe", "--merge-qkv"], "note: -rtr: --no-mmap reads"),
+    ],
+)
+def test_accepted(cli: Cli, gguf: Path, argv: list[str], said: str) -> None:
+    plain = cli("run", "-m", gguf, "-p", "the", "-n", 3, "--temp", 0)
+    done = cli("run", "-m", gguf, "-p", "the", "-n", 3, "--temp", 0, *argv)
+    assert (done.code, done.out) == (0, plain.out)
+    assert said in done.err
+    assert ("note: -" in done.err) == said.startswith("note")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--mirostat", "2"], "error: --mirostat: this sampler is not here"),
+        (["--lora", "a.gguf"], "error: --lora: adapters are not applied"),
+        (["--lora-scaled", "a.gguf", "0.5"], "error: --lora-scaled: adapters are not applied"),
+        (["-gan", "4"], "error: -gan: self-extend is not computed"),
+        (["--image", "cat.png"], "error: --image: this reads text"),
+        (["-mu", "https://example.org/a.gguf"], "error: -mu: "),
+        (["--host", "0.0.0.0"], "error: unknown option '--host'\nhint: it is an option of `hybridkv serve`"),
+    ],
+)
+def test_refused_because_the_answer_would_be_another(cli: Cli, gguf: Path, argv: list[str], said: str) -> None:
+    done = cli("run", "-m", gguf, "-p", "the", "-n", 3, *argv)
+    assert (done.code, done.out) == (2, "")
+    assert said in done.err
+    assert "layers," not in done.err
+
+
+def test_a_plan_takes_the_line_and_names_what_changes_nothing(cli: Cli, gguf: Path) -> None:
+    done = cli("plan", "-m", gguf, "-c", 128, "-ctk", "q8_0", "-ngl", 99, "-fa", "on", "--lora", "x", "-t", 2)
+    assert done.code == 0
+    assert "note: no effect on a plan: -fa, -t, -ngl, --lora" in done.err
+
+
+def test_variables_are_options(cli: Cli, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (
+        ("LLAMA_ARG_CACHE_TYPE_K", "q8_0"),
+        ("LLAMA_ARG_N_GPU_LAYERS", "99"),
+        ("LLAMA_ARG_CTX_SIZE", "128"),
+        ("LLAMA_ARG_NO_MMAP", "1"),
+        ("LLAMA_ARG_MLOCK", "0"),
+        ("LLAMA_ARG_UNHEARD_OF", "1"),
+        ("LLAMA_API_KEY", "secret"),
+    ):
+        monkeypatch.setenv(name, value)
+    done = cli("run", "-m", gguf, "-p", "the", "-n", 2, "--json", "-c", 256)
+    assert json.loads(done.out)["layers"][0]["type_k"] == "q8_0"
+    used = "LLAMA_ARG_CTX_SIZE, LLAMA_ARG_CACHE_TYPE_K, LLAMA_ARG_N_GPU_LAYERS, LLAMA_ARG_NO_MMAP"
+    assert f"note: from the environment: {used}\n" in done.err
+    assert (
+        "warning: environment variables without effect here: LLAMA_API_KEY, LLAMA_ARG_MLOCK, LLAMA_ARG_UN" in done.err
+    )
+    assert "note: -ngl: " in done.err
+    assert "secret" not in done.err
+    monkeypatch.setenv("RANK", "1")
+    assert "environment" not in cli("plan", "-m", gguf).err
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"LLAMA_ARG_CTX_SIZE": "8192"}, ["-c=8192"]),
+        ({"LLAMA_ARG_JINJA": "true"}, ["--jinja"]),
+        ({"LLAMA_ARG_JINJA": "0"}, ["--no-jinja"]),
+        ({"LLAMA_ARG_NO_JINJA": ""}, ["--no-jinja"]),
+        ({"LLAMA_ARG_CONT_BATCHING": "off"}, ["-nocb"]),
+        ({"LLAMA_ARG_NO_MMAP": "1"}, ["--no-mmap"]),
+        ({"LLAMA_ARG_NO_MMAP": "0"}, []),
+        ({"LLAMA_ARG_MLOCK": "maybe"}, []),
+        ({"HF_TOKEN": "x", "PATH": "y"}, []),
+    ],
+)
+def test_a_variable_is_the_option_that_llama_cpp_makes_of_it(environment: dict[str, str], words: list[str]) -> None:
+    assert options_from_variables(environment, NAMES)[0] == words
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        (r"a\nb", "a\nb"),
+        (r"\t\r\'\"\\", "\t\r'\"\\"),
+        (r"\x41\x4z\q", r"A\x4z\q"),
+        (r"\xc3\xa9 é", "é é"),
+        ("\\", "\\"),
+        (r"C:\\new", r"C:\new"),
+    ],
+)
+def test_escapes(text: str, read: str) -> None:
+    assert unescape(text) == read
+
+
+def test_prompts_read_escapes_unless_told_not_to(cli: Cli, gguf: Path, tmp_path: Path) -> None:
+    def prompt(*argv: object) -> str:
+        return str(json.loads(cli("run", "-m", gguf, "-n", 1, "--json", *argv).out)["prompt"])
+
+    assert prompt("-p", r"a\nb") == "a\nb"
+    assert prompt("-p", r"a\nb", "-e") == "a\nb"
+    assert prompt("-p", r"a\nb", "--no-escape") == r"a\nb"
+    file = tmp_path / "code.py"
+    file.write_text(r"print('\n')")
+    assert prompt("-f", file) == r"print('\n')"
+
+
+def piped(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+def test_what_is_piped_in_is_the_prompt(cli: Cli, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    piped(monkeypatch, "thé\nend\n".encode())
+    assert json.loads(cli("run", "-m", gguf, "-n", 1, "--json").out)["prompt"] == "thé\nend"
+    piped(monkeypatch, b"not read")
+    assert json.loads(cli("run", "-m", gguf, "-n", 1, "--json", "-p", "the").out)["prompt"] == "the"
+    piped(monkeypatch, b"\xff")
+    assert "stdin: not UTF-8 text (byte 0)" in cli("run", "-m", gguf, "-n", 1).err
+    piped(monkeypatch, b"")
+    assert "no prompt was given" in cli("run", "-m", gguf, "-n", 1).err
+
+
+def test_minus_two_is_until_the_context_is_full(cli: Cli, gguf: Path) -> None:
+    done = cli("run", "-m", gguf, "-p", "the", "-n", -2, "-c", 16, "--ignore-eos")
+    assert "stopped: the context is full at 16 tokens" in done.err
+
+
+def test_an_answer_ends_before_a_reverse_prompt(cli: Cli, gguf: Path) -> None:
+    options = ("run", "-m", gguf, "-p", "the", "-n", 12, "--temp", 0, "--json", "--ignore-eos")
+    whole = json.loads(cli(*options).out)["sequences"][0]["text"]
+    stop = whole[5:7]
+    done = json.loads(cli(*options, "-r", stop).out)
+    assert done["sequences"][0]["text"] == whole[: whole.index(stop)]
+    assert done["stopped"] == "reverse prompt"
+    assert json.loads(cli(*options, "-r", "nowhere to be found").out)["sequences"][0]["text"] == whole
+
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if enable_thinking is defined %}[{{ enable_thinking }}]{% endif %}:"
+)
+
+
+def chat(cli: Cli, model: Path, *argv: object) -> str:
+    done = cli("run", "-m", model, "-p", "the", "-n", 1, "--json", *argv)
+    assert done.code == 0, done.err
+    return str(json.loads(done.out)["prompt"])
+
+
+def test_options_of_a_chat(cli: Cli, tmp_path: Path) -> None:
+    file = draft(tiny_model())
+    file.keys["tokenizer.chat_template"] = TEMPLATE
+    model = file.write(tmp_path / "chat.gguf")
+    assert chat(cli, model, "-st") == "<user>the:"
+    assert chat(cli, model, "-sys", r"be\nshort") == "<system>be\nshort<user>the:"
+    said = tmp_path / "system.txt"
+    said.write_text("from a file\n")
+    assert chat(cli, model, "-sysf", said) == "<system>from a file<user>the:"
+    assert chat(cli, model, "--chat", "-rea", "off") == "<user>the[False]:"
+    assert chat(cli, model, "--chat", "--chat-template-kwargs", '{"enable_thinking": 3}') == "<user>the[3]:"
+    assert chat(cli, model, "--chat", "--chat-template", "{{ messages[0].content }}!") == "the!"
+    said.write_text("<{{ messages[0].content }}>")
+    assert chat(cli, model, "--chat", "--chat-template-file", said) == "<the>"
+    done = cli("run", "-m", model, "-p", "the", "-n", 1, "--chat", "--reasoning-effort", "low")
+    assert "note: the chat template does not read reasoning_effort: no effect" in done.err
+    assert done.out.count("the") == 0  # the answer alone
+    assert cli("run", "-m", model, "-p", "the", "-n", 1, "--chat", "--display-prompt").out.startswith("<user>the:")
+    assert not cli("run", "-m", model, "-p", "the", "-n", 1, "--no-display-prompt").out.startswith("the")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--chat-template", "chatml"], "--chat-template 'chatml' names a template; allowed: the text of a Jinja"),
+        (["--chat-template-kwargs", "{"], "--chat-template-kwargs: Expecting property name"),
+        (["--chat-template-kwargs", "[1]"], "--chat-template-kwargs: it is no JSON object"),
+        (["--chat-template-kwargs", '{"tokenize": true}'], "--chat-template-kwargs: tokenize is not a variable"),
+        (["-rea", "low"], "-rea 'low'; allowed: on, off, auto"),
+        (["-sys", "a", "-sysf", "b"], "-sys and -sysf were given together"),
+        (["-sysf", "/nowhere"], "-sysf /nowhere: No such file"),
+        (["-sys", "a", "-no-cnv"], "-no-cnv and -sys were given together"),
+        (["--chat-template", "{{", "--chat"], "the chat template fails: "),
+    ],
+)
+def test_what_is_wrong_with_options_of_a_chat(cli: Cli, gguf: Path, argv: list[str], said: str) -> None:
+    done = cli("run", "-m", gguf, "-p", "the", "-n", 1, *argv)
+    assert done.code == 2
+    assert said in done.err
+
+
+def test_a_context_of_0_is_the_largest_that_fits(cli: Cli, gguf: Path) -> None:
+    options = ("run", "-m", gguf, "-p", "the", "-n", 1, "-np", 16)
+    whole = cli(*options, "-c", 0)
+    assert "tokens fit in memory" not in whole.err
+    needed = re.search(r"this takes ([\d.]+) MiB", cli(*options, "-c", 512, "--memory", "1MiB").err)
+    assert needed
+    less = f"{float(needed[1]) - 0.6:.1f}MiB"
+    done = cli(*options, "-c", 0, "--memory", less)
+    assert (done.code, "note: -c 0: 256 tokens fit in memory, not the 512 of training" in done.err) == (0, True)
+    assert "not enough memory" in cli(*options, "-c", 512, "--memory", less).err
