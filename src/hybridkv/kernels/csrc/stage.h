@@ -19,10 +19,10 @@ constexpr int kWidth = 64;     // bytes that a product takes of a row of codes
 #else
 constexpr int kTile = 64;
 constexpr int kStagedK = kTile;
-// Rows of K's codes in pairs of dims at a time: they stay in the first cache until the last query has had them.
-constexpr int kPairedK = 2 * Simd::lanes;
 constexpr int kWidth = kBlock;
 #endif
+// Rows of K's codes in pairs of dims at a time: they stay in the first cache until the last query has had them.
+constexpr int kPairedK = 2 * Simd::lanes;
 
 inline int64_t padded(int64_t head_dim) { return (head_dim + kBlock - 1) / kBlock * kBlock; }
 
