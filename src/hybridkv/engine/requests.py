@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hybridkv.cache import KVTypes
-from hybridkv.engine.sampling import SamplingParams
+from hybridkv.engine.sampling import SamplingParams, Steering
 from hybridkv.errors import UsageError
 
 Finish = Literal["stop", "length", "error", "cancelled"]
@@ -43,6 +43,8 @@ class Request:
         How this sequence's KV layers are stored; None takes the scheduler's specs.
     reuse
         Whether the sequence may begin from a stored prefix and leave one behind.
+    steering
+        Decides which tokens may come; for this request alone, because it follows them.
     """
 
     prompt_ids: tuple[int, ...]
@@ -52,6 +54,7 @@ class Request:
     logprobs: int | None = None
     types: KVTypes | None = None
     reuse: bool = True
+    steering: Steering | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:

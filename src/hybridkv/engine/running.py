@@ -53,7 +53,7 @@ class Running:
     cache: ModelCache | None = None
 
     def __post_init__(self) -> None:
-        self.sampler = Sampler(self.ticket.request.params)
+        self.sampler = Sampler(self.ticket.request.params, self.ticket.request.steering)
         self.history = list(self.ticket.request.prompt_ids)
         self.n_prefill = len(self.history)
 
