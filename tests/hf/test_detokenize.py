@@ -87,7 +87,7 @@ def test_bytes_of_tokens(tokenizer: Any, text: str) -> None:
 
 
 def test_breakers_are_the_tokens_that_hold_them() -> None:
-    from hybridkv.hf.breakers import DRY_BREAKERS, breaker_ids
+    from hybridkv.text.breakers import DRY_BREAKERS, breaker_ids
     from tests.chat_models import CHATML, byte_level
 
     words = byte_level(CHATML)

@@ -35,7 +35,7 @@ class Reuse:
 
     def wanted(self, request: Request) -> bool:
         """Whether this request's sequence begins from stored prefixes and leaves its own."""
-        return request.reuse and self._chunk is not None and self._store.budget_bytes > 0
+        return request.reuse and not request.score_prompt and self._chunk is not None and self._store.budget_bytes > 0
 
     def begin(self, sequence: Running) -> Checkpoint | None:
         """Give a sequence its cache, filled from the furthest checkpoint that leaves it a token to process."""

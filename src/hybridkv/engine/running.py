@@ -96,6 +96,12 @@ class Running:
             return Event(token, finished=finished)
         return Event(token, *_logprobs(logits, token, request.logprobs), finished)
 
+    def score(self, rows: Tensor, begin: int) -> None:
+        """Score the prompt's tokens that follow those from `begin` on, from the logits `[T, V]` after each of these."""
+        scores = self.ticket.prompt_scores
+        for place, row in enumerate(rows[: len(scores) - 1 - begin], begin + 1):
+            scores[place] = _logprobs(row, self.history[place], self.ticket.request.logprobs or 0)
+
 
 def _logprobs(logits: Tensor, token: int, n: int) -> tuple[float, tuple[tuple[int, float], ...]]:
     logprobs = torch.log_softmax(logits.float(), -1)

@@ -113,6 +113,10 @@ class SamplingParams:
         if bad is not None:
             raise UsageError(f"--logit-bias {bad[0]}:{bad[1]}; allowed: -1e9 to 1e9")
 
+    def for_sample(self, number: int) -> SamplingParams:
+        """The same for another draw of the same request: a seed of its own, if there is one."""
+        return self if self.seed is None or not number else replace(self, seed=(self.seed + number) % 2**63)
+
     @property
     def looks_back(self) -> bool:
         """Whether the text so far makes a difference."""
@@ -173,6 +177,8 @@ class Sampler:
 
     def __init__(self, params: SamplingParams, steering: Steering | None = None) -> None:
         self.params, self.steering = params, steering
+        self._allowed: Tensor | None = None
+        self._steered = False
         self._generator = torch.Generator()
         self.seed = self._generator.seed() if params.seed is None else params.seed
         self._generator.manual_seed(self.seed)
@@ -188,10 +194,16 @@ class Sampler:
         drawn = draw_each([self] * len(logits), logits, histories)
         return torch.tensor(drawn)
 
+    def steer(self) -> None:
+        """Ask which tokens may come next. `adjusted` does so otherwise; apart, what goes wrong has one culprit."""
+        self._allowed, self._steered = None if self.steering is None else self.steering.allowed(), True
+
     def adjusted(self, logits: Tensor, history: Sequence[int]) -> Tensor | None:
         """Logits `[V]` for this sequence alone; None where they are those that were given."""
         p = self.params
-        ids = None if self.steering is None else self.steering.allowed()
+        if not self._steered:
+            self.steer()
+        ids, self._steered = self._allowed, False
         if ids is None and not (p.looks_back or p.logit_bias):
             return None
         own = logits.float().clone()

@@ -54,7 +54,9 @@ class MessageError(ModelFileError):
         self.index = index
 
 
-def chat_prompt(words: ControlWords, messages: Sequence[Message]) -> Covered:
+def chat_prompt(
+    words: ControlWords, messages: Sequence[Message], variables: Mapping[str, Any] | None = None
+) -> Covered:
     """Render a conversation, up to where its answer begins.
 
     System messages at the beginning are merged, a blank line between them, where the template takes only one.
@@ -65,6 +67,8 @@ def chat_prompt(words: ControlWords, messages: Sequence[Message]) -> Covered:
         Those of the model's tokenizer.
     messages
         Each with a `role` and a `content`, and whatever else the template knows.
+    variables
+        Of the template, such as `enable_thinking`.
 
     Raises
     ------
@@ -75,9 +79,10 @@ def chat_prompt(words: ControlWords, messages: Sequence[Message]) -> Covered:
     ModelFileError
         If the template fails, tries what the sandbox forbids, or does not end.
     """
-    cover = words.cover_of(_texts(messages))
+    cover = words.cover_of([*_texts(messages), *_texts(variables or {})])
     covered = [cover.cover_message(message) for message in messages]
-    text = _render_systems(words.tokenizer, covered)
+    # Tools and variables are text that people wrote, too.
+    text = _render_systems(words.tokenizer, covered, cover.cover_message(variables or {}))
     return Covered(cover.rendered(text), cover)
 
 
@@ -94,40 +99,40 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(held)
 
 
-def _render_systems(tokenizer: Any, messages: Sequence[Message]) -> str:
+def _render_systems(tokenizer: Any, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
     """Render messages whose system messages after the first may be more than the template takes."""
     later = [index for index, message in enumerate(messages) if index and message.get("role") == "system"]
-    if not later or _takes(tokenizer, messages, later):
-        return chat_text(tokenizer, messages)
+    if not later or _takes(tokenizer, messages, later, variables):
+        return chat_text(tokenizer, messages, variables)
     n_first = next((n for n, message in enumerate(messages) if message.get("role") != "system"), len(messages))
     if n_first > 1:
         contents = [str(message.get("content") or "") for message in messages[:n_first]]
         messages = [{**messages[0], "content": "\n\n".join(contents)}, *messages[n_first:]]
         later = [index - n_first + 1 for index in later if index >= n_first]
-    if later and not _takes(tokenizer, messages, later):
+    if later and not _takes(tokenizer, messages, later, variables):
         without = [message for index, message in enumerate(messages) if index not in later]
-        chat_text(tokenizer, without)  # what else is wrong is said first
+        chat_text(tokenizer, without, variables)  # what else is wrong is said first
         index = later[0] + max(n_first, 1) - 1
         raise MessageError(
             f"messages.{index}: the chat template takes system messages at the beginning alone",
             index=index,
             hint="move it to the beginning, or make it a part of a user message",
         )
-    return chat_text(tokenizer, messages)
+    return chat_text(tokenizer, messages, variables)
 
 
-def _takes(tokenizer: Any, messages: Sequence[Message], later: Sequence[int]) -> bool:
+def _takes(tokenizer: Any, messages: Sequence[Message], later: Sequence[int], variables: Mapping[str, Any]) -> bool:
     """Whether a template writes these system messages: some refuse them, some leave them out in silence."""
     marks = {index: f"system{index}message" for index in later}
     marked = [{**m, "content": marks[n]} if n in marks else m for n, m in enumerate(messages)]
     try:
-        text = chat_text(tokenizer, marked)
+        text = chat_text(tokenizer, marked, variables)
     except ModelFileError:
         return False
     return all(mark in text for mark in marks.values())
 
 
-def chat_text(tokenizer: Any, messages: Sequence[Message]) -> str:
+def chat_text(tokenizer: Any, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> str:
     """The text that a model sees of a conversation, up to where its answer begins.
 
     Parameters
@@ -136,6 +141,8 @@ def chat_text(tokenizer: Any, messages: Sequence[Message]) -> str:
         A Transformers tokenizer.
     messages
         Each with a `role` and a `content`.
+    variables
+        Of the template.
 
     Raises
     ------
@@ -149,7 +156,9 @@ def chat_text(tokenizer: Any, messages: Sequence[Message]) -> str:
     hint = "the template is a part of the model; leave --chat out to do without it"
     try:
         with _time_limit():
-            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True, **(variables or {})
+            )
     except SecurityError as error:
         raise ModelFileError(f"the chat template tries what it must not: {_line(error)}", hint=hint) from error
     except TimeoutError as error:

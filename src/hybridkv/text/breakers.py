@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hybridkv.hf.detokenize import token_bytes
+from hybridkv.text.detokenize import token_bytes
 
 DRY_BREAKERS = ("\n", ":", '"', "*")
 """llama.cpp's defaults."""
