@@ -92,8 +92,8 @@ def test_every_dialect(dialect: Dialect) -> None:
 
 
 CALLS: list[tuple[str, str, list[tuple[str, Any]]]] = [
-    ("hermes", '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>\n<tool_call>\n{"name": "g", "arguments": {}}'
-     "\n</tool_call>", [("f", {"x": 1}), ("g", {})]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>\n<tool_call>{"name": "g"}</tool_call>\n',
+     [("f", {"x": 1}), ("g", {})]),
     ("hermes", '<tool_call>{"arguments": {"x": 1}, "name": "f"}</tool_call>', [("f", {"x": 1})]),
     ("hermes", '<tool_call>{"name": "g"}</tool_call>', [("g", {})]),
     ("hermes", '<tool_call>{"name": "f", "arguments": "{\\"x\\": 2}"}</tool_call>', [("f", {"x": 2})]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import time
@@ -145,8 +146,7 @@ def test_thoughts_may_begin_where_a_grammar_waits() -> None:
 def test_a_budget_closes_thoughts(budget: int) -> None:
     steer = Steer(bytes_of, thinking(opened=True, budget=budget), None)
     text, _ = generated(steer, 3, most=40)
-    thought, closed, _ = text.partition("</think>")
-    assert closed
+    assert "</think>" in text
     assert steer.n_thought == budget + 1  # with the word that closes them
     later = Steer(bytes_of, thinking(opened=False, may_open=True, budget=2), None)
     for token in (*ids_of("<think>"), *ids_of("ab")):
@@ -191,10 +191,8 @@ def test_hostile_grammars_are_refused_in_time(grammar: Grammar, message: str, mo
 def test_huge_grammars_are_built_in_time_or_refused(grammar: Grammar, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammars, "MAX_CPU_SECONDS", 3)
     start = time.process_time()
-    try:
+    with contextlib.suppress(UsageError):
         assert len(matcher(grammar).allowed())
-    except UsageError as error:
-        assert error.message
     assert time.process_time() - start < 10
 
 

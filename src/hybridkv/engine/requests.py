@@ -47,6 +47,8 @@ class Request:
         How this sequence's KV layers are stored; None takes the scheduler's specs.
     reuse
         Whether the sequence may begin from a stored prefix and leave one behind.
+    marks
+        Places in the prompt, in tokens, from which a later one may differ; a checkpoint is left before each.
     score_prompt
         Whether the prompt's own tokens get log probabilities, `Ticket.prompt_scores`; needs `logprobs`.
     steering
@@ -60,6 +62,7 @@ class Request:
     logprobs: int | None = None
     types: KVTypes | None = None
     reuse: bool = True
+    marks: tuple[int, ...] = ()
     score_prompt: bool = False
     steering: Steering | None = field(default=None, compare=False)
 

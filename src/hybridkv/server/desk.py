@@ -262,6 +262,7 @@ class Desk:
             logprobs=asked.logprobs,
             types=None if body.kv_types is None else KVTypes(**body.kv_types.model_dump()),
             reuse=body.cache_prompt is not False,
+            marks=() if asked.rendered is None else asked.rendered.marks,
             score_prompt=asked.echo is not None and asked.logprobs is not None,
             steering=steering,
         )

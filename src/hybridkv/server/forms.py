@@ -95,7 +95,7 @@ class Forms:
         return of_calls(self._prompts.dialect, tools, self._word, several=several, or_schema=other)
 
     def _word(self, word: str) -> str:
-        """A word of a dialect in Lark: by its id where it is a token of its own, which for llguidance no text spells."""
+        """A word of a dialect in Lark: by its id where it is an added token, which for llguidance no text spells."""
         added = self._prompts.tokenizer.backend_tokenizer.get_added_tokens_decoder()
         index = next((i for i, token in added.items() if token.content == word), None)
         return json.dumps(word, ensure_ascii=False) if index is None else f"<[{index}]>"

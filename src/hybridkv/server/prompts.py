@@ -48,12 +48,15 @@ class Rendered:
         Whether the prompt ends inside of thoughts, and whether the answer may still open them.
     unknown
         Variables that the template does not read.
+    marks
+        Tokens before the user's last message: what a changed question has in common with this one.
     """
 
     ids: tuple[int, ...]
     opened: bool
     may_think: bool
     unknown: tuple[str, ...]
+    marks: tuple[int, ...] = ()
 
 
 class Prompts:
@@ -180,13 +183,17 @@ class Prompts:
             unread.remove("enable_thinking")
         unknown = tuple(f"chat_template_kwargs.{name}" for name in unread)
 
+        asked = [turn for turn in reversed(turns) if turn["role"] == "user"]
+
         def render() -> Rendered:
             prompt = chat_prompt(self._words, turns, given)
             text = prompt.text
             opened = opens_thoughts(text, self.thoughts)
             closed = text.rstrip().endswith(self.thoughts[1])
             writes = any(word in self.template for word in self.thoughts)
-            return Rendered(tuple(prompt.ids()), opened, writes and not opened and not closed, unknown)
+            ids, last = tuple(prompt.ids()), prompt.find_last(next((t["content"] for t in asked if t["content"]), ""))
+            marks = () if last is None else (len(ids) - len(prompt.ids(last)),)
+            return Rendered(ids, opened, writes and not opened and not closed, unknown, marks)
 
         try:
             return await self.in_thread(sum(len(turn["content"]) for turn in turns), render)
