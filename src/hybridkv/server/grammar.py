@@ -248,15 +248,30 @@ def _closed(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 def _xml_calls(tools: Tools) -> list[str]:
     functions = []
-    lines = ["VALUE: /([^<]|<[^\\/])*/"]
+    lines = ['NL: "\\n"', "VALUE: /([^<]|<[^\\/])*/"]
     for number, (name, parameters) in enumerate(tools.items()):
         properties, required = parameters.get("properties", {}), parameters.get("required", [])
         keys = [*(key for key in properties if key in required), *(key for key in properties if key not in required)]
-        ends = {key: "" if key in required else "?" for key in keys}
-        parts = [f"({_quoted(f'<parameter={key}>')} NL VALUE {_quoted('</parameter>')} NL){ends[key]}" for key in keys]
+        parts = []
+        for place, key in enumerate(keys):
+            value = f"v{number}x{place}"
+            lines.append(f"{value}: {_xml_value(properties[key])}")
+            ends = "" if key in required else "?"
+            parts.append(f"({_quoted(f'<parameter={key}>')} NL {value} {_quoted('</parameter>')} NL){ends}")
         functions.append(f"f{number}")
         lines.append(f"f{number}: {_quoted(f'<function={name}>')} NL {' '.join(parts)} {_quoted('</function>')}")
-    return [f"body: {' | '.join(functions)}", 'NL: "\\n"', *lines]
+    return [f"body: {' | '.join(functions)}", *lines]
+
+
+def _xml_value(schema: Any) -> str:
+    """A value without quotes: one of those that are listed, JSON where it is no text, or any text."""
+    schema = schema if isinstance(schema, dict) else {}
+    listed = schema.get("enum")
+    if isinstance(listed, list) and listed and all(isinstance(value, str) for value in listed):
+        return f"({' | '.join(map(_quoted, listed))}) NL"
+    if schema.get("type") in ("integer", "number", "boolean", "array", "object"):
+        return f"%json {_schema_text(schema)} NL"
+    return "VALUE"
 
 
 def _quoted(text: str) -> str:
