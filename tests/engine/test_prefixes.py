@@ -227,3 +227,29 @@ def test_no_room_in_the_middle_of_a_conversation() -> None:
     again = ask(run, (*ticket.token_ids, 5))
     assert again.usage.cached_tokens == 119
     assert tokens(again) == alone(Request((*ticket.token_ids, 5), 10, GREEDY))
+
+
+def test_a_checkpoint_is_left_before_each_mark() -> None:
+    """A question that is changed goes on from the last boundary before it, not from the last 1024 tokens."""
+    run = scheduler(prefix_bytes=ROOM, prefill_chunk=8)
+    first, other = prompt(60, seed=1), prompt(60, seed=2)
+    ask(run, first, marks=(35,))
+    changed = ask(run, (*first[:35], *other[35:]))
+    assert changed.usage.cached_tokens == 32
+    unmarked = scheduler(prefix_bytes=ROOM, prefill_chunk=8)
+    ask(unmarked, first)
+    assert ask(unmarked, (*first[:35], *other[35:])).usage.cached_tokens == 0
+    assert tokens(changed) == tokens(ask(unmarked, (*first[:35], *other[35:]), reuse=False))
+
+
+def test_a_prefix_without_room_is_said_once() -> None:
+    said: list[str] = []
+    run = scheduler(prefix_bytes=1000, notify=said.append)
+    for seed in range(3):
+        ask(run, prompt(40, seed=seed))
+    assert len(run.prefixes) == 0
+    [line] = [line for line in said if "found no room" in line]
+    assert "in 0 MiB of stored prefixes: the next turn of such a conversation starts over" in line
+    roomy: list[str] = []
+    ask(scheduler(prefix_bytes=ROOM, notify=roomy.append), prompt(40, seed=1))
+    assert roomy == []

@@ -84,3 +84,15 @@ def test_a_character_in_four_tokens_comes_in_one_piece(tokenizer: Any) -> None:
 def test_bytes_of_tokens(tokenizer: Any, text: str) -> None:
     assert b"".join(token_bytes(tokenizer, token) for token in encode(tokenizer, text)) == text.encode()
     assert token_bytes(tokenizer, tokenizer.backend_tokenizer.get_vocab_size()) == b""
+
+
+def test_breakers_are_the_tokens_that_hold_them() -> None:
+    from hybridkv.text.breakers import DRY_BREAKERS, breaker_ids
+    from tests.chat_models import CHATML, byte_level
+
+    words = byte_level(CHATML)
+    ids = breaker_ids(words)
+    assert {words.decode([i]) for i in ids} == set(DRY_BREAKERS)
+    [last] = breaker_ids(words, ["stop"])  # over four tokens of a byte-level vocabulary without merges
+    assert words.decode([last]) == "p"
+    assert breaker_ids(words, []) == frozenset()

@@ -37,7 +37,7 @@ def error_of(response: Any, status: int) -> dict[str, Any]:
 
 @pytest.fixture
 def server(scripted: Scripter) -> Running:
-    return scripted(5, 6, 0, chat=True)
+    return scripted(5, 6, 0, chat=True, strict=True)
 
 
 WRONG: tuple[tuple[str, str], ...] = (
@@ -54,13 +54,13 @@ WRONG: tuple[tuple[str, str], ...] = (
     ('{"prompt": [-1]}', "prompt"),
     ('{"prompt": [8192]}', "prompt: 8192; this model's tokens are 0 to 8191"),
     ('{"prompt": [1e400]}', "prompt"),
-    ('{"prompt": ["a", "b"]}', "2 prompts; allowed: one a request"),
+    ('{"prompt": ["a", 5]}', "prompt"),
+    (f'{{"prompt": {json.dumps(["x"] * 40)}, "n": 2}}', "80 answers to 40 prompts; allowed: 64"),
     ('{"prompt": []}', "the prompt has no tokens"),
     ('{"prompt": ""}', "the prompt has no tokens"),
     ('{"prompt": "a\\ud800"}', "prompt: character 1 is half of a surrogate pair"),
     ('{"prompt": "x", "\\ud800": 1}', "unicode string"),
     ('{"prompt": "x", "max_tokens": "5"}', "max_tokens: Input should be a valid integer"),
-    ('{"prompt": "x", "max_tokens": 0}', "max_tokens"),
     ('{"prompt": "x", "max_tokens": -1}', "max_tokens"),
     ('{"prompt": "x", "max_tokens": 1.5}', "max_tokens"),
     ('{"prompt": "x", "max_tokens": true}', "max_tokens"),
@@ -68,31 +68,46 @@ WRONG: tuple[tuple[str, str], ...] = (
     ('{"prompt": "x", "temperature": NaN}', "temperature"),
     ('{"prompt": "x", "temperature": 1e-9}', "temperature: allowed: 0 .greedy., or 0.001 to 2"),
     ('{"prompt": "x", "top_p": 0}', "top_p"),
-    ('{"prompt": "x", "n": 2}', "n: Input should be 1"),
+    ('{"prompt": "x", "n": 0}', "n: Input should be greater than or equal to 1"),
+    ('{"prompt": "x", "n": 65}', "n: Input should be less than or equal to 64"),
     ('{"prompt": "x", "stop": [""]}', "stop"),
     ('{"prompt": "x", "stop": [5]}', "stop"),
     ('{"prompt": "x", "logprobs": 21}', "logprobs"),
     ('{"prompt": "x", "seed": 1e30}', "seed"),
-    ('{"prompt": "x", "echo": true}', "echo is not offered by this server; allowed: null, False"),
-    ('{"prompt": "x", "best_of": 3}', "best_of is not offered"),
-    ('{"prompt": "x", "logit_bias": {"5": 1}}', "logit_bias is not offered"),
-    ('{"prompt": "x", "frequency_penalty": 0.5}', "frequency_penalty is not offered"),
-    ('{"prompt": "x", "suffix": "y"}', "suffix is not offered"),
+    ('{"prompt": "x", "echo": true, "suffix": "y"}', "echo and suffix were given together"),
+    ('{"prompt": "x", "best_of": 3}', "best_of 3; allowed: n, 1"),
+    ('{"prompt": "x", "logit_bias": {"a": 1}}', "logit_bias"),
+    ('{"prompt": "x", "logit_bias": {"5": true}}', "logit_bias"),
+    ('{"prompt": "x", "frequency_penalty": 1000}', "frequency_penalty"),
+    ('{"prompt": "x", "repeat_penalty": 0}', "repeat_penalty"),
+    ('{"prompt": "x", "suffix": "y"}', "suffix: this model's vocabulary has no words for filling in"),
+    ('{"prompt": "x", "grammar": "x", "regex": "y"}', "grammar and regex were given together"),
+    ('{"prompt": "x", "modalities": ["audio"]}', "modalities is not offered by this server; allowed: null"),
     ('{"prompt": "x", "stream_options": {"include_usage": true}}', "stream_options needs stream: true"),
     ('{"prompt": "x", "temprature": 1}', "temprature: no such field"),
     ('{"prompt": "x", "kv_types": {"type_k": 4, "type_v": "q4_0"}}', "kv_types.type_k"),
 )
 WRONG_CHATS: tuple[tuple[str, str], ...] = (
     ('{"messages": []}', "messages"),
-    ('{"messages": [{"role": "user"}]}', "messages.0.content: Field required"),
+    ('{"messages": [{"role": "user"}]}', "messages.0: content: Field required"),
+    ('{"messages": [{"role": "user", "content": null}]}', "messages.0: content: Field required"),
+    ('{"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}', "max_tokens"),
     ('{"messages": [{"role": "king", "content": "x"}]}', "messages.0.role"),
-    ('{"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}', "tool_calls is not offered"),
-    ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "messages.0.content"),
+    ('{"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}', "tool_calls"),
+    ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "type 'image_url'; allowed: text"),
     ('{"messages": [{"role": "user", "content": "\\udfff"}]}', "messages.0.content"),
-    ('{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}', "tools is not offered"),
+    ('{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}', "tools.0.function"),
+    ('{"messages": [{"role": "user", "content": "x"}], "tool_choice": "required"}', "tool_choice required needs tools"),
+    (
+        '{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"tools": 1}}',
+        "no variable of a",
+    ),
     ('{"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2}', "top_logprobs needs logprobs: true"),
     ('{"messages": [{"role": "user", "content": "x"}], "max_tokens": 5, "max_completion_tokens": 5}', "together"),
-    ('{"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_object"}}', "not offered"),
+    (
+        '{"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_schema"}}',
+        "needs json_schema",
+    ),
 )
 
 
@@ -106,7 +121,7 @@ def test_wrong_bodies(server: Running) -> None:
 
 
 def test_what_asks_for_nothing_is_taken(server: Running) -> None:
-    neutral = {"n": 1, "echo": False, "best_of": None, "logit_bias": {}, "frequency_penalty": 0, "user": "me"}
+    neutral = {"n": 1, "echo": False, "best_of": 1, "logit_bias": {}, "frequency_penalty": 0, "user": "me"}
     assert post(server, {"prompt": "a\u0000b 😀", "stop": None, **neutral}).status_code == 200
     assert post(server, {"prompt": ["x"]}).status_code == 200
     assert post(server, {"prompt": [[5, 6]]}).status_code == 200

@@ -31,18 +31,35 @@ CHECKS: list[CheckFunction] = [
     unsupported_method,
 ]
 EXAMPLES = 12
+UNDESCRIBED = (
+    "grammar",
+    "regex",
+    "json_schema",
+    "response_format",
+    "tools",
+    "tool_choice",
+    "suffix",
+    "chat_template_kwargs",
+)
+"""No schema says which grammars there are, which variables a template has, or which words a vocabulary."""
 
 
 @pytest.mark.parametrize("mode", [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE])
 def test_no_reply_contradicts_the_document(scripted: Scripter, mode: Any) -> None:
-    server = scripted(5, 6, 0, chat=True)
-    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    server = scripted(5, 6, 0, chat=True, strict=mode is schemathesis.GenerationMode.NEGATIVE)
+    with server.http as http:
+        document = http.get("/openapi.json").json()
+    for name in ("CompletionRequest", "ChatRequest"):
+        for field in UNDESCRIBED:
+            document["components"]["schemas"][name]["properties"].pop(field, None)
+    schema = schemathesis.openapi.from_dict(document)
+    schema.config.update(base_url=server.url)
     statuses: set[int] = set()
     n_operations = 0
     for result in schema.get_all_operations():
         operation = result.ok()
         if mode is schemathesis.GenerationMode.NEGATIVE and not operation.path.endswith("completions"):
-            continue  # nothing in it can be wrong
+            continue  # nothing in it can be wrong, or it is a model's token that is
         n_operations += 1
 
         @seed(7)
@@ -100,7 +117,7 @@ BODIES: list[tuple[str, dict[str, Any], bool]] = [
 @pytest.mark.parametrize(("path", "body", "taken"), BODIES)
 def test_the_document_says_what_is_refused(scripted: Scripter, path: str, body: dict[str, Any], taken: bool) -> None:
     """Fields that are wrong together, and bounds that a float cannot hold, are in the document too."""
-    server = scripted(5, 6, 0, chat=True)
+    server = scripted(5, 6, 0, chat=True, strict=True)
     with server.http as http:
         document = http.get("/openapi.json").json()
         assert (http.post(f"/v1/{path}", json=body).status_code == 200) is taken

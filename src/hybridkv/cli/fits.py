@@ -123,6 +123,12 @@ def fit_context(
     return replace(opened, n_ctx=most)
 
 
+def bytes_beside(opened: Opened, demand: Demand) -> int:
+    """What the weights and a run take together at most."""
+    held = opened.held()
+    return max(held.peak_bytes, held.n_bytes + sum(_parts(opened, demand).values()))
+
+
 def _kv_bytes(specs: Sequence[KVSpec], demand: Demand) -> int:
     return sum(spec.bytes_at(demand.n_ctx, demand.n_seqs) for spec in specs)
 

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from hybridkv.cli.fits import Demand, check_memory, fit_context
 from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, limit_spinning, open_model
 from hybridkv.cli.ray_options import LOCAL
 from hybridkv.cli.resolve import resolve_types
+from hybridkv.cli.serve_answers import Answers, add_answer_arguments, answers_from
 from hybridkv.cli.show import notice, size, warning
 from hybridkv.errors import UsageError
 
@@ -46,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `hybridkv serve`, in llama-server's spellings where it has them."""
     add_model_arguments(parser, limit_option="--total-memory")
     _add_server_arguments(parser.add_argument_group("server"))
+    add_answer_arguments(parser.add_argument_group("answers"))
     _add_scheduler_arguments(parser.add_argument_group("sequences"))
     add_cache_arguments(parser)
 
@@ -106,9 +109,9 @@ def _add_scheduler_arguments(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument(
         "--prefix-memory",
-        default="256MiB",
         metavar="SIZE",
-        help="most that stored prefixes may take beside that, from which later prompts go on; 0: none (default 256MiB)",
+        help="memory for cached prompt prefixes, on top of --memory; 0 disables (default: 8 checkpoints of a "
+        "whole context for each of -np, within a quarter of the memory that is left)",
     )
     group.add_argument(
         "--max-waiting", type=int, default=64, metavar="N", help="requests that may wait for their turn (default 64)"
@@ -175,11 +178,13 @@ def check(a: argparse.Namespace) -> tuple[AnyPolicy, Guard, tuple[str, ...]]:
     from hybridkv.policy import Guard, parse_mode
 
     a.memory = None if a.memory is None else parse_bytes(a.memory)
-    a.prefix_memory = 0 if a.prefix_memory == "0" else parse_bytes(a.prefix_memory, "--prefix-memory")
+    if a.prefix_memory is not None:
+        a.prefix_memory = 0 if a.prefix_memory == "0" else parse_bytes(a.prefix_memory, "--prefix-memory")
     a.max_body = parse_bytes(a.max_body, "--max-body")
+    a.answers = answers_from(a)
     keys = _keys(a.api_key)
     a.session_dir = _session_dir(a.session_dir)
-    if a.session_dir is not None and not a.prefix_memory:
+    if a.session_dir is not None and a.prefix_memory == 0:
         raise UsageError("--session-dir with --prefix-memory 0: sessions are made of stored prefixes")
     if a.replicas is not None and a.ray is None:
         raise UsageError(f"--replicas {a.replicas} without --ray", hint="add --ray, or run several servers")
@@ -188,8 +193,12 @@ def check(a: argparse.Namespace) -> tuple[AnyPolicy, Guard, tuple[str, ...]]:
 
 def demand(a: argparse.Namespace, opened: Opened, specs: Sequence[KVSpec], guard: Guard) -> Demand:
     """What a server takes when all its sequences run at full length."""
-    more = {"stored prefixes": a.prefix_memory}
-    return Demand(specs, opened.n_ctx, a.parallel, more=more, budget_bytes=a.memory, guarded=guard.measures)
+    rest = Demand(specs, opened.n_ctx, a.parallel, budget_bytes=a.memory, guarded=guard.measures)
+    if a.prefix_memory is None:
+        from hybridkv.cli.prefix_memory import default_prefix_bytes
+
+        a.prefix_memory = default_prefix_bytes(opened, specs, rest)
+    return replace(rest, more={"stored prefixes": a.prefix_memory})
 
 
 def load_served(
@@ -274,6 +283,7 @@ def _served(
     from hybridkv.model import vocabulary_rows
     from hybridkv.server.desk import Served
 
+    answers: Answers = a.answers
     types = specs[0].types if specs else KVTypes()
     labels = ", ".join(dict.fromkeys(spec.types.label for spec in specs)) or "none"
     return Served(
@@ -287,6 +297,11 @@ def _served(
         n_vocab=vocabulary_rows(loaded.model.config),
         end_ids=loaded.end_ids,
         session_dir=a.session_dir,
+        strict=answers.strict,
+        variables=answers.variables,
+        reasoning_format=answers.reasoning_format,
+        reasoning_budget=answers.reasoning_budget,
+        notify=notice,
         fingerprint=f"hybridkv-{__version__}-{labels}".replace(", ", "-"),
     )
 

@@ -134,7 +134,8 @@ class Engine:
             start = time.perf_counter()
             if step > 0:
                 logits = self._advance(self.history[:, -1:])
-            tokens = same_everywhere(sampler.draw(logits), self._model)
+            histories = self.history.tolist() if params.looks_back else ()
+            tokens = same_everywhere(sampler.draw(logits, histories), self._model)
             self.history = torch.cat([self.history, tokens.unsqueeze(1)], dim=1)
             self.timings.n_generated += n_seqs
             self.timings.generation_s += time.perf_counter() - start

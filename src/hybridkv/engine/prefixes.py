@@ -91,11 +91,17 @@ class PrefixStore:
     ----------
     budget_bytes
         What all rows and states may take; 0 stores nothing.
+
+    Attributes
+    ----------
+    n_refused
+        Checkpoints that found no room.
     """
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self.nbytes = 0
+        self.n_refused = 0
         self._roots: dict[Key, Children] = {}
         self._order: dict[Checkpoint, None] = {}  # those with states, the longest unused first
 
@@ -148,12 +154,14 @@ class PrefixStore:
         if known is not None:
             return self._again(known, stored, parent)
         if stored.nbytes > self.budget_bytes:
+            self.n_refused += 1
             return parent
         fresh = Checkpoint(key, parent, tuple(tokens[begun:]), stored)
         siblings.put(fresh)
         self.nbytes += stored.nbytes
         self._order[fresh] = None
         self._shrink()
+        self.n_refused += fresh not in self._order
         return fresh if fresh.kept else parent
 
     def clear(self) -> None:

@@ -13,13 +13,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from hybridkv.cache import KVTypes
-from hybridkv.engine.sampling import SamplingParams
+from hybridkv.engine.sampling import SamplingParams, Steering
 from hybridkv.errors import UsageError
 
 Finish = Literal["stop", "length", "error", "cancelled"]
 
 MAX_LOGPROBS = 20
 """Most likely tokens that a request may ask for beside each token's own probability."""
+
+
+Score = tuple[float, tuple[tuple[int, float], ...]]
+"""A token's log probability, and `(id, logprob)` of the most likely tokens in its place, the likeliest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,12 @@ class Request:
         How this sequence's KV layers are stored; None takes the scheduler's specs.
     reuse
         Whether the sequence may begin from a stored prefix and leave one behind.
+    marks
+        Places in the prompt, in tokens, from which a later one may differ; a checkpoint is left before each.
+    score_prompt
+        Whether the prompt's own tokens get log probabilities, `Ticket.prompt_scores`; needs `logprobs`.
+    steering
+        Decides which tokens may come; for this request alone, because it follows them.
     """
 
     prompt_ids: tuple[int, ...]
@@ -52,6 +62,9 @@ class Request:
     logprobs: int | None = None
     types: KVTypes | None = None
     reuse: bool = True
+    marks: tuple[int, ...] = ()
+    score_prompt: bool = False
+    steering: Steering | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -60,6 +73,8 @@ class Request:
             raise UsageError(f"max_tokens {self.max_tokens}; allowed: 1 or more")
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise UsageError(f"logprobs {self.logprobs}; allowed: 0 to {MAX_LOGPROBS}, or none")
+        if self.score_prompt and self.logprobs is None:
+            raise UsageError("a prompt is scored with logprobs alone", hint="ask for logprobs: 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +136,12 @@ class Ticket:
         What was asked for.
     listener
         Called with each event on the scheduler's thread; it must not block and must not raise.
+
+    Attributes
+    ----------
+    prompt_scores
+        Of each prompt token, if the request asks for them; complete before the first event. None for the first token,
+        which nothing precedes.
     """
 
     def __init__(self, number: int, request: Request, listener: Callable[[Event], None] | None = None) -> None:
@@ -131,6 +152,7 @@ class Ticket:
         self._done = threading.Event()
         self._usage = Usage(len(request.prompt_ids), 0, 0)
         self._generated: list[int] = []
+        self.prompt_scores: list[Score | None] = [None] * len(request.prompt_ids) if request.score_prompt else []
 
     def __iter__(self) -> Iterator[Event]:
         """Events until the last; once."""

@@ -32,10 +32,11 @@ class Reuse:
 
     def __init__(self, host: Host, store: PrefixStore, chunk: int | None) -> None:
         self._host, self._store, self._chunk = host, store, chunk
+        self._said = False
 
     def wanted(self, request: Request) -> bool:
         """Whether this request's sequence begins from stored prefixes and leaves its own."""
-        return request.reuse and self._chunk is not None and self._store.budget_bytes > 0
+        return request.reuse and not request.score_prompt and self._chunk is not None and self._store.budget_bytes > 0
 
     def begin(self, sequence: Running) -> Checkpoint | None:
         """Give a sequence its cache, filled from the furthest checkpoint that leaves it a token to process."""
@@ -50,7 +51,8 @@ class Reuse:
         return found
 
     def is_due(self, sequence: Running) -> bool:
-        """Whether to leave a checkpoint: at the last boundary of chunks in a prompt, and every so many tokens.
+        """Whether to leave a checkpoint: at the last boundary of chunks in a prompt and before each of the request's
+        marks, and every so many tokens.
 
         Only at boundaries: behind another place, the pieces of a longer prompt would be cut in another way than without
         it, and sums rounded in another way. A reply's end gets one of its own.
@@ -59,14 +61,22 @@ class Reuse:
         if not sequence.reuses or self._chunk is None or sequence.position % self._chunk:
             return False
         spacing = max(1, CHECKPOINT_TOKENS // self._chunk) * self._chunk
-        return sequence.n_prefill - sequence.position <= self._chunk or sequence.position % spacing == 0
+        ends = (sequence.n_prefill, *sequence.ticket.request.marks)
+        return any(0 <= end - sequence.position <= self._chunk for end in ends) or sequence.position % spacing == 0
 
     def leave(self, sequence: Running) -> None:
-        """Store what a sequence has processed."""
+        """Store what a sequence has processed; say once that there was no room, for turns then start over."""
         assert sequence.cache is not None
+        n_refused = self._store.n_refused
         sequence.checkpoint = self._store.add(
             sequence.key, sequence.history[: sequence.position], sequence.cache, sequence.checkpoint
         )
+        if self._store.n_refused > n_refused and not self._said:
+            self._said = True
+            self._host.notify(
+                f"a prefix of {sequence.position} tokens found no room in {self._store.budget_bytes / 2**20:.0f} MiB "
+                "of stored prefixes: the next turn of such a conversation starts over"
+            )
 
     def take(self, request: Request, tokens: tuple[int, ...], name: str) -> Session:
         """As much of a sequence as the stored prefixes hold, for a file, and where its prompt again could begin.

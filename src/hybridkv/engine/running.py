@@ -53,7 +53,7 @@ class Running:
     cache: ModelCache | None = None
 
     def __post_init__(self) -> None:
-        self.sampler = Sampler(self.ticket.request.params)
+        self.sampler = Sampler(self.ticket.request.params, self.ticket.request.steering)
         self.history = list(self.ticket.request.prompt_ids)
         self.n_prefill = len(self.history)
 
@@ -95,6 +95,12 @@ class Running:
         if request.logprobs is None:
             return Event(token, finished=finished)
         return Event(token, *_logprobs(logits, token, request.logprobs), finished)
+
+    def score(self, rows: Tensor, begin: int) -> None:
+        """Score the prompt's tokens that follow those from `begin` on, from the logits `[T, V]` after each of these."""
+        scores = self.ticket.prompt_scores
+        for place, row in enumerate(rows[: len(scores) - 1 - begin], begin + 1):
+            scores[place] = _logprobs(row, self.history[place], self.ticket.request.logprobs or 0)
 
 
 def _logprobs(logits: Tensor, token: int, n: int) -> tuple[float, tuple[tuple[int, float], ...]]:

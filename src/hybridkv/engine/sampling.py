@@ -1,17 +1,32 @@
-"""From logits to the next token: llama-cli's filters, and a seeded draw."""
+"""From logits to the next token: llama.cpp's filters in its order, and a seeded draw.
+
+The order: what a grammar or a budget allows, logit bias, penalties, DRY, top-n-sigma, top-k, typical, top-p, min-p,
+XTC, temperature. `hybridkv.engine.filters` holds each.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hybridkv.engine.warpers import warp
+from hybridkv.engine import filters
 from hybridkv.errors import UsageError
-from hybridkv.kernels.threads import torch_on_one_thread
+
+
+class Steering(Protocol):
+    """Decides which tokens may come next: a grammar, a thinking budget. State of one sequence."""
+
+    def allowed(self) -> Tensor | None:
+        """Ids of the tokens that may come next, int64, at least one; None for all."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Take the token that came."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +36,7 @@ class SamplingParams:
     Attributes
     ----------
     temp
-        0 takes the most likely token.
+        0 takes the most likely token that the filters leave.
     top_k
         Keep the k most likely tokens; 0 keeps all.
     top_p
@@ -30,6 +45,25 @@ class SamplingParams:
         Keep tokens of at least this share of the most likely one's probability; 0 keeps all.
     seed
         Of the draw; None takes a fresh one.
+    typical_p
+        Keep the tokens closest to the expected surprise that together reach this probability; 1 keeps all.
+    top_n_sigma
+        Keep tokens within so many standard deviations of the likeliest logit; 0 or less keeps all.
+    repeat_penalty, presence_penalty, frequency_penalty
+        What tokens cost that came before: a factor, once, and each time; 1, 0 and 0 cost nothing.
+    repeat_last_n
+        Newest tokens, prompt included, that these three look at; 0 for none, -1 for all.
+    logit_bias
+        `(token, what is added to its logit)`.
+    dry_multiplier, dry_base, dry_allowed_length
+        A token that prolongs a repetition of more than the allowed length costs `multiplier * base ** (length -
+        allowed)`; a multiplier of 0 turns it off.
+    dry_last_n
+        Newest tokens that DRY looks at; 0 for none, -1 for all.
+    dry_breakers
+        Tokens that no repetition reaches across.
+    xtc_probability, xtc_threshold
+        How often all tokens above the threshold but the least likely of them are taken out.
     """
 
     temp: float = 0.8
@@ -37,6 +71,20 @@ class SamplingParams:
     top_p: float = 0.95
     min_p: float = 0.05
     seed: int | None = None
+    typical_p: float = 1.0
+    top_n_sigma: float = -1.0
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_last_n: int = -1
+    dry_breakers: frozenset[int] = frozenset()
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
 
     def __post_init__(self) -> None:
         # Beyond these temperatures logits / temp leaves float32.
@@ -45,62 +93,202 @@ class SamplingParams:
             ("--top-k", self.top_k, self.top_k >= 0, "0 (keeps all) or more"),
             ("--top-p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1 (keeps all)"),
             ("--min-p", self.min_p, 0 <= self.min_p <= 1, "0 (keeps all) to 1"),
+            ("--typical", self.typical_p, 0 < self.typical_p <= 1, "more than 0, at most 1 (keeps all)"),
+            ("--top-nsigma", self.top_n_sigma, -1e3 <= self.top_n_sigma <= 1e3, "-1 (keeps all) to 1000"),
+            ("--repeat-penalty", self.repeat_penalty, 0 < self.repeat_penalty <= 100, "more than 0, at most 100"),
+            ("--repeat-last-n", self.repeat_last_n, self.repeat_last_n >= -1, "-1 (the context), 0 (off) or more"),
+            ("--presence-penalty", self.presence_penalty, abs(self.presence_penalty) <= 100, "-100 to 100"),
+            ("--frequency-penalty", self.frequency_penalty, abs(self.frequency_penalty) <= 100, "-100 to 100"),
+            ("--dry-multiplier", self.dry_multiplier, 0 <= self.dry_multiplier <= 100, "0 (off) to 100"),
+            ("--dry-base", self.dry_base, 1 <= self.dry_base <= 100, "1 to 100"),
+            ("--dry-allowed-length", self.dry_allowed_length, self.dry_allowed_length >= 1, "1 or more"),
+            ("--dry-penalty-last-n", self.dry_last_n, self.dry_last_n >= -1, "-1 (the context), 0 (off) or more"),
+            ("--xtc-probability", self.xtc_probability, 0 <= self.xtc_probability <= 1, "0 (off) to 1"),
+            ("--xtc-threshold", self.xtc_threshold, 0 <= self.xtc_threshold <= 1, "0 to 1; more than 0.5 is off"),
         )
         for option, value, fine, allowed in checks:
             if not fine:
                 raise UsageError(f"{option} {value}; allowed: {allowed}")
+        bad = next((bias for bias in self.logit_bias if not abs(bias[1]) <= 1e9), None)
+        if bad is not None:
+            raise UsageError(f"--logit-bias {bad[0]}:{bad[1]}; allowed: -1e9 to 1e9")
+
+    def for_sample(self, number: int) -> SamplingParams:
+        """The same for another draw of the same request: a seed of its own, if there is one."""
+        return self if self.seed is None or not number else replace(self, seed=(self.seed + number) % 2**63)
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether the text so far makes a difference."""
+        return bool(self._penalizes or self._dries)
+
+    @property
+    def moves_the_likeliest(self) -> bool:
+        """Whether another token than the most likely one may be left as the likeliest."""
+        return bool(self.looks_back or self.logit_bias or self.typical_p < 1 or self._excludes)
+
+    @property
+    def _penalizes(self) -> bool:
+        return self.repeat_last_n != 0 and (
+            self.repeat_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        )
+
+    @property
+    def _dries(self) -> bool:
+        return self.dry_multiplier > 0 and self.dry_last_n != 0
+
+    @property
+    def _excludes(self) -> bool:
+        return self.xtc_probability > 0 and self.xtc_threshold <= 0.5
+
+    def adjust(self, logits: Tensor, history: Sequence[int]) -> None:
+        """Add to and take from logits `[V]` what the text so far asks for, in place."""
+        for token, bias in self.logit_bias:
+            logits[token] += bias
+        if self._penalizes:
+            filters.penalize(
+                logits,
+                _newest(history, self.repeat_last_n),
+                repeat=self.repeat_penalty,
+                presence=self.presence_penalty,
+                frequency=self.frequency_penalty,
+            )
+        if self._dries:
+            filters.dry(
+                logits,
+                _newest(history, self.dry_last_n),
+                multiplier=self.dry_multiplier,
+                base=self.dry_base,
+                allowed=self.dry_allowed_length,
+                breakers=self.dry_breakers,
+            )
 
 
 class Sampler:
-    """Draws tokens. Holds the random generator's state; one per run."""
+    """Draws tokens. Holds the random generator's state; one per run.
 
-    def __init__(self, params: SamplingParams) -> None:
-        self.params = params
+    Parameters
+    ----------
+    params
+        How tokens are drawn.
+    steering
+        What may be drawn at all; None for everything.
+    """
+
+    def __init__(self, params: SamplingParams, steering: Steering | None = None) -> None:
+        self.params, self.steering = params, steering
+        self._allowed: Tensor | None = None
+        self._steered = False
         self._generator = torch.Generator()
         self.seed = self._generator.seed() if params.seed is None else params.seed
         self._generator.manual_seed(self.seed)
 
-    @torch_on_one_thread()
-    def draw(self, logits: Tensor) -> Tensor:
-        """int64 `[B]` from finite float32 logits `[B, V]`."""
-        if self.params.temp == 0:
-            return _largest(logits)
-        return self.pick(_probabilities(logits, self.params))
+    def draw(self, logits: Tensor, histories: Sequence[Sequence[int]] = ()) -> Tensor:
+        """int64 `[B]` from finite float32 logits `[B, V]`.
 
-    def pick(self, probabilities: Tensor) -> Tensor:
-        """int64 `[B]` from probabilities `[B, V]`; moves the generator on."""
-        return torch.multinomial(probabilities, 1, generator=self._generator).squeeze(-1)
+        Parameters
+        ----------
+        histories
+            The tokens of each sequence so far; needed only where `params.looks_back`.
+        """
+        drawn = draw_each([self] * len(logits), logits, histories)
+        return torch.tensor(drawn)
+
+    def steer(self) -> None:
+        """Ask which tokens may come next. `adjusted` does so otherwise; apart, what goes wrong has one culprit."""
+        self._allowed, self._steered = None if self.steering is None else self.steering.allowed(), True
+
+    def adjusted(self, logits: Tensor, history: Sequence[int]) -> Tensor | None:
+        """Logits `[V]` for this sequence alone; None where they are those that were given."""
+        p = self.params
+        if not self._steered:
+            self.steer()
+        ids, self._steered = self._allowed, False
+        if ids is None and not (p.looks_back or p.logit_bias):
+            return None
+        own = logits.float().clone()
+        p.adjust(own, history)
+        if ids is None:
+            return own
+        ids = ids.to(own.device)
+        return torch.full_like(own, filters.OUT).index_copy_(0, ids, own[ids])
+
+    def excludes(self) -> bool:
+        """Whether XTC takes out the top choices this time; moves the generator on where XTC is on."""
+        p = self.params
+        return p._excludes and float(torch.rand(1, generator=self._generator)) <= p.xtc_probability
+
+    def pick(self, probabilities: Tensor) -> int:
+        """A token from probabilities `[V]`; moves the generator on."""
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+    def accept(self, token: int) -> None:
+        """Take note of the token that was drawn."""
+        if self.steering is not None:
+            self.steering.accept(token)
 
 
-@torch_on_one_thread()
-def draw_each(samplers: Sequence[Sampler], logits: Tensor) -> list[int]:
+def draw_each(samplers: Sequence[Sampler], logits: Tensor, histories: Sequence[Sequence[int]] = ()) -> list[int]:
     """One token per sampler from its row of finite float32 logits `[N, V]`, the same as each draws alone.
 
     Rows of equal parameters are filtered together: a filter costs more in calls than in work.
+
+    Parameters
+    ----------
+    histories
+        The tokens of each sequence so far; needed only where a sampler's parameters look back.
     """
+    own = [s.adjusted(logits[i], histories[i] if histories else ()) for i, s in enumerate(samplers)]
+    changed = [i for i, row in enumerate(own) if row is not None]
+    if changed:
+        logits = logits.float().clone()
+        logits[changed] = torch.stack([row for row in own if row is not None])
     alike: dict[SamplingParams, list[int]] = {}
     for row, sampler in enumerate(samplers):
         alike.setdefault(replace(sampler.params, seed=None), []).append(row)
     drawn = [0] * len(samplers)
     for params, rows in alike.items():
-        own = logits if len(rows) == len(samplers) else logits[rows]
-        if params.temp == 0:
-            tokens = _largest(own).tolist()
-        else:
-            probabilities = _probabilities(own, params)
-            tokens = [int(samplers[row].pick(probabilities[i : i + 1])) for i, row in enumerate(rows)]
+        mine = logits if len(rows) == len(samplers) else logits[rows]
+        tokens = _draw_alike([samplers[row] for row in rows], params, mine)
         for row, token in zip(rows, tokens, strict=True):
             drawn[row] = token
+    for sampler, token in zip(samplers, drawn, strict=True):
+        sampler.accept(token)
     return drawn
 
 
-def _largest(logits: Tensor) -> Tensor:
-    """Where each row's first largest value is; NumPy finds it 13 times as fast as torch."""
-    if logits.device.type != "cpu":
-        return logits.argmax(-1).cpu()
-    return torch.from_numpy(np.asarray(logits.float().numpy().argmax(-1)))
+def _draw_alike(samplers: Sequence[Sampler], p: SamplingParams, logits: Tensor) -> list[int]:
+    """One token for each sampler of the same parameters."""
+    if p.temp == 0 and not p.moves_the_likeliest:
+        return [int(token) for token in logits.argmax(-1).tolist()]
+    kept, ids = _kept(logits.float().cpu(), p)
+    if p._excludes:
+        rows = [i for i, sampler in enumerate(samplers) if sampler.excludes()]
+        if rows:
+            kept[rows] = filters.xtc(kept[rows], p.xtc_threshold)
+    if p.temp == 0:
+        places = kept.argmax(-1).tolist()
+    else:
+        probabilities = torch.softmax(kept / p.temp, -1)
+        places = [sampler.pick(probabilities[i]) for i, sampler in enumerate(samplers)]
+    return places if ids is None else [int(ids[i, place]) for i, place in enumerate(places)]
 
 
-def _probabilities(logits: Tensor, p: SamplingParams) -> Tensor:
-    kept = warp(logits.float().cpu(), top_k=p.top_k, top_p=p.top_p, min_p=p.min_p, temp=p.temp)
-    return torch.softmax(kept, -1)
+def _kept(logits: Tensor, p: SamplingParams) -> tuple[Tensor, Tensor | None]:
+    """Logits `[B, N]` with the tokens that may not be drawn at -inf, and their ids where N is less than all."""
+    ids = None
+    if p.top_n_sigma > 0:
+        logits = filters.top_n_sigma(logits, p.top_n_sigma)
+    if 0 < p.top_k < logits.shape[-1]:
+        logits, ids = logits.topk(p.top_k)
+    if p.typical_p < 1:
+        logits = filters.typical(logits, p.typical_p)
+    if p.top_p < 1:
+        logits = filters.top_p(logits, p.top_p)
+    if p.min_p > 0:
+        logits = filters.min_p(logits, p.min_p)
+    return logits, ids
+
+
+def _newest(history: Sequence[int], n: int) -> Sequence[int]:
+    return history if n < 0 else history[max(0, len(history) - n) :]

@@ -350,7 +350,13 @@ class Scheduler:
         cache, begin, end = sequence.cache, sequence.position, sequence.chunk_end(self._chunk)
         assert cache is not None
         try:
-            logits = self.step_of_model.forward(torch.tensor([sequence.history[begin:end]]), cache, begin)
+            tokens = torch.tensor([sequence.history[begin:end]])
+            if sequence.ticket.request.score_prompt:
+                rows = self.step_of_model.logits(tokens, cache, begin)[0]
+                sequence.score(rows, begin)
+                logits = rows[-1:]
+            else:
+                logits = self.step_of_model.forward(tokens, cache, begin)
             if not is_finite(logits):
                 sequence.position = end
                 raise bad_logits(cache, end)
@@ -372,7 +378,8 @@ class Scheduler:
 
     def _draw(self, batch: Sequence[Running], logits: Tensor) -> None:
         """Draw and hand out the next token of each, from finite logits `[N, V]`."""
-        drawn = draw_each([s.sampler for s in batch], logits)
+        batch, logits = self._steered(batch, logits)
+        drawn = draw_each([s.sampler for s in batch], logits, [s.history for s in batch])
         for index, (sequence, token) in enumerate(zip(batch, drawn, strict=True)):
             self._tally.generated_tokens += 1
             event = sequence.take(token, logits[index])
@@ -380,6 +387,18 @@ class Scheduler:
                 self._tally.n_finished += 1
                 self._retire(sequence)
             sequence.ticket.put(event)
+
+    def _steered(self, batch: Sequence[Running], logits: Tensor) -> tuple[list[Running], Tensor]:
+        """Ask each sequence's steering which tokens may come; one that cannot say ends alone."""
+        kept = []
+        for index, sequence in enumerate(batch):
+            try:
+                sequence.sampler.steer()
+            except HybridKVError as error:
+                self._fail(sequence, error)
+            else:
+                kept.append(index)
+        return [batch[i] for i in kept], logits if len(kept) == len(batch) else logits[kept]
 
     # ---- Ends.
 

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hybridkv.engine.requests import Event
-from hybridkv.server.stops import StopStrings
+from hybridkv.engine.requests import Event, Ticket
 from hybridkv.text.detokenize import TextStream, token_bytes
+from hybridkv.server.channels import CallDelta, Channels, Reading, Sorted, control_ids
+from hybridkv.server.stops import StopStrings
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,7 @@ class TokenText:
     """A token as bytes, with its log probability."""
 
     raw: bytes
-    logprob: float
+    logprob: float | None
 
     @property
     def readable(self) -> str:
@@ -34,7 +35,10 @@ class TokenText:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A token of the answer; `start` is where its text begins in the answer, in characters."""
+    """A token of the answer; `start` is where its text begins in the answer, in characters.
+
+    The first token of a prompt that is scored has no probability: its `token.logprob` is None.
+    """
 
     token: TokenText
     top: tuple[TokenText, ...]
@@ -48,6 +52,8 @@ class Delta:
     text: str = ""
     scored: tuple[Scored, ...] = ()
     finish: Finish | None = None
+    reasoning: str = ""
+    calls: tuple[CallDelta, ...] = ()
 
 
 class AnswerError(Exception):
@@ -72,20 +78,47 @@ class Answer:
     Parameters
     ----------
     tokenizer
-        A `TextTokenizer`, or a fast Transformers tokenizer.
+        A fast Transformers tokenizer.
     prompt_ids
         What the answer continues.
     stops
-        Texts that end it and are no part of it.
+        Texts that end what is said and are no part of it; thoughts and tool calls may contain them.
+    reading
+        How thoughts and tool calls are written; None takes all text as it is.
+    most
+        Tokens that are handed out at most; 0 for a prompt that is only scored.
     """
 
-    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], stops: Sequence[str]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt_ids: Sequence[int],
+        stops: Sequence[str],
+        reading: Reading | None = None,
+        *,
+        most: int | None = None,
+    ) -> None:
+        self._tokenizer, self._most = tokenizer, most
         self._stream = TextStream(tokenizer, prompt_ids)
         self._stops = StopStrings(stops)
+        self._channels = Channels(reading or Reading())
+        self._shown = {} if reading is None else control_ids(tokenizer, reading.words)
         self._bytes: Callable[[int], bytes] = lambda token: token_bytes(tokenizer, token)
         self._waiting: list[Scored] = []  # their text is withheld
-        self._n_read = self._n_said = 0
-        self.n_tokens = 0
+        self._n_read = self._n_cut = 0
+        self._n_echoed = 0
+        self.n_tokens = self.n_thought = 0
+
+    def echo(self, prompt: str, ticket: Ticket) -> Delta:
+        """The prompt as the beginning of the answer, with what its tokens were worth if that was asked for."""
+        scored, start = [], 0
+        for token, score in zip(ticket.request.prompt_ids, ticket.prompt_scores, strict=False):
+            raw = self._bytes(token)
+            top = () if score is None else tuple(TokenText(self._bytes(i), logprob) for i, logprob in score[1])
+            scored.append(Scored(TokenText(raw, None if score is None else score[0]), top, start))
+            start += len(raw.decode(errors="replace"))
+        self._n_echoed = len(prompt)
+        return Delta(prompt, tuple(scored))
 
     def push(self, event: Event) -> Delta:
         """What an event adds.
@@ -102,25 +135,53 @@ class Answer:
                 "cancelled" if cancelled else "error",
             )
         assert event.token is not None, event
+        if self._most == 0:
+            return Delta(finish="length")
         self.n_tokens += 1
-        text = ""
+        self.n_thought += self._channels.thinks
+        out = Sorted()
         if event.finished != "stop":
             self._note(event)
-            text = self._read(self._stream.push(event.token))
-        if event.finished is not None and not self._stops.found:
-            text += self._read(self._stream.close())
-            text += self._stops.close()
+            self._sort(out, self._text(event.token))
+        if event.finished is not None and not self._over:
+            self._sort(out, self._stream.close())
+            self._join(out, self._channels.close())
+            if not self._over:
+                out.content += self._stops.close()
         finish: Finish | None = None
-        if self._stops.found or event.finished == "stop":
-            finish = "stop"
+        if self._over or event.finished == "stop":
+            finish = "tool_calls" if self._channels.n_calls else "stop"
         elif event.finished == "length":
             finish = "length"
-        self._n_said += len(text)
-        return Delta(text, self._take(everything=finish is not None and not self._stops.found), finish)
+        scored = self._take(everything=finish is not None and not self._stops.found)
+        return Delta(out.content, scored, finish, out.reasoning, tuple(out.calls))
 
-    def _read(self, text: str) -> str:
+    @property
+    def _over(self) -> bool:
+        """Whether the answer has ended, whatever the model goes on to say."""
+        return self._stops.found or self._channels.ended
+
+    def _text(self, token: int) -> str:
+        """What a token adds to the text; a control token that opens or closes something is a word of it."""
+        if token not in self._shown:
+            return self._stream.push(token)
+        text = self._stream.close() + self._shown[token]
+        self._stream = TextStream(self._tokenizer, [token])
+        return text
+
+    def _sort(self, out: Sorted, text: str) -> None:
         self._n_read += len(text)
-        return self._stops.push(text)
+        self._join(out, self._channels.push(text))
+
+    def _join(self, out: Sorted, new: Sorted) -> None:
+        """Add what was sorted; content goes by the stop strings."""
+        n_held = self._stops.n_held
+        said = self._stops.push(new.content)
+        if self._stops.found and new.content:
+            self._n_cut += n_held + len(new.content) - len(said)
+        out.content += said
+        out.reasoning += new.reasoning
+        out.calls += new.calls
 
     def _note(self, event: Event) -> None:
         if event.logprob is None:
@@ -131,6 +192,7 @@ class Answer:
 
     def _take(self, *, everything: bool) -> tuple[Scored, ...]:
         """The noted tokens whose text has begun to be handed out; the rest is dropped if a stop string cuts it off."""
-        ready = [s for s in self._waiting if everything or s.start < self._n_said]
+        n_said = self._n_read - self._channels.n_held - self._stops.n_held - self._n_cut
+        ready = [s for s in self._waiting if everything or s.start < n_said]
         self._waiting = self._waiting[len(ready) :]
-        return tuple(ready)
+        return tuple(Scored(s.token, s.top, s.start + self._n_echoed) for s in ready)

@@ -15,14 +15,18 @@ from starlette.exceptions import HTTPException
 from hybridkv import __version__
 from hybridkv.errors import HybridKVError
 from hybridkv.server.desk import Desk, Served
+from hybridkv.server.document import correct_document
 from hybridkv.server.gate import Gate, GateOptions, GateState
 from hybridkv.server.merge import CONTENT_TYPE
 from hybridkv.server.metrics import Metrics
 from hybridkv.server.page import Page
 from hybridkv.server.refusals import RefusalError, refusal_for, refusal_for_mistakes
+from hybridkv.server.relax import Relax
 from hybridkv.server.replies import ChatCompletion, Completion, Error, Health, Model, Models, Session, Status
-from hybridkv.server.respond import ChatWriter, CompletionWriter, json_response, respond
-from hybridkv.server.schema import ID_PATTERN, MAX_SEED, ChatRequest, CompletionRequest
+from hybridkv.server.respond import json_response, respond
+from hybridkv.server.schema import ID_PATTERN, ChatRequest, CompletionRequest
+from hybridkv.server.vocabulary import add_vocabulary
+from hybridkv.server.writers import ChatWriter, CompletionWriter
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": Error, "description": "a body that is not JSON, or fields that are wrong together or alone"},
@@ -75,7 +79,10 @@ def create_app(served: Served, options: GateOptions, state: GateState) -> FastAP
     _add_completions(app, desk)
     _add_sessions(app, desk)
     _add_reports(app, desk, state)
-    _correct_document(app, served)
+    add_vocabulary(app, desk)
+    correct_document(app, served)
+    if not served.strict:
+        app.add_middleware(Relax, model=served.name, notify=served.notify)
     app.add_middleware(Gate, options=options, state=state, count=metrics.count_reply)
     return app
 
@@ -83,6 +90,7 @@ def create_app(served: Served, options: GateOptions, state: GateState) -> FastAP
 def _add_completions(app: FastAPI, desk: Desk) -> None:
     served = desk.served
 
+    @app.post("/completions", include_in_schema=False)
     @app.post(
         "/v1/completions",
         response_model=Completion,
@@ -94,6 +102,7 @@ def _add_completions(app: FastAPI, desk: Desk) -> None:
         writer = CompletionWriter(served.name, served.fingerprint, run.created)
         return await respond(run, writer, request, stream=bool(body.stream), with_usage=_with_usage(body))
 
+    @app.post("/chat/completions", include_in_schema=False)
     @app.post(
         "/v1/chat/completions",
         response_model=ChatCompletion,
@@ -132,6 +141,7 @@ def _with_usage(body: CompletionRequest | ChatRequest) -> bool:
 def _add_reports(app: FastAPI, desk: Desk, state: GateState) -> None:
     served, page = desk.served, Page(resources.files("hybridkv.server").joinpath("page.html").read_text("utf-8"))
 
+    @app.get("/models", include_in_schema=False)
     @app.get("/v1/models", response_model=Models, responses=_errors(401, 403))
     async def models() -> Response:
         """The one model that is served."""
@@ -195,23 +205,3 @@ def _add_handlers(app: FastAPI) -> None:
     add(HTTPException, unmatched)
     # The traceback goes to the server's log, not to the client.
     add(Exception, lambda _: RefusalError(500, "the server failed; its log says more", code="internal_error"))
-
-
-def _correct_document(app: FastAPI, served: Served) -> None:
-    """Correct what FastAPI says: wrong fields give 400 in OpenAI's shape, and bounds of 63 bits are no floats.
-
-    What this model's tokenizer takes is added: an empty text is a prompt only where a token is put before it.
-    """
-    document = app.openapi()
-    for path in document["paths"].values():
-        for operation in path.values():
-            operation["responses"].pop("422", None)
-    schemas = document["components"]["schemas"]
-    for name in ("HTTPValidationError", "ValidationError"):
-        schemas.pop(name, None)
-    for name in ("CompletionRequest", "ChatRequest"):
-        schemas[name]["properties"]["seed"]["anyOf"][0] |= {"minimum": -MAX_SEED, "maximum": MAX_SEED}
-    text, ids = schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"]
-    ids["items"]["exclusiveMaximum"] = served.n_vocab
-    if served.tokenizer is None or not served.tokenizer("").input_ids:
-        text["minLength"] = 1

@@ -1,28 +1,32 @@
-"""Takes requests to the scheduler and brings what it says back to the event loop.
+"""Takes requests to the scheduler: from a body to prompts, sequences and how their answers are read.
 
-Owns what is served and the life of a request: from its body to a ticket, from the scheduler's thread to the loop, and
-its end when the client leaves. Knows no HTTP beyond refusals; `hybridkv.server.respond` writes replies.
+Owns what is served and what a request becomes. Knows no HTTP beyond refusals; `hybridkv.server.runs` brings back what
+the scheduler says, `hybridkv.server.respond` writes replies.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from hybridkv.cache import KVTypes
 from hybridkv.engine.requests import Event, Request, SchedulerStats, Ticket
 from hybridkv.engine.sampling import SamplingParams
-from hybridkv.server.answer import Answer, Delta
+from hybridkv.errors import HybridKVError
+from hybridkv.text.breakers import breaker_ids
+from hybridkv.server.answer import Answer
+from hybridkv.server.channels import Reading
+from hybridkv.server.forms import Forms
 from hybridkv.server.metrics import Metrics, Rate
-from hybridkv.server.prompts import Prompts
+from hybridkv.server.prompts import Prompts, Rendered
 from hybridkv.server.refusals import RefusalError
-from hybridkv.server.replies import PromptDetails, Status, Usage
-from hybridkv.server.schema import ChatRequest, CompletionRequest
+from hybridkv.server.replies import Status
+from hybridkv.server.runs import Part, Run
+from hybridkv.server.schema import ChatRequest, CompletionRequest, ReasoningFormat
 from hybridkv.server.sessions import Keeper, Sessions
 
 DEFAULT_MAX_TOKENS = 16
@@ -37,6 +41,10 @@ class Runner(Keeper, Protocol):
 
     def stats(self) -> SchedulerStats:
         """Counts up to now."""
+
+
+def _say_nothing(_: str) -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +73,14 @@ class Served:
         Says in each reply what made it: version and types.
     session_dir
         Where sessions are kept; None keeps none.
+    strict
+        Whether fields and values that mean nothing here are refused, not passed over.
+    variables
+        Of the chat template, where a request does not say.
+    reasoning_format, reasoning_budget
+        What becomes of thoughts, and how many tokens they may take (-1: any number), where a request does not say.
+    notify
+        Where it is said what was passed over.
     """
 
     runner: Runner
@@ -78,72 +94,23 @@ class Served:
     end_ids: tuple[int, ...]
     fingerprint: str
     session_dir: Path | None = None
+    strict: bool = False
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    reasoning_format: ReasoningFormat = "auto"
+    reasoning_budget: int = -1
+    notify: Callable[[str], None] = _say_nothing
 
 
-class Run:
-    """A request on its way: deltas as they come, and its counts."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A prompt of a request, on its way to sequences."""
 
-    def __init__(self, answer: Answer, metrics: Metrics, started: float) -> None:
-        self._answer, self._metrics, self._last = answer, metrics, started
-        self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
-        self.ticket: Ticket | None = None
-        self.created = int(time.time())
-
-    def listen(self, event: Event) -> None:
-        """Bring an event to the loop; called on the scheduler's thread."""
-        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits any more
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-
-    async def deltas(self, idle_s: float | None = None) -> AsyncIterator[list[Delta]]:
-        """What has come since the last time, until the answer's end; an empty list after `idle_s` without anything.
-
-        Raises
-        ------
-        AnswerError
-            If there is no proper end.
-        """
-        while True:
-            try:
-                async with asyncio.timeout(idle_s):
-                    events = [await self._events.get()]
-            except TimeoutError:
-                yield []
-                continue
-            while not self._events.empty():
-                events.append(self._events.get_nowait())
-            new = []
-            for event in events:
-                self._time()
-                new.append(self._answer.push(event))
-                if new[-1].finish is not None:
-                    self.cancel()  # a stop string ends it here, while the engine goes on
-                    yield new
-                    return
-            yield new
-
-    def _time(self) -> None:
-        now = time.perf_counter()
-        note = self._metrics.next_token if self._answer.n_tokens else self._metrics.first_token
-        note(now - self._last)
-        self._last = now
-
-    def cancel(self) -> None:
-        """Nobody wants the rest. No effect on a sequence that has ended."""
-        if self.ticket is not None and not self.ticket.finished:
-            self.ticket.cancel()
-
-    @property
-    def usage(self) -> Usage:
-        """Counts of tokens up to now."""
-        assert self.ticket is not None
-        used, n_tokens = self.ticket.usage, self._answer.n_tokens
-        return Usage(
-            prompt_tokens=used.prompt_tokens,
-            completion_tokens=n_tokens,
-            total_tokens=used.prompt_tokens + n_tokens,
-            prompt_tokens_details=PromptDetails(cached_tokens=used.cached_tokens),
-        )
+    ids: tuple[int, ...]
+    max_tokens: int
+    logprobs: int | None
+    reading: Reading | None = None
+    rendered: Rendered | None = None
+    echo: str | None = None
 
 
 class Desk:
@@ -160,13 +127,15 @@ class Desk:
     def __init__(self, served: Served, metrics: Metrics) -> None:
         self.served, self.metrics = served, metrics
         self.prompts = Prompts(served.tokenizer, served.n_vocab)
+        self.forms = Forms(self.prompts, served.n_vocab, served.end_ids)
         self.sessions = Sessions(served.runner, served.session_dir)
         self.created = int(time.time())
         self._started = time.monotonic()
         self._rate = Rate()
+        self._breakers: dict[tuple[str, ...], frozenset[int]] = {}
 
     async def complete(self, body: CompletionRequest) -> Run:
-        """Start the answer to a prompt.
+        """Start the answers to prompts.
 
         Raises
         ------
@@ -175,17 +144,75 @@ class Desk:
         """
         started = time.perf_counter()
         self._check_model(body.model)
-        ids = await self.prompts.completion(body.prompt)
-        return self._start(body, ids, body.max_tokens or DEFAULT_MAX_TOKENS, body.logprobs, started)
+        asked = []
+        for prompt in body.prompt:
+            ids = await self.prompts.completion(prompt, body.suffix or "")
+            most = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+            echo = None
+            if body.echo:
+                echo = prompt if isinstance(prompt, str) else self.served.tokenizer.decode(ids)
+            asked.append(Asked(ids, self._most(body, most, ids), body.logprobs, echo=echo))
+        return await self._start(body, asked, started)
 
     async def chat(self, body: ChatRequest) -> Run:
-        """Start the answer to a conversation; likewise."""
+        """Start the answer to a conversation.
+
+        Raises
+        ------
+        RefusalError, HybridKVError
+            For what cannot be answered, or not now.
+        """
         started = time.perf_counter()
         self._check_model(body.model)
-        ids = await self.prompts.chat(body.messages)
-        asked = body.max_tokens or body.max_completion_tokens
+        tools = [tool.for_template() for tool in body.tools or ()]
+        uses_tools = bool(tools) and body.tool_choice != "none"
+        turns = [message.for_template() for message in body.messages]
+        rendered = await self.prompts.chat(turns, tools if uses_tools else (), self._variables(body))
+        shown = body.reasoning_format or self.served.reasoning_format
+        reading = Reading(
+            thoughts=None if shown == "none" else self.prompts.thoughts,
+            opened=rendered.opened,
+            keeps_thoughts=shown == "deepseek-legacy",
+            dialect=self.prompts.dialect if uses_tools else None,
+            tools={tool["function"]["name"]: tool["function"]["parameters"] for tool in tools},
+            one_call=body.parallel_tool_calls is False or not isinstance(body.tool_choice, str | None),
+        )
+        asked = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        return self._start(body, ids, asked or max(1, self.served.n_ctx - len(ids)), logprobs, started)
+        most = self._most(body, asked, rendered.ids)
+        run = await self._start(body, [Asked(rendered.ids, most, logprobs, reading, rendered)], started)
+        run.ignored = rendered.unknown
+        return run
+
+    def _variables(self, body: ChatRequest) -> dict[str, Any]:
+        """The chat template's variables: the server's, and over them the request's."""
+        variables = {**self.served.variables, **(body.chat_template_kwargs or {})}
+        if body.preserve_thinking is not None:
+            variables.setdefault("preserve_thinking", body.preserve_thinking)
+        known = self.prompts.variables
+        if body.reasoning_effort is not None and "reasoning_effort" in known:
+            variables.setdefault("reasoning_effort", body.reasoning_effort)
+        if body.reasoning_effort == "none" or self._budget(body) == 0:
+            if "enable_thinking" in known or "thinking" in known:
+                variables.setdefault("enable_thinking", False)
+        elif body.reasoning_effort is not None and "reasoning_effort" not in known:
+            variables.setdefault("reasoning_effort", body.reasoning_effort)  # the reply says that nothing reads it
+        return variables
+
+    def _budget(self, body: CompletionRequest | ChatRequest) -> int | None:
+        if not isinstance(body, ChatRequest):
+            return None
+        if body.reasoning_effort == "none" and body.reasoning_budget is None:
+            return 0
+        budget = self.served.reasoning_budget if body.reasoning_budget is None else body.reasoning_budget
+        return None if budget < 0 else budget
+
+    def _most(self, body: CompletionRequest | ChatRequest, asked: int | None, ids: Sequence[int]) -> int:
+        """Tokens to generate at most: what was asked for, as far as the context goes."""
+        room = max(1, self.served.n_ctx - len(ids))
+        if asked is None or body.until_full:
+            return room
+        return asked if self.served.strict else min(asked, room)
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self.served.name:
@@ -193,29 +220,55 @@ class Desk:
                 404, f"model {name!r}; this server has {self.served.name!r}", code="model_not_found", param="model"
             )
 
-    def _start(
-        self,
-        body: CompletionRequest | ChatRequest,
-        ids: Sequence[int],
-        max_tokens: int,
-        logprobs: int | None,
-        started: float,
-    ) -> Run:
+    async def _params(self, body: CompletionRequest | ChatRequest) -> SamplingParams:
+        def breakers(words: Sequence[str]) -> frozenset[int]:
+            key = tuple(words)
+            if key not in self._breakers:
+                if len(self._breakers) > 16:
+                    self._breakers.clear()
+                self._breakers[key] = breaker_ids(self.served.tokenizer, key)
+            return self._breakers[key]
+
+        if body.dry_multiplier:
+            return await asyncio.to_thread(body.params, breakers)
+        return body.params(breakers)
+
+    async def _start(self, body: CompletionRequest | ChatRequest, asked: Sequence[Asked], started: float) -> Run:
+        """Submit every sequence of a request, or none."""
         self.sessions.check(body.session)
-        ends = () if body.ignore_eos else self.served.end_ids
+        params = await self._params(body)
+        run = Run(self.metrics, started)
+        try:
+            for prompt in asked:
+                for sample in range(body.n or 1):
+                    await self._submit(run, body, prompt, params.for_sample(sample), first=not sample)
+        except (RefusalError, HybridKVError):
+            run.cancel()
+            raise
+        self.sessions.remember(body.session, run.parts[0].submitted)
+        return run
+
+    async def _submit(
+        self, run: Run, body: CompletionRequest | ChatRequest, asked: Asked, params: SamplingParams, *, first: bool
+    ) -> None:
+        steering = await self.forms.steering(body, asked.rendered, self._budget(body))
+        # A grammar that is at its end lets nothing but an end through.
+        ends = () if body.ignore_eos and (steering is None or steering.matcher is None) else self.served.end_ids
         request = Request(
-            prompt_ids=tuple(ids),
-            max_tokens=max_tokens,
-            params=_sampling(body),
+            prompt_ids=asked.ids,
+            max_tokens=max(1, asked.max_tokens),
+            params=params,
             stop_ids=(*ends, *(body.stop_token_ids or ())),
-            logprobs=logprobs,
+            logprobs=asked.logprobs,
             types=None if body.kv_types is None else KVTypes(**body.kv_types.model_dump()),
             reuse=body.cache_prompt is not False,
+            marks=() if asked.rendered is None else asked.rendered.marks,
+            score_prompt=asked.echo is not None and asked.logprobs is not None,
+            steering=steering,
         )
-        run = Run(Answer(self.served.tokenizer, ids, body.stop or ()), self.metrics, started)
-        run.ticket = self.served.runner.submit(request, run.listen)
-        self.sessions.remember(body.session, run.ticket)
-        return run
+        most = asked.max_tokens if asked.max_tokens == 0 else None
+        answer = Answer(self.served.tokenizer, asked.ids, body.stop or (), asked.reading, most=most)
+        run.submit(Part(answer, echo=asked.echo, first=first), request, self.served.runner.submit)
 
     def status(self) -> Status:
         """What the chat page shows."""
@@ -238,15 +291,3 @@ class Desk:
             generation_tok_s=self._rate.read(stats.generated_tokens),
             uptime_s=time.monotonic() - self._started,
         )
-
-
-def _sampling(body: CompletionRequest | ChatRequest) -> SamplingParams:
-    """OpenAI's defaults: everything may be drawn, as likely as the model says."""
-    seed = None if body.seed is None else body.seed % 2**63
-    return SamplingParams(
-        temp=1.0 if body.temperature is None else body.temperature,
-        top_k=body.top_k or 0,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        min_p=body.min_p or 0.0,
-        seed=seed,
-    )

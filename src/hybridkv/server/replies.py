@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "tool_calls"]
 
 
 class Reply(BaseModel):
@@ -15,10 +15,29 @@ class Reply(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
+class Sparse(Reply):
+    """A reply in which a field that says nothing is left out, not null."""
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in write(self).items() if value is not None or name in self.kept}
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Fields that are null rather than absent."""
+        return ()
+
+
 class PromptDetails(Reply):
     """Of the prompt's tokens, how many came from a stored prefix."""
 
     cached_tokens: int
+
+
+class CompletionDetails(Reply):
+    """Of the answer's tokens, how many were thoughts."""
+
+    reasoning_tokens: int
 
 
 class Usage(Reply):
@@ -28,14 +47,15 @@ class Usage(Reply):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails
 
 
 class CompletionLogprobs(Reply):
     """Log probabilities as `/v1/completions` gives them."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
 
 
@@ -63,7 +83,7 @@ class ChatLogprobs(Reply):
 class CompletionChoice(Reply):
     """The answer, or in a stream a piece of it."""
 
-    index: Literal[0] = 0
+    index: int = 0
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Finish | None
@@ -81,18 +101,41 @@ class Completion(Reply):
     usage: Usage | None = None
 
 
-class AssistantMessage(Reply):
-    """A whole answer."""
+class Called(Sparse):
+    """A function that is called; in a stream, a piece of its arguments' JSON."""
+
+    name: str | None = None
+    arguments: str
+
+
+class Call(Sparse):
+    """A tool call, or a piece of one with its index."""
+
+    index: int | None = None
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: Called
+
+
+class AssistantMessage(Sparse):
+    """A whole answer; `reasoning_content` is not OpenAI's."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    reasoning_content: str | None = None
+    tool_calls: list[Call] | None = None
     refusal: None = None
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Fields that are null rather than absent."""
+        return ("content", "refusal")
 
 
 class ChatChoice(Reply):
     """The answer."""
 
-    index: Literal[0] = 0
+    index: int = 0
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: Finish
@@ -110,17 +153,19 @@ class ChatCompletion(Reply):
     usage: Usage
 
 
-class MessageDelta(Reply):
+class MessageDelta(Sparse):
     """What a chunk adds to the answer."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[Call] | None = None
 
 
 class ChatChunkChoice(Reply):
     """A piece of the answer."""
 
-    index: Literal[0] = 0
+    index: int = 0
     delta: MessageDelta
     logprobs: ChatLogprobs | None
     finish_reason: Finish | None

@@ -3,152 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
-from collections.abc import AsyncIterator, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Iterable
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from hybridkv.server.answer import AnswerError, Delta, Finish, Scored, TokenText
-from hybridkv.server.desk import Run
+from hybridkv.server.answer import AnswerError, Delta
 from hybridkv.server.refusals import RefusalError
-from hybridkv.server.replies import (
-    AssistantMessage,
-    ChatChoice,
-    ChatChunk,
-    ChatChunkChoice,
-    ChatCompletion,
-    ChatLogprobs,
-    Completion,
-    CompletionChoice,
-    CompletionLogprobs,
-    Error,
-    MessageDelta,
-    Reply,
-    TokenLogprob,
-    TopLogprob,
-    Usage,
-)
+from hybridkv.server.relax import IGNORED_HEADER, printable
+from hybridkv.server.replies import Error, Reply
+from hybridkv.server.runs import Run
+from hybridkv.server.writers import Writer
 
 KEEP_ALIVE_S = 10.0
 """A waiting stream says so as often: proxies keep it open, and a client that is gone is found out."""
-
-
-class Writer(Protocol):
-    """Writes one kind of reply."""
-
-    def whole(self, deltas: Sequence[Delta], usage: Usage) -> Reply:
-        """The reply in one piece."""
-
-    def opening(self) -> Iterable[Reply]:
-        """Chunks before the first delta."""
-
-    def chunk(self, delta: Delta) -> Reply:
-        """A piece of a stream."""
-
-    def closing(self, usage: Usage) -> Reply:
-        """The chunk with the counts."""
-
-
-class CompletionWriter:
-    """Writes what `/v1/completions` answers."""
-
-    def __init__(self, model: str, fingerprint: str, created: int) -> None:
-        self._head: dict[str, Any] = {
-            "id": f"cmpl-{secrets.token_hex(12)}",
-            "created": created,
-            "model": model,
-            "system_fingerprint": fingerprint,
-        }
-
-    def whole(self, deltas: Sequence[Delta], usage: Usage) -> Completion:
-        """The reply in one piece."""
-        scored = [s for delta in deltas for s in delta.scored]
-        choice = self._choice("".join(delta.text for delta in deltas), scored, _finish(deltas))
-        return Completion(**self._head, choices=[choice], usage=usage)
-
-    def opening(self) -> Iterable[Completion]:
-        """Nothing."""
-        return ()
-
-    def chunk(self, delta: Delta) -> Completion:
-        """A piece of a stream."""
-        return Completion(**self._head, choices=[self._choice(delta.text, delta.scored, delta.finish)])
-
-    def closing(self, usage: Usage) -> Completion:
-        """The chunk with the counts."""
-        return Completion(**self._head, choices=[], usage=usage)
-
-    def _choice(self, text: str, scored: Sequence[Scored], finish: Finish | None) -> CompletionChoice:
-        logprobs = None
-        if scored:
-            tops = [{t.readable: t.logprob for t in s.top} for s in scored]
-            logprobs = CompletionLogprobs(
-                tokens=[s.token.readable for s in scored],
-                token_logprobs=[s.token.logprob for s in scored],
-                top_logprobs=tops if any(tops) else None,
-                text_offset=[s.start for s in scored],
-            )
-        return CompletionChoice(text=text, logprobs=logprobs, finish_reason=finish)
-
-
-class ChatWriter:
-    """Writes what `/v1/chat/completions` answers."""
-
-    def __init__(self, model: str, fingerprint: str, created: int) -> None:
-        self._head: dict[str, Any] = {
-            "id": f"chatcmpl-{secrets.token_hex(12)}",
-            "created": created,
-            "model": model,
-            "system_fingerprint": fingerprint,
-        }
-
-    def whole(self, deltas: Sequence[Delta], usage: Usage) -> ChatCompletion:
-        """The reply in one piece."""
-        finish = _finish(deltas)
-        assert finish is not None
-        choice = ChatChoice(
-            message=AssistantMessage(content="".join(delta.text for delta in deltas)),
-            logprobs=_chat_logprobs([s for delta in deltas for s in delta.scored]),
-            finish_reason=finish,
-        )
-        return ChatCompletion(**self._head, choices=[choice], usage=usage)
-
-    def opening(self) -> Iterable[ChatChunk]:
-        """Who speaks."""
-        yield self._chunk(MessageDelta(role="assistant", content=""), None, None)
-
-    def chunk(self, delta: Delta) -> ChatChunk:
-        """A piece of a stream."""
-        message = MessageDelta(content=delta.text or None)
-        return self._chunk(message, _chat_logprobs(delta.scored), delta.finish)
-
-    def closing(self, usage: Usage) -> ChatChunk:
-        """The chunk with the counts."""
-        return ChatChunk(**self._head, choices=[], usage=usage)
-
-    def _chunk(self, delta: MessageDelta, logprobs: ChatLogprobs | None, finish: Finish | None) -> ChatChunk:
-        choice = ChatChunkChoice(delta=delta, logprobs=logprobs, finish_reason=finish)
-        return ChatChunk(**self._head, choices=[choice])
-
-
-def _finish(deltas: Sequence[Delta]) -> Finish | None:
-    return deltas[-1].finish
-
-
-def _chat_logprobs(scored: Sequence[Scored]) -> ChatLogprobs | None:
-    if not scored:
-        return None
-    content = [
-        TokenLogprob(**_fields(s.token), top_logprobs=[TopLogprob(**_fields(top)) for top in s.top]) for s in scored
-    ]
-    return ChatLogprobs(content=content)
-
-
-def _fields(token: TokenText) -> dict[str, Any]:
-    return {"token": token.readable, "logprob": token.logprob, "bytes": list(token.raw)}
 
 
 async def respond(run: Run, writer: Writer, request: Request, *, stream: bool, with_usage: bool) -> Response:
@@ -160,7 +29,7 @@ async def respond(run: Run, writer: Writer, request: Request, *, stream: bool, w
         If the engine fails before there is a reply.
     """
     if stream:
-        return EventStream(run, _events(run, writer, with_usage=with_usage))
+        return EventStream(run, _events(run, writer, with_usage=with_usage), _headers(run))
     try:
         deltas = await _unless_gone(run, request)
     except AnswerError as error:
@@ -169,7 +38,14 @@ async def respond(run: Run, writer: Writer, request: Request, *, stream: bool, w
         run.cancel()
     if deltas is None:
         return Response(status_code=499)  # to nobody
-    return Response(writer.whole(deltas, run.usage).model_dump_json(), media_type="application/json")
+    return Response(
+        writer.whole(deltas, run.usage).model_dump_json(), media_type="application/json", headers=_headers(run)
+    )
+
+
+def _headers(run: Run) -> dict[str, str]:
+    """What the request asked for and nothing reads."""
+    return {IGNORED_HEADER: printable(", ".join(run.ignored))} if run.ignored else {}
 
 
 class EventStream(StreamingResponse):
@@ -177,8 +53,8 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, run: Run, events: AsyncIterator[bytes]) -> None:
-        super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+    def __init__(self, run: Run, events: AsyncIterator[bytes], headers: dict[str, str]) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"} | headers)
         self._run = run
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -196,12 +72,12 @@ async def _events(run: Run, writer: Writer, *, with_usage: bool) -> AsyncIterato
         text = reply.model_dump_json(exclude=None if with_usage else {"usage"})
         return f"data: {text}\n\n".encode()
 
-    yield b"".join(map(event, writer.opening())) or b": hello\n\n"
+    yield b"".join(map(event, writer.opening(len(run.parts)))) or b": hello\n\n"
     try:
         async for deltas in run.deltas(idle_s=KEEP_ALIVE_S):
-            pieces = [piece for delta in deltas for piece in _pieces(delta)]
+            pieces = [(index, piece) for index, delta in deltas for piece in _pieces(delta)]
             if pieces:
-                yield b"".join(event(writer.chunk(piece)) for piece in pieces)
+                yield b"".join(event(writer.chunk(index, piece)) for index, piece in pieces)
             elif not deltas:
                 yield b": still here\n\n"
     except AnswerError as error:
@@ -214,9 +90,13 @@ async def _events(run: Run, writer: Writer, *, with_usage: bool) -> AsyncIterato
 
 
 def _pieces(delta: Delta) -> Iterable[Delta]:
-    """The text first, then the end in a chunk of its own, as OpenAI sends it."""
+    """Thoughts and text first, then calls, then the end in a chunk of its own, as OpenAI sends it."""
+    if delta.reasoning:
+        yield Delta(reasoning=delta.reasoning)
     if delta.text or delta.scored:
         yield Delta(delta.text, delta.scored)
+    for call in delta.calls:
+        yield Delta(calls=(call,))
     if delta.finish is not None:
         yield Delta(finish=delta.finish)
 
@@ -227,11 +107,15 @@ def _failure(error: AnswerError) -> RefusalError:
     return RefusalError(500, error.message, code="engine_failed")
 
 
-async def _unless_gone(run: Run, request: Request) -> list[Delta] | None:
-    """The whole answer; None if the client leaves before it is there."""
+async def _unless_gone(run: Run, request: Request) -> list[list[Delta]] | None:
+    """The whole answers; None if the client leaves before they are there."""
 
-    async def collect() -> list[Delta]:
-        return [delta async for deltas in run.deltas() for delta in deltas]
+    async def collect() -> list[list[Delta]]:
+        answers: list[list[Delta]] = [[] for _ in run.parts]
+        async for deltas in run.deltas():
+            for index, delta in deltas:
+                answers[index].append(delta)
+        return answers
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":

@@ -1,6 +1,7 @@
 """What clients may send, in OpenAI's names: checked strictly, so that no field is ever silently without effect.
 
-Owns the shapes of requests and the words for what is wrong with one. Replies are in `hybridkv.server.replies`.
+Owns the shapes of requests and the words for what is wrong with one. `hybridkv.server.habits` brings what clients send
+in other words into these shapes first, unless the server is strict. Replies are in `hybridkv.server.replies`.
 """
 
 from __future__ import annotations
@@ -8,57 +9,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    WithJsonSchema,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, model_validator
 
 from hybridkv.engine.requests import MAX_LOGPROBS
 from hybridkv.formats import FORMATS
+from hybridkv.server.base import Fragment, Strict, TokenId, whole
+from hybridkv.server.messages import MAX_TOOLS, Message, ResponseFormat, Schema, Tool, ToolChoice
+from hybridkv.server.sampler_fields import MAX_SEED, SamplerFields
+
+__all__ = ["MAX_SEED", "ChatRequest", "Common", "CompletionRequest", "Message"]
 
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
-MAX_SEED = 2**63 - 1
+MAX_ANSWERS = 64
+"""Answers to one request: prompts times `n`."""
+MAX_GRAMMAR = 1 << 16
+"""Characters of a grammar or a regular expression."""
 ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 """Of a session's name: nothing that means something in a path."""
-MIN_TEMPERATURE = 1e-3
-"""Below, and not 0, logits / temperature leaves float32."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
-    "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
-    "logit_bias": ({},),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),  # says something of tools alone
     "prediction": (),
-    "presence_penalty": (0,),
-    "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
     "verbosity": (),
     "web_search_options": (),
 }
 """Fields of OpenAI's that are not offered, and the values (beside null) that ask for nothing."""
 
-_MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "name": (),
-    "refusal": (),
-    "tool_calls": ([],),
-}
+ReasoningFormat = Literal["auto", "none", "deepseek", "deepseek-legacy"]
 
 
 def _drop_neutral(data: Any, neutral: Mapping[str, tuple[Any, ...]]) -> Any:
@@ -74,9 +55,6 @@ def _drop_neutral(data: Any, neutral: Mapping[str, tuple[Any, ...]]) -> Any:
     return kept
 
 
-Fragment = dict[str, Any]
-
-
 def _either(*, absent: str, given: str) -> Fragment:
     """A field that is left out or null, unless another is true: as JSON Schema, for the document."""
     return {
@@ -87,37 +65,20 @@ def _either(*, absent: str, given: str) -> Fragment:
     }
 
 
+def _one_of(*names: str) -> Fragment:
+    """At most one of these fields is given: as JSON Schema."""
+    return {"anyOf": [{"properties": {other: {"type": "null"} for other in names if other != name}} for name in names]}
+
+
+_FORMATS = ("response_format", "grammar", "regex", "json_schema")
 _TOGETHER: Fragment = {"allOf": [_either(absent="stream_options", given="stream")]}
 _CHAT_TOGETHER: Fragment = {
     "allOf": [
         *_TOGETHER["allOf"],
         _either(absent="top_logprobs", given="logprobs"),
-        {
-            "anyOf": [
-                {"properties": {"max_tokens": {"type": "null"}}},
-                {"properties": {"max_completion_tokens": {"type": "null"}}},
-            ]
-        },
+        _one_of("max_tokens", "max_completion_tokens"),
     ]
 }
-_TEMPERATURE: Fragment = {
-    "anyOf": [{"const": 0}, {"type": "number", "minimum": MIN_TEMPERATURE, "maximum": 2}, {"type": "null"}]
-}
-
-
-def _whole(value: Any) -> Any:
-    """Make integers of numbers such as 4.0, which are integers in JSON Schema's words."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, list):
-        return [_whole(item) for item in value]
-    return {name: _whole(item) for name, item in value.items()} if isinstance(value, dict) else value
-
-
-class Strict(BaseModel):
-    """No unknown field, no number in a string, no NaN."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 def _as_list(value: Any) -> Any:
@@ -125,7 +86,6 @@ def _as_list(value: Any) -> Any:
 
 
 Text = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class StreamOptions(Strict):
@@ -146,25 +106,25 @@ class KVTypesField(Strict):
     sink: int = Field(0, ge=0, lt=2**31)
 
 
-class Common(Strict):
+class Common(SamplerFields):
     """What both kinds of completion take."""
 
     model: str | None = Field(None, max_length=512, description="the served model's name; the only one if left out")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1, le=2**40)
-    n: Literal[1] | None = Field(None, description="one answer a request")
-    seed: int | None = Field(None, ge=-MAX_SEED, le=MAX_SEED)
+    until_full: bool | None = Field(None, description="not OpenAI's; go on until the context is full")
+    n: int | None = Field(None, ge=1, le=MAX_ANSWERS, description="answers to each prompt")
     stop: Annotated[list[Text] | None, BeforeValidator(_as_list, json_schema_input_type=list[Text] | Text | None)] = (
         Field(None, max_length=MAX_STOPS)
     )
-    temperature: Annotated[float | None, WithJsonSchema(_TEMPERATURE)] = Field(
-        None, ge=0, le=2, description=f"0 (greedy), or {MIN_TEMPERATURE} to 2; default 1"
+    response_format: ResponseFormat | None = None
+    grammar: str | None = Field(
+        None, min_length=1, max_length=MAX_GRAMMAR, description="not OpenAI's; llama.cpp's GBNF, or Lark"
     )
-    top_p: float | None = Field(None, gt=0, le=1, description="default 1: keeps all")
+    regex: str | None = Field(None, min_length=1, max_length=MAX_GRAMMAR, description="not OpenAI's")
+    json_schema: Schema | None = Field(None, description="not OpenAI's; as response_format with this schema")
 
-    top_k: int | None = Field(None, ge=0, lt=2**31, description="not OpenAI's; default 0: keeps all")
-    min_p: float | None = Field(None, ge=0, le=1, description="not OpenAI's; default 0: keeps all")
     stop_token_ids: list[TokenId] | None = Field(None, max_length=64, description="not OpenAI's")
     ignore_eos: bool | None = Field(None, description="not OpenAI's; go on past the end-of-text token")
     cache_prompt: bool | None = Field(None, description="not OpenAI's; whether to begin from a stored prefix")
@@ -186,76 +146,86 @@ class Common(Strict):
     @model_validator(mode="before")
     @classmethod
     def _refuse_what_is_not_offered(cls, data: Any) -> Any:
-        return _whole(_drop_neutral(data, _NEUTRAL))
-
-    @field_validator("temperature")
-    @classmethod
-    def _check_temperature(cls, value: float | None) -> float | None:
-        if value is not None and 0 < value < MIN_TEMPERATURE:
-            raise ValueError(f"allowed: 0 (greedy), or {MIN_TEMPERATURE} to 2")
-        return value
+        return whole(_drop_neutral(data, _NEUTRAL))
 
     @model_validator(mode="after")
     def _check_together(self) -> Common:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream: true")
+        given = [name for name in _FORMATS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} were given together; allowed: one of them")
         return self
 
 
-def _one_prompt(value: Any) -> Any:
-    """A prompt, or a list of exactly one."""
-    if isinstance(value, list) and value and isinstance(value[0], (str, list)):
-        if len(value) > 1:
-            raise ValueError(f"{len(value)} prompts; allowed: one a request")
-        return value[0]
+def _prompts(value: Any) -> Any:
+    """A list of prompts, each a text or token ids, of what may be one prompt."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and not (value and isinstance(value[0], (str, list))):
+        return [value]
     return value
+
+
+Prompt = str | list[TokenId]
 
 
 class CompletionRequest(Common):
     """The body of `/v1/completions`."""
 
-    model_config = ConfigDict(json_schema_extra=_TOGETHER)
+    model_config = Strict.model_config | {"json_schema_extra": _TOGETHER}
 
     prompt: Annotated[
-        str | list[TokenId],
-        BeforeValidator(_one_prompt, json_schema_input_type=str | Annotated[list[TokenId], Field(min_length=1)]),
-    ] = Field(description="text, or token ids; a list of one prompt is taken too")
+        list[Prompt],
+        BeforeValidator(
+            _prompts, json_schema_input_type=str | Annotated[list[TokenId], Field(min_length=1)] | list[Prompt]
+        ),
+    ] = Field(description="text, or token ids, or a list of prompts")
+    max_tokens: int | None = Field(None, ge=0, le=2**40, description="default 16; 0 with echo scores the prompt")
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = Field(None, description="put the prompt before the answer, with its log probabilities if asked")
+    suffix: str | None = Field(None, description="what follows the answer; needs a vocabulary with fill-in tokens")
+    best_of: int | None = Field(None, ge=1, le=MAX_ANSWERS, description="as n: of as many, all are returned")
 
-
-class TextPart(Strict):
-    """A part of a message's content."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(Strict):
-    """One turn of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_what_is_not_offered(cls, data: Any) -> Any:
-        return _drop_neutral(data, _MESSAGE_NEUTRAL)
-
-    def for_template(self) -> dict[str, str]:
-        """As chat templates take it: `developer` is OpenAI's newer word for `system`."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+    @model_validator(mode="after")
+    def _check_completion(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError(f"best_of {self.best_of}; allowed: n, {self.n or 1}")
+        n_answers = (self.n or 1) * len(self.prompt)
+        if n_answers > MAX_ANSWERS:
+            raise ValueError(f"prompt: {n_answers} answers to {len(self.prompt)} prompts; allowed: {MAX_ANSWERS}")
+        if self.suffix and self.echo:
+            raise ValueError("echo and suffix were given together; allowed: one of them")
+        return self
 
 
 class ChatRequest(Common):
     """The body of `/v1/chat/completions`."""
 
-    model_config = ConfigDict(json_schema_extra=_CHAT_TOGETHER)
+    model_config = Strict.model_config | {"json_schema_extra": _CHAT_TOGETHER}
 
     messages: list[Message] = Field(min_length=1, max_length=65536)
     max_completion_tokens: int | None = Field(None, ge=1, le=2**40)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = Field(None, description="false ends the answer at its first call")
+    reasoning_effort: str | None = Field(
+        None, max_length=32, description="a variable of the chat template; none turns thinking off"
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, max_length=64, description="not OpenAI's; variables of the chat template"
+    )
+    preserve_thinking: bool | None = Field(
+        None, description="not OpenAI's; keep earlier turns' thoughts in the prompt, where the chat template can"
+    )
+    reasoning_format: ReasoningFormat | None = Field(
+        None, description="not OpenAI's; none leaves thoughts in the content"
+    )
+    reasoning_budget: int | None = Field(
+        None, ge=-1, lt=2**31, description="not OpenAI's; tokens of thought at most; -1: any number"
+    )
 
     @model_validator(mode="after")
     def _check_chat(self) -> ChatRequest:
@@ -263,4 +233,10 @@ class ChatRequest(Common):
             raise ValueError("top_logprobs needs logprobs: true")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("max_tokens and max_completion_tokens were given together; allowed: one of them")
+        if isinstance(self.tool_choice, str) and self.tool_choice == "required" and not self.tools:
+            raise ValueError("tool_choice required needs tools")
+        if self.tool_choice is not None and not isinstance(self.tool_choice, str):
+            name = self.tool_choice.function.name
+            if name not in {tool.function.name for tool in self.tools or ()}:
+                raise ValueError(f"tool_choice: no tool is called {name!r}")
         return self

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hybridkv.server.channels import overlap
+
 
 class StopStrings:
     """Passes text through up to the first stop string that is complete.
@@ -17,6 +19,11 @@ class StopStrings:
         self._held = ""
         self.found = False
 
+    @property
+    def n_held(self) -> int:
+        """Characters that are withheld."""
+        return len(self._held)
+
     def push(self, text: str) -> str:
         """What can be handed out now that `text` has come."""
         if self.found or not text:
@@ -27,7 +34,7 @@ class StopStrings:
             _, at = min(matches)
             said, self._held, self.found = self._held[:at], "", True
             return said
-        n_held = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        n_held = max((overlap(self._held, stop) for stop in self._stops), default=0)
         cut = len(self._held) - n_held
         said, self._held = self._held[:cut], self._held[cut:]
         return said
@@ -36,9 +43,3 @@ class StopStrings:
         """What was withheld and has not become a stop string."""
         said, self._held = self._held, ""
         return said
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of `text` with which `stop` begins; less than all of `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -79,9 +79,10 @@ def chat_prompt(
     ModelFileError
         If the template fails, tries what the sandbox forbids, or does not end.
     """
-    cover = words.cover_of(_texts(messages))
+    cover = words.cover_of([*_texts(messages), *_texts(variables or {})])
     covered = [cover.cover_message(message) for message in messages]
-    text = _render_systems(words.tokenizer, covered, variables or {})
+    # Tools and variables are text that people wrote, too.
+    text = _render_systems(words.tokenizer, covered, cover.cover_message(variables or {}))
     return Covered(cover.rendered(text), cover)
 
 

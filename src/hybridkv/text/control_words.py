@@ -294,6 +294,11 @@ class Covered:
         """Token ids of the text from a character on; nothing is added around it."""
         return self.cover.encode(self.covered[begin:])
 
+    def find_last(self, text: str) -> int | None:
+        """Where a text that somebody wrote stands for the last time, in characters; None if it does not."""
+        at = self.covered.rfind(self.cover.cover(text)) if text else -1
+        return None if at < 0 else at
+
     def followed_by(self, text: str) -> Covered:
         """Put text that somebody wrote behind the prompt; it holds no stand-in."""
         return Covered(self.covered + self.cover.cover(text), self.cover)

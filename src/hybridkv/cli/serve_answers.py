@@ -1,0 +1,87 @@
+"""Options of `hybridkv serve` that say how answers are read: what is refused, the template's variables, thoughts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+from hybridkv.errors import UsageError, one_of
+
+if TYPE_CHECKING:
+    from hybridkv.server.schema import ReasoningFormat
+
+FORMATS = ("auto", "none", "deepseek", "deepseek-legacy")
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What a server does where a request does not say.
+
+    Attributes
+    ----------
+    strict
+        Whether fields that mean nothing are refused.
+    variables
+        Of the chat template.
+    reasoning_format, reasoning_budget
+        What becomes of thoughts, and their tokens at most; -1 for any number.
+    """
+
+    strict: bool = False
+    variables: dict[str, Any] = field(default_factory=dict)
+    reasoning_format: ReasoningFormat = "auto"
+    reasoning_budget: int = -1
+
+
+def add_answer_arguments(group: argparse._ActionsContainer) -> None:
+    """Add the options."""
+    group.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse fields and values that mean nothing here (default: pass over them; the reply's header "
+        "x-hybridkv-ignored and one line here name them)",
+    )
+    group.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help='variables of the chat template where a request has none: {"enable_thinking": false}',
+    )
+    group.add_argument(
+        "--reasoning-format",
+        default="auto",
+        metavar="FORMAT",
+        help="thoughts in reasoning_content (auto, deepseek), in content (none), or in both (deepseek-legacy) "
+        "(default auto)",
+    )
+    group.add_argument(
+        "--reasoning-budget",
+        type=int,
+        default=-1,
+        metavar="N",
+        help="tokens of thought at most, then they are closed; 0: none, -1: any number (default -1)",
+    )
+
+
+def answers_from(a: argparse.Namespace) -> Answers:
+    """Read the options.
+
+    Raises
+    ------
+    UsageError
+        For variables that are no JSON object, and for a format that there is not.
+    """
+    text = a.chat_template_kwargs
+    try:
+        variables = {} if text is None else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        variables = str(error)
+    if not isinstance(variables, dict):
+        raise UsageError(
+            f"--chat-template-kwargs {text!r} is no JSON object", hint="""try '{"enable_thinking": false}'"""
+        )
+    if a.reasoning_budget < -1:
+        raise UsageError(f"--reasoning-budget {a.reasoning_budget}; allowed: -1 (any number), 0 (none) or more")
+    kind = one_of(a.reasoning_format, FORMATS, "--reasoning-format", hint="auto puts thoughts in reasoning_content")
+    return Answers(a.strict, variables, cast("ReasoningFormat", kind), a.reasoning_budget)

@@ -1,0 +1,155 @@
+"""Routes of llama-server's that tell about the model: tokens of a text, a text of tokens, and what is served."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import FastAPI
+from fastapi.responses import Response
+from pydantic import Field
+
+from hybridkv import __version__
+from hybridkv.text.detokenize import token_bytes
+from hybridkv.server.base import Strict, TokenId
+from hybridkv.server.desk import Desk
+from hybridkv.server.prompts import check_text
+from hybridkv.server.refusals import RefusalError
+from hybridkv.server.replies import Error, Reply
+from hybridkv.server.respond import json_response
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Error} for status in (400, 401, 403, 404, 408, 413, 415, 429, 503)
+}
+
+
+class TokenizeRequest(Strict):
+    """The body of `/tokenize`."""
+
+    content: str
+    add_special: bool = Field(False, description="put around it what the vocabulary puts around a text")
+    parse_special: bool = Field(True, description="whether control words in it are control tokens")
+    with_pieces: bool = False
+
+
+class Piece(Reply):
+    """A token and its text; its bytes where they are no text."""
+
+    id: int
+    piece: str | list[int]
+
+
+class Tokens(Reply):
+    """The reply of `/tokenize`."""
+
+    tokens: list[int] | list[Piece]
+
+
+class DetokenizeRequest(Strict):
+    """The body of `/detokenize`."""
+
+    tokens: list[TokenId]
+
+
+class Content(Reply):
+    """The reply of `/detokenize`."""
+
+    content: str
+
+
+class GenerationSettings(Reply):
+    """What a sequence has."""
+
+    n_ctx: int
+
+
+class Modalities(Reply):
+    """What the model takes beside text."""
+
+    vision: bool = False
+    audio: bool = False
+
+
+class Props(Reply):
+    """The reply of `/props`, as far as it has a meaning here."""
+
+    default_generation_settings: GenerationSettings
+    total_slots: int
+    model_alias: str
+    model_path: str
+    chat_template: str
+    bos_token: str
+    eos_token: str
+    build_info: str
+    modalities: Modalities
+
+
+class EmbeddingsRequest(Strict):
+    """The body of `/v1/embeddings`."""
+
+    input: str | Annotated[list[str], Field(max_length=2048)] | list[TokenId] | list[list[TokenId]]
+    model: str | None = None
+    encoding_format: str | None = None
+    dimensions: int | None = None
+    user: str | None = None
+
+
+def add_vocabulary(app: FastAPI, desk: Desk) -> None:
+    """Add the routes."""
+    served, prompts = desk.served, desk.prompts
+
+    @app.post("/tokenize", response_model=Tokens, responses=_ERRORS)
+    async def tokenize(body: TokenizeRequest) -> Response:
+        """Tokens of a text."""
+        check_text(body.content, "content")
+        added, parsed = body.add_special, body.parse_special
+        ids = await prompts.in_thread(
+            len(body.content), lambda: prompts.tokens(body.content, add_special=added, parse_special=parsed)
+        )
+        if not body.with_pieces:
+            return json_response(Tokens(tokens=ids))
+        return json_response(Tokens(tokens=[Piece(id=token, piece=_piece(served.tokenizer, token)) for token in ids]))
+
+    @app.post("/detokenize", response_model=Content, responses=_ERRORS)
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        """A text of tokens."""
+        bad = next((token for token in body.tokens if token >= served.n_vocab), None)
+        if bad is not None:
+            raise RefusalError(400, f"tokens: {bad}; this model's tokens are 0 to {served.n_vocab - 1}", param="tokens")
+        raw = b"".join(token_bytes(served.tokenizer, token) for token in body.tokens)
+        return json_response(Content(content=raw.decode(errors="replace")))
+
+    @app.get("/props", response_model=Props, responses={status: {"model": Error} for status in (401, 403)})
+    async def props() -> Response:
+        """What is served."""
+        tokenizer = served.tokenizer
+        return json_response(
+            Props(
+                default_generation_settings=GenerationSettings(n_ctx=served.n_ctx),
+                total_slots=served.parallel,
+                model_alias=served.name,
+                model_path=served.name,
+                chat_template=prompts.template,
+                bos_token=tokenizer.bos_token or "",
+                eos_token=tokenizer.eos_token or "",
+                build_info=f"hybridkv {__version__}",
+                modalities=Modalities(),
+            )
+        )
+
+    @app.post("/v1/embeddings", responses=_ERRORS, status_code=400, include_in_schema=False)
+    async def embeddings(_: EmbeddingsRequest) -> Response:
+        """Refuse: a generator has no pooling."""
+        raise RefusalError(
+            400,
+            f"{served.name!r} generates text and its file names no pooling; allowed: /v1/completions, "
+            "/v1/chat/completions",
+            code="no_pooling",
+        )
+
+
+def _piece(tokenizer: Any, token: int) -> str | list[int]:
+    raw = token_bytes(tokenizer, token)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return list(raw)

@@ -1,0 +1,35 @@
+"""What a chat template can be asked: the variables that it reads. It is parsed and never run here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import Environment, TemplateSyntaxError, meta
+
+RESERVED = frozenset(
+    {
+        *("messages", "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"),
+        *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+        *("tokenizer_kwargs", "tools", "documents", "self"),
+    }
+)
+"""Names that are no variables of a template's own: they mean something to whoever renders it."""
+
+
+def template_source(tokenizer: Any) -> str:
+    """The text of the chat template; of several by name, all texts together, "" if there is none."""
+    template = tokenizer.chat_template
+    if isinstance(template, Mapping):
+        return "\n".join(text for text in template.values() if isinstance(text, str))
+    return template if isinstance(template, str) else ""
+
+
+def template_variables(source: str) -> frozenset[str]:
+    """Names that a template takes from outside; of one that does not parse, every word in it."""
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        return frozenset(meta.find_undeclared_variables(environment.parse(source)))
+    except (TemplateSyntaxError, RecursionError):  # `{% generation %}` is Transformers' own tag
+        return frozenset(re.findall(r"[A-Za-z_]\w*", source))

@@ -1,0 +1,161 @@
+"""Real client libraries against a server: what they send is answered, and what they read of it is right."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hybridkv.engine.requests import Event
+from tests.server.conftest import Running, Scripter
+
+USER = [{"role": "user", "content": "What is the weather?"}]
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tell the weather.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+THOUGHT = "<think>\nRain, I think.\n</think>\n\nIt rains."
+
+
+@pytest.fixture
+def saying(scripted: Scripter, tokenizer: Any) -> Any:
+    def start(text: str, **served: Any) -> Running:
+        script = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        return scripted(*script, 0, chat=True, n_ctx=2048, **served)
+
+    return start
+
+
+def test_openai_tools(saying: Any) -> None:
+    server = saying(CALL)
+    chat = server.client.chat.completions
+    reply = chat.create(model="m", messages=USER, tools=[TOOL]).choices[0]
+    [call] = reply.message.tool_calls
+    assert (reply.finish_reason, reply.message.content) == ("tool_calls", None)
+    assert (call.type, call.function.name, json.loads(call.function.arguments)) == (
+        "function",
+        "weather",
+        {"city": "Paris"},
+    )
+    with chat.stream(model="m", messages=USER, tools=[TOOL]) as stream:
+        final = stream.get_final_completion().choices[0]
+    assert final.finish_reason == "tool_calls"
+    assert json.loads(final.message.tool_calls[0].function.arguments) == {"city": "Paris"}
+    pieces = [c.choices[0].delta.tool_calls for c in chat.create(model="m", messages=USER, tools=[TOOL], stream=True)]
+    pieces = [piece[0] for piece in pieces if piece]
+    assert len(pieces) > 2
+    assert [piece.id is not None for piece in pieces] == [True, *[False] * (len(pieces) - 1)]
+    assert json.loads("".join(piece.function.arguments for piece in pieces)) == {"city": "Paris"}
+    turns = [*USER, reply.message.model_dump(), {"role": "tool", "tool_call_id": call.id, "content": "21 C"}]
+    assert chat.create(model="m", messages=turns, tools=[TOOL]).usage.prompt_tokens > 100
+    unasked = chat.create(model="m", messages=USER, tools=[TOOL], tool_choice="none").choices[0]
+    assert (unasked.message.content, unasked.message.tool_calls, unasked.finish_reason) == (CALL, None, "stop")
+
+
+def test_openai_thoughts(saying: Any) -> None:
+    server = saying(THOUGHT)
+    chat = server.client.chat.completions
+    message = chat.create(model="m", messages=USER).choices[0].message
+    assert (message.content, message.reasoning_content) == ("It rains.", "Rain, I think.")
+    deltas = [c.choices[0].delta for c in chat.create(model="m", messages=USER, stream=True)]
+    assert "".join(d.content or "" for d in deltas) == "It rains."
+    assert "".join(getattr(d, "reasoning_content", None) or "" for d in deltas) == "Rain, I think."
+    plain = chat.create(model="m", messages=USER, extra_body={"reasoning_format": "none"}).choices[0].message
+    assert plain.content == THOUGHT
+    assert not hasattr(plain, "reasoning_content")
+    usage = chat.create(model="m", messages=USER).usage
+    assert 0 < usage.completion_tokens_details.reasoning_tokens < usage.completion_tokens
+    cut = chat.create(model="m", messages=USER, max_tokens=9).choices[0]
+    assert (cut.message.content, cut.finish_reason) == ("", "length")
+    assert cut.message.reasoning_content
+
+
+def test_stop_strings_are_the_answers(saying: Any) -> None:
+    """Thoughts are full of line ends; a stop string ends what is said after them."""
+    message = saying(THOUGHT).client.chat.completions.create(model="m", messages=USER, stop=["I think", "rains"])
+    assert message.choices[0].message.content == "It "
+    assert message.choices[0].message.reasoning_content == "Rain, I think."
+
+
+def test_openai_several_answers(saying: Any) -> None:
+    server = saying("It rains.")
+    chat = server.client.chat.completions.create(model="m", messages=USER, n=3, seed=5)
+    assert [(c.index, c.message.content, c.finish_reason) for c in chat.choices] == [
+        (index, "It rains.", "stop") for index in range(3)
+    ]
+    assert [ticket.request.params.seed for ticket in server.served.runner.tickets] == [5, 6, 7]
+    assert chat.usage.prompt_tokens * 3 == sum(len(t.request.prompt_ids) for t in server.served.runner.tickets)
+    text = server.client.completions.create(model="m", prompt=["a", "b"], n=2, max_tokens=50, stream=True)
+    said = ["", "", "", ""]
+    for chunk in text:
+        for choice in chunk.choices:
+            said[choice.index] += choice.text
+    assert said == ["It rains."] * 4
+
+
+def test_one_of_many_that_fails_is_an_error(scripted: Scripter) -> None:
+    server = scripted(5, Event(finished="error", message="broken"))
+    with pytest.raises(Exception, match="broken"):
+        server.client.completions.create(model="m", prompt="x", n=2)
+
+
+def test_langchain(saying: Any) -> None:
+    langchain = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
+
+    def model(server: Running) -> Any:
+        return langchain.ChatOpenAI(base_url=f"{server.url}/v1", api_key="x", model="m", max_retries=0)
+
+    assert model(saying("It rains.")).invoke("Hi").content == "It rains."
+    assert "".join(chunk.content for chunk in model(saying("It rains.")).stream("Hi")) == "It rains."
+    bound = model(saying(CALL)).bind_tools([TOOL])
+    [call] = bound.invoke("Hi").tool_calls
+    assert (call["name"], call["args"]) == ("weather", {"city": "Paris"})
+    chunks = list(bound.stream("Hi"))
+    whole = chunks[0]
+    for chunk in chunks[1:]:
+        whole += chunk
+    assert [(call["name"], call["args"]) for call in whole.tool_calls] == [("weather", {"city": "Paris"})]
+
+
+def test_litellm(saying: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        litellm = pytest.importorskip("litellm", reason="litellm is not installed")
+
+        def ask(server: Running, **options: Any) -> Any:
+            return litellm.completion(
+                model="openai/m", api_base=f"{server.url}/v1", api_key="x", messages=USER, num_retries=0, **options
+            )
+
+        assert ask(saying("It rains.")).choices[0].message.content == "It rains."
+        message = ask(saying(THOUGHT)).choices[0].message
+        assert (message.content, message.reasoning_content) == ("It rains.", "Rain, I think.")
+        [call] = ask(saying(CALL), tools=[TOOL], tool_choice="auto").choices[0].message.tool_calls
+        assert json.loads(call.function.arguments) == {"city": "Paris"}
+        assert "".join(c.choices[0].delta.content or "" for c in ask(saying("It rains."), stream=True)) == "It rains."
+
+
+def test_llm(saying: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """simonw's llm, with a model of its extra-openai-models.yaml."""
+    monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        llm = pytest.importorskip("llm", reason="llm is not installed")
+        server = saying("It rains.")
+        (tmp_path / "extra-openai-models.yaml").write_text(
+            f"- model_id: ours\n  model_name: m\n  api_base: {server.url}/v1\n  supports_tools: true\n"
+        )
+        os.environ.setdefault("OPENAI_API_KEY", "x")
+        model = llm.get_model("ours")
+        model.key = "x"
+        assert model.prompt("Hi", stream=False).text() == "It rains."
+        assert "".join(model.prompt("Hi", temperature=0.5)) == "It rains."
