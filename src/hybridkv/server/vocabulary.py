@@ -9,13 +9,13 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from hybridkv import __version__
-from hybridkv.text.detokenize import token_bytes
 from hybridkv.server.base import Strict, TokenId
 from hybridkv.server.desk import Desk
 from hybridkv.server.prompts import check_text
 from hybridkv.server.refusals import RefusalError
 from hybridkv.server.replies import Error, Reply
 from hybridkv.server.respond import json_response
+from hybridkv.text.detokenize import token_bytes
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Error} for status in (400, 401, 403, 404, 408, 413, 415, 429, 503)
