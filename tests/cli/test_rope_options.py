@@ -85,7 +85,8 @@ def logits(model: Path, changes: ModelChanges, engine: str) -> torch.Tensor:
     cache = ModelCache(loaded.model.config, specs, device="cpu", n_ctx=256, guard=Guard(mode="off"), notify=print)
     step = resolve_step(description.config, "cpu", kind)(loaded.model)
     with torch.inference_mode():
-        return step.forward(torch.arange(3, 163).unsqueeze(0) % 250, cache, 0)
+        n_vocab = description.config.get_text_config(decoder=True).vocab_size
+        return step.forward(torch.arange(3, 163).unsqueeze(0) % n_vocab, cache, 0)
 
 
 def test_both_engines_compute_yarn(gguf: Path) -> None:

@@ -35,8 +35,7 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-sysf", "-spf", "--system-prompt-file", metavar="FILE", help="read the system message from a UTF-8 file"
     )
-    group.add_argument("--chat-template", metavar="JINJA", help="a chat template in place of the model's own")
-    group.add_argument("--chat-template-file", metavar="FILE", help="read that template from a file")
+    add_template_arguments(group)
     group.add_argument(
         "--chat-template-kwargs", metavar="JSON", help='variables of the template: {"enable_thinking": false}'
     )
@@ -45,6 +44,32 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--reasoning-effort", metavar="LEVEL", help="set the template's reasoning_effort")
     add_text_arguments(group)
+
+
+def add_template_arguments(group: argparse._ActionsContainer) -> None:
+    """Add `--chat-template` and `--chat-template-file`."""
+    group.add_argument("--chat-template", metavar="JINJA", help="a chat template in place of the model's own")
+    group.add_argument("--chat-template-file", metavar="FILE", help="read that template from a file")
+
+
+def template_of(a: argparse.Namespace) -> str | None:
+    """Read the template; None for the model's own.
+
+    Raises
+    ------
+    UsageError
+        For a file that cannot be read, and for text that is no template.
+    """
+    if a.chat_template is not None and a.chat_template_file is not None:
+        raise UsageError("--chat-template and --chat-template-file were given together", hint="one of them will do")
+    if a.chat_template_file is not None:
+        return read_text("--chat-template-file", Path(a.chat_template_file))
+    if a.chat_template is not None and "{" not in a.chat_template:
+        raise UsageError(
+            f"--chat-template {a.chat_template!r} names a template; allowed: the text of a Jinja template",
+            hint="leave it out for the model's own, or give --chat-template-file FILE",
+        )
+    return None if a.chat_template is None else str(a.chat_template)
 
 
 def add_text_arguments(group: argparse._ActionsContainer) -> None:
@@ -126,20 +151,10 @@ def chat_choice(a: argparse.Namespace) -> ChatChoice:
     """
     if a.system_prompt is not None and a.system_prompt_file is not None:
         raise UsageError("-sys and -sysf were given together", hint="one of them will do")
-    if a.chat_template is not None and a.chat_template_file is not None:
-        raise UsageError("--chat-template and --chat-template-file were given together", hint="one of them will do")
     system = unescaped(a, a.system_prompt)
     if a.system_prompt_file is not None:
         system = read_text("-sysf", Path(a.system_prompt_file))
-    template = a.chat_template
-    if a.chat_template_file is not None:
-        template = read_text("--chat-template-file", Path(a.chat_template_file))
-    elif template is not None and "{" not in template:
-        raise UsageError(
-            f"--chat-template {template!r} names a template; allowed: the text of a Jinja template",
-            hint="leave it out for the model's own, or give --chat-template-file FILE",
-        )
-    return ChatChoice(system, template, _variables(a))
+    return ChatChoice(system, template_of(a), _variables(a))
 
 
 def _variables(a: argparse.Namespace) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def _add_commands(parser: Parser, modules: Sequence[ModuleType], above: str, com
             if module in _LLAMA_CPP:
                 command.add_argument("--version", action="version", version=_VERSION, help="print the version")
                 command.add_argument("--usage", action="help", help=argparse.SUPPRESS)
-                accept_options(command)
+                accept_options(command, module.NAME)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from hybridkv.cli.collector import import_torch, resume_collector
+from hybridkv.cli.context import context_of, refuse_shift
 from hybridkv.cli.model_source import add_source_arguments, model_of
 from hybridkv.cli.rope_options import add_rope_arguments, changes_of
 from hybridkv.cli.show import MAX_CONTEXT, notice, size, weights_words
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from hybridkv.engine.load import Description, Loaded
     from hybridkv.engine.steps import StepKind
     from hybridkv.held import Held, WeightKind
-    from hybridkv.model.changes import RopeChanges
     from hybridkv.native import Memory
     from hybridkv.runtime import Step
 
@@ -279,10 +279,10 @@ def open_model(
     description = describe(
         path, remote_code="trusted" if a.trust_remote_code else "refused", n_ranks=n, changes=changes
     )
-    _refuse_shift(a, description)
+    refuse_shift(a, description)
     if a.trust_remote_code and path.is_file():
         notice("--trust-remote-code changes nothing: there is no code in this model")
-    n_ctx = _context(a.ctx_size, description.n_ctx_train, default_ctx, changes.rope)
+    n_ctx = context_of(a.ctx_size, description.n_ctx_train, default_ctx, changes.rope)
     device_type = device.partition(":")[0]
     if a.graph is not None and device_type != "cuda":
         notice(f"--graph {a.graph} changes nothing: graphs are CUDA's, and this runs on {device_type}")
@@ -323,36 +323,6 @@ def _device_of_rank(name: str, n: int) -> str:
     if name not in ("auto", kind):
         raise UsageError(f"--device {name!r} on {n} ranks; allowed here: auto, {kind}")
     return f"cuda:{local_rank()}" if kind == "cuda" else "cpu"
-
-
-def _refuse_shift(a: argparse.Namespace, description: Description) -> None:
-    """Refuse to drop old tokens of a full context, with the reason that this model has."""
-    if getattr(a, "context_shift", None) in (None, "off", "0", "false", "disabled"):
-        return
-    states = any(facts.state is not None for facts in description.facts)
-    reason = (
-        "this model's recurrent state has seen every token and cannot lose one"
-        if states
-        else "rows that were stored for other positions would answer wrongly"
-    )
-    raise UsageError(
-        f"--context-shift: {reason}", hint="a larger -c holds more; a full context ends an answer with `length`"
-    )
-
-
-def _context(asked: int | None, trained: int | None, default_ctx: int, rope: RopeChanges) -> int:
-    """Tokens in the context: 0 asks for the trained length, the default never exceeds it."""
-    if asked is None:
-        return default_ctx if trained is None else min(default_ctx, trained)
-    if asked == 0:
-        if trained is None:
-            raise UsageError("-c 0: this model does not say what it was trained for", hint="give -c N")
-        return trained
-    reach = None if trained is None else max(trained, int((rope.orig_ctx or trained) * (rope.factor or 1)))
-    if reach is not None and asked > reach:
-        scaled = f" and RoPE is scaled for ({reach})" if reach != trained else ""
-        notice(f"-c {asked} is more than the {trained} tokens that the model was trained for{scaled}")
-    return asked
 
 
 def _device(name: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridkv.cli.cache_options import add_cache_arguments, policy_from
+from hybridkv.cli.chat_options import ChatChoice, add_template_arguments, template_of
 from hybridkv.cli.fits import Demand, check_memory, fit_context
 from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, limit_spinning, open_model
 from hybridkv.cli.ray_options import LOCAL
@@ -63,6 +64,7 @@ def _add_server_arguments(group: argparse._ActionsContainer) -> None:
         metavar="KEY",
         help=f"ask every client for this key; the environment's {KEY_VARIABLE} keeps it out of the process list",
     )
+    add_template_arguments(group)
     group.add_argument("-a", "--alias", metavar="NAME", help="the model's name for clients (default: its own)")
     group.add_argument(
         "--session-dir", metavar="DIR", help="keep sessions that clients save there, and restore them (default: none)"
@@ -182,6 +184,7 @@ def check(a: argparse.Namespace) -> tuple[AnyPolicy, Guard, tuple[str, ...]]:
         a.prefix_memory = 0 if a.prefix_memory == "0" else parse_bytes(a.prefix_memory, "--prefix-memory")
     a.max_body = parse_bytes(a.max_body, "--max-body")
     a.answers = answers_from(a)
+    a.template = template_of(a)
     keys = _keys(a.api_key)
     a.session_dir = _session_dir(a.session_dir)
     if a.session_dir is not None and a.prefix_memory == 0:
@@ -216,6 +219,7 @@ def load_served(
     loaded, step = opened.load()
     if loaded.tokenizer is None:
         raise UsageError("this model has no tokenizer, and a server takes text", hint="hybridkv run --ids goes without")
+    ChatChoice(template=a.template).put_on(loaded.tokenizer)
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
     scheduler = _scheduler(a, opened, loaded, specs, guard, step)
     served = _served(a, opened, loaded, specs, scheduler)

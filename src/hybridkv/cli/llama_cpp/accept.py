@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hybridkv.cli.llama_cpp.record import Row, Takes
@@ -41,12 +41,45 @@ class _Accept(argparse.Action):
         setattr(namespace, self.dest, given)
 
 
-def accept_options(parser: argparse.ArgumentParser) -> None:
-    """Add every option of the table that `parser` lacks, out of sight of the help."""
+_OTHERS = "it is an option of `hybridkv {}`, and has no effect here"
+_IN_REQUESTS = "requests say this: {}"
+_SAID_BY_REQUESTS = {
+    "-sys": "clients send system messages",
+    "-sysf": "clients send system messages",
+    "-r": "their `stop`",
+    "--ignore-eos": "a server ends answers where the model does",
+    "-rea": "their chat_template_kwargs set enable_thinking",
+    "--reasoning-effort": "their reasoning_effort",
+    "--chat-template-kwargs": "their chat_template_kwargs",
+}
+_DRAWN = ("-n", "-s", "--temp", "--top-k", "--top-p", "--min-p")
+
+
+def accept_options(parser: argparse.ArgumentParser, command: str) -> None:
+    """Add every option of the table that `parser` lacks, out of sight of the help.
+
+    Parameters
+    ----------
+    command
+        Whose parser it is: `serve`, or one of those that take a prompt.
+    """
     for row in ROWS:
         names = [name for name in row.names if name not in parser._option_string_actions]
-        if names and row.fate != "same":
-            parser.add_argument(*names, dest=_GIVEN, action=_Accept, row=row)
+        if names:
+            own = _elsewhere(row, command) if row.fate == "same" else row
+            parser.add_argument(*names, dest=_GIVEN, action=_Accept, row=own)
+
+
+def _elsewhere(row: Row, command: str) -> Row:
+    """What an option of another command is to this one."""
+    first = row.names[0]
+    if command != "serve":
+        return replace(row, fate="note", text=_OTHERS.format("serve"))
+    if first in _SAID_BY_REQUESTS:
+        return replace(row, fate="refused", text=_IN_REQUESTS.format(_SAID_BY_REQUESTS[first]))
+    if first in _DRAWN:
+        return replace(row, fate="note", text="each request says how its tokens are drawn, and how many")
+    return replace(row, fate="note", text=_OTHERS.format("run"))
 
 
 def accepted_names(parser: argparse.ArgumentParser) -> set[str]:

@@ -78,7 +78,11 @@ MACHINE: tuple[Row, ...] = (
     note("-amb --attention-max-batch", "attention needs no such buffer"),
     note("--swa-full", "window layers keep what their window sees", takes="", env="LLAMA_ARG_SWA_FULL"),
     note("--swa-compress", "window layers keep what their window sees anyway", takes=""),
-    note("-no-fmoe --no-fused-moe -no-fug --no-fused-up-gate -no-mmad --no-fused-mul-multiadd", _GRAPH, takes=""),
+    note(
+        "-fmoe --fused-moe -no-fmoe --no-fused-moe -no-fug --no-fused-up-gate -no-mmad --no-fused-mul-multiadd",
+        _GRAPH,
+        takes="",
+    ),
     note("-rcache --rope-cache -gr --graph-reuse -no-gr --no-graph-reuse", _GRAPH, takes=""),
     note("-mqkv --merge-qkv -muge --merge-up-gate-experts -sas --scheduler-async", _GRAPH, takes=""),
     note("-fdn --fused-delta-net -wgt --worst-graph-tokens", _GRAPH),
