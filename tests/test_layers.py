@@ -31,7 +31,7 @@ ONLY_IN = {
     "gguf": ("gguf", "kernels/grids"),
     "rich": ("cli",),
     "prompt_toolkit": ("cli",),
-    "huggingface_hub": ("engine", "hf", "gguf"),
+    "huggingface_hub": ("engine", "gguf", "hf"),
     "fastapi": ("server",),
     "starlette": ("server",),
     "uvicorn": ("server",),

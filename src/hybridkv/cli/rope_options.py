@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+from typing import TYPE_CHECKING
 
 from hybridkv.errors import UsageError
-from hybridkv.model.changes import ModelChanges, RopeChanges, Scaling
+
+if TYPE_CHECKING:
+    from hybridkv.model.changes import ModelChanges, Scaling
 
 _SCALINGS: tuple[Scaling, ...] = ("none", "linear", "yarn")
 _TYPES = ("int", "float", "bool", "str")
@@ -45,6 +48,8 @@ def changes_of(a: argparse.Namespace) -> ModelChanges:
     UsageError
         For values that mean nothing.
     """
+    from hybridkv.model.changes import ModelChanges, RopeChanges
+
     if not hasattr(a, "rope_scaling"):
         return ModelChanges()
     scaling = next((kind for kind in _SCALINGS if kind == a.rope_scaling), None)

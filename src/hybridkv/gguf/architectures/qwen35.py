@@ -210,6 +210,13 @@ LINEAR_ATTENTION = (
     TensorRule("ssm_out.weight", "linear_attn.out_proj.weight", cols=_per_value),
 )
 
+
+def derived(fields: Fields) -> Fields:
+    """Return the activation, and that no projection has a bias."""
+    del fields
+    return {"hidden_act": "silu", "attention_bias": False}
+
+
 ARCHITECTURE = Architecture(
     name="qwen35",
     config_class="Qwen3_5TextConfig",
@@ -229,5 +236,6 @@ ARCHITECTURE = Architecture(
         }
     ),
     suits=problem,
+    derived=derived,
     source="gguf-py constants.py; ik_llama.cpp src/llama-hparams.cpp, src/llama-load-tensors.cpp",
 )

@@ -35,5 +35,6 @@ ARCHITECTURE = Architecture(
         }
     ),
     suits=qwen35.problem,
+    derived=qwen35.derived,
     source="gguf-py constants.py; llama.cpp conversion/qwen.py",
 )

@@ -105,5 +105,6 @@ ARCHITECTURE = Architecture(
         }
     ),
     suits=_problem,
+    derived=qwen35.derived,
     source="gguf-py constants.py; llama.cpp conversion/qwen.py; ik_llama.cpp src/llama-load-tensors.cpp",
 )
