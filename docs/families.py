@@ -98,9 +98,9 @@ def speed_table() -> str:
         (
             *rows,
             "",
-            "Cut: " + "; ".join(f"{of}: {cut}" for of, cut in cuts.items()) + ".",
-            f"`python bench/families.py`: {last['machine']}, {last['isa']}, {last['threads']} threads; hybridkv commit "
-            f"{last['commit']}; {next(line['peer'] for line in shown if line['peer'])}.",
+            *(f"{of}: {cut}." for of, cut in cuts.items()),
+            f"`python bench/families.py`: {last['machine']}, {last['isa']}, {last['threads']} threads; hybridkv commits "
+            f"{' and '.join(sorted({line['commit'] for line in shown}))}; {next(line['peer'] for line in shown if line['peer'])}.",
         )
     )
 

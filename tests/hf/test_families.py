@@ -10,8 +10,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from hybridkv import ContextError, quantized_cache
 from hybridkv.errors import ModelError
-from hybridkv.hf import ModelCache, layer_facts
+from hybridkv.hf import ModelCache
 from hybridkv.hf.states import StateLayer
+from hybridkv.model import layer_facts
 from tests.families import CONTROLS, FAMILIES, HYBRIDS, build, remembering
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
