@@ -14,12 +14,12 @@ import torch
 
 from hybridkv.engine.sampling import Sampler, SamplingParams
 from hybridkv.errors import GuardError, UsageError
-from hybridkv.text.detokenize import token_bytes
 from hybridkv.server import grammar as grammars
 from hybridkv.server.channels import Channels, Reading
 from hybridkv.server.dialects import DIALECTS, Dialect
 from hybridkv.server.grammar import Grammar, Grammars, Matcher, of_calls, of_schema
 from hybridkv.server.steering import Steer, Thinking
+from hybridkv.text.detokenize import token_bytes
 from tests.chat_models import CHATML, byte_level
 
 pytest.importorskip("llguidance", reason="llguidance is not installed: no structured output")

@@ -13,6 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hybridkv.engine.warpers import keep_min_p as min_p
+from hybridkv.engine.warpers import keep_top_p as top_p
+
+__all__ = ["OUT", "dry", "min_p", "penalize", "top_n_sigma", "top_p", "typical", "xtc"]
+
 OUT = -math.inf
 _MAX_EXPONENT = 88.7228391
 """ln of the largest float32: where llama.cpp cuts the exponent of a DRY penalty."""
@@ -78,20 +83,6 @@ def typical(logits: Tensor, p: float) -> Tensor:
     before[..., 0] = 0.0
     out = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before > p)
     return logits.masked_fill(out, OUT)
-
-
-def top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the most likely tokens that together reach probability `p`."""
-    sorted_logits, order = logits.sort(descending=False)
-    below = sorted_logits.softmax(-1).cumsum(-1) <= 1 - p
-    below[..., -1] = False
-    return logits.masked_fill(torch.zeros_like(below).scatter(-1, order, below), OUT)
-
-
-def min_p(logits: Tensor, p: float) -> Tensor:
-    """Keep tokens of at least the share `p` of the likeliest one's probability."""
-    probabilities = logits.softmax(-1)
-    return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), OUT)
 
 
 def xtc(logits: Tensor, threshold: float) -> Tensor:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hybridkv.engine.requests import Event, Ticket
-from hybridkv.text.detokenize import TextStream, token_bytes
 from hybridkv.server.channels import CallDelta, Channels, Reading, Sorted, control_ids
 from hybridkv.server.stops import StopStrings
+from hybridkv.text.detokenize import TextStream, token_bytes
 
 Finish = Literal["stop", "length", "tool_calls"]
 

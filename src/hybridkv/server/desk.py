@@ -17,7 +17,6 @@ from hybridkv.cache import KVTypes
 from hybridkv.engine.requests import Event, Request, SchedulerStats, Ticket
 from hybridkv.engine.sampling import SamplingParams
 from hybridkv.errors import HybridKVError
-from hybridkv.text.breakers import breaker_ids
 from hybridkv.server.answer import Answer
 from hybridkv.server.channels import Reading
 from hybridkv.server.forms import Forms
@@ -28,6 +27,7 @@ from hybridkv.server.replies import Status
 from hybridkv.server.runs import Part, Run
 from hybridkv.server.schema import ChatRequest, CompletionRequest, ReasoningFormat
 from hybridkv.server.sessions import Keeper, Sessions
+from hybridkv.text.breakers import breaker_ids
 
 DEFAULT_MAX_TOKENS = 16
 """Of `/v1/completions`, as OpenAI documents it; a chat answer may fill the context."""

@@ -6,12 +6,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from hybridkv.text.detokenize import token_bytes
 from hybridkv.server.grammar import Grammar, Grammars, of_calls, of_schema
 from hybridkv.server.messages import Schema
 from hybridkv.server.prompts import Prompts, Rendered
 from hybridkv.server.schema import ChatRequest, CompletionRequest
 from hybridkv.server.steering import Steer, Thinking, line_ends
+from hybridkv.text.detokenize import token_bytes
 
 _ANY_OBJECT: Schema = {"type": "object"}
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from hybridkv.errors import ModelFileError
-from hybridkv.text.chat import MessageError, chat_prompt
-from hybridkv.text.control_words import ControlWords
-from hybridkv.text.templates import RESERVED, template_source, template_variables
 from hybridkv.server.channels import opens_thoughts, thoughts_of
 from hybridkv.server.dialects import HERMES, dialect_of
 from hybridkv.server.refusals import RefusalError
 from hybridkv.server.taught import taught
+from hybridkv.text.chat import MessageError, chat_prompt
+from hybridkv.text.control_words import ControlWords
+from hybridkv.text.templates import RESERVED, template_source, template_variables
 
 LONG_CHARACTERS = 1 << 16
 _SHORT_AT_ONCE = 2
@@ -137,7 +137,7 @@ class Prompts:
 
     async def _fill_in(self, before: tuple[int, ...], suffix: str) -> tuple[int, ...]:
         check_text(suffix, "suffix")
-        known = self.tokenizer.get_vocab()
+        known = self.tokenizer.backend_tokenizer.get_vocab()
         words = next((triple for triple in FILL_IN if all(word in known for word in triple)), None)
         if words is None:
             raise RefusalError(

@@ -8,8 +8,8 @@ from typing import Annotated
 from pydantic import Field, WithJsonSchema, field_validator
 
 from hybridkv.engine.sampling import SamplingParams
-from hybridkv.text.breakers import DRY_BREAKERS
 from hybridkv.server.base import Fragment, Strict
+from hybridkv.text.breakers import DRY_BREAKERS
 
 MAX_SEED = 2**63 - 1
 MAX_BIASED = 1024

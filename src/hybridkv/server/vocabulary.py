@@ -9,13 +9,13 @@ from fastapi.responses import Response
 from pydantic import Field
 
 from hybridkv import __version__
-from hybridkv.text.detokenize import token_bytes
 from hybridkv.server.base import Strict, TokenId
 from hybridkv.server.desk import Desk
 from hybridkv.server.prompts import check_text
 from hybridkv.server.refusals import RefusalError
 from hybridkv.server.replies import Error, Reply
 from hybridkv.server.respond import json_response
+from hybridkv.text.detokenize import token_bytes
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Error} for status in (400, 401, 403, 404, 408, 413, 415, 429, 503)
@@ -129,8 +129,8 @@ def add_vocabulary(app: FastAPI, desk: Desk) -> None:
                 model_alias=served.name,
                 model_path=served.name,
                 chat_template=prompts.template,
-                bos_token=tokenizer.bos_token or "",
-                eos_token=tokenizer.eos_token or "",
+                bos_token=str(tokenizer.special_tokens_map.get("bos_token", "")),
+                eos_token=str(tokenizer.special_tokens_map.get("eos_token", "")),
                 build_info=f"hybridkv {__version__}",
                 modalities=Modalities(),
             )
