@@ -1,6 +1,7 @@
 """Filters of logits: penalties look back at the text so far, the others take unlikely tokens out.
 
-Each is a function of its own, with llama.cpp's arithmetic (`src/llama-sampler.cpp`); `hybridkv.engine.sampling` calls
+Each is a function of its own, with llama.cpp's arithmetic (`src/llama-sampler.cpp`), top-p and min-p to the bit as
+Transformers' warpers (`generation/logits_process.py`); `hybridkv.engine.sampling` calls
 them in llama.cpp's order. A token that is taken out has logit -inf. Filters over `[B, N]` take logits in any order.
 """
 
@@ -80,20 +81,6 @@ def typical(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(out, OUT)
 
 
-def top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the most likely tokens that together reach probability `p`."""
-    sorted_logits, order = logits.sort(descending=False)
-    below = sorted_logits.softmax(-1).cumsum(-1) <= 1 - p
-    below[..., -1] = False
-    return logits.masked_fill(torch.zeros_like(below).scatter(-1, order, below), OUT)
-
-
-def min_p(logits: Tensor, p: float) -> Tensor:
-    """Keep tokens of at least the share `p` of the likeliest one's probability."""
-    probabilities = logits.softmax(-1)
-    return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), OUT)
-
-
 def xtc(logits: Tensor, threshold: float) -> Tensor:
     """Take out all tokens of at least this probability but the least likely of them: "exclude top choices"."""
     probabilities = logits.softmax(-1)
@@ -101,3 +88,19 @@ def xtc(logits: Tensor, threshold: float) -> Tensor:
     least = torch.where(above, probabilities, math.inf).argmin(-1, keepdim=True)
     out = above.scatter(-1, least, torch.zeros_like(least, dtype=torch.bool))
     return logits.masked_fill(out, OUT)
+
+
+def top_p(logits: Tensor, p: float) -> Tensor:
+    """Keep the most likely tokens that together reach probability p; one at least."""
+    ascending, order = logits.sort()
+    removed = ascending.softmax(-1).cumsum(-1) <= 1 - p
+    removed[..., -1] = False
+    return logits.masked_fill(removed.scatter(1, order, removed), -torch.inf)
+
+
+def min_p(logits: Tensor, p: float) -> Tensor:
+    """Keep tokens of at least p of the most likely one's probability, which stays."""
+    probabilities = logits.softmax(-1)
+    removed = probabilities < p * probabilities.amax(-1, keepdim=True)
+    removed.scatter_(-1, probabilities.argmax(-1, keepdim=True), False)
+    return logits.masked_fill(removed, -torch.inf)

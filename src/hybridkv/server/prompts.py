@@ -137,7 +137,7 @@ class Prompts:
 
     async def _fill_in(self, before: tuple[int, ...], suffix: str) -> tuple[int, ...]:
         check_text(suffix, "suffix")
-        known = self.tokenizer.get_vocab()
+        known = self.tokenizer.backend_tokenizer.get_vocab()
         words = next((triple for triple in FILL_IN if all(word in known for word in triple)), None)
         if words is None:
             raise RefusalError(

@@ -129,8 +129,8 @@ def add_vocabulary(app: FastAPI, desk: Desk) -> None:
                 model_alias=served.name,
                 model_path=served.name,
                 chat_template=prompts.template,
-                bos_token=tokenizer.bos_token or "",
-                eos_token=tokenizer.eos_token or "",
+                bos_token=str(tokenizer.special_tokens_map.get("bos_token", "")),
+                eos_token=str(tokenizer.special_tokens_map.get("eos_token", "")),
                 build_info=f"hybridkv {__version__}",
                 modalities=Modalities(),
             )
