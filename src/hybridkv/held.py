@@ -12,6 +12,7 @@ from typing import Final, Literal, get_args
 
 from hybridkv.errors import one_of
 from hybridkv.formats.weights import WEIGHTS, get_weight_format
+from hybridkv.kernels.cuda.packed_layout import PACKED, UNIT
 
 WeightKind = Literal["auto", "plain", "f32", "bf16", "int8", "int4"]
 """`auto`: as a file has them, or the smallest float type that holds them; `plain`: Transformers' own tensors.
@@ -31,8 +32,9 @@ EXPERTS = "experts"
 ENCODED: Final[Mapping[WeightKind, str]] = {"f32": "f32", "bf16": "bf16", "int8": "q8_0", "int4": "q4_0"}
 """The type that a kind encodes matrices in."""
 
-Runner = Literal["native", "eager"]
-"""What holds the weights: the native step takes stacks of experts too, and everything as it lies in a file."""
+Runner = Literal["native", "packed", "eager"]
+"""What holds the weights: the native step takes stacks of experts too, and everything as it lies in a file; `packed` is
+the same on a card, in the layouts of its kernels."""
 
 _BLOCK = 32
 _KNOWN: Final = frozenset(name.lower() for name in WEIGHTS)
@@ -122,15 +124,18 @@ def held_weights(
     for tensor in sorted(tensors, key=lambda one: order.index(one.place)):
         as_plain = tensor.n_values * _ITEMSIZE[plain]
         n_plain += as_plain
-        held = _on_device(tensor, kind, plain) if device != "cpu" else _on_cpu(tensor, kind, runner)
+        if runner == "packed":
+            held = _on_card(tensor)
+        else:
+            held = _on_device(tensor, kind, plain) if device != "cpu" else _on_cpu(tensor, kind, runner)
         for name, n_bytes in held.items():
             parts[name] = parts.get(name, 0) + n_bytes
         if not held:
             vectors += as_plain
-        packed = sum(held.values()) if runner == "native" or tensor.shape == "matrix" else 0
+        packed = sum(held.values()) if runner != "eager" or tensor.shape == "matrix" else 0
         now += packed or as_plain
         largest = max(largest, packed)
-        made = packed and kind != "plain" and not (kind == "auto" and (runner == "native" or tensor.lies))
+        made = packed and kind != "plain" and not (kind == "auto" and (runner != "eager" or tensor.lies))
         peak = max(peak, now + (as_plain if made else 0))
     if loading == "at once" and runner == "eager":
         peak = max(now, n_plain + (0 if kind == "plain" else largest))
@@ -161,6 +166,17 @@ def _on_cpu(tensor: StoredTensor, kind: WeightKind, runner: Runner) -> dict[str,
         name = "f32"
     fmt = get_weight_format(name)
     return {fmt.name: tensor.n_stack * tensor.n_out * fmt.row_bytes(tensor.n_in)}
+
+
+def _on_card(tensor: StoredTensor) -> dict[str, int]:
+    """Bytes of a tensor in a layout of the card's kernels; nothing for a vector."""
+    if tensor.shape == "vector":
+        return {}
+    fmt = get_weight_format(tensor.type)
+    rows = tensor.n_stack * tensor.n_out
+    if not fmt.is_quantized:
+        return {fmt.name: rows * fmt.row_bytes(tensor.n_in)}
+    return {fmt.name: rows * -(-tensor.n_in // UNIT) * sum(PACKED[fmt.name].plane_bytes)}
 
 
 def _on_device(tensor: StoredTensor, kind: WeightKind, plain: str) -> dict[str, int]:

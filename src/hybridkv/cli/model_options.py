@@ -76,8 +76,8 @@ def add_model_arguments(
         metavar="auto|plain|f32|bf16|int8|int4",
         help="how matrices are held: auto as the file has them, plain as Transformers' float32 tensors for the eager "
         "engine, f32, bf16, int8 and int4 converted; int8 is q8_0, int4 is q4_0 with embedding and output head at "
-        "int8, both are torchao's on CUDA (default auto; plain on CUDA and under --engine eager); the eager engine "
-        "holds stacks of experts as float32",
+        "int8, both are torchao's on CUDA (default auto; plain under --engine eager and, on CUDA, where kernels do not "
+        "read all of a GGUF file's types); the eager engine holds stacks of experts as float32",
     )
     group.add_argument(
         "--context-shift",
@@ -288,7 +288,7 @@ def open_model(
         notice(f"--graph {a.graph} changes nothing: graphs are CUDA's, and this runs on {device_type}")
     kind = engine_for(device_type, asked, asked_kind)
     make_step = resolve_step(description.config, device_type, kind, graphs=graphs, notify=notice)
-    weights, dtype = weights_on(device, asked, kind)
+    weights, dtype = weights_on(device, asked, kind, description)
     if device_type != "cpu" and weights in ("int8", "int4"):
         from hybridkv.hf.torchao_weights import check_torchao
 
@@ -360,8 +360,12 @@ def engine_for(device_type: str, weights: WeightKind, engine: StepKind) -> StepK
     return "eager"
 
 
-def weights_on(device: str, asked: WeightKind, engine: StepKind) -> tuple[WeightKind, torch.dtype]:
+def weights_on(
+    device: str, asked: WeightKind, engine: StepKind, description: Description
+) -> tuple[WeightKind, torch.dtype]:
     """How matrices are held, and their dtype: packed on the CPU, but plain under an engine that was asked to be.
+
+    On CUDA, those of a GGUF file stay packed where its kernels read all of its types.
 
     Raises
     ------
@@ -375,6 +379,8 @@ def weights_on(device: str, asked: WeightKind, engine: StepKind) -> tuple[Weight
     if not device.startswith("cpu"):
         if asked in ("int8", "int4"):
             return asked, torch.bfloat16
+        if description.rejects_packed(device.partition(":")[0], asked, engine) is None:
+            return "auto", torch.float32
         return "plain", torch.float32 if asked == "f32" else torch.bfloat16
     reason = cpu_native.available()
     if asked == "auto" and (reason is not None or engine == "eager"):
@@ -390,7 +396,7 @@ def _say_weights(loaded: Loaded, weights: WeightKind) -> None:
     from hybridkv.native import NativeModel, bytes_by_type
 
     model = loaded.model
-    if model.device.type != "cpu":
+    if model.device.type != "cpu" and not isinstance(model, NativeModel):
         return  # torchao's tensors say plain sizes
     if isinstance(model, NativeModel):
         parts = bytes_by_type(model.source)

@@ -215,7 +215,7 @@ def _held(description: Description, asked: WeightKind, device: str, engine: str)
         wide = asked == "f32" or (asked in ("auto", "plain") and device == "cpu")
         return _Weights(description.held("plain", device, "f32" if wide else "bf16"), 4 if wide else 2)
     chosen = engine_for(device, asked, cast("EngineKind", engine))
-    kind, dtype = weights_on(device, asked, chosen)
+    kind, dtype = weights_on(device, asked, chosen, description)
     wide = dtype == torch.float32
     held = description.held(kind, device, "f32" if wide else "bf16", engine=chosen)
     return _Weights(held, 4 if wide else 2)

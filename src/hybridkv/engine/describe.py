@@ -21,7 +21,7 @@ from hybridkv.held import Held, Runner, WeightKind, held_weights
 from hybridkv.hf.ranks import check_plan
 from hybridkv.model.changes import NO_CHANGES, ModelChanges, change_rope
 from hybridkv.model.facts import layer_facts
-from hybridkv.native.choice import EngineKind, multiplies, runs_natively
+from hybridkv.native.choice import EngineKind, multiplies, rejects_packed, rejects_types, runs_natively
 
 if TYPE_CHECKING:
     from hybridkv.hf.load import RemoteCode
@@ -65,6 +65,22 @@ class Description:
     changes: ModelChanges = NO_CHANGES
     header: Header | None = field(default=None, repr=False, compare=False)
 
+    def rejects_packed(self, device: str, kind: WeightKind, engine: EngineKind) -> str | None:
+        """Why the weights do not stay packed on a device that is not the CPU; None if they do.
+
+        Raises
+        ------
+        ModelFileError
+            If the file is damaged.
+        """
+        if kind != "auto" or engine == "eager" or self.header is None or self.n_ranks > 1:
+            return "packed weights are those of a GGUF file, as they are, in the native engine"
+        if (reason := rejects_packed(self.config, device)) is not None:
+            return reason
+        from hybridkv.gguf.stored import stored_types
+
+        return rejects_types(self.config, stored_types(self.header))
+
     def held(
         self, kind: WeightKind, device: str, plain: Literal["f32", "bf16"], *, engine: EngineKind = "auto"
     ) -> Held:
@@ -84,6 +100,8 @@ class Description:
         runner: Runner = "eager"
         if kind != "plain" and self.n_ranks == 1 and runs_natively(self.config, device, engine):
             runner = "native"
+        elif device == "cuda" and self.rejects_packed(device, kind, engine) is None:
+            runner = "packed"
         if self.n_ranks > 1:
             from hybridkv.hf.load import count_parameters
 

@@ -72,6 +72,8 @@ def load(
     on_cpu = weights != "plain" and torch.device(device).type == "cpu"
     if on_cpu and description.n_ranks == 1 and runs_natively(description.config, device, engine):
         return _load_native(description, weights, memory)
+    if torch.device(device).type == "cuda" and description.rejects_packed("cuda", weights, engine) is None:
+        return _load_native(description, weights, memory, device)
     from hybridkv.hf import Holder
     from hybridkv.hf.step import save_unpacked
     from hybridkv.hf.torchao_weights import quantize_weights
@@ -115,7 +117,7 @@ def _load_eager(
     return loaded
 
 
-def _load_native(description: Description, weights: WeightKind, memory: Memory) -> Loaded:
+def _load_native(description: Description, weights: WeightKind, memory: Memory, device: str = "cpu") -> Loaded:
     path, config = description.path, description.config
     if path.is_dir():
         from hybridkv.hf.load import load_tokenizer
@@ -129,7 +131,7 @@ def _load_native(description: Description, weights: WeightKind, memory: Memory) 
     free = available_memory()
     if memory == "mapped" and (free is None or mapped.source.n_bytes < free.n_bytes):
         mapped.source.populate_after_use()
-    model = native_model(mapped.config, mapped.source, weights, mapped.end_ids)
+    model = native_model(mapped.config, mapped.source, weights, mapped.end_ids, device)
     return Loaded(description, model, mapped.tokenizer, mapped.notices)
 
 

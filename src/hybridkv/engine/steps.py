@@ -8,13 +8,17 @@ whoever asks for it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from hybridkv.errors import UsageError, one_of
-from hybridkv.native import NativeStep
+from hybridkv.native import NativeModel, NativeStep
 from hybridkv.native.choice import EngineKind
 from hybridkv.native.choice import rejects as native_rejects
 from hybridkv.runtime import Notify, Step
+
+if TYPE_CHECKING:
+    from hybridkv.hf.step import EagerStep
+    from hybridkv.hf.step.fused import LayersStep
 
 StepKind = EngineKind
 GraphMode = Literal["on", "off"]
@@ -76,13 +80,13 @@ def _transformers_step(
     config: Any, device: str, kind: StepKind, graphs: GraphMode, notify: Notify | None
 ) -> Callable[[Any], Step]:
     """What makes the step of a Transformers model."""
-    from hybridkv.hf.step import EagerStep, FusedStep, GraphStep, fused, graph
+    from hybridkv.hf.step import EagerStep, GraphStep, fused, graph
 
-    decoder: type[EagerStep] | type[FusedStep] = EagerStep
+    decoder: Callable[[Any], EagerStep | LayersStep] = EagerStep
     if device == "cuda" and kind != "eager":
         reason = fused.rejects(config, device)
         if reason is None:
-            decoder = FusedStep
+            decoder = _on_card
         elif kind == "native":
             raise _no_native(reason)
     if device != "cuda" or graphs == "off":
@@ -96,6 +100,17 @@ def _transformers_step(
         return GraphStep(decoder(model), notify=tell)
 
     return recorded
+
+
+def _on_card(model: Any) -> LayersStep:
+    """The step on CUDA: with a file's packed weights, or with a Transformers model's parameters."""
+    if isinstance(model, NativeModel):
+        from hybridkv.native.cuda_step import PackedStep  # imports triton
+
+        return PackedStep(model)
+    from hybridkv.hf.step import FusedStep
+
+    return FusedStep(model)
 
 
 def _no_native(reason: str) -> UsageError:

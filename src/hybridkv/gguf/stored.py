@@ -8,6 +8,7 @@ from __future__ import annotations
 from math import prod
 from pathlib import Path
 
+from hybridkv.formats.weights import WEIGHTS
 from hybridkv.gguf.architectures import get_architecture
 from hybridkv.gguf.architectures.record import Architecture
 from hybridkv.gguf.describe import skipped
@@ -34,6 +35,21 @@ def stored_tensors(path: str | Path | Header, runner: Runner = "eager") -> tuple
         check_multiplied(meta.header, {info.name for info in meta.header.tensors} - left_out)
     plain = _plain_names(get_architecture(meta.header))
     return tuple(_stored(info, plain) for info in meta.header.tensors if info.name not in left_out)
+
+
+def stored_types(path: str | Path | Header) -> dict[str, str]:
+    """Return the types of the tensors that become weights, in ggml's spelling.
+
+    Raises
+    ------
+    ModelFileError
+        For a damaged file.
+    """
+    meta = metadata_of(path)
+    left_out = {name for names in skipped(meta).values() for name in names}
+    spelling = {name.lower(): name for name in WEIGHTS}
+    kinds = {info.name: info.type.name.lower() for info in meta.header.tensors if info.name not in left_out}
+    return {name: spelling.get(kind, kind) for name, kind in kinds.items()}
 
 
 def _plain_names(architecture: Architecture) -> frozenset[str]:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from hybridkv.kernels import cpu_native
-from hybridkv.model import graph_of
+from hybridkv.kernels.cuda.packed_layout import PACKED
+from hybridkv.kernels.cuda.packed_layout import rejects as packed_rejects
+from hybridkv.model import Attention, DeltaNet, Experts, Gated, Part, graph_of
 from hybridkv.model import rejects as graph_rejects
 from hybridkv.native import cpu as lowering
 
 EngineKind = Literal["auto", "native", "eager"]
+
+_ROPES = ("default", "linear", "llama3")
+_FLOATS = ("f32", "f16", "bf16")
 
 
 def rejects(config: Any, device: str) -> str | None:
@@ -22,6 +29,61 @@ def rejects(config: Any, device: str) -> str | None:
         return "weights that another program quantized"
     reason = graph_rejects(config)
     return lowering.rejects(graph_of(config)) if reason is None else reason
+
+
+def rejects_packed(config: Any, device: str) -> str | None:
+    """Why no step with packed weights runs a model of this config on this type of device; None if one does."""
+    if device != "cuda":
+        return f"runs on cuda, not on {device}"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if getattr(config, "quantization_config", None) is not None:
+        return "weights that another program quantized"
+    if (reason := graph_rejects(config)) is not None:
+        return reason
+    graph = graph_of(config)
+    branches = (branch for block in graph.blocks for branch in block.branches)
+    if any(b.norm is None or b.after is not None or b.scale != 1 or len(b.parts) != 1 for b in branches):
+        return "layers whose branches are not one part behind a norm"
+    text = config.get_text_config(decoder=True)
+    return next((reason for reason in (_part_rejects(part, text) for part in graph.parts) if reason is not None), None)
+
+
+def _part_rejects(part: Part, text: Any) -> str | None:
+    """Why the kernels on CUDA do not compute a part with packed weights."""
+    if isinstance(part, Attention):
+        plain = part.biased == "none" and not part.norms_together and part.q_norm is not None
+        if not plain or part.rope is None or part.rope.pairs != "halves" or part.rope.kind is not None:
+            return "attention that has a bias, no norms of heads, or RoPE of another kind"
+        return None if text.rope_parameters["rope_type"] in _ROPES else "RoPE that scales cosines and sines"
+    if isinstance(part, DeltaNet):
+        usual = isinstance(part.qkv, str) and not part.joined_rates and part.update_scale == 1
+        return None if usual else "delta nets whose projections are joined by heads"
+    if isinstance(part, Gated):
+        return None if part.act == "silu" and not part.biased else "feed-forwards with a bias or without SiLU"
+    if isinstance(part, Experts):
+        c = part.choice
+        usual = c.gating == "softmax" and c.bias is None and c.n_groups == 1 and c.scale == 1 and part.gated
+        shared = isinstance(part.shared, Gated) and part.weighed
+        return None if usual and shared and not part.latent else "experts that are not Qwen's with a shared one"
+    return f"knows no {type(part).__name__} on cuda"
+
+
+def rejects_types(config: Any, types: Mapping[str, str]) -> str | None:
+    """Why a file's types, by tensor, are not held packed on CUDA by a model that `rejects_packed` takes, or None."""
+    graph = graph_of(config)
+    for index, block in enumerate(graph.blocks):
+        for part in (part for branch in block.branches for part in branch.parts):
+            if not isinstance(part, Experts) or not isinstance(part.shared, Gated):
+                continue
+            up = (part.gate_up,) if f"blk.{index}.{part.gate_up}" in types else (part.gate, part.up)
+            pairs = (up, (part.shared.gate, part.shared.up), (part.down,), (part.shared.down,))
+            for names in pairs:
+                found = {types.get(f"blk.{index}.{name}", "none") for name in names}
+                if len(found) > 1 or not found <= set(PACKED):
+                    return f"experts of types {', '.join(sorted(found))}, layer {index}"
+    known = {*PACKED, *_FLOATS}
+    return next((packed_rejects(kind) for kind in types.values() if kind not in known), None)
 
 
 def multiplies(config: Any) -> bool:

@@ -30,22 +30,26 @@ class NativeModel:
         Holds the weights.
     end_ids
         Tokens that end a text; the config's own if empty.
+    device
+        Where it is to run.
     """
 
-    def __init__(self, config: Any, source: Typed, end_ids: Sequence[int] = ()) -> None:
+    def __init__(self, config: Any, source: Typed, end_ids: Sequence[int] = (), device: str = "cpu") -> None:
         self.config = config
         self.source = source
-        self.device = torch.device("cpu")
+        self.device = torch.device(device)
         self.dtype = torch.float32
         self.generation_config = SimpleNamespace(eos_token_id=list(end_ids) or None)
 
 
-def native_model(config: Any, source: Typed, weights: WeightKind, end_ids: Sequence[int] = ()) -> NativeModel:
+def native_model(
+    config: Any, source: Typed, weights: WeightKind, end_ids: Sequence[int] = (), device: str = "cpu"
+) -> NativeModel:
     """A model with its matrices held as asked."""
     if weights != "auto":
         graph = graph_of(config)
         source = EncodedSource(source, weights, (graph.embed, graph.head))
-    return NativeModel(config, source, end_ids)
+    return NativeModel(config, source, end_ids, device)
 
 
 def directory_source(directory: Path, config: Any) -> ParameterSource:

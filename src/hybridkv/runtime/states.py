@@ -75,6 +75,26 @@ class States:
         state = self.recurrent_states[0]
         return (wide,) if state is None else (wide, state)
 
+    def file_states(
+        self, batch: int, conv: tuple[int, int], recurrent: tuple[int, ...], like: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Convolution state `[B, channels, kernel]`, in the dtype and on the device of `like`, and recurrent state.
+
+        Both are continued in place, with heads in the order of GGUF files; the latter is float32.
+
+        Raises
+        ------
+        ContextError
+            If Transformers' code has filled the states.
+        """
+        self._expect("file")
+        if not self.has_previous_state[0]:
+            self._fill(like.new_zeros((batch, *conv)), like.new_zeros((batch, *recurrent), dtype=torch.float32))
+        first, second = self.conv_states[0], self.recurrent_states[0]
+        assert first is not None
+        assert second is not None
+        return first, second
+
     def _fill(self, conv: Tensor, recurrent: Tensor | None) -> None:
         """Take the first of each kind, which is then fed."""
         self.conv_states[0], self.recurrent_states[0] = conv, recurrent

@@ -58,7 +58,16 @@ class Run:
         assert isinstance(stored, StateLayer)
         return stored.filled_states(self.n_seqs, conv, recurrent, like)
 
+    def file_states(
+        self, layer: int, conv: tuple[int, int], recurrent: tuple[int, ...], like: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same with heads in the order of GGUF files."""
+        stored = self.cache.states[layer]
+        assert stored is not None
+        return stored.file_states(self.n_seqs, conv, recurrent, like)
 
+
+Embed = Callable[[Tensor], Tensor]
 Layers = Callable[[Tensor, Run], Tensor]
 Head = Callable[[Tensor], Tensor]
 
@@ -111,31 +120,32 @@ def rejects(config: Any, device: str) -> str | None:
     return families()[text.model_type].rejects(text)
 
 
-class FusedStep:
-    """Runs a model's layers as fused kernels; `rejects` must have said None.
+class LayersStep:
+    """Runs a model that is written down as functions of rows.
 
     Parameters
     ----------
-    model
-        A Transformers causal language model.
+    embed
+        From token ids `[N]` to rows `[N, hidden]`.
+    layers, head
+        As `FusedFamily.build` gives them.
+    name
+        Printed wherever the choice is shown.
+    prompt_rows
+        Tokens of all sequences in one run; `PROMPT_ROWS` if None.
     """
 
-    takes_chunks = True
-
-    def __init__(self, model: Any) -> None:
-        self._embedding = model.get_input_embeddings()
-        self._layers, self._head = families()[model.config.get_text_config(decoder=True).model_type].build(model)
-
-    @property
-    def name(self) -> str:
-        """Printed wherever the choice is shown."""
-        return "native-triton"
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        found: torch.device = self._embedding.weight.device
-        return found
+    def __init__(
+        self,
+        embed: Embed,
+        layers: Layers,
+        head: Head,
+        device: torch.device,
+        name: str,
+        prompt_rows: int | None = None,
+    ) -> None:
+        self._embed, self._layers, self._head = embed, layers, head
+        self.device, self.name, self._prompt_rows = device, name, prompt_rows
 
     def forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence; see `Step.forward`."""
@@ -162,7 +172,7 @@ class FusedStep:
         return self._head(self._run(tokens, cache, positions))
 
     def _parts(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        return torch.split(tokens.to(self.device), max(1, PROMPT_ROWS // len(tokens)), dim=1)
+        return torch.split(tokens.to(self.device), max(1, (self._prompt_rows or PROMPT_ROWS) // len(tokens)), dim=1)
 
     def _prompt(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Hidden states `[B, T, hidden]`."""
@@ -173,4 +183,19 @@ class FusedStep:
         """All layers over `tokens` `[B, T]`; hidden states `[B * T, hidden]`."""
         n_seqs, n_tokens = tokens.shape
         run = Run(cache, n_seqs, n_tokens, positions.flatten().contiguous())
-        return self._layers(self._embedding(tokens.flatten()), run)
+        return self._layers(self._embed(tokens.flatten()), run)
+
+
+class FusedStep(LayersStep):
+    """Runs a model's layers as fused kernels; `rejects` must have said None.
+
+    Parameters
+    ----------
+    model
+        A Transformers causal language model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        embedding = model.get_input_embeddings()
+        layers, head = families()[model.config.get_text_config(decoder=True).model_type].build(model)
+        super().__init__(embedding, layers, head, embedding.weight.device, "native-triton")

@@ -31,12 +31,16 @@ _CHANNELS = 128
 
 @dataclass(frozen=True, slots=True)
 class DeltaShape:
-    """Sizes of one layer: key and value heads, and the dims of each."""
+    """Sizes of one layer: key and value heads, and the dims of each.
+
+    With `tiled`, value head h belongs to key head `h % n_key`, as GGUF files have them.
+    """
 
     n_key: int
     n_value: int
     head_k: int
     head_v: int
+    tiled: bool = False
 
     @property
     def channels(self) -> int:
@@ -102,9 +106,10 @@ def _softplus(x):
 @triton.jit
 def _delta_step(mixed, z, alpha, beta, a_log, dt_bias, norm, state, out, mixed_row, z_row, alpha_row, beta_row,
                 n_key, n_value, head_k, head_v, scale, l2_eps, eps,
-                WIDE_K: tl.constexpr, WIDE_V: tl.constexpr, OVERLAPS: tl.constexpr):  # fmt: skip
+                WIDE_K: tl.constexpr, WIDE_V: tl.constexpr, TILED: tl.constexpr,
+                OVERLAPS: tl.constexpr):  # fmt: skip
     seq, head = tl.program_id(1).to(tl.int64), tl.program_id(0)
-    of_key = head // (n_value // n_key)
+    of_key = head % n_key if TILED else head // (n_value // n_key)
     k_dim, v_dim = tl.arange(0, WIDE_K), tl.arange(0, WIDE_V)
     in_k, in_v = k_dim < head_k, v_dim < head_v
     row = mixed + seq * mixed_row
@@ -135,7 +140,7 @@ def _delta_step(mixed, z, alpha, beta, a_log, dt_bias, norm, state, out, mixed_r
 
 def delta_step(
     mixed: Tensor, z: Tensor, alpha: Tensor, beta: Tensor, a_log: Tensor, dt_bias: Tensor, norm: Tensor, state: Tensor,
-    shape: DeltaShape, *, eps: float,
+    shape: DeltaShape, *, eps: float, dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
     """One token: norms of q and k, gates, the delta rule on the state in place, and the gated RMSNorm.
 
@@ -153,20 +158,22 @@ def delta_step(
         `[head_v]`, of the gated norm.
     state
         float32 `[B, n_value, head_k, head_v]`, contiguous.
+    dtype
+        Of the result; z's by default.
 
     Returns
     -------
     Tensor
-        In z's dtype, `[B, n_value * head_v]`.
+        `[B, n_value * head_v]`.
     """
     assert state.is_contiguous()
     batch = len(mixed)
-    out = torch.empty((batch, shape.n_value * shape.head_v), dtype=z.dtype, device=z.device)
+    out = torch.empty((batch, shape.n_value * shape.head_v), dtype=z.dtype if dtype is None else dtype, device=z.device)
     _delta_step[(shape.n_value, batch)](
         mixed, z, alpha, beta, a_log, dt_bias, norm, state, out, mixed.stride(0), z.stride(0), alpha.stride(0),
         beta.stride(0), shape.n_key, shape.n_value, shape.head_k, shape.head_v, shape.head_k**-0.5, L2_EPS, eps,
-        WIDE_K=triton.next_power_of_2(shape.head_k), WIDE_V=triton.next_power_of_2(shape.head_v), num_warps=4,
-        **overlapping(z.device),
+        WIDE_K=triton.next_power_of_2(shape.head_k), WIDE_V=triton.next_power_of_2(shape.head_v), TILED=shape.tiled,
+        num_warps=4, **overlapping(z.device),
     )  # fmt: skip
     return out
 
@@ -225,9 +232,10 @@ def conv_prompt(raw: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None)
 @triton.jit
 def _chunk_solve(mixed, alpha, beta, a_log, dt_bias, reads, keys, values, weights, scores, decays,
                  alpha_row, beta_row, channels, n_tokens, n_chunks, n_key, n_value, head_k, head_v, scale, l2_eps,
-                 WIDE_K: tl.constexpr, WIDE_V: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                 WIDE_K: tl.constexpr, WIDE_V: tl.constexpr, ROWS: tl.constexpr, TILED: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
     chunk, head, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    of_key = head // (n_value // n_key)
+    of_key = head % n_key if TILED else head // (n_value // n_key)
     i = tl.arange(0, ROWS)
     k_dim, v_dim = tl.arange(0, WIDE_K), tl.arange(0, WIDE_V)
     token = chunk * ROWS + i
@@ -338,7 +346,8 @@ def delta_prompt(
     _chunk_solve[(n_chunks, shape.n_value, batch)](
         mixed, alpha, beta, a_log, dt_bias, reads, keys, values, weights, scores, decays, alpha.stride(0),
         beta.stride(0), mixed.stride(0), n_tokens, n_chunks, shape.n_key, shape.n_value, shape.head_k, shape.head_v,
-        shape.head_k**-0.5, L2_EPS, WIDE_K=wide_k, WIDE_V=wide_v, ROWS=CHUNK, PRECISION=precision, num_warps=8,
+        shape.head_k**-0.5, L2_EPS, WIDE_K=wide_k, WIDE_V=wide_v, ROWS=CHUNK, TILED=shape.tiled, PRECISION=precision,
+        num_warps=8,
     )  # fmt: skip
     out = torch.empty((len(mixed), shape.n_value * shape.head_v), dtype=mixed.dtype, device=mixed.device)
     block = min(32, wide_v)

@@ -42,7 +42,15 @@ def _add_norm(x, delta, weight, out, x_stride, delta_stride, out_stride, width, 
     tl.store(out + row * out_stride + cols, value.to(out.dtype.element_ty), mask=inside)
 
 
-def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
+def add_norm(
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    *,
+    offset: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """`x += delta` in place, if there is one, and RMSNorm of the sum.
 
     Parameters
@@ -51,13 +59,15 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, *, off
         Any float dtype, `[N, width]`.
     weight
         `[width]`; `weight + offset` multiplies.
+    dtype
+        Of the result; x's by default.
 
     Returns
     -------
     Tensor
-        In x's dtype, `[N, width]`, contiguous.
+        `[N, width]`, contiguous.
     """
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=x.dtype if dtype is None else dtype, device=x.device)
     n_rows, width = x.shape
     block = triton.next_power_of_2(width)
     _add_norm[(n_rows,)](
@@ -69,22 +79,22 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, *, off
 
 
 @triton.jit
-def _swiglu(both, out, both_stride, width, OVERLAPS: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu(both, out, both_stride, width, factor, OVERLAPS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < width
     begin(OVERLAPS)
     gate = tl.load(both + row * both_stride + cols, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(both + row * both_stride + width + cols, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * width + cols, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * width + cols, (gate * tl.sigmoid(gate) * up * factor).to(out.dtype.element_ty), mask=inside)
 
 
-def swiglu(both: Tensor) -> Tensor:
-    """`silu(gate) * up` of joined rows `[N, gate | up]`; `[N, width]` in their dtype."""
+def swiglu(both: Tensor, *, factor: float = 1.0) -> Tensor:
+    """`silu(gate) * up * factor` of joined rows `[N, gate | up]`; `[N, width]` in their dtype."""
     n_rows, width = both.shape[0], both.shape[1] // 2
     out = torch.empty((n_rows, width), dtype=both.dtype, device=both.device)
     _swiglu[(n_rows, triton.cdiv(width, ELEMENTS))](
-        both, out, both.stride(0), width, BLOCK=ELEMENTS, **overlapping(both.device)
+        both, out, both.stride(0), width, factor, BLOCK=ELEMENTS, **overlapping(both.device)
     )
     return out
 
@@ -166,10 +176,13 @@ def _gate(x, gate, out, x_row, x_head, gate_row, gate_head, n_heads, head_dim,
     tl.store(to, (value * weight).to(out.dtype.element_ty), mask=inside)
 
 
-def gate_heads(x: Tensor, gate: Tensor) -> Tensor:
-    """`x * sigmoid(gate)`, both `[N, heads, D]` with the last dim contiguous; `[N, heads * D]` in the gate's dtype."""
+def gate_heads(x: Tensor, gate: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """`x * sigmoid(gate)`, both `[N, heads, D]` with the last dim contiguous.
+
+    The result is `[N, heads * D]` in the gate's dtype, or in another if one is given.
+    """
     n_rows, n_heads, head_dim = x.shape
-    out = torch.empty((n_rows, n_heads * head_dim), dtype=gate.dtype, device=gate.device)
+    out = torch.empty((n_rows, n_heads * head_dim), dtype=gate.dtype if dtype is None else dtype, device=gate.device)
     _gate[(n_rows, n_heads)](
         x, gate, out, x.stride(0), x.stride(1), gate.stride(0), gate.stride(1), n_heads, head_dim,
         BLOCK=triton.next_power_of_2(head_dim), num_warps=2, **overlapping(x.device),

@@ -100,13 +100,15 @@ def multiply_swiglu(x: Tensor, weight: Tensor) -> Tensor:
     return one_row(x, weight, gated=True) if _takes(x, weight) else swiglu(F.linear(x, weight))
 
 
-def one_row(x: Tensor, weight: Tensor, *, gated: bool = False) -> Tensor:
-    """What `multiply` gives for one row `[1, in]`, or with `gated` what `multiply_swiglu` does."""
+def one_row(x: Tensor, weight: Tensor, *, gated: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+    """What `multiply` gives for one row `[1, in]`, or with `gated` what `multiply_swiglu` does.
+
+    In x's dtype, or another if one is given; the matrix may have a dtype of its own.
+    """
     assert x.shape == (1, weight.shape[1]) and x.is_contiguous() and weight.is_contiguous(), (x.shape, weight.shape)
-    assert x.dtype == weight.dtype, (x.dtype, weight.dtype)
     n_in, n_out = weight.shape[1], weight.shape[0] // (2 if gated else 1)
     tiling = tiling_of(n_in)
-    out = torch.empty((1, n_out), dtype=x.dtype, device=x.device)
+    out = torch.empty((1, n_out), dtype=x.dtype if dtype is None else dtype, device=x.device)
     _product[(triton.cdiv(n_out, tiling.OUT),)](
         x, weight, out, n_in, n_out, SWIGLU=gated, **tiling._asdict(), num_warps=WARPS, **overlapping(x.device)
     )

@@ -1,0 +1,34 @@
+"""The step on CUDA whose weights stay packed: a model's graph over a GGUF file's matrices on the card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hybridkv.hf.step.fused import LayersStep
+from hybridkv.model import graph_of
+from hybridkv.native import cuda as lowering
+from hybridkv.native.sources import source_of, types_held
+
+PROMPT_ROWS = 2048
+"""Tokens of all sequences in one run of a prompt: for each run, all matrices are decoded once."""
+
+
+class PackedStep(LayersStep):
+    """Uploads a model and runs it; `choice.rejects_packed` must have said None.
+
+    Parameters
+    ----------
+    model
+        A `NativeModel` of a CUDA device; its source is read once.
+    """
+
+    def __init__(self, model: Any) -> None:
+        source = source_of(model)
+        card = lowering.Card(source, torch.device(model.device))
+        embed, layers, head = lowering.build(graph_of(model.config), model.config, card)
+        source.verify()
+        self.n_bytes = card.n_bytes
+        name = f"native-triton, weights {types_held(source)}"
+        super().__init__(embed, layers, head, card.device, name, PROMPT_ROWS)
