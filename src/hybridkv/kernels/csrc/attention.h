@@ -90,11 +90,19 @@ extern const LinearKernels kLinearPortable;
 extern const LinearKernels kLinearAvx2;
 extern const LinearKernels kLinearAvx512;
 #endif
+#if defined(HYBRIDKV_ARM64)
+extern const LinearKernels kLinearNeon;
+extern const LinearKernels kLinearDotprod;
+#endif
 
 extern const Isa kIsaPortable;
 #if defined(HYBRIDKV_X86)
 extern const Isa kIsaAvx2;
 extern const Isa kIsaAvx512;
+#endif
+#if defined(HYBRIDKV_ARM64)
+extern const Isa kIsaNeon;
+extern const Isa kIsaDotprod;
 #endif
 #if defined(HYBRIDKV_HAS_AMX)
 extern const Isa kIsaAmx;
