@@ -1,3 +1,4 @@
+#define HYBRIDKV_DOTPROD  // some compilers offer it to every unit
 #include "simd_neon.h"
 
 #define HYBRIDKV_ISA_RECORD kIsaDotprod

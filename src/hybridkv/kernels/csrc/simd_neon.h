@@ -1,5 +1,5 @@
-// Four lanes: NEON of every 64-bit ARM, with dot products where the compiler may use them. See simd_portable.h for what
-// each operation means.
+// Four lanes: NEON of every 64-bit ARM, with the dot products of newer ones if HYBRIDKV_DOTPROD is defined. See
+// simd_portable.h for what each operation means.
 #pragma once
 
 #define HYBRIDKV_NEON
@@ -50,11 +50,17 @@ struct Simd {
     // acc plus the products of sixteen bytes, of four neighbours to a lane. Without dot products: to any lane, and one
     // operand stays within -127 to 127.
     static I dot4(I acc, int8x16_t a, int8x16_t b) {
-#if defined(__ARM_FEATURE_DOTPROD)
+#if defined(HYBRIDKV_DOTPROD)
         return vdotq_s32(acc, a, b);
 #else
         return vpadalq_s16(acc, vmlal_high_s8(vmull_s8(vget_low_s8(a), vget_low_s8(b)), a, b));
 #endif
+    }
+    // Eight numbers of at most 128 * 127 + 63 to two terms, 128 * high + low.
+    static void split(int16x8_t x, int8_t* high, int8_t* low) {
+        const int8x8_t h = vrshrn_n_s16(x, 7);
+        vst1_s8(high, h);
+        vst1_s8(low, vmovn_s16(vsubq_s16(x, vshll_n_s8(h, 7))));
     }
     static I mul_q15(I a, I b) {
         return vreinterpretq_s32_s16(vqrdmulhq_s16(vreinterpretq_s16_s32(a), vreinterpretq_s16_s32(b)));
