@@ -70,7 +70,7 @@ class Server:
             if _apart(self._process.pid):
                 return
             self._process.kill()
-            self._process.wait()
+            self._process.communicate()
         raise RuntimeError(f"the emulator's memory lay within {_APART} bytes of this process's {_ATTEMPTS} times")
 
     def call(self, name: str, *arguments: object) -> object:

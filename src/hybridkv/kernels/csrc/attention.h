@@ -88,6 +88,7 @@ struct Isa {
 extern const LinearKernels kLinearPortable;
 #if defined(HYBRIDKV_X86)
 extern const LinearKernels kLinearAvx2;
+extern const LinearKernels kLinearAvx2Vnni;
 extern const LinearKernels kLinearAvx512;
 #endif
 #if defined(HYBRIDKV_ARM64)
@@ -98,6 +99,7 @@ extern const LinearKernels kLinearDotprod;
 extern const Isa kIsaPortable;
 #if defined(HYBRIDKV_X86)
 extern const Isa kIsaAvx2;
+extern const Isa kIsaAvx2Vnni;
 extern const Isa kIsaAvx512;
 #endif
 #if defined(HYBRIDKV_ARM64)

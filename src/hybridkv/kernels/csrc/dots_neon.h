@@ -6,14 +6,7 @@
 
 namespace {
 
-constexpr float kTermUnits = 16383.f;  // 127 * 128 + 127: the largest number in two terms
-
-// Eight numbers, of at most kTermUnits, to their terms.
-inline void put_terms(int16x8_t x, int8_t* high, int8_t* low) {
-    const int8x8_t h = vqrshrn_n_s16(x, 7);  // 128 becomes 127, and the low term 127
-    vst1_s8(high, h);
-    vst1_s8(low, vmovn_s16(vsubq_s16(x, vshll_n_s8(h, 7))));
-}
+constexpr float kTermUnits = 16319.f;  // 127 * 128 + 63: the largest number in two terms
 
 // Operands of NQ rows, high terms and low terms, against NV vectors of four codes to a lane.
 template <int NQ, int NV>
@@ -64,17 +57,19 @@ private:
     }
 };
 
-// As k_codes. q: [q][block][high or low][32]; k: [quadruple of dims][kTile]
+constexpr int kQuadRows = 16;  // rows of K staged at a time: they stay in the first cache until the last query has had them
+
+// As k_codes, for kQuadRows rows. q: [q][block][high or low][32]; k: [quadruple of dims][kQuadRows]
 template <int NQ, bool HasMin>
 HYBRIDKV_PHASE void k_terms(const int8_t* q, int64_t q_stride, const int32_t* k, const float* d, const float* m,
                             const float* qsum, int64_t blocks, float* scores) {
     constexpr int NV = NQ >= 4 ? 2 : 4;
-    for (int v0 = 0; v0 < kTile; v0 += NV * L) {
+    for (int v0 = 0; v0 < kQuadRows; v0 += NV * L) {
         for (int64_t b = 0; b < blocks; ++b) {
             TermSums<NQ, NV> sums;
-            const int32_t* codes = k + b * 8 * kTile + v0;
-            sums.add(q + b * 2 * kBlock, q_stride, kBlock, codes, kTile);
-            sums.add(q + b * 2 * kBlock + 16, q_stride, kBlock, codes + 4 * kTile, kTile);
+            const int32_t* codes = k + b * 8 * kQuadRows + v0;
+            sums.add(q + b * 2 * kBlock, q_stride, kBlock, codes, kQuadRows);
+            sums.add(q + b * 2 * kBlock + 16, q_stride, kBlock, codes + 4 * kQuadRows, kQuadRows);
 #pragma GCC unroll 4
             for (int v = 0; v < NV; ++v) {
                 const int64_t at = b * kTile + v0 + v * L;
@@ -124,13 +119,13 @@ struct Products : PlainProducts {
         for (int64_t e = 0; e < dk; e += 8) {
             const int16x8_t x = vcombine_s16(vmovn_s32(Simd::loadi(codes + e)), vmovn_s32(Simd::loadi(codes + e + 4)));
             int8_t* high = out + e / kBlock * 2 * kBlock + e % kBlock;
-            put_terms(x, high, high + kBlock);
+            Simd::split(x, high, high + kBlock);
         }
     }
 
     void scores(int64_t j, int n) {
         if (!k_int) return PlainProducts::scores(j, n);
-        Prefetch ahead = ahead_of_v(j, n, dk / kBlock);
+        Prefetch ahead = ahead_of_v(j, n, kTile / kQuadRows);
         score_codes(seg.shift + j, n, ahead);
     }
 
@@ -138,24 +133,25 @@ struct Products : PlainProducts {
         const Codes codes = stage_codes(seg.k, head, row, n, s.codes);
         stage_scales(seg.k, head, row, n, s.flat, s.k_d, s.k_m);
         int32_t* quads = reinterpret_cast<int32_t*>(s.k);
-        for (int64_t b = 0; b < dk / kBlock; ++b) {
+        const int64_t blocks = dk / kBlock;
+        for (int first = 0; first < kTile; first += kQuadRows) {
             ahead.step();
-            stage_k_quads(codes, b, quads + b * 8 * kTile);
+            for (int64_t b = 0; b < blocks; ++b) stage_k_quads(codes, first, b, quads + b * 8 * kQuadRows);
+            for_row_groups(rows, [&](auto group, int r) {
+                constexpr int NQ = decltype(group)::count;
+                const int8_t* q = reinterpret_cast<const int8_t*>(s.q) + r * 2 * dk;
+                const auto f = seg.k.format->has_min() ? k_terms<NQ, true> : k_terms<NQ, false>;
+                f(q, 2 * dk, quads, s.k_d + first, s.k_m + first, s.q_sum + r * blocks, blocks, s.scores + r * kTile + first);
+            });
         }
-        for_row_groups(rows, [&](auto group, int r) {
-            constexpr int NQ = decltype(group)::count;
-            const int8_t* q = reinterpret_cast<const int8_t*>(s.q) + r * 2 * dk;
-            const auto f = seg.k.format->has_min() ? k_terms<NQ, true> : k_terms<NQ, false>;
-            f(q, 2 * dk, quads, s.k_d, s.k_m, s.q_sum + r * (dk / kBlock), dk / kBlock, s.scores + r * kTile);
-        });
     }
 
-    // Block b of the tile's codes to [8 quadruples of dims][kTile].
-    HYBRIDKV_PHASE static void stage_k_quads(const Codes& codes, int64_t b, int32_t* quads) {
-        for (int r = 0; r < kTile; r += L, quads += L) {
+    // Block b of kQuadRows rows of codes to [8 quadruples of dims][kQuadRows].
+    static void stage_k_quads(const Codes& codes, int first, int64_t b, int32_t* quads) {
+        for (int r = 0; r < kQuadRows; r += L, quads += L) {
             I dims[8];
-            Simd::transpose8(codes.row(r) + b * kBlock, codes.stride, dims);
-            for (int i = 0; i < 8; ++i) Simd::storei(quads + i * kTile, dims[i]);
+            Simd::transpose8(codes.row(first + r) + b * kBlock, codes.stride, dims);
+            for (int i = 0; i < 8; ++i) Simd::storei(quads + i * kQuadRows, dims[i]);
         }
     }
 
@@ -204,7 +200,7 @@ struct Products : PlainProducts {
         int8_t* out = reinterpret_cast<int8_t*>(s.pd16 + r * kTile);
         for (int i = 0; i < kTile; i += 8) {
             const int16x8_t p = vld1q_s16(s.p16 + r * kTile + i), d = vld1q_s16(s.d16 + b * kTile + i);
-            put_terms(vqrdmulhq_s16(p, d), out + i, out + kTile + i);
+            Simd::split(vqrdmulhq_s16(p, d), out + i, out + kTile + i);
         }
         s.unit[r] = s.p_unit[r] * s.d_block[b];
         s.bias[r] = seg.v.format->has_min() ? bias(r, b) : 0.f;

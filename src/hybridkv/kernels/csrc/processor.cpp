@@ -1,7 +1,9 @@
 #include "processor.h"
 
-#if defined(HYBRIDKV_HAS_AMX)
+#if defined(HYBRIDKV_X86)
 #include <cpuid.h>
+#endif
+#if defined(HYBRIDKV_HAS_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -17,6 +19,18 @@ namespace {
 #if defined(HYBRIDKV_X86)
 bool runs_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // F16C came before both
+}
+#endif
+
+#if defined(HYBRIDKV_HAS_AVX2_VNNI)
+bool runs_avx2_vnni() {
+#if defined(HYBRIDKV_EVEX_VNNI)
+    return runs_avx2() && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl");
+#else
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    constexpr unsigned kAvxVnni = 1u << 4;
+    return runs_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvxVnni);
+#endif
 }
 #endif
 
@@ -67,6 +81,9 @@ const std::vector<const Isa*>& offered() {
 #endif
 #if defined(HYBRIDKV_HAS_AVX512)
         if (runs_avx512()) found.push_back(&kIsaAvx512);
+#endif
+#if defined(HYBRIDKV_HAS_AVX2_VNNI)
+        if (runs_avx2_vnni()) found.push_back(&kIsaAvx2Vnni);
 #endif
 #if defined(HYBRIDKV_X86)
         if (runs_avx2()) found.push_back(&kIsaAvx2);
