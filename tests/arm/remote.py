@@ -141,7 +141,7 @@ class _Program:
 def _install() -> None:
     module = Remote(Server(shlex.split(os.environ["HYBRIDKV_REMOTE_CPU"])))
     sys.modules["hybridkv._cpu"] = module
-    hybridkv._cpu = module  # type: ignore[attr-defined]
+    hybridkv._cpu = module
 
 
 _install()

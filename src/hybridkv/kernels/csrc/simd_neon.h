@@ -18,6 +18,8 @@ struct Simd {
     static constexpr int lanes = 4;
     static constexpr int rows_q = 4;
     static constexpr int cols = 4;
+    static constexpr bool masked = false;        // comparisons make masks
+    static constexpr bool nibble_pairs = false;  // pairs of codes straight from packed nibbles
     using F = float32x4_t;
     using I = int32x4_t;
 
@@ -37,6 +39,8 @@ struct Simd {
     static F max(F a, F b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }  // b if either is NaN, as elsewhere
     static F abs(F a) { return vabsq_f32(a); }
     static F if_eq(F a, F b, F yes, F no) { return vbslq_f32(vceqq_f32(a, b), yes, no); }
+    static F if_ge(F a, F b, F yes, F no) { return vbslq_f32(vcgeq_f32(a, b), yes, no); }
+    static I count_if_ge(I n, F a, F b) { return vsubq_s32(n, vreinterpretq_s32_u32(vcgeq_f32(a, b))); }
     static F add_if_ge(F sum, F term, F a, F b) {
         const uint32x4_t kept = vandq_u32(vcgeq_f32(a, b), vreinterpretq_u32_f32(term));
         return vaddq_f32(sum, vreinterpretq_f32_u32(kept));
@@ -68,6 +72,20 @@ struct Simd {
     static F to_float(I a) { return vcvtq_f32_s32(a); }
     static F round(F a) { return vrndnq_f32(a); }
     static I to_int(F a) { return vcvtnq_s32_f32(a); }
+    static I truncate(F a) { return vcvtq_s32_f32(a); }
+    static F as_float(I a) { return vreinterpretq_f32_s32(a); }
+    // a * b + c by way of float64.
+    static F fused(F a, F b, F c) {
+        const auto half = [](float32x2_t x, float32x2_t y, float32x2_t z) {
+            return vcvt_f32_f64(vaddq_f64(vmulq_f64(vcvt_f64_f32(x), vcvt_f64_f32(y)), vcvt_f64_f32(z)));
+        };
+        return vcombine_f32(half(vget_low_f32(a), vget_low_f32(b), vget_low_f32(c)),
+                            half(vget_high_f32(a), vget_high_f32(b), vget_high_f32(c)));
+    }
+    static F look_up(const float* table, I i) {  // of 16
+        const I places = vaddq_s32(vmulq_n_s32(i, 0x04040404), vdupq_n_s32(0x03020100));
+        return vreinterpretq_f32_u8(vqtbl4q_u8(vld1q_u8_x4(reinterpret_cast<const uint8_t*>(table)), vreinterpretq_u8_s32(places)));
+    }
     static F pow2(F n) { return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(to_int(n), set1i(127)), 23)); }
     static void store_i16(int16_t* p, I v) { vst1_s16(p, vqmovn_s32(v)); }
     static float reduce_max(F a) {
@@ -109,6 +127,8 @@ struct Simd {
         return vreinterpretq_s32_s16(vshrq_n_s16(vshlq_n_s16(vreinterpretq_s16_s32(x), 8), 8));
     }
     static I odd_codes(I x) { return vreinterpretq_s32_s16(vshrq_n_s16(vreinterpretq_s16_s32(x), 8)); }
+    static void split_nibbles(I, I&, I&, I&, I&) {}
+    static void interleave_nibbles(const int8_t*, const int8_t*, int8_t, int32_t*) {}
     static void interleave(const int8_t* a, const int8_t* b, int32_t* out) {
         int16_t* to = reinterpret_cast<int16_t*>(out);
         for (int i = 0; i < 32; i += 8) {
