@@ -20,7 +20,7 @@ from hybridkv.formats import Scale, get_format
 from hybridkv.kernels.case import Segment, require_host_rows
 from hybridkv.kernels.threads import native_threads
 
-Isa = Literal["amx", "avx512", "avx2", "portable"]
+Isa = Literal["amx", "avx512", "avx2_vnni", "avx2", "dotprod", "neon", "portable"]
 
 
 @cache

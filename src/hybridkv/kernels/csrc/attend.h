@@ -5,8 +5,13 @@
 
 #if defined(HYBRIDKV_AMX)
 #include "amx.h"
+#elif defined(HYBRIDKV_DOTPROD)
+#include "dots_neon.h"
 #else
 #include "plain.h"
+namespace {
+using Products = PlainProducts;
+}
 #endif
 
 namespace {

@@ -88,13 +88,23 @@ struct Isa {
 extern const LinearKernels kLinearPortable;
 #if defined(HYBRIDKV_X86)
 extern const LinearKernels kLinearAvx2;
+extern const LinearKernels kLinearAvx2Vnni;
 extern const LinearKernels kLinearAvx512;
+#endif
+#if defined(HYBRIDKV_ARM64)
+extern const LinearKernels kLinearNeon;
+extern const LinearKernels kLinearDotprod;
 #endif
 
 extern const Isa kIsaPortable;
 #if defined(HYBRIDKV_X86)
 extern const Isa kIsaAvx2;
+extern const Isa kIsaAvx2Vnni;
 extern const Isa kIsaAvx512;
+#endif
+#if defined(HYBRIDKV_ARM64)
+extern const Isa kIsaNeon;
+extern const Isa kIsaDotprod;
 #endif
 #if defined(HYBRIDKV_HAS_AMX)
 extern const Isa kIsaAmx;

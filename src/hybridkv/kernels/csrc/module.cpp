@@ -15,15 +15,11 @@
 #include "mapped.h"
 #include "module.h"
 #include "pool.h"
+#include "processor.h"
 #include "schedule.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
-#endif
-#if defined(HYBRIDKV_HAS_AMX)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace nb = nanobind;
@@ -32,57 +28,6 @@ using namespace hybridkv;
 namespace {
 
 using Planes = std::vector<Address>;
-
-bool runs_avx2() {
-#if defined(HYBRIDKV_X86)
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // F16C came before both
-#else
-    return false;
-#endif
-}
-
-bool runs_avx512() {
-#if defined(HYBRIDKV_HAS_AVX512)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vnni");
-#else
-    return false;
-#endif
-}
-
-// The kernel of the operating system hands out tiles on request.
-bool runs_amx() {
-#if defined(HYBRIDKV_HAS_AMX)
-    constexpr long kRequestPermission = 0x1023, kTileData = 18;
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!runs_avx512() || !__builtin_cpu_supports("avx512vbmi") || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    constexpr unsigned kTiles = 1u << 24, kInt8 = 1u << 25, kBf16 = 1u << 22;
-    return (d & kTiles) && (d & kInt8) && (d & kBf16) && __builtin_cpu_supports("avx512bf16") &&
-           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-    return false;
-#endif
-}
-
-// Asking the processor costs microseconds under a hypervisor: once.
-const std::vector<const Isa*>& offered() {
-    static const std::vector<const Isa*> all = [] {
-        std::vector<const Isa*> found;
-#if defined(HYBRIDKV_HAS_AMX)
-        if (runs_amx()) found.push_back(&kIsaAmx);
-#endif
-#if defined(HYBRIDKV_HAS_AVX512)
-        if (runs_avx512()) found.push_back(&kIsaAvx512);
-#endif
-#if defined(HYBRIDKV_X86)
-        if (runs_avx2()) found.push_back(&kIsaAvx2);
-#endif
-        found.push_back(&kIsaPortable);
-        return found;
-    }();
-    return all;
-}
 
 std::vector<std::string> isas() {
     std::vector<std::string> names;

@@ -5,7 +5,7 @@
 
 namespace {
 
-struct Products : Task {
+struct PlainProducts : Task {
     static constexpr float q_units = 32767.f;  // integer units of a query row's largest value
     static constexpr float p_units = 32767.f;  // and of the largest probability times scale of a row in a tile
     static constexpr float d_units = 32767.f;  // and of the largest scale of a block and row of V

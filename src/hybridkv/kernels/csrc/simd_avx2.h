@@ -1,4 +1,5 @@
-// Eight lanes: AVX2, FMA and F16C. See simd_portable.h for what each operation means.
+// Eight lanes: AVX2, FMA and F16C, with AVX-VNNI if HYBRIDKV_VNNI is defined. See simd_portable.h for what each operation
+// means.
 #pragma once
 
 #include <immintrin.h>
@@ -29,10 +30,18 @@ struct Simd {
     static I set1i(const uint8_t* p) { return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(p))); }
     // A sum that the compiler may not put off: it would keep the products of a whole block in memory until then.
     static void settle(I& x) { asm("" : "+x"(x)); }
+    static I dot2(I acc, I a, I b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
     // acc = dot2(acc, a, b), where it stands: not put off, and without a copy of the sum.
     static void add_dot2(I& acc, I a, I b) {
+#if defined(HYBRIDKV_EVEX_VNNI)
+        // The same instruction in AVX-512's encoding, for a processor that has only this one; all else stays as it is.
+        asm("%{evex%} vpdpwssd %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));
+#elif defined(HYBRIDKV_VNNI)
+        asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));
+#else
         const I product = _mm256_madd_epi16(a, b);
         asm("vpaddd %1, %0, %0" : "+x"(acc) : "x"(product));
+#endif
     }
     // A value that the compiler may not load, or make, again.
     static void keep(F& x) { asm("" : "+x"(x)); }
@@ -51,7 +60,6 @@ struct Simd {
     static I count_if_ge(I n, F a, F b) {  // n + 1 where a >= b
         return _mm256_sub_epi32(n, _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
     }
-    static I dot2(I acc, I a, I b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
     static I mul_q15(I a, I b) { return _mm256_mulhrs_epi16(a, b); }
     static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
     static F round(F a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }

@@ -5,13 +5,17 @@
 #include "bring_avx512.h"
 #elif defined(__AVX2__)
 #include "bring_avx2.h"
+#elif defined(HYBRIDKV_NEON)
+#include "bring_neon.h"
 #endif
 
 #include "plain.h"
 
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(HYBRIDKV_NEON)
 #include "floats.h"
-#if !defined(__AVX512VNNI__)
+#if defined(HYBRIDKV_NEON)
+#include "rows_neon.h"
+#elif !defined(__AVX512VNNI__)
 #include "one_row.h"
 #define HYBRIDKV_ONE_ROW 1
 #endif
@@ -20,6 +24,16 @@ namespace {
 namespace weights {
 
 constexpr int kFewRows = 4;  // as many as share a row in registers
+
+#if defined(HYBRIDKV_NEON)
+using ManyInts = ManyTerms;
+template <class T, int NQ>
+constexpr auto few_ints = stream_rows<T, NQ>;
+#else
+using ManyInts = Many;
+template <class T, int NQ>
+constexpr auto few_ints = few_rows<T, NQ>;
+#endif
 
 #if defined(HYBRIDKV_ONE_ROW)
 template <class T>
@@ -41,11 +55,11 @@ void linear_ints(const Matrix& w, Operand operand, const uint8_t* x, const int32
     }
 #endif
     (void)operand;
-    if (n_rows > kFewRows) return Many::linear<T>(w, x, x_rows, n_rows, row0, row1, out, scratch);
+    if (n_rows > kFewRows) return ManyInts::linear<T>(w, x, x_rows, n_rows, row0, row1, out, scratch);
     const int64_t stride = order_stride<Order>(w.n_in), units = units_of(w.n_in);
     Many::for_rows<kFewRows>(n_rows, [&](auto group, int64_t q) {
         constexpr int n = decltype(group)::count;
-        few_rows<T, n>(w, Taken<n>(x, stride, x_rows, q, units), q, row0, row1, out);
+        few_ints<T, n>(w, Taken<n>(x, stride, x_rows, q, units), q, row0, row1, out);
     });
 }
 
@@ -68,7 +82,7 @@ struct Vectors {
         if (n_rows <= kFewRows) return 0;
         switch (static_cast<TypeId>(type.id)) {
 #define HYBRIDKV_CASE(T, name) \
-    case TypeId::T: return sizeof(Many::Scratch<T>);
+    case TypeId::T: return sizeof(ManyInts::Scratch<T>);
             HYBRIDKV_GROUP_WEIGHTS(HYBRIDKV_CASE)
             HYBRIDKV_SCALED_WEIGHTS(HYBRIDKV_CASE)
             HYBRIDKV_GRID_WEIGHTS(HYBRIDKV_CASE)

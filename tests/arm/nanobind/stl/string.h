@@ -1,0 +1,1 @@
+#pragma once  // nanobind.h has it
