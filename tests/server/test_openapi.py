@@ -32,16 +32,10 @@ CHECKS: list[CheckFunction] = [
 ]
 EXAMPLES = 12
 UNDESCRIBED = (
-    "grammar",
-    "regex",
-    "json_schema",
-    "response_format",
-    "tools",
-    "tool_choice",
-    "suffix",
-    "chat_template_kwargs",
+    *("grammar", "regex", "json_schema", "response_format", "tools", "tool_choice", "suffix", "chat_template_kwargs"),
+    *("n", "best_of", "logit_bias"),
 )
-"""No schema says which grammars there are, which variables a template has, or which words a vocabulary."""
+"""No schema says which grammars there are, what a template or a vocabulary has, or how many prompts `n` is times."""
 
 
 @pytest.mark.parametrize("mode", [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE])

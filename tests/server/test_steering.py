@@ -161,13 +161,13 @@ def test_a_budget_closes_thoughts(budget: int) -> None:
 
 HOSTILE: list[tuple[Grammar, str]] = [
     (Grammar("regex", "("), "unclosed group"),
-    (Grammar("regex", "(a{1000}){1000}"), "takes too much time or memory"),
     (Grammar("json_schema", '{"type": "potato"}'), "Invalid type"),
     (Grammar("json_schema", '{"$ref": "http://127.0.0.1:9/x"}'), "Default retriever does not fetch"),
     (Grammar("gbnf", "root ::= missing"), "not found"),
     (Grammar("gbnf", "root ::= " + "(" * 20000), "."),
 ]
 HUGE = (
+    Grammar("regex", "(a{1000}){1000}"),
     Grammar("regex", "(((a{100}){100}){100}){100}"),
     Grammar("json_schema", '{"pattern": "^(a{1000}){1000}$", "type": "string"}'),
     Grammar("json_schema", json.dumps({"type": "string", "minLength": 10**9})),

@@ -36,6 +36,7 @@ def correct_document(app: FastAPI, served: Served) -> None:
             prompt["minLength"] = 1
         elif prompt.get("type") == "array":
             prompt["minItems"] = 1
+    schemas["DetokenizeRequest"]["properties"]["tokens"]["items"]["exclusiveMaximum"] = served.n_vocab
     if not served.strict:
         for name in _reached(schemas, _REQUESTS):
             schemas[name].pop("additionalProperties", None)

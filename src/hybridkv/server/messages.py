@@ -54,11 +54,14 @@ class ToolCall(Strict):
 _TURNS: Fragment = {"enum": ["system", "developer", "user", "tool"]}
 _ROLES: Fragment = {
     "anyOf": [
-        {"properties": {"role": _TURNS, "content": {"not": {"type": "null"}}}, "required": ["content"]},
+        {
+            "properties": {"role": _TURNS, "content": {"not": {"type": "null"}}, "tool_calls": {"type": "null"}},
+            "required": ["content"],
+        },
         {"properties": {"role": {"const": "assistant"}}},
     ]
 }
-"""Only an assistant may say nothing: as JSON Schema, for the document."""
+"""Only an assistant may say nothing, and call tools: as JSON Schema, for the document."""
 
 
 class Message(Strict):

@@ -20,7 +20,20 @@ _TEMPERATURE: Fragment = {
     "anyOf": [{"const": 0}, {"type": "number", "minimum": MIN_TEMPERATURE, "maximum": 2}, {"type": "null"}]
 }
 
-BiasedId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+_ID_PATTERN = r"^[0-9]{1,9}$"
+_BIASES: Fragment = {
+    "anyOf": [
+        {
+            "type": "object",
+            "patternProperties": {_ID_PATTERN: {"type": "number", "minimum": -1e9, "maximum": 1e9}},
+            "additionalProperties": False,
+            "maxProperties": MAX_BIASED,
+        },
+        {"type": "null"},
+    ]
+}
+
+BiasedId = Annotated[str, Field(pattern=_ID_PATTERN)]
 Bias = Annotated[float, Field(ge=-1e9, le=1e9)]
 Breaker = Annotated[str, Field(min_length=1, max_length=40)]
 
@@ -35,7 +48,7 @@ class SamplerFields(Strict):
     top_p: float | None = Field(None, gt=0, le=1, description="default 1: keeps all")
     presence_penalty: float | None = Field(None, ge=-100, le=100, description="what a token costs that came before")
     frequency_penalty: float | None = Field(None, ge=-100, le=100, description="what it costs each time that it came")
-    logit_bias: dict[BiasedId, Bias] | None = Field(
+    logit_bias: Annotated[dict[BiasedId, Bias] | None, WithJsonSchema(_BIASES)] = Field(
         None, max_length=MAX_BIASED, description="token id: what is added to its logit"
     )
 

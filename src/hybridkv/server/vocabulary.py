@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI
 from fastapi.responses import Response
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from hybridkv import __version__
-from hybridkv.server.base import Strict, TokenId
+from hybridkv.server.base import Strict, TokenId, whole
 from hybridkv.server.desk import Desk
 from hybridkv.server.prompts import check_text
 from hybridkv.server.refusals import RefusalError
@@ -47,7 +47,7 @@ class Tokens(Reply):
 class DetokenizeRequest(Strict):
     """The body of `/detokenize`."""
 
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], BeforeValidator(whole)]
 
 
 class Content(Reply):
