@@ -196,7 +196,7 @@ def _delta_net(card: Card, config: Any, index: int, d: DeltaNet) -> Mix:
     project, out = card.product(d.qkv, d.gate, d.alpha, d.beta), card.product(d.out)
     shape = DeltaShape(d.n_keys, d.n_values, d.key_dim, d.value_dim, tiled=d.values == "tiled")
     conv_weight = card.vector(d.conv).view(d.channels, 1, d.kernel)
-    a_log, bias = torch.log(-card.vector(d.decay).flatten()), card.vector(d.bias).flatten()
+    a_log, bias = torch.log(-card.vector(d.decay).flatten()), card.vector(next(filter(card.has, d.bias))).flatten()
     norm, eps = card.norm(d.norm), d.norm.eps
     like = torch.empty(0, device=card.device)
     recurrent = (shape.n_value, shape.head_k, shape.head_v)

@@ -135,6 +135,8 @@ class LayersStep:
         Tokens of all sequences in one run; `PROMPT_ROWS` if None.
     """
 
+    takes_chunks = True
+
     def __init__(
         self,
         embed: Embed,
