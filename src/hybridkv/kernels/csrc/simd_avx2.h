@@ -35,9 +35,9 @@ struct Simd {
     static void add_dot2(I& acc, I a, I b) {
 #if defined(HYBRIDKV_EVEX_VNNI)
         // The same instruction in AVX-512's encoding, for a processor that has only this one; all else stays as it is.
-        asm("%{evex%} vpdpwssd %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));
+        asm("%{evex%} vpdpwssd %2, %1, %0" : "+x"(acc) : "x"(a), "xm"(b));
 #elif defined(HYBRIDKV_VNNI)
-        asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));
+        asm("%{vex%} vpdpwssd %2, %1, %0" : "+x"(acc) : "x"(a), "xm"(b));
 #else
         const I product = _mm256_madd_epi16(a, b);
         asm("vpaddd %1, %0, %0" : "+x"(acc) : "x"(product));
