@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import secrets
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from hybridkv.cli.progress import loading, reading
 from hybridkv.cli.prompt import add_prompt_arguments, is_typed, read_prompt
 from hybridkv.cli.ranks import check_ranks, leave_ranks, speak_on_one_rank, tell_of_end
 from hybridkv.cli.resolve import resolve_types
+from hybridkv.cli.sampler_options import add_sampling_arguments, sampling_for, sampling_from
 from hybridkv.cli.session import Conversation, check_session, open_conversation
 from hybridkv.cli.show import notice, size
 from hybridkv.cli.talk.start import check_talk, talk_about
@@ -79,28 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-text token")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of text")
     add_cache_arguments(parser)
-    _add_sampling_arguments(parser)
-
-
-def _add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("sampling")
-    group.add_argument("-s", "--seed", type=int, metavar="N", help="seed of the draw; -1: a fresh one (default -1)")
-    group.add_argument(
-        "--temp", "--temperature", type=float, default=0.8, metavar="X", help="temperature; 0 is greedy (default 0.8)"
-    )
-    group.add_argument("--top-k", type=int, metavar="N", help="keep the N most likely tokens; 0 keeps all (default 40)")
-    group.add_argument(
-        "--top-p",
-        type=float,
-        metavar="X",
-        help="keep the likely tokens that together reach X; 1 keeps all (default 0.95)",
-    )
-    group.add_argument(
-        "--min-p",
-        type=float,
-        metavar="X",
-        help="keep tokens of at least X of the best one's probability (default 0.05)",
-    )
+    add_sampling_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -115,7 +94,7 @@ def main(arguments: argparse.Namespace) -> int:
     prompt = None if talks and is_typed(a) else read_prompt(a)
     policy = policy_from(a)
     guard = Guard(mode=parse_mode(a.kv_guard))
-    sampling = _sampling(a)
+    sampling = sampling_from(a)
 
     from hybridkv.engine import Engine
     from hybridkv.engine.admission import is_out_of_memory
@@ -135,6 +114,7 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         engine = Engine(loaded.model, specs, n_ctx=n_ctx, guard=guard, notify=tell, step=step)
         talk.hand_over(engine)
+        sampling = sampling_for(sampling, a, loaded)
         return leave_ranks(_generate(a, loaded, engine, sampling, talk))
     except HybridKVError as error:
         tell_of_end(error)
@@ -178,22 +158,6 @@ def _check(a: argparse.Namespace) -> None:
             f"-cuda {a.cuda} is not needed: scores, softmax and the value accumulator are float32 here, "
             "so the overflow that the offset works around cannot happen"
         )
-
-
-def _sampling(a: argparse.Namespace) -> SamplingParams:
-    from hybridkv.engine import SamplingParams
-
-    if a.seed is not None and not -1 <= a.seed < 2**64:
-        raise UsageError(f"--seed {a.seed}; allowed: 0 to {2**64 - 1}, or -1 for a fresh one")
-    filters = {name: getattr(a, name) for name in ("top_k", "top_p", "min_p") if getattr(a, name) is not None}
-    if a.temp == 0:
-        idle = [f"--{name.replace('_', '-')}" for name in filters] + ["--seed"] * (a.seed is not None)
-        if idle:
-            notice(f"--temp 0 takes the most likely token; no effect: {', '.join(idle)}")
-        if a.parallel > 1:
-            notice(f"--temp 0 is greedy: all {a.parallel} sequences will be the same")
-    seed = secrets.randbits(32) if a.seed in (None, -1) else a.seed
-    return SamplingParams(temp=a.temp, seed=seed, **filters)
 
 
 def _generate(

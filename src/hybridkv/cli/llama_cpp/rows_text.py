@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from hybridkv.cli.llama_cpp.record import Row, note, refused, same
 
-_SAMPLER = "this sampler is not here; --temp, --top-k, --top-p and --min-p are"
+_SAMPLER = "this sampler is not here; --temp, --top-k, --top-p, --min-p, penalties, DRY, XTC and typical are"
+_ORDER = "the order is llama.cpp's own: penalties, DRY, top-n-sigma, top-k, typical, top-p, min-p, XTC, temperature"
 _OF_SAMPLER = "of a sampler that is not here"
 _GRAMMAR = "output is not constrained here"
 _CHAT = "in a chat the model's template does this"
@@ -74,21 +75,21 @@ TEXT: tuple[Row, ...] = (
     same("--top-p", env="LLAMA_ARG_TOP_P"),
     same("--min-p", env="LLAMA_ARG_MIN_P"),
     same("--ignore-eos", takes=""),
-    refused("--repeat-penalty", _SAMPLER, env="LLAMA_ARG_REPEAT_PENALTY", off="1"),
-    note("--repeat-last-n", _OF_SAMPLER),
+    same("--repeat-penalty", env="LLAMA_ARG_REPEAT_PENALTY"),
+    same("--repeat-last-n"),
     note("--penalize-nl", _OF_SAMPLER, takes=""),
-    refused("--presence-penalty", _SAMPLER, env="LLAMA_ARG_PRESENCE_PENALTY", off="0"),
-    refused("--frequency-penalty", _SAMPLER, env="LLAMA_ARG_FREQUENCY_PENALTY", off="0"),
-    refused("--dry-multiplier", _SAMPLER, off="0"),
-    note("--dry-base", _OF_SAMPLER),
-    note("--dry-allowed-length", _OF_SAMPLER),
-    note("--dry-penalty-last-n", _OF_SAMPLER),
-    note("--dry-sequence-breaker", _OF_SAMPLER),
-    refused("--xtc-probability", _SAMPLER, off="0"),
-    note("--xtc-threshold", _OF_SAMPLER),
-    refused("--typical --typical-p", _SAMPLER, off="1"),
+    same("--presence-penalty", env="LLAMA_ARG_PRESENCE_PENALTY"),
+    same("--frequency-penalty", env="LLAMA_ARG_FREQUENCY_PENALTY"),
+    same("--dry-multiplier"),
+    same("--dry-base"),
+    same("--dry-allowed-length"),
+    same("--dry-penalty-last-n"),
+    same("--dry-sequence-breaker"),
+    same("--xtc-probability"),
+    same("--xtc-threshold"),
+    same("--typical --typical-p"),
     refused("--tfs", _SAMPLER, off="1"),
-    refused("--top-nsigma --top-n-sigma", _SAMPLER, off="-1 0"),
+    same("--top-nsigma --top-n-sigma"),
     refused("--dynatemp-range", _SAMPLER, off="0"),
     note("--dynatemp-exp", _OF_SAMPLER),
     refused("--mirostat", _SAMPLER, off="0"),
@@ -96,9 +97,15 @@ TEXT: tuple[Row, ...] = (
     refused("--adaptive-target", _SAMPLER, off="-1"),
     note("--adaptive-decay", _OF_SAMPLER),
     note("--adaptive-updt-w-cur", _OF_SAMPLER, takes=""),
-    refused("-l --logit-bias", "likelihoods are not changed here"),
-    refused("--samplers", "the order is fixed: top-k, top-p, min-p, temperature"),
-    refused("--sampler-seq --sampling-seq", "the order is fixed: top-k, top-p, min-p, temperature"),
+    same("-l --logit-bias"),
+    refused(
+        "--samplers",
+        _ORDER,
+    ),
+    refused(
+        "--sampler-seq --sampling-seq",
+        _ORDER,
+    ),
     note("-bs --backend-sampling", "tokens are drawn on the CPU", takes="", env="LLAMA_ARG_BACKEND_SAMPLING"),
     refused("--grammar", _GRAMMAR),
     refused("--grammar-file", _GRAMMAR),

@@ -11,6 +11,7 @@ from hybridkv.cli.chat_options import ChatChoice, say_unused_variables, stops_of
 from hybridkv.cli.fits import Demand, check_memory
 from hybridkv.cli.progress import loading
 from hybridkv.cli.resolve import resolve_types
+from hybridkv.cli.sampler_options import sampling_for
 from hybridkv.cli.show import size, warning
 from hybridkv.errors import UsageError
 
@@ -91,6 +92,7 @@ def talk_about(
         prefill_chunk=min(_CHUNK, opened.n_ctx),
     )
     ends = () if a.ignore_eos else loaded.end_ids
+    sampling = sampling_for(sampling, a, loaded)
     habits = Habits(sampling, a.n_predict, stops_of(a), ends, choice.variables)
     types = specs[0].types if specs else KVTypes()
     talk = Talk(scheduler, loaded.model, tokenizer, habits, types, choice.system)

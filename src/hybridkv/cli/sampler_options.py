@@ -1,0 +1,128 @@
+"""Options that say how tokens are drawn, by llama-cli's names, for `run` and `chat`."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from hybridkv.cli.show import notice
+from hybridkv.errors import UsageError
+
+if TYPE_CHECKING:
+    from hybridkv.engine import SamplingParams
+    from hybridkv.engine.load import Loaded
+
+# Flags, field of `SamplingParams`, type, metavar, help.
+_FILTERS: tuple[tuple[tuple[str, ...], str, type, str, str], ...] = (
+    (("--top-k",), "top_k", int, "N", "keep the N most likely tokens; 0 keeps all (default 40)"),
+    (("--top-p",), "top_p", float, "X", "keep the likely tokens that together reach X; 1 keeps all (default 0.95)"),
+    (("--min-p",), "min_p", float, "X", "keep tokens of at least X of the best one's probability (default 0.05)"),
+    (("--typical", "--typical-p"), "typical_p", float, "X", "keep tokens of typical surprise; 1 keeps all (default 1)"),
+    (("--top-nsigma", "--top-n-sigma"), "top_n_sigma", float, "X",
+     "keep tokens within X standard deviations of the best logit; -1 keeps all (default -1)"),
+    (("--repeat-penalty",), "repeat_penalty", float, "X", "divide logits of recent tokens by X; 1: off (default 1)"),
+    (("--repeat-last-n",), "repeat_last_n", int, "N",
+     "tokens that penalties look back at; 0: none, -1: all (default 64)"),
+    (("--presence-penalty",), "presence_penalty", float, "X", "what a recent token's logit loses once (default 0)"),
+    (("--frequency-penalty",), "frequency_penalty", float, "X",
+     "what a recent token's logit loses each time (default 0)"),
+    (("--dry-multiplier",), "dry_multiplier", float, "X",
+     "DRY: what prolonging a repetition costs, times base^length; 0: off (default 0)"),
+    (("--dry-base",), "dry_base", float, "X", "DRY: base of the cost (default 1.75)"),
+    (("--dry-allowed-length",), "dry_allowed_length", int, "N", "DRY: repetitions of N tokens are free (default 2)"),
+    (("--dry-penalty-last-n",), "dry_last_n", int, "N", "DRY: tokens that it looks back at; -1: all (default -1)"),
+    (("--xtc-probability",), "xtc_probability", float, "X",
+     "XTC: how often the likeliest choices are taken out; 0: off (default 0)"),
+    (("--xtc-threshold",), "xtc_threshold", float, "X",
+     "XTC: of tokens of at least X, the least likely stays (default 0.1)"),
+)  # fmt: skip
+_IDLE_WHEN_GREEDY = ("top_k", "top_p", "min_p")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the group `sampling`."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("-s", "--seed", type=int, metavar="N", help="seed of the draw; -1: a fresh one (default -1)")
+    group.add_argument(
+        "--temp", "--temperature", type=float, default=0.8, metavar="X", help="temperature; 0 is greedy (default 0.8)"
+    )
+    for flags, field, kind, metavar, text in _FILTERS:
+        group.add_argument(*flags, dest=field, type=kind, metavar=metavar, help=text)
+    group.add_argument(
+        "--dry-sequence-breaker",
+        action="append",
+        metavar="TEXT",
+        help="DRY: no repetition reaches across TEXT, in place of llama.cpp's four; none: nothing does (repeatable)",
+    )
+    group.add_argument(
+        "-l",
+        "--logit-bias",
+        action="append",
+        metavar="ID(+/-)X",
+        help="add to a token's logit: 15043+1, 15043-1 (repeatable)",
+    )
+
+
+def sampling_from(a: argparse.Namespace) -> SamplingParams:
+    """As the engine takes them; `sampling_for` makes them a model's.
+
+    Raises
+    ------
+    UsageError
+        For a value that is not allowed.
+    """
+    from hybridkv.engine import SamplingParams
+
+    if a.seed is not None and not -1 <= a.seed < 2**64:
+        raise UsageError(f"--seed {a.seed}; allowed: 0 to {2**64 - 1}, or -1 for a fresh one")
+    given = {field: getattr(a, field) for _, field, *_ in _FILTERS if getattr(a, field) is not None}
+    seed = secrets.randbits(32) if a.seed in (None, -1) else a.seed
+    bias = tuple(_bias(text) for text in a.logit_bias or ())
+    params = SamplingParams(temp=a.temp, seed=seed, logit_bias=bias, **given)
+    if a.temp == 0:
+        idle = [f"--{name.replace('_', '-')}" for name in _IDLE_WHEN_GREEDY if name in given]
+        idle += ["--seed"] * (a.seed is not None)
+        if idle and not params.moves_the_likeliest:
+            notice(f"--temp 0 takes the most likely token; no effect: {', '.join(idle)}")
+        if a.parallel > 1:
+            notice(f"--temp 0 is greedy: all {a.parallel} sequences will be the same")
+    return params
+
+
+def sampling_for(params: SamplingParams, a: argparse.Namespace, loaded: Loaded) -> SamplingParams:
+    """The same for a model: DRY's breakers are its tokens.
+
+    Raises
+    ------
+    UsageError
+        For a bias on a token that the model does not have.
+    """
+    from hybridkv.model import vocabulary_rows
+
+    n_vocab = vocabulary_rows(loaded.model.config)
+    for token, _ in params.logit_bias:
+        if token >= n_vocab:
+            raise UsageError(f"--logit-bias on token {token}; allowed: 0 to {n_vocab - 1}")
+    if not params.dry_multiplier or loaded.tokenizer is None:
+        return params
+    from hybridkv.text.breakers import DRY_BREAKERS, breaker_ids
+
+    words = a.dry_sequence_breaker
+    words = DRY_BREAKERS if words is None else () if words == ["none"] else words
+    return replace(params, dry_breakers=breaker_ids(loaded.tokenizer, words))
+
+
+def _bias(text: str) -> tuple[int, float]:
+    """`15043+1` as (15043, 1.0)."""
+    at = max(text.find("+"), text.find("-"))
+    token, amount = text[:at], text[at:]
+    try:
+        if at <= 0 or not token.isdecimal():
+            raise ValueError
+        return int(token), float(amount)
+    except ValueError:
+        raise UsageError(
+            f"--logit-bias {text!r}; allowed: a token id, + or -, and a number", hint="--logit-bias 15043-1"
+        ) from None
