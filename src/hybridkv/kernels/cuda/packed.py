@@ -223,12 +223,12 @@ def _plain_tile(x, out, plain, x_row, out_row, n_cols, n_in, tile, n_rows, facto
         total = tl.zeros((4, IN), tl.float32)
         for start in range(0, n_in, IN):
             inside = start + cols < n_in
-            value = tl.load(x + col.to(tl.int64) * x_row + start + cols, mask=inside, other=0.0).to(tl.float32)
+            value = tl.load(x + col * x_row + start + cols, mask=inside, other=0.0).to(tl.float32)
             at = plain + outs[:, None].to(tl.int64) * n_in + (start + cols)[None, :]
             weight = tl.load(at, mask=(outs < n_rows)[:, None] & inside[None, :], other=0.0)
             total += weight.to(tl.float32) * value[None, :]
         result = tl.sum(total, 1) * factor
-        tl.store(out + col.to(tl.int64) * out_row + outs, result.to(out.dtype.element_ty), mask=outs < n_rows)
+        tl.store(out + col * out_row + outs, result.to(out.dtype.element_ty), mask=outs < n_rows)
 
 
 @triton.jit(do_not_specialize=["n_cols", "n_first", "n_second", "n_plain", "tiles_first", "tiles_packed"])
