@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device that torch can use"),
 ]
-WINDOWED = ("gemma2", "gemma3_text", "gpt_oss")
+WINDOWED = ("gemma2", "gemma3_text", "gpt_oss", "mistral")
 TOLERANCE = 5e-3  # of the attention kernel, through a few layers
 
 
