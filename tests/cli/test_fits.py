@@ -155,7 +155,7 @@ def test_what_a_server_counts(cli: Cli) -> None:
     line = ("serve", "--port", 0, "-c", 32768, "-np", 8, "-ctk", "f16", "-ctv", "f16", "--total-memory", "500MiB")
     said = refused(cli, *line)
     assert "KV of 8 x 32768 tokens at f16 1.50 GiB" in said
-    assert "stored prefixes 256.0 MiB" in said
+    assert "stored prefixes get 0 B of free memory" in cli(*line).err
     said = refused(cli, *line, "--memory", "200MiB", "--prefix-memory", "400MiB")
     assert "KV of 8 x 32768 tokens at f16 180.9 MiB, states 19.1 MiB" in said
     assert "stored prefixes 400.0 MiB" in said

@@ -117,10 +117,10 @@ def test_what_cannot_run_is_left_out_and_said(cli: Cli, models: ModelStore) -> N
 
 
 def test_the_default_is_what_run_holds(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the file has them on the CPU, and the bundled one is q8_0; bfloat16 where there is a GPU."""
+    """As the file has them, and the bundled one is q8_0; on a GPU rows are filled up to whole units of 256."""
     for has_gpu, device, dtype, held in (
-        (False, "cpu", "q8_0", "29.5 MiB q8_0"),
-        (True, "cuda", "bf16", "55.6 MiB bf16"),
+        (False, "cpu", "auto", "29.5 MiB q8_0"),
+        (True, "cuda", "auto", "36.8 MiB q8_0"),
     ):
         monkeypatch.setattr("torch.cuda.is_available", lambda has_gpu=has_gpu: has_gpu)
         planned = cli("plan", "--types", "q8_0").out

@@ -14,8 +14,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from hybridkv.kernels import cuda
 from hybridkv.kernels.cuda.overlap import begin, overlapping
+from hybridkv.kernels.cuda.packed import rows_times
 
-LAUNCHED = 17
+LAUNCHED = 23
 """Kernels that are launched so; those that only call `begin` for them are none."""
 
 
@@ -38,7 +39,11 @@ def test_all_are_found() -> None:
 READS_WEIGHTS_EARLY = "_product"
 
 
-@pytest.mark.parametrize("name", sorted({*sources()} - {READS_WEIGHTS_EARLY}))
+PACKED_EARLY = ("_products", "_gated", "_tile")
+"""Of packed weights: they wait in `rows_times`, between its first loads of weights and of activations."""
+
+
+@pytest.mark.parametrize("name", sorted({*sources()} - {READS_WEIGHTS_EARLY, *PACKED_EARLY}))
 def test_memory_is_touched_after_the_wait(name: str) -> None:
     source = sources()[name]
     wait = re.search(r"begin\(OVERLAPS\)|gdc_wait\(\)", source)
@@ -54,6 +59,15 @@ def test_before_the_wait_a_product_reads_weights_alone() -> None:
     assert set(re.findall(r"tl\.(?:load|store|atomic_\w+)\((\w+)", before)) == {"rows", "ups"}
     assert re.findall(r"(?:rows|ups) = (\w+)", before) == ["weight", "rows"]
     assert "tl.load(x" in after
+
+
+def test_before_the_wait_a_packed_product_reads_weights_alone() -> None:
+    before, wait, after = inspect.getsource(rows_times.fn).partition("gdc_wait()")
+    assert wait
+    assert "gdc_wait" not in after
+    assert set(re.findall(r"(\w+)\(", before.partition('"""')[2])) <= {"static_range", "load_unit", "min"}
+    assert "load_unit(main, more, scales, last," in before
+    assert "add_unit(" in after
 
 
 def test_a_cpu_has_none() -> None:

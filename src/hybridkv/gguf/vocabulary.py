@@ -60,8 +60,9 @@ def read_vocabulary(meta: Metadata) -> Vocabulary:
     used = [index for index, type_ in enumerate(types) if type_ != TokenType.UNUSED and tokens[index]]
     ids = dict(zip(map(tokens.__getitem__, used), used, strict=True))
     if len(ids) < len(used):
-        index = next(index for index in used if ids[tokens[index]] != index)
-        meta.fail(f"tokens {index} and {ids[tokens[index]]} of 'tokenizer.ggml.tokens' are both {tokens[index][:60]!r}")
+        first = next(index for index in used if ids[tokens[index]] != index)
+        again = next(index for index in used if index > first and tokens[index] == tokens[first])
+        meta.fail(f"tokens {first} and {again} of 'tokenizer.ggml.tokens' are both {tokens[first][:60]!r}")
     return Vocabulary(tokens, types, ids)
 
 

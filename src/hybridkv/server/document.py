@@ -39,7 +39,8 @@ def correct_document(app: FastAPI, served: Served) -> None:
     schemas["DetokenizeRequest"]["properties"]["tokens"]["items"]["exclusiveMaximum"] = served.n_vocab
     if not served.strict:
         for name in _reached(schemas, _REQUESTS):
-            schemas[name].pop("additionalProperties", None)
+            if name != "KVTypesField":  # a type that is mistyped is an error
+                schemas[name].pop("additionalProperties", None)
 
 
 def _walk(value: Any) -> Iterator[dict[str, Any]]:
