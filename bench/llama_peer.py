@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridkv.formats import FORMATS
+from hybridkv.lab.peers.ik_model import repeat_layers
 
 Logits = npt.NDArray[np.float32]
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
@@ -132,17 +133,8 @@ def repeat_rows(state: bytes, n_tokens: int) -> bytes:
     assert n_streams == 1, n_streams
     out = [state[:12], struct.pack("<I", n_tokens)]
     out += [struct.pack("<iIi", position, 1, 0) for position in range(n_tokens)]
-    at = 16 + 12 * n_cells
-    transposed, n_layers = struct.unpack_from("<II", state, at)
-    assert not transposed, "with flash attention V is not transposed"
-    out.append(state[at : at + 8])
-    at += 8
-    for _ in range(2 * n_layers):
-        _, row_bytes = struct.unpack_from("<iQ", state, at)
-        out.append(state[at : at + 12])
-        rows = state[at + 12 : at + 12 + n_cells * row_bytes]
-        at += 12 + len(rows)
-        out.append((rows * -(-n_tokens // n_cells))[: n_tokens * row_bytes])
+    layers, at = repeat_layers(state, 16 + 12 * n_cells, n_cells, n_tokens)
+    out += layers
     if at < len(state):
         n_cells, _, n_seq = struct.unpack_from("<IiI", state, at)
         assert (n_cells, n_seq) == (1, 0), (n_cells, n_seq)

@@ -32,7 +32,7 @@ from hybridkv.policy import Guard, Policy
 from tests.cli.conftest import Cli
 from tests.gguf.write_qwen35 import draft, tiny_model
 
-pyte = pytest.importorskip("pyte")
+pyte = pytest.importorskip("pyte", reason="pyte is not installed: no terminal to look at")
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 

@@ -120,6 +120,36 @@ def test_a_server_says_what_requests_say(cli: Cli, gguf: Path) -> None:
         assert f"error: {option}: requests say this: {said}" in cli("serve", "-m", gguf, option, value).err
 
 
+def test_samplers_of_a_server_are_those_of_requests(cli: Cli, gguf: Path) -> None:
+    done = cli("serve", "-m", gguf, "--repeat-penalty", "1.3", "-l", "5+1", "--typical", "0.9", "--port", "70000")
+    said = "note: --repeat-penalty, -l, --typical: each request says how its tokens are drawn, and how many\n"
+    assert said in done.err
+
+
+def test_a_bias_bans_a_token_and_asks_for_one(cli: Cli, gguf: Path) -> None:
+    line = ("run", "-m", gguf, "--ids", 1, "-n", 1, "--temp", 0, "--json", "--ignore-eos")
+    likeliest = json.loads(cli(*line).out)["sequences"][0]["ids"][0]
+    assert json.loads(cli(*line, "-l", f"{likeliest}-1000").out)["sequences"][0]["ids"] != [likeliest]
+    other = likeliest + 1 if likeliest < 5 else likeliest - 1
+    assert json.loads(cli(*line, "--logit-bias", f"{other}+1000").out)["sequences"][0]["ids"] == [other]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["-l", "5+x"], "error: --logit-bias '5+x'; allowed: a token id, + or -, and a number\nhint: --logit-bias"),
+        (["--logit-bias", "99999+1"], "error: logit_bias 99999; allowed: 0 to "),
+        (["--xtc-probability", "2"], "error: --xtc-probability 2.0; allowed: 0 (off) to 1"),
+        (["--dry-base", "0.5"], "error: --dry-base 0.5; allowed: 1 to 100"),
+        (["--repeat-penalty", "0"], "error: --repeat-penalty 0.0; allowed: more than 0"),
+    ],
+)
+def test_bad_values_of_samplers(cli: Cli, gguf: Path, argv: list[str], said: str) -> None:
+    done = cli("run", "-m", gguf, "-p", "the", "-n", 3, *argv)
+    assert (done.code, done.out) == (2, "")
+    assert said in done.err
+
+
 def test_a_plan_takes_the_line_and_names_what_changes_nothing(cli: Cli, gguf: Path) -> None:
     done = cli("plan", "-m", gguf, "-c", 128, "-ctk", "q8_0", "-ngl", 99, "-fa", "on", "--lora", "x", "-t", 2)
     assert done.code == 0

@@ -11,11 +11,6 @@ from typing import Any
 from hybridkv.cli.show import notice
 from hybridkv.errors import UsageError
 
-_OF_TRANSFORMERS = {
-    *("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "max_length", "messages"),
-    *("padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize", "tokenizer_kwargs"),
-    "truncation",
-}
 _SWITCH = ("on", "off", "auto")
 
 
@@ -157,17 +152,36 @@ def chat_choice(a: argparse.Namespace) -> ChatChoice:
     return ChatChoice(system, template_of(a), _variables(a))
 
 
-def _variables(a: argparse.Namespace) -> dict[str, Any]:
-    text = a.chat_template_kwargs
+def template_variables(text: str | None) -> dict[str, Any]:
+    """Read `--chat-template-kwargs`; nothing where it is left out.
+
+    Raises
+    ------
+    UsageError
+        For what is no JSON object.
+    """
     try:
         variables = {} if text is None else json.loads(text)
     except json.JSONDecodeError as error:
-        raise UsageError(
-            f"--chat-template-kwargs: {error.msg} (character {error.pos})", hint="""try '{"enable_thinking": false}'"""
-        ) from error
-    if not isinstance(variables, dict) or (taken := sorted(_OF_TRANSFORMERS & variables.keys())):
-        what = "it is no JSON object" if not isinstance(variables, dict) else f"{', '.join(taken)} is not a variable"
-        raise UsageError(f"--chat-template-kwargs: {what}", hint="""try '{"enable_thinking": false}'""")
+        raise _no_variables(f"{error.msg} (character {error.pos})") from error
+    except RecursionError as error:
+        raise _no_variables("it is nested too deeply") from error
+    if not isinstance(variables, dict):
+        raise _no_variables("it is no JSON object")
+    return variables
+
+
+def _no_variables(what: str) -> UsageError:
+    return UsageError(f"--chat-template-kwargs: {what}", hint="""try '{"enable_thinking": false}'""")
+
+
+def _variables(a: argparse.Namespace) -> dict[str, Any]:
+    variables = template_variables(a.chat_template_kwargs)
+    if variables:
+        from hybridkv.text.templates import OF_RENDERING  # imports jinja2
+
+        if taken := sorted(OF_RENDERING & variables.keys()):
+            raise _no_variables(f"{', '.join(taken)} is not a variable")
     if a.reasoning is not None:
         if a.reasoning not in _SWITCH:
             raise UsageError(f"-rea {a.reasoning!r}; allowed: {', '.join(_SWITCH)}")

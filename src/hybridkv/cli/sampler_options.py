@@ -40,6 +40,11 @@ _FILTERS: tuple[tuple[tuple[str, ...], str, type, str, str], ...] = (
 )  # fmt: skip
 _IDLE_WHEN_GREEDY = ("top_k", "top_p", "min_p")
 
+SAMPLER_FLAGS = frozenset(
+    ("-s", "--temp", "--dry-sequence-breaker", "-l", *(flag for flags, *_ in _FILTERS for flag in flags))
+)
+"""Options that say how tokens are drawn, each by its first spelling at least."""
+
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the group `sampling`."""
@@ -92,19 +97,7 @@ def sampling_from(a: argparse.Namespace) -> SamplingParams:
 
 
 def sampling_for(params: SamplingParams, a: argparse.Namespace, loaded: Loaded) -> SamplingParams:
-    """The same for a model: DRY's breakers are its tokens.
-
-    Raises
-    ------
-    UsageError
-        For a bias on a token that the model does not have.
-    """
-    from hybridkv.model import vocabulary_rows
-
-    n_vocab = vocabulary_rows(loaded.model.config)
-    for token, _ in params.logit_bias:
-        if token >= n_vocab:
-            raise UsageError(f"--logit-bias on token {token}; allowed: 0 to {n_vocab - 1}")
+    """The same for a model: DRY's breakers are its tokens."""
     if not params.dry_multiplier or loaded.tokenizer is None:
         return params
     from hybridkv.text.breakers import DRY_BREAKERS, breaker_ids

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+from hybridkv.cli.chat_options import template_variables
 from hybridkv.errors import UsageError, one_of
 
 if TYPE_CHECKING:
@@ -72,15 +72,7 @@ def answers_from(a: argparse.Namespace) -> Answers:
     UsageError
         For variables that are no JSON object, and for a format that there is not.
     """
-    text = a.chat_template_kwargs
-    try:
-        variables = {} if text is None else json.loads(text)
-    except (ValueError, RecursionError) as error:
-        variables = str(error)
-    if not isinstance(variables, dict):
-        raise UsageError(
-            f"--chat-template-kwargs {text!r} is no JSON object", hint="""try '{"enable_thinking": false}'"""
-        )
+    variables = template_variables(a.chat_template_kwargs)
     if a.reasoning_budget < -1:
         raise UsageError(f"--reasoning-budget {a.reasoning_budget}; allowed: -1 (any number), 0 (none) or more")
     kind = one_of(a.reasoning_format, FORMATS, "--reasoning-format", hint="auto puts thoughts in reasoning_content")

@@ -23,6 +23,7 @@ from hybridkv.engine.sampling import Sampler, SamplingParams
 from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import ContextError, GuardError, UsageError
 from hybridkv.hf.ranks import same_everywhere
+from hybridkv.model import vocabulary_rows
 from hybridkv.model.ranks import ranks_of
 from hybridkv.policy import Guard, MismatchError, NonFiniteError
 from hybridkv.runtime import ModelCache, Step, is_finite
@@ -111,13 +112,14 @@ class Engine:
         Raises
         ------
         UsageError
-            For an empty prompt or a count of 0.
+            For an empty prompt, a count of 0, or a bias on a token that the model does not have.
         ContextError
             For a prompt that does not fit.
         GuardError
             If no type of the ladder gives finite numbers, or the mode forbids a fallback.
         """
         self._check(prompt, n_predict, n_seqs)
+        params.check_tokens(vocabulary_rows(self._model.config))
         sampler = Sampler(params)
         start = time.perf_counter()
         n_held, self._adopted = self._adopted, 0

@@ -50,11 +50,10 @@ class Host:
             Naming the first.
         """
         n_vocab = vocabulary_rows(self.model.config)
-        biased = [token for token, _ in request.params.logit_bias]
-        for name, ids in (("token id", request.prompt_ids), ("logit_bias", biased)):
-            bad = next((i for i in ids if not 0 <= i < n_vocab), None)
-            if bad is not None:
-                raise UsageError(f"{name} {bad}; allowed: 0 to {n_vocab - 1}")
+        bad = next((i for i in request.prompt_ids if not 0 <= i < n_vocab), None)
+        if bad is not None:
+            raise UsageError(f"token id {bad}; allowed: 0 to {n_vocab - 1}")
+        request.params.check_tokens(n_vocab)
 
     def specs_of(self, types: KVTypes | None) -> tuple[KVSpec, ...]:
         """How a request's KV layers are stored; checked, so that nothing can be missing later.

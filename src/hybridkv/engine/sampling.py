@@ -115,6 +115,18 @@ class SamplingParams:
         if bad is not None:
             raise UsageError(f"--logit-bias {bad[0]}:{bad[1]}; allowed: -1e9 to 1e9")
 
+    def check_tokens(self, n_vocab: int) -> None:
+        """Refuse a bias on a token that a model of so many does not have.
+
+        Raises
+        ------
+        UsageError
+            Naming the token.
+        """
+        bad = next((token for token, _ in self.logit_bias if not 0 <= token < n_vocab), None)
+        if bad is not None:
+            raise UsageError(f"logit_bias {bad}; allowed: 0 to {n_vocab - 1}")
+
     def for_sample(self, number: int) -> SamplingParams:
         """The same for another draw of the same request: a seed of its own, if there is one."""
         return self if self.seed is None or not number else replace(self, seed=(self.seed + number) % 2**63)
@@ -175,10 +187,16 @@ class Sampler:
         How tokens are drawn.
     steering
         What may be drawn at all; None for everything.
+
+    Attributes
+    ----------
+    alike
+        The parameters without their seed: rows of samplers that share them are filtered together.
     """
 
     def __init__(self, params: SamplingParams, steering: Steering | None = None) -> None:
         self.params, self.steering = params, steering
+        self.alike = replace(params, seed=None)
         self._allowed: Tensor | None = None
         self._steered = False
         self._generator = torch.Generator()
@@ -248,7 +266,7 @@ def draw_each(samplers: Sequence[Sampler], logits: Tensor, histories: Sequence[S
         logits[changed] = torch.stack([row for row in own if row is not None])
     alike: dict[SamplingParams, list[int]] = {}
     for row, sampler in enumerate(samplers):
-        alike.setdefault(replace(sampler.params, seed=None), []).append(row)
+        alike.setdefault(sampler.alike, []).append(row)
     drawn = [0] * len(samplers)
     for params, rows in alike.items():
         mine = logits if len(rows) == len(samplers) else logits[rows]

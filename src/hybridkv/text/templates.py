@@ -8,13 +8,16 @@ from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError, meta
 
-RESERVED = frozenset(
+OF_RENDERING = frozenset(
     {
         *("messages", "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"),
         *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
-        *("tokenizer_kwargs", "tools", "documents", "self"),
+        "tokenizer_kwargs",
     }
 )
+"""Names that mean something to Transformers' `apply_chat_template`."""
+
+RESERVED = OF_RENDERING | {"tools", "documents", "self"}
 """Names that are no variables of a template's own: they mean something to whoever renders it."""
 
 

@@ -147,7 +147,8 @@ public:
             const Part& part = parts[static_cast<size_t>(i)];
             const LinearOp::Target& t = *part.target;
             const Operand operand = kernels.operand(*t.weight.type, rows_);
-            kernels.linear(t.weight, operand, prepared + starts[static_cast<size_t>(operand)], nullptr, rows_, part.row0, part.row1, t.dst, t.dst_stride, t.add,
+            kernels.linear(t.weight, operand, prepared + starts[static_cast<size_t>(operand)], nullptr, rows_,
+                           part.row0, part.row1, t.dst, t.dst_stride, t.add,
                            thread_scratch(kernels.scratch_bytes(*t.weight.type, n_in, rows_)));
         });
     }

@@ -15,29 +15,15 @@ import triton
 import triton.language as tl
 
 from hybridkv.kernels.cuda.fragments import load_half, load_words, pack, two_values, unpack
-from hybridkv.kernels.cuda.tiles import INTERPRETED
+from hybridkv.kernels.cuda.tiles import INTERPRETED, LOOK_UP_NIBBLES
 
 ONE = tl.constexpr(0x3C003C00)
 """1.0 as float16, twice."""
 
-# Of the four bytes of codes, bytes of a table by the lower three bits of a nibble, from both halves of the table, and
-# a choice between these by the fourth bit; then spread so that a word has two bytes, 16 bits apart.
+# Entries spread so that a word has two bytes, 16 bits apart.
 _LOOK_UP = tl.constexpr(
-    """
-    {
-    .reg .b32 t, u, v, w, x, y;
-    and.b32 t, $4, 0x77777777;
-    shr.b32 u, $4, 1;
-    and.b32 u, u, 0x44444444;
-    or.b32 u, u, 0x32103210;
-    prmt.b32 x, $5, $6, t;
-    prmt.b32 y, $7, $8, t;
-    prmt.b32 v, x, y, u;
-    shr.b32 t, t, 16;
-    shr.b32 u, u, 16;
-    prmt.b32 x, $5, $6, t;
-    prmt.b32 y, $7, $8, t;
-    prmt.b32 w, x, y, u;
+    LOOK_UP_NIBBLES
+    + """
     prmt.b32 $0, v, w, 0x4400;
     prmt.b32 $1, v, w, 0x6622;
     prmt.b32 $2, v, w, 0x5511;

@@ -16,9 +16,9 @@ from hybridkv.kernels.cuda.layout import BF16, BYTES, F16, F32, NIBBLES, NONE
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 """Whether Triton's interpreter runs the kernels; fixed when they are imported, as Triton does it."""
 
-# Bytes of a table are chosen by 3 bits of a nibble (prmt). Of 16 entries, a second choice by the fourth bit.
-_LOOK_UP_16 = tl.constexpr(
-    """
+# Of $4, bytes of codes of 4 bits, v and w get the entries of a table ($5 to $8) for the nibbles of the lower and the
+# upper two bytes: chosen by 3 bits of a nibble (prmt), from both halves of the table, and then by the fourth bit.
+LOOK_UP_NIBBLES = """
     {
     .reg .b32 t, u, v, w, x, y;
     and.b32 t, $4, 0x77777777;
@@ -33,6 +33,10 @@ _LOOK_UP_16 = tl.constexpr(
     prmt.b32 x, $5, $6, t;
     prmt.b32 y, $7, $8, t;
     prmt.b32 w, x, y, u;
+"""
+_LOOK_UP_16 = tl.constexpr(
+    LOOK_UP_NIBBLES
+    + """
     mov.b32 t, 0;
     prmt.b32 x, v, w, 0x5410;
     prmt.b32 y, v, w, 0x7632;

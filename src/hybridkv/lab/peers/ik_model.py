@@ -144,10 +144,19 @@ def repeat_rows(state: bytes, n_tokens: int) -> bytes:
     """
     (n_cells,) = struct.unpack_from("<I", state)
     out = [struct.pack("<I", n_tokens), *(struct.pack("<iI", position, 0) for position in range(n_tokens))]
-    at = 4 + 8 * n_cells
+    layers, at = repeat_layers(state, 4 + 8 * n_cells, n_cells, n_tokens)
+    return b"".join([*out, *layers, state[at:]])
+
+
+def repeat_layers(state: bytes, at: int, n_cells: int, n_tokens: int) -> tuple[list[bytes], int]:
+    """All layers' K and V rows of a saved state, from `at` on, repeated from `n_cells` to `n_tokens`; where they end.
+
+    Whether V is transposed, the count of layers; per layer K's type, bytes per row and rows; then V's likewise: as in
+    llama.cpp.
+    """
     transposed, n_layers = struct.unpack_from("<II", state, at)
     assert not transposed, "with flash attention V is not transposed"
-    out.append(state[at : at + 8])
+    out = [state[at : at + 8]]
     at += 8
     for _ in range(2 * n_layers):
         _, row_bytes = struct.unpack_from("<iQ", state, at)
@@ -155,5 +164,4 @@ def repeat_rows(state: bytes, n_tokens: int) -> bytes:
         rows = state[at + 12 : at + 12 + n_cells * row_bytes]
         at += 12 + len(rows)
         out.append((rows * -(-n_tokens // n_cells))[: n_tokens * row_bytes])
-    out.append(state[at:])
-    return b"".join(out)
+    return out, at

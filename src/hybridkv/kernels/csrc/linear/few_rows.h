@@ -113,9 +113,11 @@ inline __attribute__((always_inline)) void few_unit(const uint8_t* b, const Take
     }
 }
 
-template <class T, int NQ>
-HYBRIDKV_PHASE void few_rows(const Matrix& w, const Taken<NQ>& x, int64_t q0, int64_t row0, int64_t row1,
-                             const Output& out) {
+// Streams output rows [row0, row1): unit(b, u, acc) adds the products of a whole unit, last(row, acc) those of what is
+// behind the whole ones, both to acc[q].
+template <class T, int NQ, class Unit, class Last>
+inline __attribute__((always_inline)) void stream(const Matrix& w, int64_t q0, int64_t row0, int64_t row1,
+                                                  const Output& out, const Unit& unit, const Last& last) {
     const int64_t whole = w.n_in / kUnit;
     for (int64_t r = row0; r < row1; r += L) {
         const int64_t n = row1 - r < L ? row1 - r : L;
@@ -128,19 +130,31 @@ HYBRIDKV_PHASE void few_rows(const Matrix& w, const Taken<NQ>& x, int64_t q0, in
                 for (int64_t u = 0; u < whole; ++u) {
                     const uint8_t* b = row + u * kUnitOf<T>;
                     for (int line = 0; line < kUnitOf<T>; line += 64) __builtin_prefetch(b + kAhead + line, 0, 3);
-                    few_unit<T, NQ>(b, x, u, acc);
+                    unit(b, u, acc);
                 }
-                if constexpr (T::block < kUnit) {
-                    const int left = static_cast<int>(w.n_in % kUnit);
-                    if (left % kStep) few_unit<T, NQ>(LastUnit<T>(row, w.n_in).bytes, x, whole, acc);
-                    else if (left == kUnit / 2) few_unit<T, NQ>(row + whole * kUnitOf<T>, x, whole, acc, kSteps / 2);
-                    else if (left) few_unit<T, NQ>(row + whole * kUnitOf<T>, x, whole, acc, left / kStep);
-                }
+                if constexpr (T::block < kUnit) last(row, acc);
             }
             for (int q = 0; q < NQ; ++q) sums[q][i] = acc[q];
         }
         for (int q = 0; q < NQ; ++q) out.put(sums[q], q0 + q, r, n);
     }
+}
+
+template <class T, int NQ>
+HYBRIDKV_PHASE void few_rows(const Matrix& w, const Taken<NQ>& x, int64_t q0, int64_t row0, int64_t row1,
+                             const Output& out) {
+    const int64_t whole = w.n_in / kUnit;
+    const int left = static_cast<int>(w.n_in % kUnit);
+    stream<T, NQ>(
+        w, q0, row0, row1, out,
+        [&](const uint8_t* b, int64_t u, F(&acc)[NQ])
+            __attribute__((always_inline)) { few_unit<T, NQ>(b, x, u, acc); },
+        [&](const uint8_t* row, F(&acc)[NQ]) __attribute__((always_inline)) {
+            const uint8_t* b = row + whole * kUnitOf<T>;
+            if (left % kStep) few_unit<T, NQ>(LastUnit<T>(row, w.n_in).bytes, x, whole, acc);
+            else if (left == kUnit / 2) few_unit<T, NQ>(b, x, whole, acc, kSteps / 2);
+            else if (left) few_unit<T, NQ>(b, x, whole, acc, left / kStep);
+        });
 }
 
 }  // namespace weights

@@ -35,17 +35,14 @@ template <class T, int NQ>
 constexpr auto few_ints = few_rows<T, NQ>;
 #endif
 
-#if defined(HYBRIDKV_ONE_ROW)
-template <class T>
-constexpr bool kOneRow = takes_bytes<T>;
-#else
+#if !defined(HYBRIDKV_ONE_ROW)
 template <class T>
 constexpr bool kOneRow = false;
 #endif
 
 template <class T>
-void linear_ints(const Matrix& w, Operand operand, const uint8_t* x, const int32_t* x_rows, int64_t n_rows, int64_t row0, int64_t row1,
-                 const Output& out, void* scratch) {
+void linear_ints(const Matrix& w, Operand operand, const uint8_t* x, const int32_t* x_rows, int64_t n_rows,
+                 int64_t row0, int64_t row1, const Output& out, void* scratch) {
 #if defined(HYBRIDKV_ONE_ROW)
     if constexpr (kOneRow<T>) {
         if (operand == Operand::bytes) {
@@ -91,8 +88,8 @@ struct Vectors {
         }
     }
 
-    static void linear(const Matrix& w, Operand operand, const void* prepared, const int32_t* x_rows, int64_t n_rows, int64_t row0,
-                       int64_t row1, float* y, int64_t y_stride, bool add, void* scratch) {
+    static void linear(const Matrix& w, Operand operand, const void* prepared, const int32_t* x_rows, int64_t n_rows,
+                       int64_t row0, int64_t row1, float* y, int64_t y_stride, bool add, void* scratch) {
         const uint8_t* x = static_cast<const uint8_t*>(prepared);
         const Output out{y, y_stride, add};
         switch (static_cast<TypeId>(w.type->id)) {

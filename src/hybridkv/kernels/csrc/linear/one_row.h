@@ -3,6 +3,8 @@
 // included, are eight. The sums are those of few_rows.h, integers in the same lanes: the results are the same bits.
 #pragma once
 
+#include <type_traits>
+
 #include "few_rows.h"
 
 namespace {
@@ -47,17 +49,8 @@ inline auto word_scales<Q3_K>(const uint8_t* b) {
 }
 
 template <class T>
-constexpr bool takes_bytes = false;
-template <>
-inline constexpr bool takes_bytes<Q2_K> = true;
-template <>
-inline constexpr bool takes_bytes<Q3_K> = true;
-template <>
-inline constexpr bool takes_bytes<Q4_K> = true;
-template <>
-inline constexpr bool takes_bytes<Q5_K> = true;
-template <>
-inline constexpr bool takes_bytes<Q6_K> = true;
+constexpr bool kOneRow = std::is_same_v<T, Q2_K> || std::is_same_v<T, Q3_K> || std::is_same_v<T, Q4_K> ||
+                         std::is_same_v<T, Q5_K> || std::is_same_v<T, Q6_K>;
 
 // acc += products of one unit
 template <class T>
@@ -86,20 +79,11 @@ template <class T>
 HYBRIDKV_PHASE void one_row(const Matrix& w, const uint8_t* x, int64_t row0, int64_t row1, const Output& out) {
     const int64_t units = units_of(w.n_in);
     const Meta* meta = reinterpret_cast<const Meta*>(x + units * ByteOrder::unit_bytes);
-    for (int64_t r = row0; r < row1; r += L) {
-        const int64_t n = row1 - r < L ? row1 - r : L;
-        F sums[L];
-        for (int i = 0; i < L; ++i) {
-            sums[i] = Simd::set1(0.f);
-            if (i >= n) continue;
-            const uint8_t* b = w.data + (r + i) * w.row_bytes;
-            for (int64_t u = 0; u < units; ++u, b += T::bytes) {
-                for (int line = 0; line < T::bytes; line += 64) __builtin_prefetch(b + kAhead + line, 0, 3);
-                one_unit<T>(b, x + u * ByteOrder::unit_bytes, meta[u], sums[i]);
-            }
-        }
-        out.put(sums, 0, r, n);
-    }
+    stream<T, 1>(
+        w, 0, row0, row1, out,
+        [&](const uint8_t* b, int64_t u, F(&acc)[1])
+            __attribute__((always_inline)) { one_unit<T>(b, x + u * ByteOrder::unit_bytes, meta[u], acc[0]); },
+        [](const uint8_t*, F(&)[1]) {});  // blocks are units
 }
 
 }  // namespace weights

@@ -113,27 +113,13 @@ template <class T, int NQ>
 HYBRIDKV_PHASE void stream_rows(const Matrix& w, const Taken<NQ>& x, int64_t q0, int64_t row0, int64_t row1,
                                 const Output& out) {
     const int64_t whole = w.n_in / kUnit;
-    for (int64_t r = row0; r < row1; r += L) {
-        const int64_t n = row1 - r < L ? row1 - r : L;
-        F sums[NQ][L];
-        for (int i = 0; i < L; ++i) {
-            F acc[NQ];
-            for (F& a : acc) a = Simd::set1(0.f);
-            if (i < n) {
-                const uint8_t* row = w.data + (r + i) * w.row_bytes;
-                for (int64_t u = 0; u < whole; ++u) {
-                    const uint8_t* b = row + u * kUnitOf<T>;
-                    for (int line = 0; line < kUnitOf<T>; line += 64) __builtin_prefetch(b + kAhead + line, 0, 3);
-                    stream_unit<T, NQ>(b, x, u, acc);
-                }
-                if constexpr (T::block < kUnit) {
-                    if (w.n_in % kUnit) stream_unit<T, NQ>(LastUnit<T>(row, w.n_in).bytes, x, whole, acc);
-                }
-            }
-            for (int q = 0; q < NQ; ++q) sums[q][i] = acc[q];
-        }
-        for (int q = 0; q < NQ; ++q) out.put(sums[q], q0 + q, r, n);
-    }
+    stream<T, NQ>(
+        w, q0, row0, row1, out,
+        [&](const uint8_t* b, int64_t u, F(&acc)[NQ])
+            __attribute__((always_inline)) { stream_unit<T, NQ>(b, x, u, acc); },
+        [&](const uint8_t* row, F(&acc)[NQ]) __attribute__((always_inline)) {
+            if (w.n_in % kUnit) stream_unit<T, NQ>(LastUnit<T>(row, w.n_in).bytes, x, whole, acc);
+        });
 }
 
 // Many rows of activations: output rows are brought up a unit at a time and stay in the first cache while they pass.
