@@ -158,6 +158,8 @@ def test_a_profile_says_where_a_token_s_time_goes(cli: Cli, gguf: Path) -> None:
     for step in found["steps"]:
         assert {"product", "attention", "head: product", "outside"} <= set(step["profile"])
         assert all(ms >= 0 for ms in step["profile"].values())
+    (prompt,) = found["prompt"]
+    assert {"product", "attention, and outside"} <= set(prompt["profile"])
     done = cli("bench", "decode", "-m", gguf, *DECODE, "--against", "", "--profile", "--engine", "eager")
     assert "no profile: operations are timed where the native step runs" in done.out
 

@@ -170,7 +170,7 @@ def _print(report: DecodeReport, plan: Plan, console: Console) -> None:
     peers = [p.name for p in report.peers if p.path is not None]
     for title, speeds in (("prompt", report.prompts), ("generation", report.steps)):
         _print_speeds(title, speeds, peers, console)
-    for speed in report.steps:
+    for speed in (*report.prompts, *report.steps):
         if speed.profile:
             _print_profile(speed, console)
         elif plan.profile:
@@ -188,7 +188,8 @@ def _verdict(gate: Gate) -> str:
 
 
 def _print_profile(speed: Speed, console: Console) -> None:
-    whole, title = sum(speed.profile.values()), f"{speed.kv_type} at depth {speed.depth}"
+    where = f"in a prompt of {speed.n_tokens}" if speed.n_tokens > 1 else f"at depth {speed.depth}"
+    whole, title = sum(speed.profile.values()), f"{speed.kv_type} {where}"
     table = simple_table(title, "ms a token", "share", left=(title,))
     for kind, ms in speed.profile.items():
         table.add_row(kind, f"{ms:.3f}", f"{ms / whole:.1%}")

@@ -210,18 +210,30 @@ class OurRunner:
 
     def profile(self, n_steps: int) -> dict[str, float]:
         """Milliseconds of a greedy step by kind of operation; empty where another than the native step runs."""
+
+        def generate() -> None:
+            token = 1
+            for _ in range(n_steps):
+                token = int(self.advance([token]).argmax())
+
+        return self._profile(generate, n_steps, "outside")
+
+    def profile_prompt(self, ids: Sequence[int]) -> dict[str, float]:
+        """Milliseconds of a token of a prompt, from an empty cache; the same."""
+        self.reset()
+        return self._profile(lambda: self.advance(ids), len(ids), "attention, and outside")
+
+    def _profile(self, work: Callable[[], object], n_tokens: int, rest: str) -> dict[str, float]:
         step = self._engine.step
         if not isinstance(step, NativeStep):
             return {}
-        token = 1
         step.start_timing()
         begin = time.perf_counter()
-        for _ in range(n_steps):
-            token = int(self.advance([token]).argmax())
+        work()
         whole = time.perf_counter() - begin
-        seconds = step.timing()
-        seconds["outside"] = whole - sum(seconds.values())
-        return {kind: 1e3 * spent / n_steps for kind, spent in sorted(seconds.items(), key=lambda item: -item[1])}
+        seconds = {kind: spent for kind, spent in step.timing().items() if spent}
+        seconds[rest] = whole - sum(seconds.values())
+        return {kind: 1e3 * spent / n_tokens for kind, spent in sorted(seconds.items(), key=lambda item: -item[1])}
 
     def deepen(self, n_tokens: int) -> None:
         """Repeat the stored rows until there are `n_tokens`."""
@@ -351,7 +363,10 @@ def _time_prompt(kv_type: str, runners: dict[str, Runner], plan: Plan, n_vocab: 
             begin = time.perf_counter()
             runner.advance(ids)
             seconds[name].append(time.perf_counter() - begin)
-    return Speed(kv_type, 0, plan.n_prompt, {name: spread(s) for name, s in seconds.items()})
+    ours = runners[OURS]
+    assert isinstance(ours, OurRunner)
+    profile = ours.profile_prompt(ids) if plan.profile else {}
+    return Speed(kv_type, 0, plan.n_prompt, {name: spread(s) for name, s in seconds.items()}, profile)
 
 
 def _time_steps(kv_type: str, runners: dict[str, Runner], plan: Plan, depth: int, n_vocab: int) -> Speed:
