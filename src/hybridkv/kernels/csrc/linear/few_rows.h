@@ -6,7 +6,9 @@ namespace weights {
 
 using hybridkv::Matrix;
 
-constexpr int kAhead = 6144;  // bytes that are asked for before they are needed
+// Bytes ahead of which the second cache is asked for a matrix, and then the first, for one use: activations of long rows
+// come from the second, and wait behind requests to memory where those are made for the first.
+constexpr int kFar = 8192, kNear = 1024;
 
 // Where the results of a call go.
 struct Output {
@@ -129,7 +131,10 @@ inline __attribute__((always_inline)) void stream(const Matrix& w, int64_t q0, i
                 const uint8_t* row = w.data + (r + i) * w.row_bytes;
                 for (int64_t u = 0; u < whole; ++u) {
                     const uint8_t* b = row + u * kUnitOf<T>;
-                    for (int line = 0; line < kUnitOf<T>; line += 64) __builtin_prefetch(b + kAhead + line, 0, 3);
+                    for (int line = 0; line < kUnitOf<T>; line += 64) {
+                        __builtin_prefetch(b + kFar + line, 0, 2);
+                        __builtin_prefetch(b + kNear + line, 0, 0);
+                    }
                     unit(b, u, acc);
                 }
                 if constexpr (T::block < kUnit) last(row, acc);

@@ -9,13 +9,14 @@ namespace weights {
 
 struct Many {
     static constexpr int64_t kOut = 24;   // output rows brought at once; a multiple of all L
-    static constexpr int64_t kMost = 96;  // rows of activations that share them at most
+    static constexpr int64_t kMost = 192;  // rows of activations that share them at most
     static constexpr int64_t kInCache = 320 << 10;  // bytes of activations that stay in the second cache
 
-    // Rows of activations that stay in the second cache while a task's output rows pass.
+    // Rows of activations that stay in the second cache while a task's output rows pass. Too few of long rows would stay
+    // to pay for what is brought: many then come from the third, which costs less.
     static int64_t rows_in_cache(int64_t stride) {
         const int64_t n = kInCache / stride / 4 * 4;
-        return n < 24 ? 24 : n > kMost ? kMost : n;
+        return n < 36 ? kMost : n > 96 ? 96 : n;
     }
     static constexpr bool wide = L == 16;
 
