@@ -84,10 +84,10 @@ def test_no_dependency_is_declared_in_vain() -> None:
     assert brought() - used == set()
 
 
-def test_the_quick_tests_need_neither_ray_nor_browsers_nor_a_compiler() -> None:
+def test_the_quick_tests_need_neither_ray_nor_a_browser() -> None:
     quick, all_of_them = brought("test"), brought("test-all")
     assert quick < all_of_them
-    assert all_of_them - quick == {"ray", "accelerate", "schemathesis", "playwright", "ik-llama-cpp-python"}
+    assert all_of_them - quick == {"ray", "accelerate", "schemathesis", "playwright"}
 
 
 def test_transformers_is_one_of_the_releases_that_were_tried() -> None:

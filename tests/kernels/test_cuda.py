@@ -26,6 +26,7 @@ from hybridkv.kernels.cuda import launch, staged
 from hybridkv.kernels.cuda.launch import ONE_TOKEN_ROWS, Tiling
 from hybridkv.kernels.cuda.store import store
 from tests.on_device import DEVICE, ON_CUDA
+from tests.thin import slow_but
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 NARROW = Tiling(16, 16, warps=4, programs=1)
@@ -35,6 +36,8 @@ ONE_TOKEN = Tiling(ONE_TOKEN_ROWS, 16, warps=1, programs=1)
 WORDS = tuple(n for n, f in FORMATS.items() if f.is_quantized and f.block == 32)
 """Types that it reads."""
 TYPES = tuple(FORMATS)
+QUICK = ("q8_0", "q4_1", "hq3_nl")
+"""Run in the interpreter by default, each beside another type: scales, minima, a codebook."""
 
 
 def on_device(view: KVView) -> KVView:
@@ -83,7 +86,7 @@ def check(
     assert relative_rmse(got, exact) <= cuda.TOLERANCE
 
 
-@pytest.mark.parametrize("type_name", TYPES)
+@pytest.mark.parametrize("type_name", slow_but(TYPES, QUICK))
 def test_every_type(type_name: str) -> None:
     """Each type on one side, and another on the other: all pairs are made of these."""
     other = TYPES[(TYPES.index(type_name) + 4) % len(TYPES)]
@@ -91,22 +94,32 @@ def test_every_type(type_name: str) -> None:
     check(type_k=other, type_v=type_name, n_new=1, n_rows=20, head_dim_k=80, head_dim_v=48)
 
 
-@pytest.mark.parametrize("type_name", WORDS)
+@pytest.mark.parametrize("type_name", slow_but(WORDS, QUICK))
 def test_one_token_of_every_type(type_name: str) -> None:
     other = WORDS[(WORDS.index(type_name) + 4) % len(WORDS)]
     check(type_k=type_name, type_v=other, n_rows=37, n_kv_heads=1, group=8, tiling=replace(ONE_TOKEN, block_n=32))
     check(type_k=other, type_v=type_name, n_rows=20, n_kv_heads=1, group=3, tiling=ONE_TOKEN)
 
 
-@pytest.mark.parametrize("type_name", ["q8_0", "q6_0", "q5_1", "q4_0", "hq3_nl"])
-@pytest.mark.parametrize("dims", [(64, 128), (128, 64), (256, 256)], ids=str)
-def test_one_token_of_every_head_dim(dims: tuple[int, int], type_name: str) -> None:
+@pytest.mark.parametrize(
+    ("type_name", "dim_k", "dim_v"),
+    slow_but(
+        [(t, k, v) for t in ("q8_0", "q6_0", "q5_1", "q4_0", "hq3_nl") for k, v in ((64, 128), (128, 64), (256, 256))],
+        [("q8_0", 64, 128), ("q5_1", 128, 64)],
+    ),
+)
+def test_one_token_of_every_head_dim(type_name: str, dim_k: int, dim_v: int) -> None:
     options = {"type_k": type_name, "type_v": type_name, "n_rows": 20, "n_kv_heads": 1}
-    check(**options, head_dim_k=dims[0], head_dim_v=dims[1], tiling=ONE_TOKEN)
+    check(**options, head_dim_k=dim_k, head_dim_v=dim_v, tiling=ONE_TOKEN)
 
 
-@pytest.mark.parametrize("n_rows", [1, 31, 33, 129])
-@pytest.mark.parametrize(("warps", "rows"), [(1, 16), (2, 16), (4, 16), (4, 32)])
+@pytest.mark.parametrize(
+    ("warps", "rows", "n_rows"),
+    slow_but(
+        [(warps, rows, n) for warps, rows in ((1, 16), (2, 16), (4, 16), (4, 32)) for n in (1, 31, 33, 129)],
+        [(1, 16, 33), (4, 16, 1), (4, 32, 31)],
+    ),
+)
 def test_one_token_over_odd_rows(warps: int, rows: int, n_rows: int) -> None:
     check(n_rows=n_rows, n_kv_heads=1, group=8, tiling=Tiling(ONE_TOKEN_ROWS, rows * warps, warps, programs=1))
 
