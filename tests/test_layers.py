@@ -18,7 +18,7 @@ FLOORS = (
     ("native",),
     ("hf", "gguf"),
     ("runtime",),
-    ("policy", "plan", "held", "memory", "model", "text"),
+    ("policy", "planner", "held", "memory", "model", "text"),
     ("cache",),
     ("kernels",),
     ("rotation", "formats"),

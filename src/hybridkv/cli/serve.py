@@ -176,7 +176,7 @@ def check(a: argparse.Namespace) -> tuple[AnyPolicy, Guard, tuple[str, ...]]:
             f"hybridkv serve needs packages that are not installed: {', '.join(missing)}",
             hint='pip install "hybridkv[serve]"',
         )
-    from hybridkv.plan import parse_bytes
+    from hybridkv.planner import parse_bytes
     from hybridkv.policy import Guard, parse_mode
 
     a.memory = None if a.memory is None else parse_bytes(a.memory)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hybridkv.hf.states import StateLayer
 from hybridkv.kernels import AttentionParams
+from hybridkv.model.protocols import Config
 from hybridkv.runtime import Answers, ModelCache, one_by_one
 from hybridkv.runtime.attend import attend_new
 
@@ -110,7 +111,7 @@ def rejects_device(device: str) -> str | None:
     return "triton is not installed" if importlib.util.find_spec("triton") is None else None
 
 
-def rejects(config: Any, device: str) -> str | None:
+def rejects(config: Config, device: str) -> str | None:
     """Why the fused step cannot run a model of this config on this type of device; None if it can."""
     if (missing := rejects_device(device)) is not None:
         return missing
