@@ -82,7 +82,7 @@ def test_what_a_served_cluster_cannot_do_is_refused(cli: Cli, tmp_path: Path) ->
 @needs_ray
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own
 def test_what_rays_own_tools_import(capfd: pytest.CaptureFixture[str]) -> None:
-    from hybridkv.cli.serve_ray import app
+    from hybridkv.cli.ray_app import app
 
     built = app({"options": "-ctk q8_0 --replicas 1 -t 1 --api-key k"})
     assert type(built).__name__ == "Application"

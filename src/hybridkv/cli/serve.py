@@ -133,10 +133,6 @@ def main(arguments: argparse.Namespace) -> int:
     policy, guard, keys = check(a)
     from hybridkv.server.listen import bind
 
-    if a.ray is not None:
-        from hybridkv.cli.serve_ray import serve
-
-        return serve(a, policy, guard, keys)
     listener = bind(a.host, a.port)
     try:
         opened = fit_context(open_model(a), a.ctx_size, policy, guard, n_seqs=a.parallel, more=a.prefix_memory)

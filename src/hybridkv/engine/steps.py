@@ -19,7 +19,7 @@ from hybridkv.runtime import Notify, Step
 
 if TYPE_CHECKING:
     from hybridkv.hf.step import EagerStep
-    from hybridkv.hf.step.fused import LayersStep
+    from hybridkv.hf.step.fused_layers import LayersStep
 
 StepKind = EngineKind
 GraphMode = Literal["on", "off"]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridkv.hf.step.fused import Embed, Head, Layers, Run
+from hybridkv.hf.step.fused_layers import Embed, Head, Layers, Run
 from hybridkv.kernels.cuda.delta import DeltaShape, conv_prompt, conv_step, delta_prompt, delta_step, gated_norm
 from hybridkv.kernels.cuda.experts import route
 from hybridkv.kernels.cuda.layers import add_norm, gate_heads, norm_rope, swiglu

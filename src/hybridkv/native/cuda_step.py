@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hybridkv.hf.step.fused import LayersStep
+from hybridkv.hf.step.fused_layers import LayersStep
 from hybridkv.model import graph_of
 from hybridkv.model.protocols import LanguageModel
 from hybridkv.native import cuda as lowering
