@@ -62,6 +62,8 @@ def _rejects_rows(device: str, fmt: KVFormat, head_dim: int) -> str | None:
         return missing
     if head_dim > MAX_HEAD_DIM:
         return f"head dim {head_dim} is above {MAX_HEAD_DIM}"
+    if fmt.name not in cpu_native.formats():
+        return f"the extension reads no {fmt.name}"
     return fmt.rejects(head_dim)
 
 

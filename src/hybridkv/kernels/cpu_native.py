@@ -40,6 +40,12 @@ def available() -> str | None:
     return None
 
 
+@cache
+def formats() -> frozenset[str]:
+    """Names of the KV formats that the extension was built with."""
+    return frozenset(_native().FORMATS)
+
+
 def isa() -> Isa:
     """The instruction set that calls run on: the best one here, or `HYBRIDKV_ISA`.
 
