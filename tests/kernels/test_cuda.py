@@ -42,7 +42,7 @@ QUICK = ("q8_0", "q4_1", "hq3_nl")
 
 def on_device(view: KVView) -> KVView:
     def moved(s: Segment) -> Segment:
-        tensors = {n: getattr(s, n) for n in ("center", "lengths", "starts", "blocks")}
+        tensors = {n: getattr(s, n) for n in ("center", "lengths", "starts")}
         there = {n: None if t is None else t.to(DEVICE) for n, t in tensors.items()}
         return replace(s, k=tuple(p.to(DEVICE) for p in s.k), v=tuple(p.to(DEVICE) for p in s.v), **there)
 
@@ -326,36 +326,6 @@ def test_sinks_packed_rows_and_a_sliding_tail_on_the_device() -> None:
         assert relative_rmse(got, want) <= cuda.TOLERANCE
 
 
-def paged(planes: tuple[Tensor, ...], table: Tensor, n_blocks: int, block_rows: int) -> tuple[Tensor, ...]:
-    """The rows of ordinary planes scattered over blocks, everything else 0xFF."""
-    out = []
-    for plane in planes:
-        blocks = torch.full((n_blocks, plane.shape[1], block_rows, plane.shape[3]), 0xFF, dtype=torch.uint8)
-        for b in range(plane.shape[0]):
-            for i in range(table.shape[1]):
-                rows = plane[b, :, i * block_rows : (i + 1) * block_rows]
-                if table[b, i] >= 0 and rows.shape[1]:
-                    blocks[table[b, i], :, : rows.shape[1]] = rows
-        out.append(blocks)
-    return tuple(out)
-
-
-@pytest.mark.parametrize("n_new", [1, 5])
-def test_block_tables(n_new: int) -> None:
-    stored = store_parts((Part("q6_0", "q5_1", 40),), batch=2)
-    (s,) = stored.view.segments
-    table = torch.tensor([[5, 2, 7], [3, 0, -1]], dtype=torch.int32)
-    lengths = torch.tensor([40, 32 - s.start], dtype=torch.int32)
-    k, v = (paged(side, table, 9, 16) for side in (s.k, s.v))
-    table[1, 2] = 10**6  # nothing valid lies there: must not be followed
-    segment = replace(s, k=k, v=v, blocks=table, lengths=lengths)
-    q = queries(stored.view, n_new, 2, 2, 2)
-    exact = each_sequence(stored, q, [[int(n)] for n in lengths])
-    for tiling in (NARROW, ONE_TOKEN)[: 2 if n_new == 1 else 1]:
-        got = attend(q, replace(stored.view, segments=(segment,)), tiling, scale=0.125)
-        assert relative_rmse(got, exact) <= cuda.TOLERANCE
-
-
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
     """What `staged.dense` asks torch for, in float64."""
     k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -454,7 +424,7 @@ def test_rotation_and_center_are_stored(type_name: str, head_dim: int) -> None:
     assert (got - want).square().mean() <= 1.01 * (best - want).square().mean()
 
 
-def test_rows_on_the_device_and_block_tables() -> None:
+def test_rows_on_the_device() -> None:
     fmt = FORMATS["q6_0"]
     x = torch.randn(2, 2, 3, 64, generator=torch.Generator().manual_seed(1))
     rows = torch.tensor([1, 5], dtype=torch.int32)
@@ -464,16 +434,6 @@ def test_rows_on_the_device_and_block_tables() -> None:
         assert torch.equal(got[1, :, 5:8], bytes_[1])
         assert (got[0, :, 4:] == 0xFF).all()
         assert (got[1, :, :5] == 0xFF).all()
-    rows = torch.tensor([14, 31], dtype=torch.int32)
-    table = torch.tensor([[4, 1, 0], [2, 5, 3]], dtype=torch.int32)
-    planes = [torch.full((6, 2, 16, n), 0xFF, dtype=torch.uint8, device=DEVICE) for n in fmt.plane_bytes(64)]
-    store(x.to(DEVICE), fmt, "absmax", planes, rows.to(DEVICE), blocks=table.to(DEVICE))
-    for plane, bytes_ in zip(planes, want, strict=True):
-        got = plane.cpu()
-        for b, t, block, row in ((0, 0, 4, 14), (0, 1, 4, 15), (0, 2, 1, 0), (1, 0, 5, 15), (1, 1, 3, 0), (1, 2, 3, 1)):
-            assert torch.equal(got[block, :, row], bytes_[b, :, t])
-            got[block, :, row] = 0xFF
-        assert (got == 0xFF).all()
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,7 +441,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     case = AttentionCase("cuda", "q8_0", "q8_0", 64, 64, 1, "decode")
     (kernel,) = cuda.KERNELS
     assert kernel.rejects(case) is None
-    assert kernel.rejects(replace(case, paged=True, device_rows=True)) is None
+    assert kernel.rejects(replace(case, device_rows=True)) is None
     assert "20" in str(kernel.rejects(replace(case, head_dim_k=20)))
     assert "512" in str(kernel.rejects(replace(case, head_dim_k=1024)))
     assert "not on cpu" in str(kernel.rejects(replace(case, device="cpu")))
