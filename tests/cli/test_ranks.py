@@ -11,6 +11,7 @@ from tests.cli.models import ModelStore
 from tests.torchrun import needs_accelerate, torchrun
 
 
+@pytest.mark.slow
 @needs_accelerate
 def test_run_speaks_once_and_says_the_same(models: ModelStore, cli: Cli) -> None:
     options = ("--ids", "5,6,7,8,9,10,11,12", "-n", "12", "--ignore-eos", "-ctk", "q8_0", "-ctv", "q8_0", "-c", "64")

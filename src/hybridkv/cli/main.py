@@ -164,6 +164,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _main(sys.argv[1:])
 
 
+def _run(arguments: argparse.Namespace) -> int:
+    """Run the command that was parsed; `serve --ray` has a file of its own, above that of `serve`."""
+    if arguments.main is serve.main and arguments.ray is not None:
+        from hybridkv.cli import serve_ray
+
+        return serve_ray.main(arguments)
+    code: int = arguments.main(arguments)
+    return code
+
+
 def _main(argv: Sequence[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no such character gets a question mark
@@ -171,7 +181,7 @@ def _main(argv: Sequence[str]) -> int:
         arguments = _parse(argv)
         if arguments.main is not plan.main:
             say_accepted(arguments)
-        code: int = arguments.main(arguments)
+        code = _run(arguments)
         sys.stdout.flush()
     except HybridKVError as error:
         sys.stdout.flush()

@@ -259,7 +259,7 @@ def open_model(
     from hybridkv.engine.steps import parse_graphs, parse_step, resolve_step
     from hybridkv.held import parse_weights
     from hybridkv.hf.ranks import n_ranks
-    from hybridkv.plan import parse_bytes
+    from hybridkv.planner import parse_bytes
 
     option = getattr(a, "limit_option", "--memory")  # tasks of `eval --ray` have neither
     limit = None if getattr(a, "memory_limit", None) is None else parse_bytes(a.memory_limit, option)

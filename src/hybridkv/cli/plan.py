@@ -115,7 +115,7 @@ def main(arguments: argparse.Namespace) -> int:
     import_torch()
     from hybridkv.engine.describe import describe
     from hybridkv.model.ranks import cuts_heads
-    from hybridkv.plan import parse_bytes, unknown_states
+    from hybridkv.planner import parse_bytes, unknown_states
     from hybridkv.policy import Guard, parse_mode
 
     budget = None if a.memory is None else parse_bytes(a.memory)
@@ -257,7 +257,7 @@ class _Question:
 def _rows(question: _Question, policies: Sequence[AnyPolicy]) -> list[dict[str, Any]]:
     """One object per pair of types or file, bytes as integers."""
     from hybridkv.model.facts import is_hybrid, kv_facts
-    from hybridkv.plan import largest_context, plan
+    from hybridkv.planner import largest_context, plan
     from hybridkv.policy import KVConfig
 
     q, facts = question, question.description.facts

@@ -13,6 +13,7 @@ from hybridkv.cli.chat_options import read_text, unescaped
 from hybridkv.errors import UsageError
 
 if TYPE_CHECKING:
+    from hybridkv.model.protocols import LanguageModel
     from hybridkv.text.control_words import Covered
 
 
@@ -86,7 +87,7 @@ class PromptTokens:
 
 def prompt_tokens(
     prompt: str | list[int],
-    model: Any,
+    model: LanguageModel,
     tokenizer: Any | None,
     *,
     chat: bool,

@@ -133,10 +133,6 @@ def main(arguments: argparse.Namespace) -> int:
     policy, guard, keys = check(a)
     from hybridkv.server.listen import bind
 
-    if a.ray is not None:
-        from hybridkv.cli.serve_ray import serve
-
-        return serve(a, policy, guard, keys)
     listener = bind(a.host, a.port)
     try:
         opened = fit_context(open_model(a), a.ctx_size, policy, guard, n_seqs=a.parallel, more=a.prefix_memory)
@@ -176,7 +172,7 @@ def check(a: argparse.Namespace) -> tuple[AnyPolicy, Guard, tuple[str, ...]]:
             f"hybridkv serve needs packages that are not installed: {', '.join(missing)}",
             hint='pip install "hybridkv[serve]"',
         )
-    from hybridkv.plan import parse_bytes
+    from hybridkv.planner import parse_bytes
     from hybridkv.policy import Guard, parse_mode
 
     a.memory = None if a.memory is None else parse_bytes(a.memory)

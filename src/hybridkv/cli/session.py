@@ -16,6 +16,7 @@ from hybridkv.errors import UsageError
 if TYPE_CHECKING:
     from hybridkv.engine import Engine
     from hybridkv.engine.session import Session
+    from hybridkv.model.protocols import LanguageModel
 
 
 def check_session(a: argparse.Namespace) -> None:
@@ -90,7 +91,7 @@ class Conversation:
         engine.adopt(cache, self.n_held)
         notice(f"--session: {self.n_held} of {len(self.ids)} prompt tokens reused")
 
-    def keep(self, engine: Engine, model: Any, *, answer: str, ended: bool) -> None:
+    def keep(self, engine: Engine, model: LanguageModel, *, answer: str, ended: bool) -> None:
         """Write the session, if there is one to write and anything was processed.
 
         An end token that was drawn is left out: what follows goes on behind the answer.
@@ -109,7 +110,7 @@ class Conversation:
 
 
 def open_conversation(
-    a: argparse.Namespace, prompt: str | list[int], model: Any, tokenizer: Any | None, choice: ChatChoice
+    a: argparse.Namespace, prompt: str | list[int], model: LanguageModel, tokenizer: Any | None, choice: ChatChoice
 ) -> Conversation:
     """The prompt as tokens, behind those of the session file if there is one.
 

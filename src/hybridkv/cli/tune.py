@@ -195,7 +195,7 @@ def _candidates(a: argparse.Namespace) -> tuple[list[str], list[str], Storage]:
 
 def _goal(a: argparse.Namespace, n_ctx: int) -> Goal:
     from hybridkv.lab.tuner import Goal
-    from hybridkv.plan import parse_bytes
+    from hybridkv.planner import parse_bytes
 
     if a.max_kld is not None:
         return Goal("kld", a.max_kld, n_ctx)

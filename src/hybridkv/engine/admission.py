@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -11,7 +10,8 @@ from hybridkv.cache import KVSpec
 from hybridkv.cache.spec import FRESH_ROWS
 from hybridkv.errors import AdmissionError
 from hybridkv.model import layer_facts
-from hybridkv.plan import largest_context, plan
+from hybridkv.model.protocols import LanguageModel
+from hybridkv.planner import largest_context, plan
 
 
 class Admission:
@@ -32,7 +32,7 @@ class Admission:
     """
 
     def __init__(
-        self, model: Any, *, n_ctx: int, budget_bytes: int | None, prefill_chunk: int, conv_itemsize: int
+        self, model: LanguageModel, *, n_ctx: int, budget_bytes: int | None, prefill_chunk: int, conv_itemsize: int
     ) -> None:
         self.n_ctx, self.budget_bytes = n_ctx, budget_bytes
         self._facts = layer_facts(model.config)

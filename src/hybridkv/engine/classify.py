@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from hybridkv.engine.caches import new_cache
 from hybridkv.engine.ladder import labels_of, raised_specs
 from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import ContextError, UsageError
+from hybridkv.model.protocols import LanguageModel
 from hybridkv.policy import Guard, NonFiniteError
 from hybridkv.runtime import ModelCache, Step, is_finite
 
@@ -147,7 +148,7 @@ class Classifier:
 
     def __init__(
         self,
-        model: Any,
+        model: LanguageModel,
         specs: Sequence[KVSpec],
         labels: Sequence[Ids],
         *,

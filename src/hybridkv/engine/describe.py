@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from hybridkv.cache import LayerFacts
 from hybridkv.errors import ModelError, ModelFileError, UsageError
@@ -21,6 +21,7 @@ from hybridkv.held import Held, Runner, WeightKind, held_weights
 from hybridkv.hf.ranks import check_plan
 from hybridkv.model.changes import NO_CHANGES, ModelChanges, change_rope
 from hybridkv.model.facts import layer_facts
+from hybridkv.model.protocols import Config
 from hybridkv.native.choice import EngineKind, multiplies, rejects_packed, rejects_types, runs_natively
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Description:
 
     path: Path
     name: str
-    config: Any
+    config: Config
     facts: tuple[LayerFacts, ...]
     n_ctx_train: int | None
     remote_code: RemoteCode = "refused"
@@ -184,7 +185,7 @@ def describe(
     return Description(path, printable, config, facts, n_ctx_train, remote_code, n_ranks, changes, header)
 
 
-def change_config(config: Any, changes: ModelChanges) -> None:
+def change_config(config: Config, changes: ModelChanges) -> None:
     """Change the config of a directory in place.
 
     Raises
@@ -197,7 +198,7 @@ def change_config(config: Any, changes: ModelChanges) -> None:
     change_rope(config, changes.rope)
 
 
-def _facts(config: Any, n_ranks: int) -> tuple[LayerFacts, ...]:
+def _facts(config: Config, n_ranks: int) -> tuple[LayerFacts, ...]:
     try:
         return layer_facts(config, n_ranks=n_ranks)
     except (ArithmeticError, AttributeError, TypeError) as error:

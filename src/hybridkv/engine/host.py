@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import gc
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from hybridkv.cache import KVSpec, KVTypes, resolve
 from hybridkv.engine.caches import new_cache
@@ -13,6 +12,7 @@ from hybridkv.engine.requests import Request
 from hybridkv.errors import UsageError
 from hybridkv.kernels import ENCODERS, KERNELS
 from hybridkv.model import is_hybrid, kv_facts, layer_facts, vocabulary_rows
+from hybridkv.model.protocols import LanguageModel
 from hybridkv.policy import Guard, NonFiniteError, Policy
 from hybridkv.runtime import ModelCache
 
@@ -35,7 +35,7 @@ class Host:
     """
 
     def __init__(
-        self, model: Any, specs: Sequence[KVSpec], *, n_ctx: int, guard: Guard, notify: Callable[[str], None]
+        self, model: LanguageModel, specs: Sequence[KVSpec], *, n_ctx: int, guard: Guard, notify: Callable[[str], None]
     ) -> None:
         self.model, self.specs, self.guard, self.notify = model, tuple(specs), guard, notify
         self.device: str = model.device.type

@@ -32,6 +32,7 @@ from hybridkv.engine.session import Message, load_session, save_session
 from hybridkv.engine.steps import resolve_step
 from hybridkv.engine.tally import Tally
 from hybridkv.errors import AdmissionError, HybridKVError, UsageError
+from hybridkv.model.protocols import LanguageModel
 from hybridkv.native import NativeStep
 from hybridkv.policy import Guard, MismatchError, NonFiniteError
 from hybridkv.runtime import ModelCache, Step, finite_rows, is_finite
@@ -73,7 +74,7 @@ class Scheduler:
 
     def __init__(
         self,
-        model: Any,
+        model: LanguageModel,
         specs: Sequence[KVSpec],
         *,
         n_parallel: int,

@@ -35,6 +35,7 @@ from hybridkv.engine.ladder import labels_of
 from hybridkv.errors import SessionError, UsageError
 from hybridkv.formats import get_format
 from hybridkv.model import kv_facts, layer_facts
+from hybridkv.model.protocols import LanguageModel
 from hybridkv.native import NativeModel
 from hybridkv.runtime import ModelCache
 from hybridkv.runtime.stored import StoredCache, StoredState
@@ -73,7 +74,7 @@ class Session:
         return None if self.earlier is None else Session(self.tokens, *self.earlier)
 
 
-def fingerprint(model: Any) -> str:
+def fingerprint(model: LanguageModel) -> str:
     """What tells models apart: the config, and the shapes and small parameters (norms, decays) as float32."""
     config = {k: v for k, v in model.config.get_text_config(decoder=True).to_dict().items() if k not in _PASSING}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
@@ -84,12 +85,13 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _parameters(model: Any) -> Iterator[tuple[str, tuple[int, ...], Tensor | None]]:
+def _parameters(model: LanguageModel) -> Iterator[tuple[str, tuple[int, ...], Tensor | None]]:
     """Names, shapes and small values of a model's weights. A native model's states are in the file's own order."""
     if isinstance(model, NativeModel):
         for name, shape in model.source.shapes():
             yield name, shape, model.source.vector(name) if len(shape) == 1 else None
     else:
+        assert isinstance(model, torch.nn.Module), model
         for name, parameter in model.named_parameters():
             yield name, tuple(parameter.shape), parameter if parameter.dim() == 1 else None
 
@@ -97,7 +99,7 @@ def _parameters(model: Any) -> Iterator[tuple[str, tuple[int, ...], Tensor | Non
 _PASSING = frozenset({"transformers_version", "_name_or_path", "name_or_path", "dtype", "torch_dtype", "use_cache"})
 
 
-def save_session(path: Path, session: Session, model: Any) -> int:
+def save_session(path: Path, session: Session, model: LanguageModel) -> int:
     """Write a session; its bytes.
 
     Raises
@@ -129,7 +131,7 @@ def save_session(path: Path, session: Session, model: Any) -> int:
     return len(data)
 
 
-def load_session(path: Path, model: Any) -> Session:
+def load_session(path: Path, model: LanguageModel) -> Session:
     """Read a session of this model.
 
     Raises
@@ -218,7 +220,7 @@ def _tensors(cache: StoredCache, mark: str = "") -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
 
 
-def _session(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], model: Any) -> Session:
+def _session(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], model: LanguageModel) -> Session:
     """Put together and check against the model: native code trusts these shapes."""
     facts = layer_facts(model.config)
     tokens, n_cached = tuple(tensors["tokens"].tolist()), int(metadata["n_cached"])

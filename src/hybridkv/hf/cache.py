@@ -23,6 +23,7 @@ from hybridkv.hf.layers import EmptyLayer, QuantizedAndStateLayer, QuantizedLaye
 from hybridkv.hf.states import StateLayer
 from hybridkv.kernels import ENCODERS, KERNELS, Encoder, Kernel
 from hybridkv.model.facts import is_hybrid, kv_facts, layer_facts, takes_chunks
+from hybridkv.model.protocols import Config
 from hybridkv.policy import Guard, GuardMode, KVConfig, Policy, parse_mode, parse_override, parse_scale, read_config
 from hybridkv.runtime import LayerWatch, Notify
 from hybridkv.runtime.cache import LOG, watched_parts
@@ -58,7 +59,7 @@ class ModelCache(Cache, runtime.ModelCache):  # type: ignore[misc]
 
     def __init__(
         self,
-        config: Any,
+        config: Config,
         specs: Sequence[KVSpec],
         *,
         device: str = "cpu",
@@ -235,6 +236,8 @@ def quantized_cache(
         Tokens per sequence to reserve and not to exceed; None grows as needed.
     guard
         `check upgrade warn strict off`.
+    notify
+        Where fallbacks are reported; the log by default.
 
     Returns
     -------

@@ -21,6 +21,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoT
 
 from hybridkv.errors import ModelError, ModelFileError
 from hybridkv.hf.ranks import check_packages, check_plan, parameters_of_rank, share
+from hybridkv.model.protocols import Config
 
 RemoteCode = Literal["refused", "trusted"]
 """Whether Python code in a model directory may run."""
@@ -147,7 +148,7 @@ def load_weights(
     return (model if spread else model.to(device)).eval()  # a rank's part is where it belongs
 
 
-def widens(directory: Path, config: Any, *, remote_code: RemoteCode = "refused") -> bool:
+def widens(directory: Path, config: Config, *, remote_code: RemoteCode = "refused") -> bool:
     """Whether a directory is loaded as bfloat16 and its parameters replaced one by one: if it holds nothing else."""
     quantized = getattr(config, "quantization_config", None) is not None
     return not quantized and remote_code == "refused" and set(stored_types(directory)) == {"BF16"}
@@ -265,7 +266,7 @@ def _entry(file: Path, key: str) -> Any:
     return content.get(key) if isinstance(content, dict) else None
 
 
-def build_empty(config: Any, *, remote_code: RemoteCode = "refused") -> Any:
+def build_empty(config: Config, *, remote_code: RemoteCode = "refused") -> Any:
     """A model of this config without memory: all its tensors are on the meta device.
 
     Raises
@@ -282,7 +283,7 @@ def build_empty(config: Any, *, remote_code: RemoteCode = "refused") -> Any:
         raise _no_model(config, error) from error
 
 
-def count_parameters(config: Any, *, remote_code: RemoteCode = "refused", n_ranks: int = 1) -> int:
+def count_parameters(config: Config, *, remote_code: RemoteCode = "refused", n_ranks: int = 1) -> int:
     """Weights of a model with this config, tied ones once, or of one of several ranks. Builds it without memory.
 
     Raises
@@ -294,7 +295,7 @@ def count_parameters(config: Any, *, remote_code: RemoteCode = "refused", n_rank
     return sum(p.numel() for p in model.parameters()) if n_ranks == 1 else parameters_of_rank(model, n_ranks)
 
 
-def _no_model(config: Any, error: BaseException) -> ModelError:
+def _no_model(config: Config, error: BaseException) -> ModelError:
     return ModelError(
         f"the config of {config.model_type!r} describes no model: {_one_line(error)}",
         hint="a number in config.json is wrong or missing",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridkv.errors import ModelError, UsageError
+from hybridkv.model.protocols import Config
 from hybridkv.model.ranks import ranks_of
 
 _FIRST_DIM = {"colwise", "colwise_gather_output", "colwise_rep", "packed_colwise", "embedding_rowwise"}
@@ -62,7 +63,7 @@ def leave(code: int = 0) -> int:
     return code
 
 
-def check_plan(config: Any) -> None:
+def check_plan(config: Config) -> None:
     """Refuse a model that Transformers cannot cut.
 
     Raises

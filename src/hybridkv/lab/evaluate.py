@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from hybridkv.engine.caches import new_cache
 from hybridkv.errors import GuardError
 from hybridkv.lab.candidates import Candidate
 from hybridkv.lab.measure import Expected, Trace
+from hybridkv.model.protocols import LanguageModel
 from hybridkv.policy import Guard
 from hybridkv.runtime import ModelCache, Step
 
@@ -69,7 +70,7 @@ class Evaluator:
         Tokens of a window.
     """
 
-    def __init__(self, model: Any, step: Step, facts: Sequence[AttentionFacts], n_ctx: int) -> None:
+    def __init__(self, model: LanguageModel, step: Step, facts: Sequence[AttentionFacts], n_ctx: int) -> None:
         self._model = model
         self._step = step
         self.facts = facts

@@ -27,6 +27,7 @@ from hybridkv.model.layers import (
     Shared,
     ShortConv,
 )
+from hybridkv.model.protocols import Config, LanguageModel
 from hybridkv.model.source import Source
 
 __all__ = [
@@ -36,10 +37,12 @@ __all__ = [
     "Block",
     "Branch",
     "Choice",
+    "Config",
     "DeltaNet",
     "Experts",
     "FeedForward",
     "Gated",
+    "LanguageModel",
     "Mamba1",
     "Mamba2",
     "Mixer",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from hybridkv.errors import UsageError
+from hybridkv.model.protocols import Config
 
 Scaling = Literal["none", "linear", "yarn"]
 
@@ -71,7 +72,7 @@ class ModelChanges:
 NO_CHANGES = ModelChanges()
 
 
-def change_rope(config: Any, rope: RopeChanges) -> None:
+def change_rope(config: Config, rope: RopeChanges) -> None:
     """Change a config's RoPE in place, as the options ask for it.
 
     Layers of a sliding window keep theirs where a model has two kinds, as in llama.cpp.

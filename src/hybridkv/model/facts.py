@@ -12,6 +12,7 @@ from typing import Any
 
 from hybridkv.cache import AttentionFacts, LayerFacts, StateFacts
 from hybridkv.errors import ModelError
+from hybridkv.model.protocols import Config
 from hybridkv.model.ranks import facts_of_rank, ranks_of
 
 _KV = ("full_attention", "sliding_attention", "hybrid", "hybrid_sliding")
@@ -79,7 +80,7 @@ STATE_SHAPES: dict[str, Callable[[Any], StateFacts]] = {
 _STARTS_OVER = frozenset({"jamba", "zamba", "mamba", "falcon_mamba"})
 
 
-def takes_chunks(config: Any) -> bool:
+def takes_chunks(config: Config) -> bool:
     """Whether a prompt may be processed in several pieces.
 
     Transformers' Mamba-1 families hand no state to their scan, so a piece of several tokens after the first
@@ -89,7 +90,7 @@ def takes_chunks(config: Any) -> bool:
     return config.get_text_config(decoder=True).model_type not in _STARTS_OVER
 
 
-def layer_facts(config: Any, *, n_ranks: int | None = None) -> tuple[LayerFacts, ...]:
+def layer_facts(config: Config, *, n_ranks: int | None = None) -> tuple[LayerFacts, ...]:
     """What each layer of a model remembers.
 
     Parameters
@@ -196,7 +197,7 @@ def _attention(index: int, layer_config: Any, text: Any, window: int | None) -> 
     )
 
 
-def _first_said(config: Any, *names: str, otherwise: int) -> int:
+def _first_said(config: Config, *names: str, otherwise: int) -> int:
     """The first of these sizes that a config gives; 0 is given, None is not."""
     for name in names:
         value = getattr(config, name, None)
@@ -205,7 +206,7 @@ def _first_said(config: Any, *names: str, otherwise: int) -> int:
     return otherwise
 
 
-def vocabulary_rows(config: Any) -> int:
+def vocabulary_rows(config: Config) -> int:
     """Rows of the embedding and of the output head of a config's model."""
     rows: int = config.get_text_config(decoder=True).vocab_size
     return rows

@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from hybridkv.cache import LayerFacts
 from hybridkv.errors import ModelError
+from hybridkv.model.protocols import Config
 
 _KEYS = ("k_proj", "qkv_proj", "query_key_value")
 """Projections that make keys, alone or with others."""
 
 
-def ranks_of(config: Any) -> int:
+def ranks_of(config: Config) -> int:
     """Over how many ranks the model of this config was loaded; 1 if it was not cut."""
     spread = getattr(config, "distributed_config", None)
     if isinstance(spread, Mapping):  # a config that was written down and read back
@@ -27,13 +27,13 @@ def ranks_of(config: Any) -> int:
     return int(getattr(spread, "tp_size", None) or 1)
 
 
-def cuts_heads(config: Any) -> bool:
+def cuts_heads(config: Config) -> bool:
     """Whether Transformers' plan for this model gives each rank some of the KV heads."""
     plan = getattr(config.get_text_config(decoder=True), "base_model_tp_plan", None) or {}
     return any(name.rpartition(".")[2] in _KEYS and style == "colwise" for name, style in plan.items())
 
 
-def facts_of_rank(config: Any, facts: tuple[LayerFacts, ...], n: int) -> tuple[LayerFacts, ...]:
+def facts_of_rank(config: Config, facts: tuple[LayerFacts, ...], n: int) -> tuple[LayerFacts, ...]:
     """What each of `n` ranks holds of layers that are as `facts` say on one.
 
     Raises

@@ -11,13 +11,14 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any, Self
+from typing import Self
 
 from torch import Tensor
 
 from hybridkv.cache import KVLayer, KVSpec, LayerFacts, LayerKernels, resolve
 from hybridkv.kernels import ENCODERS, KERNELS, Encoder, Kernel
 from hybridkv.model.facts import layer_facts
+from hybridkv.model.protocols import Config
 from hybridkv.policy import Guard
 from hybridkv.runtime.rows import WatchedRows
 from hybridkv.runtime.states import States
@@ -61,7 +62,7 @@ class ModelCache:
 
     def __init__(
         self,
-        config: Any,
+        config: Config,
         specs: Sequence[KVSpec],
         *,
         device: str = "cpu",

@@ -23,6 +23,7 @@ from hybridkv.text.detokenize import TextStream
 if TYPE_CHECKING:
     from hybridkv.cache import KVTypes
     from hybridkv.engine import SamplingParams, Scheduler
+    from hybridkv.model.protocols import LanguageModel
 
 T = TypeVar("T")
 
@@ -98,7 +99,7 @@ class Talk:
     def __init__(
         self,
         scheduler: Scheduler,
-        model: Any,
+        model: LanguageModel,
         tokenizer: Any,
         habits: Habits,
         types: KVTypes,

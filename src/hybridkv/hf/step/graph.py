@@ -28,6 +28,7 @@ from torch import Tensor
 from hybridkv.cache.fixed import N_NUMBERS, numbers_of
 from hybridkv.errors import ModelError
 from hybridkv.model.facts import layer_facts
+from hybridkv.model.protocols import Config
 from hybridkv.runtime import Answers, ModelCache, Step, one_by_one
 from hybridkv.runtime.attend import non_finite
 from hybridkv.runtime.view import Fixed, Notify
@@ -40,7 +41,7 @@ _HOST_ROPE = ("dynamic", "longrope")
 _TRIAL_TOKENS = 2
 
 
-def rejects(config: Any, device: str) -> str | None:
+def rejects(config: Config, device: str) -> str | None:
     """Why decode steps of a model of this config cannot be recorded on this type of device; None if they can.
 
     Whatever shows only when the model runs is found out before the first recording; see `GraphStep`.

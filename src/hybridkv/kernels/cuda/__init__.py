@@ -60,12 +60,11 @@ def store(
     *,
     rotated: bool,
     center: Tensor | None,
-    blocks: Tensor | None,
 ) -> None:
     """Rotate, subtract a center, encode and write, in one launch."""
     from hybridkv.kernels.cuda.store import store as launch
 
-    launch(x, fmt, scale, planes, row, rotated=rotated, center=center, blocks=blocks)
+    launch(x, fmt, scale, planes, row, rotated=rotated, center=center)
 
 
 def _rejects(case: AttentionCase) -> str | None:

@@ -61,17 +61,9 @@ _F16, _BF16, _F32 = tl.constexpr(F16), tl.constexpr(BF16), tl.constexpr(F32)
 
 
 @triton.jit
-def find_slots(rows, ok, table, head, n_kv_heads, sequence, n_rows, PAGED: tl.constexpr, ROWS_LOG2: tl.constexpr):
-    """Where rows of a sequence lie, counted in rows from the planes' begin: int64 `[N]`.
-
-    `table` is the sequence's own; `n_rows` is the capacity, or the rows of a block.
-    """
-    if PAGED:
-        block = tl.load(table + (rows >> ROWS_LOG2), mask=ok, other=0).to(tl.int64)
-        slots = (block * n_kv_heads + head) * n_rows + (rows & ((1 << ROWS_LOG2) - 1))
-    else:
-        slots = (sequence.to(tl.int64) * n_kv_heads + head) * n_rows + rows
-    return slots
+def find_slots(rows, head, n_kv_heads, sequence, n_rows):
+    """Find where rows of a sequence lie, counted from the planes' begin: int64 `[N]`."""
+    return (sequence.to(tl.int64) * n_kv_heads + head) * n_rows + rows
 
 
 @triton.jit
