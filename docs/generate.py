@@ -259,7 +259,7 @@ def with_parts(path: str, parts: dict[str, str]) -> str:
 
 def readme() -> str:
     """README.md with its generated parts renewed."""
-    return with_parts("README.md", {"recommended": recommended_table()})
+    return with_parts("README.md", {"recommended": recommended_table(4, " [All types](docs/quality.md).")})
 
 
 def weights() -> str:
@@ -270,7 +270,7 @@ def weights() -> str:
 def quality() -> str:
     """docs/quality.md with its tables renewed."""
     tables = {name: quality_table(f"eval-{name}-decode") for name in ("reference", "smollm2", "gemma3")}
-    return with_parts("docs/quality.md", {"targets": targets_table(), **tables})
+    return with_parts("docs/quality.md", {"recommended": recommended_table(), "targets": targets_table(), **tables})
 
 
 def tuning() -> str:

@@ -18,24 +18,24 @@ MODELS = {
 }
 
 RECOMMENDED = (
-    ("nothing to lose", "-ctk q8_0 -ctv q8_0", "q8_0"),
+    ("close to f16", "-ctk q8_0 -ctv q8_0", "q8_0"),
     (
-        "half of that",
+        "half of q8_0's bytes",
         "-ctk hq4_nl -ctv hq4_nl --kv-tail 128 --kv-sink 4 --kv-center",
         "hq4_nl+tail128+sink4+center",
     ),
     (
-        "the same in bytes that ggml reads",
+        "the same, readable by ggml",
         "-ctk q4_0 -ctv q4_0 -khad -vhad --kv-tail 128 --kv-sink 4 --kv-center",
         "q4_0+kv+tail128+sink4+center",
     ),
     (
-        "less, where it holds",
+        "fewer bytes, where it holds",
         "-ctk hq3_nl -ctv hq3_nl --kv-tail 256 --kv-sink 4 --kv-center",
         "hq3_nl+tail256+sink4+center",
     ),
     (
-        "the smallest there is: measure first",
+        "the fewest bytes: measure first",
         "-ctk hq2_nl -ctv hq2_nl --kv-tail 128 --kv-sink 4 --kv-center",
         "hq2_nl+tail128+sink4+center",
     ),
@@ -89,12 +89,12 @@ def quality_table(name: str) -> str:
     return "\n".join([*lines, "", conditions_line(conditions)])
 
 
-def recommended_table() -> str:
-    """The README's table: what to ask for, and what it does to three models."""
+def recommended_table(n: int | None = None, where_all_is: str = "") -> str:
+    """Say what to ask for, and what it does to three models: the first `n` recommendations, or all."""
     evaluations = {model: load(name) for model, name in MODELS.items()}
     heads = " | ".join(f"{model}: perplexity, mean KLD" for model in evaluations)
     lines = [f"| for | options | bits per value | {heads} |", "|---|---|---|" + "---|" * len(evaluations)]
-    for purpose, options, label in RECOMMENDED:
+    for purpose, options, label in RECOMMENDED[:n]:
         found = [results[label] for _, results in evaluations.values()]
         cells = [purpose, f"`{options}`", f"{found[0].bits_per_value:.1f}"]
         cells += [f"{100 * (r.ratio - 1):+.2f} %, {r.kld_mean:.1e}" for r in found]
@@ -103,8 +103,7 @@ def recommended_table() -> str:
     first = next(iter(evaluations.values()))[0]
     lines += [
         "",
-        f"`hybridkv eval --mode decode`, token by token against an f16 cache: {where}; {first.cpu}, hybridkv {first.hybridkv}, `python bench/quality.py`. "
-        "[All types, how it is measured, what was aimed at](docs/quality.md).",
+        f"`hybridkv eval --mode decode`, token by token against an f16 cache: {where}; {first.cpu}, hybridkv {first.hybridkv}, `python bench/quality.py`.{where_all_is}",
     ]
     return "\n".join(lines)
 

@@ -91,6 +91,27 @@ def test_readmes_first_command_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "tokens/s" in err
 
 
+def test_the_readme_is_short_and_shows_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(README.splitlines()) <= 90
+    shown = re.findall(r"```text\n(.*?)\n```", README, re.DOTALL)[0]
+    command = re.findall(r"```sh\n(.*?)\n```", README, re.DOTALL)[0]
+    assert main(shlex.split(command.split("hybridkv ", 1)[1])) == 0
+    assert capsys.readouterr().out.startswith(shown)
+
+
+def test_readmes_speeds_are_those_of_the_speed_page() -> None:
+    """Each line names its machine; Transformers' figures are left out, for the page has them as ratios or times."""
+    table = README.split("## How fast")[1].split("##")[0]
+    lines = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    page = (ROOT / "docs/performance.md").read_text()
+    assert len(lines) >= 4
+    for line in lines:
+        machine, *speeds = line.strip("| ").split(" | ")[-4:-1]
+        assert re.match("(AVX2|AVX-512|AMX|NEON),|H100", machine), line
+        for figure in re.findall(r"(?<![\w.])\d+(?:\.\d+)?", " ".join(speeds)):
+            assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.])", page), (figure, line)
+
+
 def test_readmes_python_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loaded = load(describe(bundled_model()), dtype=torch.bfloat16, device="cpu")
     loaded.model.save_pretrained(tmp_path)
