@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from architecture import architecture_page
 from cuda import attention_cuda_table, step_cuda_35b_table, step_cuda_table
 from guard import cost_table, faults_table, real_faults_table
 from scaling import ranks_table, replicas_speed_table, replicas_table
@@ -303,6 +304,7 @@ def main() -> int:
     stale = 0
     pages = {
         "docs/formats.md": formats_page(),
+        "docs/architecture.md": architecture_page(),
         "docs/cli.md": cli_page(),
         "docs/from-llama-cpp.md": llama_cpp_page(),
         "docs/gguf-keys.md": keys_page(),

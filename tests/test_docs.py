@@ -34,6 +34,10 @@ def test_formats_page_is_the_table(generate: ModuleType) -> None:
     assert (ROOT / "docs/formats.md").read_text() == generate.formats_page()
 
 
+def test_the_map_of_the_source_is_current(generate: ModuleType) -> None:
+    assert (ROOT / "docs/architecture.md").read_text() == generate.architecture_page()
+
+
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse words its help differently in other versions")
 def test_cli_page_is_the_help(generate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")  # restored afterwards: the generator sets its own
@@ -142,5 +146,7 @@ def test_nothing_names_a_machine_it_was_made_on() -> None:
         if path.suffix in (".py", ".md", ".toml", ".h", ".cpp", ""):
             text = path.read_text(errors="ignore")
             assert not words.search(text), path
-            outside = [link for link in re.findall(r"(?:\.\./)+[\w-]+", text) if not (path.parent / link).exists()]
+            outside = [
+                link for link in re.findall(r"(?:\.\./)+[\w-]+(?:\.\w+)?", text) if not (path.parent / link).exists()
+            ]
             assert not outside, path
