@@ -33,12 +33,12 @@ def add_bench_arguments(parser: argparse.ArgumentParser, *, types: str, against:
         "--against",
         default=against,
         metavar="PEER,...",
-        help=f"peers to time in turns with this package; empty for none (default {against})",
+        help=f"other engines to time in turns with this one; empty for none (default {against})",
     )
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object as stdout's last line, and the tables on stderr"
+        "--json", action="store_true", help="print one JSON object as the last line of stdout, and tables on stderr"
     )
 
 

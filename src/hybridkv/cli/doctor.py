@@ -44,8 +44,10 @@ _FEATURES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `hybridkv doctor`."""
     parser.add_argument("--device", metavar="KIND", help="cpu or cuda (default: what torch finds)")
-    parser.add_argument("--head-dim", type=int, metavar="N", help="one head dim instead of the usual ones")
-    parser.add_argument("--full", action="store_true", help="one line per pair, head dim and phase, refusals included")
+    parser.add_argument("--head-dim", type=int, metavar="N", help="check only this head dim")
+    parser.add_argument(
+        "--full", action="store_true", help="print one line per pair of types, head dim and phase, with refusals"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

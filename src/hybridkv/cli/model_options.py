@@ -48,7 +48,7 @@ def add_model_arguments(
         metavar="N",
         help=f"tokens in the context; 0: the trained length (default {default_ctx}, or the trained length if less)",
     )
-    group.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads (default -1: as torch)")
+    group.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads (default -1: torch's choice)")
     group.add_argument(
         "-dev",
         "--device",
@@ -61,49 +61,49 @@ def add_model_arguments(
         "--engine",
         default="auto",
         metavar="auto|native|eager",
-        help="what runs the layers outside of attention: native code where it knows the model (C++ on the CPU, Triton "
-        "on CUDA), or Transformers' own forward pass (default auto)",
+        help="what computes the layers outside of attention: native (C++ on the CPU, Triton on CUDA) or eager "
+        "(Transformers' forward pass); auto: native for every model that it can run (default auto)",
     )
     group.add_argument(
         "--graph",
         metavar="on|off",
-        help="on CUDA, whether a decode step of either engine is recorded as a graph and replayed, where it can be "
-        "(default on)",
+        help="on CUDA, record decode steps as a CUDA graph and replay it, if the model allows it (default on)",
     )
     group.add_argument(
         "--weights",
         default="auto",
         metavar="auto|plain|f32|bf16|int8|int4",
-        help="how matrices are held: auto as the file has them, plain as Transformers' float32 tensors for the eager "
-        "engine, f32, bf16, int8 and int4 converted; int8 is q8_0, int4 is q4_0 with embedding and output head at "
-        "int8, both are torchao's on CUDA (default auto; plain under --engine eager and, on CUDA, where kernels do not "
-        "read all of a GGUF file's types); the eager engine holds stacks of experts as float32",
+        help="weight storage: auto (as in the file), plain (Transformers' float32 tensors, for --engine eager), or "
+        "converted to f32, bf16, int8 (q8_0) or int4 (q4_0, embedding and output head q8_0); on CUDA int8 and int4 are "
+        "torchao's (default auto; plain under --engine eager, and on CUDA for GGUF files that its kernels cannot read)",
     )
     group.add_argument(
         "--context-shift",
         nargs="?",
         const="on",
         metavar="on|off",
-        help="refused with the reason: a full context ends the answer",
+        help="refused: a full context ends the answer",
     )
-    group.add_argument("--no-context-shift", dest="context_shift", action="store_const", const="off", help="as it is")
+    group.add_argument(
+        "--no-context-shift",
+        dest="context_shift",
+        action="store_const",
+        const="off",
+        help="for compatibility: a context is never shifted",
+    )
     group.add_argument(
         "--no-mmap",
         action="store_true",
-        help="read a GGUF file into memory once, instead of using its weights where the system's file cache has them",
+        help="read a GGUF file into memory once, instead of mapping it",
     )
-    group.add_argument(
-        "--mlock", action="store_true", help="keep the weights of a GGUF file from being paged out of memory"
-    )
-    group.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that a model directory brings along"
-    )
+    group.add_argument("--mlock", action="store_true", help="lock the weights of a GGUF file in memory")
+    group.add_argument("--trust-remote-code", action="store_true", help="run Python code from the model directory")
     group.add_argument(
         limit_option,
         dest="memory_limit",
         metavar="SIZE",
-        help="main memory that weights, cache and all else may take, such as 24GiB; more is refused before weights are "
-        "read (default: what this machine and its container have free)",
+        help="limit of main memory for weights, cache and everything else, such as 24GiB; a larger plan is refused "
+        "before weights are read (default: what this machine and its container have free)",
     )
     add_rope_arguments(parser)
     parser.set_defaults(limit_option=limit_option)

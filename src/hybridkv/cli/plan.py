@@ -55,40 +55,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="tokens per sequence (default: what the model was trained for)",
+        help="tokens per sequence (default: the trained length)",
     )
     parser.add_argument("-np", "--parallel", type=int, default=1, metavar="N", help="sequences (default 1)")
     parser.add_argument(
         "--types",
         metavar="T,K/V,...",
-        help=f"types, or pairs K/V, or `all` (default {_DEFAULT_TYPES}, or what -ctk and -ctv say)",
+        help=f"types, pairs K/V, or `all` (default {_DEFAULT_TYPES}, or the types of -ctk and -ctv)",
     )
-    parser.add_argument("--memory", metavar="SIZE", help="a budget such as 24GiB: prints the largest context that fits")
+    parser.add_argument(
+        "--memory", metavar="SIZE", help="budget such as 24GiB: also print the largest context that fits"
+    )
     parser.add_argument(
         "-dev",
         "--device",
         type=device_name,
         default="auto",
         metavar="DEVICE",
-        help="auto, cpu or cuda, which need not be there (default auto)",
+        help="auto, cpu or cuda; the device need not exist here (default auto)",
     )
     parser.add_argument(
-        "--weights", metavar="auto|plain|f32|bf16|int8|int4", help="how `run` is to hold the weights (default auto)"
+        "--weights", metavar="auto|plain|f32|bf16|int8|int4", help="weight storage, as in `run` (default auto)"
     )
     parser.add_argument(
         "--dtype",
         choices=tuple(_KINDS),
-        help="the same by another name: q8_0 is int8, q4_0 is int4",
+        help="another name of --weights: q8_0 is int8, q4_0 is int4",
     )
     parser.add_argument(
-        "--engine", default="auto", metavar="auto|native|eager", help="as in `run`: eager holds plain weights"
+        "--engine", default="auto", metavar="auto|native|eager", help="as in `run`; eager stores plain weights"
     )
     parser.add_argument(
         "--tp",
         type=int,
         default=1,
         metavar="N",
-        help="count what each of N ranks holds of a model that Transformers cuts (default 1: not cut)",
+        help="show memory per rank for N-way tensor parallelism (default 1)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_cache_arguments(parser)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from hybridkv.runtime import Step
 
 NAME = "tune"
-HELP = "find KV cache types for each layer, for so many bits, bytes or so much divergence"
+HELP = "find KV cache types for each layer within a budget of bits, bytes or divergence"
 
 _TYPES = "f16,q8_0,q6_0,q5_0,hq4_nl,hq3_nl,hq2_nl"
 
@@ -47,15 +47,20 @@ _EXIT_INTERRUPTED = 130
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `hybridkv tune`."""
     add_model_arguments(parser, limit_option="--total-memory")
-    goal = parser.add_argument_group("goal", "one of them")
-    goal.add_argument("--budget", metavar="BITSbpv", help="mean bits per value of packed rows, such as 5.0bpv")
-    goal.add_argument("--memory", metavar="SIZE", help="bytes of the KV cache at -c tokens, such as 2GiB")
+    goal = parser.add_argument_group("goal", "give one of these")
+    goal.add_argument("--budget", metavar="BITSbpv", help="mean bits per value, such as 5.0bpv")
+    goal.add_argument("--memory", metavar="SIZE", help="size of the KV cache at -c tokens, such as 2GiB")
     goal.add_argument(
-        "--max-kld", type=float, metavar="X", help="mean divergence from an f16 cache, nats: the fewest bytes within it"
+        "--max-kld",
+        type=float,
+        metavar="X",
+        help="mean divergence from an f16 cache in nats; the fewest bytes within it are found",
     )
-    parser.add_argument("-o", "--output", default="kv.toml", metavar="FILE", help="the types (default kv.toml)")
     parser.add_argument(
-        "--resume", action="store_true", help="go on with -o, or take another goal from what it measured"
+        "-o", "--output", default="kv.toml", metavar="FILE", help="file to write the types to (default kv.toml)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="resume from the measurements beside -o; the goal may be another one"
     )
     group = parser.add_argument_group("candidates")
     group.add_argument(
@@ -64,35 +69,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--measure",
         metavar="T,...",
-        help="types to measure layer by layer; the others' losses are derived from these and from one measurement of "
+        help="types to measure layer by layer; losses of the others are interpolated from one measurement of "
         "all layers together (default: all)",
     )
     group.add_argument(
-        "--rotate", default="kv", metavar="none|k|v|kv", help="sides to rotate; hq types always are (default kv)"
+        "--rotate", default="kv", metavar="none|k|v|kv", help="sides to rotate; hq types always rotate (default kv)"
     )
-    group.add_argument("--kv-scale", metavar="RULE", help="absmax or refit (default: what measures better for each)")
+    group.add_argument("--kv-scale", metavar="RULE", help="absmax or refit (default: the better one for each type)")
     add_exact_arguments(group)
     text = parser.add_argument_group("measuring")
     text.add_argument("-f", "--file", metavar="TEXT", help="a UTF-8 text (default: the bundled held-out text)")
-    text.add_argument("--window", type=int, default=1024, metavar="N", help="tokens of a window (default 1024)")
+    text.add_argument("--window", type=int, default=1024, metavar="N", help="tokens per window (default 1024)")
+    text.add_argument("--calibrate", type=int, default=2, metavar="N", help="windows to choose types on (default 2)")
     text.add_argument(
-        "--calibrate", type=int, default=2, metavar="N", help="windows that types are chosen by (default 2)"
-    )
-    text.add_argument(
-        "--verify", type=int, default=6, metavar="N", help="other windows, that the choice is judged by (default 6)"
+        "--verify", type=int, default=6, metavar="N", help="held-out windows to judge the choice on (default 6)"
     )
     text.add_argument(
         "--mode",
         default="prefill",
         metavar="prefill|decode",
-        help="give the text in pieces, or token by token as generation does (default prefill)",
+        help="process the text in chunks (prefill), or token by token as in generation (decode) (default prefill)",
     )
     text.add_argument(
         "--rounds",
         type=int,
         default=3,
         metavar="N",
-        help="measure neighbours of the best so far, at most so often (default 3)",
+        help="local-search rounds (default 3)",
     )
 
 
