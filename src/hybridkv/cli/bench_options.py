@@ -116,7 +116,7 @@ def progress_to_stderr(label: str) -> Callable[[str], None]:
 
 
 def table_console(*, json_on_stdout: bool) -> Console:
-    """Where the tables go."""
+    """Choose the stream for tables."""
     return stderr_console() if json_on_stdout else stdout_console()
 
 
@@ -137,7 +137,7 @@ def print_machine(console: Console, n_threads: int) -> None:
 
 
 def print_peers(console: Console, peers: Collection[Found]) -> None:
-    """What was found of each peer, or how to get it."""
+    """Print what was found of each other engine, or how to install it."""
     for peer in peers:
         console.print(f"{peer.name}: {peer.about}")
 

@@ -93,7 +93,7 @@ _EXCLUDED = {
 
 
 def given_types(arguments: argparse.Namespace) -> bool:
-    """Whether any option says which types K and V have."""
+    """Check whether any option sets the types of K and V."""
     names = [f"cache_type_{side}{place}" for side in "kv" for place in ("", "_first", "_last")]
     return any(getattr(arguments, name) is not None for name in names)
 

@@ -87,7 +87,7 @@ def add_text_arguments(group: argparse._ActionsContainer) -> None:
 
 
 def is_chat(a: argparse.Namespace) -> bool:
-    """Whether a prompt is to be put into the chat template.
+    """Check whether a prompt is to be put into the chat template.
 
     Raises
     ------

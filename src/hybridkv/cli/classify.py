@@ -167,7 +167,7 @@ def _check(a: argparse.Namespace) -> None:
 
 
 def _policies(a: argparse.Namespace) -> list[AnyPolicy]:
-    """What each run stores: what the cache options say, or each of the types to compare."""
+    """List what each run stores: what the cache options say, or each of the types to compare."""
     from hybridkv.cache import KVTypes
     from hybridkv.lab.candidates import expand
     from hybridkv.policy import Policy

@@ -107,7 +107,7 @@ def _cpu_features() -> list[str]:
 
 
 def _engines() -> dict[str, str]:
-    """What runs the layers outside of attention, and which models each engine takes."""
+    """List the engines for the layers outside of attention, and which models each one runs."""
     from hybridkv.hf.step import fused as fused_step
     from hybridkv.kernels import cpu_native
     from hybridkv.model import FAMILIES
@@ -120,7 +120,7 @@ def _engines() -> dict[str, str]:
 
 
 def _weights() -> dict[str, str]:
-    """How each kind of weight is held on the CPU."""
+    """Describe how each kind of weight is stored on the CPU."""
     from hybridkv.formats.weights import WEIGHTS
     from hybridkv.kernels import cpu_native
 
@@ -133,7 +133,7 @@ def _weights() -> dict[str, str]:
 
 
 def _recurrent() -> dict[str, str]:
-    """What serves the recurrent layers of the eager engine on CUDA, per kind of layer."""
+    """Describe what runs the eager engine's recurrent layers on CUDA, per kind of layer."""
     names = metadata.packages_distributions()
     return {
         kind: f"{names[package][0]} {_version(names[package][0])}" if package in names else "torch"

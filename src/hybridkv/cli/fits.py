@@ -124,7 +124,7 @@ def fit_context(
 
 
 def bytes_beside(opened: Opened, demand: Demand) -> int:
-    """What the weights and a run take together at most."""
+    """Sum the most bytes that weights and a run take together."""
     held = opened.held()
     return max(held.peak_bytes, held.n_bytes + sum(_parts(opened, demand).values()))
 
@@ -160,7 +160,7 @@ def _parts(opened: Opened, demand: Demand) -> dict[str, int]:
 
 
 def _hint(opened: Opened, demand: Demand, held: Held, parts: Mapping[str, int], n_available: int) -> str:
-    """What would fit: other weights, a smaller type, a smaller context."""
+    """Suggest what would fit: other weights, a smaller type, a smaller context."""
     from hybridkv.plan import largest_context
 
     kv = next(iter(parts.values()))

@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
                 raise UsageError(f"unknown option {option!r}", hint=self._hint_for(option, others or {}))
 
     def _hint_for(self, option: str, others: Mapping[str, Parser]) -> str:
-        """Who has an option, or the nearest one that is here."""
+        """Name the commands that have an option, or the nearest option of this one."""
         if row_of(option) is not None:
             owners = [name for name, other in others.items() if option in other._option_string_actions]
             if owners:
@@ -75,7 +75,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _hint(message: str) -> str | None:
-    """What helps with one of argparse's complaints, where it is more than the list of options."""
+    """Suggest a remedy for one of argparse's complaints, where it is more than the list of options."""
     if match := re.search(r"unrecognized arguments: (.*)", message):
         return f'a prompt needs its option: -p "{match[1]}"'
     if "expected one argument" in message:

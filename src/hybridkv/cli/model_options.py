@@ -200,7 +200,7 @@ class Opened:
         return self.device.partition(":")[0]
 
     def engine_name(self, step: Step) -> str:
-        """What runs the layers outside of attention, with how it holds the weights."""
+        """Name what computes the layers outside of attention, with its weight storage."""
         torchao = self.weights in ("int8", "int4") and self.device_type != "cpu"
         return f"{step.name}, weights torchao {self.weights}" if torchao else step.name
 
@@ -299,7 +299,7 @@ def open_model(
 
 
 def _check_ranks(a: argparse.Namespace, n: int, ranks: Literal["one", "many"]) -> None:
-    """What a model that is cut over several processes cannot be combined with."""
+    """Refuse options that do not go with a model that is sharded over several processes."""
     if ranks == "one":
         raise UsageError(
             f"torchrun started {n} processes of this command, which runs in one",
@@ -314,7 +314,7 @@ def _check_ranks(a: argparse.Namespace, n: int, ranks: Literal["one", "many"]) -
 
 
 def _device_of_rank(name: str, n: int) -> str:
-    """Where this rank's part is: Transformers takes the machine's accelerators, or else the CPU."""
+    """Find this rank's device: Transformers takes the machine's accelerators, or else the CPU."""
     import torch
 
     from hybridkv.hf.ranks import local_rank
@@ -363,7 +363,7 @@ def engine_for(device_type: str, weights: WeightKind, engine: StepKind) -> StepK
 def weights_on(
     device: str, asked: WeightKind, engine: StepKind, description: Description
 ) -> tuple[WeightKind, torch.dtype]:
-    """How matrices are held, and their dtype: packed on the CPU, but plain under an engine that was asked to be.
+    """Choose weight storage and dtype: packed on the CPU, plain under an engine that was asked to be.
 
     On CUDA, those of a GGUF file stay packed where its kernels read all of its types.
 

@@ -154,12 +154,12 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _says_types(a: argparse.Namespace) -> bool:
-    """Whether `run`'s options say what is stored, so that this is what is planned."""
+    """Check whether `run`'s options set the stored types, so that these are planned."""
     return given_types(a) or a.kv_scale is not None
 
 
 def _policies(a: argparse.Namespace) -> list[AnyPolicy]:
-    """What is planned: what `run`'s options say, the types of --types, a file."""
+    """List what is planned: what `run`'s options say, the types of --types, a file."""
     from hybridkv.cache import KVTypes
     from hybridkv.policy import Policy, read_config
 
@@ -210,7 +210,7 @@ class _Weights:
 
 
 def _held(description: Description, asked: WeightKind, device: str, engine: str) -> _Weights:
-    """What `run` holds of the weights under these options."""
+    """Describe the weights as `run` would store them under these options."""
     import torch
 
     if description.n_ranks > 1:
@@ -304,7 +304,7 @@ def _types(names: Sequence[str]) -> str:
 
 
 def _notices(description: Description, policies: Sequence[AnyPolicy], n_ctx: int) -> list[str]:
-    """What has no effect; of an unquantized pair among others it goes without saying."""
+    """List options without effect, but not for an unquantized pair among others."""
     from hybridkv.model.facts import kv_facts
 
     resolved = [(policy, policy.resolve(kv_facts(description.facts))) for policy in policies]
@@ -313,7 +313,7 @@ def _notices(description: Description, policies: Sequence[AnyPolicy], n_ctx: int
 
 
 def _refusal(specs: Sequence[KVSpec]) -> str | None:
-    """Why these types cannot run on this model; None if they can. The reference kernel's word: it takes most."""
+    """Explain why these types cannot run on this model, as the reference kernel says; None if they can."""
     from hybridkv.cache import resolve
     from hybridkv.kernels import ENCODERS, KERNELS
 

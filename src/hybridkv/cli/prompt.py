@@ -67,7 +67,7 @@ def read_prompt(a: argparse.Namespace) -> str | list[int]:
 
 
 def is_typed(a: argparse.Namespace) -> bool:
-    """Whether a person sits there, and the options say nothing yet."""
+    """Check whether a person sits at the terminal and the options give no prompt yet."""
     return a.prompt is None and a.file is None and sys.stdin is not None and sys.stdin.isatty()
 
 

@@ -89,7 +89,7 @@ def _add_server_arguments(group: argparse._ActionsContainer) -> None:
 
 
 def _session_dir(text: str | None) -> Path | None:
-    """Where sessions are kept.
+    """Check the directory of sessions.
 
     Raises
     ------
@@ -200,7 +200,7 @@ def check(a: argparse.Namespace) -> tuple[AnyPolicy, Guard, tuple[str, ...]]:
 
 
 def demand(a: argparse.Namespace, opened: Opened, specs: Sequence[KVSpec], guard: Guard) -> Demand:
-    """What a server takes when all its sequences run at full length."""
+    """Count what a server takes when all its sequences run at full length."""
     rest = Demand(specs, opened.n_ctx, a.parallel, budget_bytes=a.memory, guarded=guard.measures)
     if a.prefix_memory is None:
         from hybridkv.cli.prefix_memory import default_prefix_bytes
@@ -316,7 +316,7 @@ def _served(
 
 
 def gate_options(a: argparse.Namespace, keys: tuple[str, ...], *, local: bool, n_replicas: int) -> GateOptions:
-    """What is let in; said if that is everybody."""
+    """Build the gate's options; print a notice if everybody is let in."""
     from hybridkv.server.gate import GateOptions
 
     if not local and not keys:

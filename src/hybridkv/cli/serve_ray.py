@@ -53,7 +53,7 @@ class Recipe:
 
 
 def app(args: Mapping[str, str]) -> Any:
-    """What Ray's own tools deploy.
+    """Build what Ray's own tools deploy.
 
     Parameters
     ----------
@@ -147,7 +147,7 @@ def _on_signals() -> _Signals:
 
 
 def _application(a: argparse.Namespace, policy: AnyPolicy, guard: Guard, keys: tuple[str, ...]) -> tuple[Any, str]:
-    """What Ray deploys, and the model's name. Types are resolved here, before any replica is started.
+    """Build what Ray deploys, and the model's name. Types are resolved before any replica is started.
 
     Raises
     ------

@@ -62,7 +62,7 @@ class Conversation:
 
     @property
     def n_held(self) -> int:
-        """How many tokens need not be processed again: all that the session holds, or none.
+        """Number of tokens that need not be processed again: all that the session holds, or none.
 
         A state cannot go back, so a template that writes earlier turns another way has everything start over.
         """

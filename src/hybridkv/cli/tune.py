@@ -316,7 +316,7 @@ def _guard_errors(evaluator: Evaluator, tuner: Tuner, outcome: Outcome, parts: d
 def _conditions(
     a: argparse.Namespace, opened: Opened, step: Step, parts: dict[Part, Corpus], goal: Goal, storage: Storage
 ) -> dict[str, str | int | float]:
-    """What was asked and what it was measured with."""
+    """Record what was asked and what it was measured with."""
     import torch
     import transformers
 

@@ -268,7 +268,7 @@ class Classifier:
     def _run(
         self, run: Callable[[Tensor, ModelCache, int], Tensor], tokens: Tensor, position: int, *caches: ModelCache
     ) -> Tensor:
-        """What the step gives for `tokens` `[B, T]` after the last of the caches that are held now.
+        """Run the step over `tokens` `[B, T]` after the last of the caches that are held now.
 
         Raises
         ------
@@ -289,7 +289,7 @@ class Classifier:
         return logits
 
     def _finite(self, run: Callable[[], T]) -> T:
-        """What `run` gives, again at the next types of the ladder while its numbers are not finite."""
+        """Call `run`, again at the next types of the ladder while its numbers are not finite."""
         while True:
             try:
                 return run()

@@ -66,7 +66,7 @@ class Description:
     header: Header | None = field(default=None, repr=False, compare=False)
 
     def rejects_packed(self, device: str, kind: WeightKind, engine: EngineKind) -> str | None:
-        """Why the weights do not stay packed on a device that is not the CPU; None if they do.
+        """Explain why the weights do not stay packed on a device that is not the CPU; None if they do.
 
         Raises
         ------
@@ -139,7 +139,7 @@ def bundled_text() -> Path:
 def describe(
     path: Path, *, remote_code: RemoteCode = "refused", n_ranks: int = 1, changes: ModelChanges = NO_CHANGES
 ) -> Description:
-    """What a model is, from its header or config alone.
+    """Describe a model from its header or config alone.
 
     Parameters
     ----------

@@ -144,7 +144,7 @@ class Engine:
             yield tuple(tokens.tolist())
 
     def read_share(self) -> float:
-        """How much of the prompt the KV layers hold, from 0 to 1; for any thread, while the model runs."""
+        """Tell how much of the prompt the KV layers hold, from 0 to 1; for any thread, while the model runs."""
         layers, n_tokens = self.cache.kv_layers, self.history.shape[1]
         return sum(layer.n_seen for layer in layers) / max(1, n_tokens * len(layers))
 

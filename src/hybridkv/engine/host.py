@@ -56,7 +56,7 @@ class Host:
         request.params.check_tokens(n_vocab)
 
     def specs_of(self, types: KVTypes | None) -> tuple[KVSpec, ...]:
-        """How a request's KV layers are stored; checked, so that nothing can be missing later.
+        """Resolve how a request's KV layers are stored; checked, so that nothing can be missing later.
 
         Raises
         ------
@@ -91,7 +91,7 @@ def settle() -> None:
 
 
 def bad_logits(cache: ModelCache, n_tokens: int) -> NonFiniteError:
-    """What to report where a sequence's logits are not finite though every attention output was."""
+    """Build the report of logits that are not finite though every attention output was."""
     layers = cache.kv_layers
     return NonFiniteError(
         layer=None,

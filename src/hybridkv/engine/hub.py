@@ -113,7 +113,7 @@ def _fetch(model: HubModel) -> Path:
 
 
 def _cached(model: HubModel, why: BaseException | None) -> Path:
-    """What the cache has of a model."""
+    """Look up a model in the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -163,7 +163,7 @@ def choose_files(names: Sequence[str], model: HubModel) -> list[str]:
 
 
 def _is_other(name: str) -> bool:
-    """Whether a file is a part for images or an importance matrix."""
+    """Check whether a file is a part for images or an importance matrix."""
     base = name.rpartition("/")[2].lower()
     return base.startswith(("mmproj", "mtp-")) or "imatrix" in base
 

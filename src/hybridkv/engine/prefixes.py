@@ -126,7 +126,7 @@ class PrefixStore:
 
     @staticmethod
     def copies(checkpoint: Checkpoint) -> list[StoredCache]:
-        """What `ModelCache.load` takes to go on from a checkpoint."""
+        """Collect what `ModelCache.load` takes to resume from a checkpoint."""
         return [node.stored for node in checkpoint.path()]
 
     def last_within(self, checkpoint: Checkpoint, most: int) -> Checkpoint | None:

@@ -169,12 +169,12 @@ class Ticket:
 
     @property
     def cancelled(self) -> bool:
-        """Whether an early end was asked for."""
+        """True if an early end was asked for."""
         return self._cancelled.is_set()
 
     @property
     def finished(self) -> bool:
-        """Whether the last event was handed out."""
+        """True if the last event was handed out."""
         return self._done.is_set()
 
     def wait(self, timeout: float | None = None) -> bool:

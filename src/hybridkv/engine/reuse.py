@@ -35,7 +35,7 @@ class Reuse:
         self._said = False
 
     def wanted(self, request: Request) -> bool:
-        """Whether this request's sequence begins from stored prefixes and leaves its own."""
+        """Check whether this request's sequence begins from stored prefixes and leaves its own."""
         return request.reuse and not request.score_prompt and self._chunk is not None and self._store.budget_bytes > 0
 
     def begin(self, sequence: Running) -> Checkpoint | None:
@@ -51,7 +51,7 @@ class Reuse:
         return found
 
     def is_due(self, sequence: Running) -> bool:
-        """Whether to leave a checkpoint: at the last boundary of chunks in a prompt and before each of the request's
+        """Decide whether to leave a checkpoint: at a prompt's last chunk boundary and before each of the request's
         marks, and every so many tokens.
 
         Only at boundaries: behind another place, the pieces of a longer prompt would be cut in another way than without

@@ -74,7 +74,7 @@ class Session:
 
 
 def fingerprint(model: Any) -> str:
-    """What tells models apart: the config, and the shapes and small parameters (norms, decays) as float32."""
+    """Digest what tells models apart: the config, and the shapes and small parameters as float32."""
     config = {k: v for k, v in model.config.get_text_config(decoder=True).to_dict().items() if k not in _PASSING}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, shape, vector in _parameters(model):
@@ -194,7 +194,7 @@ _EARLIER = "earlier."
 
 
 def _record(cache: StoredCache) -> dict[str, Any]:
-    """What is neither a tensor nor a type."""
+    """Collect what is neither a tensor nor a type."""
     fed = [[state.fed for state in layer] for layer in cache.states]
     return {"pending": cache.pending, "errors": cache.errors, "fed": fed}
 
@@ -369,7 +369,7 @@ def _remove_stale(parts: Iterable[Path]) -> int:
 
 
 def _is_stale(part: Path) -> bool:
-    """Whether the writer of a partial file (`.NAME.PID.part`) that nobody locks is gone."""
+    """Check whether the writer of a partial file (`.NAME.PID.part`) that nobody locks is gone."""
     found = _PART.fullmatch(part.name)
     if found is None:
         return False

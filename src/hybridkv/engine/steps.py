@@ -51,7 +51,7 @@ def parse_graphs(text: str) -> GraphMode:
 def resolve_step(
     config: Any, device: str, kind: StepKind = "auto", *, graphs: GraphMode = "on", notify: Notify | None = None
 ) -> Callable[[Any], Step]:
-    """Which way a model of this config runs, before its weights are touched: what makes its step from the model.
+    """Choose how a model of this config runs, before its weights are touched; return the maker of its step.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ def resolve_step(
 def _transformers_step(
     config: Any, device: str, kind: StepKind, graphs: GraphMode, notify: Notify | None
 ) -> Callable[[Any], Step]:
-    """What makes the step of a Transformers model."""
+    """Choose the maker of a Transformers model's step."""
     from hybridkv.hf.step import EagerStep, GraphStep, fused, graph
 
     decoder: Callable[[Any], EagerStep | LayersStep] = EagerStep

@@ -36,7 +36,7 @@ class RawRows(Protocol):
 
 
 def is_decodable(type_: GGMLQuantizationType) -> bool:
-    """Whether gguf-py turns this tensor type into numbers: it is asked to, with one block of zeros."""
+    """Check whether gguf-py decodes this tensor type, by decoding one block of zeros."""
     try:
         dequantize(np.zeros((1, GGML_QUANT_SIZES[type_][1]), np.uint8), type_)
     except NotImplementedError:

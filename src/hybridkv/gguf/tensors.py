@@ -32,7 +32,7 @@ _MULTIPLIED = frozenset(fmt.ggml_type for fmt in WEIGHTS.values())
 
 
 def is_multiplied(type_: GGMLQuantizationType) -> bool:
-    """Whether native products read rows of a tensor type."""
+    """Check whether native products read rows of a tensor type."""
     return int(type_) in _MULTIPLIED
 
 
@@ -81,7 +81,7 @@ class GgufSource:
         self._vectors: dict[str, Tensor] = {}
 
     def has(self, name: str) -> bool:
-        """Whether the file has this tensor."""
+        """Check whether the file has this tensor."""
         return name in self._infos
 
     def weight(self, name: str) -> Weight:

@@ -113,12 +113,12 @@ class ModelCache(Cache, runtime.ModelCache):  # type: ignore[misc]
 
     @property
     def is_linear(self) -> list[bool]:
-        """Which layers have a state and no KV cache."""
+        """Per layer, True if it has a state and no KV cache."""
         return [isinstance(layer, StateLayer) and not isinstance(layer, QuantizedLayer) for layer in self.layers]
 
     @property
     def is_dummy(self) -> list[bool]:
-        """Which layers remember nothing."""
+        """Per layer, True if it remembers nothing."""
         return [isinstance(layer, EmptyLayer) for layer in self.layers]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -141,7 +141,7 @@ class ModelCache(Cache, runtime.ModelCache):  # type: ignore[misc]
         return length, offset
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        """Whether a state layer (the last by default) has seen tokens; False if there is none."""
+        """Check whether a state layer (the last by default) has seen tokens; False if there is none."""
         if layer_idx is None and not self.stateful:
             return False
         return bool(super().has_previous_state(layer_idx, state_idx))

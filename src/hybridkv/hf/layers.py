@@ -78,7 +78,7 @@ class QuantizedLayer(WatchedRows, CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def is_croppable(self) -> bool:
-        """Whether the newest tokens can be dropped."""
+        """True if the newest tokens can be dropped."""
         return self.store.can_crop
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -148,13 +148,13 @@ def load_weights(
 
 
 def widens(directory: Path, config: Any, *, remote_code: RemoteCode = "refused") -> bool:
-    """Whether a directory is loaded as bfloat16 and its parameters replaced one by one: if it holds nothing else."""
+    """Check whether a directory holds nothing but bfloat16, and so is loaded with parameters replaced one by one."""
     quantized = getattr(config, "quantization_config", None) is not None
     return not quantized and remote_code == "refused" and set(stored_types(directory)) == {"BF16"}
 
 
 def stored_types(directory: Path) -> Counter[str]:
-    """How many numbers of each type a directory's files have; none without files that can be read."""
+    """Count a directory's numbers by type; none without files that can be read."""
     counts: Counter[str] = Counter()
     for path in sorted(directory.glob("*.safetensors")):
         try:

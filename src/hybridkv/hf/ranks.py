@@ -31,12 +31,12 @@ def n_ranks() -> int:
 
 
 def rank() -> int:
-    """Which of them this one is."""
+    """Number of this rank."""
     return int(os.environ["RANK"]) if n_ranks() > 1 else 0
 
 
 def local_rank() -> int:
-    """Which of those of this machine: its accelerator's number."""
+    """Number of this rank on its machine, and so of its accelerator."""
     return int(os.environ["LOCAL_RANK"]) if n_ranks() > 1 else 0
 
 
@@ -94,7 +94,7 @@ def check_packages() -> None:
 
 
 def share(n: int) -> Any:
-    """What `from_pretrained` takes as `distributed_config` to cut a model over `n` ranks."""
+    """Build the `distributed_config` with which `from_pretrained` shards a model over `n` ranks."""
     from transformers.distributed import DistributedConfig
 
     return DistributedConfig(tp_size=n)

@@ -148,12 +148,12 @@ class KVView:
 
     @property
     def device_rows(self) -> bool:
-        """Whether a number of rows is on the device."""
+        """True if a number of rows is on the device."""
         return any(s.lengths is not None or s.starts is not None for s in self.segments)
 
     @property
     def paged(self) -> bool:
-        """Whether rows lie in blocks that a table names."""
+        """True if rows lie in blocks that a table names."""
         return any(segment.blocks is not None for segment in self.segments)
 
 

@@ -427,7 +427,7 @@ class StepProgram:
 
 
 def delta_rejects(head_dim_k: int, head_dim_v: int) -> str | None:
-    """Why the native gated delta rule cannot run these head dims; None if it can."""
+    """Explain why the native gated delta rule cannot run these head dims; None if it can."""
     if head_dim_k % 2 or head_dim_v % 16:
         return f"gated delta rule of key dim {head_dim_k} and value dim {head_dim_v}: multiples of 2 and 16 are needed"
     return None

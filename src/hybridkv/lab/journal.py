@@ -72,7 +72,7 @@ class Journal:
         self._traces[label, window] = trace
 
     def holds(self, label: str, window: int, n_tokens: int) -> bool:
-        """Whether the whole window is there."""
+        """Check whether the whole window is there."""
         trace = self._traces.get((label, window))
         return trace is not None and trace.n == n_tokens
 

@@ -150,7 +150,7 @@ def _facts(c: Conditions) -> tuple[tuple[str, str], ...]:
 
 
 def _remarks(c: Conditions, results: Sequence[Result]) -> tuple[str, ...]:
-    """What a reader must know before any number."""
+    """Write what a reader must know before any number."""
     broken = [r.label for r in results if r.n_non_finite]
     return (
         *(() if c.complete else ("The run was stopped early: the figures are of what was measured until then.",)),

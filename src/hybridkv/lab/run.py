@@ -99,7 +99,7 @@ class Run:
         return self._extras[candidate.label]
 
     def results(self, facts: Sequence[AttentionFacts], snippet: Callable[[int, int], str]) -> list[Result]:
-        """What is known of each candidate; `snippet` gives the text at a window and position."""
+        """Summarize what is known of each candidate; `snippet` gives the text at a window and position."""
         found = []
         for candidate in self._candidates:
             trace = self._journal.trace(candidate.label)

@@ -150,7 +150,7 @@ class Sensitivities:
     layers: tuple[Mapping[tuple[Side, str], float], ...]
 
     def loss(self, layer: int, pair: Pair) -> float:
-        """What a pair of types adds in the KV layer of that index."""
+        """Return the divergence that a pair of types adds in the KV layer of that index."""
         return sum(self.layers[layer][side, name] for side, name in zip(SIDES, pair, strict=True))
 
     def predicted(self, pairs: Sequence[Pair]) -> float:

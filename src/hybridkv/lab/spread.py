@@ -161,7 +161,7 @@ class _Unwritten(Journal):
         self._label, self._wanted = label, wanted
 
     def holds(self, label: str, window: int, n_tokens: int) -> bool:
-        """Whether a window need not be run: for the reference's own sake, none."""
+        """Check whether a window need not be run: for the reference's own sake, none."""
         del n_tokens
         return label != self._label or window not in self._wanted
 

@@ -52,7 +52,7 @@ class Goal:
     n_ctx: int
 
     def cost(self, spec: KVSpec) -> int:
-        """What a layer costs: bytes per token for `bits`, else bytes at `n_ctx` tokens."""
+        """Count a layer's cost: bytes per token for `bits`, else bytes at `n_ctx` tokens."""
         return spec.bytes_per_token if self.kind == "bits" else spec.bytes_at(self.n_ctx)
 
     def check(self, facts: Sequence[AttentionFacts], storage: Storage, types: Sequence[str]) -> None:

@@ -80,7 +80,7 @@ _STARTS_OVER = frozenset({"jamba", "zamba", "mamba", "falcon_mamba"})
 
 
 def takes_chunks(config: Any) -> bool:
-    """Whether a prompt may be processed in several pieces.
+    """Check whether a prompt may be processed in several chunks.
 
     Transformers' Mamba-1 families hand no state to their scan, so a piece of several tokens after the first
     would start from a zero state, without an error: wrong answers (measured on 5.23: logits change by 20 %).
@@ -90,7 +90,7 @@ def takes_chunks(config: Any) -> bool:
 
 
 def layer_facts(config: Any, *, n_ranks: int | None = None) -> tuple[LayerFacts, ...]:
-    """What each layer of a model remembers.
+    """Describe what each layer of a model remembers.
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ def layer_facts(config: Any, *, n_ranks: int | None = None) -> tuple[LayerFacts,
 
 
 def is_hybrid(facts: tuple[LayerFacts, ...]) -> bool:
-    """Whether a model has both KV caches and recurrent or convolution states."""
+    """Check whether a model has both KV caches and recurrent or convolution states."""
     return any(f.attention for f in facts) and any(f.state for f in facts)
 
 
@@ -128,7 +128,7 @@ def kv_facts(facts: tuple[LayerFacts, ...]) -> tuple[AttentionFacts, ...]:
 
 
 def _layer_kinds(text: Any) -> list[str]:
-    """What each layer is, in Transformers' words, checked."""
+    """Read each layer's kind, in Transformers' words, checked."""
     n_layers = text.num_hidden_layers
     if not 1 <= n_layers <= _MAX_LAYERS:
         raise ModelError(f"the config has {n_layers} layers; allowed: 1 to {_MAX_LAYERS}")

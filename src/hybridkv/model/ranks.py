@@ -28,13 +28,13 @@ def ranks_of(config: Any) -> int:
 
 
 def cuts_heads(config: Any) -> bool:
-    """Whether Transformers' plan for this model gives each rank some of the KV heads."""
+    """Check whether Transformers' plan for this model gives each rank some of the KV heads."""
     plan = getattr(config.get_text_config(decoder=True), "base_model_tp_plan", None) or {}
     return any(name.rpartition(".")[2] in _KEYS and style == "colwise" for name, style in plan.items())
 
 
 def facts_of_rank(config: Any, facts: tuple[LayerFacts, ...], n: int) -> tuple[LayerFacts, ...]:
-    """What each of `n` ranks holds of layers that are as `facts` say on one.
+    """Derive what each of `n` ranks holds of layers that are as `facts` say on one.
 
     Raises
     ------

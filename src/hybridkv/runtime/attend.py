@@ -59,7 +59,7 @@ def attend_stored(query: Tensor, packed: LayerView, params: AttentionParams) -> 
 
 
 def non_finite(layer: KVLayer, kernel: Kernel, source: Literal["cache", "input"]) -> NonFiniteError:
-    """What to raise for a layer whose attention output is not finite."""
+    """Build the error for a layer whose attention output is not finite."""
     return NonFiniteError(
         layer=layer.spec.facts.layer,
         label=layer.types.label,

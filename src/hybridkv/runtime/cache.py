@@ -95,7 +95,7 @@ class ModelCache:
 
     @property
     def specs(self) -> tuple[KVSpec, ...]:
-        """What each KV layer is stored as now, fallbacks included."""
+        """Specs of the KV layers as they are stored now, fallbacks included."""
         return tuple(layer.spec for layer in self.kv_layers)
 
     @property

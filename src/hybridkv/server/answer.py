@@ -121,7 +121,7 @@ class Answer:
         return Delta(prompt, tuple(scored))
 
     def push(self, event: Event) -> Delta:
-        """What an event adds.
+        """Add an event; return what it adds to the answer.
 
         Raises
         ------
@@ -158,11 +158,11 @@ class Answer:
 
     @property
     def _over(self) -> bool:
-        """Whether the answer has ended, whatever the model goes on to say."""
+        """True if the answer has ended, whatever the model goes on to say."""
         return self._stops.found or self._channels.ended
 
     def _text(self, token: int) -> str:
-        """What a token adds to the text; a control token that opens or closes something is a word of it."""
+        """Return what a token adds to the text; a control token that opens or closes something is a word of it."""
         if token not in self._shown:
             return self._stream.push(token)
         text = self._stream.close() + self._shown[token]

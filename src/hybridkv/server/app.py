@@ -172,7 +172,7 @@ def _add_reports(app: FastAPI, desk: Desk, state: GateState) -> None:
 
     @app.get("/health", response_model=Health, responses=_errors(403) | {503: {"model": Health}})
     async def health() -> Response:
-        """Whether new requests are taken."""
+        """Tell whether new requests are taken."""
         return json_response(Health(status="stopping"), 503) if state.stopping else json_response(Health(status="ok"))
 
     @app.get("/metrics", responses=_errors(401, 403) | {200: {"content": {"text/plain": {}}}}, response_class=Response)

@@ -237,7 +237,7 @@ def application(
     most_at_once: int,
     resources: dict[str, Any],
 ) -> Any:
-    """What `ray.serve.run` takes.
+    """Build what `ray.serve.run` takes.
 
     Parameters
     ----------

@@ -89,12 +89,12 @@ class Prompts:
 
     @property
     def can_chat(self) -> bool:
-        """Whether the model has a chat template."""
+        """True if the model has a chat template."""
         return bool(self.tokenizer.chat_template)
 
     @property
     def takes_tools(self) -> bool:
-        """Whether the chat template writes tools; the prompt teaches them otherwise."""
+        """True if the chat template writes tools; the prompt teaches them otherwise."""
         return "tools" in self.variables
 
     def tokens(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:

@@ -25,7 +25,7 @@ class StopStrings:
         return len(self._held)
 
     def push(self, text: str) -> str:
-        """What can be handed out now that `text` has come."""
+        """Add `text`; return what can be handed out now."""
         if self.found or not text:
             return ""
         self._held += text
@@ -40,6 +40,6 @@ class StopStrings:
         return said
 
     def close(self) -> str:
-        """What was withheld and has not become a stop string."""
+        """Return the withheld text that has not become a stop string."""
         said, self._held = self._held, ""
         return said

@@ -108,7 +108,7 @@ class ChatWriter:
         return ChatChoice(index=index, message=message, logprobs=logprobs, finish_reason=finish)
 
     def opening(self, n_answers: int) -> Iterable[ChatChunk]:
-        """Who speaks."""
+        """Name the speaker."""
         for index in range(n_answers):
             yield self._chunk(index, MessageDelta(role="assistant", content=""), None, None)
 
@@ -132,7 +132,7 @@ class ChatWriter:
 
 
 def _head(kind: str, model: str, fingerprint: str, created: int) -> dict[str, Any]:
-    """What every piece of a reply begins with."""
+    """Build what every chunk of a reply begins with."""
     return {
         "id": f"{kind}-{secrets.token_hex(12)}",
         "created": created,

@@ -122,7 +122,7 @@ def _render_systems(tokenizer: Any, messages: Sequence[Message], variables: Mapp
 
 
 def _takes(tokenizer: Any, messages: Sequence[Message], later: Sequence[int], variables: Mapping[str, Any]) -> bool:
-    """Whether a template writes these system messages: some refuse them, some leave them out in silence."""
+    """Check whether a template writes these system messages: some refuse them, some leave them out in silence."""
     marks = {index: f"system{index}message" for index in later}
     marked = [{**m, "content": marks[n]} if n in marks else m for n, m in enumerate(messages)]
     try:

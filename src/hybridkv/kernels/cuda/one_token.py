@@ -167,7 +167,7 @@ def _runs_of_warp(side, warps):
 
 @triton.jit
 def _tile(run, half: tl.constexpr, S: tl.constexpr):
-    """Which accumulators hold the first or the second two dims of a run of four: those of a word, or of its nibbles."""
+    """Select the accumulators of the first or the second two dims of a run of four: of a word, or of its nibbles."""
     return run * 2 + half if S.main == _BYTES else run // 2 * 4 + run % 2 + 2 * half
 
 
@@ -384,7 +384,7 @@ def attend_one_token(
 @triton.jit
 def _slots(row, end, first_row, table, head, n_kv_heads, sequence, n_rows, DELTAS: tl.constexpr, PAGED: tl.constexpr,
            ROWS_LOG2: tl.constexpr):  # fmt: skip
-    """Where rows lie, one tensor per delta; without a table the first alone, since the others follow."""
+    """Find rows, one tensor per delta; without a table the first alone, since the others follow."""
     slots = ()
     for i in tl.static_range(len(DELTAS) if PAGED else 1):
         here = row + DELTAS[i]

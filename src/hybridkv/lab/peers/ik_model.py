@@ -54,7 +54,7 @@ def ik_context(model: int, kv_type: str, *, n_ctx: int, n_threads: int, rotated:
 
 
 def runs(kv_type: str) -> bool:
-    """Whether its flash attention has a kernel for the type."""
+    """Check whether its flash attention has a kernel for the type."""
     return kv_type in ATTENTION_TYPES
 
 
