@@ -167,11 +167,11 @@ def _per_layer(model: str, _: Results) -> tuple[str, bool | None]:
 _AIMS: tuple[tuple[str, Judge], ...] = (
     ("q8_0: mean KLD at most 0.001 above the floor", _q8_0),
     ("q6_0, rotated, tail 128, 4 sinks, centred: perplexity within 0.1 %", partial(_q6_0, types=Q6)),
-    ("q6_0, plain: likewise", _q6_0),
+    ("q6_0, plain: perplexity within 0.1 %", _q6_0),
     ("q4_0, rotated, refit, tail 128: mean and 99.9 % KLD at most half of plain q4_0's", _q4_0),
     ("3.5 bits (hq3_nl, tail 256, 4 sinks, centred): mean KLD at most plain q4_0's at 4.5", _hq3_nl),
     ("2.5 bits (hq2_nl, tail 128, 4 sinks, centred): perplexity within 3 % on the reference model", _hq2_nl),
-    ("under 3 bits, [types per layer](measurements/ref-2.9.toml), likewise: within 3 %", _per_layer),
+    ("under 3 bits, [types per layer](measurements/ref-2.9.toml): perplexity within 3 % on the reference model", _per_layer),
 )
 
 

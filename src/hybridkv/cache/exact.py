@@ -2,7 +2,7 @@
 
 Owns where they lie and when they leave: the sinks first in the planes and never moved, then an area in which the tail
 slides. Rows leave the tail oldest first and in whole blocks; `hybridkv.cache.kv` packs what leaves. As long as nothing
-has left, sinks and tail lie in one piece.
+has left, sinks and tail are contiguous.
 """
 
 from __future__ import annotations

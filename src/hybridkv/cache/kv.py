@@ -233,12 +233,12 @@ class KVLayer:
         Raises
         ------
         ContextError
-            If a window has already let go of rows that would be needed again.
+            If a window has already evicted rows that would be needed again.
         """
         if not self.can_crop:
             raise ContextError(
                 f"layer {self.spec.facts.layer}: {n_tokens} tokens cannot be dropped, its window of "
-                f"{self.spec.facts.window} tokens has already let older rows go",
+                f"{self.spec.facts.window} tokens has already evicted older rows",
                 hint="reset the cache and process the shorter prompt again",
             )
         dropped = min(n_tokens, self.n_stored)

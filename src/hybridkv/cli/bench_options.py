@@ -125,7 +125,7 @@ def notice_load() -> None:
     from hybridkv.lab.machine import load
 
     if (now := load()) > _QUIET_LOAD:
-        notice(f"this machine is busy (load {now:.1f}): take figures, and ratios above all, on a quiet one")
+        notice(f"this machine is busy (load {now:.1f}): figures and ratios taken now are unreliable")
 
 
 def print_machine(console: Console, n_threads: int) -> None:

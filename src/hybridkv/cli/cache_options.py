@@ -116,7 +116,7 @@ def policy_from(arguments: argparse.Namespace) -> AnyPolicy:
         given = [option for option, value in values.items() if value is not None and value is not False]
         if given:
             raise UsageError(
-                f"--kv-config was given together with {', '.join(given)}, which the file says itself",
+                f"--kv-config was given together with {', '.join(given)}, which the file already sets",
                 hint=f"leave {', '.join(given)} out, or change the file",
             )
         return read_config(Path(a.kv_config))

@@ -158,7 +158,7 @@ def _check(a: argparse.Namespace) -> Path:
         raise UsageError(f"-o {a.output}: there is no directory {output.parent}")
     held = [path for path in (output, output.with_suffix(".npz")) if path.exists()]
     if held and not a.resume:
-        raise UsageError(f"-o {a.output}: {held[0]} exists", hint="--resume goes on with it; or choose another -o")
+        raise UsageError(f"-o {a.output}: {held[0]} exists", hint="--resume continues it; or choose another -o")
     if a.resume and not output.with_suffix(".npz").exists():
         raise UsageError(f"--resume: there is no {output.with_suffix('.npz')}", hint="leave --resume out to begin")
     return output
@@ -181,7 +181,7 @@ def _candidates(a: argparse.Namespace) -> list[Candidate]:
     configs = [read_config(Path(path)) for path in a.kv_config]
     asked += [Candidate(config.name, config, config=config.name) for config in configs]
     if len({config.name for config in configs}) < len(configs):
-        raise UsageError("--kv-config: two files have the same name", hint="candidates are told apart by it")
+        raise UsageError("--kv-config: two files have the same name", hint="candidates are identified by the file name")
     if not asked:
         raise UsageError("--types is empty; allowed: KV cache types, separated by commas", hint="try --types q8_0,q4_0")
     reference = Policy(KVTypes(a.reference, a.reference))
@@ -214,7 +214,7 @@ def _resolve(opened: Opened, candidates: Sequence[Candidate]) -> Sequence[Attent
     print(summary(opened.description), file=sys.stderr)
     if not facts:
         raise UsageError(
-            f"{opened.description.name} has no KV cache: there is nothing to compare",
+            f"{opened.description.name} has no KV cache, so there is nothing to compare",
             hint="recurrent states are always float32",
         )
     for candidate in candidates:
@@ -224,7 +224,7 @@ def _resolve(opened: Opened, candidates: Sequence[Candidate]) -> Sequence[Attent
 
 
 def _demand(opened: Opened, candidates: Sequence[Candidate]) -> Demand:
-    """All caches are alive at once, beside a piece's logits and their distributions."""
+    """All caches are alive at once, beside a chunk's logits and their distributions."""
     from hybridkv.lab.evaluate import LOGITS_BYTES, PIECE
     from hybridkv.model import kv_facts, vocabulary_rows
 
@@ -265,7 +265,7 @@ def _measure(run: Run) -> bool:
         task = progress.add_task("", total=run.n_ticks)
         complete = run.execute(lambda n_tokens: progress.advance(task, n_tokens))
     if not complete:
-        notice("interrupted: what was measured is kept; --resume goes on with it")
+        notice("interrupted: the measurements are kept; --resume continues")
     return complete
 
 

@@ -71,7 +71,7 @@ def check_memory(opened: Opened, demand: Demand) -> None:
     limit, option = opened.memory_limit, opened.limit_option
     available = available_memory() if limit is None else Available(limit, f"allowed by {option}")
     if available is None:
-        notice(f"this system does not say how much memory is free: nothing was compared with it ({option} SIZE does)")
+        notice(f"cannot find out how much memory is free, so the plan was not checked; {option} SIZE sets a limit")
         return
     held = opened.held()
     parts = _parts(opened, demand)

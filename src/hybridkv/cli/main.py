@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Turn argparse's complaint into a `UsageError`."""
-        raise UsageError(message, hint=_hint(message) or f"`{self.prog} --help` lists what there is")
+        raise UsageError(message, hint=_hint(message) or f"`{self.prog} --help` lists all options")
 
     def check_options(self, argv: Sequence[str], others: Mapping[str, Parser] | None = None) -> None:
         """Refuse unknown options by their own name; argparse reads `-ngl` as `-n gl`.
@@ -71,7 +71,7 @@ class Parser(argparse.ArgumentParser):
                 return f"it is an option of `hybridkv {owners[0]}`"
         own = sorted(self._option_string_actions.keys() - accepted_names(self))
         near = get_close_matches(option, own, n=1, cutoff=0.7)
-        return f"did you mean {near[0]!r}?" if near else f"`{self.prog} --help` lists what there is"
+        return f"did you mean {near[0]!r}?" if near else f"`{self.prog} --help` lists all options"
 
 
 def _hint(message: str) -> str | None:

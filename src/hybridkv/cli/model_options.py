@@ -281,11 +281,11 @@ def open_model(
     )
     refuse_shift(a, description)
     if a.trust_remote_code and path.is_file():
-        notice("--trust-remote-code changes nothing: there is no code in this model")
+        notice("--trust-remote-code has no effect: this model has no Python code")
     n_ctx = context_of(a.ctx_size, description.n_ctx_train, default_ctx, changes.rope)
     device_type = device.partition(":")[0]
     if a.graph is not None and device_type != "cuda":
-        notice(f"--graph {a.graph} changes nothing: graphs are CUDA's, and this runs on {device_type}")
+        notice(f"--graph {a.graph} has no effect: graphs exist on CUDA only, and this runs on {device_type}")
     kind = engine_for(device_type, asked, asked_kind)
     make_step = resolve_step(description.config, device_type, kind, graphs=graphs, notify=notice)
     weights, dtype = weights_on(device, asked, kind, description)
@@ -302,13 +302,15 @@ def _check_ranks(a: argparse.Namespace, n: int, ranks: Literal["one", "many"]) -
     """Refuse options that do not go with a model that is sharded over several processes."""
     if ranks == "one":
         raise UsageError(
-            f"torchrun started {n} processes of this command, which runs in one",
-            hint="`hybridkv run` is the one that takes several ranks",
+            f"torchrun started {n} processes, but this command runs in one process",
+            hint="only `hybridkv run` runs on several ranks",
         )
     if a.engine == "native":
-        raise UsageError(f"--engine native on {n} ranks; allowed: auto, eager", hint="Transformers cuts its own layers")
+        raise UsageError(
+            f"--engine native on {n} ranks; allowed: auto, eager", hint="Transformers shards only its own layers"
+        )
     if a.graph == "on":
-        raise UsageError(f"--graph on with {n} ranks: a step that waits for other ranks is not recorded")
+        raise UsageError(f"--graph on with {n} ranks: a decode step that waits for other ranks cannot be recorded")
     if a.weights not in ("auto", "plain"):
         raise UsageError(f"--weights {a.weights} on {n} ranks; allowed: auto, plain", hint="leave --weights out")
 
@@ -407,4 +409,4 @@ def _say_weights(loaded: Loaded, weights: WeightKind) -> None:
     print(f"weights: {weights_words(parts)}", file=sys.stderr)
     experts = sum(n_bytes for name, n_bytes in parts.items() if EXPERTS in name)
     if experts and weights not in ("plain", "f32"):
-        notice(f"{size(experts)} of experts are held as f32, whatever --weights says")
+        notice(f"{size(experts)} of experts are held as f32, regardless of --weights")

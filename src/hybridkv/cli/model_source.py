@@ -50,7 +50,7 @@ def model_of(a: argparse.Namespace) -> Path:
         return fetch_model(parse_model(repository, file=a.hf_file, token=a.hf_token, network=not a.offline))
     for option in ("hf_file", "hf_token"):
         if getattr(a, option, None) is not None:
-            notice(f"--{option.replace('_', '-')} changes nothing without -hf")
+            notice(f"--{option.replace('_', '-')} has no effect without -hf")
     if a.model is None:
         return bundled_model()
     path = model_path(a.model)

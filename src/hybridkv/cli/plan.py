@@ -142,7 +142,7 @@ def main(arguments: argparse.Namespace) -> int:
     for reason in dict.fromkeys(row["refused"] for row in rows if row["refused"]):
         notice(f"left out, no kernel: {reason}")
     if a.tp > 1 and not cuts_heads(description.config):
-        notice(f"the plan for {description.config.model_type!r} gathers the KV heads: each rank holds all of them")
+        notice(f"the plan for {description.config.model_type!r} replicates the KV heads: each rank holds all of them")
     if unknown_states(description.facts):
         notice(f"the state shapes of {description.config.model_type!r} are not known: states are not counted")
     if a.json:

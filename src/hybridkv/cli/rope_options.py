@@ -96,7 +96,7 @@ def _keys(texts: list[str]) -> dict[str, int | float | bool | str]:
         try:
             keys[key] = int(value) if kind == "int" else float(value) if kind == "float" else value
         except ValueError as error:
-            raise UsageError(f"--override-kv {text!r}: {value!r} is no {kind}") from error
+            raise UsageError(f"--override-kv {text!r}: {value!r} is not of type {kind}") from error
         if kind == "bool":
             if value not in ("true", "false"):
                 raise UsageError(f"--override-kv {text!r}; allowed: true, false")

@@ -147,8 +147,8 @@ def _check(a: argparse.Namespace) -> None:
     check_limits(a, ("-np", "parallel", 1, 1024))
     if a.flash_attn == "off":
         notice(
-            "-fa off changes nothing: in llama.cpp a quantized V needs flash attention, "
-            "here every kernel reads the packed cache directly and there is no other path"
+            "-fa off has no effect: llama.cpp needs flash attention for a quantized V, but every kernel here reads "
+            "the packed cache directly"
         )
     if a.cuda is not None:
         key = a.cuda.partition("=")[0]

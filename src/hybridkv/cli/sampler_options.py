@@ -90,7 +90,7 @@ def sampling_from(a: argparse.Namespace) -> SamplingParams:
         idle = [f"--{name.replace('_', '-')}" for name in _IDLE_WHEN_GREEDY if name in given]
         idle += ["--seed"] * (a.seed is not None)
         if idle and not params.moves_the_likeliest:
-            notice(f"--temp 0 takes the most likely token; no effect: {', '.join(idle)}")
+            notice(f"--temp 0 always takes the most likely token; without effect: {', '.join(idle)}")
         if a.parallel > 1:
             notice(f"--temp 0 is greedy: all {a.parallel} sequences will be the same")
     return params

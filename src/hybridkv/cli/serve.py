@@ -223,7 +223,7 @@ def load_served(
 
     loaded, step = opened.load()
     if loaded.tokenizer is None:
-        raise UsageError("this model has no tokenizer, and a server takes text", hint="hybridkv run --ids goes without")
+        raise UsageError("this model has no tokenizer, and a server takes text", hint="`hybridkv run --ids` needs none")
     ChatChoice(template=a.template).put_on(loaded.tokenizer)
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
     scheduler = _scheduler(a, opened, loaded, specs, guard, step)
@@ -320,7 +320,7 @@ def gate_options(a: argparse.Namespace, keys: tuple[str, ...], *, local: bool, n
     from hybridkv.server.gate import GateOptions
 
     if not local and not keys:
-        warning("everybody who reaches this address can use the model; --api-key asks for a key")
+        warning("no --api-key: everyone who can reach this address can use the model")
     return GateOptions(
         api_keys=keys,
         max_body_bytes=a.max_body,

@@ -156,9 +156,11 @@ def _application(a: argparse.Namespace, policy: AnyPolicy, guard: Guard, keys: t
     """
     check_ray()
     if a.session_dir is not None:
-        raise UsageError("--session-dir with --ray: a session is in one process", hint="leave --session-dir out")
+        raise UsageError("--session-dir with --ray: a session belongs to one process", hint="leave --session-dir out")
     if ":" in a.device:
-        raise UsageError(f"--device {a.device} with --ray; allowed: auto, cpu, cuda", hint="Ray gives each its own")
+        raise UsageError(
+            f"--device {a.device} with --ray; allowed: auto, cpu, cuda", hint="Ray assigns a device to each task"
+        )
     a.replicas = DEFAULT_REPLICAS if a.replicas is None else a.replicas
     a.threads = max(1, (os.cpu_count() or 1) // a.replicas) if a.threads is None else a.threads
     if a.model is not None:

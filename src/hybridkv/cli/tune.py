@@ -39,7 +39,7 @@ HELP = "find KV cache types for each layer within a budget of bits, bytes or div
 _TYPES = "f16,q8_0,q6_0,q5_0,hq4_nl,hq3_nl,hq2_nl"
 
 _PIECE = 32
-"""Tokens given at once where newest tokens stay exact: of a longer piece, most would never be read packed."""
+"""Tokens given at once where newest tokens stay exact: of a longer chunk, most would never be read packed."""
 
 _EXIT_INTERRUPTED = 130
 
@@ -130,7 +130,7 @@ def main(arguments: argparse.Namespace) -> int:
             outcome = tuner.solve(n_rounds=a.rounds)
         errors = _guard_errors(evaluator, tuner, outcome, parts)
     except KeyboardInterrupt:
-        notice("interrupted: what was measured is kept; --resume goes on with it")
+        notice("interrupted: the measurements are kept; --resume continues")
         return _EXIT_INTERRUPTED
     report = Report(_conditions(a, opened, step, parts, goal, storage), facts, storage, sensitivities, outcome, errors)
     report.show()
@@ -157,7 +157,7 @@ def _check(a: argparse.Namespace) -> Path:
     if exact and a.window <= exact + 2 * _PIECE:
         raise UsageError(
             f"--window {a.window} with {exact} exact tokens; allowed: more than {exact + 2 * _PIECE}",
-            hint="of a shorter window hardly a token is packed, and there is nothing to measure",
+            hint="in a shorter window almost every token is kept exact, so there is nothing to measure",
         )
     output = Path(a.output)
     if output.suffix != ".toml":
@@ -166,7 +166,7 @@ def _check(a: argparse.Namespace) -> Path:
         raise UsageError(f"-o {a.output}: there is no directory {output.parent}")
     held = [path for path in (output, output.with_suffix(".npz"), output.with_suffix(".json")) if path.exists()]
     if held and not a.resume:
-        raise UsageError(f"-o {a.output}: {held[0]} exists", hint="--resume goes on with it; or choose another -o")
+        raise UsageError(f"-o {a.output}: {held[0]} exists", hint="--resume continues it; or choose another -o")
     if a.resume and not output.with_suffix(".npz").exists():
         raise UsageError(f"--resume: there is no {output.with_suffix('.npz')}", hint="leave --resume out to begin")
     return output
@@ -222,7 +222,7 @@ def _resolve(opened: Opened, types: Sequence[str], storage: Storage) -> Sequence
     print(summary(opened.description), file=sys.stderr)
     if not facts:
         raise UsageError(
-            f"{opened.description.name} has no KV cache: there is nothing to tune",
+            f"{opened.description.name} has no KV cache, so there is nothing to tune",
             hint="recurrent states are always float32",
         )
     for f in {(f.head_dim_k, f.head_dim_v, f.window is None): f for f in facts}.values():
@@ -307,8 +307,8 @@ def _guard_errors(evaluator: Evaluator, tuner: Tuner, outcome: Outcome, parts: d
     limits = {spec.facts.layer: Guard().limit_for(spec.types) for spec in policy.resolve(evaluator.facts)}
     if over := [layer for layer, error in errors.items() if not error <= limits[layer]]:
         notice(
-            f"layers {', '.join(map(str, over))}: attention errs by more than --kv-guard check allows for their types; "
-            "it would store them in more bits, --kv-guard off or warn keeps them"
+            f"layers {', '.join(map(str, over))}: the attention error is above the limit of --kv-guard check, which "
+            "will store these layers in more bits; --kv-guard off or warn keeps the types"
         )
     return errors
 

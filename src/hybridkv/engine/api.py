@@ -124,7 +124,7 @@ class TextModel:
         self._words = ControlWords(tokenizer)
 
     def generate(self, prompt: str, *, n_predict: int = 64, **sampling: Any) -> str:
-        """Go on from a text.
+        """Continue a text.
 
         Parameters
         ----------
@@ -141,7 +141,7 @@ class TextModel:
         return "".join(self.stream(prompt, n_predict=n_predict, **sampling))
 
     def stream(self, prompt: str, *, n_predict: int = 64, **sampling: Any) -> Iterator[str]:
-        """Go on from a text, piece by piece."""
+        """Continue a text, and yield it as it comes."""
         return self._stream(self._words.encode(prompt), n_predict, SamplingParams(**sampling))
 
     def chat(

@@ -158,7 +158,7 @@ class Classifier:
         step: Step | None = None,
     ) -> None:
         if not all(labels) or len({tuple(ids) for ids in labels}) < len(labels):
-            raise UsageError("labels need tokens, and each other ones than the rest")
+            raise UsageError("every label must tokenize to at least one token, and no two labels to the same tokens")
         self._model = model
         self.step = resolve_step(model.config, model.device.type)(model) if step is None else step
         self._root = label_tree(labels, max(map(len, labels)) if self.step.takes_chunks else 1)

@@ -80,7 +80,7 @@ class Host:
 
 
 def settle() -> None:
-    """Keep the garbage collector from what a loaded model and its libraries consist of.
+    """Freeze the loaded model's objects, so that the garbage collector skips them.
 
     They live as long as the process; walking them again and again took a tenth of a decode step. For a process that
     serves, once it is ready.

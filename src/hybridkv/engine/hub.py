@@ -84,13 +84,13 @@ def fetch_model(model: HubModel) -> Path:
         return _fetch(model)
     except errors.GatedRepoError as error:
         raise UsageError(
-            f"-hf {model.repository}: its owner asks for consent first",
+            f"-hf {model.repository}: its owner requires consent first",
             hint="agree on the model's page, and give a token with -hft or HF_TOKEN",
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise UsageError(
-            f"-hf {model.repository}: the hub has no such repository, or not for this token",
-            hint="check the name; HF_TOKEN or -hft lets one into private ones",
+            f"-hf {model.repository}: no such repository on the hub, or this token has no access",
+            hint="check the name; private repositories need HF_TOKEN or -hft",
         ) from error
     except unreached as error:
         return _cached(model, error)

@@ -71,7 +71,7 @@ class Running:
     def chunk_end(self, chunk: int | None) -> int:
         """Find where the prompt's next chunk ends: at a multiple of the chunk size, wherever it begins, or at the end.
 
-        So the pieces after a checkpoint at such a multiple are those of a sequence that started over.
+        So the chunks after a checkpoint at such a multiple are those of a sequence that started over.
         """
         if chunk is None:
             return self.n_prefill

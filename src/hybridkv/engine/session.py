@@ -2,9 +2,9 @@
 
 A session is a safetensors file, so that anyone can look into it. It carries a format version, a fingerprint of the
 model and a checksum over all else; what is torn, changed or another model's is refused. It is written beside its place,
-brought to disk and put there in one move: whoever is killed at any moment leaves the old file or the new one, whole.
+brought to disk and put there in one move: a process killed at any moment leaves the old file or the new one, whole.
 
-A state cannot go back, so a session may hold a second, earlier place to go on from: one within its prompt, for the same
+A state cannot go back, so a session may hold a second, earlier place to resume from, within its prompt, for the same
 prompt again. Of packed rows it has those that the whole begins with, which are written once.
 """
 
@@ -46,7 +46,7 @@ Message = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A sequence to go on with.
+    """A sequence to resume.
 
     Attributes
     ----------
@@ -55,11 +55,11 @@ class Session:
     n_cached
         How many, from the first, `cache` holds; the last that was drawn was never processed.
     cache
-        Rows and states, in one piece.
+        Rows and states, contiguous.
     messages
         The conversation that the tokens are, if it is one.
     earlier
-        Another place to go on from: how many tokens, and their cache.
+        Another place to resume from: how many tokens, and their cache.
     """
 
     tokens: tuple[int, ...]
@@ -168,7 +168,7 @@ _DELETE = "delete it, or give another file"
 def resume(
     session: Session, specs: Sequence[KVSpec], make_cache: Callable[[Sequence[KVSpec]], ModelCache]
 ) -> tuple[ModelCache, str | None]:
-    """A cache to go on with, stored as `specs` say.
+    """A cache to resume with, stored as `specs` say.
 
     Returns
     -------

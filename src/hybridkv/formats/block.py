@@ -20,7 +20,7 @@ from hybridkv.formats.rules import Refit, Rounding, Scale, ScaleRule
 
 Planes = tuple[Tensor, ...]
 
-# Encoding in pieces of this many values keeps the temporaries in the processor's cache, and few.
+# Encoding in chunks of this many values keeps the temporaries in the processor's cache, and few.
 _CHUNK_VALUES = 1 << 18
 
 

@@ -69,7 +69,7 @@ def decode_into(
     rows
         Where each row of the file goes in `target`, None for the same order.
     cols
-        Where each column of `target` lies in the file, likewise.
+        Where each column of `target` lies in the file.
     values
         Applied elementwise to the float32 numbers, before they are rounded to `target`'s dtype.
     """

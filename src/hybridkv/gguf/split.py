@@ -71,7 +71,7 @@ def _read(path: Path) -> Header:
         if piece is None or not path.is_file():
             raise
         raise ModelFileError(
-            f"{path} is a piece of a file that was cut: {error.message}", hint=_how_to_join(piece)
+            f"{path} is one part of a split file: {error.message}", hint=_how_to_join(piece)
         ) from error
     if _is_joined(header):
         raise ModelFileError(

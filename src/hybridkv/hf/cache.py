@@ -98,7 +98,7 @@ class ModelCache(Cache, runtime.ModelCache):  # type: ignore[misc]
         )
 
     def copy(self, *, n_ctx: int | None = None) -> Self:
-        """A cache that goes on from the same tokens on its own; see `hybridkv.runtime.ModelCache`."""
+        """A cache that continues from the same tokens independently; see `hybridkv.runtime.ModelCache`."""
         return self._with([layer.copy(n_ctx) for layer in self.layers])
 
     def empty(self, *, n_ctx: int | None = None) -> Self:
@@ -315,7 +315,7 @@ def _policy(given: dict[str, Any]) -> Policy:
 def _configured(path: Path, given: dict[str, Any]) -> KVConfig:
     if given:
         raise UsageError(
-            f"config was given together with {', '.join(given)}, which the file says itself",
+            f"config was given together with {', '.join(given)}, which the file already sets",
             hint=f"leave {', '.join(given)} out, or change the file",
         )
     return read_config(path)

@@ -154,7 +154,7 @@ class StateLayer(States, LinearAttentionLayer):  # type: ignore[misc]
         return bool(getattr(self, "record_past", False))  # before Transformers 5.23, nothing is ever kept
 
     def load(self, states: Sequence[StoredState]) -> None:
-        """Go on from copies of states."""
+        """Resume from copies of states."""
         States.load(self, states)
         for index, state in enumerate(states):
             if state.conv is not None:

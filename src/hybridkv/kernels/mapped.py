@@ -35,7 +35,7 @@ class WatchedMap:
         return bool(self._map >= 0 and _native().is_damaged(self._map))
 
     def verify(self) -> None:
-        """Refuse to go on with a file that has shrunk since it was mapped.
+        """Refuse to use a file that has shrunk since it was mapped.
 
         Raises
         ------

@@ -113,7 +113,7 @@ class StepProgram:
 
     A run works on the first B * T rows; row `b * T + t` is token t of sequence b. All buffers have the same number
     of rows, the most that a run may have. Sequences of one cache run together; those of separate caches too, one token
-    of each, and every one gets the bits that it gets alone.
+    of each, and the result of each is batch-invariant: it has the same bits alone.
     """
 
     def __init__(self) -> None:

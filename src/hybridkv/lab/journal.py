@@ -1,4 +1,4 @@
-"""The numbers of a run on disk, so that an interrupted one goes on and a later one adds candidates.
+"""The numbers of a run on disk, so that an interrupted one continues and a later one adds candidates.
 
 One `.npz` file beside the results: arrays per candidate, window and measure, and what the run was. Written whole and
 put in place at once.

@@ -38,7 +38,7 @@ def write_report(conditions: Conditions, results: Sequence[Result], directory: P
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"no directory can be at {directory}", hint="-o takes a directory") from error
+        raise UsageError(f"cannot create directory {directory}", hint="-o takes a directory") from error
     written = directory / f"{stem}.md", directory / f"{stem}.html"
     write_text(written[0], markdown(conditions, results))
     write_text(written[1], page(conditions, results))

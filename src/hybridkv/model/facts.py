@@ -82,7 +82,7 @@ _STARTS_OVER = frozenset({"jamba", "zamba", "mamba", "falcon_mamba"})
 def takes_chunks(config: Any) -> bool:
     """Check whether a prompt may be processed in several chunks.
 
-    Transformers' Mamba-1 families hand no state to their scan, so a piece of several tokens after the first
+    Transformers' Mamba-1 families hand no state to their scan, so a chunk of several tokens after the first
     would start from a zero state, without an error: wrong answers (measured on 5.23: logits change by 20 %).
     They take the whole prompt at once and then single tokens.
     """
@@ -97,8 +97,7 @@ def layer_facts(config: Any, *, n_ranks: int | None = None) -> tuple[LayerFacts,
     config
         A Transformers config; of a multimodal one the text decoder's part is read.
     n_ranks
-        Over how many the model is cut: the facts are those of one rank. By default what its config says, which is so
-        once it has been loaded.
+        Ranks that the model is sharded over; the facts are one rank's. By default the config's number, once loaded.
 
     Raises
     ------

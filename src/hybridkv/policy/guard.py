@@ -137,7 +137,7 @@ class Guard:
 
     @property
     def watches(self) -> bool:
-        """True if outputs and logits are watched for numbers that are not finite."""
+        """True if outputs and logits are watched for non-finite values."""
         return self.mode != "off"
 
     def limit_for(self, types: KVTypes) -> float:
@@ -207,7 +207,7 @@ def _raised(types: KVTypes, *, to: str, below: float) -> KVTypes:
 class MismatchError(GuardError):
     """A call after the first prompt whose rows or attention are not what the layer's types mean.
 
-    Rows that were stored before it cannot be stored again from here: whoever holds the token history can.
+    Rows that were stored before it cannot be stored again from here, but from the token history.
     """
 
     def __init__(self, reason: str) -> None:

@@ -81,7 +81,7 @@ def _kernel(query: Tensor, packed: LayerView, params: AttentionParams) -> Kernel
 
 
 def _record_health(out: Tensor, query: Tensor, packed: LayerView, health: Tensor) -> None:
-    """Leave word on the device of numbers that are not finite; see `Fixed`."""
+    """Leave word on the device of non-finite values; see `Fixed`."""
     if out.is_cuda:
         from hybridkv.kernels.cuda.layers import watch_finite  # needs triton, which only a CUDA device's step does
 

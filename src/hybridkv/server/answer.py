@@ -47,7 +47,7 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What an event adds to the answer; `finish` is None while it goes on."""
+    """What an event adds to the answer; `finish` is None while it continues."""
 
     text: str = ""
     scored: tuple[Scored, ...] = ()
@@ -158,7 +158,7 @@ class Answer:
 
     @property
     def _over(self) -> bool:
-        """True if the answer has ended, whatever the model goes on to say."""
+        """True if the answer has ended, whatever the model says next."""
         return self._stops.found or self._channels.ended
 
     def _text(self, token: int) -> str:

@@ -94,7 +94,7 @@ class Channels:
     n_calls
         Calls that were found.
     ended
-        Whether the answer is over though the model may go on: `reading.one_call`.
+        Whether the answer is over though the model may continue: `reading.one_call`.
     """
 
     def __init__(self, reading: Reading) -> None:
@@ -135,7 +135,7 @@ class Channels:
         return out
 
     def _step(self, out: Sorted, *, final: bool) -> bool:
-        """Sort as much as one state can; whether another may go on."""
+        """Sort as much as one state can; whether another may continue."""
         if self._state == "begin":
             return self._begin(final=final)
         if self._state == "thoughts":

@@ -78,7 +78,7 @@ class Gate:
     options
         What is let through.
     state
-        Read and counted here, set by whoever stops the server.
+        Read and counted here, set by the code that stops the server.
     count
         Called with `(path, status)` after each reply; the path is that of a route, or `other`.
     """

@@ -1,7 +1,7 @@
 """From a request's text to token ids, off the event loop and with bounds.
 
-A prompt of a million tokens takes seconds to cut up. It does so in a thread of its own, one such prompt at a time, so
-that short ones go on beside it.
+A prompt of a million tokens takes seconds to tokenize. It does so in a thread of its own, one such prompt at a time, so
+that short ones continue beside it.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Prompts:
         """
         if not self.can_chat:
             raise RefusalError(
-                400, "this model has no chat template; /v1/completions goes on from any text", code="no_chat_template"
+                400, "this model has no chat template; /v1/completions continues any text", code="no_chat_template"
             )
         for number, turn in enumerate(turns):
             for field, value in turn.items():

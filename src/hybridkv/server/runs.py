@@ -113,7 +113,7 @@ class Run:
         new.append(part.answer.push(event))
         if new[-1].finish is not None:
             part.done = True
-            _cancel(part)  # a stop string ends it here, while the engine goes on
+            _cancel(part)  # a stop string ends it here, while the engine continues
         return new
 
     def _time(self, part: Part) -> None:

@@ -1,4 +1,4 @@
-"""Stop strings in a text that comes in pieces: what may become one is withheld until that is known."""
+"""Find stop strings in a stream of text: text that may become one is withheld until that is known."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hybridkv.server.channels import overlap
 class StopStrings:
     """Passes text through up to the first stop string that is complete.
 
-    How the text is cut into pieces makes no difference: of several stop strings the one that is complete first counts,
+    How the text is split makes no difference: of several stop strings the one that is complete first counts,
     of those that are complete at the same character the longest.
     """
 

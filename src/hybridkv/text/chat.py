@@ -160,7 +160,7 @@ def chat_text(tokenizer: Any, messages: Sequence[Message], variables: Mapping[st
                 list(messages), tokenize=False, add_generation_prompt=True, **(variables or {})
             )
     except SecurityError as error:
-        raise ModelFileError(f"the chat template tries what it must not: {_line(error)}", hint=hint) from error
+        raise ModelFileError(f"the chat template does something forbidden: {_line(error)}", hint=hint) from error
     except TimeoutError as error:
         raise ModelFileError(f"the chat template takes more than {MAX_SECONDS:.0f} s", hint=hint) from error
     except _FAILURES as error:

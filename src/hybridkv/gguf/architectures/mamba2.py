@@ -68,7 +68,7 @@ SIZES = {
 
 
 def bamba_fields(meta: Metadata) -> Fields:
-    """Return what `SIZES` cannot say, likewise."""
+    """Return what `SIZES` cannot say of these mixers."""
     return {
         "mamba_d_head": mixer_fields(meta)["head_dim"],
         "mamba_conv_bias": any(info.name.endswith("ssm_conv1d.bias") for info in meta.header.tensors),

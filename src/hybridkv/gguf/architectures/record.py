@@ -58,7 +58,7 @@ class TensorRule:
         tensors whose rows, below each other, are those of the parameter; of a stack of experts, the rows
         of each expert.
     param
-        Name in the Transformers model, within its layer likewise: `self_attn.q_proj.weight`.
+        Name in the Transformers model, within its layer: `self_attn.q_proj.weight`.
     values
         Elementwise conversion.
     rows, cols

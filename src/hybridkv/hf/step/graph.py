@@ -86,7 +86,7 @@ class Recorder(Protocol):
 
 
 def set_sync_debug_mode(mode: int | str) -> None:
-    """torch's, without its word that the mode is a prototype."""
+    """Call torch's function without its warning that the mode is a prototype."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Synchronization debug mode", UserWarning)
         torch.cuda.set_sync_debug_mode(mode)
@@ -96,7 +96,7 @@ class CudaRecorder:
     """Records CUDA graphs, each with memory of its own: a pool is gone with the last graph that used it."""
 
     def trial(self, body: Callable[[], None]) -> str | None:
-        """Run, run while whatever asks the device is an error, and record once in vain."""
+        """Run once, run again with host syncs as errors, then capture and discard."""
         body()
         mode = torch.cuda.get_sync_debug_mode()
         set_sync_debug_mode("error")
@@ -187,7 +187,7 @@ class GraphStep:
     """Replays recordings of another step's decoding; what is no decoding, that step does itself.
 
     Before the first recording a trial on an empty cache of the same types finds out whether anything in the model asks
-    the device; if so, that is said once, and the other step goes on by itself.
+    the device; if so, that is said once, and the other step continues by itself.
 
     Parameters
     ----------

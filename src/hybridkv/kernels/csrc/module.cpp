@@ -93,7 +93,7 @@ void encode(const std::string& isa, Address x, const std::string& x_type, Stride
 }
 
 // Asks for large pages under memory that was allocated and not yet touched: fewer misses of the address cache while
-// streaming. A wish, so that a refusal is no error.
+// streaming. Advisory: failure is ignored.
 void advise_huge_pages(Address data, size_t bytes) {
 #if defined(__linux__)
     constexpr size_t kHuge = size_t{2} << 20;

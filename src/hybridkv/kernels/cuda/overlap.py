@@ -23,7 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def begin(OVERLAPS: tl.constexpr):
-    """Let the next kernel's programs come, and wait for the kernel before this one."""
+    """Let the next kernel launch, and wait for the previous one."""
     if OVERLAPS:
         gdc_launch_dependents()
         gdc_wait()
