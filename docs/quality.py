@@ -171,7 +171,10 @@ _AIMS: tuple[tuple[str, Judge], ...] = (
     ("q4_0, rotated, refit, tail 128: mean and 99.9 % KLD at most half of plain q4_0's", _q4_0),
     ("3.5 bits (hq3_nl, tail 256, 4 sinks, centred): mean KLD at most plain q4_0's at 4.5", _hq3_nl),
     ("2.5 bits (hq2_nl, tail 128, 4 sinks, centred): perplexity within 3 % on the reference model", _hq2_nl),
-    ("under 3 bits, [types per layer](measurements/ref-2.9.toml): perplexity within 3 % on the reference model", _per_layer),
+    (
+        "under 3 bits, [types per layer](measurements/ref-2.9.toml): perplexity within 3 % on the reference model",
+        _per_layer,
+    ),
 )
 
 

@@ -312,7 +312,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, object], str]] = {
         {"--compare-types": "q8_0", "-ctv": "q8_0"},
         "--compare-types was given with other options of the cache.*\nhint: a pair is K/V",
     ),
-    "normalization": ({"--normalize": "sum"}, "no normalization 'sum'; allowed: none, length"),
+    "normalization": ({"--normalize": "sum"}, "--normalize 'sum'; allowed: none, length"),
     "chat without template": ({"--chat": True}, "no chat template"),
     "no model": ({"-m": "nowhere.gguf"}, "no model at nowhere.gguf"),
 }

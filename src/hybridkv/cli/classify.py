@@ -162,7 +162,7 @@ def _check(a: argparse.Namespace) -> None:
     ):
         if not value:
             raise UsageError(f"no {option} was given", hint=f"for example {example}")
-    one_of(a.normalize, ("none", "length"), "no normalization", hint="leave --normalize out for none")
+    one_of(a.normalize, ("none", "length"), "--normalize", hint="leave --normalize out for none")
     check_limits(a, ("--batch", "batch", 1, 1024))
 
 

@@ -80,6 +80,8 @@ def _hint(message: str) -> str | None:
         return f'a prompt needs its option: -p "{match[1]}"'
     if "expected one argument" in message:
         return 'a value that begins with a dash takes an equals sign: -p="-like this"'
+    if match := re.search(r"invalid (int|float) value", message):
+        return "give a whole number" if match[1] == "int" else "give a number"
     return None
 
 

@@ -33,7 +33,7 @@ def parse_step(text: str) -> StepKind:
         Listing the names there are.
     """
     kinds: tuple[StepKind, ...] = get_args(StepKind)
-    return one_of(text, kinds, "no step", hint="auto takes the native step where it runs the model")
+    return one_of(text, kinds, "--engine", hint="auto takes the native step where it runs the model")
 
 
 def parse_graphs(text: str) -> GraphMode:
