@@ -65,7 +65,7 @@ def _of_machine(root: Path) -> Available | None:
 
 
 def _of_groups(root: Path) -> Iterator[Available | None]:
-    """What each control group around this process leaves, from its own up to the root."""
+    """Read what each control group around this process leaves, from its own up to the root."""
     paths: dict[str, str] = {}
     for line in _lines(root / "proc/self/cgroup"):
         _, _, rest = line.partition(":")

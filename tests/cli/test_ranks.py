@@ -30,7 +30,7 @@ def test_run_speaks_once_and_says_the_same(models: ModelStore, cli: Cli) -> None
 @pytest.mark.parametrize(
     ("words", "wrong"),
     [
-        (("serve",), "torchrun started 2 processes of this command"),
+        (("serve",), "torchrun started 2 processes, but this command"),
         (("run", "--ids", "5", "--session", "talk"), "--session on several ranks"),
         (("run", "--ids", "5", "--engine", "native"), "--engine native on 2 ranks"),
         (("run", "--ids", "5", "--weights", "int8"), "--weights int8 on 2 ranks"),

@@ -260,7 +260,7 @@ def test_a_fresh_seed_is_told_and_gives_the_same_draw_again(run: Run, cli: Cli, 
 
 def test_filters_under_a_greedy_draw_are_told(run: Run) -> None:
     run("-n", 2, "--seed", 3, "--top-k", 5)
-    assert "note: --temp 0 takes the most likely token; no effect: --top-k, --seed" in run.err
+    assert "note: --temp 0 always takes the most likely token; without effect: --top-k, --seed" in run.err
     run("-n", 2, "-np", 2)
     assert "note: --temp 0 is greedy: all 2 sequences will be the same" in run.err
 
@@ -354,7 +354,7 @@ def test_end_of_text_ends_unless_ignored(cli: Cli, hybrid: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "notice"),
     [
-        (("-fa", "off", "-ctv", "q8_0"), "note: -fa off changes nothing: "),
+        (("-fa", "off", "-ctv", "q8_0"), "note: -fa off has no effect: "),
         (("-cuda", "fa-offset=x"), "note: -cuda fa-offset=x is not needed: "),
         (("-fa",), None),
         (("-fa", "auto"), None),

@@ -477,7 +477,7 @@ def test_a_checkpoint_is_not_loaded_into_packed_weights() -> None:
 
 
 def test_unknown_weights() -> None:
-    with pytest.raises(UsageError, match="no weights 'int3'; allowed: auto, plain, f32, bf16, int8, int4"):
+    with pytest.raises(UsageError, match="--weights 'int3'; allowed: auto, plain, f32, bf16, int8, int4"):
         parse_weights("int3")
 
 
@@ -517,7 +517,7 @@ def test_configs_that_the_family_refuses() -> None:
 
 
 def test_unknown_step() -> None:
-    with pytest.raises(UsageError, match="no step 'fast'; allowed: auto, native, eager"):
+    with pytest.raises(UsageError, match="--engine 'fast'; allowed: auto, native, eager"):
         parse_step("fast")
 
 

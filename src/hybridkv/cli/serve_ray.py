@@ -124,7 +124,7 @@ def _on_signals() -> _Signals:
 
 
 def ray_application(a: argparse.Namespace, policy: AnyPolicy, guard: Guard, keys: tuple[str, ...]) -> tuple[Any, str]:
-    """What Ray deploys, and the model's name. Types are resolved here, before any replica is started.
+    """Build what Ray deploys, and the model's name. Types are resolved before any replica is started.
 
     Raises
     ------
@@ -133,9 +133,11 @@ def ray_application(a: argparse.Namespace, policy: AnyPolicy, guard: Guard, keys
     """
     check_ray()
     if a.session_dir is not None:
-        raise UsageError("--session-dir with --ray: a session is in one process", hint="leave --session-dir out")
+        raise UsageError("--session-dir with --ray: a session belongs to one process", hint="leave --session-dir out")
     if ":" in a.device:
-        raise UsageError(f"--device {a.device} with --ray; allowed: auto, cpu, cuda", hint="Ray gives each its own")
+        raise UsageError(
+            f"--device {a.device} with --ray; allowed: auto, cpu, cuda", hint="Ray assigns a device to each task"
+        )
     a.replicas = DEFAULT_REPLICAS if a.replicas is None else a.replicas
     a.threads = max(1, (os.cpu_count() or 1) // a.replicas) if a.threads is None else a.threads
     if a.model is not None:

@@ -40,7 +40,7 @@ class Admission:
         self._conv_itemsize = conv_itemsize
 
     def planned_bytes(self, specs: Sequence[KVSpec], n_tokens: int) -> int:
-        """What one sequence takes at `n_tokens`, the exact rows that wait while its prompt is processed included."""
+        """Count what one sequence takes at `n_tokens`, with the exact rows that wait while its prompt is processed."""
         planned = plan(specs, self._facts, n_ctx=n_tokens, conv_itemsize=self._conv_itemsize)
         return planned.total_bytes + self._waiting_bytes(specs)
 
@@ -86,5 +86,5 @@ class Admission:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether torch or Python could not allocate; torch's CPU allocator has no error type of its own."""
+    """Check whether torch or Python could not allocate; torch's CPU allocator has no error type of its own."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)

@@ -194,7 +194,7 @@ class Model:
         return "".join(self.stream(prompt, n_predict=n_predict, **sampling))
 
     def stream(self, prompt: str, *, n_predict: int = 64, **sampling: Any) -> Iterator[str]:
-        """Continue a text as `generate` does, chunk by chunk."""
+        """Continue a text, and yield it as it comes."""
         return self._stream(self._words.encode(prompt), n_predict, SamplingParams(**sampling))
 
     def chat(

@@ -159,7 +159,7 @@ class Classifier:
         step: Step | None = None,
     ) -> None:
         if not all(labels) or len({tuple(ids) for ids in labels}) < len(labels):
-            raise UsageError("labels need tokens, and each other ones than the rest")
+            raise UsageError("every label must tokenize to at least one token, and no two labels to the same tokens")
         self._model = model
         self.step = resolve_step(model.config, model.device.type)(model) if step is None else step
         self._root = label_tree(labels, max(map(len, labels)) if self.step.takes_chunks else 1)
@@ -269,7 +269,7 @@ class Classifier:
     def _run(
         self, run: Callable[[Tensor, ModelCache, int], Tensor], tokens: Tensor, position: int, *caches: ModelCache
     ) -> Tensor:
-        """What the step gives for `tokens` `[B, T]` after the last of the caches that are held now.
+        """Run the step over `tokens` `[B, T]` after the last of the caches that are held now.
 
         Raises
         ------
@@ -290,7 +290,7 @@ class Classifier:
         return logits
 
     def _finite(self, run: Callable[[], T]) -> T:
-        """What `run` gives, again at the next types of the ladder while its numbers are not finite."""
+        """Call `run`, again at the next types of the ladder while its numbers are not finite."""
         while True:
             try:
                 return run()

@@ -49,7 +49,7 @@ class Description:
     remote_code
         Whether Python code in its directory may run.
     n_ranks
-        Over how many processes it is cut; `facts` are those of one.
+        Over how many processes it is sharded; `facts` are those of one.
     changes
         What options change of it; `config` and `header` have them.
     header
@@ -67,7 +67,7 @@ class Description:
     header: Header | None = field(default=None, repr=False, compare=False)
 
     def rejects_packed(self, device: str, kind: WeightKind, engine: EngineKind) -> str | None:
-        """Why the weights do not stay packed on a device that is not the CPU; None if they do.
+        """Explain why the weights do not stay packed on a device that is not the CPU; None if they do.
 
         Raises
         ------
@@ -140,21 +140,21 @@ def bundled_text() -> Path:
 def describe(
     path: Path, *, remote_code: RemoteCode = "refused", n_ranks: int = 1, changes: ModelChanges = NO_CHANGES
 ) -> Description:
-    """What a model is, from its header or config alone.
+    """Describe a model from its header or config alone.
 
     Parameters
     ----------
     changes
         What options change of it.
     n_ranks
-        Over how many processes it is to be cut.
+        Over how many processes to shard it.
 
     Raises
     ------
     ModelFileError
         If there is no model, or it is damaged or not understood.
     ModelError
-        If its layers cannot be cached, or it cannot be cut so.
+        If its layers cannot be cached, or it cannot be sharded so.
     """
     if not path.exists():
         raise ModelFileError(f"no model at {path}", hint="leave -m out to run the bundled model")
@@ -171,7 +171,7 @@ def describe(
     elif n_ranks > 1:
         raise ModelError(
             f"{path}: a GGUF model runs in one process, not on {n_ranks} ranks",
-            hint="a Hugging Face model directory can be cut; Transformers does it",
+            hint="Transformers can shard a Hugging Face model directory",
         )
     else:
         header = changed(read_model(path), changes)
@@ -202,4 +202,4 @@ def _facts(config: Config, n_ranks: int) -> tuple[LayerFacts, ...]:
     try:
         return layer_facts(config, n_ranks=n_ranks)
     except (ArithmeticError, AttributeError, TypeError) as error:
-        raise ModelError(f"the config of {config.model_type!r} describes no model: {error}") from error
+        raise ModelError(f"the config of {config.model_type!r} is not a valid model config: {error}") from error

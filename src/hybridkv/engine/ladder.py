@@ -1,4 +1,4 @@
-"""What follows numbers that are not finite: the next types of the ladder, or an error that says whose doing it was."""
+"""What follows non-finite values: the next types of the ladder, or an error that names the cause."""
 
 from __future__ import annotations
 

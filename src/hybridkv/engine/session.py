@@ -2,9 +2,9 @@
 
 A session is a safetensors file, so that anyone can look into it. It carries a format version, a fingerprint of the
 model and a checksum over all else; what is torn, changed or another model's is refused. It is written beside its place,
-brought to disk and put there in one move: whoever is killed at any moment leaves the old file or the new one, whole.
+brought to disk and put there in one move: a process killed at any moment leaves the old file or the new one, whole.
 
-A state cannot go back, so a session may hold a second, earlier place to go on from: one within its prompt, for the same
+A state cannot go back, so a session may hold a second, earlier place to resume from, within its prompt, for the same
 prompt again. Of packed rows it has those that the whole begins with, which are written once.
 """
 
@@ -47,7 +47,7 @@ Message = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A sequence to go on with.
+    """A sequence to resume.
 
     Attributes
     ----------
@@ -56,11 +56,11 @@ class Session:
     n_cached
         How many, from the first, `cache` holds; the last that was drawn was never processed.
     cache
-        Rows and states, in one piece.
+        Rows and states, contiguous.
     messages
         The conversation that the tokens are, if it is one.
     earlier
-        Another place to go on from: how many tokens, and their cache.
+        Another place to resume from: how many tokens, and their cache.
     """
 
     tokens: tuple[int, ...]
@@ -75,7 +75,7 @@ class Session:
 
 
 def fingerprint(model: LanguageModel) -> str:
-    """What tells models apart: the config, and the shapes and small parameters (norms, decays) as float32."""
+    """Digest what tells models apart: the config, and the shapes and small parameters as float32."""
     config = {k: v for k, v in model.config.get_text_config(decoder=True).to_dict().items() if k not in _PASSING}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, shape, vector in _parameters(model):
@@ -170,7 +170,7 @@ _DELETE = "delete it, or give another file"
 def resume(
     session: Session, specs: Sequence[KVSpec], make_cache: Callable[[Sequence[KVSpec]], ModelCache]
 ) -> tuple[ModelCache, str | None]:
-    """A cache to go on with, stored as `specs` say.
+    """A cache to resume with, stored as `specs` say.
 
     Returns
     -------
@@ -196,7 +196,7 @@ _EARLIER = "earlier."
 
 
 def _record(cache: StoredCache) -> dict[str, Any]:
-    """What is neither a tensor nor a type."""
+    """Collect what is neither a tensor nor a type."""
     fed = [[state.fed for state in layer] for layer in cache.states]
     return {"pending": cache.pending, "errors": cache.errors, "fed": fed}
 
@@ -371,7 +371,7 @@ def _remove_stale(parts: Iterable[Path]) -> int:
 
 
 def _is_stale(part: Path) -> bool:
-    """Whether the writer of a partial file (`.NAME.PID.part`) that nobody locks is gone."""
+    """Check whether the writer of a partial file (`.NAME.PID.part`) that nobody locks is gone."""
     found = _PART.fullmatch(part.name)
     if found is None:
         return False

@@ -34,7 +34,7 @@ def parse_step(text: str) -> StepKind:
         Listing the names there are.
     """
     kinds: tuple[StepKind, ...] = get_args(StepKind)
-    return one_of(text, kinds, "no step", hint="auto takes the native step where it runs the model")
+    return one_of(text, kinds, "--engine", hint="auto takes the native step where it runs the model")
 
 
 def parse_graphs(text: str) -> GraphMode:
@@ -52,7 +52,7 @@ def parse_graphs(text: str) -> GraphMode:
 def resolve_step(
     config: Config, device: str, kind: StepKind = "auto", *, graphs: GraphMode = "on", notify: Notify | None = None
 ) -> Callable[[Any], Step]:
-    """Which way a model of this config runs, before its weights are touched: what makes its step from the model.
+    """Choose how a model of this config runs, before its weights are touched; return the maker of its step.
 
     Parameters
     ----------
@@ -80,7 +80,7 @@ def resolve_step(
 def _transformers_step(
     config: Config, device: str, kind: StepKind, graphs: GraphMode, notify: Notify | None
 ) -> Callable[[Any], Step]:
-    """What makes the step of a Transformers model."""
+    """Choose the maker of a Transformers model's step."""
     from hybridkv.hf.step import EagerStep, GraphStep, fused, graph
 
     decoder: Callable[[Any], EagerStep | LayersStep] = EagerStep

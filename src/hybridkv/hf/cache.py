@@ -99,7 +99,7 @@ class ModelCache(Cache, runtime.ModelCache):  # type: ignore[misc]
         )
 
     def copy(self, *, n_ctx: int | None = None) -> Self:
-        """A cache that goes on from the same tokens on its own; see `hybridkv.runtime.ModelCache`."""
+        """A cache that continues from the same tokens independently; see `hybridkv.runtime.ModelCache`."""
         return self._with([layer.copy(n_ctx) for layer in self.layers])
 
     def empty(self, *, n_ctx: int | None = None) -> Self:
@@ -114,12 +114,12 @@ class ModelCache(Cache, runtime.ModelCache):  # type: ignore[misc]
 
     @property
     def is_linear(self) -> list[bool]:
-        """Which layers have a state and no KV cache."""
+        """Per layer, True if it has a state and no KV cache."""
         return [isinstance(layer, StateLayer) and not isinstance(layer, QuantizedLayer) for layer in self.layers]
 
     @property
     def is_dummy(self) -> list[bool]:
-        """Which layers remember nothing."""
+        """Per layer, True if it remembers nothing."""
         return [isinstance(layer, EmptyLayer) for layer in self.layers]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -142,7 +142,7 @@ class ModelCache(Cache, runtime.ModelCache):  # type: ignore[misc]
         return length, offset
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        """Whether a state layer (the last by default) has seen tokens; False if there is none."""
+        """Check whether a state layer (the last by default) has seen tokens; False if there is none."""
         if layer_idx is None and not self.stateful:
             return False
         return bool(super().has_previous_state(layer_idx, state_idx))
@@ -318,7 +318,7 @@ def _policy(given: dict[str, Any]) -> Policy:
 def _configured(path: Path, given: dict[str, Any]) -> KVConfig:
     if given:
         raise UsageError(
-            f"config was given together with {', '.join(given)}, which the file says itself",
+            f"config was given together with {', '.join(given)}, which the file already sets",
             hint=f"leave {', '.join(given)} out, or change the file",
         )
     return read_config(path)

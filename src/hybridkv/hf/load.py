@@ -99,7 +99,7 @@ def load_weights(
     ModelFileError
         If the weights are missing, damaged, or not safetensors.
     ModelError
-        If weights that the model needs are not in the files, or it cannot be cut for several ranks.
+        If weights that the model needs are not in the files, or it cannot be sharded over several ranks.
     """
     from hybridkv.hf.attention import register  # imports Transformers' models, which a plan does not need
 
@@ -133,7 +133,7 @@ def load_weights(
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         hint = "a file is missing or damaged, or config.json is of another model"
         if n_ranks > 1:
-            hint += f"; or it cannot be cut for {n_ranks} ranks: try another number, or one process"
+            hint += f"; or it cannot be sharded over {n_ranks} ranks: try another number, or one process"
         raise ModelFileError(f"the weights in {directory} cannot be loaded: {_one_line(error)}", hint=hint) from error
     mismatched = [f"{name} {list(found)} for {list(asked)}" for name, found, asked in report["mismatched_keys"]]
     for problem, names in (("are missing", report["missing_keys"]), ("have another shape", mismatched)):
@@ -141,7 +141,7 @@ def load_weights(
             named = ", ".join(sorted(names)[:5]) + (" ..." if len(names) > 5 else "")
             raise ModelError(
                 f"{len(names)} tensors {problem} in {directory}: {named}",
-                hint="the config and the weights do not belong together",
+                hint="config.json and the weights are of different models",
             )
     if bare and replace is not None:
         model = _widened(model, dtype, attn_implementation, replace)
@@ -149,13 +149,13 @@ def load_weights(
 
 
 def widens(directory: Path, config: Config, *, remote_code: RemoteCode = "refused") -> bool:
-    """Whether a directory is loaded as bfloat16 and its parameters replaced one by one: if it holds nothing else."""
+    """Check whether a directory holds nothing but bfloat16, and so is loaded with parameters replaced one by one."""
     quantized = getattr(config, "quantization_config", None) is not None
     return not quantized and remote_code == "refused" and set(stored_types(directory)) == {"BF16"}
 
 
 def stored_types(directory: Path) -> Counter[str]:
-    """How many numbers of each type a directory's files have; none without files that can be read."""
+    """Count a directory's numbers by type; none without files that can be read."""
     counts: Counter[str] = Counter()
     for path in sorted(directory.glob("*.safetensors")):
         try:
@@ -297,7 +297,7 @@ def count_parameters(config: Config, *, remote_code: RemoteCode = "refused", n_r
 
 def _no_model(config: Config, error: BaseException) -> ModelError:
     return ModelError(
-        f"the config of {config.model_type!r} describes no model: {_one_line(error)}",
+        f"the config of {config.model_type!r} is not a valid model config: {_one_line(error)}",
         hint="a number in config.json is wrong or missing",
     )
 

@@ -140,7 +140,7 @@ class KVView:
 
     @property
     def device_rows(self) -> bool:
-        """Whether a number of rows is on the device."""
+        """True if a number of rows is on the device."""
         return any(s.lengths is not None or s.starts is not None for s in self.segments)
 
 

@@ -33,7 +33,7 @@ def _extension() -> ModuleType | ImportError:
 
 
 def available() -> str | None:
-    """Why the native kernels cannot run; None if they can."""
+    """Explain why the native kernels cannot run; None if they can."""
     module = _extension()
     if isinstance(module, ImportError):
         return f"the extension hybridkv._cpu is not built ({module})"
@@ -205,7 +205,7 @@ def attend(
 
 
 def probe(kind: Literal["read", "float", "integer"], n_threads: int, data: Tensor | None = None) -> float:
-    """What the machine does at best: bytes read of `data` per second, or multiply-adds per second.
+    """Measure this machine's ceilings: bytes read of `data` per second, or multiply-adds per second.
 
     `float` multiplies float32, `integer` what the kernels take for codes: int8 tiles with AMX, int16 pairs elsewhere.
     """

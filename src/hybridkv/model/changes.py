@@ -45,7 +45,7 @@ class RopeChanges:
     beta_slow: float | None = None
 
     def __bool__(self) -> bool:
-        """Whether anything is changed."""
+        """Check whether anything is changed."""
         return any(getattr(self, one.name) is not None for one in fields(self))
 
 
@@ -65,7 +65,7 @@ class ModelChanges:
     keys: Mapping[str, int | float | bool | str] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        """Whether anything is changed."""
+        """Check whether anything is changed."""
         return bool(self.rope) or bool(self.keys)
 
 

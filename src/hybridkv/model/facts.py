@@ -81,9 +81,9 @@ _STARTS_OVER = frozenset({"jamba", "zamba", "mamba", "falcon_mamba"})
 
 
 def takes_chunks(config: Config) -> bool:
-    """Whether a prompt may be processed in several pieces.
+    """Check whether a prompt may be processed in several chunks.
 
-    Transformers' Mamba-1 families hand no state to their scan, so a piece of several tokens after the first
+    Transformers' Mamba-1 families hand no state to their scan, so a chunk of several tokens after the first
     would start from a zero state, without an error: wrong answers (measured on 5.23: logits change by 20 %).
     They take the whole prompt at once and then single tokens.
     """
@@ -91,15 +91,14 @@ def takes_chunks(config: Config) -> bool:
 
 
 def layer_facts(config: Config, *, n_ranks: int | None = None) -> tuple[LayerFacts, ...]:
-    """What each layer of a model remembers.
+    """Describe what each layer of a model remembers.
 
     Parameters
     ----------
     config
         A Transformers config; of a multimodal one the text decoder's part is read.
     n_ranks
-        Over how many the model is cut: the facts are those of one rank. By default what its config says, which is so
-        once it has been loaded.
+        Ranks that the model is sharded over; the facts are one rank's. By default the config's number, once loaded.
 
     Raises
     ------
@@ -119,7 +118,7 @@ def layer_facts(config: Config, *, n_ranks: int | None = None) -> tuple[LayerFac
 
 
 def is_hybrid(facts: tuple[LayerFacts, ...]) -> bool:
-    """Whether a model has both KV caches and recurrent or convolution states."""
+    """Check whether a model has both KV caches and recurrent or convolution states."""
     return any(f.attention for f in facts) and any(f.state for f in facts)
 
 
@@ -129,7 +128,7 @@ def kv_facts(facts: tuple[LayerFacts, ...]) -> tuple[AttentionFacts, ...]:
 
 
 def _layer_kinds(text: Any) -> list[str]:
-    """What each layer is, in Transformers' words, checked."""
+    """Read each layer's kind, in Transformers' words, checked."""
     n_layers = text.num_hidden_layers
     if not 1 <= n_layers <= _MAX_LAYERS:
         raise ModelError(f"the config has {n_layers} layers; allowed: 1 to {_MAX_LAYERS}")

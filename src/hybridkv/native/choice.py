@@ -21,7 +21,7 @@ _FLOATS = ("f32", "f16", "bf16")
 
 
 def rejects(config: Config, device: str) -> str | None:
-    """Why the native step cannot run a model of this config on this type of device; None if it can."""
+    """Explain why the native step cannot run a model of this config on this type of device; None if it can."""
     if (missing := cpu_native.available()) is not None:
         return missing
     if device != "cpu":
@@ -33,7 +33,7 @@ def rejects(config: Config, device: str) -> str | None:
 
 
 def rejects_packed(config: Config, device: str) -> str | None:
-    """Why no step with packed weights runs a model of this config on this type of device; None if one does."""
+    """Explain why no step with packed weights runs a model of this config on this type of device; None if one does."""
     if device != "cuda":
         return f"runs on cuda, not on {device}"
     if find_spec("triton") is None:
@@ -51,7 +51,7 @@ def rejects_packed(config: Config, device: str) -> str | None:
 
 
 def _part_rejects(part: Part, text: Any) -> str | None:
-    """Why the kernels on CUDA do not compute a part with packed weights."""
+    """Explain why the kernels on CUDA do not compute a part with packed weights."""
     if isinstance(part, Attention):
         plain = part.biased == "none" and not part.norms_together and part.q_norm is not None
         if not plain or part.rope is None or part.rope.pairs != "halves" or part.rope.kind is not None:
@@ -71,7 +71,7 @@ def _part_rejects(part: Part, text: Any) -> str | None:
 
 
 def rejects_types(config: Config, types: Mapping[str, str]) -> str | None:
-    """Why a file's types, by tensor, are not held packed on CUDA by a model that `rejects_packed` takes, or None."""
+    """Explain why CUDA does not hold a file's types, by tensor, packed for a model that `rejects_packed` takes."""
     graph = graph_of(config)
     for index, block in enumerate(graph.blocks):
         for part in (part for branch in block.branches for part in branch.parts):
@@ -88,7 +88,7 @@ def rejects_types(config: Config, types: Mapping[str, str]) -> str | None:
 
 
 def multiplies(config: Config) -> bool:
-    """Whether a directory's matrices are multiplied by numbers of the config, which leaves them float32."""
+    """Check whether a directory's matrices are multiplied by numbers of the config, which leaves them float32."""
     from hybridkv.gguf.convert import find_tables
 
     tables = find_tables(config.get_text_config(decoder=True))
@@ -96,5 +96,5 @@ def multiplies(config: Config) -> bool:
 
 
 def runs_natively(config: Config, device: str, engine: EngineKind = "auto") -> bool:
-    """Whether the native step runs a model, so that no Transformers class is needed for it."""
+    """Check whether the native step runs a model, so that no Transformers class is needed for it."""
     return engine != "eager" and rejects(config, device.partition(":")[0]) is None

@@ -55,7 +55,7 @@ class Card:
         self._matrices: dict[tuple[str, ...], PackedWeight | Tensor] = {}
 
     def has(self, name: str) -> bool:
-        """Whether the block has a tensor of this name."""
+        """Check whether the block has a tensor of this name."""
         return self.source.has(self.prefix + name)
 
     def weight(self, name: str) -> Weight:

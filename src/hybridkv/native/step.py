@@ -297,7 +297,7 @@ def _rows_of(cache: ModelCache, index: int) -> WatchedRows:
 
 
 def _direct(layer: WatchedRows) -> bool:
-    """Whether one new token of this layer is stored and attended by the native code, with nothing to measure."""
+    """Check whether native code stores and attends one new token of this layer, with nothing to measure."""
     kernels = layer.store.kernels
     native = kernels.decode in cpu.KERNELS and kernels.write_k in cpu.ENCODERS and kernels.write_v in cpu.ENCODERS
     return native and not layer.watch.pending

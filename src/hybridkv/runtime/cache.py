@@ -96,7 +96,7 @@ class ModelCache:
 
     @property
     def specs(self) -> tuple[KVSpec, ...]:
-        """What each KV layer is stored as now, fallbacks included."""
+        """Specs of the KV layers as they are stored now, fallbacks included."""
         return tuple(layer.spec for layer in self.kv_layers)
 
     @property
@@ -142,9 +142,9 @@ class ModelCache:
             part.reset()
 
     def copy(self, *, n_ctx: int | None = None) -> Self:
-        """A cache that goes on from the same tokens on its own.
+        """A cache that continues from the same tokens independently.
 
-        Whoever continues one beginning in several ways copies it before: a state cannot go back.
+        Copy it before you continue one beginning in several ways: a state cannot go back.
 
         Parameters
         ----------
@@ -189,7 +189,7 @@ class ModelCache:
         )
 
     def load(self, copies: Sequence[StoredCache]) -> None:
-        """Go on from the last of several copies of one sequence, each of which begins where the one before ends.
+        """Resume from the last of several copies of one sequence, each of which begins where the one before ends.
 
         The cache must have been built for their specs.
         """
@@ -202,7 +202,7 @@ class ModelCache:
             layer_states.load(states)
 
     def load_converted(self, other: ModelCache) -> None:
-        """Go on from what another cache of the model holds at other types: rows are decoded and encoded again."""
+        """Resume from what another cache of the model holds at other types: rows are decoded and encoded again."""
         for own, theirs in zip(self.quantized, other.quantized, strict=True):
             own.store.load_converted(theirs.store)
             own.watch.pending = False  # there are no unpacked rows left to compare with

@@ -280,7 +280,7 @@ class Talk:
     # ---- Files.
 
     def save(self, path: Path) -> int:
-        """Write the conversation and its cache; `hybridkv run --chat --session` goes on with it. The tokens it holds.
+        """Write the conversation and its cache; `hybridkv run --chat --session` resumes it. The tokens it holds.
 
         Raises
         ------
@@ -294,7 +294,7 @@ class Talk:
         return self._aside(lambda: self.scheduler.save(ticket, path, messages))
 
     def load(self, path: Path) -> None:
-        """Go on with a saved conversation in place of this one.
+        """Resume a saved conversation in place of this one.
 
         Raises
         ------

@@ -26,14 +26,14 @@ FAMILY_NAMES = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
 
 
 def rejects_device(device: str) -> str | None:
-    """Why the fused step runs no model on this type of device; None if it runs some."""
+    """Explain why the fused step runs no model on this type of device; None if it runs some."""
     if device != "cuda":
         return f"runs on cuda, not on {device}"
     return "triton is not installed" if importlib.util.find_spec("triton") is None else None
 
 
 def rejects(config: Config, device: str) -> str | None:
-    """Why the fused step cannot run a model of this config on this type of device; None if it can."""
+    """Explain why the fused step cannot run a model of this config on this type of device; None if it can."""
     if (missing := rejects_device(device)) is not None:
         return missing
     text = config.get_text_config(decoder=True)

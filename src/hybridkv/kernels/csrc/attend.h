@@ -1,5 +1,5 @@
 // One attention task on one instruction set: a block of query rows of one KV head over a range of stored rows,
-// with an online softmax that goes on from segment to segment. K and V are separate phases of a tile, so that a format costs one staging function
+// with an online softmax that resumes from segment to segment. K and V are separate phases of a tile, so that a format costs one staging function
 // for both and not one kernel per K x V pair. Included once per instruction set.
 #pragma once
 

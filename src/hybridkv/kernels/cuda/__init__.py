@@ -29,7 +29,7 @@ def _installed() -> bool:
 
 
 def available(device: str) -> str | None:
-    """Why the kernels cannot run on a kind of device; None if they can. Triton's interpreter runs them on the CPU."""
+    """Explain why the kernels cannot run on a kind of device; None if they can. Triton interprets them on the CPU."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device != "cuda" and not (device == "cpu" and interpreted):
         return f"runs on cuda, not on {device}"

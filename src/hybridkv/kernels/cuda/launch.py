@@ -80,17 +80,17 @@ def choose_tiling(side_k: Side, side_v: Side, n_query_rows: int, *, one_token: b
 
 
 def _by_words(s: Side) -> bool:
-    """Whether lanes may share a row's words evenly, as the kernel for one token has it."""
+    """Check whether lanes may share a row's words evenly, as the kernel for one token has it."""
     return s.main in (NONE, BYTES, NIBBLES) and not s.row_scale and s.head_dim in (64, 128, 256)
 
 
 def _aligned(segment: Segment) -> bool:
-    """Whether four words may be loaded at once."""
+    """Check whether four words may be loaded at once."""
     return all(plane.data_ptr() % 16 == 0 for plane in (*segment.k, *segment.v))
 
 
 def _loads_eights(q: Tensor) -> bool:
-    """Whether eight numbers of a query may be loaded at once."""
+    """Check whether eight numbers of a query may be loaded at once."""
     return q.data_ptr() % 16 == 0 and q.stride(0) % 8 == 0 and q.stride(1) % 8 == 0
 
 
@@ -101,7 +101,7 @@ def _n_multiprocessors(device: torch.device) -> int:
 
 @lru_cache(maxsize=16)
 def _has_products_of_fragments(device: torch.device) -> bool:
-    """Whether the instructions of the kernel for one token are there; the interpreter has its own."""
+    """Check for the instructions of the kernel for one token; the interpreter has its own."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 

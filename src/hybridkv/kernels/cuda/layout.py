@@ -86,7 +86,7 @@ class Memory(NamedTuple):
 
 
 def rejects_rows(fmt: KVFormat, head_dim: int) -> str | None:
-    """Why the kernels cannot read or write such rows; None if they can."""
+    """Explain why the kernels cannot read or write such rows; None if they can."""
     if head_dim > MAX_HEAD_DIM:
         return f"head dim {head_dim} is above {MAX_HEAD_DIM}"
     if fmt.block not in (None, 1, 32):

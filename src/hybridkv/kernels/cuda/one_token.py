@@ -167,7 +167,7 @@ def _runs_of_warp(side, warps):
 
 @triton.jit
 def _tile(run, half: tl.constexpr, S: tl.constexpr):
-    """Which accumulators hold the first or the second two dims of a run of four: those of a word, or of its nibbles."""
+    """Select the accumulators of the first or the second two dims of a run of four: of a word, or of its nibbles."""
     return run * 2 + half if S.main == _BYTES else run // 2 * 4 + run % 2 + 2 * half
 
 

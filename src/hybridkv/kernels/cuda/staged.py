@@ -125,14 +125,14 @@ def add_part(total, weight, part, part_weight, out, out_weight, width, n, BLOCK:
 
 
 def available(device: torch.device) -> bool:
-    """Whether torch has a kernel of its own for the device."""
+    """Check whether torch has a kernel of its own for the device."""
     return (
         device.type == "cuda" and is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
     )
 
 
 def takes(q: Tensor, view: KVView, params: AttentionParams) -> bool:
-    """Whether a call is one of those that this module attends."""
+    """Check whether this module attends a call."""
     plain = params.mask is None and params.softcap is None and params.sinks is None and view.window is None
     on_host = not view.device_rows and all(s.center is None for s in view.segments)
     dims = view.head_dim_k == view.head_dim_v and view.head_dim_k % 8 == 0 and view.head_dim_k <= 256

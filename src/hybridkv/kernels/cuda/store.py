@@ -51,7 +51,7 @@ class Encoding(NamedTuple):
 
 @lru_cache(maxsize=256)
 def encoding(type_name: str, scale: Scale | None, head_dim: int) -> Encoding:
-    """What the encoder of rows of `head_dim` values must know.
+    """Collect what the encoder of rows of `head_dim` values must know.
 
     Raises
     ------

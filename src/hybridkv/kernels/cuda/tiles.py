@@ -271,7 +271,7 @@ def _one_value(words, factor: tl.constexpr, d, m, S: tl.constexpr):
 
 @triton.jit
 def entries(a, b, c, d, words, book, S: tl.constexpr):
-    """What the codebook has for codes, laid out like these; as bytes, 128 higher."""
+    """Look codes up in the codebook, laid out like these; as bytes, 128 higher."""
     if INTERPRETED:
         a, b = _entries_from_memory(a, book), _entries_from_memory(b, book)
         c, d = _entries_from_memory(c, book), _entries_from_memory(d, book)

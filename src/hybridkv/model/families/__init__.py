@@ -23,7 +23,7 @@ def graph_of(config: Config) -> ModelGraph:
 
 
 def rejects(config: Config) -> str | None:
-    """Why no graph can be written of a config; None if one can."""
+    """Explain why no graph can be written of a config; None if one can."""
     text = config.get_text_config(decoder=True)
     family = FAMILIES.get(text.model_type)
     if family is None:
