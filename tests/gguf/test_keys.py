@@ -298,7 +298,14 @@ def test_an_unknown_key_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert notice in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("path", [lambda: REFERENCE, smollm2, gemma3], ids=["bundled", "smollm2", "gemma3"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(lambda: REFERENCE, id="bundled"),
+        pytest.param(smollm2, id="smollm2"),
+        pytest.param(gemma3, id="gemma3", marks=pytest.mark.slow),
+    ],
+)
 def test_real_files_load_without_a_notice(path: Any) -> None:
     assert load_gguf(path()).notices == ()
 

@@ -19,6 +19,7 @@ from hybridkv.runtime.view import LayerView
 from tests.chat_models import CHATML, byte_level
 from tests.families import FAMILIES, build, remembering
 from tests.hf.test_families import change, run, tokens
+from tests.thin import pairwise
 
 
 @pytest.fixture(scope="module")
@@ -165,9 +166,10 @@ def drafter(family: str, noise: float) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("length", [1, 2, 25])
-@pytest.mark.parametrize("type_", ["f32", "q8_0"])
-@pytest.mark.parametrize("family", ["lfm2", "lfm2_moe", "gemma3_text", "qwen3"])
+@pytest.mark.parametrize(
+    ("family", "type_", "length"),
+    pairwise(["lfm2", "lfm2_moe", "gemma3_text", "qwen3"], ["f32", "q8_0"], [1, 2, 25]),
+)
 def test_assisted_decoding(family: str, type_: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Convolutions and windows go back over drafts that were refused; other states never do (Transformers refuses)."""
     model, ids = build(family, attention="hybridkv"), tokens(1, length)

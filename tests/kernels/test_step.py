@@ -301,6 +301,19 @@ def test_experts(routing: str, gated: bool, add: bool) -> None:
     assert error(dst, exact) < TOLERANCE
 
 
+def test_groups_are_chosen_by_their_two_best() -> None:
+    """The largest score is in the first group, the largest pair in the second."""
+    x, dst = normal(1, 16), buffer(1, 16)
+    scores = torch.tensor([[3.0, -9.0, 2.0, 1.9]])
+    gate, up, down = (normal(4, 16, 16, seed=seed) for seed in (2, 3, 4))
+    routing = Routing(1, "sigmoid", bias=torch.zeros(4), normalised=False, n_groups=2, n_used_groups=1)
+    program = StepProgram()
+    program.experts(x, scores, *(encode(each, "f32") for each in (gate, up, down)), dst, routing, add=False)
+    program.run(0, 1, 1, 1)
+    inner = torch.nn.functional.silu(gate[2].double() @ x[0].double()) * (up[2].double() @ x[0].double())
+    assert error(dst[0], torch.sigmoid(scores[0, 2].double()) * (down[2].double() @ inner)) < TOLERANCE
+
+
 @pytest.mark.parametrize("gating", ["softmax", "sigmoid"])
 def test_a_score_that_is_no_number_shows(gating: str) -> None:
     x, dst, scores = normal(2, 16), buffer(2, 16), normal(2, 4, seed=1)
