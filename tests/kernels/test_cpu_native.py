@@ -352,8 +352,9 @@ def test_encoding_what_is_not_finite_shows(isa: str, name: str, scale: Scale, ba
 
 
 def test_works_in_a_forked_child() -> None:
+    """With threads of its own: those of its parent are not there."""
     code = """
-import os, warnings
+import os, sys, warnings
 warnings.simplefilter("ignore")
 import torch
 from tests.kernels.test_cpu_native import Case, run
@@ -363,7 +364,8 @@ expected = run(case, q, k, v)
 child = os.fork()
 if child == 0:
     same = torch.equal(run(case, q, k, v), expected)
-    os._exit(0 if same else 1)
+    alone = sys.platform == "linux" and len(os.listdir("/proc/self/task")) == 1
+    os._exit(0 if same and not alone else 1)
 _, status = os.waitpid(child, 0)
 raise SystemExit(os.waitstatus_to_exitcode(status))
 """
