@@ -161,7 +161,7 @@ def _parts(opened: Opened, demand: Demand) -> dict[str, int]:
 
 def _hint(opened: Opened, demand: Demand, held: Held, parts: Mapping[str, int], n_available: int) -> str:
     """Suggest what would fit: other weights, a smaller type, a smaller context."""
-    from hybridkv.plan import largest_context
+    from hybridkv.planner import largest_context
 
     kv = next(iter(parts.values()))
     rest = sum(parts.values()) - kv
