@@ -94,6 +94,26 @@ class Held:
         return sum(self.parts.values())
 
 
+@dataclass(frozen=True, slots=True)
+class Expanded:
+    """What becomes plain numbers on a card, though its file has it quantized.
+
+    Attributes
+    ----------
+    reason
+        Why it does not stay packed.
+    counts
+        Tensors by type, the most frequent first.
+    file_bytes, held_bytes
+        What they take in the file, and on the card.
+    """
+
+    reason: str
+    counts: Mapping[str, int]
+    file_bytes: int
+    held_bytes: int
+
+
 def held_weights(
     tensors: Iterable[StoredTensor],
     kind: WeightKind,

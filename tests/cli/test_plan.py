@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -11,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGMLQuantizationType
 
+from hybridkv.cli import model_options, run
+from hybridkv.cli.show import size
 from hybridkv.formats import FORMATS
 from hybridkv.model import facts
 from tests.cli.conftest import Cli
@@ -128,6 +132,41 @@ def test_the_default_is_what_run_holds(cli: Cli, monkeypatch: pytest.MonkeyPatch
         assert cli("plan", "--types", "q8_0", "--dtype", dtype, "--device", device).out == planned
     said = cli("run", "--ids", 1, "-n", 1, "--device", "cpu").err
     assert "weights: 29.5 MiB q8_0 + 192.3 KiB f32 (vectors)\n" in said
+
+
+def test_what_a_card_expands_is_said(cli: Cli, tmp_path: Path) -> None:
+    """By the planner and by `run`, with what it costs; nobody is told what he asked for."""
+    file = draft(tiny_model())
+    file.keys |= {"qwen35.rope.scaling.type": "yarn", "qwen35.rope.scaling.factor": 2.0}
+    model = file.write(tmp_path / "wide.gguf", lambda _: GGMLQuantizationType.Q8_0)
+    matrices = [v for name, v in file.tensors.items() if v.ndim == 2 and "conv1d" not in name]
+    n_values = sum(v.size for v in matrices)
+    base = ("plan", "-m", model, "-c", 100, "--types", "f16")
+    assert cli(*base, "--device", "cuda").err == (
+        f"note: on cuda {len(matrices)} quantized tensors (q8_0 {len(matrices)}) are expanded to bf16: "
+        f"{size(2 * n_values)} instead of {size(n_values // 32 * 34)} in the file; reason: RoPE that scales cosines "
+        "and sines\n"
+    )
+    answer = json.loads(cli(*base, "--device", "cuda", "--json").out)
+    assert answer["expanded"]["counts"] == {"q8_0": len(matrices)}
+    assert (answer["expanded"]["file_bytes"], answer["expanded"]["held_bytes"]) == (n_values // 32 * 34, 2 * n_values)
+    for options in (("--device", "cpu"), ("--device", "cuda", "--weights", "bf16"), ("--engine", "eager")):
+        assert "expanded" not in cli(*base, *options).err
+
+
+def test_run_says_it_before_it_loads(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = draft(tiny_model())
+    file.keys |= {"qwen35.rope.scaling.type": "yarn", "qwen35.rope.scaling.factor": 2.0}
+    model = file.write(tmp_path / "wide.gguf", lambda _: GGMLQuantizationType.Q8_0)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    arguments = argparse.ArgumentParser()
+    run.add_arguments(arguments)
+    cli_options = arguments.parse_args(["-m", str(model), "--device", "cuda", "--engine", "auto"])
+    said: list[str] = []
+    monkeypatch.setattr(model_options, "notice", said.append)
+    model_options.open_model(cli_options)
+    assert [line for line in said if "are expanded to bf16: " in line]
 
 
 @pytest.mark.parametrize("engine", ["auto", "eager"])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from hybridkv.cli import run
 from hybridkv.cli.cache_options import add_cache_arguments, given_types, policy_from
@@ -17,6 +17,7 @@ from hybridkv.cli.model_options import DEFAULT_CTX, device_name, engine_for, wei
 from hybridkv.cli.model_source import add_source_arguments, model_of
 from hybridkv.cli.show import (
     MAX_CONTEXT,
+    expanded_words,
     notice,
     simple_table,
     size,
@@ -30,7 +31,7 @@ from hybridkv.errors import NoKernelError, UsageError, one_of
 if TYPE_CHECKING:
     from hybridkv.cache import KVSpec
     from hybridkv.engine.describe import Description
-    from hybridkv.held import Held, WeightKind
+    from hybridkv.held import Expanded, Held, WeightKind
     from hybridkv.native.choice import EngineKind
     from hybridkv.policy import AnyPolicy, Guard
 
@@ -147,10 +148,19 @@ def main(arguments: argparse.Namespace) -> int:
         notice(f"the state shapes of {description.config.model_type!r} are not known: states are not counted")
     if a.json:
         counted = {"model": description.name, "n_ctx": n_ctx, "n_seqs": a.parallel, "n_ranks": a.tp}
-        print(json.dumps({**counted, "device": device, "weights": weights.held.parts, "plans": rows}))
+        print(
+            json.dumps(
+                {**counted, "device": device, "weights": weights.held.parts, "plans": rows, **_expanded(weights)}
+            )
+        )
     else:
         _print(question, rows, device, a.memory)
     return 0
+
+
+def _expanded(weights: _Weights) -> dict[str, Any]:
+    """What the JSON object says of tensors that do not stay packed."""
+    return {} if weights.expanded is None else {"expanded": asdict(weights.expanded)}
 
 
 def _says_types(a: argparse.Namespace) -> bool:
@@ -207,6 +217,7 @@ class _Weights:
 
     held: Held
     conv_itemsize: int
+    expanded: Expanded | None = None
 
 
 def _held(description: Description, asked: WeightKind, device: str, engine: str) -> _Weights:
@@ -219,8 +230,12 @@ def _held(description: Description, asked: WeightKind, device: str, engine: str)
     chosen = engine_for(device, asked, cast("EngineKind", engine))
     kind, dtype = weights_on(device, asked, chosen, description)
     wide = dtype == torch.float32
-    held = description.held(kind, device, "f32" if wide else "bf16", engine=chosen)
-    return _Weights(held, 4 if wide else 2)
+    plain: Literal["f32", "bf16"] = "f32" if wide else "bf16"
+    held = description.held(kind, device, plain, engine=chosen)
+    expanded = description.expanded(asked, device, plain, chosen)
+    if expanded is not None:
+        notice(expanded_words(expanded, plain))
+    return _Weights(held, 4 if wide else 2, expanded)
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:
