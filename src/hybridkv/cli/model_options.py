@@ -15,6 +15,7 @@ from hybridkv.cli.context import context_of, refuse_shift
 from hybridkv.cli.model_source import add_source_arguments, model_of
 from hybridkv.cli.rope_options import add_rope_arguments, changes_of
 from hybridkv.cli.show import MAX_CONTEXT, expanded_words, notice, size, weights_words
+from hybridkv.cli.split_options import refuse_split
 from hybridkv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -280,6 +281,7 @@ def open_model(
         path, remote_code="trusted" if a.trust_remote_code else "refused", n_ranks=n, changes=changes
     )
     refuse_shift(a, description)
+    refuse_split(a, description, device.partition(":")[0])
     if a.trust_remote_code and path.is_file():
         notice("--trust-remote-code has no effect: this model has no Python code")
     n_ctx = context_of(a.ctx_size, description.n_ctx_train, default_ctx, changes.rope)

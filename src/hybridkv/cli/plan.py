@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -26,6 +26,7 @@ from hybridkv.cli.show import (
     warning,
     weights_words,
 )
+from hybridkv.cli.split_options import Placed, Split, add_split_arguments, free_on_card, placed, print_placed, split_of
 from hybridkv.errors import NoKernelError, UsageError, one_of
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="show memory per rank for N-way tensor parallelism (default 1)",
     )
+    add_split_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_cache_arguments(parser)
     _accept_options_of_run(parser)
@@ -135,7 +137,9 @@ def main(arguments: argparse.Namespace) -> int:
     if not a.ctx_size and n_ctx > DEFAULT_CTX and any(name.startswith(_IDLE) for name in vars(a)):
         notice(f"counted for the {n_ctx} tokens of training; `run` without -c takes {DEFAULT_CTX}")
     weights = _held(description, kind, device, a.engine)
-    question = _Question(description, guard, n_ctx, a.parallel, weights, budget)
+    split = split_of(a, description, device, kind, cast("EngineKind", a.engine))
+    free = free_on_card(budget) if split is not None else None
+    question = _Question(description, guard, n_ctx, a.parallel, weights, budget, split, free)
     rows = _rows(question, policies)
     if _says_types(a) or a.kv_tail or a.kv_sink or a.kv_center or a.kv_config:
         for line in _notices(description, policies, n_ctx):
@@ -269,6 +273,9 @@ class _Question:
     n_seqs: int
     weights: _Weights
     budget: int | None
+    split: Split | None = None
+    free: int | None = None
+    placed: list[Placed | None] = field(default_factory=list)
 
 
 def _rows(question: _Question, policies: Sequence[AnyPolicy]) -> list[dict[str, Any]]:
@@ -303,6 +310,11 @@ def _rows(question: _Question, policies: Sequence[AnyPolicy]) -> list[dict[str, 
             "weight_bytes": counted.weight_bytes,
             "total_bytes": counted.total_bytes,
         }
+        if q.split is not None:
+            found = placed(q.split, q.description, specs, q.n_ctx, q.n_seqs, q.free)
+            row["placement"] = None if found is None else found.as_json()
+            if not row["refused"]:
+                q.placed.append(found)
         if q.budget is not None:
             free = q.budget - counted.weight_bytes - counted.state_bytes
             row["fits"] = counted.total_bytes <= q.budget
@@ -364,3 +376,5 @@ def _print(question: _Question, rows: list[dict[str, Any]], device: str, memory:
     peak = f"; {size(held.peak_bytes)} while they are loaded" if held.peak_bytes > 1.1 * held.n_bytes else ""
     console.print(f"weights on {device}: {weights_words(held.parts)}{peak}")
     console.print(table)
+    if q.placed and q.placed[0] is not None:
+        print_placed(q.placed[0])

@@ -38,6 +38,21 @@ def stored_tensors(path: str | Path | Header, runner: Runner = "eager") -> tuple
     return tuple(_stored(info, plain) for info in meta.header.tensors if info.name not in left_out)
 
 
+def named_tensors(path: str | Path | Header) -> tuple[tuple[str, StoredTensor, int], ...]:
+    """Return the tensors that become weights, with their names and their bytes in the file.
+
+    Raises
+    ------
+    ModelFileError
+        For a damaged file.
+    """
+    meta = metadata_of(path)
+    left_out = {name for names in skipped(meta).values() for name in names}
+    plain = _plain_names(get_architecture(meta.header))
+    kept = [info for info in meta.header.tensors if info.name not in left_out]
+    return tuple((info.name, _stored(info, plain), info.nbytes) for info in kept)
+
+
 def stored_types(path: str | Path | Header) -> dict[str, str]:
     """Return the types of the tensors that become weights, in ggml's spelling.
 
