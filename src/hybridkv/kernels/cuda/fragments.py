@@ -21,7 +21,8 @@ def _target_arch() -> int:
     return int(target.arch) if target.backend == "cuda" else 0
 
 
-_target_arch.__triton_builtin__ = True  # asked while a kernel is compiled, and no part of what its cache key hashes
+# Asked while a kernel is compiled, and no part of what its cache key hashes.
+_target_arch.__triton_builtin__ = True  # type: ignore[attr-defined]
 
 
 @triton.constexpr_function
