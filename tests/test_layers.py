@@ -20,7 +20,7 @@ FLOORS = (
     ("native",),
     ("hf", "gguf"),
     ("runtime",),
-    ("policy", "planner", "held", "memory", "model", "text"),
+    ("policy", "planner", "placement", "held", "memory", "model", "text"),
     ("cache",),
     ("kernels",),
     ("rotation", "formats"),

@@ -94,6 +94,26 @@ class Held:
         return sum(self.parts.values())
 
 
+@dataclass(frozen=True, slots=True)
+class Expanded:
+    """What becomes plain numbers on a card, though its file has it quantized.
+
+    Attributes
+    ----------
+    reason
+        Why it does not stay packed.
+    counts
+        Tensors by type, the most frequent first.
+    file_bytes, held_bytes
+        What they take in the file, and on the card.
+    """
+
+    reason: str
+    counts: Mapping[str, int]
+    file_bytes: int
+    held_bytes: int
+
+
 def held_weights(
     tensors: Iterable[StoredTensor],
     kind: WeightKind,
@@ -125,7 +145,7 @@ def held_weights(
         as_plain = tensor.n_values * _ITEMSIZE[plain]
         n_plain += as_plain
         if runner == "packed":
-            held = _on_card(tensor)
+            held = card_bytes(tensor)
         else:
             held = _on_device(tensor, kind, plain) if device != "cpu" else _on_cpu(tensor, kind, runner)
         for name, n_bytes in held.items():
@@ -168,8 +188,8 @@ def _on_cpu(tensor: StoredTensor, kind: WeightKind, runner: Runner) -> dict[str,
     return {fmt.name: tensor.n_stack * tensor.n_out * fmt.row_bytes(tensor.n_in)}
 
 
-def _on_card(tensor: StoredTensor) -> dict[str, int]:
-    """Bytes of a tensor in a layout of the card's kernels; nothing for a vector."""
+def card_bytes(tensor: StoredTensor) -> dict[str, int]:
+    """Count a tensor in a layout of the card's kernels; nothing for a vector."""
     if tensor.shape == "vector":
         return {}
     fmt = get_weight_format(tensor.type)

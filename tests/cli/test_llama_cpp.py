@@ -153,7 +153,8 @@ def test_bad_values_of_samplers(cli: Cli, gguf: Path, argv: list[str], said: str
 def test_a_plan_takes_the_line_and_names_what_changes_nothing(cli: Cli, gguf: Path) -> None:
     done = cli("plan", "-m", gguf, "-c", 128, "-ctk", "q8_0", "-ngl", 99, "-fa", "on", "--lora", "x", "-t", 2)
     assert done.code == 0
-    assert "note: no effect on a plan: -fa, -t, -ngl, --lora" in done.err
+    assert "note: no effect on a plan: -fa, -t, --lora" in done.err
+    assert "note: no effect on a plan for cpu: -ngl\n" in done.err
 
 
 def test_variables_are_options(cli: Cli, gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:

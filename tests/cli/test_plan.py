@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -11,11 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGMLQuantizationType
 
+from hybridkv.cli import model_options, run
+from hybridkv.cli.show import size
 from hybridkv.formats import FORMATS
 from hybridkv.model import facts
+from hybridkv.placement import BESIDE_BYTES
 from tests.cli.conftest import Cli
 from tests.cli.models import ModelStore
+from tests.gguf.test_bad_metadata import copied
 from tests.gguf.write_qwen35 import draft, tiny_model
 
 QWEN35_35B = Path(__file__).parents[1] / "data" / "qwen3.5-35b-a3b" / "config.json"
@@ -128,6 +134,41 @@ def test_the_default_is_what_run_holds(cli: Cli, monkeypatch: pytest.MonkeyPatch
         assert cli("plan", "--types", "q8_0", "--dtype", dtype, "--device", device).out == planned
     said = cli("run", "--ids", 1, "-n", 1, "--device", "cpu").err
     assert "weights: 29.5 MiB q8_0 + 192.3 KiB f32 (vectors)\n" in said
+
+
+def test_what_a_card_expands_is_said(cli: Cli, tmp_path: Path) -> None:
+    """By the planner and by `run`, with what it costs; nobody is told what he asked for."""
+    file = draft(tiny_model())
+    file.keys |= {"qwen35.rope.scaling.type": "yarn", "qwen35.rope.scaling.factor": 2.0}
+    model = file.write(tmp_path / "wide.gguf", lambda _: GGMLQuantizationType.Q8_0)
+    matrices = [v for name, v in file.tensors.items() if v.ndim == 2 and "conv1d" not in name]
+    n_values = sum(v.size for v in matrices)
+    base = ("plan", "-m", model, "-c", 100, "--types", "f16")
+    assert cli(*base, "--device", "cuda").err == (
+        f"note: on cuda {len(matrices)} quantized tensors (q8_0 {len(matrices)}) are expanded to bf16: "
+        f"{size(2 * n_values)} instead of {size(n_values // 32 * 34)} in the file; reason: RoPE that scales cosines "
+        "and sines\n"
+    )
+    answer = json.loads(cli(*base, "--device", "cuda", "--json").out)
+    assert answer["expanded"]["counts"] == {"q8_0": len(matrices)}
+    assert (answer["expanded"]["file_bytes"], answer["expanded"]["held_bytes"]) == (n_values // 32 * 34, 2 * n_values)
+    for options in (("--device", "cpu"), ("--device", "cuda", "--weights", "bf16"), ("--engine", "eager")):
+        assert "expanded" not in cli(*base, *options).err
+
+
+def test_run_says_it_before_it_loads(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = draft(tiny_model())
+    file.keys |= {"qwen35.rope.scaling.type": "yarn", "qwen35.rope.scaling.factor": 2.0}
+    model = file.write(tmp_path / "wide.gguf", lambda _: GGMLQuantizationType.Q8_0)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    arguments = argparse.ArgumentParser()
+    run.add_arguments(arguments)
+    cli_options = arguments.parse_args(["-m", str(model), "--device", "cuda", "--engine", "auto"])
+    said: list[str] = []
+    monkeypatch.setattr(model_options, "notice", said.append)
+    model_options.open_model(cli_options)
+    assert [line for line in said if "are expanded to bf16: " in line]
 
 
 @pytest.mark.parametrize("engine", ["auto", "eager"])
@@ -274,3 +315,93 @@ def test_exact_rows_without_effect_are_said(cli: Cli) -> None:
     refused = cli("plan", "-m", QWEN35_35B, "--kv-center")
     assert refused.code == 2
     assert "--kv-center with --kv-tail 0; allowed: a tail of at least 32 tokens" in refused.err
+
+
+def sections(text: str) -> dict[str, list[str]]:
+    """The lines of the placement table by their first cell."""
+    rows = [re.split(r" {2,}", line.strip()) for line in text.split("on the card with", 1)[1].splitlines()]
+    return {row[0]: row[1:] for row in rows if len(row) > 2}
+
+
+def test_all_of_a_model_on_a_card(cli: Cli) -> None:
+    """The bundled model: its weights, KV rows and states are those of the plan, to the byte."""
+    base = ("plan", "--device", "cuda", "--types", "q8_0", "-c", 1000, "--memory", "8GiB")
+    row = json.loads(cli(*base, "--json").out)["plans"][0]
+    assert row["placement"]["host_bytes"] == 0
+    assert row["placement"]["free_bytes"] == 8 * 2**30
+    assert row["placement"]["card_bytes"] == row["total_bytes"] + BESIDE_BYTES
+    assert row["placement"]["parts"]["KV"]["card_bytes"] == row["kv_bytes"]
+    done = cli(*base)
+    assert "\non the card with KV q8_0, 8.00 GiB free: all of it\n" in done.out
+    assert sections(done.out)["KV"] == [size(row["kv_bytes"]), "3", "-", "-"]
+    assert done.err == ""
+    assert "does not fit; " in cli(*base[:-1], "400MiB").out
+    assert "on the card" not in cli("plan", "--device", "cuda", "--types", "q8_0").out  # nobody says how large it is
+
+
+def test_a_part_on_a_card_as_llama_cpp_says_it(cli: Cli) -> None:
+    """12 layers, of which -ngl 5 puts the last four and the head there; patterns come before that."""
+    base = ("plan", "--device", "cuda", "--types", "q8_0", "-c", 1000)
+    done = cli(*base, "-ngl", 5, "-ot", r"blk\.11\.ffn_=CPU")
+    assert "\non the card with KV q8_0: as -ngl, -ot say\n" in done.out
+    table = sections(done.out)
+    assert table["feed-forward"][1::2] == ["3", "9"]
+    assert (table["embedding"][0], table["embedding"][2]) == ("4.2 MiB", "-")  # it is the head too
+    assert done.err == (
+        "note: a split between card and main memory is planned, not run: `hybridkv run` holds a model on one device\n"
+    )
+    parts = json.loads(cli(*base, "-ngl", 5, "--json").out)["plans"][0]["placement"]["parts"]
+    assert parts["feed-forward"]["host_layers"] == 8
+    assert cli(*base, "-ngl", "all").err == ""
+
+
+def test_splits_that_are_refused(cli: Cli) -> None:
+    for options, said in (
+        (("-ngl", "few"), "-ngl 'few'; allowed: 0 or more layers, all, auto\nhint: this model has 12"),
+        (("-ot", "exps"), "-ot 'exps'; allowed: REGEX=CPU or REGEX=CUDA0"),
+        (("-ncmoe", -1), "-ncmoe -1; allowed: 0 or more layers"),
+        (("-cmoe", "--weights", "bf16"), "-cmoe: packed weights are those of a GGUF file"),
+    ):
+        done = cli("plan", "--device", "cuda", "--types", "q8_0", *options)
+        assert (done.code, done.out) == (2, "")
+        assert said in done.err
+    done = cli("plan", "--device", "cpu", "-ngl", 3, "-cmoe", "--types", "q8_0")
+    assert done.err == "note: no effect on a plan for cpu: -ngl, -cmoe\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [
+        (("-ngl", "5"), "-ngl 5"),
+        (("--cpu-moe",), "--cpu-moe"),
+        (("--n-cpu-moe", "3"), "--n-cpu-moe 3"),
+        (("-ot", "_exps=CPU"), "-ot _exps=CPU"),
+    ],
+)
+def test_run_refuses_a_split(cli: Cli, options: tuple[str, ...], asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is loaded; what asks for the whole card, or for nothing, passes."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    done = cli("run", "--ids", 3, "-n", 1, "--device", "cuda", *options)
+    assert done.code == 2
+    assert f"error: {asked} on cuda: a split between card and main memory is planned, not run; allowed: " in done.err
+    assert "hint: `hybridkv plan` with the same options prints the split" in done.err
+    done = cli("run", "--ids", 3, "-n", 1, "--device", "cuda", "--no-kv-offload")
+    assert "error: --no-kv-offload on cuda: KV rows lie where their layer does" in done.err
+    whole = ("-ngl", "99", "-ot", "_exps=CUDA0", "--n-cpu-moe", "0", "--weights", "int8")  # which needs torchao
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    assert "need torchao" in cli("run", "--ids", 3, "-n", 1, "--device", "cuda", *whole).err
+    assert cli("run", "--ids", 3, "-n", 1, "--device", "cpu", *options).code == 0
+
+
+def test_routed_experts_of_a_file(cli: Cli, tmp_path: Path) -> None:
+    model = copied("qwen35moe").write(tmp_path / "experts.gguf", lambda _: GGMLQuantizationType.Q8_0)
+    base = ("plan", "-m", model, "--device", "cuda", "--types", "f16", "-c", 100)
+    parts = json.loads(cli(*base, "--n-cpu-moe", 3, "--json").out)["plans"][0]["placement"]["parts"]
+    assert parts["routed experts"]["host_layers"] == 3
+    assert parts["shared experts"]["host_bytes"] == 0
+    whole = json.loads(cli(*base, "--memory", "1GiB", "--json").out)["plans"][0]["placement"]
+    less = whole["card_bytes"] - parts["routed experts"]["card_bytes"] // 2 - 1
+    found = json.loads(cli(*base, "--memory", less, "--json").out)["plans"][0]["placement"]
+    assert 1 <= found["n_cpu_moe"] < 4
+    assert found["card_bytes"] <= less

@@ -22,9 +22,12 @@ from tests.oracles.attention import exact_attention, relative_rmse
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from hybridkv.hf.step import fused
 from hybridkv.kernels.cuda import launch, staged
 from hybridkv.kernels.cuda.launch import ONE_TOKEN_ROWS, Tiling
 from hybridkv.kernels.cuda.store import store
+from hybridkv.native.choice import rejects_packed
+from tests.families import build
 from tests.on_device import DEVICE, ON_CUDA
 from tests.thin import slow_but
 
@@ -445,6 +448,15 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "20" in str(kernel.rejects(replace(case, head_dim_k=20)))
     assert "512" in str(kernel.rejects(replace(case, head_dim_k=1024)))
     assert "not on cpu" in str(kernel.rejects(replace(case, device="cpu")))
+
+
+def test_rocm_is_refused_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles the kernels there, with errors that it passes over."""
+    monkeypatch.setattr(cuda, "_is_rocm", lambda: True)
+    assert "built for ROCm" in str(cuda.KERNELS[0].rejects(AttentionCase("cuda", "q8_0", "q8_0", 64, 64, 1, "decode")))
+    assert "built for ROCm" in str(cuda.ENCODERS[0].rejects("cuda", get_format("q8_0"), 64))
+    assert "built for ROCm" in str(rejects_packed(build("qwen3_5_text").config, "cuda"))
+    assert "built for ROCm" in str(fused.rejects_device("cuda"))
 
 
 def test_kernels_that_read_rows_from_the_host_refuse_others() -> None:

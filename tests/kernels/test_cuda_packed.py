@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,11 +13,12 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from hybridkv.formats.weights import WEIGHTS
-from hybridkv.kernels.cuda import packed, packed_layout
+from hybridkv.kernels.cuda import grid_layout, packed, packed_layout
 from hybridkv.kernels.cuda.packed import multiply_gated, multiply_packed
 from hybridkv.kernels.cuda.packed_layout import PACKED, PackedWeight, upload
 from hybridkv.kernels.cuda.packed_rows import decode_rows, gather_rows
-from tests.kernels.weight_rows import coded, decoded, weight
+from hybridkv.kernels.grids import grid_bytes
+from tests.kernels.weight_rows import coded, decoded, weight, with_scales
 from tests.on_device import DEVICE, random
 from tests.thin import slow_but
 
@@ -61,7 +63,7 @@ def test_few_rows(name: str, n_rows: int) -> None:
     assert error(multiply_packed(x, (held,)), x.double() @ exact.T) < SUMS
 
 
-@pytest.mark.parametrize("names", [("q4_K", "q6_K"), ("q8_0", "q8_0")])
+@pytest.mark.parametrize("names", [("q4_K", "q6_K"), ("q8_0", "q8_0"), ("iq2_xs", "q4_K"), ("iq3_s", "iq1_m")])
 def test_two_matrices_of_types_of_their_own(names: tuple[str, str]) -> None:
     """Nine rows of activations are two tiles of columns, of which the second has one."""
     (a, exact_a), (b, exact_b) = made(names[0], 20, 512), made(names[1], 35, 512, seed=1)
@@ -71,7 +73,7 @@ def test_two_matrices_of_types_of_their_own(names: tuple[str, str]) -> None:
     assert error(got, 0.5 * x.double() @ torch.cat([exact_a, exact_b]).T) < 2 * SUMS
 
 
-@pytest.mark.parametrize("name", ["q4_K", "q8_0"])
+@pytest.mark.parametrize("name", ["q4_K", "q8_0", "iq2_s", "iq1_s"])
 @pytest.mark.parametrize("n_rows", [1, packed.FEW_ROWS + 1])
 def test_swiglu(name: str, n_rows: int) -> None:
     held, exact = made(name, 2 * 19, 256)
@@ -130,12 +132,37 @@ def test_stacks_are_joined_expert_by_expert(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("name", PACKED)
 def test_bytes_are_those_of_the_file(name: str) -> None:
-    """But for the types whose scales become bytes."""
-    more = {"q3_K": 4, "iq4_xs": 2}.get(name, 0)
+    """But for types whose scales become bytes, or whose seven bits of signs become eight."""
+    more = {"q3_K": 4, "iq4_xs": 2, "iq2_xxs": 4, "iq2_xs": 4, "iq3_xxs": 4}.get(name, 0)
     in_file = WEIGHTS[name].block_bytes * (packed_layout.UNIT // WEIGHTS[name].block)
     assert sum(PACKED[name].plane_bytes) == in_file + more
 
 
 def test_types_that_are_not_held_packed() -> None:
     assert packed_layout.rejects("q4_K") is None
-    assert "iq2_xs is not multiplied packed on cuda; it knows q8_0, " in str(packed_layout.rejects("iq2_xs"))
+    assert "tq2_0 is not multiplied packed on cuda; it knows q8_0, " in str(packed_layout.rejects("tq2_0"))
+    assert {name for name, fmt in WEIGHTS.items() if fmt.is_quantized} == set(PACKED)
+
+
+@pytest.mark.parametrize("name", grid_layout.GRIDS)
+def test_all_weights_of_a_type_share_its_grid(name: str) -> None:
+    """It is gguf-py's, and every entry is found: each block of a row has another index."""
+    fmt, grid = WEIGHTS[name], grid_layout.GRIDS[name]
+    (a, _), (b, _) = made(name, 3, 256), made(name, 2, 512, seed=4)
+    assert a.planes[2].data_ptr() == b.planes[2].data_ptr()
+    assert a.nbytes == 3 * sum(PACKED[name].plane_bytes)
+    table = a.planes[2].cpu().view(-1, grid.values // 4, 4)[:, :, [0, 2, 1, 3]].reshape(-1, grid.values)
+    assert len(table) == 256 << grid.high
+    assert table.tolist() == grid_bytes(fmt).tolist()
+
+
+@pytest.mark.parametrize("name", grid_layout.GRIDS)
+def test_blocks_of_ones_and_of_zeros(name: str) -> None:
+    """The largest index, every sign and the largest scale, which no sum of random blocks singles out; and the first."""
+    fmt = WEIGHTS[name]
+    rows = np.stack([np.full(fmt.block_bytes, byte, np.uint8) for byte in (0x00, 0xFF, 0x0F, 0xF0, 0x80, 0x7F)])
+    rows = with_scales(fmt, rows)
+    held = upload([weight(fmt, rows, 256)], torch.device(DEVICE))
+    exact = torch.from_numpy(decoded(fmt, rows)).double().to(DEVICE)
+    got = decode_rows(held, 0, len(rows)).double()
+    assert ((got - exact).abs() <= 1e-3 * exact.abs()).all()

@@ -49,7 +49,12 @@ def exact_answer(x: Tensor, index: Tensor, weights: Tensor, values: Any) -> Tens
 
 
 @pytest.mark.parametrize(
-    ("up", "down", "width", "shared_width"), [("q4_K", "q6_K", 256, 512), ("q8_0", "q4_0", 64, 32)]
+    ("up", "down", "width", "shared_width"),
+    [
+        ("q4_K", "q6_K", 256, 512),
+        ("q8_0", "q4_0", 64, 32),
+        pytest.param("iq2_xs", "iq3_xxs", 256, 512, marks=pytest.mark.slow),  # minutes in the interpreter
+    ],
 )
 def test_few_tokens(up: str, down: str, width: int, shared_width: int) -> None:
     held, values = made(up, down, width, shared_width)

@@ -90,6 +90,7 @@ def test_types_of_a_file() -> None:
     names = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
     types = {f"blk.{i}.{name}.weight": "q4_K" for i in range(2) for name in names} | {"token_embd.weight": "f16"}
     assert rejects_types(config, types) is None
-    assert "iq2_xs is not multiplied packed" in str(rejects_types(config, types | {"output.weight": "iq2_xs"}))
+    assert rejects_types(config, types | {"output.weight": "iq2_xs"}) is None
+    assert "tq2_0 is not multiplied packed" in str(rejects_types(config, types | {"output.weight": "tq2_0"}))
     found = rejects_types(config, types | {"blk.1.ffn_up_exps.weight": "q5_K"})
     assert found == "experts of types q4_K, q5_K, layer 1"

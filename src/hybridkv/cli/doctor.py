@@ -120,15 +120,21 @@ def _engines() -> dict[str, str]:
 
 
 def _weights() -> dict[str, str]:
-    """Describe how each kind of weight is stored on the CPU."""
+    """Describe how each kind of weight is stored, on the CPU and on CUDA."""
     from hybridkv.formats.weights import WEIGHTS
     from hybridkv.kernels import cpu_native
+    from hybridkv.kernels.cuda.packed_layout import PACKED
 
     missing = cpu_native.available()
     matrices = f"float32, decoded: {missing}" if missing else f"as a file has them: {', '.join(WEIGHTS)}"
+    wide = [name for name, fmt in WEIGHTS.items() if fmt.is_quantized and name not in PACKED]
+    packed = f"packed under native-triton ({', '.join(PACKED)})"
+    also = f", as are files with {', '.join(wide)}" if wide else ""
+    on_cuda = f"{packed}, else expanded to bf16{also}"
     return {
         "matrices and stacks of experts on cpu": matrices,
         "vectors, convolutions, stacks of experts under the eager engine on cpu": "float32",
+        "matrices of a GGUF file on cuda": on_cuda,
     }
 
 

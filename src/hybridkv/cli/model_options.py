@@ -14,7 +14,8 @@ from hybridkv.cli.collector import import_torch, resume_collector
 from hybridkv.cli.context import context_of, refuse_shift
 from hybridkv.cli.model_source import add_source_arguments, model_of
 from hybridkv.cli.rope_options import add_rope_arguments, changes_of
-from hybridkv.cli.show import MAX_CONTEXT, notice, size, weights_words
+from hybridkv.cli.show import MAX_CONTEXT, expanded_words, notice, size, weights_words
+from hybridkv.cli.split_options import refuse_split
 from hybridkv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -280,6 +281,7 @@ def open_model(
         path, remote_code="trusted" if a.trust_remote_code else "refused", n_ranks=n, changes=changes
     )
     refuse_shift(a, description)
+    refuse_split(a, description, device.partition(":")[0])
     if a.trust_remote_code and path.is_file():
         notice("--trust-remote-code has no effect: this model has no Python code")
     n_ctx = context_of(a.ctx_size, description.n_ctx_train, default_ctx, changes.rope)
@@ -289,6 +291,9 @@ def open_model(
     kind = engine_for(device_type, asked, asked_kind)
     make_step = resolve_step(description.config, device_type, kind, graphs=graphs, notify=notice)
     weights, dtype = weights_on(device, asked, kind, description)
+    plain: Literal["f32", "bf16"] = "f32" if dtype == torch.float32 else "bf16"
+    if (expanded := description.expanded(asked, device_type, plain, kind)) is not None:
+        notice(expanded_words(expanded, plain))
     if device_type != "cpu" and weights in ("int8", "int4"):
         from hybridkv.hf.torchao_weights import check_torchao
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from hybridkv.cli import run
 from hybridkv.cli.cache_options import add_cache_arguments, given_types, policy_from
@@ -17,6 +17,7 @@ from hybridkv.cli.model_options import DEFAULT_CTX, device_name, engine_for, wei
 from hybridkv.cli.model_source import add_source_arguments, model_of
 from hybridkv.cli.show import (
     MAX_CONTEXT,
+    expanded_words,
     notice,
     simple_table,
     size,
@@ -25,12 +26,13 @@ from hybridkv.cli.show import (
     warning,
     weights_words,
 )
+from hybridkv.cli.split_options import Placed, Split, add_split_arguments, free_on_card, placed, print_placed, split_of
 from hybridkv.errors import NoKernelError, UsageError, one_of
 
 if TYPE_CHECKING:
     from hybridkv.cache import KVSpec
     from hybridkv.engine.describe import Description
-    from hybridkv.held import Held, WeightKind
+    from hybridkv.held import Expanded, Held, WeightKind
     from hybridkv.native.choice import EngineKind
     from hybridkv.policy import AnyPolicy, Guard
 
@@ -92,6 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="show memory per rank for N-way tensor parallelism (default 1)",
     )
+    add_split_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_cache_arguments(parser)
     _accept_options_of_run(parser)
@@ -134,7 +137,9 @@ def main(arguments: argparse.Namespace) -> int:
     if not a.ctx_size and n_ctx > DEFAULT_CTX and any(name.startswith(_IDLE) for name in vars(a)):
         notice(f"counted for the {n_ctx} tokens of training; `run` without -c takes {DEFAULT_CTX}")
     weights = _held(description, kind, device, a.engine)
-    question = _Question(description, guard, n_ctx, a.parallel, weights, budget)
+    split = split_of(a, description, device, kind, cast("EngineKind", a.engine))
+    free = free_on_card(budget) if split is not None else None
+    question = _Question(description, guard, n_ctx, a.parallel, weights, budget, split, free)
     rows = _rows(question, policies)
     if _says_types(a) or a.kv_tail or a.kv_sink or a.kv_center or a.kv_config:
         for line in _notices(description, policies, n_ctx):
@@ -147,10 +152,19 @@ def main(arguments: argparse.Namespace) -> int:
         notice(f"the state shapes of {description.config.model_type!r} are not known: states are not counted")
     if a.json:
         counted = {"model": description.name, "n_ctx": n_ctx, "n_seqs": a.parallel, "n_ranks": a.tp}
-        print(json.dumps({**counted, "device": device, "weights": weights.held.parts, "plans": rows}))
+        print(
+            json.dumps(
+                {**counted, "device": device, "weights": weights.held.parts, "plans": rows, **_expanded(weights)}
+            )
+        )
     else:
         _print(question, rows, device, a.memory)
     return 0
+
+
+def _expanded(weights: _Weights) -> dict[str, Any]:
+    """What the JSON object says of tensors that do not stay packed."""
+    return {} if weights.expanded is None else {"expanded": asdict(weights.expanded)}
 
 
 def _says_types(a: argparse.Namespace) -> bool:
@@ -207,6 +221,7 @@ class _Weights:
 
     held: Held
     conv_itemsize: int
+    expanded: Expanded | None = None
 
 
 def _held(description: Description, asked: WeightKind, device: str, engine: str) -> _Weights:
@@ -219,8 +234,12 @@ def _held(description: Description, asked: WeightKind, device: str, engine: str)
     chosen = engine_for(device, asked, cast("EngineKind", engine))
     kind, dtype = weights_on(device, asked, chosen, description)
     wide = dtype == torch.float32
-    held = description.held(kind, device, "f32" if wide else "bf16", engine=chosen)
-    return _Weights(held, 4 if wide else 2)
+    plain: Literal["f32", "bf16"] = "f32" if wide else "bf16"
+    held = description.held(kind, device, plain, engine=chosen)
+    expanded = description.expanded(asked, device, plain, chosen)
+    if expanded is not None:
+        notice(expanded_words(expanded, plain))
+    return _Weights(held, 4 if wide else 2, expanded)
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:
@@ -254,6 +273,9 @@ class _Question:
     n_seqs: int
     weights: _Weights
     budget: int | None
+    split: Split | None = None
+    free: int | None = None
+    placed: list[Placed | None] = field(default_factory=list)
 
 
 def _rows(question: _Question, policies: Sequence[AnyPolicy]) -> list[dict[str, Any]]:
@@ -288,6 +310,11 @@ def _rows(question: _Question, policies: Sequence[AnyPolicy]) -> list[dict[str, 
             "weight_bytes": counted.weight_bytes,
             "total_bytes": counted.total_bytes,
         }
+        if q.split is not None:
+            found = placed(q.split, q.description, specs, q.n_ctx, q.n_seqs, q.free)
+            row["placement"] = None if found is None else found.as_json()
+            if not row["refused"]:
+                q.placed.append(found)
         if q.budget is not None:
             free = q.budget - counted.weight_bytes - counted.state_bytes
             row["fits"] = counted.total_bytes <= q.budget
@@ -349,3 +376,5 @@ def _print(question: _Question, rows: list[dict[str, Any]], device: str, memory:
     peak = f"; {size(held.peak_bytes)} while they are loaded" if held.peak_bytes > 1.1 * held.n_bytes else ""
     console.print(f"weights on {device}: {weights_words(held.parts)}{peak}")
     console.print(table)
+    if q.placed and q.placed[0] is not None:
+        print_placed(q.placed[0])

@@ -17,6 +17,7 @@ from hybridkv.errors import UsageError
 if TYPE_CHECKING:
     from hybridkv.cache import KVSpec, LayerKernels
     from hybridkv.engine.load import Description
+    from hybridkv.held import Expanded
 
 MAX_CONTEXT = 2**40
 """Tokens; more are a slip of the finger."""
@@ -72,6 +73,16 @@ def size(n_bytes: int) -> str:
 def weights_words(parts: Mapping[str, int]) -> str:
     """Bytes of weights by how they are held: `1.88 GiB f32 (experts) + 7.3 MiB q8_0`."""
     return " + ".join(f"{size(n_bytes)} {name}" for name, n_bytes in parts.items()) or size(0)
+
+
+def expanded_words(expanded: Expanded, plain: str) -> str:
+    """Say which tensors become plain numbers on a card, what that costs, and why."""
+    counts = ", ".join(f"{name} {n}" for name, n in expanded.counts.items())
+    n = sum(expanded.counts.values())
+    return (
+        f"on cuda {n} quantized tensors ({counts}) are expanded to {plain}: {size(expanded.held_bytes)} instead of "
+        f"{size(expanded.file_bytes)} in the file; reason: {expanded.reason}"
+    )
 
 
 def summary(description: Description) -> str:

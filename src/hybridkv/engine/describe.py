@@ -17,7 +17,7 @@ from hybridkv.gguf.changes import changed
 from hybridkv.gguf.describe import describe_gguf
 from hybridkv.gguf.reader import Header
 from hybridkv.gguf.split import read_model
-from hybridkv.held import Held, Runner, WeightKind, held_weights
+from hybridkv.held import Expanded, Held, Runner, WeightKind, held_weights
 from hybridkv.hf.ranks import check_plan
 from hybridkv.model.changes import NO_CHANGES, ModelChanges, change_rope
 from hybridkv.model.facts import layer_facts
@@ -81,6 +81,28 @@ class Description:
         from hybridkv.gguf.stored import stored_types
 
         return rejects_types(self.config, stored_types(self.header))
+
+    def expanded(
+        self, kind: WeightKind, device: str, plain: Literal["f32", "bf16"], engine: EngineKind
+    ) -> Expanded | None:
+        """Return what becomes plain numbers on a card though nobody asked for it; None if nothing does.
+
+        Parameters
+        ----------
+        kind, engine
+            As they were asked for.
+        device
+            torch's device type.
+        plain
+            Type of plain numbers.
+        """
+        if device == "cpu" or kind != "auto" or engine == "eager" or self.header is None or self.n_ranks > 1:
+            return None
+        if (reason := self.rejects_packed(device, kind, engine)) is None:
+            return None
+        from hybridkv.gguf.stored import expanded_tensors
+
+        return expanded_tensors(self.header, reason, 4 if plain == "f32" else 2)
 
     def held(
         self, kind: WeightKind, device: str, plain: Literal["f32", "bf16"], *, engine: EngineKind = "auto"

@@ -5,6 +5,7 @@ Does not own what a run makes of them (`hybridkv.held`).
 
 from __future__ import annotations
 
+from collections import Counter
 from math import prod
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hybridkv.gguf.describe import skipped
 from hybridkv.gguf.reader import Header, TensorInfo
 from hybridkv.gguf.split import metadata_of
 from hybridkv.gguf.tensors import check_multiplied
-from hybridkv.held import Place, Runner, Shape, StoredTensor
+from hybridkv.held import Expanded, Place, Runner, Shape, StoredTensor
 
 _SMALL = ("ssm_conv1d.weight", "shortconv.conv.weight", "ssm_a")  # convolutions, and decays of each state
 _PLACES: dict[str, Place] = {"token_embd.weight": "embedding", "output.weight": "head"}
@@ -37,6 +38,21 @@ def stored_tensors(path: str | Path | Header, runner: Runner = "eager") -> tuple
     return tuple(_stored(info, plain) for info in meta.header.tensors if info.name not in left_out)
 
 
+def named_tensors(path: str | Path | Header) -> tuple[tuple[str, StoredTensor, int], ...]:
+    """Return the tensors that become weights, with their names and their bytes in the file.
+
+    Raises
+    ------
+    ModelFileError
+        For a damaged file.
+    """
+    meta = metadata_of(path)
+    left_out = {name for names in skipped(meta).values() for name in names}
+    plain = _plain_names(get_architecture(meta.header))
+    kept = [info for info in meta.header.tensors if info.name not in left_out]
+    return tuple((info.name, _stored(info, plain), info.nbytes) for info in kept)
+
+
 def stored_types(path: str | Path | Header) -> dict[str, str]:
     """Return the types of the tensors that become weights, in ggml's spelling.
 
@@ -50,6 +66,30 @@ def stored_types(path: str | Path | Header) -> dict[str, str]:
     spelling = {name.lower(): name for name in WEIGHTS}
     kinds = {info.name: info.type.name.lower() for info in meta.header.tensors if info.name not in left_out}
     return {name: spelling.get(kind, kind) for name, kind in kinds.items()}
+
+
+def expanded_tensors(path: str | Path | Header, reason: str, itemsize: int) -> Expanded | None:
+    """Count the quantized tensors that become numbers of `itemsize` bytes; None if no tensor is quantized.
+
+    Raises
+    ------
+    ModelFileError
+        For a damaged file.
+    """
+    meta = metadata_of(path)
+    left_out = {name for names in skipped(meta).values() for name in names}
+    spelling = {name.lower(): name for name in WEIGHTS}
+    found = [
+        info
+        for info in meta.header.tensors
+        if info.name not in left_out and info.type.name.lower() not in ("f32", "f16", "bf16", "f64")
+    ]
+    if not found:
+        return None
+    names = (info.type.name.lower() for info in found)
+    counts = Counter(spelling.get(name, name) for name in names)
+    held = sum(prod(info.shape) for info in found) * itemsize
+    return Expanded(reason, dict(counts.most_common()), sum(info.nbytes for info in found), held)
 
 
 def _plain_names(architecture: Architecture) -> frozenset[str]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 from typing import Any, Literal
 
 from hybridkv.kernels import cpu_native
+from hybridkv.kernels.cuda import available as kernels_available
 from hybridkv.kernels.cuda.packed_layout import PACKED
 from hybridkv.kernels.cuda.packed_layout import rejects as packed_rejects
 from hybridkv.model import Attention, DeltaNet, Experts, Gated, Part, graph_of
@@ -36,8 +36,8 @@ def rejects_packed(config: Config, device: str) -> str | None:
     """Explain why no step with packed weights runs a model of this config on this type of device; None if one does."""
     if device != "cuda":
         return f"runs on cuda, not on {device}"
-    if find_spec("triton") is None:
-        return "triton is not installed"
+    if (missing := kernels_available(device)) is not None:
+        return missing
     if getattr(config, "quantization_config", None) is not None:
         return "weights that another program quantized"
     if (reason := graph_rejects(config)) is not None:

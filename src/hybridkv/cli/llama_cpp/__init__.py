@@ -4,7 +4,7 @@ The options that parsers take without having them, what is said of each, the env
 docs/from-llama-cpp.md. `rows_*.py` hold the table by subject, `accept.py` and `variables.py` use it.
 """
 
-from hybridkv.cli.llama_cpp.accept import accept_options, accepted_names, accepted_options, say_accepted
+from hybridkv.cli.llama_cpp.accept import accept_options, accepted_names, accepted_options, given_values, say_accepted
 from hybridkv.cli.llama_cpp.table import ROWS, row_of
 from hybridkv.cli.llama_cpp.variables import options_from_variables
 
@@ -13,6 +13,7 @@ __all__ = [
     "accept_options",
     "accepted_names",
     "accepted_options",
+    "given_values",
     "options_from_variables",
     "row_of",
     "say_accepted",

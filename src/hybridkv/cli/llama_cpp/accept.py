@@ -93,6 +93,13 @@ def accepted_options(arguments: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(given))
 
 
+def given_values(arguments: argparse.Namespace, firsts: Iterable[str]) -> list[tuple[str, str, str]]:
+    """Return which options of some rows were given: a row's first name, the name that was used, and the value or ""."""
+    wanted = set(firsts)
+    given = [one for one in getattr(arguments, _GIVEN, ()) if one.row.names[0] in wanted]
+    return [(one.row.names[0], one.option, one.value or "") for one in given]
+
+
 def say_accepted(arguments: argparse.Namespace) -> None:
     """Print one line for each group of options that share a reason.
 

@@ -7,10 +7,10 @@ source of what is computed: the file reads its modules, and tests compare each r
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 from hybridkv.hf.step.fused_layers import FusedFamily, LayersStep
+from hybridkv.kernels.cuda import available as kernels_available
 from hybridkv.model.protocols import Config
 
 
@@ -29,7 +29,7 @@ def rejects_device(device: str) -> str | None:
     """Explain why the fused step runs no model on this type of device; None if it runs some."""
     if device != "cuda":
         return f"runs on cuda, not on {device}"
-    return "triton is not installed" if importlib.util.find_spec("triton") is None else None
+    return kernels_available(device)
 
 
 def rejects(config: Config, device: str) -> str | None:

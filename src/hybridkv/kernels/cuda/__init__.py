@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from hybridkv.formats import FORMATS, KVFormat, Scale
@@ -28,12 +29,19 @@ def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@cache
+def _is_rocm() -> bool:
+    return torch.version.hip is not None
+
+
 def available(device: str) -> str | None:
     """Explain why the kernels cannot run on a kind of device; None if they can. Triton interprets them on the CPU."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device != "cuda" and not (device == "cpu" and interpreted):
         return f"runs on cuda, not on {device}"
-    return None if _installed() else "triton is not installed"
+    if not _installed():
+        return "triton is not installed"
+    return "its instructions are PTX, and this torch is built for ROCm" if _is_rocm() else None
 
 
 def attend(q: Tensor, view: KVView, params: AttentionParams) -> Tensor:

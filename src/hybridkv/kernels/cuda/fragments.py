@@ -12,10 +12,34 @@ import triton.language as tl
 
 from hybridkv.kernels.cuda.tiles import INTERPRETED
 
+
+def _target_arch() -> int:
+    """The compute capability that a kernel is compiled for: 75, 90."""
+    from triton.runtime import driver
+
+    target = driver.active.get_current_target()
+    return int(target.arch) if target.backend == "cuda" else 0
+
+
+# Asked while a kernel is compiled, and no part of what its cache key hashes.
+_target_arch.__triton_builtin__ = True  # type: ignore[attr-defined]
+
+
+@triton.constexpr_function
+def _is_turing():
+    """Whether the target is older than Ampere: products of 8 inputs, and no conversion of two numbers at once."""
+    return _target_arch() < 80
+
+
 _MMA = tl.constexpr(
     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
     "{$10, $11, $12, $13};"
 )
+_MMA_OF_8 = tl.constexpr(
+    "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$4, $5}, {$8}, {$10, $11, $12, $13}; "
+    "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$6, $7}, {$9}, {$0, $1, $2, $3};"
+)
+_PACK_ONE_BY_ONE = tl.constexpr("{ .reg .b16 a, b; cvt.rn.f16.f32 a, $1; cvt.rn.f16.f32 b, $2; mov.b32 $0, {a, b}; }")
 _TURN = tl.constexpr("{ .reg .b32 t; cvt.rn.f16x2.f32 t, $2, $1; movmatrix.sync.aligned.m8n8.trans.b16 $0, t; }")
 
 
@@ -201,6 +225,8 @@ def pack(low, high):
     if INTERPRETED:
         a = low.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
         x = a | (high.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    elif _is_turing():
+        x = tl.inline_asm_elementwise(_PACK_ONE_BY_ONE, "=r,f,f", [low, high], tl.int32, is_pure=True, pack=1)
     else:
         x = tl.inline_asm_elementwise(
             "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.int32, is_pure=True, pack=1
@@ -282,6 +308,16 @@ def multiply(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, WARPS: tl.constexpr):
         d0, d1 = tl.split(tl.reshape(upper, [WARPS * 32, 2]))
         d2, d3 = tl.split(tl.reshape(lower, [WARPS * 32, 2]))
         d0, d1, d2, d3 = c0 + d0, c1 + d1, c2 + d2, c3 + d3
+    elif _is_turing():
+        # The first of two instructions writes what the second still reads: outputs of their own.
+        d0, d1, d2, d3 = tl.inline_asm_elementwise(
+            _MMA_OF_8,
+            "=&f,=&f,=&f,=&f,r,r,r,r,r,r,f,f,f,f",
+            [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
+            (tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
     else:
         d0, d1, d2, d3 = tl.inline_asm_elementwise(
             _MMA,

@@ -53,7 +53,9 @@ class Tiling:
     least: int = 1
 
 
-def choose_tiling(side_k: Side, side_v: Side, n_query_rows: int, *, one_token: bool = False) -> Tiling:
+def choose_tiling(
+    side_k: Side, side_v: Side, n_query_rows: int, *, one_token: bool = False, turing: bool = False
+) -> Tiling:
     """A tiling for a case: narrow in query rows for decode, wide for prefill.
 
     Of those that `bench/attention_cuda.py --tune` times on an H100, the ones that lose least in the geometric mean.
@@ -62,12 +64,16 @@ def choose_tiling(side_k: Side, side_v: Side, n_query_rows: int, *, one_token: b
     ----------
     one_token
         Whether the kernel for one token may be used, as far as the call is concerned.
+    turing
+        Whether a program has 64 KiB of shared memory.
     """
     lanes = 32 * max(side_k.blocks_padded, side_v.blocks_padded)
     if one_token and all(_by_words(s) for s in (side_k, side_v)):
         programs, least = (2, 2) if lanes > 128 else (4, 1)  # as many as registers allow, and fewer of large parts
         return Tiling(ONE_TOKEN_ROWS, 64, warps=4, programs=programs, least=least)
     plain, wide = ([s.main in kinds for s in (side_k, side_v)] for kinds in ((F16, F32, BF16), (F32, BF16)))
+    if turing and lanes > 128:
+        n_query_rows = min(n_query_rows, 32 if lanes <= 256 else 16)
     if n_query_rows <= 64:
         block_m = max(16, 1 << (n_query_rows - 1).bit_length())
         values = 8192 if any(plain) else 16384
@@ -126,14 +132,15 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
     assert head_dim == view.head_dim_k and n_heads % n_kv_heads == 0, (q.shape, view.head_dim_k, n_kv_heads)
     assert view.window is None or view.window > 0, view.window
     group = n_heads // n_kv_heads
-    one_token = n_new == 1 and group <= ONE_TOKEN_ROWS and params.mask is None and _has_products_of_fragments(q.device)
+    turing = not _has_products_of_fragments(q.device)
+    one_token = n_new == 1 and group <= ONE_TOKEN_ROWS and params.mask is None and not turing
     if q.stride(3) != 1 or (one_token and not _loads_eights(q)):
         q = q.contiguous()
     out = q.new_empty(n_batch, n_heads, n_new, view.head_dim_v, dtype=torch.float32)
     n_query_rows, n_pairs = n_new * group, n_batch * n_kv_heads
     sides = [(side(s.format_k.name, view.head_dim_k), side(s.format_v.name, view.head_dim_v)) for s in segments]
     tilings = [
-        tiling or choose_tiling(*pair, n_query_rows, one_token=one_token and _aligned(s))
+        tiling or choose_tiling(*pair, n_query_rows, one_token=one_token and _aligned(s), turing=turing)
         for pair, s in zip(sides, segments, strict=True)
     ]
     tiles = [-(-n_query_rows // t.block_m) for t in tilings]

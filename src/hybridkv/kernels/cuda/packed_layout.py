@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hybridkv.formats.weights import WEIGHTS
+from hybridkv.kernels.cuda.grid_layout import GRIDS, Grid, convert_grid, grid_on
 from hybridkv.kernels.weights import Weight
 
 UNIT: Final = 256
@@ -29,9 +30,10 @@ _CHUNK_BYTES: Final = 1 << 23
 Order = Literal["quarters", "runs"]
 """Which inputs of a unit a thread has: 64 that follow each other, or 8 of every 32 (types with a scale per 32)."""
 
-Scales = Literal["six", "bytes16", "bytes32", "nibbles", "half", "exponent"]
+Scales = Literal["six", "bytes16", "bytes32", "nibbles", "half", "exponent", "grid"]
 """`six`: d, dmin, and 24 bits for each quarter: two scales, two minima. `bytes16`, `bytes32`: int8 per so many inputs
-and d. `nibbles`: scale and minimum per 16, d and dmin. `half`: float16 per 32. `exponent`: a power of two per 32."""
+and d. `nibbles`: scale and minimum per 16, d and dmin. `half`: float16 per 32. `exponent`: a power of two per 32.
+`grid`: as `grid_layout.py` says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,8 @@ class PackedType:
         What a code is above its value; codes of a codebook's type index `book`, whose bytes are 128 above their values.
     book
         The codebook as four words.
+    grid
+        Of a type whose codes index groups of values, with planes of its own.
     """
 
     name: str
@@ -56,10 +60,16 @@ class PackedType:
     scales: Scales
     has_min: bool = False
     book: tuple[int, int, int, int] | None = None
+    grid: Grid | None = None
 
     @property
     def plane_bytes(self) -> tuple[int, int, int, int]:
-        """Bytes of a unit in the planes of codes, further bits, scales, and scales of scales (or minima)."""
+        """Bytes of a unit in the planes of codes, further bits, scales, and scales of scales (or minima).
+
+        Of grid types: indices and signs, scales and high bits, none (all weights share the grid), and d.
+        """
+        if self.grid is not None:
+            return (self.grid.main_bytes, self.grid.side_bytes, 0, self.grid.last_bytes)
         scales = {"six": 16, "bytes16": 16, "bytes32": 8, "nibbles": 16, "half": 16, "exponent": 8}[self.scales]
         last = {"six": 0, "bytes16": 2, "bytes32": 2, "nibbles": 4, "half": 16 if self.has_min else 0, "exponent": 0}
         return (UNIT // 8 * self.bits, UNIT // 8 * self.more, scales, last[self.scales])
@@ -86,6 +96,7 @@ _ALL: Final = (
     PackedType("q5_K", 4, 1, 0, "quarters", "six", has_min=True),
     PackedType("q6_K", 4, 2, 32, "quarters", "bytes16"),
     PackedType("iq4_xs", 4, 0, 128, "quarters", "bytes32", book=_book("iq4_xs")),
+    *(PackedType(name, 8, grid.high, 0, "runs", "grid", grid=grid) for name, grid in GRIDS.items()),
 )
 
 PACKED: Final[Mapping[str, PackedType]] = MappingProxyType({one.name: one for one in _ALL})
@@ -99,7 +110,7 @@ class PackedWeight:
     ----------
     planes
         uint8 `[n_stack * n_out, units, bytes]`: codes, further bits, scales, scales of scales; the first again in place
-        of one that the type does not have.
+        of one that the type does not have. The third of grid types is the grid, which belongs to no weight.
     """
 
     type: PackedType
@@ -116,7 +127,8 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes on the GPU."""
-        return sum(plane.nbytes for plane in {plane.data_ptr(): plane for plane in self.planes}.values())
+        own = self.planes if self.type.grid is None else (*self.planes[:2], self.planes[3])
+        return sum(plane.nbytes for plane in {plane.data_ptr(): plane for plane in own}.values())
 
     @property
     def device(self) -> torch.device:
@@ -161,6 +173,8 @@ def upload(weights: Sequence[Weight], device: torch.device) -> PackedWeight:
     whole = iter(planes)
     main = next(whole)
     filled = [next(whole) if n else main for n in type_.plane_bytes[1:]]
+    if type_.grid is not None:
+        filled[1] = grid_on(type_.name, device)
     return PackedWeight(type_, (main, filled[0], filled[1], filled[2]), n_stack, n_out, n_in)
 
 
@@ -173,6 +187,8 @@ def _convert(rows: Tensor, type_: PackedType, n_in: int) -> list[Tensor]:
     if missing := -n_blocks % per_unit:
         blocks = torch.cat([blocks, blocks.new_zeros(len(rows), missing, fmt.block_bytes)], 1)
     shape = (len(rows), blocks.shape[1] // per_unit)
+    if type_.grid is not None:
+        return [plane.reshape(*shape, -1) for plane in convert_grid(type_.name, blocks.reshape(-1, fmt.block_bytes))]
     codes, scales, last = _READ[type_.name](blocks.reshape(-1, fmt.block_bytes))
     places = codes.view(-1, UNIT)[:, _order(type_.order).to(codes.device)]
     if type_.bits == 4:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from hybridkv.kernels.cuda.fragments import load_half, load_words, pack, two_values, unpack
+from hybridkv.kernels.cuda.packed_grid import decode_grid_unit, load_grid_unit
 from hybridkv.kernels.cuda.tiles import INTERPRETED, LOOK_UP_NIBBLES
 
 ONE = tl.constexpr(0x3C003C00)
@@ -82,6 +83,15 @@ def _look_up(x, T: tl.constexpr):
 @triton.jit
 def load_unit(main, more, scales, last, row, unit, n_units, place, T: tl.constexpr):
     """The words of a lane's share of a unit of its row: zeros beyond the last unit."""
+    if T.grid is not None:
+        raw = load_grid_unit(main, more, scales, last, row, unit, n_units, place, T)
+    else:
+        raw = _load_coded(main, more, scales, last, row, unit, n_units, place, T)
+    return raw
+
+
+@triton.jit
+def _load_coded(main, more, scales, last, row, unit, n_units, place, T: tl.constexpr):
     at = row * n_units + unit
     words = tl.pointer_type(tl.int32)
     halves = tl.pointer_type(tl.int16)
@@ -256,6 +266,15 @@ def _two(raw, factor, summand, W: tl.constexpr, I: tl.constexpr, T: tl.constexpr
 @triton.jit
 def decode_unit(raw, place, T: tl.constexpr):
     """Decode what `load_unit` gave: 32 words, and float32 scales of their products, one or one for each word."""
+    if T.grid is not None:
+        words, units = decode_grid_unit(raw, place, T)
+    else:
+        words, units = _decode_coded(raw, place, T)
+    return words, units
+
+
+@triton.jit
+def _decode_coded(raw, place, T: tl.constexpr):
     factors, summands, units = _scales_of(raw, place, T)
     one = tl.full(place.shape, ONE, tl.int32)
     words = ()
