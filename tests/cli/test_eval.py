@@ -73,7 +73,7 @@ def test_ctrl_c_keeps_what_is_done(cli: Cli, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("hybridkv.lab.evaluate.Evaluator.greedy", stop)
     done = cli("eval", *SMALL, "--types", "q4_0", "-o", output)
     assert done.code == 130
-    assert "interrupted: what was measured is kept" in done.err
+    assert "interrupted: the measurements are kept" in done.err
     conditions, results = read_jsonl(output)
     assert not conditions.complete
     assert [r.n_tokens for r in results] == [96, 96, 96]

@@ -184,7 +184,7 @@ def test_what_does_not_fit() -> None:
     with pytest.raises(UsageError, match="no rows"):
         classifier(model).score([])
     for labels in (((1,), ()), ((1, 2), (3,), (1, 2))):
-        with pytest.raises(UsageError, match="labels need tokens"):
+        with pytest.raises(UsageError, match="every label must tokenize"):
             classifier(model, labels=labels)
 
 

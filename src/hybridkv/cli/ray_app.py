@@ -16,7 +16,7 @@ from hybridkv.errors import UsageError
 
 
 def app(args: Mapping[str, str]) -> Any:
-    """What Ray's own tools deploy.
+    """Build what Ray's own tools deploy.
 
     Parameters
     ----------

@@ -26,7 +26,7 @@ class LanguageModel(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """Device that it runs on."""
         ...
 
     @property

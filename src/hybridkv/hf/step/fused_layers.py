@@ -78,7 +78,7 @@ class FusedFamily:
     model_type
         Of the text config.
     rejects
-        Why a model of this text config cannot be written down, or None.
+        Why a model of this text config cannot be compiled, or None.
     build
         From a model to its layers (embedded rows `[N, hidden]` to hidden states), and its head (hidden states
         `[N, hidden]` to logits `[N, V]`).
@@ -90,7 +90,7 @@ class FusedFamily:
 
 
 class LayersStep:
-    """Runs a model that is written down as functions of rows.
+    """Runs a model that was compiled to functions of rows.
 
     Parameters
     ----------
