@@ -140,6 +140,14 @@ GROUPS: dict[str, tuple[Feature, ...]] = {
     ),
     "Around them": (
         Feature("`/v1/responses`", "no", "yes", "yes", "yes"),
+        Feature(
+            "`/v1/embeddings`",
+            "of files with a pooling type",
+            "yes",
+            "yes",
+            "yes",
+            (f"{S}embeddings.py::test_the_last_row",),
+        ),
         Feature("Anthropic's messages", "no", "yes", "", "yes"),
         Feature(
             "`/tokenize`, `/detokenize`",

@@ -20,6 +20,7 @@ from hybridkv.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+    from hybridkv.engine.describe import PoolingAsked
     from hybridkv.engine.load import Description, Loaded
     from hybridkv.engine.steps import StepKind
     from hybridkv.held import Held, WeightKind
@@ -237,7 +238,11 @@ class Opened:
 
 
 def open_model(
-    a: argparse.Namespace, *, default_ctx: int = DEFAULT_CTX, ranks: Literal["one", "many"] = "one"
+    a: argparse.Namespace,
+    *,
+    default_ctx: int = DEFAULT_CTX,
+    ranks: Literal["one", "many"] = "one",
+    pooling: PoolingAsked = "refused",
 ) -> Opened:
     """Describe the model that the options name.
 
@@ -245,6 +250,8 @@ def open_model(
     ----------
     ranks
         Whether the command knows what to do when torchrun starts several of it.
+    pooling
+        Of embedding models, where the command takes them.
 
     Raises
     ------
@@ -277,7 +284,11 @@ def open_model(
         quiet_transformers()
     changes = changes_of(a)
     description = describe(
-        path, remote_code="trusted" if a.trust_remote_code else "refused", n_ranks=n, changes=changes
+        path,
+        remote_code="trusted" if a.trust_remote_code else "refused",
+        n_ranks=n,
+        changes=changes,
+        pooling=pooling,
     )
     refuse_shift(a, description)
     if a.trust_remote_code and path.is_file():

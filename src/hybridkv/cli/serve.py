@@ -19,14 +19,17 @@ from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits
 from hybridkv.cli.ray_options import LOCAL
 from hybridkv.cli.resolve import resolve_types
 from hybridkv.cli.serve_answers import Answers, add_answer_arguments, answers_from
+from hybridkv.cli.serve_embeddings import load_embedder
 from hybridkv.cli.show import notice, size, warning
 from hybridkv.errors import UsageError
+from hybridkv.gguf.pooling import POOLINGS
 
 if TYPE_CHECKING:
     import socket
 
     from hybridkv.cache import KVSpec
     from hybridkv.engine import Scheduler
+    from hybridkv.engine.embed import NoScheduler
     from hybridkv.engine.load import Loaded
     from hybridkv.policy import AnyPolicy, Guard
     from hybridkv.server.desk import Served
@@ -119,6 +122,13 @@ def _add_scheduler_arguments(group: argparse._ActionsContainer) -> None:
         "--max-waiting", type=int, default=64, metavar="N", help="requests that may wait for their turn (default 64)"
     )
     group.add_argument(
+        "--pooling",
+        choices=POOLINGS,
+        metavar="|".join(POOLINGS),
+        help="serve /v1/embeddings, pooled so in place of what the GGUF file says; none: generate text (default: the "
+        "file's pooling type, or none)",
+    )
+    group.add_argument(
         "--prefill-chunk",
         type=int,
         default=256,
@@ -139,7 +149,10 @@ def main(arguments: argparse.Namespace) -> int:
         return serve(a, policy, guard, keys)
     listener = bind(a.host, a.port)
     try:
-        opened = fit_context(open_model(a), a.ctx_size, policy, guard, n_seqs=a.parallel, more=a.prefix_memory)
+        opened = open_model(a, pooling=a.pooling or "of the file")
+        if opened.description.pooling is not None:
+            return _serve(a, *load_embedder(a, opened), listener, keys)
+        opened = fit_context(opened, a.ctx_size, policy, guard, n_seqs=a.parallel, more=a.prefix_memory)
         specs = resolve_types(opened, policy, guard)
         check_memory(opened, demand(a, opened, specs, guard))
         served, scheduler = load_served(a, opened, specs, guard)
@@ -325,7 +338,11 @@ def gate_options(a: argparse.Namespace, keys: tuple[str, ...], *, local: bool, n
 
 
 def _serve(
-    a: argparse.Namespace, served: Served, scheduler: Scheduler, listener: socket.socket, keys: tuple[str, ...]
+    a: argparse.Namespace,
+    served: Served,
+    scheduler: Scheduler | NoScheduler,
+    listener: socket.socket,
+    keys: tuple[str, ...],
 ) -> int:
     """Answer until a signal comes; the exit code."""
     from hybridkv.server.app import create_app

@@ -15,6 +15,7 @@ from hybridkv.cache import LayerFacts
 from hybridkv.errors import ModelError, ModelFileError, UsageError
 from hybridkv.gguf.changes import changed
 from hybridkv.gguf.describe import describe_gguf
+from hybridkv.gguf.pooling import Pooling, take_pooling
 from hybridkv.gguf.reader import Header
 from hybridkv.gguf.split import read_model
 from hybridkv.held import Held, Runner, WeightKind, held_weights
@@ -25,6 +26,8 @@ from hybridkv.native.choice import EngineKind, multiplies, rejects_packed, rejec
 
 if TYPE_CHECKING:
     from hybridkv.hf.load import RemoteCode
+
+PoolingAsked = Pooling | Literal["refused", "of the file", "none"]
 
 BUNDLED = "reference-hybrid-q8_0.gguf"
 
@@ -53,6 +56,8 @@ class Description:
         What options change of it; `config` and `header` have them.
     header
         Of a GGUF file: read once, for all who ask. None for a directory.
+    pooling
+        Of an embedding model, where the command takes one.
     """
 
     path: Path
@@ -64,6 +69,7 @@ class Description:
     n_ranks: int = 1
     changes: ModelChanges = NO_CHANGES
     header: Header | None = field(default=None, repr=False, compare=False)
+    pooling: Pooling | None = None
 
     def rejects_packed(self, device: str, kind: WeightKind, engine: EngineKind) -> str | None:
         """Why the weights do not stay packed on a device that is not the CPU; None if they do.
@@ -137,7 +143,12 @@ def bundled_text() -> Path:
 
 
 def describe(
-    path: Path, *, remote_code: RemoteCode = "refused", n_ranks: int = 1, changes: ModelChanges = NO_CHANGES
+    path: Path,
+    *,
+    remote_code: RemoteCode = "refused",
+    n_ranks: int = 1,
+    changes: ModelChanges = NO_CHANGES,
+    pooling: PoolingAsked = "refused",
 ) -> Description:
     """What a model is, from its header or config alone.
 
@@ -147,6 +158,8 @@ def describe(
         What options change of it.
     n_ranks
         Over how many processes it is to be cut.
+    pooling
+        Of an embedding model, which is an error otherwise: what its file says, or in its place.
 
     Raises
     ------
@@ -159,7 +172,7 @@ def describe(
         raise ModelFileError(f"no model at {path}", hint="leave -m out to run the bundled model")
     if path.suffix == ".safetensors":
         raise ModelFileError(f"{path} is a part of a model", hint=f"give its directory: -m {path.parent}")
-    header = None
+    header, pooled = None, None
     if path.is_dir() or path.name == "config.json":
         from hybridkv.hf.load import load_config
 
@@ -174,6 +187,8 @@ def describe(
         )
     else:
         header = changed(read_model(path), changes)
+        if pooling != "refused":
+            pooled, header = take_pooling(header, None if pooling == "of the file" else pooling)
         name, config = describe_gguf(header)
     if n_ranks > 1:
         check_plan(config)
@@ -181,7 +196,7 @@ def describe(
     n_ctx_train = getattr(text, "max_position_embeddings", None)
     printable = "".join(c if c.isprintable() else "?" for c in name)  # a file's word, shown on a terminal
     facts = _facts(config, n_ranks)
-    return Description(path, printable, config, facts, n_ctx_train, remote_code, n_ranks, changes, header)
+    return Description(path, printable, config, facts, n_ctx_train, remote_code, n_ranks, changes, header, pooled)
 
 
 def change_config(config: Any, changes: ModelChanges) -> None:

@@ -16,6 +16,7 @@ from hybridkv import __version__
 from hybridkv.errors import HybridKVError
 from hybridkv.server.desk import Desk, Served
 from hybridkv.server.document import correct_document
+from hybridkv.server.embeddings import add_embeddings
 from hybridkv.server.gate import Gate, GateOptions, GateState
 from hybridkv.server.merge import CONTENT_TYPE
 from hybridkv.server.metrics import Metrics
@@ -80,6 +81,7 @@ def create_app(served: Served, options: GateOptions, state: GateState) -> FastAP
     _add_sessions(app, desk)
     _add_reports(app, desk, state)
     add_vocabulary(app, desk)
+    add_embeddings(app, desk)
     correct_document(app, served)
     if not served.strict:
         app.add_middleware(Relax, model=served.name, notify=served.notify)

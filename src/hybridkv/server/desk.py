@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hybridkv.cache import KVTypes
+from hybridkv.engine.embed import Embedder
 from hybridkv.engine.requests import Event, Request, SchedulerStats, Ticket
 from hybridkv.engine.sampling import SamplingParams
 from hybridkv.errors import HybridKVError
@@ -81,6 +82,8 @@ class Served:
         What becomes of thoughts, and how many tokens they may take (-1: any number), where a request does not say.
     notify
         Where it is said what was passed over.
+    embedder
+        Makes embeddings, of a model that generates no text.
     """
 
     runner: Runner
@@ -99,6 +102,7 @@ class Served:
     reasoning_format: ReasoningFormat = "auto"
     reasoning_budget: int = -1
     notify: Callable[[str], None] = _say_nothing
+    embedder: Embedder | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +219,10 @@ class Desk:
         return asked if self.served.strict else min(asked, room)
 
     def _check_model(self, name: str | None) -> None:
+        if self.served.embedder is not None:
+            raise RefusalError(
+                400, f"{self.served.name!r} is an embedding model; allowed: /v1/embeddings", code="embedding_model"
+            )
         if name is not None and name != self.served.name:
             raise RefusalError(
                 404, f"model {name!r}; this server has {self.served.name!r}", code="model_not_found", param="model"
