@@ -212,6 +212,22 @@ GROUPS: dict[str, tuple[Feature, ...]] = {
             (f"{C}chat.py::test_a_terminal_is_driven",),
         ),
         Feature(
+            "grammars, schemas, budgets of thoughts",
+            "yes",
+            "llama-cli",
+            "",
+            "",
+            (f"{C}form_options.py::test_a_grammar", f"{C}form_options.py::test_a_budget_closes_thoughts"),
+        ),
+        Feature(
+            "chat templates by name",
+            "yes",
+            "yes",
+            "",
+            "",
+            ("tests/text/test_named_templates.py::test_as_in_llama_cpp",),
+        ),
+        Feature(
             "models by name, downloads that go on",
             "yes",
             "`-hf`",

@@ -289,7 +289,7 @@ def test_options_of_a_chat(cli: Cli, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--chat-template", "chatml"], "--chat-template 'chatml' names a template; allowed: the text of a Jinja"),
+        (["--chat-template", "yandex"], "--chat-template 'yandex'; allowed: bailing, "),
         (["--chat-template-kwargs", "{"], "--chat-template-kwargs: Expecting property name"),
         (["--chat-template-kwargs", "[1]"], "--chat-template-kwargs: it is no JSON object"),
         (["--chat-template-kwargs", '{"tokenize": true}'], "--chat-template-kwargs: tokenize is not a variable"),
