@@ -87,6 +87,14 @@ GROUPS: dict[str, tuple[Feature, ...]] = {
         Feature("Mirostat", "no", "yes", "", ""),
         Feature("images", "no", "yes", "yes", "yes"),
         Feature(
+            "defaults of the server's own",
+            "yes",
+            "yes",
+            "",
+            "yes",
+            (f"{S}completions.py::test_a_server_has_defaults_of_its_own",),
+        ),
+        Feature(
             "fields that are not known",
             "passed over and named in a header, or refused (`--strict`)",
             "",

@@ -22,7 +22,6 @@ from hybridkv.cli.serve_answers import Answers, add_answer_arguments, answers_fr
 from hybridkv.cli.serve_embeddings import load_embedder
 from hybridkv.cli.show import notice, size, warning
 from hybridkv.errors import UsageError
-from hybridkv.gguf.pooling import POOLINGS
 
 if TYPE_CHECKING:
     import socket
@@ -40,6 +39,8 @@ HELP = "answer many clients over HTTP: OpenAI's completions, chat and a page"
 
 EXIT_INTERRUPTED = 130
 
+_POOLINGS = ("none", "mean", "cls", "last")
+
 KEY_VARIABLE = "HYBRIDKV_API_KEY"
 
 _BEING_READ = 64
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `hybridkv serve`, in llama-server's spellings where it has them."""
     add_model_arguments(parser, limit_option="--total-memory")
     _add_server_arguments(parser.add_argument_group("server"))
-    add_answer_arguments(parser.add_argument_group("answers"))
+    add_answer_arguments(parser.add_argument_group("answers, where a request does not say"))
     _add_scheduler_arguments(parser.add_argument_group("sequences"))
     add_cache_arguments(parser)
 
@@ -123,8 +124,8 @@ def _add_scheduler_arguments(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument(
         "--pooling",
-        choices=POOLINGS,
-        metavar="|".join(POOLINGS),
+        choices=_POOLINGS,
+        metavar="|".join(_POOLINGS),
         help="serve /v1/embeddings, pooled so in place of what the GGUF file says; none: generate text (default: the "
         "file's pooling type, or none)",
     )
@@ -318,6 +319,8 @@ def _served(
         variables=answers.variables,
         reasoning_format=answers.reasoning_format,
         reasoning_budget=answers.reasoning_budget,
+        sampling=answers.sampling,
+        max_tokens=answers.max_tokens,
         notify=notice,
         fingerprint=f"hybridkv-{__version__}-{labels}".replace(", ", "-"),
     )

@@ -9,8 +9,6 @@ from hybridkv.gguf.reader import Header
 
 Pooling = Literal["mean", "cls", "last"]
 
-POOLINGS = ("none", "mean", "cls", "last")
-
 _TYPES: dict[object, Pooling] = {1: "mean", 2: "cls", 3: "last"}
 """Source: llama.cpp, include/llama.h (`llama_pooling_type`); 0 is none, and 4 ranks pairs of texts."""
 
