@@ -14,7 +14,7 @@ from hybridkv.cli.cache_options import add_cache_arguments, given_types, policy_
 from hybridkv.cli.collector import import_torch
 from hybridkv.cli.context import context_of, reach_of
 from hybridkv.cli.llama_cpp import accepted_options
-from hybridkv.cli.model_options import DEFAULT_CTX, device_name, engine_for, weights_on
+from hybridkv.cli.model_options import DEFAULT_CTX, device_name
 from hybridkv.cli.model_source import add_source_arguments, model_of
 from hybridkv.cli.rope_options import add_rope_arguments, changes_of
 from hybridkv.cli.show import (
@@ -224,6 +224,8 @@ def _held(description: Description, asked: WeightKind, device: str, engine: str)
     if description.n_ranks > 1:
         wide = asked == "f32" or (asked in ("auto", "plain") and device == "cpu")
         return _Weights(description.held("plain", device, "f32" if wide else "bf16"), 4 if wide else 2)
+    from hybridkv.engine.weights import engine_for, weights_on
+
     chosen = engine_for(device, asked, cast("EngineKind", engine))
     kind, dtype = weights_on(device, asked, chosen, description)
     wide = dtype == torch.float32

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from hybridkv.engine.engine import Engine
 from hybridkv.engine.load import load as load_described
 from hybridkv.engine.sampling import SamplingParams
 from hybridkv.engine.steps import resolve_step
+from hybridkv.engine.weights import engine_for, weights_on
 from hybridkv.errors import UsageError
-from hybridkv.kernels import cpu_native
 from hybridkv.model import is_hybrid, kv_facts
 from hybridkv.policy import Guard, Policy, parse_mode
+from hybridkv.text.breakers import breaker_ids
 from hybridkv.text.chat import chat_prompt
 from hybridkv.text.control_words import ControlWords
 from hybridkv.text.detokenize import TextStream
@@ -70,18 +72,15 @@ def load(
     trained = description.n_ctx_train
     size = n_ctx or (_DEFAULT_CTX if trained is None else min(_DEFAULT_CTX, trained))
     specs, said = watch.before(asked, hybrid=is_hybrid(description.facts), n_ctx=size)
-    on_cpu = place == "cpu"
-    loaded = load_described(
-        description,
-        dtype=torch.float32 if on_cpu else torch.bfloat16,
-        device=place,
-        weights="auto" if on_cpu and cpu_native.available() is None else "plain",
-    )
+    device_type = place.partition(":")[0]
+    engine = engine_for(device_type, "auto", "auto")
+    weights, dtype = weights_on(place, "auto", engine, description)
+    loaded = load_described(description, dtype=dtype, device=place, weights=weights, engine=engine)
     for line in (*said, *loaded.notices):
         warnings.warn(line, stacklevel=2)
     if loaded.tokenizer is None:
         raise UsageError("this model has no tokenizer, and text needs one", hint="hybridkv.engine takes token ids")
-    step = resolve_step(description.config, place.partition(":")[0])(loaded.model)
+    step = resolve_step(description.config, device_type, engine)(loaded.model)
     return TextModel(loaded.model, loaded.tokenizer, loaded.end_ids, specs, step, watch, size)
 
 
@@ -122,6 +121,7 @@ class TextModel:
         self._ends = frozenset(end_ids)
         self._specs, self._step, self._guard = specs, step, guard
         self._words = ControlWords(tokenizer)
+        self._breakers: frozenset[int] | None = None
 
     def generate(self, prompt: str, *, n_predict: int = 64, **sampling: Any) -> str:
         """Go on from a text.
@@ -131,7 +131,8 @@ class TextModel:
         n_predict
             Most tokens; -1 until the context is full.
         sampling
-            Fields of `hybridkv.engine.SamplingParams`: `temp`, `top_k`, `top_p`, `min_p`, `seed`, ...
+            Fields of `hybridkv.engine.SamplingParams`: `temp`, `top_k`, `top_p`, `min_p`, `seed`, ... DRY's breakers
+            are llama.cpp's four unless `dry_breakers` names others.
 
         Raises
         ------
@@ -142,7 +143,7 @@ class TextModel:
 
     def stream(self, prompt: str, *, n_predict: int = 64, **sampling: Any) -> Iterator[str]:
         """Go on from a text, piece by piece."""
-        return self._stream(self._words.encode(prompt), n_predict, SamplingParams(**sampling))
+        return self._stream(self._words.encode(prompt), n_predict, self._params(sampling))
 
     def chat(
         self,
@@ -166,7 +167,15 @@ class TextModel:
         """
         asked = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         ids = chat_prompt(self._words, asked, variables).ids()
-        return "".join(self._stream(ids, n_predict, SamplingParams(**sampling)))
+        return "".join(self._stream(ids, n_predict, self._params(sampling)))
+
+    def _params(self, sampling: Mapping[str, Any]) -> SamplingParams:
+        params = SamplingParams(**sampling)
+        if not params.dry_multiplier or "dry_breakers" in sampling:
+            return params
+        if self._breakers is None:
+            self._breakers = breaker_ids(self.tokenizer)
+        return replace(params, dry_breakers=self._breakers)
 
     def _stream(self, ids: Sequence[int], n_predict: int, params: SamplingParams) -> Iterator[str]:
         engine = Engine(self.model, self._specs, n_ctx=self.n_ctx, guard=self._guard, notify=_warn, step=self._step)

@@ -148,7 +148,7 @@ class Engine:
             start = time.perf_counter()
             if step > 0:
                 logits = self._advance(self.history[:, -1:])
-            histories = self.history.tolist() if params.looks_back else ()
+            histories = self.history.numpy() if params.looks_back else ()  # a view
             tokens = same_everywhere(sampler.draw(logits, histories), self._model)
             self.history = torch.cat([self.history, tokens.unsqueeze(1)], dim=1)
             self.timings.n_generated += n_seqs
