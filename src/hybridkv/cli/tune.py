@@ -16,6 +16,7 @@ from hybridkv.cli.bench_options import types_from
 from hybridkv.cli.cache_options import add_exact_arguments
 from hybridkv.cli.fits import Demand, check_memory
 from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, limit_spinning, open_model
+from hybridkv.cli.outputs import output_path
 from hybridkv.cli.show import notice, summary
 from hybridkv.cli.tune_report import Report
 from hybridkv.errors import UsageError, one_of
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from hybridkv.runtime import Step
 
 NAME = "tune"
+DEFAULT_OUTPUT = "kv.toml"
 HELP = "find KV cache types for each layer, for so many bits, bytes or so much divergence"
 
 _TYPES = "f16,q8_0,q6_0,q5_0,hq4_nl,hq3_nl,hq2_nl"
@@ -53,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     goal.add_argument(
         "--max-kld", type=float, metavar="X", help="mean divergence from an f16 cache, nats: the fewest bytes within it"
     )
-    parser.add_argument("-o", "--output", default="kv.toml", metavar="FILE", help="the types (default kv.toml)")
+    parser.add_argument("-o", "--output", metavar="FILE", help=f"the types (default {DEFAULT_OUTPUT}, or the next)")
     parser.add_argument(
         "--resume", action="store_true", help="go on with -o, or take another goal from what it measured"
     )
@@ -156,17 +158,7 @@ def _check(a: argparse.Namespace) -> Path:
             f"--window {a.window} with {exact} exact tokens; allowed: more than {exact + 2 * _PIECE}",
             hint="of a shorter window hardly a token is packed, and there is nothing to measure",
         )
-    output = Path(a.output)
-    if output.suffix != ".toml":
-        raise UsageError(f"-o {a.output!r}; allowed: a file name that ends in .toml")
-    if not output.parent.is_dir():
-        raise UsageError(f"-o {a.output}: there is no directory {output.parent}")
-    held = [path for path in (output, output.with_suffix(".npz"), output.with_suffix(".json")) if path.exists()]
-    if held and not a.resume:
-        raise UsageError(f"-o {a.output}: {held[0]} exists", hint="--resume goes on with it; or choose another -o")
-    if a.resume and not output.with_suffix(".npz").exists():
-        raise UsageError(f"--resume: there is no {output.with_suffix('.npz')}", hint="leave --resume out to begin")
-    return output
+    return output_path(a.output, DEFAULT_OUTPUT, (".npz", ".json"), resume=a.resume)
 
 
 def _candidates(a: argparse.Namespace) -> tuple[list[str], list[str], Storage]:
