@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from hybridkv.cli.model_options import open_model
 from hybridkv.cli.serve_embeddings import load_embedder
 from hybridkv.engine.load import bundled_model
 from hybridkv.gguf.load import load_gguf
+from tests.families import build
 from tests.server.conftest import Running, Scripter, running
 
 TEXTS = ["Hello world", "The kernel reads packed rows.", "日本語 <|im_end|>"]
@@ -150,6 +152,16 @@ def test_pairs_of_texts_are_not_ranked() -> None:
 
     with pytest.raises(ModelFileError, match="pooling_type' is 4; expected 0 or -1"):
         open_model(options(*in_file(4)), pooling="of the file")
+
+
+def test_where_no_pooling_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build("qwen3_5_text").save_pretrained(tmp_path)
+    for line, said in (
+        (["-m", str(tmp_path)], "--pooling last with a model directory; allowed: with a GGUF file"),
+        (["--ray"], "--pooling last with --ray: replicas generate text"),
+    ):
+        assert main(["serve", "--port", "0", "--pooling", "last", *line]) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_file_may_generate_all_the_same() -> None:

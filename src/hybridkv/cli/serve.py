@@ -151,6 +151,8 @@ def main(arguments: argparse.Namespace) -> int:
     listener = bind(a.host, a.port)
     try:
         opened = open_model(a, pooling=a.pooling or "of the file")
+        if opened.description.header is None and a.pooling is not None:
+            raise UsageError(f"--pooling {a.pooling} with a model directory; allowed: with a GGUF file")
         if opened.description.pooling is not None:
             return _serve(a, *load_embedder(a, opened), listener, keys)
         opened = fit_context(opened, a.ctx_size, policy, guard, n_seqs=a.parallel, more=a.prefix_memory)
@@ -203,6 +205,8 @@ def check(a: argparse.Namespace) -> tuple[AnyPolicy, Guard, tuple[str, ...]]:
     a.session_dir = _session_dir(a.session_dir)
     if a.session_dir is not None and a.prefix_memory == 0:
         raise UsageError("--session-dir with --prefix-memory 0: sessions are made of stored prefixes")
+    if a.ray is not None and a.pooling not in (None, "none"):
+        raise UsageError(f"--pooling {a.pooling} with --ray: replicas generate text", hint="leave --ray out")
     if a.replicas is not None and a.ray is None:
         raise UsageError(f"--replicas {a.replicas} without --ray", hint="add --ray, or run several servers")
     return policy_from(a), Guard(mode=parse_mode(a.kv_guard)), keys
