@@ -29,7 +29,7 @@ from hybridkv.cli.model_options import open_model
 from hybridkv.cli.prefix_memory import default_prefix_bytes
 from hybridkv.memory import Available
 from hybridkv.model import kv_facts
-from hybridkv.plan import plan
+from hybridkv.planner import plan
 from hybridkv.policy import Policy
 from tests.cli.conftest import Cli
 from tests.cli.test_bad_input import one_error

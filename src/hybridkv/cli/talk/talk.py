@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hybridkv.cache import KVTypes
     from hybridkv.engine import SamplingParams, Scheduler
     from hybridkv.engine.sampling import Steering
+    from hybridkv.model.protocols import LanguageModel
 
 T = TypeVar("T")
 
@@ -102,7 +103,7 @@ class Talk:
     def __init__(
         self,
         scheduler: Scheduler,
-        model: Any,
+        model: LanguageModel,
         tokenizer: Any,
         habits: Habits,
         types: KVTypes,
@@ -305,7 +306,7 @@ class Talk:
     # ---- Files.
 
     def save(self, path: Path) -> int:
-        """Write the conversation and its cache; `hybridkv run --chat --session` goes on with it. The tokens it holds.
+        """Write the conversation and its cache; `hybridkv run --chat --session` resumes it. The tokens it holds.
 
         Raises
         ------
@@ -319,7 +320,7 @@ class Talk:
         return self._aside(lambda: self.scheduler.save(ticket, path, messages))
 
     def load(self, path: Path) -> None:
-        """Go on with a saved conversation in place of this one.
+        """Resume a saved conversation in place of this one.
 
         Raises
         ------
