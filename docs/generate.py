@@ -17,6 +17,7 @@ from typing import Any
 
 from architecture import architecture_page
 from cuda import attention_cuda_table, step_cuda_35b_table, step_cuda_table
+from features import features_page
 from guard import cost_table, faults_table, real_faults_table
 from scaling import ranks_table, replicas_speed_table, replicas_table
 from serving import conversations_table, engine_table, load_table
@@ -309,6 +310,7 @@ def main() -> int:
         "docs/from-llama-cpp.md": llama_cpp_page(),
         "docs/gguf-keys.md": keys_page(),
         "docs/families.md": families_page(),
+        "docs/features.md": features_page(),
         "docs/performance.md": performance(),
         "docs/quality.md": quality(),
         "docs/tuning.md": tuning(),

@@ -48,6 +48,17 @@ def test_the_page_for_llama_cpp_users_is_the_table(generate: ModuleType) -> None
     assert (ROOT / "docs/from-llama-cpp.md").read_text() == generate.llama_cpp_page()
 
 
+def test_features_page_is_the_table_and_its_tests_are_there(generate: ModuleType) -> None:
+    from features import GROUPS  # type: ignore[import-not-found]  # in docs, where the generator finds its parts
+
+    assert (ROOT / "docs/features.md").read_text() == generate.features_page()
+    for feature in (feature for rows in GROUPS.values() for feature in rows):
+        assert (feature.ours == "no") == (not feature.tests), feature.name
+        for test in feature.tests:
+            path, _, name = test.partition("::")
+            assert f"def {name}(" in (ROOT / path).read_text(), test
+
+
 def test_keys_page_is_the_committed_measurement(generate: ModuleType) -> None:
     assert (ROOT / "docs/gguf-keys.md").read_text() == generate.keys_page()
 

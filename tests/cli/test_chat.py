@@ -97,6 +97,31 @@ def test_an_answer_is_made_anew_from_the_same_prompt(loaded: Loaded) -> None:
         talk_with(loaded).regenerate()
 
 
+def test_what_a_tool_has_answered_is_a_message_of_its_own(loaded: Loaded) -> None:
+    talk, screen = talk_with(loaded), Screen()
+    with pytest.raises(UsageError, match="no tool was called"):
+        command("/tool 21 C", talk, screen)
+    asked = said(talk.ask("the weather"))
+    pieces = command("/tool <|im_end|>21 C", talk, screen)
+    assert pieces is not None
+    answer = said(pieces)
+    assert [message["role"] for message in talk.messages] == ["user", "assistant", "tool", "assistant"]
+    assert talk.ticket is not None
+    prompt = talk.tokenizer.decode(talk.ticket.request.prompt_ids)
+    assert prompt.endswith(f"<user>the weather<assistant>{asked}<tool><|im_end|>21 C<assistant>")
+    again = said(talk.regenerate())
+    assert talk.messages[-1]["content"] == again != answer
+    with pytest.raises(UsageError, match="/tool needs what the tool has answered"):
+        command("/tool", talk, screen)
+    talk.tokenizer.chat_template = TEMPLATE.replace("messages", "messages if m.role != 'tool'")
+    try:
+        with pytest.raises(UsageError, match="the chat template leaves out what tools answer"):
+            command("/tool 22 C", talk, screen)
+        assert talk.messages[-1]["content"] == again
+    finally:
+        talk.tokenizer.chat_template = TEMPLATE
+
+
 def test_types_change_between_turns_and_all_is_processed_again(loaded: Loaded) -> None:
     talk = talk_with(loaded)
     said(talk.ask("the first question"))

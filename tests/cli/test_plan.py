@@ -224,6 +224,39 @@ def test_what_else_run_takes(cli: Cli, tmp_path: Path) -> None:
     assert "unknown option '-zzz'" in cli("plan", "-zzz").err
 
 
+def test_what_changes_the_model_changes_the_plan(cli: Cli, gguf: Path) -> None:
+    def planned(*options: object) -> int:
+        done = cli("plan", "-m", gguf, "--json", *options)
+        assert done.code == 0, done.err
+        assert "no effect" not in done.err
+        return int(json.loads(done.out)["n_ctx"])
+
+    assert planned() == 512
+    assert planned("--rope-scale", 4) == 2048
+    assert planned("--rope-freq-scale", 0.5) == 1024
+    assert planned("--rope-scaling", "yarn", "--rope-scale", 4, "--yarn-orig-ctx", 256) == 1024
+    assert planned("--override-kv", "qwen35.context_length=int:64") == 64
+    assert planned("--rope-scale", 4, "-c", 1500) == 1500
+    long = cli("plan", "-m", gguf, "-c", 1500)
+    assert "note: -c 1500 is more than the 512 tokens that the model was trained for" in long.err
+    assert "note: -c" not in cli("plan", "-m", gguf, "-c", 1500, "--rope-scale", 4).err
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--rope-scaling", "su"], "error: --rope-scaling 'su'; allowed: none, linear, yarn"),
+        (["--rope-scale", "-2"], "error: --rope-scale -2; allowed: more than 0"),
+        (["--override-kv", "x"], "error: --override-kv 'x'; allowed: KEY=TYPE:VALUE"),
+        (["--yarn-ext-factor", "0.5", "--rope-scaling", "yarn", "--rope-scale", "2"], "yarn_ext_factor' is 0.5"),
+    ],
+)
+def test_changes_that_run_refuses_are_refused(cli: Cli, gguf: Path, argv: list[str], said: str) -> None:
+    for command in (["plan"], ["run", "-p", "the"]):
+        done = cli(*command, "-m", gguf, *argv)
+        assert (done.code, said in done.err) == (2, True), done.err
+
+
 def test_types_per_layer_and_the_guards_rule_are_planned(cli: Cli) -> None:
     done = cli("plan", "-c", 4096, "-ctk", "q4_0", "-ctv", "q8_0", "-ctk-first", "f16,1", "--device", "cpu")
     assert [line.split()[:2] for line in done.out.splitlines() if "MiB" in line][-1] == ["f16+q4_0", "q8_0"]

@@ -21,7 +21,16 @@ from typing import Any
 
 import pytest
 
+from hybridkv.cache import KVTypes
 from hybridkv.cli import serve
+from hybridkv.cli.fits import Demand
+from hybridkv.cli.main import build_parser
+from hybridkv.cli.model_options import open_model
+from hybridkv.cli.prefix_memory import default_prefix_bytes
+from hybridkv.memory import Available
+from hybridkv.model import kv_facts
+from hybridkv.planner import plan
+from hybridkv.policy import Policy
 from tests.cli.conftest import Cli
 from tests.cli.test_bad_input import one_error
 
@@ -160,3 +169,26 @@ def test_missing_packages_are_named(cli: Cli, monkeypatch: pytest.MonkeyPatch) -
 def test_what_cannot_be_served(cli: Cli, hybrid: Path) -> None:
     assert "no tokenizer" in refused(cli, "-m", hybrid, "--port", 0)
     assert "not a single token fits" in refused(cli, "--port", 0, "--memory", 1000)
+
+
+@pytest.mark.parametrize("n_ctx", [32768, 131072])
+@pytest.mark.parametrize("parallel", [1, 4])
+def test_stored_prefixes_hold_a_conversation_of_a_large_model(
+    n_ctx: int, parallel: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the 35B-A3B: its states take 63 MiB, and 256 MiB held four places of a short conversation."""
+    config = Path(__file__).parents[1] / "data/qwen3.5-35b-a3b/config.json"
+    a = build_parser()[1]["serve"].parse_args(["-m", str(config), "-c", str(n_ctx), "-ctk", "q8_0", "-ctv", "q8_0"])
+    opened = open_model(a)
+    specs = Policy(KVTypes("q8_0", "q8_0")).resolve(kv_facts(opened.description.facts))
+    rest = Demand(specs, n_ctx, parallel)
+    states = plan((), opened.description.facts, n_ctx=0).state_bytes
+    one = sum(spec.bytes_at(n_ctx) for spec in specs) + 8 * states
+    monkeypatch.setattr("hybridkv.cli.fits.bytes_beside", lambda *_: 30 * 2**30)
+    for free, expected in ((256, parallel * one), (31, 2**28)):
+        monkeypatch.setattr("hybridkv.memory.available_memory", lambda free=free: Available(free * 2**30, "free"))
+        capsys.readouterr()
+        assert default_prefix_bytes(opened, specs, rest) == expected
+        said = " ".join(capsys.readouterr().err.split())
+        assert (f"where -c is {n_ctx}; --prefix-memory {one // 2**20 + 1}MiB holds one whole" in said) is (free == 31)
+    assert 55 * 2**20 < states < 70 * 2**20

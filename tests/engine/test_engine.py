@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from hybridkv.cache import KVSpec, KVTypes
 from hybridkv.engine import Engine, SamplingParams
 from hybridkv.engine.load import Loaded, bundled_model, describe, load
+from hybridkv.engine.sampling import Sampler
 from hybridkv.errors import ContextError, GuardError, ModelError, UsageError
 from hybridkv.hf import ModelCache
 from hybridkv.kernels import KERNELS, AttentionParams, Kernel, KVView
@@ -254,6 +256,23 @@ def test_parallel_sequences_do_not_mix(reference: Loaded) -> None:
             logits = reference.model(torch.tensor([full])).logits[0, -1]
         assert logits.argmax().item() == next_token
         assert run.history[index].tolist() == ids + list(column)
+
+
+def test_the_history_is_looked_back_at_without_a_copy(reference: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, seen = Sampler.draw, []
+
+    def noting(self: Sampler, logits: torch.Tensor, histories: Any = ()) -> torch.Tensor:
+        seen.append(len(histories) and np.shares_memory(histories, run.history.numpy()))
+        return draw(self, logits, histories)
+
+    monkeypatch.setattr(Sampler, "draw", noting)
+    run = engine(reference, KVTypes("f16", "f16"))
+    list(run.generate([5, 6, 7], SamplingParams(temp=0, repeat_penalty=1.3), n_predict=4))
+    assert seen == [True] * 4
+    seen.clear()
+    run = engine(reference, KVTypes("f16", "f16"))
+    list(run.generate([5, 6, 7], SamplingParams(temp=0), n_predict=2))
+    assert seen == [0] * 2
 
 
 def test_seed_and_temperature(reference: Loaded) -> None:

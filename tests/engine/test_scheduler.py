@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from hybridkv.cache import KVTypes
 from hybridkv.engine import Event, Request, SamplingParams
+from hybridkv.engine.requests import Ticket
+from hybridkv.engine.running import Running
 from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import AdmissionError, NoKernelError, UsageError
 from hybridkv.hf import ModelCache
@@ -84,6 +87,35 @@ def test_sampled_sequences_get_what_they_get_alone() -> None:
     got = [tokens(ticket) for ticket in tickets]
     assert got == [alone(request) for request in asked]
     assert len({tuple(ids) for ids in got}) == 4
+
+
+def test_samplers_that_look_back_see_what_they_see_alone() -> None:
+    params = [
+        SamplingParams(temp=1.2, seed=1, repeat_penalty=1.8, repeat_last_n=-1),
+        SamplingParams(temp=1.2, seed=1, presence_penalty=2.0, repeat_last_n=4),
+        SamplingParams(temp=1.2, seed=1, dry_multiplier=2.0, dry_allowed_length=1),
+        SamplingParams(temp=1.2, seed=1),
+    ]
+    asked = [Request(prompt(20), 24, p) for p in params]
+    run = scheduler()
+    tickets = [run.submit(request) for request in asked]
+    drain(run)
+    got = [tokens(ticket) for ticket in tickets]
+    assert got == [alone(request) for request in asked]
+    assert got[3] not in got[:2]
+
+
+def test_what_a_sampler_looks_back_at_is_no_copy() -> None:
+    """One array is filled token by token; where nothing looks back, there is none."""
+    ticket = Ticket(1, Request((5, 6, 7), 4, SamplingParams(repeat_penalty=1.5)), None)
+    sequence = Running(ticket, key=(), specs=(), planned_bytes=0, reuses=False)  # type: ignore[arg-type]
+    before = sequence.seen
+    for token in (8, 9, 10, 11):
+        sequence.take(token, torch.zeros(20))
+        assert list(sequence.seen) == sequence.history
+        assert np.shares_memory(before, sequence.seen)
+    plain = Running(Ticket(2, Request((5,), 4), None), key=(), specs=(), planned_bytes=0, reuses=False)  # type: ignore[arg-type]
+    assert len(plain.seen) == 0
 
 
 def test_types_of_a_request() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from hybridkv.gguf.load import config_from_gguf
 from hybridkv.gguf.mapped import map_gguf
 from hybridkv.gguf.pairing import build_skeleton, pair, same_shape
 from hybridkv.gguf.reader import read_header
+from hybridkv.kernels import cpu_native
 from hybridkv.model import graph_of, layer_facts, rejects, takes_chunks, vocabulary_rows
 from hybridkv.model.rope import rope_angles
 from hybridkv.model.tensors import graph_tensors
@@ -110,3 +113,26 @@ def test_ollamas_name_of_the_time_steps(tmp_path: Path, architecture: str) -> No
 
 def test_the_draft_is_sound(tmp_path: Path) -> None:
     assert map_gguf(draft(MODEL).write(tmp_path / "x.gguf")).config.num_hidden_layers == 4
+
+
+ENDS = """
+import hybridkv
+from hybridkv.gguf import tensors
+real = tensors.populate
+
+def slow(address, n_bytes):
+    for _ in range(400):
+        real(address, n_bytes)
+
+tensors.populate = slow
+print(hybridkv.load(type_k="q8_0", type_v="q8_0").generate("Hello world", n_predict=3, temp=0))
+"""
+
+
+@pytest.mark.skipif(cpu_native.available() is not None, reason="no native kernels in this build")
+def test_a_process_ends_while_pages_are_still_brought_in() -> None:
+    """It was aborted: a daemon's thread comes back from native code to an interpreter that has ended."""
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "terminate" not in done.stderr

@@ -45,10 +45,12 @@ class Running:
 
 
 @contextmanager
-def running(served: Served, options: GateOptions | None = None) -> Iterator[Running]:
+def running(
+    served: Served, options: GateOptions | None = None, around: Callable[[Any], Any] = lambda app: app
+) -> Iterator[Running]:
     state = GateState()
     listener = bind("127.0.0.1", 0)
-    app = create_app(served, options or GateOptions(), state)
+    app = around(create_app(served, options or GateOptions(), state))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none", lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     url = url_of(listener)
@@ -60,7 +62,7 @@ def running(served: Served, options: GateOptions | None = None) -> Iterator[Runn
         yield Running(url, served, state)
     finally:
         server.should_exit = server.force_exit = True
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
 
 
@@ -79,13 +81,22 @@ Scripter = Callable[..., Running]
 
 @pytest.fixture
 def scripted(tokenizer: Any) -> Iterator[Scripter]:
-    """Start a server that answers with a script; `served` and `options` change what it is."""
+    """Start a server that answers with a script, or a text and an end; `served` and `options` change what it is."""
     contexts = []
 
     def start(
-        *script: Any, wait_s: float = 0.0, options: GateOptions | None = None, chat: bool = False, **served: Any
+        *script: Any,
+        says: str | None = None,
+        wait_s: float = 0.0,
+        options: GateOptions | None = None,
+        chat: bool = False,
+        around: Callable[[Any], Any] = lambda app: app,
+        **served: Any,
     ) -> Running:
         import copy
+
+        if says is not None:
+            script = (*tokenizer.backend_tokenizer.encode(says, add_special_tokens=False).ids, 0)
 
         words = copy.deepcopy(tokenizer)
         words.chat_template = TEMPLATE if chat else None
@@ -101,7 +112,7 @@ def scripted(tokenizer: Any) -> Iterator[Scripter]:
             end_ids=(0,),
             fingerprint="test",
         )
-        context = running(replace(what, **served), options)
+        context = running(replace(what, **served), options, around)
         contexts.append(context)
         return context.__enter__()
 

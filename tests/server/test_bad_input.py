@@ -203,7 +203,7 @@ def test_refusals_of_the_scheduler(scripted: Scripter) -> None:
     large = AdmissionError(
         "9 tokens take 900 bytes", reason="too_large", planned_bytes=900, budget_bytes=100, n_tokens=9, most_tokens=1
     )
-    error = error_of(post(scripted(large), {"prompt": "x"}), 413)
+    error = error_of(post(scripted(large), {"prompt": "x"}), 400)
     assert (error["code"], error["type"]) == ("context_length_exceeded", "invalid_request_error")
     assert error["numbers"] == {"n_tokens": 9, "most_tokens": 1, "planned_bytes": 900, "budget_bytes": 100}
     full = post(scripted(AdmissionError("64 requests wait", reason="queue_full")), {"prompt": "x"})

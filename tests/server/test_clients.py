@@ -1,11 +1,8 @@
-"""Real client libraries against a server: what they send is answered, and what they read of it is right."""
+"""OpenAI's library against a server, in depth; `test_calls.py` has the calls of other libraries."""
 
 from __future__ import annotations
 
 import json
-import os
-import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,56 +103,3 @@ def test_one_of_many_that_fails_is_an_error(scripted: Scripter) -> None:
     server = scripted(5, Event(finished="error", message="broken"))
     with pytest.raises(Exception, match="broken"):
         server.client.completions.create(model="m", prompt="x", n=2)
-
-
-def test_langchain(saying: Any) -> None:
-    langchain = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
-
-    def model(server: Running) -> Any:
-        return langchain.ChatOpenAI(base_url=f"{server.url}/v1", api_key="x", model="m", max_retries=0)
-
-    assert model(saying("It rains.")).invoke("Hi").content == "It rains."
-    assert "".join(chunk.content for chunk in model(saying("It rains.")).stream("Hi")) == "It rains."
-    bound = model(saying(CALL)).bind_tools([TOOL])
-    [call] = bound.invoke("Hi").tool_calls
-    assert (call["name"], call["args"]) == ("weather", {"city": "Paris"})
-    chunks = list(bound.stream("Hi"))
-    whole = chunks[0]
-    for chunk in chunks[1:]:
-        whole += chunk
-    assert [(call["name"], call["args"]) for call in whole.tool_calls] == [("weather", {"city": "Paris"})]
-
-
-def test_litellm(saying: Any) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        litellm = pytest.importorskip("litellm", reason="litellm is not installed")
-
-        def ask(server: Running, **options: Any) -> Any:
-            return litellm.completion(
-                model="openai/m", api_base=f"{server.url}/v1", api_key="x", messages=USER, num_retries=0, **options
-            )
-
-        assert ask(saying("It rains.")).choices[0].message.content == "It rains."
-        message = ask(saying(THOUGHT)).choices[0].message
-        assert (message.content, message.reasoning_content) == ("It rains.", "Rain, I think.")
-        [call] = ask(saying(CALL), tools=[TOOL], tool_choice="auto").choices[0].message.tool_calls
-        assert json.loads(call.function.arguments) == {"city": "Paris"}
-        assert "".join(c.choices[0].delta.content or "" for c in ask(saying("It rains."), stream=True)) == "It rains."
-
-
-def test_llm(saying: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """simonw's llm, with a model of its extra-openai-models.yaml."""
-    monkeypatch.setenv("LLM_USER_PATH", str(tmp_path))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        llm = pytest.importorskip("llm", reason="llm is not installed")
-        server = saying("It rains.")
-        (tmp_path / "extra-openai-models.yaml").write_text(
-            f"- model_id: ours\n  model_name: m\n  api_base: {server.url}/v1\n  supports_tools: true\n"
-        )
-        os.environ.setdefault("OPENAI_API_KEY", "x")
-        model = llm.get_model("ours")
-        model.key = "x"
-        assert model.prompt("Hi", stream=False).text() == "It rains."
-        assert "".join(model.prompt("Hi", temperature=0.5)) == "It rains."

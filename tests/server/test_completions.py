@@ -159,6 +159,26 @@ def test_sampling_reaches_the_engine(scripted: Scripter) -> None:
     assert (default.types, default.reuse, default.max_tokens, default.logprobs) == (None, True, 16, None)
 
 
+def test_a_server_has_defaults_of_its_own(scripted: Scripter) -> None:
+    own = {"temperature": 0.7, "top_k": 20, "seed": 3, "logit_bias": {"5": 1.0}, "dry_multiplier": 0.8}
+    server = scripted(5, 6, 0, chat=True, sampling=own, max_tokens=30)
+
+    def asked(**body: Any) -> Any:
+        server.client.chat.completions.create(model="m", messages=[{"role": "user", "content": "x"}], **body)
+        return server.served.runner.tickets[-1].request  # type: ignore[attr-defined]
+
+    request = asked()
+    params = request.params
+    assert (params.temp, params.top_k, params.seed, params.logit_bias) == (0.7, 20, 3, ((5, 1.0),))
+    assert (params.dry_multiplier, params.top_p, request.max_tokens) == (0.8, 1.0, 30)
+    assert params.dry_breakers  # llama.cpp's four, as tokens
+    request = asked(temperature=0, seed=9, max_tokens=7, extra_body={"top_k": 5, "dry_multiplier": 0})
+    assert (request.params.temp, request.params.top_k, request.params.seed, request.max_tokens) == (0, 5, 9, 7)
+    assert request.params.dry_multiplier == 0
+    server.client.completions.create(model="m", prompt="x")
+    assert server.served.runner.tickets[-1].request.max_tokens == 30  # type: ignore[attr-defined]
+
+
 def test_a_failure_of_the_engine_is_an_error(scripted: Scripter) -> None:
     client = scripted(5, Event(finished="error", message="numbers are not finite")).client
     with pytest.raises(openai.InternalServerError, match="numbers are not finite"):

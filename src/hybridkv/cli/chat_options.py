@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hybridkv.cli.show import notice
-from hybridkv.errors import UsageError
+from hybridkv.errors import UsageError, one_of
+from hybridkv.text.named_templates import TEMPLATES, named_template
 
 _SWITCH = ("on", "off", "auto")
 
@@ -43,27 +44,28 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_template_arguments(group: argparse._ActionsContainer) -> None:
     """Add `--chat-template` and `--chat-template-file`."""
-    group.add_argument("--chat-template", metavar="JINJA", help="chat template that replaces the model's own")
+    group.add_argument(
+        "--chat-template",
+        metavar="JINJA|NAME",
+        help="chat template that replaces the model's own: its text, or llama.cpp's name of it, such as chatml",
+    )
     group.add_argument("--chat-template-file", metavar="FILE", help="file with such a template")
 
 
 def template_of(a: argparse.Namespace) -> str | None:
-    """Read the template; None for the model's own.
+    """Read the template: its text, or a name; None for the model's own.
 
     Raises
     ------
     UsageError
-        For a file that cannot be read, and for text that is no template.
+        For a file that cannot be read, and for a name that there is not.
     """
     if a.chat_template is not None and a.chat_template_file is not None:
         raise UsageError("--chat-template and --chat-template-file were given together", hint="one of them will do")
     if a.chat_template_file is not None:
         return read_text("--chat-template-file", Path(a.chat_template_file))
     if a.chat_template is not None and "{" not in a.chat_template:
-        raise UsageError(
-            f"--chat-template {a.chat_template!r} names a template; allowed: the text of a Jinja template",
-            hint="leave it out for the model's own, or give --chat-template-file FILE",
-        )
+        return one_of(a.chat_template, tuple(TEMPLATES), "--chat-template", hint="or give --chat-template-file FILE")
     return None if a.chat_template is None else str(a.chat_template)
 
 
@@ -120,19 +122,34 @@ class ChatChoice:
     system
         The system message; None for none.
     template
-        In place of the model's own; None for that.
+        In place of the model's own, or its name; None for the model's own.
     variables
         Of the template.
+    thinks
+        Whether thoughts are wanted at all.
     """
 
     system: str | None = None
     template: str | None = None
     variables: dict[str, Any] = field(default_factory=dict)
+    thinks: bool = True
 
     def put_on(self, tokenizer: Any | None) -> None:
-        """Replace a tokenizer's template."""
-        if self.template is not None and tokenizer is not None:
+        """Replace a tokenizer's template, and tell it where no thoughts are wanted."""
+        if tokenizer is None:
+            return
+        if self.template in TEMPLATES:
+            from hybridkv.text.control_words import ControlWords
+
+            tokenizer.chat_template = named_template(str(self.template), ControlWords(tokenizer).begins)
+        elif self.template is not None:
             tokenizer.chat_template = self.template
+        if not self.thinks:
+            from hybridkv.text.templates import template_source, template_variables
+
+            known = template_variables(template_source(tokenizer))
+            for name in {"enable_thinking", "thinking"} & known:
+                self.variables.setdefault(name, False)
 
 
 def chat_choice(a: argparse.Namespace) -> ChatChoice:
@@ -148,7 +165,7 @@ def chat_choice(a: argparse.Namespace) -> ChatChoice:
     system = unescaped(a, a.system_prompt)
     if a.system_prompt_file is not None:
         system = read_text("-sysf", Path(a.system_prompt_file))
-    return ChatChoice(system, template_of(a), _variables(a))
+    return ChatChoice(system, template_of(a), _variables(a), a.reasoning_budget != 0)
 
 
 def template_variables(text: str | None) -> dict[str, Any]:

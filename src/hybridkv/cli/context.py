@@ -34,6 +34,11 @@ def refuse_shift(a: argparse.Namespace, description: Description) -> None:
     )
 
 
+def reach_of(trained: int, rope: RopeChanges) -> int:
+    """Tokens that a model reaches as it was trained, or as RoPE is scaled."""
+    return max(trained, int((rope.orig_ctx or trained) * (rope.factor or 1)))
+
+
 def context_of(asked: int | None, trained: int | None, default_ctx: int, rope: RopeChanges) -> int:
     """Tokens in the context: 0 asks for the trained length, the default never exceeds it.
 
@@ -48,7 +53,7 @@ def context_of(asked: int | None, trained: int | None, default_ctx: int, rope: R
         if trained is None:
             raise UsageError("-c 0: this model does not say what it was trained for", hint="give -c N")
         return trained
-    reach = None if trained is None else max(trained, int((rope.orig_ctx or trained) * (rope.factor or 1)))
+    reach = None if trained is None else reach_of(trained, rope)
     if reach is not None and asked > reach:
         scaled = f" and RoPE is scaled for ({reach})" if reach != trained else ""
         notice(f"-c {asked} is more than the {trained} tokens that the model was trained for{scaled}")

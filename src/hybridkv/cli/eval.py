@@ -15,6 +15,7 @@ from hybridkv.cli.bench_options import check_range, words
 from hybridkv.cli.eval_ray import prepare, spread
 from hybridkv.cli.fits import Demand, check_memory
 from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, limit_spinning, open_model
+from hybridkv.cli.outputs import output_path
 from hybridkv.cli.ray_options import LOCAL
 from hybridkv.cli.show import notice, simple_table, stdout_console, summary
 from hybridkv.errors import UsageError, one_of
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from hybridkv.runtime import Step
 
 NAME = "eval"
+DEFAULT_OUTPUT = "hybridkv-eval.jsonl"
 HELP = "measure what each KV cache type changes: perplexity, divergence, greedy text, bytes, speed"
 
 DEFAULT_CTX = 8192
@@ -64,9 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o",
         "--output",
-        default="hybridkv-eval.jsonl",
         metavar="FILE",
-        help="results as JSON lines (default hybridkv-eval.jsonl)",
+        help=f"results as JSON lines (default {DEFAULT_OUTPUT}, or the next free name)",
     )
     parser.add_argument("--resume", action="store_true", help="resume from -o: run only what is missing")
     parser.add_argument(
@@ -151,17 +152,7 @@ def _check(a: argparse.Namespace) -> Path:
         raise UsageError(f"-c {a.ctx_size}; allowed: 2 or more", hint="8192 shows what long contexts do")
     if a.reference not in ("f16", "f32"):
         raise UsageError(f"--reference {a.reference!r}; allowed: f16, f32", hint="f16 is what others compare with")
-    output = Path(a.output)
-    if output.suffix != ".jsonl":
-        raise UsageError(f"-o {a.output!r}; allowed: a file name that ends in .jsonl")
-    if not output.parent.is_dir():
-        raise UsageError(f"-o {a.output}: there is no directory {output.parent}")
-    held = [path for path in (output, output.with_suffix(".npz")) if path.exists()]
-    if held and not a.resume:
-        raise UsageError(f"-o {a.output}: {held[0]} exists", hint="--resume continues it; or choose another -o")
-    if a.resume and not output.with_suffix(".npz").exists():
-        raise UsageError(f"--resume: there is no {output.with_suffix('.npz')}", hint="leave --resume out to begin")
-    return output
+    return output_path(a.output, DEFAULT_OUTPUT, (".npz",), resume=a.resume)
 
 
 def _candidates(a: argparse.Namespace) -> list[Candidate]:

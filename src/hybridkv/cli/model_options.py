@@ -21,6 +21,7 @@ from hybridkv.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+    from hybridkv.engine.describe import PoolingAsked
     from hybridkv.engine.load import Description, Loaded
     from hybridkv.engine.steps import StepKind
     from hybridkv.held import Held, WeightKind
@@ -238,7 +239,11 @@ class Opened:
 
 
 def open_model(
-    a: argparse.Namespace, *, default_ctx: int = DEFAULT_CTX, ranks: Literal["one", "many"] = "one"
+    a: argparse.Namespace,
+    *,
+    default_ctx: int = DEFAULT_CTX,
+    ranks: Literal["one", "many"] = "one",
+    pooling: PoolingAsked = "refused",
 ) -> Opened:
     """Describe the model that the options name.
 
@@ -246,6 +251,8 @@ def open_model(
     ----------
     ranks
         Whether the command knows what to do when torchrun starts several of it.
+    pooling
+        Of embedding models, where the command takes them.
 
     Raises
     ------
@@ -258,6 +265,7 @@ def open_model(
 
     from hybridkv.engine.describe import describe
     from hybridkv.engine.steps import parse_graphs, parse_step, resolve_step
+    from hybridkv.engine.weights import engine_for, weights_on
     from hybridkv.held import parse_weights
     from hybridkv.hf.ranks import n_ranks
     from hybridkv.planner import parse_bytes
@@ -278,7 +286,11 @@ def open_model(
         quiet_transformers()
     changes = changes_of(a)
     description = describe(
-        path, remote_code="trusted" if a.trust_remote_code else "refused", n_ranks=n, changes=changes
+        path,
+        remote_code="trusted" if a.trust_remote_code else "refused",
+        n_ranks=n,
+        changes=changes,
+        pooling=pooling,
     )
     refuse_shift(a, description)
     refuse_split(a, description, device.partition(":")[0])
@@ -347,54 +359,6 @@ def _device(name: str) -> str:
             hint="try --device cpu",
         )
     return name
-
-
-def engine_for(device_type: str, weights: WeightKind, engine: StepKind) -> StepKind:
-    """The engine to ask for: on the CPU, Transformers' own forward pass runs plain weights, which are its tensors.
-
-    Raises
-    ------
-    UsageError
-        If the native engine is to take them.
-    """
-    if device_type != "cpu" or weights != "plain":
-        return engine
-    if engine == "native":
-        raise UsageError(
-            "--weights plain with --engine native; allowed: auto, f32, bf16, int8, int4",
-            hint="plain weights are Transformers' own tensors, for --engine eager; f32 keeps every value too",
-        )
-    return "eager"
-
-
-def weights_on(
-    device: str, asked: WeightKind, engine: StepKind, description: Description
-) -> tuple[WeightKind, torch.dtype]:
-    """Choose weight storage and dtype: packed on the CPU, plain under an engine that was asked to be.
-
-    On CUDA, those of a GGUF file stay packed where its kernels read all of its types.
-
-    Raises
-    ------
-    UsageError
-        If this build cannot pack weights.
-    """
-    import torch
-
-    from hybridkv.kernels import cpu_native
-
-    if not device.startswith("cpu"):
-        if asked in ("int8", "int4"):
-            return asked, torch.bfloat16
-        if description.rejects_packed(device.partition(":")[0], asked, engine) is None:
-            return "auto", torch.float32
-        return "plain", torch.float32 if asked == "f32" else torch.bfloat16
-    reason = cpu_native.available()
-    if asked == "auto" and (reason is not None or engine == "eager"):
-        return "plain", torch.float32
-    if asked not in ("auto", "plain") and reason is not None:
-        raise UsageError(f"--weights {asked}: {reason}; allowed: auto, plain", hint="leave --weights out")
-    return asked, torch.float32
 
 
 def _say_weights(loaded: Loaded, weights: WeightKind) -> None:

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 from hybridkv.cli import run
 from hybridkv.cli.cache_options import add_cache_arguments, given_types, policy_from
 from hybridkv.cli.collector import import_torch
+from hybridkv.cli.context import context_of, reach_of
 from hybridkv.cli.llama_cpp import accepted_options
-from hybridkv.cli.model_options import DEFAULT_CTX, device_name, engine_for, weights_on
+from hybridkv.cli.model_options import DEFAULT_CTX, device_name
 from hybridkv.cli.model_source import add_source_arguments, model_of
+from hybridkv.cli.rope_options import add_rope_arguments, changes_of
 from hybridkv.cli.show import (
     MAX_CONTEXT,
     expanded_words,
@@ -97,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_split_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_cache_arguments(parser)
+    add_rope_arguments(parser)
     _accept_options_of_run(parser)
 
 
@@ -126,16 +129,23 @@ def main(arguments: argparse.Namespace) -> int:
     budget = None if a.memory is None else parse_bytes(a.memory)
     guard = Guard(mode=parse_mode(a.kv_guard))
     policies = _policies(a)
+    changes = changes_of(a)
     description = describe(
         model_of(a),
         remote_code="trusted" if hasattr(a, f"{_IDLE}--trust-remote-code") else "refused",
         n_ranks=a.tp,
+        changes=changes,
     )
-    n_ctx = a.ctx_size or description.n_ctx_train
+    trained = description.n_ctx_train
+    reach = None if trained is None else reach_of(trained, changes.rope)
+    n_ctx = a.ctx_size or reach
     if not n_ctx:
         raise UsageError("this model does not say what context it was trained for", hint="give -c N")
+    if a.ctx_size and reach is not None and a.ctx_size > reach:
+        context_of(a.ctx_size, trained, DEFAULT_CTX, changes.rope)  # says so
     if not a.ctx_size and n_ctx > DEFAULT_CTX and any(name.startswith(_IDLE) for name in vars(a)):
-        notice(f"counted for the {n_ctx} tokens of training; `run` without -c takes {DEFAULT_CTX}")
+        of = "of training" if n_ctx == trained else "that RoPE is scaled for"
+        notice(f"counted for the {n_ctx} tokens {of}; `run` without -c takes {DEFAULT_CTX}")
     weights = _held(description, kind, device, a.engine)
     split = split_of(a, description, device, kind, cast("EngineKind", a.engine))
     free = free_on_card(budget) if split is not None else None
@@ -231,6 +241,8 @@ def _held(description: Description, asked: WeightKind, device: str, engine: str)
     if description.n_ranks > 1:
         wide = asked == "f32" or (asked in ("auto", "plain") and device == "cpu")
         return _Weights(description.held("plain", device, "f32" if wide else "bf16"), 4 if wide else 2)
+    from hybridkv.engine.weights import engine_for, weights_on
+
     chosen = engine_for(device, asked, cast("EngineKind", engine))
     kind, dtype = weights_on(device, asked, chosen, description)
     wide = dtype == torch.float32

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hybridkv.cli.cache_options import add_cache_arguments, policy_from
 from hybridkv.cli.chat_options import add_chat_arguments, chat_choice, is_chat, stops_of
 from hybridkv.cli.fits import Demand, check_memory, fit_context
+from hybridkv.cli.form_options import add_form_arguments, form_from
 from hybridkv.cli.model_options import (
     add_model_arguments,
     check_limits,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from hybridkv.cli.stream import Streams
     from hybridkv.engine import Engine, SamplingParams
     from hybridkv.engine.load import Loaded
+    from hybridkv.engine.sampling import Steering
     from hybridkv.kernels.cuda.compiling import Compiled
 
 NAME = "run"
@@ -80,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of text")
     add_cache_arguments(parser)
     add_sampling_arguments(parser)
+    add_form_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -89,7 +92,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     a = arguments
     _check(a)
-    choice = chat_choice(a)
+    choice, form = chat_choice(a), form_from(a)
     talks = (a.conversation or a.interactive) and not a.single_turn
     prompt = None if talks and is_typed(a) else read_prompt(a)
     policy = policy_from(a)
@@ -101,7 +104,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     opened = fit_context(open_model(a, ranks="many"), a.ctx_size, policy, guard, n_seqs=a.parallel)
     if talks:
-        return talk_about(a, opened, policy, guard, sampling, choice, None if prompt is None else str(prompt))
+        return talk_about(a, opened, policy, guard, sampling, choice, form, None if prompt is None else str(prompt))
     assert prompt is not None
     tell = speak_on_one_rank(opened.description.n_ranks)
     n_ctx = opened.n_ctx
@@ -110,12 +113,13 @@ def main(arguments: argparse.Namespace) -> int:
     with loading(opened.description.name):
         loaded, step = opened.load()
     talk = open_conversation(a, prompt, loaded.model, loaded.tokenizer, choice)
+    steering = form.steering_for(loaded)(talk.text if a.chat else None)
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
     try:
         engine = Engine(loaded.model, specs, n_ctx=n_ctx, guard=guard, notify=tell, step=step)
         talk.hand_over(engine)
         sampling = sampling_for(sampling, a, loaded)
-        return leave_ranks(_generate(a, loaded, engine, sampling, talk))
+        return leave_ranks(_generate(a, loaded, engine, sampling, talk, steering))
     except HybridKVError as error:
         tell_of_end(error)
         raise
@@ -161,14 +165,20 @@ def _check(a: argparse.Namespace) -> None:
 
 
 def _generate(
-    a: argparse.Namespace, loaded: Loaded, engine: Engine, sampling: SamplingParams, talk: Conversation
+    a: argparse.Namespace,
+    loaded: Loaded,
+    engine: Engine,
+    sampling: SamplingParams,
+    talk: Conversation,
+    steering: Steering | None,
 ) -> int:
     """Stream the answer, then print what it took. Nothing reaches stdout before the first token is there."""
     from hybridkv.cli.stream import Streams
     from hybridkv.kernels.cuda.compiling import watch_compilation
 
     text, ids = talk.text, talk.ids
-    ends = set() if a.ignore_eos else set(loaded.end_ids)
+    # A grammar that is at its end lets nothing but an end through.
+    ends = set() if a.ignore_eos and steering is None else set(loaded.end_ids)
     shown = a.display_prompt if a.display_prompt is not None else not a.chat
     streams = Streams(
         loaded.tokenizer if a.ids is None else None,
@@ -182,7 +192,7 @@ def _generate(
     stopped = "n"
     with watch_compilation(loaded.model.device.type) as compiled, reading(len(ids), engine.read_share) as end_reading:
         try:
-            for tokens in engine.generate(ids, sampling, n_predict=a.n_predict, n_seqs=a.parallel):
+            for tokens in engine.generate(ids, sampling, n_predict=a.n_predict, n_seqs=a.parallel, steering=steering):
                 end_reading()
                 streams.push(tokens)
                 if streams.all_ended:

@@ -1,11 +1,13 @@
-"""Options that say how tokens are drawn, by llama-cli's names, for `run` and `chat`."""
+"""Options that say how tokens are drawn, by llama-cli's names, for `run`, `chat`, and requests that do not say."""
 
 from __future__ import annotations
 
 import argparse
 import secrets
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from hybridkv.cli.show import notice
 from hybridkv.errors import UsageError
@@ -40,10 +42,9 @@ _FILTERS: tuple[tuple[tuple[str, ...], str, type, str, str], ...] = (
 )  # fmt: skip
 _IDLE_WHEN_GREEDY = ("top_k", "top_p", "min_p")
 
-SAMPLER_FLAGS = frozenset(
-    ("-s", "--temp", "--dry-sequence-breaker", "-l", *(flag for flags, *_ in _FILTERS for flag in flags))
-)
-"""Options that say how tokens are drawn, each by its first spelling at least."""
+_OFF = {"top_k": "0", "top_p": "1", "min_p": "0"}
+"""Defaults of a server's requests, which are OpenAI's, where they are not llama-cli's."""
+_IN_REQUESTS = {"temp": "temperature", "dry_last_n": "dry_penalty_last_n"}
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +54,26 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--temp", "--temperature", type=float, default=0.8, metavar="X", help="temperature; 0 is greedy (default 0.8)"
     )
+    _add_filters(group)
+
+
+def add_sampling_defaults(group: argparse._ActionsContainer) -> None:
+    """Add the same for requests that do not say."""
+    group.add_argument("-s", "--seed", type=int, metavar="N", help="seed of each answer; -1: a fresh one (default -1)")
+    group.add_argument(
+        "--temp",
+        "--temperature",
+        type=float,
+        metavar="X",
+        help="temperature; 0 is greedy (default 1, as OpenAI's)",
+    )
+    _add_filters(group, _OFF)
+
+
+def _add_filters(group: argparse._ActionsContainer, defaults: Mapping[str, str] = MappingProxyType({})) -> None:
     for flags, field, kind, metavar, text in _FILTERS:
+        if field in defaults:
+            text = f"{text.partition(' (default')[0]} (default {defaults[field]})"
         group.add_argument(*flags, dest=field, type=kind, metavar=metavar, help=text)
     group.add_argument(
         "--dry-sequence-breaker",
@@ -80,9 +100,8 @@ def sampling_from(a: argparse.Namespace) -> SamplingParams:
     """
     from hybridkv.engine import SamplingParams
 
-    if a.seed is not None and not -1 <= a.seed < 2**64:
-        raise UsageError(f"--seed {a.seed}; allowed: 0 to {2**64 - 1}, or -1 for a fresh one")
-    given = {field: getattr(a, field) for _, field, *_ in _FILTERS if getattr(a, field) is not None}
+    _check_seed(a)
+    given = _given(a)
     seed = secrets.randbits(32) if a.seed in (None, -1) else a.seed
     bias = tuple(_bias(text) for text in a.logit_bias or ())
     params = SamplingParams(temp=a.temp, seed=seed, logit_bias=bias, **given)
@@ -94,6 +113,41 @@ def sampling_from(a: argparse.Namespace) -> SamplingParams:
         if a.parallel > 1:
             notice(f"--temp 0 is greedy: all {a.parallel} sequences will be the same")
     return params
+
+
+def sampling_defaults(a: argparse.Namespace) -> dict[str, Any]:
+    """Read what requests are drawn with that do not say, by the names that requests have.
+
+    Raises
+    ------
+    UsageError
+        For a value that is not allowed.
+    """
+    from hybridkv.engine import SamplingParams
+
+    _check_seed(a)
+    given = _given(a) | ({} if a.temp is None else {"temp": a.temp})
+    biases = dict(_bias(text) for text in a.logit_bias or ())
+    SamplingParams(**given, logit_bias=tuple(biases.items()))  # says what is wrong
+    fields: dict[str, Any] = {_IN_REQUESTS.get(name, name): value for name, value in given.items()}
+    if a.seed not in (None, -1):
+        fields["seed"] = a.seed % 2**63
+    if biases:
+        fields["logit_bias"] = {str(token): bias for token, bias in biases.items()}
+    if a.dry_sequence_breaker is not None:
+        words = a.dry_sequence_breaker
+        fields["dry_sequence_breakers"] = [] if words == ["none"] else words
+    return fields
+
+
+def _check_seed(a: argparse.Namespace) -> None:
+    if a.seed is not None and not -1 <= a.seed < 2**64:
+        raise UsageError(f"--seed {a.seed}; allowed: 0 to {2**64 - 1}, or -1 for a fresh one")
+
+
+def _given(a: argparse.Namespace) -> dict[str, Any]:
+    """The filters that were given."""
+    return {field: getattr(a, field) for _, field, *_ in _FILTERS if getattr(a, field) is not None}
 
 
 def sampling_for(params: SamplingParams, a: argparse.Namespace, loaded: Loaded) -> SamplingParams:

@@ -19,6 +19,7 @@ from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits
 from hybridkv.cli.ray_options import LOCAL
 from hybridkv.cli.resolve import resolve_types
 from hybridkv.cli.serve_answers import Answers, add_answer_arguments, answers_from
+from hybridkv.cli.serve_embeddings import load_embedder
 from hybridkv.cli.show import notice, size, warning
 from hybridkv.errors import UsageError
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from hybridkv.cache import KVSpec
     from hybridkv.engine import Scheduler
+    from hybridkv.engine.embed import NoScheduler
     from hybridkv.engine.load import Loaded
     from hybridkv.policy import AnyPolicy, Guard
     from hybridkv.server.desk import Served
@@ -36,6 +38,8 @@ NAME = "serve"
 HELP = "serve a model over HTTP: OpenAI-compatible completions and chat, and a chat page"
 
 EXIT_INTERRUPTED = 130
+
+_POOLINGS = ("none", "mean", "cls", "last")
 
 KEY_VARIABLE = "HYBRIDKV_API_KEY"
 
@@ -49,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `hybridkv serve`, in llama-server's spellings where it has them."""
     add_model_arguments(parser, limit_option="--total-memory")
     _add_server_arguments(parser.add_argument_group("server"))
-    add_answer_arguments(parser.add_argument_group("answers"))
+    add_answer_arguments(parser.add_argument_group("answers, where a request does not say"))
     _add_scheduler_arguments(parser.add_argument_group("sequences"))
     add_cache_arguments(parser)
 
@@ -124,6 +128,13 @@ def _add_scheduler_arguments(group: argparse._ActionsContainer) -> None:
         "--max-waiting", type=int, default=64, metavar="N", help="maximum number of queued requests (default 64)"
     )
     group.add_argument(
+        "--pooling",
+        choices=_POOLINGS,
+        metavar="|".join(_POOLINGS),
+        help="serve /v1/embeddings, pooled so in place of what the GGUF file says; none: generate text (default: the "
+        "file's pooling type, or none)",
+    )
+    group.add_argument(
         "--prefill-chunk",
         type=int,
         default=256,
@@ -140,7 +151,12 @@ def main(arguments: argparse.Namespace) -> int:
 
     listener = bind(a.host, a.port)
     try:
-        opened = fit_context(open_model(a), a.ctx_size, policy, guard, n_seqs=a.parallel, more=a.prefix_memory)
+        opened = open_model(a, pooling=a.pooling or "of the file")
+        if opened.description.header is None and a.pooling is not None:
+            raise UsageError(f"--pooling {a.pooling} with a model directory; allowed: with a GGUF file")
+        if opened.description.pooling is not None:
+            return _serve(a, *load_embedder(a, opened), listener, keys)
+        opened = fit_context(opened, a.ctx_size, policy, guard, n_seqs=a.parallel, more=a.prefix_memory)
         specs = resolve_types(opened, policy, guard)
         check_memory(opened, demand(a, opened, specs, guard))
         served, scheduler = load_served(a, opened, specs, guard)
@@ -190,6 +206,8 @@ def check(a: argparse.Namespace) -> tuple[AnyPolicy, Guard, tuple[str, ...]]:
     a.session_dir = _session_dir(a.session_dir)
     if a.session_dir is not None and a.prefix_memory == 0:
         raise UsageError("--session-dir with --prefix-memory 0: sessions are made of stored prefixes")
+    if a.ray is not None and a.pooling not in (None, "none"):
+        raise UsageError(f"--pooling {a.pooling} with --ray: replicas generate text", hint="leave --ray out")
     if a.replicas is not None and a.ray is None:
         raise UsageError(f"--replicas {a.replicas} without --ray", hint="add --ray, or run several servers")
     return policy_from(a), Guard(mode=parse_mode(a.kv_guard)), keys
@@ -306,6 +324,8 @@ def _served(
         variables=answers.variables,
         reasoning_format=answers.reasoning_format,
         reasoning_budget=answers.reasoning_budget,
+        sampling=answers.sampling,
+        max_tokens=answers.max_tokens,
         notify=notice,
         fingerprint=f"hybridkv-{__version__}-{labels}".replace(", ", "-"),
     )
@@ -326,7 +346,11 @@ def gate_options(a: argparse.Namespace, keys: tuple[str, ...], *, local: bool, n
 
 
 def _serve(
-    a: argparse.Namespace, served: Served, scheduler: Scheduler, listener: socket.socket, keys: tuple[str, ...]
+    a: argparse.Namespace,
+    served: Served,
+    scheduler: Scheduler | NoScheduler,
+    listener: socket.socket,
+    keys: tuple[str, ...],
 ) -> int:
     """Answer until a signal comes; the exit code."""
     from hybridkv.server.app import create_app

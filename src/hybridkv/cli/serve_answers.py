@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from hybridkv.cli.chat_options import template_variables
+from hybridkv.cli.sampler_options import add_sampling_defaults, sampling_defaults
 from hybridkv.errors import UsageError, one_of
 
 if TYPE_CHECKING:
@@ -27,12 +28,18 @@ class Answers:
         Of the chat template.
     reasoning_format, reasoning_budget
         What becomes of thoughts, and their tokens at most; -1 for any number.
+    sampling
+        How tokens are drawn, by the names of a request's fields.
+    max_tokens
+        Of an answer; -1 for what the context holds, None for OpenAI's defaults.
     """
 
     strict: bool = False
     variables: dict[str, Any] = field(default_factory=dict)
     reasoning_format: ReasoningFormat = "auto"
     reasoning_budget: int = -1
+    sampling: dict[str, Any] = field(default_factory=dict)
+    max_tokens: int | None = None
 
 
 def add_answer_arguments(group: argparse._ActionsContainer) -> None:
@@ -61,6 +68,16 @@ def add_answer_arguments(group: argparse._ActionsContainer) -> None:
         metavar="N",
         help="maximum tokens of thought, then the answer begins; 0: no thoughts, -1: no limit (default -1)",
     )
+    group.add_argument(
+        "-n",
+        "--n-predict",
+        "--predict",
+        type=int,
+        metavar="N",
+        help="most tokens of an answer where a request has no limit; -1: until the context is full (default: 16 for a "
+        "completion, -1 for a chat)",
+    )
+    add_sampling_defaults(group)
 
 
 def answers_from(a: argparse.Namespace) -> Answers:
@@ -75,4 +92,7 @@ def answers_from(a: argparse.Namespace) -> Answers:
     if a.reasoning_budget < -1:
         raise UsageError(f"--reasoning-budget {a.reasoning_budget}; allowed: -1 (any number), 0 (none) or more")
     kind = one_of(a.reasoning_format, FORMATS, "--reasoning-format", hint="auto puts thoughts in reasoning_content")
-    return Answers(a.strict, variables, cast("ReasoningFormat", kind), a.reasoning_budget)
+    most = None if a.n_predict is None else -1 if a.n_predict in (-1, -2) else int(a.n_predict)
+    if most is not None and most < -1:
+        raise UsageError(f"-n {most}; allowed: 0 or more, or -1 until the context is full")
+    return Answers(a.strict, variables, cast("ReasoningFormat", kind), a.reasoning_budget, sampling_defaults(a), most)

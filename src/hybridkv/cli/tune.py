@@ -16,6 +16,7 @@ from hybridkv.cli.bench_options import types_from
 from hybridkv.cli.cache_options import add_exact_arguments
 from hybridkv.cli.fits import Demand, check_memory
 from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, limit_spinning, open_model
+from hybridkv.cli.outputs import output_path
 from hybridkv.cli.show import notice, summary
 from hybridkv.cli.tune_report import Report
 from hybridkv.errors import UsageError, one_of
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from hybridkv.runtime import Step
 
 NAME = "tune"
+DEFAULT_OUTPUT = "kv.toml"
 HELP = "find KV cache types for each layer within a budget of bits, bytes or divergence"
 
 _TYPES = "f16,q8_0,q6_0,q5_0,hq4_nl,hq3_nl,hq2_nl"
@@ -159,17 +161,7 @@ def _check(a: argparse.Namespace) -> Path:
             f"--window {a.window} with {exact} exact tokens; allowed: more than {exact + 2 * _PIECE}",
             hint="in a shorter window almost every token is kept exact, so there is nothing to measure",
         )
-    output = Path(a.output)
-    if output.suffix != ".toml":
-        raise UsageError(f"-o {a.output!r}; allowed: a file name that ends in .toml")
-    if not output.parent.is_dir():
-        raise UsageError(f"-o {a.output}: there is no directory {output.parent}")
-    held = [path for path in (output, output.with_suffix(".npz"), output.with_suffix(".json")) if path.exists()]
-    if held and not a.resume:
-        raise UsageError(f"-o {a.output}: {held[0]} exists", hint="--resume continues it; or choose another -o")
-    if a.resume and not output.with_suffix(".npz").exists():
-        raise UsageError(f"--resume: there is no {output.with_suffix('.npz')}", hint="leave --resume out to begin")
-    return output
+    return output_path(a.output, DEFAULT_OUTPUT, (".npz", ".json"), resume=a.resume)
 
 
 def _candidates(a: argparse.Namespace) -> tuple[list[str], list[str], Storage]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from hybridkv.engine.engine import Engine
 from hybridkv.engine.load import load as load_described
 from hybridkv.engine.sampling import SamplingParams
 from hybridkv.engine.steps import resolve_step
+from hybridkv.engine.weights import engine_for, weights_on
 from hybridkv.errors import UsageError
-from hybridkv.kernels import cpu_native
 from hybridkv.model import LanguageModel, is_hybrid, kv_facts
 from hybridkv.planner import Plan
 from hybridkv.planner import plan as count
 from hybridkv.policy import Guard, Policy, parse_mode
 from hybridkv.runtime import Step
+from hybridkv.text.breakers import breaker_ids
 from hybridkv.text.chat import chat_prompt
 from hybridkv.text.control_words import ControlWords
 from hybridkv.text.detokenize import TextStream
@@ -72,18 +74,15 @@ def load(
     watch = Guard(mode=parse_mode(guard))
     asked = Policy(KVTypes(type_k, type_v)).resolve(kv_facts(description.facts))
     specs, said = watch.before(asked, hybrid=is_hybrid(description.facts), n_ctx=size)
-    on_cpu = place == "cpu"
-    loaded = load_described(
-        description,
-        dtype=torch.float32 if on_cpu else torch.bfloat16,
-        device=place,
-        weights="auto" if on_cpu and cpu_native.available() is None else "plain",
-    )
+    device_type = place.partition(":")[0]
+    engine = engine_for(device_type, "auto", "auto")
+    weights, dtype = weights_on(place, "auto", engine, description)
+    loaded = load_described(description, dtype=dtype, device=place, weights=weights, engine=engine)
     for line in (*said, *loaded.notices):
         warnings.warn(line, stacklevel=2)
     if loaded.tokenizer is None:
         raise UsageError("this model has no tokenizer, and text needs one", hint="hybridkv.Engine takes token ids")
-    step = resolve_step(description.config, place.partition(":")[0])(loaded.model)
+    step = resolve_step(description.config, device_type, engine)(loaded.model)
     return Model(loaded.model, loaded.tokenizer, loaded.end_ids, specs, step, watch, size)
 
 
@@ -112,18 +111,18 @@ def plan(
         For what is wrong.
     """
     description = describe(_found(model), remote_code="trusted" if trust_remote_code else "refused")
-    on_cpu = _place(device) == "cpu"
-    held = description.held(
-        "auto" if on_cpu and cpu_native.available() is None else "plain",
-        "cpu" if on_cpu else "cuda",
-        "f32" if on_cpu else "bf16",
-    )
+    place = _place(device)
+    device_type = place.partition(":")[0]
+    engine = engine_for(device_type, "auto", "auto")
+    weights, dtype = weights_on(place, "auto", engine, description)
+    wide = dtype == torch.float32
+    held = description.held(weights, device_type, "f32" if wide else "bf16", engine=engine)
     return count(
         Policy(KVTypes(type_k, type_v)).resolve(kv_facts(description.facts)),
         description.facts,
         n_ctx=n_ctx or _default_ctx(description),
         n_seqs=n_seqs,
-        conv_itemsize=4 if on_cpu else 2,
+        conv_itemsize=4 if wide else 2,
         weight_bytes=held.n_bytes,
     )
 
@@ -175,6 +174,7 @@ class Model:
         self.specs, self.step, self.guard = tuple(specs), step, guard
         self._ends = frozenset(end_ids)
         self._words = ControlWords(tokenizer)
+        self._breakers: frozenset[int] | None = None
 
     def generate(self, prompt: str, *, n_predict: int = 64, **sampling: Any) -> str:
         """Continue a text.
@@ -184,7 +184,8 @@ class Model:
         n_predict
             Most tokens; -1 until the context is full.
         sampling
-            Fields of `hybridkv.SamplingParams`: `temp`, `top_k`, `top_p`, `min_p`, `seed`, ...
+            Fields of `hybridkv.SamplingParams`: `temp`, `top_k`, `top_p`, `min_p`, `seed`, ... DRY's breakers are
+            llama.cpp's four unless `dry_breakers` names others.
 
         Raises
         ------
@@ -195,7 +196,7 @@ class Model:
 
     def stream(self, prompt: str, *, n_predict: int = 64, **sampling: Any) -> Iterator[str]:
         """Continue a text, and yield it as it comes."""
-        return self._stream(self._words.encode(prompt), n_predict, SamplingParams(**sampling))
+        return self._stream(self._words.encode(prompt), n_predict, self._params(sampling))
 
     def chat(
         self,
@@ -221,7 +222,15 @@ class Model:
         """
         asked = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         ids = chat_prompt(self._words, asked, variables).ids()
-        return "".join(self._stream(ids, n_predict, SamplingParams(**sampling)))
+        return "".join(self._stream(ids, n_predict, self._params(sampling)))
+
+    def _params(self, sampling: Mapping[str, Any]) -> SamplingParams:
+        params = SamplingParams(**sampling)
+        if not params.dry_multiplier or "dry_breakers" in sampling:
+            return params
+        if self._breakers is None:
+            self._breakers = breaker_ids(self.tokenizer)
+        return replace(params, dry_breakers=self._breakers)
 
     def score(self, prompt: str, continuations: Sequence[str]) -> list[float]:
         """Return the log probability of each continuation of a prompt, all its tokens together.

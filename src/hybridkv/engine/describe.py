@@ -15,6 +15,7 @@ from hybridkv.cache import LayerFacts
 from hybridkv.errors import ModelError, ModelFileError, UsageError
 from hybridkv.gguf.changes import changed
 from hybridkv.gguf.describe import describe_gguf
+from hybridkv.gguf.pooling import Pooling, take_pooling
 from hybridkv.gguf.reader import Header
 from hybridkv.gguf.split import read_model
 from hybridkv.held import Expanded, Held, Runner, WeightKind, held_weights
@@ -26,6 +27,8 @@ from hybridkv.native.choice import EngineKind, multiplies, rejects_packed, rejec
 
 if TYPE_CHECKING:
     from hybridkv.hf.load import RemoteCode
+
+PoolingAsked = Pooling | Literal["refused", "of the file", "none"]
 
 BUNDLED = "reference-hybrid-q8_0.gguf"
 
@@ -54,6 +57,8 @@ class Description:
         What options change of it; `config` and `header` have them.
     header
         Of a GGUF file: read once, for all who ask. None for a directory.
+    pooling
+        Of an embedding model, where the command takes one.
     """
 
     path: Path
@@ -65,6 +70,7 @@ class Description:
     n_ranks: int = 1
     changes: ModelChanges = NO_CHANGES
     header: Header | None = field(default=None, repr=False, compare=False)
+    pooling: Pooling | None = None
 
     def rejects_packed(self, device: str, kind: WeightKind, engine: EngineKind) -> str | None:
         """Explain why the weights do not stay packed on a device that is not the CPU; None if they do.
@@ -160,7 +166,12 @@ def bundled_text() -> Path:
 
 
 def describe(
-    path: Path, *, remote_code: RemoteCode = "refused", n_ranks: int = 1, changes: ModelChanges = NO_CHANGES
+    path: Path,
+    *,
+    remote_code: RemoteCode = "refused",
+    n_ranks: int = 1,
+    changes: ModelChanges = NO_CHANGES,
+    pooling: PoolingAsked = "refused",
 ) -> Description:
     """Describe a model from its header or config alone.
 
@@ -170,6 +181,8 @@ def describe(
         What options change of it.
     n_ranks
         Over how many processes to shard it.
+    pooling
+        Of an embedding model, which is an error otherwise: what its file says, or an override.
 
     Raises
     ------
@@ -182,7 +195,7 @@ def describe(
         raise ModelFileError(f"no model at {path}", hint="leave -m out to run the bundled model")
     if path.suffix == ".safetensors":
         raise ModelFileError(f"{path} is a part of a model", hint=f"give its directory: -m {path.parent}")
-    header = None
+    header, pooled = None, None
     if path.is_dir() or path.name == "config.json":
         from hybridkv.hf.load import load_config
 
@@ -197,6 +210,8 @@ def describe(
         )
     else:
         header = changed(read_model(path), changes)
+        if pooling != "refused":
+            pooled, header = take_pooling(header, None if pooling == "of the file" else pooling)
         name, config = describe_gguf(header)
     if n_ranks > 1:
         check_plan(config)
@@ -204,7 +219,7 @@ def describe(
     n_ctx_train = getattr(text, "max_position_embeddings", None)
     printable = "".join(c if c.isprintable() else "?" for c in name)  # a file's word, shown on a terminal
     facts = _facts(config, n_ranks)
-    return Description(path, printable, config, facts, n_ctx_train, remote_code, n_ranks, changes, header)
+    return Description(path, printable, config, facts, n_ctx_train, remote_code, n_ranks, changes, header, pooled)
 
 
 def change_config(config: Config, changes: ModelChanges) -> None:

@@ -18,7 +18,7 @@ from hybridkv.cache import KVSpec
 from hybridkv.engine.caches import new_cache
 from hybridkv.engine.host import bad_logits
 from hybridkv.engine.ladder import check_weights, labels_of, raised_specs
-from hybridkv.engine.sampling import Sampler, SamplingParams
+from hybridkv.engine.sampling import Sampler, SamplingParams, Steering
 from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import ContextError, GuardError, UsageError
 from hybridkv.hf.ranks import same_everywhere
@@ -105,9 +105,20 @@ class Engine:
         self.timings = Timings()
 
     def generate(
-        self, prompt: Sequence[int], params: SamplingParams, *, n_predict: int, n_seqs: int = 1
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        n_predict: int,
+        n_seqs: int = 1,
+        steering: Steering | None = None,
     ) -> Iterator[tuple[int, ...]]:
         """Process a prompt, then yield one token id per sequence and step, until `n_predict` or a full context.
+
+        Parameters
+        ----------
+        steering
+            Which tokens may come, of one sequence; None for all.
 
         Raises
         ------
@@ -120,7 +131,8 @@ class Engine:
         """
         self._check(prompt, n_predict, n_seqs)
         params.check_tokens(vocabulary_rows(self._model.config))
-        sampler = Sampler(params)
+        assert steering is None or n_seqs == 1
+        sampler = Sampler(params, steering)
         start = time.perf_counter()
         n_held, self._adopted = self._adopted, 0
         logits = self.prefill(prompt, n_held)
@@ -136,7 +148,7 @@ class Engine:
             start = time.perf_counter()
             if step > 0:
                 logits = self._advance(self.history[:, -1:])
-            histories = self.history.tolist() if params.looks_back else ()
+            histories = self.history.numpy() if params.looks_back else ()  # a view
             tokens = same_everywhere(sampler.draw(logits, histories), self._model)
             self.history = torch.cat([self.history, tokens.unsqueeze(1)], dim=1)
             self.timings.n_generated += n_seqs

@@ -11,15 +11,18 @@ import math
 from collections.abc import Collection, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Tokens = Sequence[int] | npt.NDArray[np.int64]
 
 OUT = -math.inf
 _MAX_EXPONENT = 88.7228391
 """ln of the largest float32: where llama.cpp cuts the exponent of a DRY penalty."""
 
 
-def penalize(logits: Tensor, recent: Sequence[int], *, repeat: float, presence: float, frequency: float) -> None:
+def penalize(logits: Tensor, recent: Tokens, *, repeat: float, presence: float, frequency: float) -> None:
     """Lower the logits `[V]` of tokens in `recent`, in place: divided by `repeat`, less what their count costs."""
     if not len(recent):
         return
@@ -31,7 +34,7 @@ def penalize(logits: Tensor, recent: Sequence[int], *, repeat: float, presence: 
 
 
 def dry(
-    logits: Tensor, recent: Sequence[int], *, multiplier: float, base: float, allowed: int, breakers: Collection[int]
+    logits: Tensor, recent: Tokens, *, multiplier: float, base: float, allowed: int, breakers: Collection[int]
 ) -> None:
     """Lower the logits `[V]` of tokens that would prolong a repetition of the text's end, in place.
 
@@ -40,7 +43,7 @@ def dry(
     """
     text = np.asarray(recent)
     n = len(text)
-    longest = next((back for back in range(n) if int(text[n - 1 - back]) in breakers), n)
+    longest = next((back for back in range(n) if int(text[n - 1 - back]) in breakers), n) if breakers else n
     if n <= allowed or longest < allowed:
         return
     ends = np.flatnonzero(text[:-1] == text[-1])  # where an earlier copy of the last token stands

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from hybridkv.cache import KVSpec
+from hybridkv.engine.filters import Tokens
 from hybridkv.engine.prefixes import Checkpoint, Key
 from hybridkv.engine.requests import Event, Finish, Ticket
 from hybridkv.engine.sampling import Sampler
@@ -51,11 +54,20 @@ class Running:
     position: int = 0
     checkpoint: Checkpoint | None = None
     cache: ModelCache | None = None
+    _seen: npt.NDArray[np.int64] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.sampler = Sampler(self.ticket.request.params, self.ticket.request.steering)
         self.history = list(self.ticket.request.prompt_ids)
         self.n_prefill = len(self.history)
+        if self.sampler.params.looks_back:
+            self._seen = np.empty(self.n_ctx, np.int64)
+            self._seen[: self.n_prefill] = self.history
+
+    @property
+    def seen(self) -> Tokens:
+        """The history as an array, without a copy of it at each token; nothing where no sampler looks back."""
+        return () if self._seen is None else self._seen[: len(self.history)]
 
     @property
     def prefills(self) -> bool:
@@ -86,6 +98,8 @@ class Running:
     def take(self, token: int, logits: Tensor) -> Event:
         """Append the next token, drawn from `logits` float32 `[V]`; its event, which may be the last."""
         request = self.ticket.request
+        if self._seen is not None:
+            self._seen[len(self.history)] = token
         self.history.append(token)
         finished: Finish | None = None
         if token in request.stop_ids:

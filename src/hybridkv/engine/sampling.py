@@ -11,12 +11,16 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from hybridkv.engine import filters
+from hybridkv.engine.filters import Tokens
 from hybridkv.errors import UsageError
 from hybridkv.kernels.threads import torch_on_one_thread
+
+Histories = Sequence[Tokens] | npt.NDArray[np.int64]
 
 
 class Steering(Protocol):
@@ -155,7 +159,7 @@ class SamplingParams:
     def _excludes(self) -> bool:
         return self.xtc_probability > 0 and self.xtc_threshold <= 0.5
 
-    def adjust(self, logits: Tensor, history: Sequence[int]) -> None:
+    def adjust(self, logits: Tensor, history: Tokens) -> None:
         """Add to and take from logits `[V]` what the text so far asks for, in place."""
         for token, bias in self.logit_bias:
             logits[token] += bias
@@ -203,13 +207,13 @@ class Sampler:
         self.seed = self._generator.seed() if params.seed is None else params.seed
         self._generator.manual_seed(self.seed)
 
-    def draw(self, logits: Tensor, histories: Sequence[Sequence[int]] = ()) -> Tensor:
+    def draw(self, logits: Tensor, histories: Histories = ()) -> Tensor:
         """int64 `[B]` from finite float32 logits `[B, V]`.
 
         Parameters
         ----------
         histories
-            The tokens of each sequence so far; needed only where `params.looks_back`.
+            The tokens of each sequence so far, as lists or int64 arrays; needed only where `params.looks_back`.
         """
         drawn = draw_each([self] * len(logits), logits, histories)
         return torch.tensor(drawn)
@@ -218,7 +222,7 @@ class Sampler:
         """Ask which tokens may come next. `adjusted` does so otherwise; apart, what goes wrong has one culprit."""
         self._allowed, self._steered = None if self.steering is None else self.steering.allowed(), True
 
-    def adjusted(self, logits: Tensor, history: Sequence[int]) -> Tensor | None:
+    def adjusted(self, logits: Tensor, history: Tokens) -> Tensor | None:
         """Logits `[V]` for this sequence alone; None where they are those that were given."""
         p = self.params
         if not self._steered:
@@ -249,7 +253,7 @@ class Sampler:
 
 
 @torch_on_one_thread()
-def draw_each(samplers: Sequence[Sampler], logits: Tensor, histories: Sequence[Sequence[int]] = ()) -> list[int]:
+def draw_each(samplers: Sequence[Sampler], logits: Tensor, histories: Histories = ()) -> list[int]:
     """One token per sampler from its row of finite float32 logits `[N, V]`, the same as each draws alone.
 
     Rows of equal parameters are filtered together: a filter costs more in calls than in work.
@@ -259,7 +263,7 @@ def draw_each(samplers: Sequence[Sampler], logits: Tensor, histories: Sequence[S
     histories
         The tokens of each sequence so far; needed only where a sampler's parameters look back.
     """
-    own = [s.adjusted(logits[i], histories[i] if histories else ()) for i, s in enumerate(samplers)]
+    own = [s.adjusted(logits[i], histories[i] if len(histories) else ()) for i, s in enumerate(samplers)]
     changed = [i for i, row in enumerate(own) if row is not None]
     if changed:
         logits = logits.float().clone()
@@ -318,5 +322,5 @@ def _kept(logits: Tensor, p: SamplingParams) -> tuple[Tensor, Tensor | None]:
     return logits, ids
 
 
-def _newest(history: Sequence[int], n: int) -> Sequence[int]:
+def _newest(history: Tokens, n: int) -> Tokens:
     return history if n < 0 else history[max(0, len(history) - n) :]

@@ -380,7 +380,7 @@ class Scheduler:
     def _draw(self, batch: Sequence[Running], logits: Tensor) -> None:
         """Draw and hand out the next token of each, from finite logits `[N, V]`."""
         batch, logits = self._steered(batch, logits)
-        drawn = draw_each([s.sampler for s in batch], logits, [s.history for s in batch])
+        drawn = draw_each([s.sampler for s in batch], logits, [s.seen for s in batch])
         for index, (sequence, token) in enumerate(zip(batch, drawn, strict=True)):
             self._tally.generated_tokens += 1
             event = sequence.take(token, logits[index])

@@ -127,7 +127,10 @@ _WINDOW = "0, or no less than the context: sliding windows are not computed in t
 NEUTRAL: Mapping[str, Neutral] = MappingProxyType(
     {
         "attention.causal": Neutral(f"true: {_EMBEDDING_MODEL}", (1,)),
-        "pooling_type": Neutral(f"0 or -1: {_EMBEDDING_MODEL}", (0, -1)),
+        "pooling_type": Neutral(
+            "0 or -1: this is an embedding model, with which `hybridkv serve` answers /v1/embeddings (1, 2 and 3)",
+            (0, -1),
+        ),
         "embedding_length_out": Neutral(f"the embedding's width: {_EMBEDDING_MODEL}", holds=_as_embedding),
         **{f"dense_{layer}_feat_{end}": Neutral(f"0: {_EMBEDDING_MODEL}") for layer in (2, 3) for end in ("in", "out")},
         "classifier.output_labels": Neutral(_CLASSIFIER),

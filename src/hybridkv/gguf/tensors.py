@@ -9,7 +9,7 @@ import ctypes
 import math
 import mmap
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from threading import Thread
+from threading import Thread, main_thread
 from typing import Literal
 
 import numpy as np
@@ -27,6 +27,9 @@ from hybridkv.kernels.mapped import WatchedMap, lock_memory, populate
 from hybridkv.kernels.weights import Weight, find_bad_block
 
 Memory = Literal["mapped", "copied"]
+
+_PIECE = 64 << 20
+"""Bytes of a file whose pages are entered at once: as long as the end of a program may have to wait."""
 
 _MULTIPLIED = frozenset(fmt.ggml_type for fmt in WEIGHTS.values())
 
@@ -135,7 +138,7 @@ class GgufSource:
             watch.verify()
         self._runs += 1
         if self._populates and self._runs == 2:
-            Thread(target=_populate, args=(self._files,), daemon=True).start()
+            Thread(target=_populate, args=(self._files,)).start()
 
     def populate_after_use(self) -> None:
         """Bring the files' pages into this process's tables after the first tokens: using them is faster then.
@@ -190,8 +193,16 @@ def _copied(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _populate(files: Sequence[NDArray[np.uint8]]) -> None:
+    """Enter all pages, piece by piece, until the program ends.
+
+    No daemon does so: a thread that comes back from native code to an interpreter that has ended aborts the process.
+    """
+    main = main_thread()
     for data in files:
-        populate(data.ctypes.data, data.size)
+        for begin in range(0, data.size, _PIECE):
+            if not main.is_alive():
+                return
+            populate(data.ctypes.data + begin, min(_PIECE, data.size - begin))
 
 
 def _mapped(header: Header) -> NDArray[np.uint8]:

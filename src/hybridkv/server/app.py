@@ -16,6 +16,7 @@ from hybridkv import __version__
 from hybridkv.errors import HybridKVError
 from hybridkv.server.desk import Desk, Served
 from hybridkv.server.document import correct_document
+from hybridkv.server.embeddings import add_embeddings
 from hybridkv.server.gate import Gate, GateOptions, GateState
 from hybridkv.server.merge import CONTENT_TYPE
 from hybridkv.server.metrics import Metrics
@@ -29,13 +30,13 @@ from hybridkv.server.vocabulary import add_vocabulary
 from hybridkv.server.writers import ChatWriter, CompletionWriter
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": Error, "description": "a body that is not JSON, or fields that are wrong together or alone"},
+    400: {"model": Error, "description": "a body that is not JSON, wrong fields, or more tokens or bytes than fit"},
     401: {"model": Error, "description": "a wrong API key, or none"},
     403: {"model": Error, "description": "a host name that is not this machine's"},
     404: {"model": Error, "description": "no such model"},
     408: {"model": Error, "description": "a body that takes too long to arrive"},
     409: {"model": Error, "description": "a session that is being answered, or cannot be kept or read"},
-    413: {"model": Error, "description": "a body that is too large, or more tokens or bytes than fit"},
+    413: {"model": Error, "description": "a body that is too large"},
     415: {"model": Error, "description": "a body of another kind than JSON"},
     429: {"model": Error, "description": "too many requests wait; Retry-After says when to come back"},
     500: {"model": Error, "description": "the engine failed"},
@@ -80,6 +81,7 @@ def create_app(served: Served, options: GateOptions, state: GateState) -> FastAP
     _add_sessions(app, desk)
     _add_reports(app, desk, state)
     add_vocabulary(app, desk)
+    add_embeddings(app, desk)
     correct_document(app, served)
     if not served.strict:
         app.add_middleware(Relax, model=served.name, notify=served.notify)
@@ -196,12 +198,15 @@ def _add_handlers(app: FastAPI) -> None:
         handler: Callable[[Request, Any], Awaitable[Response]] = handle
         app.add_exception_handler(kind, handler)
 
-    def unmatched(error: HTTPException) -> RefusalError:
-        return RefusalError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+    async def unmatched(request: Request, error: Any) -> Response:
+        message = str(error.detail)
+        if error.status_code == 404:
+            message = f"nothing is at {request.url.path}; /openapi.json lists the paths, such as /v1/chat/completions"
+        return RefusalError(error.status_code, message, headers=dict(error.headers or {})).response()
 
     add(RefusalError, lambda refusal: refusal)
     add(HybridKVError, refusal_for)
     add(RequestValidationError, lambda error: refusal_for_mistakes(error.errors()))
-    add(HTTPException, unmatched)
+    app.add_exception_handler(HTTPException, unmatched)
     # The traceback goes to the server's log, not to the client.
     add(Exception, lambda _: RefusalError(500, "the server failed; its log says more", code="internal_error"))

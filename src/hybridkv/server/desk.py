@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hybridkv.cache import KVTypes
+from hybridkv.engine.embed import Embedder
 from hybridkv.engine.requests import Event, Request, SchedulerStats, Ticket
 from hybridkv.engine.sampling import SamplingParams
 from hybridkv.errors import HybridKVError
@@ -79,8 +80,14 @@ class Served:
         Of the chat template, where a request does not say.
     reasoning_format, reasoning_budget
         What becomes of thoughts, and how many tokens they may take (-1: any number), where a request does not say.
+    sampling
+        How tokens are drawn where a request does not say, by the names of its fields.
+    max_tokens
+        Of an answer where a request does not say; -1 for what the context holds, None for OpenAI's defaults.
     notify
         Where it is said what was passed over.
+    embedder
+        Makes embeddings, of a model that generates no text.
     """
 
     runner: Runner
@@ -98,7 +105,10 @@ class Served:
     variables: Mapping[str, Any] = field(default_factory=dict)
     reasoning_format: ReasoningFormat = "auto"
     reasoning_budget: int = -1
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    max_tokens: int | None = None
     notify: Callable[[str], None] = _say_nothing
+    embedder: Embedder | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +157,9 @@ class Desk:
         asked = []
         for prompt in body.prompt:
             ids = await self.prompts.completion(prompt, body.suffix or "")
-            most = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+            most = body.max_tokens
+            if most is None and self.served.max_tokens is None:
+                most = DEFAULT_MAX_TOKENS
             echo = None
             if body.echo:
                 echo = prompt if isinstance(prompt, str) else self.served.tokenizer.decode(ids)
@@ -210,11 +222,17 @@ class Desk:
     def _most(self, body: CompletionRequest | ChatRequest, asked: int | None, ids: Sequence[int]) -> int:
         """Tokens to generate at most: what was asked for, as far as the context goes."""
         room = max(1, self.served.n_ctx - len(ids))
+        if asked is None and self.served.max_tokens is not None and self.served.max_tokens >= 0:
+            return min(self.served.max_tokens, room)
         if asked is None or body.until_full:
             return room
         return asked if self.served.strict else min(asked, room)
 
     def _check_model(self, name: str | None) -> None:
+        if self.served.embedder is not None:
+            raise RefusalError(
+                400, f"{self.served.name!r} is an embedding model; allowed: /v1/embeddings", code="embedding_model"
+            )
         if name is not None and name != self.served.name:
             raise RefusalError(
                 404, f"model {name!r}; this server has {self.served.name!r}", code="model_not_found", param="model"
@@ -229,6 +247,8 @@ class Desk:
                 self._breakers[key] = breaker_ids(self.served.tokenizer, key)
             return self._breakers[key]
 
+        unsaid = {name: value for name, value in self.served.sampling.items() if getattr(body, name) is None}
+        body = body.model_copy(update=unsaid)
         if body.dry_multiplier:
             return await asyncio.to_thread(body.params, breakers)
         return body.params(breakers)

@@ -50,24 +50,38 @@ class Forms:
         UsageError
             For a form that is not taken.
         """
-        grammar = self._calls(body) or _form(body)
-        if grammar is None and (budget is None or rendered is None):
+        thinks = None if rendered is None else (rendered.opened, rendered.may_think)
+        return await self._steer(self._calls(body) or _form(body), thinks, budget)
+
+    async def steer(self, grammar: Grammar | None, text: str | None, budget: int | None) -> Steer | None:
+        """What steers the answer to a conversation's text, or to a plain prompt (None).
+
+        Raises
+        ------
+        UsageError
+            For a grammar that is not taken.
+        """
+        return await self._steer(grammar, None if text is None else self._prompts.thinks(text), budget)
+
+    async def _steer(
+        self, grammar: Grammar | None, thinks: tuple[bool, bool] | None, budget: int | None
+    ) -> Steer | None:
+        if grammar is None and (budget is None or thinks is None):
             return None
         matcher = None if grammar is None else await self._grammars.matcher(grammar)
-        thinking = None if rendered is None else self._thinking(rendered, budget)
-        return Steer(self._bytes, thinking, matcher)
+        return Steer(self._bytes, None if thinks is None else self._thinking(*thinks, budget), matcher)
 
     def _bytes(self, token: int) -> bytes:
         return token_bytes(self._prompts.tokenizer, token)
 
-    def _thinking(self, rendered: Rendered, budget: int | None) -> Thinking:
+    def _thinking(self, opened: bool, may_open: bool, budget: int | None) -> Thinking:
         opens, closes = self._prompts.thoughts
         line_end_ids = [i for text in ("\n", "\n\n") for i in self._ids(text)]
         return Thinking(
             opens=opens,
             closes=closes,
-            opened=rendered.opened,
-            may_open=rendered.may_think,
+            opened=opened,
+            may_open=may_open,
             open_ids=self._ids(opens),
             close_ids=self._ids(closes),
             gap_ids=line_ends(self._bytes, sorted(set(line_end_ids))),

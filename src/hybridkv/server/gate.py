@@ -24,7 +24,7 @@ BODY_SECONDS = 60.0
 _LINGER_SECONDS = 2.0
 _OPEN_PATHS = ("/", "/health", "/openapi.json", "/favicon.ico")
 TAKES_BODY = re.compile(
-    r"(/v1)?/(chat/)?completions/?|/v1/embeddings/?|/(de)?tokenize/?|/v1/sessions/[^/]+/(save|restore)/?"
+    r"(/v1)?/(chat/)?completions/?|(/v1)?/embeddings/?|/(de)?tokenize/?|/v1/sessions/[^/]+/(save|restore)/?"
 )
 """Paths whose POST brings a body; a POST to any other is a wrong method or path, which the application says."""
 

@@ -188,12 +188,10 @@ class Prompts:
         def render() -> Rendered:
             prompt = chat_prompt(self._words, turns, given)
             text = prompt.text
-            opened = opens_thoughts(text, self.thoughts)
-            closed = text.rstrip().endswith(self.thoughts[1])
-            writes = any(word in self.template for word in self.thoughts)
+            opened, may_think = self.thinks(text)
             ids, last = tuple(prompt.ids()), prompt.find_last(next((t["content"] for t in asked if t["content"]), ""))
             marks = () if last is None else (len(ids) - len(prompt.ids(last)),)
-            return Rendered(ids, opened, writes and not opened and not closed, unknown, marks)
+            return Rendered(ids, opened, may_think, unknown, marks)
 
         try:
             return await self.in_thread(sum(len(turn["content"]) for turn in turns), render)
@@ -201,6 +199,13 @@ class Prompts:
             raise RefusalError(400, error.message, param=f"messages.{error.index}") from error
         except ModelFileError as error:  # its hint is for the command line
             raise RefusalError(400, error.message, param="messages") from error
+
+    def thinks(self, text: str) -> tuple[bool, bool]:
+        """Whether a conversation's text ends inside of thoughts, and whether the answer may still open them."""
+        opened = opens_thoughts(text, self.thoughts)
+        closed = text.rstrip().endswith(self.thoughts[1])
+        writes = any(word in self.template for word in self.thoughts)
+        return opened, writes and not opened and not closed
 
     def _given(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         """Variables by the names that this template has for them."""

@@ -13,6 +13,8 @@ from hybridkv.server.replies import Error, ErrorBody, Numbers
 RETRY_AFTER_S = 1
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+TOO_LONG = "the request exceeds the available context size"
+"""llama-server's words: LiteLLM and others fall back to another model where they read them in a reply of status 400."""
 _MAX_MISTAKES = 3
 _MAX_MESSAGE = 2000
 
@@ -71,7 +73,7 @@ def refusal_for(error: HybridKVError) -> RefusalError:
         return _not_admitted(error)
     message = str(error)
     if isinstance(error, ContextError):
-        return RefusalError(413, message, code="context_length_exceeded")
+        return RefusalError(400, f"{TOO_LONG}: {message}", code="context_length_exceeded")
     if isinstance(error, GuardError):
         return RefusalError(500, message)
     return RefusalError(400, message)
@@ -86,7 +88,7 @@ def _not_admitted(error: AdmissionError) -> RefusalError:
     )
     later = {"Retry-After": str(RETRY_AFTER_S)}
     if error.reason == "too_large":
-        return RefusalError(413, str(error), code="context_length_exceeded", numbers=numbers)
+        return RefusalError(400, f"{TOO_LONG}: {error}", code="context_length_exceeded", numbers=numbers)
     if error.reason == "queue_full":
         return RefusalError(429, str(error), code="queue_full", headers=later, numbers=numbers)
     return RefusalError(503, str(error), code="stopping", headers=later)

@@ -83,16 +83,6 @@ class Props(Reply):
     modalities: Modalities
 
 
-class EmbeddingsRequest(Strict):
-    """The body of `/v1/embeddings`."""
-
-    input: str | Annotated[list[str], Field(max_length=2048)] | list[TokenId] | list[list[TokenId]]
-    model: str | None = None
-    encoding_format: str | None = None
-    dimensions: int | None = None
-    user: str | None = None
-
-
 def add_vocabulary(app: FastAPI, desk: Desk) -> None:
     """Add the routes."""
     served, prompts = desk.served, desk.prompts
@@ -134,16 +124,6 @@ def add_vocabulary(app: FastAPI, desk: Desk) -> None:
                 build_info=f"hybridkv {__version__}",
                 modalities=Modalities(),
             )
-        )
-
-    @app.post("/v1/embeddings", responses=_ERRORS, status_code=400, include_in_schema=False)
-    async def embeddings(_: EmbeddingsRequest) -> Response:
-        """Refuse: a generator has no pooling."""
-        raise RefusalError(
-            400,
-            f"{served.name!r} generates text and its file names no pooling; allowed: /v1/completions, "
-            "/v1/chat/completions",
-            code="no_pooling",
         )
 
 

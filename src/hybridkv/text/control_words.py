@@ -126,6 +126,11 @@ class ControlWords:
         begun = bool(self._begin) and ids[: len(self._begin)] == self._begin
         return [*([] if begun else self._begin), *ids, *self._end]
 
+    @property
+    def begins(self) -> str:
+        """The words that the vocabulary puts before a text."""
+        return "".join(self.by_id.get(index, "") for index in self._begin)
+
     def _affixes(self) -> tuple[list[int], list[int]]:
         """Find what the vocabulary adds before and after a text."""
         whole = list(self.backend.encode("x", add_special_tokens=True).ids)

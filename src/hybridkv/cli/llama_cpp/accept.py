@@ -9,7 +9,6 @@ from typing import Any
 
 from hybridkv.cli.llama_cpp.record import Row, Takes
 from hybridkv.cli.llama_cpp.table import ROWS
-from hybridkv.cli.sampler_options import SAMPLER_FLAGS
 from hybridkv.cli.show import notice
 from hybridkv.errors import UsageError
 
@@ -51,6 +50,8 @@ _SAID_BY_REQUESTS = {
     "--ignore-eos": "a server ends answers where the model does",
     "-rea": "their chat_template_kwargs set enable_thinking",
     "--reasoning-effort": "their reasoning_effort",
+    **dict.fromkeys(("--grammar", "--grammar-file"), "their `grammar`"),
+    **dict.fromkeys(("-j", "-jf"), "their `json_schema` or `response_format`"),
     "--chat-template-kwargs": "their chat_template_kwargs",
 }
 
@@ -77,8 +78,6 @@ def _elsewhere(row: Row, command: str) -> Row:
         return replace(row, fate="note", text=_OTHERS.format("serve"))
     if first in _SAID_BY_REQUESTS:
         return replace(row, fate="refused", text=_IN_REQUESTS.format(_SAID_BY_REQUESTS[first]))
-    if first == "-n" or first in SAMPLER_FLAGS:
-        return replace(row, fate="note", text="each request says how its tokens are drawn, and how many")
     return replace(row, fate="note", text=_OTHERS.format("run"))
 
 

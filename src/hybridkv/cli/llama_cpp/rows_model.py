@@ -81,13 +81,16 @@ MODEL: tuple[Row, ...] = (
     note("--video-fps", _IMAGES, env="LLAMA_ARG_VIDEO_FPS"),
     note("--video-timestamp-interval", _IMAGES, env="LLAMA_ARG_VIDEO_TIMESTAMP_INTERVAL"),
     note("--video-ffmpeg-dir", _IMAGES, env="LLAMA_ARG_VIDEO_FFMPEG_DIR"),
-    refused("--pooling", "this generates text; embeddings are not made", env="LLAMA_ARG_POOLING", off="none"),
+    same("--pooling", "none, mean, cls, last; of GGUF files", env="LLAMA_ARG_POOLING"),
     refused("--attention", "this generates text, with causal attention", off="causal"),
-    refused(
-        "--embedding --embeddings", "this generates text; embeddings are not made", takes="", env="LLAMA_ARG_EMBEDDINGS"
+    note(
+        "--embedding --embeddings",
+        "`serve` makes embeddings where the file or --pooling says how",
+        takes="",
+        env="LLAMA_ARG_EMBEDDINGS",
     ),
     refused("--rerank --reranking", "this generates text; nothing is ranked", takes="", env="LLAMA_ARG_RERANKING"),
-    note("--embd-normalize", "embeddings are not made"),
+    note("--embd-normalize", "embeddings have length 1", off="2"),
     note("--embd-output-format --embd-separator", "embeddings are not made"),
     *(
         note(names, _DRAFT, takes="", env=env)

@@ -7,7 +7,6 @@ from hybridkv.cli.llama_cpp.record import Row, note, refused, same
 _SAMPLER = "this sampler is not here; --temp, --top-k, --top-p, --min-p, penalties, DRY, XTC and typical are"
 _ORDER = "the order is llama.cpp's own: penalties, DRY, top-n-sigma, top-k, typical, top-p, min-p, XTC, temperature"
 _OF_SAMPLER = "of a sampler that is not here"
-_GRAMMAR = "output is not constrained here"
 _CHAT = "in a chat the model's template does this"
 _WORDS = "words are neither banned nor listed here"
 _SHOWN = "thinking is shown dimmed in a chat and left in the text of a run"
@@ -42,18 +41,13 @@ TEXT: tuple[Row, ...] = (
     refused("-sp --special", "control words are not printed; --json has their ids", takes=""),
     note("--jinja --no-jinja", "chat templates are always rendered with Jinja", takes="", env="LLAMA_ARG_JINJA"),
     note("--peg", "answers are not parsed", takes=""),
-    same("--chat-template", "a template's text; names of built-in ones are refused", env="LLAMA_ARG_CHAT_TEMPLATE"),
+    same("--chat-template", "a template's text, or a name (chatml, llama3, gemma, ...)", env="LLAMA_ARG_CHAT_TEMPLATE"),
     same("--chat-template-file", env="LLAMA_ARG_CHAT_TEMPLATE_FILE"),
     same("--chat-template-kwargs", env="LLAMA_ARG_CHAT_TEMPLATE_KWARGS"),
     same("-rea --reasoning", "on and off set the template's enable_thinking", env="LLAMA_ARG_REASONING"),
     same("--reasoning-effort", "the template's reasoning_effort", env="LLAMA_ARG_REASONING_EFFORT"),
-    refused(
-        "--reasoning-budget",
-        "a budget in tokens is not kept; -rea off turns thinking off where the template can",
-        env="LLAMA_ARG_THINK_BUDGET",
-        off="-1",
-    ),
-    note("--reasoning-budget-message", "of --reasoning-budget", env="LLAMA_ARG_THINK_BUDGET_MESSAGE"),
+    same("--reasoning-budget", "in a chat", env="LLAMA_ARG_THINK_BUDGET"),
+    note("--reasoning-budget-message", "thoughts are closed without a message", env="LLAMA_ARG_THINK_BUDGET_MESSAGE"),
     note("--reasoning-format", _SHOWN, env="LLAMA_ARG_THINK"),
     note("--reasoning-tokens", _SHOWN),
     note(
@@ -107,10 +101,10 @@ TEXT: tuple[Row, ...] = (
         _ORDER,
     ),
     note("-bs --backend-sampling", "tokens are drawn on the CPU", takes="", env="LLAMA_ARG_BACKEND_SAMPLING"),
-    refused("--grammar", _GRAMMAR),
-    refused("--grammar-file", _GRAMMAR),
-    refused("-j --json-schema", _GRAMMAR),
-    refused("-jf --json-schema-file", _GRAMMAR),
+    same("--grammar", "GBNF, or Lark"),
+    same("--grammar-file"),
+    same("-j --json-schema"),
+    same("-jf --json-schema-file"),
     refused("--cfg-negative-prompt", "there is no guidance by a second prompt"),
     refused("--cfg-negative-prompt-file", "there is no guidance by a second prompt"),
     refused("--cfg-scale", "there is no guidance by a second prompt", off="1"),

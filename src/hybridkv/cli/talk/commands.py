@@ -56,6 +56,13 @@ def _regenerate(talk: Talk, screen: Screen, value: str) -> Pieces:
     return talk.regenerate()
 
 
+def _tool(talk: Talk, screen: Screen, value: str) -> Pieces:
+    del screen
+    if not value:
+        raise UsageError("/tool needs what the tool has answered", hint='try /tool {"degrees": 21}')
+    return talk.tell(value)
+
+
 def _save(talk: Talk, screen: Screen, value: str) -> None:
     path = _path(value, "/save")
     screen.say(f"{talk.save(path)} tokens saved in {path}")
@@ -121,6 +128,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("/help", "", "show this", _help),
     Command("/system", "[TEXT]", "set the system message, or show it; - takes it away", _system),
     Command("/regen", "", "answer the last question anew", _regenerate),
+    Command("/tool", "TEXT", "say what a tool has answered to the last answer's call", _tool),
     Command("/type", "[TYPE]", "store the cache as q4_0, or q8_0/q4_0 for K and V", _type),
     Command("/stats", "", "show what the last answer took", _stats),
     Command("/fold", "", "fold thoughts away, or show them", _fold),

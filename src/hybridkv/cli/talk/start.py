@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from hybridkv.cli.chat_options import ChatChoice, say_unused_variables, stops_of
 from hybridkv.cli.fits import Demand, check_memory
+from hybridkv.cli.form_options import Form
 from hybridkv.cli.progress import loading
 from hybridkv.cli.resolve import resolve_types
 from hybridkv.cli.sampler_options import sampling_for
@@ -48,6 +49,7 @@ def talk_about(
     guard: Guard,
     sampling: SamplingParams,
     choice: ChatChoice,
+    form: Form,
     first: str | None,
 ) -> int:
     """Load the model and talk; the exit code.
@@ -91,9 +93,11 @@ def talk_about(
         prefix_bytes=prefixes,
         prefill_chunk=min(_CHUNK, opened.n_ctx),
     )
-    ends = () if a.ignore_eos else loaded.end_ids
+    ends = () if a.ignore_eos and form.grammar is None else loaded.end_ids
     sampling = sampling_for(sampling, a, loaded)
-    habits = Habits(sampling, a.n_predict, stops_of(a), ends, choice.variables)
+    steering = form.steering_for(loaded)
+    steering("")  # what is wrong with a grammar is said before the first question
+    habits = Habits(sampling, a.n_predict, stops_of(a), ends, choice.variables, steering)
     types = specs[0].types if specs else KVTypes()
     talk = Talk(scheduler, loaded.model, tokenizer, habits, types, choice.system)
     path = None if a.session is None else Path(a.session)

@@ -23,6 +23,7 @@ from hybridkv.text.detokenize import TextStream
 if TYPE_CHECKING:
     from hybridkv.cache import KVTypes
     from hybridkv.engine import SamplingParams, Scheduler
+    from hybridkv.engine.sampling import Steering
     from hybridkv.model.protocols import LanguageModel
 
 T = TypeVar("T")
@@ -72,6 +73,8 @@ class Habits:
         Tokens that end one.
     variables
         Of the chat template.
+    steering
+        Makes what steers an answer from the prompt's text.
     """
 
     sampling: SamplingParams
@@ -79,6 +82,7 @@ class Habits:
     stops: tuple[str, ...] = ()
     end_ids: tuple[int, ...] = ()
     variables: Mapping[str, Any] = field(default_factory=dict)
+    steering: Callable[[str], Steering | None] = lambda _: None
 
 
 class Talk:
@@ -155,6 +159,27 @@ class Talk:
         self.messages.append({"role": "user", "content": text})
         return self._answer(regenerates=False)
 
+    def tell(self, text: str) -> Iterator[tuple[Kind, str]]:
+        """Add what a tool has answered to the call in the last answer, and have it answered.
+
+        Raises
+        ------
+        UsageError
+            If nothing was answered yet, or if the chat template leaves such messages out.
+        """
+        if not self.messages or self.messages[-1]["role"] not in ("assistant", "tool"):
+            raise UsageError("no tool was called: the last message is no answer", hint="ask something first")
+        self.messages.append({"role": "tool", "content": text})
+        try:
+            rendered = chat_prompt(self._words, self.messages, self.habits.variables)
+        except HybridKVError:
+            self.messages.pop()
+            raise
+        if rendered.find_last(text) is None:
+            self.messages.pop()
+            raise UsageError("the chat template leaves out what tools answer", hint="say it as a message of yours")
+        return self._answer(regenerates=False)
+
     def regenerate(self) -> Iterator[tuple[Kind, str]]:
         """Answer the last question anew.
 
@@ -165,7 +190,7 @@ class Talk:
         """
         if self.messages and self.messages[-1]["role"] == "assistant":
             self.messages.pop()
-        if not self.messages or self.messages[-1]["role"] != "user":
+        if not self.messages or self.messages[-1]["role"] not in ("user", "tool"):
             raise UsageError("nothing was asked yet")
         return self._answer(regenerates=True)
 
@@ -209,6 +234,7 @@ class Talk:
             params=sampling,
             stop_ids=self.habits.end_ids,
             types=self._asked_types,
+            steering=self.habits.steering(rendered.text),
         )
         self._asked = (rendered.text, request.prompt_ids)
         return request, rendered.text

@@ -1,0 +1,55 @@
+"""Decide which weights and which engine a model gets, for commands and `hybridkv.load` alike."""
+
+from __future__ import annotations
+
+import torch
+
+from hybridkv.engine.describe import Description
+from hybridkv.engine.steps import StepKind
+from hybridkv.errors import UsageError
+from hybridkv.held import WeightKind
+from hybridkv.kernels import cpu_native
+
+
+def engine_for(device_type: str, weights: WeightKind, engine: StepKind) -> StepKind:
+    """The engine to ask for: on the CPU, Transformers' own forward pass runs plain weights, which are its tensors.
+
+    Raises
+    ------
+    UsageError
+        If the native engine is to take them.
+    """
+    if device_type != "cpu" or weights != "plain":
+        return engine
+    if engine == "native":
+        raise UsageError(
+            "--weights plain with --engine native; allowed: auto, f32, bf16, int8, int4",
+            hint="plain weights are Transformers' own tensors, for --engine eager; f32 keeps every value too",
+        )
+    return "eager"
+
+
+def weights_on(
+    device: str, asked: WeightKind, engine: StepKind, description: Description
+) -> tuple[WeightKind, torch.dtype]:
+    """How matrices are held, and their dtype: packed on the CPU, but plain under an engine that was asked to be.
+
+    On CUDA, those of a GGUF file stay packed where its kernels read all of its types.
+
+    Raises
+    ------
+    UsageError
+        If this build cannot pack weights.
+    """
+    if not device.startswith("cpu"):
+        if asked in ("int8", "int4"):
+            return asked, torch.bfloat16
+        if description.rejects_packed(device.partition(":")[0], asked, engine) is None:
+            return "auto", torch.float32
+        return "plain", torch.float32 if asked == "f32" else torch.bfloat16
+    reason = cpu_native.available()
+    if asked == "auto" and (reason is not None or engine == "eager"):
+        return "plain", torch.float32
+    if asked not in ("auto", "plain") and reason is not None:
+        raise UsageError(f"--weights {asked}: {reason}; allowed: auto, plain", hint="leave --weights out")
+    return asked, torch.float32
