@@ -23,6 +23,7 @@ from hybridkv.cli.resolve import resolve_types
 from hybridkv.cli.sampler_options import add_sampling_arguments, sampling_for, sampling_from
 from hybridkv.cli.session import Conversation, check_session, open_conversation
 from hybridkv.cli.show import notice, size
+from hybridkv.cli.spec_options import add_spec_arguments, check_spec, speculation_from
 from hybridkv.cli.talk.start import check_talk, talk_about
 from hybridkv.errors import ContextError, HybridKVError, UsageError
 
@@ -80,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of text")
     add_cache_arguments(parser)
     add_sampling_arguments(parser)
+    add_spec_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -112,7 +114,8 @@ def main(arguments: argparse.Namespace) -> int:
     talk = open_conversation(a, prompt, loaded.model, loaded.tokenizer, choice)
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
     try:
-        engine = Engine(loaded.model, specs, n_ctx=n_ctx, guard=guard, notify=tell, step=step)
+        speculation = speculation_from(a, step, tell, n_seqs=a.parallel)
+        engine = Engine(loaded.model, specs, n_ctx=n_ctx, guard=guard, notify=tell, step=step, speculation=speculation)
         talk.hand_over(engine)
         sampling = sampling_for(sampling, a, loaded)
         return leave_ranks(_generate(a, loaded, engine, sampling, talk))
@@ -143,6 +146,7 @@ def _check(a: argparse.Namespace) -> None:
     if a.conversation or a.interactive:
         check_talk(a)
     check_session(a)
+    check_spec(a)
     check_ranks(a)
     check_limits(a, ("-np", "parallel", 1, 1024))
     if a.flash_attn == "off":
@@ -211,6 +215,9 @@ def _print_figures(engine: Engine, sampling: SamplingParams, compiled: Compiled)
         f"generation: {t.n_generated} tokens, {t.generation_tok_s:.1f} tokens/s",
         f"memory:     KV {size(cache.kv_bytes_used)} used of {size(cache.kv_bytes)}, states {size(cache.state_bytes)}",
     ]
+    if t.n_guessed:
+        share, each = 100 * t.n_right / t.n_guessed, t.n_generated / t.n_runs
+        lines.append(f"guesses:    {t.n_right} of {t.n_guessed} right ({share:.0f} %), {each:.2f} tokens a run")
     if compiled.n_kernels:
         kept = f"{compiled.n_kernels} compiled in {compiled.seconds:.1f} s of that, kept for the next run"
         lines.append(f"kernels:    {kept}")
@@ -255,6 +262,8 @@ def _result(
         "prompt_tok_s": t.prompt_tok_s,
         "generated_tokens": t.n_generated,
         "generation_tok_s": t.generation_tok_s,
+        "guessed_tokens": t.n_guessed,
+        "right_guesses": t.n_right,
         "compiled_kernels": compiled.n_kernels,
         "compile_s": compiled.seconds,
         "rebuilds": t.n_rebuilds,

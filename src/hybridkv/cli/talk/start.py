@@ -12,7 +12,8 @@ from hybridkv.cli.fits import Demand, check_memory
 from hybridkv.cli.progress import loading
 from hybridkv.cli.resolve import resolve_types
 from hybridkv.cli.sampler_options import sampling_for
-from hybridkv.cli.show import size, warning
+from hybridkv.cli.show import notice, size, warning
+from hybridkv.cli.spec_options import speculation_from
 from hybridkv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def talk_about(
         step=step,
         prefix_bytes=prefixes,
         prefill_chunk=min(_CHUNK, opened.n_ctx),
+        speculation=speculation_from(a, step, notice),
     )
     ends = () if a.ignore_eos else loaded.end_ids
     sampling = sampling_for(sampling, a, loaded)
