@@ -11,21 +11,24 @@ from itertools import islice
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from hybridkv.cache import KVTypes
 from hybridkv.engine import Engine, Request, SamplingParams
+from hybridkv.engine.draft_model import DraftModel
 from hybridkv.engine.drafts import Guess
 from hybridkv.engine.ngrams import NGrams
 from hybridkv.engine.pace import Costs, Pace
 from hybridkv.engine.speculation import Speculation, parse_spec, rejects_drafts
 from hybridkv.engine.steps import resolve_step
-from hybridkv.errors import UsageError
+from hybridkv.errors import ModelError, UsageError
 from hybridkv.hf import EagerStep, ModelCache
 from hybridkv.kernels import cpu_native
 from hybridkv.native import NativeStep
 from hybridkv.policy import Guard, NonFiniteError
 from hybridkv.runtime import Answers
 from tests.engine.serving import GREEDY, Q8, Q8_TAILED, drain, events, model, prompt, scheduler, specs_for
+from tests.families import build
 from tests.native.test_drafts import differences
 
 pytestmark = pytest.mark.skipif(cpu_native.available() is not None, reason="the native extension is not built")
@@ -50,6 +53,7 @@ class Knowing:
     """Knows the text, and is wrong here and there; or always, without a text."""
 
     name = "knowing"
+    seconds_each = None
 
     def __init__(self, text: Sequence[int], seed: int = 0) -> None:
         self._text, self._draw = list(text), random.Random(seed)
@@ -155,6 +159,7 @@ class Fixed:
     """Guesses the same tokens always."""
 
     name = "fixed"
+    seconds_each = None
 
     def __init__(self, guesses: list[int]) -> None:
         self._guesses = guesses
@@ -206,6 +211,7 @@ class Exactly:
     """Guesses from a text, right or wrong; nothing for what comes next to a wrong guess."""
 
     name = "exactly"
+    seconds_each = None
 
     def __init__(self, text: list[int]) -> None:
         self._text = text
@@ -336,3 +342,40 @@ def test_unknown_kinds() -> None:
     with pytest.raises(UsageError, match="allowed: auto"):
         parse_spec("eagle")
     assert parse_spec("off") == "off"
+
+
+def noisy(family: str, noise: float) -> PreTrainedModel:
+    """A family's model, or one that does not agree with it."""
+    small = build(family, attention="hybridkv")
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.add_(noise * torch.randn_like(parameter))
+    return small
+
+
+@pytest.mark.parametrize("how", PARAMS)
+@pytest.mark.parametrize(("family", "noise"), [("qwen3_5_text", 0.0), ("qwen3_5_text", 0.02), ("lfm2", 0.01)])
+def test_a_draft_model_changes_no_text(family: str, noise: float, how: str) -> None:
+    """One that agrees, one that does now and then, and one of another family."""
+    without = text_of(engine("qwen3_5_text", Q8, None), 60, PARAMS[how])
+    small = noisy(family, noise)
+    draft = DraftModel(small, NativeStep(small), n_ctx=160)
+    run = engine("qwen3_5_text", Q8, Speculation(draft.guesser, n_max=4, costs=Free()))
+    assert text_of(run, 60, PARAMS[how]) == without
+    assert run.cache is not None
+    assert run.timings.n_guessed > 20
+    if (noise, how) == (0.0, "greedy"):
+        assert run.timings.n_right > 0.8 * run.timings.n_guessed
+
+
+def test_draft_models_that_cannot_go_back_or_speak_otherwise_are_refused() -> None:
+    small = build("mistral", attention="hybridkv")
+    with pytest.raises(ModelError, match="sliding window"):
+        DraftModel(small, NativeStep(small), n_ctx=64)
+    other = build("qwen3", attention="hybridkv")
+    draft = DraftModel(other, NativeStep(other), n_ctx=64)
+    draft.check_vocabulary(None, model(), None)
+    other.config.vocab_size = 98
+    with pytest.raises(ModelError, match="98 tokens, not 97"):
+        draft.check_vocabulary(None, model(), None)

@@ -71,9 +71,11 @@ def _bytes(x: Tensor) -> Tensor:
 class Pair:
     """A sequence that takes drafts, and one that takes the same text token by token."""
 
-    def __init__(self, step: NativeStep, config: Any, types: KVTypes, n_prompt: int, seed: int) -> None:
+    def __init__(
+        self, step: NativeStep, config: Any, types: KVTypes, n_prompt: int, seed: int, n_ctx: int = 160
+    ) -> None:
         self.step, self.text = step, tokens(1, n_prompt + 80, seed)[0].tolist()
-        self.cache, self.single = cache_of(config, types), cache_of(config, types)
+        self.cache, self.single = cache_of(config, types, n_ctx), cache_of(config, types, n_ctx)
         self.position = n_prompt
         for cache in (self.cache, self.single):
             step.forward(torch.tensor([self.text[:n_prompt]]), cache, 0)
@@ -140,3 +142,22 @@ def test_every_kind_of_rows_keeps_what_single_tokens_leave(family: str, kind: st
     step = NativeStep(native_model(model.config, source_of(model), "auto"))
     several = [Pair(step, model.config, KINDS[kind], n, n) for n in (1, 20, 45)]
     assert take_drafts(several, 60, seed=8) >= (10 if family != "mistral" else 0)
+
+
+@pytest.mark.parametrize("isa", ["best", "avx2", "portable"])
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("types", [("q8_0", "q8_0"), ("f16", "f16"), ("q4_1", "iq4_nl"), ("q5_0", "bf16")])
+def test_long_caches_are_read_together(
+    types: tuple[str, str], n_threads: int, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the ends of tiles and of parts of the cache, with several threads too."""
+    if isa not in ("best", *cpu_native._native().isas()):
+        pytest.skip(f"this processor has no {isa}")
+    if isa != "best":
+        monkeypatch.setenv("HYBRIDKV_ISA", isa)
+    monkeypatch.setattr("hybridkv.kernels.step.native_threads", lambda: n_threads)
+    model = build("qwen3_5_text", attention="hybridkv")
+    step = NativeStep(model)
+    for n_prompt in (90, 500, 1000):
+        pair = Pair(step, model.config, KVTypes(*types), n_prompt, n_prompt, n_ctx=1200)
+        assert take_drafts([pair], 70, seed=n_prompt) >= 10

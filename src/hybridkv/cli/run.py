@@ -114,7 +114,7 @@ def main(arguments: argparse.Namespace) -> int:
     talk = open_conversation(a, prompt, loaded.model, loaded.tokenizer, choice)
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
     try:
-        speculation = speculation_from(a, step, tell, n_seqs=a.parallel)
+        speculation = speculation_from(a, loaded, step, tell, n_ctx=n_ctx, n_seqs=a.parallel)
         engine = Engine(loaded.model, specs, n_ctx=n_ctx, guard=guard, notify=tell, step=step, speculation=speculation)
         talk.hand_over(engine)
         sampling = sampling_for(sampling, a, loaded)

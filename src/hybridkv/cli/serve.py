@@ -266,7 +266,7 @@ def _scheduler(
         prefix_bytes=a.prefix_memory,
         prefill_chunk=chunk,
         max_waiting=a.max_waiting,
-        speculation=speculation_from(a, step, notice),
+        speculation=speculation_from(a, loaded, step, notice, n_ctx=opened.n_ctx),
     )
     one = scheduler.admission.planned_bytes(specs, opened.n_ctx)
     total = a.parallel * one if a.memory is None else min(a.memory, a.parallel * one)

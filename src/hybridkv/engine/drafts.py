@@ -19,7 +19,7 @@ from torch import Tensor
 from hybridkv.engine.pace import Pace
 from hybridkv.runtime import Answers, DraftStep, Fault, ModelCache
 
-SpecKind = Literal["auto", "ngram", "off"]
+SpecKind = Literal["auto", "ngram", "draft", "off"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +32,10 @@ class Guess:
         As far as anything was found; they follow one another.
     kind
         Guesses of one kind are as good as each other: how long a match they come from.
-    seconds_each
-        What it took to make one.
     """
 
     tokens: list[int]
     kind: int
-    seconds_each: float = 0.0
 
 
 class Guesser(Protocol):
@@ -46,7 +43,12 @@ class Guesser(Protocol):
 
     @property
     def name(self) -> str:
-        """Printed with the figures."""
+        """Of the way of guessing."""
+        ...
+
+    @property
+    def seconds_each(self) -> float | None:
+        """What it takes to make one, which is then asked for only where it pays; None for next to nothing."""
         ...
 
     def guess(self, text: Sequence[int], n: int) -> Guess:
@@ -90,9 +92,13 @@ class Drafts:
         if self.step is None or self.guesser is None or self.pace is None:
             return [text[-1]]
         n_room = self.step.room(cache, 1 + min(n_most, self.pace.n_max)) - 1 if n_most > 0 else 0
+        each = self.guesser.seconds_each
+        if each is not None and n_room:
+            n_room = self.pace.choose(0, n_room, n_others, each)
         guess = self.guesser.guess(text, n_room) if n_room else Guess([], 0)
-        n = self.pace.choose(guess.kind, len(guess.tokens), n_others, guess.seconds_each) if guess.tokens else 0
-        self._kind = guess.kind
+        self._kind, n = guess.kind, len(guess.tokens)
+        if each is None and n:
+            n = self.pace.choose(guess.kind, n, n_others)
         return [text[-1], *guess.tokens[:n]]
 
     def open(self, tokens: Sequence[int], answers: Answers, first_row: int) -> None:

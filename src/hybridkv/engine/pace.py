@@ -62,12 +62,24 @@ class Costs:
 
 @dataclass(slots=True)
 class Odds:
-    """How often a guess holds, of one kind of guesses of one sequence."""
+    """How often a guess holds, of one kind of guesses of one sequence.
+
+    Attributes
+    ----------
+    right, wrong
+        Guesses behind right ones, the newest counting most.
+    pause, next_pause
+        Tokens without a guess, now and after the next try.
+    n_guessed, n_right
+        All of them.
+    """
 
     right: float = 1.5
     wrong: float = 0.5
     pause: int = 0
     next_pause: int = FIRST_PAUSE
+    n_guessed: int = 0
+    n_right: int = 0
 
     @property
     def share(self) -> float:
@@ -95,7 +107,7 @@ class Pace:
     n_max, n_min
         Most guesses in a run, and fewest.
     on_pause
-        Told how many guesses were right, and how many were made, where they stop to pay.
+        Told how many guesses of a kind were right, and how many were made, where they stop to pay.
 
     Attributes
     ----------
@@ -134,8 +146,8 @@ class Pace:
         if not best and n_most >= self.n_min:
             odds.pause, odds.next_pause = odds.next_pause, min(2 * odds.next_pause, LONGEST_PAUSE)
             odds.right, odds.wrong = 1.5, 0.5  # another part of the text may be another matter
-            if self._on_pause is not None and self.n_guessed:
-                self._on_pause(self.n_right, self.n_guessed)
+            if self._on_pause is not None and odds.n_guessed:
+                self._on_pause(odds.n_right, odds.n_guessed)
         return best
 
     def note(self, kind: int, n_guessed: int, n_right: int, *, ended: bool) -> None:
@@ -144,5 +156,6 @@ class Pace:
         self.n_right += n_right
         odds = self._odds.setdefault(kind, Odds())
         odds.note(n_right, ended=ended)
+        odds.n_guessed, odds.n_right = odds.n_guessed + n_guessed, odds.n_right + n_right
         if n_right > 1:
             odds.next_pause = FIRST_PAUSE

@@ -39,7 +39,6 @@ class Taken:
 
 def run_next(step: Step, batch: Sequence[Running], costs: Costs) -> None:
     """Run the last token of every sequence, and what each guesses behind it."""
-    start = time.perf_counter()
     tokens = []
     for sequence in batch:
         assert sequence.cache is not None
@@ -49,6 +48,7 @@ def run_next(step: Step, batch: Sequence[Running], costs: Costs) -> None:
     caches = [s.cache for s in batch if s.cache is not None]
     positions = [s.position for s in batch]
     n_rows = sum(map(len, tokens))
+    start = time.perf_counter()
     if n_rows == len(batch):
         answers = step.forward_many(torch.tensor([own[0] for own in tokens]), caches, positions)
     else:

@@ -1,4 +1,4 @@
-"""What is to guess tokens: prompt lookup, or nothing.
+"""What is to guess tokens: prompt lookup, a small draft model, or nothing.
 
 Owns the choice, and what all sequences of a model share of it: the costs of runs. `hybridkv.engine.drafts` has a
 sequence's part.
@@ -21,6 +21,9 @@ DRAFT_MAX = 7
 
 MOST_DRAFTS = 63
 
+_TELLING = 8
+"""Guesses after which it is worth a line that they do not pay."""
+
 
 def parse_spec(text: str) -> SpecKind:
     """Check what is to guess.
@@ -31,7 +34,7 @@ def parse_spec(text: str) -> SpecKind:
         Listing what there is.
     """
     kinds: tuple[SpecKind, ...] = get_args(SpecKind)
-    return one_of(text, kinds, "--spec", hint="auto is ngram wherever the engine takes guesses")
+    return one_of(text, kinds, "--spec", hint="auto is the draft model that -md names, else ngram")
 
 
 @dataclass(slots=True)
@@ -70,11 +73,10 @@ class Speculation:
         return Drafts(step, self.make_guesser(), Pace(self.costs, self.n_max, max(1, self.n_min), self._tell))
 
     def _tell(self, n_right: int, n_guessed: int) -> None:
-        if self.notify is not None:
-            share = 100 * n_right / n_guessed
+        if self.notify is not None and n_guessed >= _TELLING:
             self.notify(
-                f"speculation pauses: {n_right} of {n_guessed} guesses ({share:.0f} %) were right, which does not pay "
-                "here; it is tried again further on"
+                f"speculation pauses where it does not pay: of {n_guessed} such guesses {n_right} were right; it is "
+                "tried again further on"
             )
             self.notify = None
 

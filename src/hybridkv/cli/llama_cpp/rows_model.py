@@ -103,7 +103,6 @@ MODEL: tuple[Row, ...] = (
     *(
         note(names, _DRAFT, env=env)
         for names, env in (
-            ("-md --model-draft --spec-draft-model", "LLAMA_ARG_SPEC_DRAFT_MODEL"),
             ("-hfd -hfrd --hf-repo-draft --spec-draft-hf", "LLAMA_ARG_SPEC_DRAFT_HF_REPO"),
             ("-ctkd --cache-type-k-draft --spec-draft-type-k", "LLAMA_ARG_SPEC_DRAFT_CACHE_TYPE_K"),
             ("-ctvd --cache-type-v-draft --spec-draft-type-v", "LLAMA_ARG_SPEC_DRAFT_CACHE_TYPE_V"),
@@ -133,6 +132,7 @@ MODEL: tuple[Row, ...] = (
             ("-lcs --lookup-cache-static -lcd --lookup-cache-dynamic", ""),
         )
     ),
+    same("-md --model-draft --spec-draft-model", env="LLAMA_ARG_SPEC_DRAFT_MODEL"),
     same("--draft --draft-n --draft-max", env="LLAMA_ARG_DRAFT_MAX"),
     same("--draft-min --draft-n-min", env="LLAMA_ARG_DRAFT_MIN"),
     same("--spec-draft-n-max", env="LLAMA_ARG_SPEC_DRAFT_N_MAX"),

@@ -91,7 +91,7 @@ def talk_about(
         step=step,
         prefix_bytes=prefixes,
         prefill_chunk=min(_CHUNK, opened.n_ctx),
-        speculation=speculation_from(a, step, notice),
+        speculation=speculation_from(a, loaded, step, notice, n_ctx=opened.n_ctx),
     )
     ends = () if a.ignore_eos else loaded.end_ids
     sampling = sampling_for(sampling, a, loaded)

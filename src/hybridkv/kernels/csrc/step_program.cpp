@@ -101,7 +101,7 @@ public:
         AttendCall* calls = run_.calls.data() + op.call * n_calls;
         std::vector<AttendParams> attended;
         for (int64_t i = 0; i < n_calls; ++i) attended.push_back(store_new(op, calls[i], i * share, share));
-        run_attention(run_.isa, attended, run_.n_threads);
+        run_attention(run_.isa, attended, tokens_of_caches(), run_.n_threads);
         for (int64_t i = 0; i < n_calls; ++i) {
             const int64_t r0 = i * share, r1 = r0 + share;
             if (calls[i].block_v) step_.rotate(op.dst, calls[i].block_v, r0, r1);
@@ -157,6 +157,14 @@ public:
 private:
     int64_t n_seqs() const { return static_cast<int64_t>(run_.spans.size()); }
     const Span& span(int64_t seq) const { return run_.spans[static_cast<size_t>(seq)]; }
+
+    // How many calls of an attention are of one cache.
+    std::vector<int64_t> tokens_of_caches() const {
+        if (!run_.separate) return {1};
+        std::vector<int64_t> found;
+        for (const Span& own : run_.spans) found.push_back(own.n_tokens);
+        return found;
+    }
 
     template <class Op>
     void keep(const Op& op) const {
