@@ -91,15 +91,19 @@ class Drafts:
         """
         if self.step is None or self.guesser is None or self.pace is None:
             return [text[-1]]
-        n_room = self.step.room(cache, 1 + min(n_most, self.pace.n_max)) - 1 if n_most > 0 else 0
-        each = self.guesser.seconds_each
-        if each is not None and n_room:
-            n_room = self.pace.choose(0, n_room, n_others, each)
-        guess = self.guesser.guess(text, n_room) if n_room else Guess([], 0)
+        n, each = min(n_most, self.pace.n_max), self.guesser.seconds_each
+        if each is not None and n > 0:
+            n = self.pace.choose(0, self._room(cache, n), n_others, each)
+        guess = self.guesser.guess(text, n) if n > 0 else Guess([], 0)
         self._kind, n = guess.kind, len(guess.tokens)
         if each is None and n:
-            n = self.pace.choose(guess.kind, n, n_others)
+            n = self.pace.choose(guess.kind, self._room(cache, n), n_others)
         return [text[-1], *guess.tokens[:n]]
+
+    def _room(self, cache: ModelCache, n: int) -> int:
+        """How many of `n` guesses one run takes."""
+        assert self.step is not None
+        return self.step.room(cache, 1 + n) - 1
 
     def open(self, tokens: Sequence[int], answers: Answers, first_row: int) -> None:
         """Take the answers to what was proposed, from a row of theirs on."""

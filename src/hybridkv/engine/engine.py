@@ -269,15 +269,15 @@ class Engine:
             logits = drafts.take(text[-1])
             if logits is None:
                 logits = self._run_ahead(drafts, text, n_left - 1)
-            self.n_held = len(text)
-            if not is_finite(logits):
-                raise bad_logits(self._cache, len(text))
+            if drafts.tokens:
+                self.n_held = len(text)
+                if not is_finite(logits):
+                    raise bad_logits(self._cache, len(text))
         except (NonFiniteError, MismatchError) as error:
             drafts.drop()
             return self._rebuild(error)
         return logits
 
-    @torch.inference_mode()
     def _run_ahead(self, drafts: Drafts, text: list[int], n_most: int) -> Tensor:
         """Run the text's last token, and guesses behind it; the logits after that token, `[1, V]`."""
         start = time.perf_counter()
@@ -289,7 +289,9 @@ class Engine:
             logits = self._forward(self.history[:, -1:])
         else:
             assert drafts.step is not None
-            drafts.open(tokens, drafts.step.forward_drafts([tokens], [self._cache], [len(text) - 1]), 0)
+            with torch.inference_mode():
+                answers = drafts.step.forward_drafts([tokens], [self._cache], [len(text) - 1])
+            drafts.open(tokens, answers, 0)
             first = drafts.take(text[-1])
             assert first is not None
             logits = first

@@ -134,6 +134,8 @@ class Pace:
             What it takes to make a guess.
         """
         odds = self._odds.setdefault(kind, Odds())
+        if n_most < 1:
+            return 0
         if odds.pause > 0:
             odds.pause -= 1
             return 0
