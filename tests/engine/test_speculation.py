@@ -48,6 +48,9 @@ class Free(Costs):
     def of(self, n_rows: int) -> float:
         return 1.0
 
+    def knows(self, n_rows: int) -> bool:
+        return True
+
 
 class Knowing:
     """Knows the text, and is wrong here and there; or always, without a text."""
@@ -323,11 +326,24 @@ def test_where_none_pay_none_are_made_for_longer_and_longer() -> None:
 
 
 def test_a_time_that_another_program_has_drawn_out_counts_little() -> None:
-    costs = Costs({1: 1.0})
+    costs = Costs()
+    assert not costs.knows(1)
+    for seconds in (9.0, 1.0, 1.5, 1.1):
+        costs.note(1, seconds)
+    assert costs.knows(1)
+    assert costs.of(1) == 1.0
     costs.note(1, 100.0)
     assert costs.of(1) == pytest.approx(1.2)
     costs.note(4, 2.0)
     assert costs.of(2) == pytest.approx(1.2 + 0.8 / 3)
+
+
+def test_nothing_is_guessed_before_single_tokens_have_been_measured() -> None:
+    pace = Pace(Costs(), 7)
+    assert pace.choose(3, 7, 0) == 0
+    for _ in range(4):
+        pace.costs.note(1, 1.0)
+    assert pace.choose(3, 7, 0) > 1  # what was never tried looks cheap
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,9 @@ from hybridkv.runtime import Step
 
 _CLOSE = 0.2
 
+_CAUGHT_UP = 64
+"""New tokens of a text that are read along with guesses; more are a prompt, or what came in a pause."""
+
 
 class DraftModel:
     """A loaded model that guesses for another.
@@ -97,19 +100,19 @@ class DraftGuesser:
     @torch.inference_mode()
     def guess(self, text: Sequence[int], n: int) -> Guess:
         """Guess `n` tokens after the text, which only ever grows."""
-        step, cache = self._owner.step, self._cache
+        step, cache, start = self._owner.step, self._cache, time.perf_counter()
+        n_new = len(text) - self._n_held
         new = torch.tensor([list(text[self._n_held :])])
         logits = step.forward(new, cache, self._n_held)
         self._n_held = len(text)
         held = [layer.stored() for layer in cache.stateful]
-        start = time.perf_counter()
         guesses = [int(logits[0].argmax())]
         while len(guesses) < n:
             token = torch.tensor([[guesses[-1]]])
             guesses.append(int(step.forward(token, cache, self._n_held + len(guesses) - 1)[0].argmax()))
         self._go_back(len(guesses) - 1, held)
-        if n > 1:
-            self._note((time.perf_counter() - start) / (n - 1))
+        if n_new <= _CAUGHT_UP:
+            self._note((time.perf_counter() - start) / n)
         return Guess(guesses, 0)
 
     def _go_back(self, n_tokens: int, states: Sequence[Any]) -> None:

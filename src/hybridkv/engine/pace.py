@@ -19,6 +19,9 @@ GAIN = 1.02
 _FORGET = 0.9
 """What a count weighs after the next one."""
 
+_FIRST = 4
+"""Measurements of which the least counts: the guard checks the first token after a prompt, which takes a while."""
+
 _CLOSE = 0.2
 """How far a new time moves what is expected of a run."""
 
@@ -34,14 +37,20 @@ class Costs:
     """
 
     seconds: dict[int, float] = field(default_factory=dict)
+    _counts: dict[int, int] = field(default_factory=dict)
 
     def note(self, n_rows: int, seconds: float) -> None:
-        """Take a measurement; one that another program's load has drawn out counts little."""
+        """Take a measurement; one that a check or another program's load has drawn out counts little."""
         known = self.seconds.get(n_rows)
-        if known is None:
-            self.seconds[n_rows] = seconds
+        count = self._counts[n_rows] = self._counts.get(n_rows, 0) + 1
+        if known is None or count <= _FIRST:
+            self.seconds[n_rows] = seconds if known is None else min(known, seconds)
         else:
             self.seconds[n_rows] = known + _CLOSE * (min(seconds, 2 * known) - known)
+
+    def knows(self, n_rows: int) -> bool:
+        """Whether runs of so many rows have been measured often enough to be compared with."""
+        return n_rows in self.seconds and self._counts.get(n_rows, _FIRST) >= _FIRST
 
     def of(self, n_rows: int) -> float:
         """Seconds to expect: between rows that are known in a line, beyond them a quarter of a single row each.
@@ -134,7 +143,7 @@ class Pace:
             What it takes to make a guess.
         """
         odds = self._odds.setdefault(kind, Odds())
-        if n_most < 1:
+        if n_most < 1 or not (n_others or self.costs.knows(1)):
             return 0
         if odds.pause > 0:
             odds.pause -= 1
