@@ -39,7 +39,7 @@ from hybridkv.engine.load import bundled_model, describe, load
 from hybridkv.hf import ModelCache, cache_argument
 from hybridkv.kernels import ENCODERS, KERNELS
 from hybridkv.model import kv_facts, layer_facts
-from hybridkv.policy import Evidence, Guard, NonFiniteError, Ok, Policy, Verdict
+from hybridkv.policy import ERROR_LIMIT, KERNEL_LIMIT, STORE_LIMIT, Evidence, Guard, NonFiniteError, Ok, Policy, Verdict
 from perplexity import TEXT, commit, cpu_name, parse
 
 TYPES = "q8_0,q6_0,q4_0+kv,iq4_nl,q8_0/q4_0+v,hq3_nl"
@@ -136,11 +136,51 @@ def record(subject: Subject, label: str, fault: Fault | None) -> dict[str, Any] 
     }
 
 
-def as_json(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """One row to a line, numbers to three digits."""
-    short = [{k: float(f"{v:.3g}") if isinstance(v, float) else v for k, v in row.items()} for row in rows]
-    head = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in about.items())
-    return "{\n" + head + ',\n"rows": [\n' + ",\n".join(map(json.dumps, short)) + "\n]\n}\n"
+NUMBERS = ("error", "store_error", "kernel_error")
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """What the documentation's tables are made of: each fault over all models, and each model over all faults."""
+    by_fault: dict[tuple[str | None, str | None], list[dict[str, Any]]] = defaultdict(list)
+    by_model: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        by_fault[row["kind"], row["fault"]].append(row)
+        by_model[row["model"]].append(row)
+    return {
+        "faults": [_of_fault(kind, fault, group) for (kind, fault), group in by_fault.items()],
+        "models": [_of_model(model, group) for model, group in by_model.items()],
+    }
+
+
+def _of_fault(kind: str | None, fault: str | None, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    spans = {key: [_short(pick(row[key] for row in rows)) for pick in (min, max)] for key in NUMBERS}
+    above = sum(row["error"] > ERROR_LIMIT for row in rows)
+    caught = sum(row["caught"] for row in rows)
+    return {"kind": kind, "fault": fault, "runs": len(rows), "caught": caught, "error_above_limit": above, **spans}
+
+
+def _of_model(model: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    sound = [row for row in rows if row["fault"] is None]
+    faulty = [row for row in rows if row["fault"] is not None]
+    return {
+        "model": model,
+        "sound": len(sound),
+        "alarms": sum(row["store_error"] > STORE_LIMIT or row["kernel_error"] > KERNEL_LIMIT for row in sound),
+        "largest": {key: _short(max(row[key] for row in sound)) for key in NUMBERS},
+        "faulty": len(faulty),
+        "missed": [f"{row['fault']} ({row['types']})" for row in faulty if not row["caught"]],
+    }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def as_json(about: dict[str, Any], tables: dict[str, list[dict[str, Any]]]) -> str:
+    """One row to a line."""
+    parts = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in about.items()]
+    parts += [f'"{name}": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]" for name, rows in tables.items()]
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -151,7 +191,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     table = simple_table("fault", "runs", "objected", "error", "store error", "kernel error")
     for name, group in groups.items():
         spans = []
-        for key in ("error", "store_error", "kernel_error"):
+        for key in NUMBERS:
             values = [row[key] for row in group]
             spans.append(f"{min(values):.2g} .. {max(values):.2g}")
         table.add_row(name, str(len(group)), str(sum(row["caught"] for row in group)), *spans)
@@ -169,7 +209,8 @@ def main() -> int:
         default="all",
         help="half: on every second type, by turns from model to model; none: sound runs alone",
     )
-    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("-o", "--output", type=Path, help="the summary that the documentation is generated from")
+    parser.add_argument("--rows", type=Path, help="every run, a line each; with -o")
     a = parser.parse_args()
     measured = commit()
     transformers.utils.logging.set_verbosity_error()
@@ -189,7 +230,9 @@ def main() -> int:
         if a.output:  # after each model: a long run that is ended early keeps what it has
             about = {"commit": measured, "cpu": cpu_name(), "torch": torch.__version__}
             about |= {"transformers": transformers.__version__, "kernels": [k.name for k in KERNELS]}
-            a.output.write_text(as_json(about, rows))
+            a.output.write_text(as_json(about, summary(rows)))
+            if a.rows:
+                a.rows.write_text("".join(json.dumps(row) + "\n" for row in rows))
     show(rows)
     sound = [row for row in rows if row["fault"] is None]
     faulty = [row for row in rows if row["fault"] is not None]

@@ -34,7 +34,7 @@ from hybridkv.kernels.cuda.one_token import attend_one_token
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 WARPS = 4
-TYPES = {"q": "*bf16", "table": "*i32", "starts": "*i32", "lengths": "*i32", "scale": "fp32", "softcap": "fp32"}
+TYPES = {"q": "*bf16", "starts": "*i32", "lengths": "*i32", "scale": "fp32", "softcap": "fp32"}
 RESULTS = ("out", "tops", "sums", "center")
 EXPERT_TYPES = dict.fromkeys(("x", "out", "each", "shared"), "*bf16") | {"index": "*i32", "weights": "*fp32"}
 
@@ -50,10 +50,10 @@ def signature_of(name: str, known: dict[str, Any]) -> str:
 
 
 def compiled(kv_type: str, head_dim: int, group: int) -> Any:
-    flags = ("HAS_WINDOW", "HAS_SOFTCAP", "HAS_CENTER", "HAS_STARTS", "PAGED")
+    flags = ("HAS_WINDOW", "HAS_SOFTCAP", "HAS_CENTER", "HAS_STARTS")
     known: dict[str, Any] = dict.fromkeys(flags, False)
     known |= {"K": side(kv_type, head_dim), "V": side(kv_type, head_dim), "GROUP": group, "SUBTILES": 1, "WARPS": WARPS}
-    known |= {"N_LENGTHS": 0, "SEGMENT": 0, "ROWS_LOG2": 0, "OVERLAPS": True}
+    known |= {"N_LENGTHS": 0, "SEGMENT": 0, "OVERLAPS": True}
     signature = {name: signature_of(name, known) for name in attend_one_token.arg_names}
     return for_h100(attend_one_token, signature, known, {n for n, kind in signature.items() if kind.startswith("*")})
 

@@ -29,7 +29,7 @@ from triton import TritonError
 from hybridkv.errors import HybridKVError
 from hybridkv.hf import EagerStep
 from hybridkv.model import layer_facts
-from hybridkv.plan import largest_context, plan
+from hybridkv.planner import largest_context, plan
 from step_cuda_model import (
     GEOMETRIES,
     WARM_STEPS,

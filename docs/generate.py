@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from architecture import architecture_page
 from cuda import attention_cuda_table, step_cuda_35b_table, step_cuda_table
 from guard import cost_table, faults_table, real_faults_table
 from scaling import ranks_table, replicas_speed_table, replicas_table
@@ -259,7 +260,7 @@ def with_parts(path: str, parts: dict[str, str]) -> str:
 
 def readme() -> str:
     """README.md with its generated parts renewed."""
-    return with_parts("README.md", {"recommended": recommended_table()})
+    return with_parts("README.md", {"recommended": recommended_table(4, " [All types](docs/quality.md).")})
 
 
 def weights() -> str:
@@ -270,7 +271,7 @@ def weights() -> str:
 def quality() -> str:
     """docs/quality.md with its tables renewed."""
     tables = {name: quality_table(f"eval-{name}-decode") for name in ("reference", "smollm2", "gemma3")}
-    return with_parts("docs/quality.md", {"targets": targets_table(), **tables})
+    return with_parts("docs/quality.md", {"recommended": recommended_table(), "targets": targets_table(), **tables})
 
 
 def tuning() -> str:
@@ -303,6 +304,7 @@ def main() -> int:
     stale = 0
     pages = {
         "docs/formats.md": formats_page(),
+        "docs/architecture.md": architecture_page(),
         "docs/cli.md": cli_page(),
         "docs/from-llama-cpp.md": llama_cpp_page(),
         "docs/gguf-keys.md": keys_page(),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from hybridkv.policy.guard import ERROR_LIMIT, KERNEL_LIMIT, STORE_LIMIT
+from hybridkv.policy.guard import ERROR_LIMIT
 
 MEASUREMENTS = Path(__file__).resolve().parent / "measurements"
 NUMBERS = ("error", "store_error", "kernel_error")
@@ -20,46 +19,37 @@ def _load(name: str) -> Any:
 def faults_table() -> str:
     """Of random models of all families: each fault, how often it was caught, and the three numbers."""
     data = _load("guard-faults")
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in data["rows"]:
-        groups["none: sound" if row["fault"] is None else f"{row['kind']}: {row['fault']}"].append(row)
     lines = ["| fault | runs | caught | error | store error | kernel error |", "|---|---|---|---|---|---|"]
-    for name in sorted(groups, key=lambda name: (name != "none: sound", name.split(":")[0])):
-        rows = groups[name]
-        spans = [f"{min(r[n] for r in rows):.2g} .. {max(r[n] for r in rows):.2g}" for n in NUMBERS]
-        lines.append("| " + " | ".join([name, str(len(rows)), str(sum(r["caught"] for r in rows)), *spans]) + " |")
+    for row in sorted(data["faults"], key=lambda row: (row["fault"] is not None, row["kind"] or "")):
+        name = "none: sound" if row["fault"] is None else f"{row['kind']}: {row['fault']}"
+        spans = [f"{row[n][0]:.2g} .. {row[n][1]:.2g}" for n in NUMBERS]
+        lines.append("| " + " | ".join([name, str(row["runs"]), str(row["caught"]), *spans]) + " |")
     return "\n".join([*lines, "", _summary(data)])
 
 
 def real_faults_table() -> str:
     """Of real models: sound runs, and faults caught and missed."""
     data = _load("guard-faults-real")
-    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in data["rows"]:
-        groups[row["model"]].append(row)
     lines = [
         "| model | sound runs | false alarms of store or kernel | largest store error | largest kernel error | faults | missed |",
         "|---|---|---|---|---|---|---|",
     ]
-    for model, rows in groups.items():
-        sound = [r for r in rows if r["fault"] is None]
-        faulty = [r for r in rows if r["fault"] is not None]
-        alarms = sum(r["store_error"] > STORE_LIMIT or r["kernel_error"] > KERNEL_LIMIT for r in sound)
-        largest = [f"{max(r[n] for r in sound):.1e}" for n in NUMBERS[1:]]
-        missed = [f"{r['fault']} ({r['types']})" for r in faulty if not r["caught"]]
-        cells = [model, str(len(sound)), str(alarms), *largest, str(len(faulty)), ", ".join(missed) or "0"]
-        lines.append("| " + " | ".join(cells) + " |")
+    for row in data["models"]:
+        largest = [f"{row['largest'][n]:.1e}" for n in NUMBERS[1:]]
+        cells = [row["model"], str(row["sound"]), str(row["alarms"]), *largest, str(row["faulty"])]
+        lines.append("| " + " | ".join([*cells, ", ".join(row["missed"]) or "0"]) + " |")
     return "\n".join([*lines, "", _conditions(data, "python bench/guard_faults.py --models real")])
 
 
 def _summary(data: dict[str, Any]) -> str:
-    sound = [r for r in data["rows"] if r["fault"] is None]
-    faulty = [r for r in data["rows"] if r["fault"] is not None]
-    alone = sum(r["error"] <= ERROR_LIMIT for r in faulty)
+    sound = [r for r in data["faults"] if r["fault"] is None]
+    faulty = [r for r in data["faults"] if r["fault"] is not None]
+    n_sound, n_faulty = (sum(r["runs"] for r in rows) for rows in (sound, faulty))
+    alone = n_faulty - sum(r["error_above_limit"] for r in faulty)
     return (
-        f"**False alarms {sum(r['caught'] for r in sound)} of {len(sound)}, missed "
-        f"{sum(not r['caught'] for r in faulty)} of {len(faulty)}.** The error alone, against {ERROR_LIMIT}, would have missed "
-        f"{alone}, and objected to {sum(r['error'] > ERROR_LIMIT for r in sound)} sound runs.\n"
+        f"**False alarms {sum(r['caught'] for r in sound)} of {n_sound}, missed "
+        f"{n_faulty - sum(r['caught'] for r in faulty)} of {n_faulty}.** The error alone, against {ERROR_LIMIT}, would have missed "
+        f"{alone}, and objected to {sum(r['error_above_limit'] for r in sound)} sound runs.\n"
         + _conditions(data, "python bench/guard_faults.py --models random --faults half")
     )
 

@@ -18,24 +18,24 @@ MODELS = {
 }
 
 RECOMMENDED = (
-    ("nothing to lose", "-ctk q8_0 -ctv q8_0", "q8_0"),
+    ("close to f16", "-ctk q8_0 -ctv q8_0", "q8_0"),
     (
-        "half of that",
+        "half of q8_0's bytes",
         "-ctk hq4_nl -ctv hq4_nl --kv-tail 128 --kv-sink 4 --kv-center",
         "hq4_nl+tail128+sink4+center",
     ),
     (
-        "the same in bytes that ggml reads",
+        "the same, readable by ggml",
         "-ctk q4_0 -ctv q4_0 -khad -vhad --kv-tail 128 --kv-sink 4 --kv-center",
         "q4_0+kv+tail128+sink4+center",
     ),
     (
-        "less, where it holds",
+        "fewer bytes, where it holds",
         "-ctk hq3_nl -ctv hq3_nl --kv-tail 256 --kv-sink 4 --kv-center",
         "hq3_nl+tail256+sink4+center",
     ),
     (
-        "the smallest there is: measure first",
+        "the fewest bytes: measure first",
         "-ctk hq2_nl -ctv hq2_nl --kv-tail 128 --kv-sink 4 --kv-center",
         "hq2_nl+tail128+sink4+center",
     ),
@@ -89,12 +89,12 @@ def quality_table(name: str) -> str:
     return "\n".join([*lines, "", conditions_line(conditions)])
 
 
-def recommended_table() -> str:
-    """The README's table: what to ask for, and what it does to three models."""
+def recommended_table(n: int | None = None, where_all_is: str = "") -> str:
+    """Say what to ask for, and what it does to three models: the first `n` recommendations, or all."""
     evaluations = {model: load(name) for model, name in MODELS.items()}
     heads = " | ".join(f"{model}: perplexity, mean KLD" for model in evaluations)
     lines = [f"| for | options | bits per value | {heads} |", "|---|---|---|" + "---|" * len(evaluations)]
-    for purpose, options, label in RECOMMENDED:
+    for purpose, options, label in RECOMMENDED[:n]:
         found = [results[label] for _, results in evaluations.values()]
         cells = [purpose, f"`{options}`", f"{found[0].bits_per_value:.1f}"]
         cells += [f"{100 * (r.ratio - 1):+.2f} %, {r.kld_mean:.1e}" for r in found]
@@ -103,8 +103,7 @@ def recommended_table() -> str:
     first = next(iter(evaluations.values()))[0]
     lines += [
         "",
-        f"`hybridkv eval --mode decode`, token by token against an f16 cache: {where}; {first.cpu}, hybridkv {first.hybridkv}, `python bench/quality.py`. "
-        "[All types, how it is measured, what was aimed at](docs/quality.md).",
+        f"`hybridkv eval --mode decode`, token by token against an f16 cache: {where}; {first.cpu}, hybridkv {first.hybridkv}, `python bench/quality.py`.{where_all_is}",
     ]
     return "\n".join(lines)
 
@@ -168,11 +167,14 @@ def _per_layer(model: str, _: Results) -> tuple[str, bool | None]:
 _AIMS: tuple[tuple[str, Judge], ...] = (
     ("q8_0: mean KLD at most 0.001 above the floor", _q8_0),
     ("q6_0, rotated, tail 128, 4 sinks, centred: perplexity within 0.1 %", partial(_q6_0, types=Q6)),
-    ("q6_0, plain: likewise", _q6_0),
+    ("q6_0, plain: perplexity within 0.1 %", _q6_0),
     ("q4_0, rotated, refit, tail 128: mean and 99.9 % KLD at most half of plain q4_0's", _q4_0),
     ("3.5 bits (hq3_nl, tail 256, 4 sinks, centred): mean KLD at most plain q4_0's at 4.5", _hq3_nl),
     ("2.5 bits (hq2_nl, tail 128, 4 sinks, centred): perplexity within 3 % on the reference model", _hq2_nl),
-    ("under 3 bits, [types per layer](measurements/ref-2.9.toml), likewise: within 3 %", _per_layer),
+    (
+        "under 3 bits, [types per layer](measurements/ref-2.9.toml): perplexity within 3 % on the reference model",
+        _per_layer,
+    ),
 )
 
 

@@ -62,7 +62,7 @@ def load_table() -> str:
         "|---|---|",
         f"| clients, streaming, one request after another | {r['clients']}, for {r['seconds']:.0f} s |",
         f"| sequences at once (`-np`) | {r['parallel']} |",
-        f"| replies as single-stream greedy gives them, in the same pieces | {r['right']}, of {r['cases']} prompts |",
+        f"| replies as single-stream greedy gives them, in the same chunks | {r['right']}, of {r['cases']} prompts |",
         f"| wrong or mixed | **{r['wrong']}** |",
         f"| left in the middle, on purpose | {r['left_early']} |",
         f"| failed, told to retry, still running at the end | {r['failed']:.0f}, {r['told_to_retry']}, {r['still_running']:.0f} |",
@@ -74,7 +74,7 @@ def load_table() -> str:
         f"| median of its last third less that before | {mib['median_second_half_less_first']:+.1f} MiB |",
         f"| exit code after SIGTERM | {r['server_exit_code']} |",
         "",
-        f"`hybridkv run`, which takes prompts in larger pieces, gives {r['cases_as_run']} of the {r['cases']} replies: at a near-tie "
+        f"`hybridkv run`, which takes prompts in larger chunks, gives {r['cases_as_run']} of the {r['cases']} replies: at a near-tie "
         "the order of summation decides.",
         "",
         f"`{r['command']}`: {r['cpu']}, {r['cores']} cores that clients and server share, {r['threads']} threads, {r['model']}, "

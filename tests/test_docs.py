@@ -34,6 +34,10 @@ def test_formats_page_is_the_table(generate: ModuleType) -> None:
     assert (ROOT / "docs/formats.md").read_text() == generate.formats_page()
 
 
+def test_the_map_of_the_source_is_current(generate: ModuleType) -> None:
+    assert (ROOT / "docs/architecture.md").read_text() == generate.architecture_page()
+
+
 @pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse words its help differently in other versions")
 def test_cli_page_is_the_help(generate: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")  # restored afterwards: the generator sets its own
@@ -91,6 +95,27 @@ def test_readmes_first_command_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "tokens/s" in err
 
 
+def test_the_readme_is_short_and_shows_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(README.splitlines()) <= 90
+    shown = re.findall(r"```text\n(.*?)\n```", README, re.DOTALL)[0]
+    command = re.findall(r"```sh\n(.*?)\n```", README, re.DOTALL)[0]
+    assert main(shlex.split(command.split("hybridkv ", 1)[1])) == 0
+    assert capsys.readouterr().out.startswith(shown)
+
+
+def test_readmes_speeds_are_those_of_the_speed_page() -> None:
+    """Each line names its machine; Transformers' figures are left out, for the page has them as ratios or times."""
+    table = README.split("## How fast")[1].split("##")[0]
+    lines = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    page = (ROOT / "docs/performance.md").read_text()
+    assert len(lines) >= 4
+    for line in lines:
+        machine, *speeds = line.strip("| ").split(" | ")[-4:-1]
+        assert re.match("(AVX2|AVX-512|AMX|NEON),|H100", machine), line
+        for figure in re.findall(r"(?<![\w.])\d+(?:\.\d+)?", " ".join(speeds)):
+            assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.])", page), (figure, line)
+
+
 def test_readmes_python_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loaded = load(describe(bundled_model()), dtype=torch.bfloat16, device="cpu")
     loaded.model.save_pretrained(tmp_path)
@@ -121,5 +146,7 @@ def test_nothing_names_a_machine_it_was_made_on() -> None:
         if path.suffix in (".py", ".md", ".toml", ".h", ".cpp", ""):
             text = path.read_text(errors="ignore")
             assert not words.search(text), path
-            outside = [link for link in re.findall(r"(?:\.\./)+[\w-]+", text) if not (path.parent / link).exists()]
+            outside = [
+                link for link in re.findall(r"(?:\.\./)+[\w-]+(?:\.\w+)?", text) if not (path.parent / link).exists()
+            ]
             assert not outside, path

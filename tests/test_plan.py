@@ -15,7 +15,7 @@ from hybridkv.formats import FORMATS
 from hybridkv.hf import IMPLEMENTATION
 from hybridkv.model import kv_facts, layer_facts
 from hybridkv.native import NativeStep
-from hybridkv.plan import largest_context, parse_bytes, plan, unknown_states
+from hybridkv.planner import largest_context, parse_bytes, plan, unknown_states
 from hybridkv.policy import Guard, Policy
 from tests.families import FAMILIES, build
 

@@ -127,4 +127,4 @@ class SessionError(HybridKVError):
 
 
 class GuardError(HybridKVError):
-    """The guard stopped a run on evidence: a measured error, or numbers that are not finite."""
+    """The guard stopped a run on evidence: a measured error, or non-finite values."""

@@ -202,7 +202,7 @@ def parse_weights(text: str) -> WeightKind:
     UsageError
         Listing the kinds there are.
     """
-    return one_of(text, WEIGHT_KINDS, "no weights", hint="auto keeps every weight as it is in the file")
+    return one_of(text, WEIGHT_KINDS, "--weights", hint="auto keeps every weight as in the file")
 
 
 def weight_type(kind: WeightKind, n_in: int, *, in_vocabulary: bool) -> str | None:

@@ -1,6 +1,6 @@
 """How much memory a process can still get: the machine's, and its containers' limits.
 
-Owns reading of /proc and of control groups, versions 1 and 2. Counts nothing of a model (`plan.py`, `held.py`) and
+Owns reading of /proc and of control groups, versions 1 and 2. Counts nothing of a model (`planner.py`, `held.py`) and
 refuses nothing (`cli/fits.py`). Swap is not counted: weights are read whole for every token.
 
 Source: the kernel's Documentation/filesystems/proc.rst, admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
@@ -65,7 +65,7 @@ def _of_machine(root: Path) -> Available | None:
 
 
 def _of_groups(root: Path) -> Iterator[Available | None]:
-    """What each control group around this process leaves, from its own up to the root."""
+    """Read what each control group around this process leaves, from its own up to the root."""
     paths: dict[str, str] = {}
     for line in _lines(root / "proc/self/cgroup"):
         _, _, rest = line.partition(":")

@@ -15,6 +15,7 @@ from hybridkv.cache.spec import WINDOW_SLACK
 from hybridkv.errors import ContextError, ModelError, NoKernelError, UsageError
 from hybridkv.formats import FORMATS, get_format
 from hybridkv.kernels import ENCODERS, KERNELS
+from tests.thin import each_side
 
 
 def choose(spec: KVSpec) -> LayerKernels:
@@ -65,8 +66,7 @@ def test_append_in_any_chunks_stores_the_same_rows(chunks: tuple[int, ...]) -> N
     assert kv.n_seen == kv.n_stored == sum(chunks)
 
 
-@pytest.mark.parametrize("type_v", FORMATS)
-@pytest.mark.parametrize("type_k", FORMATS)
+@pytest.mark.parametrize(("type_k", "type_v"), each_side(FORMATS))
 def test_bytes_are_codes_and_scales_and_nothing_else(type_k: str, type_v: str) -> None:
     """No float copy hides in the layer: every tensor that it reaches is counted, and is as small as its format."""
     kv = layer(KVTypes(type_k, type_v), n_ctx=40)

@@ -62,7 +62,10 @@ USAGE: dict[str, tuple[list[object], str]] = {
     "prompt that is not UTF-8": (["run", "-p", "a\udcff"], r"-p: not UTF-8 text \(character 1\)"),
     "no tokens to predict": (["run", "-p", "x", "-n", 0], "-n 0; allowed: 1 or more, or -1 .*\nhint: try -n 64"),
     "negative count": (["run", "-p", "x", "-n", -3], "-n -3; allowed: 1 or more"),
-    "count that is a word": (["run", "-p", "x", "-n", "many"], "-n/--n-predict/--predict: invalid int value: 'many'"),
+    "count that is a word": (
+        ["run", "-p", "x", "-n", "many"],
+        "-n/--n-predict/--predict: invalid int value: 'many'\nhint: give a whole number",
+    ),
     "no sequences": (["run", "-p", "x", "-np", 0], "-np 0; allowed: 1 to 1024"),
     "10^12 sequences": (["run", "-p", "x", "-np", 10**12], "-np 1000000000000; allowed: 1 to 1024"),
     "no threads": (["run", "-p", "x", "-t", 0], "-t 0; allowed: 1 to 1024"),
@@ -139,7 +142,7 @@ USAGE: dict[str, tuple[list[object], str]] = {
     "bench: depth": (["bench", "decode", "--depths", "99999999"], "--depths 99999999; allowed: 0 to"),
     "bench: prompt": (["bench", "decode", "--prompt", 0], "--prompt 0; allowed: 1 to"),
     "bench: steps": (["bench", "decode", "-n", 0], "-n 0; allowed: 1 to"),
-    "bench: engine": (["bench", "decode", "--engine", "fast"], "no step 'fast'; allowed: auto, native, eager"),
+    "bench: engine": (["bench", "decode", "--engine", "fast"], "--engine 'fast'; allowed: auto, native, eager"),
     "doctor: device": (["doctor", "--device", "tpu"], "--device 'tpu'; allowed: cpu, cuda"),
 }
 
@@ -259,7 +262,7 @@ def test_paths(cli: Cli, hybrid: Path, tmp_path: Path) -> None:
 
 GGUF: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda data: b"", "is empty"),
-    "wrong magic": (lambda data: b"GGML" + data[4:], "starts with b'GGML', not b'GGUF'"),
+    "wrong magic": (lambda data: b"GGML" + data[4:], "not a GGUF file: starts with b'GGML', not b'GGUF'"),
     "truncated header": (lambda data: data[:300], "do not fit into the file"),
     "truncated data": (lambda data: data[:-5000], "reaches beyond the end of the file"),
     "corrupted header": (lambda data: data[:40] + b"\xff" * 20 + data[60:], "is not UTF-8"),

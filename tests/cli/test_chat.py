@@ -234,7 +234,7 @@ def test_what_a_conversation_cannot_have(cli: Cli, model: Path, argv: list[str],
 def test_a_model_without_a_template_says_so(cli: Cli, gguf: Path) -> None:
     done = cli("chat", "-m", gguf, "-p", "x")
     assert (done.code, done.out) == (2, "")
-    assert "this model has no chat template: it goes on from text" in done.err
+    assert "this model has no chat template: it continues text and cannot chat" in done.err
 
 
 def test_without_a_terminal_one_message_is_answered(cli: Cli, model: Path) -> None:

@@ -250,15 +250,15 @@ class Deaf(Words):
 
 
 BAD_FILES: dict[str, tuple[bytes, str]] = {
-    "empty file": (b"", "no rows in it\nhint: a row is a line such as"),
-    "blank file": (b"\n  \n", "no rows in it"),
+    "empty file": (b"", "it has no rows\nhint: a row is a line such as"),
+    "blank file": (b"\n  \n", "it has no rows"),
     "no JSON": (b'{"text": "a"}\n\n{"text": "b"\n', r"line 3: not JSON \(.*\)\nhint: one JSON object a line"),
     "deep JSON": (b"[" * 100_000, "line 1: not JSON"),
     "long number": (b'{"text": ' + b"9" * 5000 + b"}", "line 1: not JSON"),
     "a list": (b'["a"]\n', "line 1: no JSON object\nhint: "),
     "no text": (b'{"label": "sport"}\n', "line 1: no text\nhint: "),
-    "number as text": (b'{"text": 5}\n', "line 1: its text is no string but '5'"),
-    "number as label": (b'{"text": "a", "label": 1}\n', "line 1: its label is no string but '1'"),
+    "number as text": (b'{"text": 5}\n', "line 1: 'text' must be a string, got '5'"),
+    "number as label": (b'{"text": "a", "label": 1}\n', "line 1: 'label' must be a string, got '1'"),
     "unknown label": (
         b'{"text": "a", "label": "sport"}\n{"text": "a", "label": "art"}',
         "line 2: its label 'art' is none of --labels sport, money, weather, we\nhint: add it to --labels",
@@ -292,9 +292,9 @@ BAD_OPTIONS: dict[str, tuple[dict[str, object], str]] = {
     "missing file": ({"-f": "nowhere.jsonl"}, "-f nowhere.jsonl: No such file or directory"),
     "directory": ({"-f": "."}, "-f .: Is a directory"),
     "no labels": ({"--labels": None}, "no --labels was given\nhint: for example"),
-    "one label": ({"--labels": "a"}, "--labels 'a'; allowed: two labels or more\nhint: try"),
+    "one label": ({"--labels": "a"}, "--labels 'a'; allowed: at least two labels\nhint: try"),
     "empty label": ({"--labels": "a,,b"}, "--labels 'a,,b': a label is empty"),
-    "label twice": ({"--labels": "a,b, a"}, "--labels 'a,b, a': 'a' is there twice"),
+    "label twice": ({"--labels": "a,b, a"}, "--labels 'a,b, a': 'a' is given twice"),
     "prompt without text": (
         {"-p": "prompt.txt"},
         "--prompt 'prompt.txt': no {text} in it; allowed: a template, or a file with one.*\nhint: ",
@@ -312,7 +312,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, object], str]] = {
         {"--compare-types": "q8_0", "-ctv": "q8_0"},
         "--compare-types was given with other options of the cache.*\nhint: a pair is K/V",
     ),
-    "normalization": ({"--normalize": "sum"}, "no normalization 'sum'; allowed: none, length"),
+    "normalization": ({"--normalize": "sum"}, "--normalize 'sum'; allowed: none, length"),
     "chat without template": ({"--chat": True}, "no chat template"),
     "no model": ({"-m": "nowhere.gguf"}, "no model at nowhere.gguf"),
 }

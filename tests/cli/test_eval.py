@@ -101,7 +101,7 @@ def test_the_page_needs_its_extra_and_the_results_do_not(
 
 def test_a_model_without_a_kv_cache(cli: Cli, models: ModelStore, tmp_path: Path) -> None:
     error = one_error(cli("eval", "-m", models.mamba2(), *SMALL, "-o", tmp_path / "run.jsonl"))
-    assert "has no KV cache: there is nothing to compare" in error
+    assert "has no KV cache, so there is nothing to compare" in error
 
 
 def test_a_model_without_a_tokenizer(cli: Cli, hybrid: Path, tmp_path: Path) -> None:

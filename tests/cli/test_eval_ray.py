@@ -39,6 +39,7 @@ def figures(path: Path) -> list[Result]:
     return [replace(r, prefill_tok_s=None, decode_tok_s=None) for r in read_jsonl(path)[1]]
 
 
+@pytest.mark.slow
 @needs_ray
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")  # Ray's
 @pytest.mark.usefixtures("own_ray")
@@ -68,6 +69,7 @@ def test_what_one_machine_alone_has_is_refused(cli: Cli, tmp_path: Path, monkeyp
     assert "--replicas 2 without --ray" in one_error(cli("serve", "--replicas", "2"))
 
 
+@pytest.mark.slow
 @needs_ray
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own
 def test_what_a_served_cluster_cannot_do_is_refused(cli: Cli, tmp_path: Path) -> None:
@@ -76,10 +78,11 @@ def test_what_a_served_cluster_cannot_do_is_refused(cli: Cli, tmp_path: Path) ->
     assert "no Ray is found there" in one_error(cli("serve", "--ray", "127.0.0.1:1", "--replicas", "1"))
 
 
+@pytest.mark.slow
 @needs_ray
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's own
 def test_what_rays_own_tools_import(capfd: pytest.CaptureFixture[str]) -> None:
-    from hybridkv.cli.serve_ray import app
+    from hybridkv.cli.ray_app import app
 
     built = app({"options": "-ctk q8_0 --replicas 1 -t 1 --api-key k"})
     assert type(built).__name__ == "Application"

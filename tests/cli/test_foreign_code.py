@@ -19,13 +19,13 @@ from tests.gguf.write_qwen35 import draft, tiny_model
 TEMPLATES = {
     "classes": (
         "{{ messages.__class__.__base__.__subclasses__() }}",
-        "tries what it must not: access to attribute '__class__' of 'list' object is unsafe",
+        "does something forbidden: access to attribute '__class__' of 'list' object is unsafe",
     ),
-    "globals": ("{{ raise_exception.__globals__['os'] }}", "tries what it must not: .*'__globals__' of 'function'"),
-    "by filter": ("{{ (messages | attr('__class__')).mro }}", "tries what it must not: .*'__class__'"),
-    "by format": ("{{ '{0.__class__.__mro__}'.format(messages) }}", "tries what it must not: .*'__class__'"),
-    "by code": ("{{ cycler.__init__.__globals__.os.system('touch x') }}", "tries what it must not: .*'__init__'"),
-    "changes its input": ("{{ messages.clear() }}", "tries what it must not: .*'clear' of 'list'"),
+    "globals": ("{{ raise_exception.__globals__['os'] }}", "does something forbidden: .*'__globals__' of 'function'"),
+    "by filter": ("{{ (messages | attr('__class__')).mro }}", "does something forbidden: .*'__class__'"),
+    "by format": ("{{ '{0.__class__.__mro__}'.format(messages) }}", "does something forbidden: .*'__class__'"),
+    "by code": ("{{ cycler.__init__.__globals__.os.system('touch x') }}", "does something forbidden: .*'__init__'"),
+    "changes its input": ("{{ messages.clear() }}", "does something forbidden: .*'clear' of 'list'"),
     "includes a file": ("{% include '/etc/passwd' %}", "fails: no loader for this environment"),
     "endless": (
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
@@ -138,7 +138,7 @@ def test_pickled_weights_are_not_read(
 def test_trust_that_changes_nothing(cli: Cli, gguf: Path) -> None:
     done = cli("run", "-m", gguf, "-p", "the", "-n", 1, "--trust-remote-code")
     assert done.code == 0
-    assert "--trust-remote-code changes nothing" in done.err
+    assert "--trust-remote-code has no effect" in done.err
 
 
 def test_a_directory_without_tokenizer_takes_ids(cli: Cli, hybrid: Path) -> None:

@@ -80,7 +80,7 @@ def test_no_option_of_theirs_is_unknown(command: str) -> None:
         (["-dev", "none"], ""),
         (
             ["--threads", "-1", "--top_k", "20", "--min_p=0"],
-            "note: --temp 0 takes the most likely token; no effect: --top-k, --min-p",
+            "note: --temp 0 always takes the most likely token; without effect: --top-k, --min-p",
         ),
         (["-rtr", "-no-fmoe", "--merge-qkv"], "note: -rtr: --no-mmap reads"),
     ],

@@ -151,7 +151,7 @@ def test_experts_are_promised_what_run_holds(cli: Cli, models: ModelStore, engin
             assert "KiB f32 (experts) + " in said
             expected = "engine: +eager\n" if weights == "auto" else r"engine: +eager, weights f32 \(experts\) \+ "
             assert re.search(expected, done.err)
-            assert ("of experts are held as f32, whatever --weights says" in done.err) == (weights != "auto")
+            assert ("of experts are held as f32, regardless of --weights" in done.err) == (weights != "auto")
 
 
 def test_runs_option_line_is_planned_as_it_stands(cli: Cli) -> None:

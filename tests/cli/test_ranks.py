@@ -11,6 +11,7 @@ from tests.cli.models import ModelStore
 from tests.torchrun import needs_accelerate, torchrun
 
 
+@pytest.mark.slow
 @needs_accelerate
 def test_run_speaks_once_and_says_the_same(models: ModelStore, cli: Cli) -> None:
     options = ("--ids", "5,6,7,8,9,10,11,12", "-n", "12", "--ignore-eos", "-ctk", "q8_0", "-ctv", "q8_0", "-c", "64")
@@ -29,7 +30,7 @@ def test_run_speaks_once_and_says_the_same(models: ModelStore, cli: Cli) -> None
 @pytest.mark.parametrize(
     ("words", "wrong"),
     [
-        (("serve",), "torchrun started 2 processes of this command"),
+        (("serve",), "torchrun started 2 processes, but this command"),
         (("run", "--ids", "5", "--session", "talk"), "--session on several ranks"),
         (("run", "--ids", "5", "--engine", "native"), "--engine native on 2 ranks"),
         (("run", "--ids", "5", "--weights", "int8"), "--weights int8 on 2 ranks"),

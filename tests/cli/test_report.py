@@ -57,7 +57,7 @@ def test_bad_files(cli: Cli, tmp_path: Path, content: str | None, problem: str) 
 
 
 def test_output_that_is_a_file(cli: Cli, run: Path) -> None:
-    assert "no directory can be at" in one_error(cli("report", run, "-o", run))
+    assert "cannot create directory" in one_error(cli("report", run, "-o", run))
 
 
 def test_a_run_is_never_overwritten(cli: Cli, run: Path) -> None:

@@ -146,7 +146,7 @@ def test_what_cannot_be_scaled(models: ModelStore) -> None:
         (["--rope-scale", "nan"], "--rope-scale nan; allowed: more than 0"),
         (["--rope-scale", "2", "--rope-freq-scale", "0.5"], "--rope-scale and --rope-freq-scale were given together"),
         (["--override-kv", "a=b"], "--override-kv 'a=b'; allowed: KEY=TYPE:VALUE"),
-        (["--override-kv", "a=int:x"], "--override-kv 'a=int:x': 'x' is no int"),
+        (["--override-kv", "a=int:x"], "--override-kv 'a=int:x': 'x' is not of type int"),
         (["--override-kv", "a=bool:1"], "--override-kv 'a=bool:1'; allowed: true, false"),
         (["--context-shift"], "--context-shift: this model's recurrent state has seen every token and cannot lose one"),
         (

@@ -80,7 +80,7 @@ def test_a_chat_whose_template_rewrites_earlier_turns_starts_over_and_says_so(cl
     assert cli("run", "-m", model, "-p", "the", "--session", path, *options).code == 0
     second = cli("run", "-m", model, "-p", "and", "--session", path, *options)
     assert second.code == 0, second.err
-    assert "(the chat template writes earlier turns another way); all is processed again" in " ".join(
+    assert "(the chat template rewrites earlier turns), so the whole prompt is processed again" in " ".join(
         second.err.split()
     )
 
@@ -92,7 +92,7 @@ def test_a_chat_and_plain_text_are_not_mixed(cli: Cli, gguf: Path, tmp_path: Pat
     plain = cli("run", "-m", model, "-p", "the", "--session", path, *options)
     assert (plain.code, plain.out) == (2, "")
     assert "it is a chat" in plain.err
-    assert "hint: go on with --chat, or give another file" in plain.err
+    assert "hint: continue with --chat, or give another file" in plain.err
 
 
 def test_refusals(cli: Cli, hybrid: Path, gguf: Path, tmp_path: Path) -> None:

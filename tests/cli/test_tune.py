@@ -111,7 +111,7 @@ def test_ctrl_c_keeps_what_is_measured(cli: Cli, gguf: Path, tmp_path: Path, mon
     monkeypatch.setattr("hybridkv.lab.tuner.Tuner.solve", stop)
     done = cli("tune", *options)
     assert done.code == 130
-    assert "interrupted: what was measured is kept; --resume goes on with it" in done.err
+    assert "interrupted: the measurements are kept; --resume continues" in done.err
     assert output.with_suffix(".npz").exists()
     assert not output.exists()
     monkeypatch.undo()
@@ -172,7 +172,7 @@ def test_bad_input(cli: Cli, gguf: Path, tmp_path: Path, case: str) -> None:
 
 def test_a_model_without_a_kv_cache(cli: Cli, models: ModelStore, tmp_path: Path) -> None:
     done = cli("tune", "-m", models.mamba2(), *SMALL, "--budget", "5", "-o", tmp_path / "kv.toml")
-    assert "has no KV cache: there is nothing to tune" in one_error(done)
+    assert "has no KV cache, so there is nothing to tune" in one_error(done)
 
 
 def saved(path: Path, *types: KVTypes) -> Path:
@@ -222,7 +222,7 @@ def test_what_the_file_says_itself_is_not_said_twice(
     config = saved(tmp_path / "kv.toml", *MIXED)
     error = one_error(cli("run", "-m", hybrid, *RUN, "--kv-config", config, *options))
     given = ", ".join(word for word in options if word.startswith("-"))
-    assert f"--kv-config was given together with {given}, which the file says itself" in error
+    assert f"--kv-config was given together with {given}, which the file already sets" in error
     assert f"hint: leave {given} out" in error
 
 

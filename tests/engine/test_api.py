@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import hybridkv
+from hybridkv import errors
 from hybridkv.errors import ContextError, ModelFileError, UsageError
+from hybridkv.gguf.load import load_gguf
 from tests.gguf.write_qwen35 import draft, tiny_model
 
 THREE_LINES = """
@@ -20,9 +24,57 @@ print(model.generate("Hello world", n_predict=8, temp=0))
 
 
 def test_importing_stays_light() -> None:
-    code = "import sys, hybridkv; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    """Nothing but the standard library and the errors; a misspelt name imports nothing either."""
+    code = """
+import sys
+before = set(sys.modules)
+import hybridkv
+try:
+    hybridkv.Enigne
+except AttributeError:
+    new = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
+    print(new, sorted(name for name in sys.modules if name.startswith("hybridkv.")))
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout == "[]\n"
+    assert done.stdout == "{'hybridkv'} ['hybridkv.errors']\n"
+
+
+PUBLIC = (
+    *("AdmissionError", "ContextError", "Engine", "Event", "Guard", "GuardError", "HybridKVError", "KVTypes", "Model"),
+    *("ModelCache", "ModelError", "ModelFileError", "NoKernelError", "Plan", "Policy", "Request", "SamplingParams"),
+    *("Scheduler", "SessionError", "Ticket", "UsageError", "__version__", "load", "plan", "quantized_cache"),
+)
+
+
+def test_what_is_public() -> None:
+    """Sorted, importable, documented; every error of the package is among it."""
+    assert hybridkv.__all__ == sorted(hybridkv.__all__) == list(PUBLIC) == dir(hybridkv)
+    for name in PUBLIC:
+        value = getattr(hybridkv, name)
+        assert name == "__version__" or value.__doc__, name
+        assert value.__name__ == name if isinstance(value, type) else True
+    own = {n for n, e in vars(errors).items() if isinstance(e, type) and issubclass(e, errors.HybridKVError)}
+    assert own <= set(PUBLIC)
+    with pytest.raises(AttributeError, match="no attribute 'TextModel'"):
+        hybridkv.TextModel  # noqa: B018
+
+
+def test_a_module_does_not_take_the_place_of_a_function() -> None:
+    """As `hybridkv.plan` would if there were a file of that name."""
+    root = Path(hybridkv.__file__).parent
+    assert not [name for name in PUBLIC if (root / f"{name}.py").exists() or (root / name).exists()]
+
+
+@pytest.mark.parametrize("name", ["load", "plan", "quantized_cache", "Model.generate", "Model.chat", "Model.score"])
+def test_every_parameter_is_documented(name: str) -> None:
+    value: object = hybridkv
+    for part in name.split("."):
+        value = getattr(value, part)
+    parameters = [p for p in inspect.signature(value).parameters if p not in ("self", "prompt", "messages")]  # type: ignore[arg-type]
+    text = inspect.getdoc(value) or ""
+    assert text.splitlines()[0].endswith(".")
+    if name != "Model.score":
+        assert not [p for p in parameters if p not in text]
 
 
 def test_three_lines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,6 +98,48 @@ def test_text_streams_and_chats(model: Path) -> None:
     assert one == m.chat([{"role": "user", "content": "the"}], n_predict=4, temp=0)
     assert one == m.generate("<user>the", n_predict=4, temp=0)
     assert m.chat("the", variables={"tail": "!"}, n_predict=4, temp=0) == m.generate("<user>the!", n_predict=4, temp=0)
+
+
+def test_scores(model: Path) -> None:
+    """Of one token, the log probability that Transformers gives it; of several, their sum."""
+    m = hybridkv.load(model, n_ctx=64, type_k="f32", type_v="f32")
+    exact = load_gguf(model, attn_implementation="eager")
+    words = (" of", " the", " of the")
+    got = m.score("the", words)
+    for word, score in zip(words, got, strict=True):
+        ids, n_prompt = exact.tokenizer("the" + word)["input_ids"], len(exact.tokenizer("the")["input_ids"])
+        logits = exact.model.double()(torch.tensor([ids])).logits[0].log_softmax(-1)
+        want = sum(float(logits[i - 1, ids[i]]) for i in range(n_prompt, len(ids)))
+        assert score == pytest.approx(want, abs=1e-3), word
+    with pytest.raises(UsageError, match="labels need tokens"):
+        m.score("the", [" of", " of"])
+
+
+def test_a_plan_is_what_is_held(model: Path) -> None:
+    """Bytes counted from the header, and those of a cache that is full."""
+    m = hybridkv.load(model, n_ctx=64, type_k="q8_0", type_v="q4_0")
+    planned = hybridkv.plan(model, n_ctx=64, type_k="q8_0", type_v="q4_0")
+    engine = hybridkv.Engine(m.model, m.specs, n_ctx=64, guard=m.guard, notify=pytest.fail, step=m.step)
+    list(engine.generate([3, 4, 5], hybridkv.SamplingParams(temp=0), n_predict=-1))
+    assert planned.kv_bytes == engine.cache.kv_bytes
+    assert planned.state_bytes == engine.cache.state_bytes > 0
+    assert planned.weight_bytes > 0
+    assert hybridkv.plan(model, n_ctx=64, n_seqs=3).kv_bytes == 3 * hybridkv.plan(model, n_ctx=64).kv_bytes
+
+
+def test_a_scheduler_over_a_loaded_model(model: Path) -> None:
+    m = hybridkv.load(model, n_ctx=64)
+    scheduler = hybridkv.Scheduler(
+        m.model, m.specs, n_parallel=2, n_ctx=64, prefill_chunk=2, guard=m.guard, notify=pytest.fail, step=m.step
+    )
+    greedy = hybridkv.SamplingParams(temp=0)
+    tickets = [scheduler.submit(hybridkv.Request((3, 4, n), max_tokens=4, params=greedy)) for n in (5, 6)]
+    while scheduler.step():
+        pass
+    for n, ticket in zip((5, 6), tickets, strict=True):
+        engine = hybridkv.Engine(m.model, m.specs, n_ctx=64, guard=m.guard, notify=pytest.fail, step=m.step)
+        alone = [token for (token,) in engine.generate([3, 4, n], greedy, n_predict=4)]
+        assert [event.token for event in ticket] == alone
 
 
 def test_a_blob_without_a_suffix_opens(model: Path, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_ranks_do_not_rebuild_apart(reference: Loaded, monkeypatch: pytest.Monke
     monkeypatch.setattr("hybridkv.engine.engine.same_everywhere", lambda tokens, _: tokens)
     fault = Fault(1, 3)
     run = engine(reference, KVTypes("q8_0", "q8_0"), fault=fault, mode="warn")
-    with pytest.raises(GuardError, match="ranks do not rebuild a cache apart"):
+    with pytest.raises(GuardError, match="a rank cannot rebuild its cache alone"):
         list(run.generate([5, 6, 7], GREEDY, n_predict=8))
     assert run.timings.n_rebuilds == 0
 

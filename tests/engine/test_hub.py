@@ -65,9 +65,9 @@ def test_a_repository_without_gguf_is_a_directory(hub: Hub) -> None:
 
 
 def test_what_is_not_there_or_not_open(hub: Hub) -> None:
-    with pytest.raises(UsageError, match="-hf a/nothing: the hub has no such repository"):
+    with pytest.raises(UsageError, match="-hf a/nothing: no such repository on the hub"):
         fetch_model(parse_model("a/nothing"))
-    with pytest.raises(UsageError, match="-hf a/closed: its owner asks for consent"):
+    with pytest.raises(UsageError, match="-hf a/closed: its owner requires consent"):
         fetch_model(parse_model("a/closed"))
     for wrong in ("model", "a/b/c", "", "a/b c"):
         with pytest.raises(UsageError, match="allowed: owner/name"):

@@ -88,7 +88,7 @@ def test_get_format() -> None:
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("q3_9", None), ("Q4_0", "q4_0"), ("q8_kv", "q8_KV"), ("iq4nl", "iq4_nl"), ("fp16", "f16")],
+    [("q3_9", None), ("Q4_0", "q4_0"), ("q8_kv", "q8_KV"), ("iq4nl", "iq4_nl"), ("fp16", "f16"), ("q4", "q4_0")],
 )
 def test_unknown_format_names_the_nearest(name: str, near: str | None) -> None:
     with pytest.raises(UsageError) as caught:

@@ -197,6 +197,15 @@ DEFECTS: dict[str, tuple[bytes, str]] = {
         raw.gguf(tensors=[raw.tensor("a", [8], 0, 8)], data=bytes(64)),
         "no multiple of 32",
     ),
+    "offset not of the file's own alignment": (
+        raw.gguf(
+            [raw.key("general.alignment", raw.U32, struct.pack("<I", 64))],
+            [raw.tensor("a", [8], 0, 32)],
+            data=bytes(128),
+            alignment=64,
+        ),
+        "no multiple of 64",
+    ),
     "out of the file": (
         raw.gguf(tensors=[raw.tensor("a", [8], 0, 32)], data=bytes(63)),
         "tensor 'a' .* beyond",

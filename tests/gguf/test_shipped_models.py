@@ -23,6 +23,8 @@ from tests.families import remembering
 from tests.gguf.reference import heldout_text
 from tests.oracles import ik_llama
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Case:

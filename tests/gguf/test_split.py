@@ -137,7 +137,7 @@ def test_a_file_that_was_cut_into_pieces(tmp_path: Path, names: tuple[str, str],
     for name, piece in zip(names, (whole[:half], whole[half:]), strict=True):
         (tmp_path / name).write_bytes(piece)
     for name in names:
-        with pytest.raises(ModelFileError, match=rf"{name} is a piece of a file that was cut: .*\nhint: .*{hint}"):
+        with pytest.raises(ModelFileError, match=rf"{name} is one part of a split file: .*\nhint: .*{hint}"):
             load_gguf(tmp_path / name)
     with pytest.raises(ModelFileError, match="no such file"):
         read_model(tmp_path / "m.gguf.part3of3")

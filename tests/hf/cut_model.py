@@ -21,7 +21,7 @@ from hybridkv.hf import EagerStep, ModelCache, quantized_cache
 from hybridkv.hf.load import count_parameters, load_config, load_weights
 from hybridkv.hf.ranks import leave, local_rank, n_ranks, rank, same_everywhere
 from hybridkv.model import kv_facts, layer_facts
-from hybridkv.plan import plan
+from hybridkv.planner import plan
 from hybridkv.policy import Policy
 
 VOCABULARY = 96

@@ -62,11 +62,9 @@ def store(
     *,
     rotated: bool,
     center: Tensor | None,
-    blocks: Tensor | None,
 ) -> None:
     """Store rows where a tensor says."""
     assert center is None
-    assert blocks is None
     x = rotate(x) if rotated else x
     if isinstance(row, int):
         return reference.write(x, fmt, scale, planes, row)

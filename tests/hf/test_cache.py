@@ -421,7 +421,7 @@ def test_attention_that_is_not_causal_sees_everything(dense: PreTrainedModel) ->
 
 def test_training_is_refused_rather_than_without_gradient() -> None:
     model = build("qwen3", attention="hybridkv").train()
-    with pytest.raises(ModelError, match="is being trained; this attention has no gradient"):
+    with pytest.raises(ModelError, match="is being trained; this attention has no backward pass"):
         model(tokens(), use_cache=False)
     model.eval()(tokens(), use_cache=False)
     with torch.no_grad():

@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hybridkv.cache import KVTypes
 from hybridkv.hf import EagerStep, ModelCache
-from hybridkv.hf.step import fused
+from hybridkv.hf.step import fused, fused_layers
 from hybridkv.hf.step.graph import GraphStep
 from hybridkv.model import kv_facts, layer_facts
 from hybridkv.policy import Guard, Policy
@@ -82,7 +82,7 @@ def transformers_logits(pieces: list[Tensor], family: str = "qwen3_5_text") -> l
 @pytest.mark.parametrize("family", SMALL)
 def test_logits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt in several runs, single tokens as a recording, more of a prompt, a single token."""
-    monkeypatch.setattr(fused, "PROMPT_ROWS", 12)
+    monkeypatch.setattr(fused_layers, "PROMPT_ROWS", 12)
     pieces = [tokens(2, n, seed) for seed, n in enumerate((7, 1, 1, 2, 1))]
     model = build(family, attention="hybridkv", **SMALL[family]).to(DEVICE)
     recorder = recorded.Again()

@@ -48,6 +48,7 @@ def found(directories: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     return {family: [said[family] for said in ranks] for family in directories}
 
 
+@pytest.mark.slow
 @needs_accelerate
 @pytest.mark.parametrize("family", [*CUT, *WHOLE])
 def test_logits_are_those_of_one_process(found: dict[str, list[Any]], family: str) -> None:
@@ -60,6 +61,7 @@ def test_logits_are_those_of_one_process(found: dict[str, list[Any]], family: st
         assert quantized["keys"] < 3e-3
 
 
+@pytest.mark.slow
 @needs_accelerate
 @pytest.mark.parametrize("family", [*CUT, *WHOLE])
 def test_a_rank_holds_what_is_planned(found: dict[str, list[Any]], family: str) -> None:
@@ -74,6 +76,7 @@ def test_a_rank_holds_what_is_planned(found: dict[str, list[Any]], family: str) 
     assert max(said["weights"][0] for said in found[family]) == found[family][0]["weights"][1]
 
 
+@pytest.mark.slow
 @needs_accelerate
 def test_all_go_on_from_what_the_first_has_drawn(found: dict[str, list[Any]]) -> None:
     assert [said["agreed"] for said in found["qwen3"]] == [[5], [5]]
@@ -114,6 +117,7 @@ def test_a_family_without_a_plan_is_refused() -> None:
         describe(bundled_model(), n_ranks=2)
 
 
+@pytest.mark.slow
 @needs_accelerate
 def test_what_transformers_cannot_cut_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Transformers 5.17 refuses a head of 97 outputs; the weights are as they should be then."""

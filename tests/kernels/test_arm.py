@@ -8,7 +8,7 @@ import pytest
 
 from tests.arm import run
 
-pytestmark = pytest.mark.skipif(run.missing() is not None, reason=f"{run.missing()}")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(run.missing() is not None, reason=f"{run.missing()}")]
 
 # Every type: stored, attended and multiplied with; and every operation of a step.
 TESTS = (

@@ -12,6 +12,7 @@ from hybridkv.kernels import KERNELS, AttentionCase, AttentionParams, Kernel, at
 from hybridkv.rotation import rotate
 from tests.kernels.stored import store
 from tests.oracles.attention import exact_attention, relative_rmse
+from tests.thin import each_side
 
 DIMS = [(16, 16), (48, 48), (80, 80), (96, 96), (112, 112), (128, 64), (160, 160), (192, 128), (256, 256), (512, 512)]
 ORDINARY = AttentionCase("cpu", "q8_0", "q8_0", 64, 64, 1, "decode")
@@ -48,8 +49,7 @@ def check(kernel: Kernel, *, n_new: int, group: int = 2, params: dict[str, Any] 
 
 
 @KERNEL
-@pytest.mark.parametrize("type_v", FORMATS)
-@pytest.mark.parametrize("type_k", FORMATS)
+@pytest.mark.parametrize(("type_k", "type_v"), each_side(FORMATS))
 def test_every_pair(kernel: Kernel, type_k: str, type_v: str) -> None:
     check(kernel, type_k=type_k, type_v=type_v, n_new=3)
     check(kernel, type_k=type_k, type_v=type_v, n_new=1, head_dim_k=80, head_dim_v=48, n_rows=31)

@@ -26,6 +26,7 @@ from hybridkv.kernels.cuda import launch, staged
 from hybridkv.kernels.cuda.launch import ONE_TOKEN_ROWS, Tiling
 from hybridkv.kernels.cuda.store import store
 from tests.on_device import DEVICE, ON_CUDA
+from tests.thin import slow_but
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 NARROW = Tiling(16, 16, warps=4, programs=1)
@@ -35,11 +36,13 @@ ONE_TOKEN = Tiling(ONE_TOKEN_ROWS, 16, warps=1, programs=1)
 WORDS = tuple(n for n, f in FORMATS.items() if f.is_quantized and f.block == 32)
 """Types that it reads."""
 TYPES = tuple(FORMATS)
+QUICK = ("q8_0", "q4_1", "hq3_nl")
+"""Run in the interpreter by default, each beside another type: scales, minima, a codebook."""
 
 
 def on_device(view: KVView) -> KVView:
     def moved(s: Segment) -> Segment:
-        tensors = {n: getattr(s, n) for n in ("center", "lengths", "starts", "blocks")}
+        tensors = {n: getattr(s, n) for n in ("center", "lengths", "starts")}
         there = {n: None if t is None else t.to(DEVICE) for n, t in tensors.items()}
         return replace(s, k=tuple(p.to(DEVICE) for p in s.k), v=tuple(p.to(DEVICE) for p in s.v), **there)
 
@@ -83,7 +86,7 @@ def check(
     assert relative_rmse(got, exact) <= cuda.TOLERANCE
 
 
-@pytest.mark.parametrize("type_name", TYPES)
+@pytest.mark.parametrize("type_name", slow_but(TYPES, QUICK))
 def test_every_type(type_name: str) -> None:
     """Each type on one side, and another on the other: all pairs are made of these."""
     other = TYPES[(TYPES.index(type_name) + 4) % len(TYPES)]
@@ -91,22 +94,32 @@ def test_every_type(type_name: str) -> None:
     check(type_k=other, type_v=type_name, n_new=1, n_rows=20, head_dim_k=80, head_dim_v=48)
 
 
-@pytest.mark.parametrize("type_name", WORDS)
+@pytest.mark.parametrize("type_name", slow_but(WORDS, QUICK))
 def test_one_token_of_every_type(type_name: str) -> None:
     other = WORDS[(WORDS.index(type_name) + 4) % len(WORDS)]
     check(type_k=type_name, type_v=other, n_rows=37, n_kv_heads=1, group=8, tiling=replace(ONE_TOKEN, block_n=32))
     check(type_k=other, type_v=type_name, n_rows=20, n_kv_heads=1, group=3, tiling=ONE_TOKEN)
 
 
-@pytest.mark.parametrize("type_name", ["q8_0", "q6_0", "q5_1", "q4_0", "hq3_nl"])
-@pytest.mark.parametrize("dims", [(64, 128), (128, 64), (256, 256)], ids=str)
-def test_one_token_of_every_head_dim(dims: tuple[int, int], type_name: str) -> None:
+@pytest.mark.parametrize(
+    ("type_name", "dim_k", "dim_v"),
+    slow_but(
+        [(t, k, v) for t in ("q8_0", "q6_0", "q5_1", "q4_0", "hq3_nl") for k, v in ((64, 128), (128, 64), (256, 256))],
+        [("q8_0", 64, 128), ("q5_1", 128, 64)],
+    ),
+)
+def test_one_token_of_every_head_dim(type_name: str, dim_k: int, dim_v: int) -> None:
     options = {"type_k": type_name, "type_v": type_name, "n_rows": 20, "n_kv_heads": 1}
-    check(**options, head_dim_k=dims[0], head_dim_v=dims[1], tiling=ONE_TOKEN)
+    check(**options, head_dim_k=dim_k, head_dim_v=dim_v, tiling=ONE_TOKEN)
 
 
-@pytest.mark.parametrize("n_rows", [1, 31, 33, 129])
-@pytest.mark.parametrize(("warps", "rows"), [(1, 16), (2, 16), (4, 16), (4, 32)])
+@pytest.mark.parametrize(
+    ("warps", "rows", "n_rows"),
+    slow_but(
+        [(warps, rows, n) for warps, rows in ((1, 16), (2, 16), (4, 16), (4, 32)) for n in (1, 31, 33, 129)],
+        [(1, 16, 33), (4, 16, 1), (4, 32, 31)],
+    ),
+)
 def test_one_token_over_odd_rows(warps: int, rows: int, n_rows: int) -> None:
     check(n_rows=n_rows, n_kv_heads=1, group=8, tiling=Tiling(ONE_TOKEN_ROWS, rows * warps, warps, programs=1))
 
@@ -313,36 +326,6 @@ def test_sinks_packed_rows_and_a_sliding_tail_on_the_device() -> None:
         assert relative_rmse(got, want) <= cuda.TOLERANCE
 
 
-def paged(planes: tuple[Tensor, ...], table: Tensor, n_blocks: int, block_rows: int) -> tuple[Tensor, ...]:
-    """The rows of ordinary planes scattered over blocks, everything else 0xFF."""
-    out = []
-    for plane in planes:
-        blocks = torch.full((n_blocks, plane.shape[1], block_rows, plane.shape[3]), 0xFF, dtype=torch.uint8)
-        for b in range(plane.shape[0]):
-            for i in range(table.shape[1]):
-                rows = plane[b, :, i * block_rows : (i + 1) * block_rows]
-                if table[b, i] >= 0 and rows.shape[1]:
-                    blocks[table[b, i], :, : rows.shape[1]] = rows
-        out.append(blocks)
-    return tuple(out)
-
-
-@pytest.mark.parametrize("n_new", [1, 5])
-def test_block_tables(n_new: int) -> None:
-    stored = store_parts((Part("q6_0", "q5_1", 40),), batch=2)
-    (s,) = stored.view.segments
-    table = torch.tensor([[5, 2, 7], [3, 0, -1]], dtype=torch.int32)
-    lengths = torch.tensor([40, 32 - s.start], dtype=torch.int32)
-    k, v = (paged(side, table, 9, 16) for side in (s.k, s.v))
-    table[1, 2] = 10**6  # nothing valid lies there: must not be followed
-    segment = replace(s, k=k, v=v, blocks=table, lengths=lengths)
-    q = queries(stored.view, n_new, 2, 2, 2)
-    exact = each_sequence(stored, q, [[int(n)] for n in lengths])
-    for tiling in (NARROW, ONE_TOKEN)[: 2 if n_new == 1 else 1]:
-        got = attend(q, replace(stored.view, segments=(segment,)), tiling, scale=0.125)
-        assert relative_rmse(got, exact) <= cuda.TOLERANCE
-
-
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
     """What `staged.dense` asks torch for, in float64."""
     k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -441,7 +424,7 @@ def test_rotation_and_center_are_stored(type_name: str, head_dim: int) -> None:
     assert (got - want).square().mean() <= 1.01 * (best - want).square().mean()
 
 
-def test_rows_on_the_device_and_block_tables() -> None:
+def test_rows_on_the_device() -> None:
     fmt = FORMATS["q6_0"]
     x = torch.randn(2, 2, 3, 64, generator=torch.Generator().manual_seed(1))
     rows = torch.tensor([1, 5], dtype=torch.int32)
@@ -451,16 +434,6 @@ def test_rows_on_the_device_and_block_tables() -> None:
         assert torch.equal(got[1, :, 5:8], bytes_[1])
         assert (got[0, :, 4:] == 0xFF).all()
         assert (got[1, :, :5] == 0xFF).all()
-    rows = torch.tensor([14, 31], dtype=torch.int32)
-    table = torch.tensor([[4, 1, 0], [2, 5, 3]], dtype=torch.int32)
-    planes = [torch.full((6, 2, 16, n), 0xFF, dtype=torch.uint8, device=DEVICE) for n in fmt.plane_bytes(64)]
-    store(x.to(DEVICE), fmt, "absmax", planes, rows.to(DEVICE), blocks=table.to(DEVICE))
-    for plane, bytes_ in zip(planes, want, strict=True):
-        got = plane.cpu()
-        for b, t, block, row in ((0, 0, 4, 14), (0, 1, 4, 15), (0, 2, 1, 0), (1, 0, 5, 15), (1, 1, 3, 0), (1, 2, 3, 1)):
-            assert torch.equal(got[block, :, row], bytes_[b, :, t])
-            got[block, :, row] = 0xFF
-        assert (got == 0xFF).all()
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -468,7 +441,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     case = AttentionCase("cuda", "q8_0", "q8_0", 64, 64, 1, "decode")
     (kernel,) = cuda.KERNELS
     assert kernel.rejects(case) is None
-    assert kernel.rejects(replace(case, paged=True, device_rows=True)) is None
+    assert kernel.rejects(replace(case, device_rows=True)) is None
     assert "20" in str(kernel.rejects(replace(case, head_dim_k=20)))
     assert "512" in str(kernel.rejects(replace(case, head_dim_k=1024)))
     assert "not on cpu" in str(kernel.rejects(replace(case, device="cpu")))

@@ -11,6 +11,8 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "bench" / "instructions_cuda.py"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,11 +18,14 @@ from hybridkv.kernels.cuda.packed_layout import PACKED, PackedWeight, upload
 from hybridkv.kernels.cuda.packed_rows import decode_rows, gather_rows
 from tests.kernels.weight_rows import coded, decoded, weight
 from tests.on_device import DEVICE, random
+from tests.thin import slow_but
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
 VALUES = 4e-4
 """A value is a float16: half a unit in its last place, and as much for a minimum or a scale."""
+QUICK = ("q8_0", "q4_K", "q6_K")
+"""What runs in the interpreter by default: no minima, minima, and codes of two planes."""
 SUMS = 5e-4  # the interpreter cuts where the card rounds
 
 
@@ -36,7 +41,7 @@ def error(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", slow_but(PACKED, QUICK))
 def test_values(name: str) -> None:
     """All rows, and some by their numbers; two units of inputs."""
     held, exact = made(name, 37, 512)
@@ -49,8 +54,7 @@ def test_values(name: str) -> None:
     assert torch.equal(decode_rows(held, 3, 9), got[3:12])
 
 
-@pytest.mark.parametrize("name", PACKED)
-@pytest.mark.parametrize("n_rows", [1, 3])
+@pytest.mark.parametrize(("name", "n_rows"), slow_but(product(PACKED, (1, 3)), [("q4_K", 3), ("q8_0", 1)]))
 def test_few_rows(name: str, n_rows: int) -> None:
     held, exact = made(name, 37, 768)
     x = random(n_rows, 768, dtype=torch.float16)
@@ -84,8 +88,9 @@ def test_many_rows_go_through_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error(got, 2 * x.double() @ torch.cat([exact_a, exact_b]).T) < 2 * SUMS
 
 
-@pytest.mark.parametrize("n_in", [32, 288])
-@pytest.mark.parametrize("name", ["q8_0", "q4_1", "mxfp4"])
+@pytest.mark.parametrize(
+    ("name", "n_in"), slow_but(product(("q8_0", "q4_1", "mxfp4"), (32, 288)), [("q4_1", 32), ("mxfp4", 288)])
+)
 def test_rows_that_do_not_fill_their_units(name: str, n_in: int) -> None:
     """What lies beyond a row of activations is another, and not a number."""
     held, exact = made(name, 21, n_in)

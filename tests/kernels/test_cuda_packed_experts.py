@@ -18,7 +18,7 @@ from hybridkv.kernels.cuda.packed_layout import PackedWeight, upload
 from tests.kernels.weight_rows import coded, decoded, weight
 from tests.on_device import DEVICE, random
 
-pytestmark = pytest.mark.usefixtures("interpreter")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("interpreter")]
 
 N_EXPERTS, TOP, HIDDEN, WIDTH = 5, 2, 256, 40
 FACTOR = 1 / 32

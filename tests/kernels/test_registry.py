@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from hybridkv.errors import NoKernelError
@@ -12,6 +14,7 @@ from hybridkv.kernels import (
     PHASES,
     AttentionCase,
     Kernel,
+    cpu,
     cpu_native,
     explain,
     reference,
@@ -61,3 +64,15 @@ def test_the_native_kernels_are_built() -> None:
     """An installed package has them; without a test, a failed build would only be slow."""
     assert cpu_native.available() is None
     assert select(CASE, KERNELS).name.startswith("cpu-")
+
+
+@pytest.mark.skipif(cpu_native.available() is not None, reason=f"{cpu_native.available()}")
+def test_a_format_that_the_extension_does_not_know_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a new row of the table is until the extension is built again: the reference takes it, by name."""
+    known = cpu_native.formats() - {"q4_0"}
+    monkeypatch.setattr(cpu_native, "formats", lambda: known)
+    for case in (CASE, replace(CASE, type_k="q8_0", type_v="q4_0")):
+        assert dict(explain(case, KERNELS))[cpu.KERNELS[0].name] == "the extension reads no q4_0"
+        assert select(case, KERNELS).name == reference.KERNELS[0].name
+    assert cpu.ENCODERS[0].rejects("cpu", FORMATS["q4_0"], 64) == "the extension reads no q4_0"
+    assert select(replace(CASE, type_k="q8_0", type_v="f16"), KERNELS).name == cpu.KERNELS[0].name

@@ -171,17 +171,17 @@ def test_padding_and_threads(monkeypatch: pytest.MonkeyPatch, isa: str, n_new: i
     monkeypatch.setenv("HYBRIDKV_ISA", isa)
     stored = store_parts(LAYOUTS["cut in parts"])
     n_rows = stored.view.length
-    seq_start = torch.tensor([2, 640], dtype=torch.int32)
+    first_row = torch.tensor([2, 640])
     for segment, first in zip(stored.view.segments, (0, 4), strict=False):  # NaN before the second sequence begins
         hidden = min(segment.length, 640 - first)
         for plane in (*segment.k, *segment.v):
             plane[1, :, segment.start : segment.start + hidden] = 0xFF
     seen = torch.ones(n_new, n_rows, dtype=torch.bool).tril(n_rows - n_new)
-    mask = seen & (torch.arange(n_rows) >= seq_start.view(2, 1, 1, 1))
+    mask = seen & (torch.arange(n_rows) >= first_row.view(2, 1, 1, 1))
     q = torch.randn(2, 6, n_new, 64, generator=torch.Generator().manual_seed(3))
     exact = exact_attention(q, stored.k, stored.v, scale=0.125, mask=mask)
     for n_threads in (1, 3):
-        got = cpu_native.attend(q, stored.view.segments, 64, 64, 0.125, seq_start=seq_start, n_threads=n_threads)
+        got = cpu_native.attend(q, stored.view.segments, 64, 64, 0.125, mask=mask, n_threads=n_threads)
         assert relative_rmse(got, exact) <= cpu.TOLERANCE, n_threads
 
 

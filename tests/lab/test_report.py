@@ -255,6 +255,7 @@ def browser() -> Iterator[Any]:
         running.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 900)])
 def test_in_a_browser(browser: Any, tmp_path: Path, scheme: str, width: int, height: int) -> None:

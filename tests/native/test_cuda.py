@@ -41,6 +41,7 @@ def short_chunks(interpreter: None, monkeypatch: pytest.MonkeyPatch) -> Iterator
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(cpu_native.available() is not None, reason="the extension is not built")
 @pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3_5_moe_text"])
 def test_logits(family: str) -> None:

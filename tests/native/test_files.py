@@ -28,6 +28,7 @@ from hybridkv.native import NativeModel, NativeStep, map_gguf, native_model
 from hybridkv.policy import Guard, Policy
 from tests.families import remembering
 from tests.native.quantized import MIXES, SIZES, plain_file, quantized_file
+from tests.thin import pairwise
 
 pytestmark = [
     pytest.mark.skipif(cpu_native.available() is not None, reason="the native extension is not built"),
@@ -45,14 +46,13 @@ def _inference() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    name: str = request.param
+@pytest.fixture(autouse=True)
+def _isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = request.node.callspec.params.get("isa", "best") if hasattr(request.node, "callspec") else "best"
     if name != "best":
-        if f"{name}" not in cpu_native._native().isas():
+        if name not in cpu_native._native().isas():
             pytest.skip(f"this processor does not run {name}")
         monkeypatch.setenv("HYBRIDKV_ISA", name)
-    return name
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
@@ -128,8 +128,7 @@ def error(got: Tensor, right: Tensor) -> float:
     return float((got.double() - right).square().mean().sqrt() / right.square().mean().sqrt())
 
 
-@pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("family", SIZES)
+@pytest.mark.parametrize(("family", "mix", "isa"), pairwise(SIZES, MIXES, ISAS))
 def test_logits_of_prompt_and_decode(family: str, mix: str, isa: str) -> None:
     """Each type is what the file says: nothing was rounded again on the way."""
     step = native(family, mix, isa)
@@ -147,8 +146,7 @@ def test_logits_of_prompt_and_decode(family: str, mix: str, isa: str) -> None:
     assert n_compared >= 20
 
 
-@pytest.mark.parametrize("mix", ["q4_k_m", "q3_k"])
-@pytest.mark.parametrize("family", SIZES)
+@pytest.mark.parametrize(("family", "mix", "isa"), pairwise(SIZES, ["q4_k_m", "q3_k"], ISAS))
 def test_sequences_with_caches_of_their_own_get_the_bits_that_they_get_alone(family: str, mix: str, isa: str) -> None:
     """Of prompts of different lengths, decoded together; and those in one cache the same numbers up to rounding."""
     step = native(family, mix, isa)

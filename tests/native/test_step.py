@@ -41,6 +41,7 @@ from hybridkv.policy import Guard, GuardMode, MismatchError, NonFiniteError, Pol
 from hybridkv.runtime.attend import verify_call
 from hybridkv.runtime.view import LayerView
 from tests.families import FAMILIES, HYBRIDS, build, remembering
+from tests.thin import pairwise
 
 NATIVE = (
     "qwen3_5_text",
@@ -156,25 +157,21 @@ def error(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
 
 
-@pytest.mark.parametrize("isa", ["best", "portable"])
 @pytest.mark.parametrize(
-    ("family", "source"),
-    [(f, s) for f in NATIVE for s in ("model", "f32", "q8_0") if s == "model" or f not in DIRECTORIES],
+    ("origin", "lengths", "batch", "isa"),
+    pairwise(
+        [f"{f} {s}" for f in NATIVE for s in ("model", "f32", "q8_0") if s == "model" or f not in DIRECTORIES],
+        [(1, 1, 1), (3, 1, 2), (70, 1, 33, 1)],
+        [1, 3],
+        ["best", "portable"],
+    ),
 )
-@pytest.mark.parametrize("lengths", [(1, 1, 1), (3, 1, 2), (70, 1, 33, 1)])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_logits(
-    family: str,
-    batch: int,
-    lengths: tuple[int, ...],
-    source: str,
-    isa: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_logits(origin: str, lengths: tuple[int, ...], batch: int, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Float32 weights stay float32; q8_0 ones are multiplied as integers.
 
     Float rows are attended within 2e-5 of exact, in each layer.
     """
+    family, source = origin.split()
     if isa != "best":
         monkeypatch.setenv("HYBRIDKV_ISA", isa)
     pieces = [tokens(batch, n, seed) for seed, n in enumerate(lengths)]
@@ -480,7 +477,7 @@ def test_a_checkpoint_is_not_loaded_into_packed_weights() -> None:
 
 
 def test_unknown_weights() -> None:
-    with pytest.raises(UsageError, match="no weights 'int3'; allowed: auto, plain, f32, bf16, int8, int4"):
+    with pytest.raises(UsageError, match="--weights 'int3'; allowed: auto, plain, f32, bf16, int8, int4"):
         parse_weights("int3")
 
 
@@ -520,7 +517,7 @@ def test_configs_that_the_family_refuses() -> None:
 
 
 def test_unknown_step() -> None:
-    with pytest.raises(UsageError, match="no step 'fast'; allowed: auto, native, eager"):
+    with pytest.raises(UsageError, match="--engine 'fast'; allowed: auto, native, eager"):
         parse_step("fast")
 
 
@@ -535,9 +532,7 @@ def test_a_model_that_takes_no_cache_is_refused() -> None:
         EagerStep(Encoder())
 
 
-@pytest.mark.parametrize("isa", ["best", "portable"])
-@pytest.mark.parametrize("rounded", [False, True])
-@pytest.mark.parametrize("family", NATIVE)
+@pytest.mark.parametrize(("family", "rounded", "isa"), pairwise(NATIVE, [False, True], ["best", "portable"]))
 def test_separate_caches_get_the_bits_that_they_get_alone(
     family: str, rounded: bool, isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jsonschema_rs
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
+
+pytest.importorskip("schemathesis", reason="schemathesis is not installed: hybridkv[test-all]")
+
+import jsonschema_rs  # comes with schemathesis
+import schemathesis
 from schemathesis.checks import CheckFunction, not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,

@@ -26,6 +26,8 @@ from tests.server.test_real import PROMPTS, real_server
 if find_spec("ray") is None:
     pytest.skip('ray is not installed: pip install "hybridkv[ray]"', allow_module_level=True)
 
+pytestmark = pytest.mark.slow
+
 HEADER = "x-hybridkv-replica"
 MODEL = "reference"
 OPTIONS = ("-a", MODEL, "-t", "1", "-np", "4", "-c", "512", "--prefill-chunk", "64", "--kv-guard", "warn")

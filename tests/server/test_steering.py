@@ -205,5 +205,5 @@ def test_a_grammar_without_a_token_says_so() -> None:
     """A vocabulary may lack what a grammar asks for: no silent end."""
     found = matcher(Grammar("regex", "ab"))
     found.accept(ids_of("b")[0])
-    with pytest.raises(GuardError, match="the grammar cannot go on"):
+    with pytest.raises(GuardError, match="the grammar cannot continue"):
         found.allowed()

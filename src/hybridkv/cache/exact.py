@@ -2,7 +2,7 @@
 
 Owns where they lie and when they leave: the sinks first in the planes and never moved, then an area in which the tail
 slides. Rows leave the tail oldest first and in whole blocks; `hybridkv.cache.kv` packs what leaves. As long as nothing
-has left, sinks and tail lie in one piece.
+has left, sinks and tail are contiguous.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ExactRows:
         return self.planes.batch * self.n_held * self._spec.exact_bytes_per_token
 
     def takes(self, n_new: int) -> int:
-        """How many of `n_new` rows are kept here at first: all with a tail, else what the sinks lack."""
+        """Count how many of `n_new` rows are kept here at first: all with a tail, else what the sinks lack."""
         return n_new if self.n_tail else min(n_new, self.n_sink - self.sinks)
 
     def leaving(self, n_more: int = 0) -> int:
@@ -58,7 +58,7 @@ class ExactRows:
         return max(0, self.length + n_more - self.n_tail) // LEAVING_ROWS * LEAVING_ROWS
 
     def packs(self, n_new: int) -> bool:
-        """Whether rows are packed in a call of `n_new` tokens."""
+        """Check whether a call of `n_new` tokens packs rows."""
         if not self.n_tail:
             return self.takes(n_new) < n_new
         return self.leaving(max(0, n_new - FRESH_ROWS) - (self.n_sink - self.sinks)) > 0

@@ -24,7 +24,7 @@ N_NUMBERS = 2 + MAX_SEGMENTS
 
 
 def rejects(spec: KVSpec, chosen: LayerKernels, device: str) -> str | None:
-    """Why a layer's rows cannot be stored and attended by numbers on this type of device; None if they can."""
+    """Explain why a layer's rows cannot be counted on this type of device; None if they can."""
     layer = spec.facts.layer
     if spec.facts.window is not None:
         return f"layer {layer} has a sliding window, whose rows move"

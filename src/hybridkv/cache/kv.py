@@ -67,7 +67,7 @@ class KVLayer:
 
     @property
     def types(self) -> KVTypes:
-        """How the rows are stored."""
+        """Types of the stored rows."""
         return self.spec.types
 
     @property
@@ -97,7 +97,7 @@ class KVLayer:
 
     @property
     def can_crop(self) -> bool:
-        """Whether the newest rows can be dropped: not once a window has let older rows go."""
+        """True if the newest rows can be dropped: not once a window has evicted older rows."""
         return self.n_stored == self.n_seen
 
     def past_rows(self) -> int:
@@ -106,15 +106,15 @@ class KVLayer:
         return stored if window is None else min(stored, window - 1)
 
     def has_packed(self, n_new: int) -> bool:
-        """Whether packed rows are held once the next `n_new` tokens are."""
+        """Check whether the layer holds packed rows once the next `n_new` tokens are stored."""
         return self._packed.length > 0 or self.packs(n_new)
 
     def packs(self, n_new: int) -> bool:
-        """Whether the next `n_new` tokens add packed rows, be it by making others leave the tail."""
+        """Check whether the next `n_new` tokens add packed rows, be it by making others leave the tail."""
         return self._exact is None or self._exact.packs(n_new)
 
     def shows_packed(self, view: KVView) -> bool:
-        """Whether a view of this layer reads packed rows."""
+        """Check whether a view of this layer reads packed rows."""
         return any(segment.k is self._packed.planes.k for segment in view.segments)
 
     def append(self, k: Tensor, v: Tensor) -> KVView:
@@ -218,7 +218,7 @@ class KVLayer:
         return replace(view, segments=fixed.on_device(view.segments, numbers, slides=not packs))
 
     def fixed_reason(self, device: str) -> str | None:
-        """Why rows cannot be stored and attended by numbers that only the device knows; None if they can."""
+        """Explain why rows cannot be counted on the device alone; None if they can."""
         return fixed.rejects(self.spec, self.kernels, device)
 
     @property
@@ -251,12 +251,12 @@ class KVLayer:
         Raises
         ------
         ContextError
-            If a window has already let go of rows that would be needed again.
+            If a window has already evicted rows that would be needed again.
         """
         if not self.can_crop:
             raise ContextError(
                 f"layer {self.spec.facts.layer}: {n_tokens} tokens cannot be dropped, its window of "
-                f"{self.spec.facts.window} tokens has already let older rows go",
+                f"{self.spec.facts.window} tokens has already evicted older rows",
                 hint="reset the cache and process the shorter prompt again",
             )
         self._drop(min(n_tokens, self.n_stored))

@@ -139,7 +139,7 @@ class KVSpec:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether K or V is."""
+        """True if K or V is quantized."""
         return any(get_format(name).is_quantized for name in (self.types.type_k, self.types.type_v))
 
     @property
@@ -155,7 +155,7 @@ class KVSpec:
 
     @property
     def center(self) -> bool:
-        """Whether K is stored minus a center: if it is quantized, and a tail gathers rows to take a mean of."""
+        """True if K is stored minus a center: K is quantized, and a tail gathers rows to take a mean of."""
         return self.types.center and self.tail > 0 and get_format(self.types.type_k).is_quantized
 
     @property
@@ -193,7 +193,7 @@ class KVSpec:
         return batch * (rows * self.bytes_per_token + exact + center)
 
     def case(self, device: str, phase: Phase) -> AttentionCase:
-        """What a kernel is asked for this layer."""
+        """Build the case that a kernel is asked to run for this layer."""
         f = self.facts
         return AttentionCase(
             device=device,

@@ -49,7 +49,7 @@ class StoredRows:
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of the packed rows, which later copies go on from."""
+        """Bytes of the packed rows, which later copies resume from."""
         return sum(plane.nbytes for plane in (*self.packed_k, *self.packed_v))
 
     @property
@@ -58,5 +58,5 @@ class StoredRows:
         return sum(x.nbytes for x in (self.exact_k, self.exact_v, self.center) if x is not None)
 
     def without_exact(self) -> StoredRows:
-        """The packed rows alone, for later copies to go on from."""
+        """The packed rows alone, for later copies to resume from."""
         return StoredRows(self.n_seen, self.first, self.packed_k, self.packed_v)

@@ -5,5 +5,5 @@ from __future__ import annotations
 from hybridkv.cli import bench_attention, bench_decode
 
 NAME = "bench"
-HELP = "measure attention, or a whole model's steps, beside the machine's ceilings and beside its peers"
+HELP = "time attention or a whole model, beside the machine's ceilings and other engines"
 COMMANDS = (bench_attention, bench_decode)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from hybridkv.lab.shape import Shape
 
 NAME = "attention"
-HELP = "time attention over the packed cache: decode and prefill, per type, and how fast rows are stored"
+HELP = "time attention over the packed cache (decode and prefill, per type), and storing rows"
 
 _LIMITS = {"head dim": 1024, "heads": 1024, "KV heads": 1024, "T": 65536, "S": 2**22}
 
@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape",
         action="append",
         metavar="D,HQ,HKV,T,S",
-        help="a shape of your own instead of the usual ones: head dim, query and KV heads, new and stored tokens; "
-        "may be given more than once",
+        help="shape to time instead of the default ones: head dim, query heads, KV heads, new and stored tokens; "
+        "repeatable",
     )
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from hybridkv.lab.decode_bench import DecodeReport, Gate, Plan, Speed
 
 NAME = "decode"
-HELP = "time a whole model: prompt tokens/s, and generated tokens/s at several depths of the cache"
+HELP = "time a whole model: prompt tokens/s, and generated tokens/s at several cache depths"
 
 _MAX_DEPTH = 2**22
 _MAX_DIFFERENCE = 100
@@ -75,12 +75,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine",
         default="auto",
         metavar="auto|native|eager",
-        help="what runs the layers outside of attention, as in `run` (default auto)",
+        help="as in `run` (default auto)",
     )
     parser.add_argument(
         "--difference-limit",
         metavar="X",
-        help="largest difference of the logits from a peer's, relative to their spread, that is timed (default 0.1)",
+        help="largest difference from the other engine's logits, relative to their spread (default 0.1)",
     )
     parser.add_argument(
         "--profile", action="store_true", help="print where a token's time goes, by kind of native operation"

@@ -33,12 +33,12 @@ def add_bench_arguments(parser: argparse.ArgumentParser, *, types: str, against:
         "--against",
         default=against,
         metavar="PEER,...",
-        help=f"peers to time in turns with this package; empty for none (default {against})",
+        help=f"other engines to time in turns with this one; empty for none (default {against})",
     )
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object as stdout's last line, and the tables on stderr"
+        "--json", action="store_true", help="print one JSON object as the last line of stdout, and tables on stderr"
     )
 
 
@@ -116,7 +116,7 @@ def progress_to_stderr(label: str) -> Callable[[str], None]:
 
 
 def table_console(*, json_on_stdout: bool) -> Console:
-    """Where the tables go."""
+    """Choose the stream for tables."""
     return stderr_console() if json_on_stdout else stdout_console()
 
 
@@ -125,7 +125,7 @@ def notice_load() -> None:
     from hybridkv.lab.machine import load
 
     if (now := load()) > _QUIET_LOAD:
-        notice(f"this machine is busy (load {now:.1f}): take figures, and ratios above all, on a quiet one")
+        notice(f"this machine is busy (load {now:.1f}): figures and ratios taken now are unreliable")
 
 
 def print_machine(console: Console, n_threads: int) -> None:
@@ -137,7 +137,7 @@ def print_machine(console: Console, n_threads: int) -> None:
 
 
 def print_peers(console: Console, peers: Collection[Found]) -> None:
-    """What was found of each peer, or how to get it."""
+    """Print what was found of each other engine, or how to install it."""
     for peer in peers:
         console.print(f"{peer.name}: {peer.about}")
 

@@ -22,7 +22,7 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-config",
         metavar="FILE",
-        help="types for each layer, as `hybridkv tune` writes them, instead of the options below but the guard",
+        help="per-layer types from a `hybridkv tune` file; replaces all KV-cache options except --kv-guard",
     )
     for side, name in (("k", "K"), ("v", "V")):
         group.add_argument(
@@ -35,24 +35,27 @@ def add_cache_arguments(parser: argparse.ArgumentParser) -> None:
             f"-{side}had",
             f"--{side}-cache-hadamard",
             action="store_true",
-            help=f"rotate {name} with a Hadamard transform before quantizing (hq types always are)",
+            help=f"rotate {name} with a Hadamard transform before quantizing; hq types always rotate",
         )
         for place in ("first", "last"):
             group.add_argument(
                 f"-ct{side}-{place}",
                 f"--cache-type-{side}-{place}",
                 metavar="TYPE,N",
-                help=f"another type of {name} for the {place} N layers, counted among the layers with a KV cache",
+                help=f"type of {name} in the {place} N layers; only layers with a KV cache count",
             )
     group.add_argument(
-        "--kv-scale", metavar="RULE", help="absmax or refit (default: what measures better for each type)"
+        "--kv-scale",
+        metavar="RULE",
+        help="scale rule: absmax (ggml's) or refit (least squares) (default: the better one for each type)",
     )
     add_exact_arguments(group)
     group.add_argument(
         "--kv-guard",
         default="check",
         metavar="MODE",
-        help="check (measure the first prompt, raise layers that fail), upgrade, warn, strict, off (default check)",
+        help="check: measure the first prompt and store layers that fail in more bits; upgrade: types under 8 bits "
+        "become q8_0; warn: only warn; strict: end with an error; off (default check)",
     )
 
 
@@ -63,12 +66,12 @@ def add_exact_arguments(group: argparse._ActionsContainer) -> None:
             f"--kv-{name}",
             type=int,
             metavar="N",
-            help=f"keep the {which} N tokens as f16 where K or V is quantized (default 0)",
+            help=f"keep the {which} N tokens as f16 in layers with a quantized K or V (default 0)",
         )
     group.add_argument(
         "--kv-center",
         action="store_true",
-        help="store a quantized K minus its mean over early tokens; needs --kv-tail 32 or more",
+        help="subtract the mean of early tokens from K before quantizing; needs --kv-tail 32 or more",
     )
 
 
@@ -90,7 +93,7 @@ _EXCLUDED = {
 
 
 def given_types(arguments: argparse.Namespace) -> bool:
-    """Whether any option says which types K and V have."""
+    """Check whether any option sets the types of K and V."""
     names = [f"cache_type_{side}{place}" for side in "kv" for place in ("", "_first", "_last")]
     return any(getattr(arguments, name) is not None for name in names)
 
@@ -113,7 +116,7 @@ def policy_from(arguments: argparse.Namespace) -> AnyPolicy:
         given = [option for option, value in values.items() if value is not None and value is not False]
         if given:
             raise UsageError(
-                f"--kv-config was given together with {', '.join(given)}, which the file says itself",
+                f"--kv-config was given together with {', '.join(given)}, which the file already sets",
                 hint=f"leave {', '.join(given)} out, or change the file",
             )
         return read_config(Path(a.kv_config))

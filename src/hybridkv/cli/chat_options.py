@@ -18,24 +18,24 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options in llama-cli's spellings."""
     group = parser.add_argument_group("chat")
     for names, text in (
-        (("-cnv", "--conversation"), "go on asking, as `hybridkv chat` does"),
+        (("-cnv", "--conversation"), "hold a conversation, like `hybridkv chat`"),
         (("-st", "--single-turn"), "answer one message in the model's chat template, as --chat does"),
-        (("-i", "--interactive", "-if", "--interactive-first"), "as -cnv"),
+        (("-i", "--interactive", "-if", "--interactive-first"), "same as -cnv"),
     ):
         group.add_argument(*names, action="store_true", help=text)
     group.add_argument(
         "-no-cnv", "--no-conversation", action="store_true", help="answer one prompt without a template (default)"
     )
-    group.add_argument("-sys", "--system-prompt", metavar="TEXT", help="the system message; makes a chat of a prompt")
+    group.add_argument("-sys", "--system-prompt", metavar="TEXT", help="system message; turns the prompt into a chat")
     group.add_argument(
         "-sysf", "-spf", "--system-prompt-file", metavar="FILE", help="read the system message from a UTF-8 file"
     )
     add_template_arguments(group)
     group.add_argument(
-        "--chat-template-kwargs", metavar="JSON", help='variables of the template: {"enable_thinking": false}'
+        "--chat-template-kwargs", metavar="JSON", help='variables of the chat template: {"enable_thinking": false}'
     )
     group.add_argument(
-        "-rea", "--reasoning", metavar="on|off|auto", help="set the template's enable_thinking (default auto: do not)"
+        "-rea", "--reasoning", metavar="on|off|auto", help="set the template's enable_thinking (default auto: leave it)"
     )
     group.add_argument("--reasoning-effort", metavar="LEVEL", help="set the template's reasoning_effort")
     add_text_arguments(group)
@@ -43,8 +43,8 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_template_arguments(group: argparse._ActionsContainer) -> None:
     """Add `--chat-template` and `--chat-template-file`."""
-    group.add_argument("--chat-template", metavar="JINJA", help="a chat template in place of the model's own")
-    group.add_argument("--chat-template-file", metavar="FILE", help="read that template from a file")
+    group.add_argument("--chat-template", metavar="JINJA", help="chat template that replaces the model's own")
+    group.add_argument("--chat-template-file", metavar="FILE", help="file with such a template")
 
 
 def template_of(a: argparse.Namespace) -> str | None:
@@ -74,8 +74,7 @@ def add_text_arguments(group: argparse._ActionsContainer) -> None:
         "--escape",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help=r"read \n, \t, \\, \" and \x41 in -p, -sys and -r as what they stand for; files stay as they are "
-        "(default on)",
+        help=r"process escapes such as \n, \t, \\, \" and \x41 in -p, -sys and -r, not in files (default on)",
     )
     group.add_argument(
         "-r",
@@ -83,12 +82,12 @@ def add_text_arguments(group: argparse._ActionsContainer) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="end an answer where this text begins; may be given several times",
+        help="stop an answer before this text; repeatable",
     )
 
 
 def is_chat(a: argparse.Namespace) -> bool:
-    """Whether a prompt is to be put into the chat template.
+    """Check whether a prompt is to be put into the chat template.
 
     Raises
     ------

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from hybridkv.policy import AnyPolicy, Guard
 
 NAME = "classify"
-HELP = "score labels for every row of a JSONL file, with what the prompts share processed once"
+HELP = "score labels for every line of a JSONL file; shared prompt tokens are processed once"
 
 REFERENCE = "f16"
 """What `--compare-types` compares with."""
@@ -49,14 +49,14 @@ REFERENCE = "f16"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `hybridkv classify`."""
     parser.add_argument(
-        "-f", "--file", metavar="FILE", help='rows as JSONL: {"text": ..., "label": ...}, label optional'
+        "-f", "--file", metavar="FILE", help='JSONL file with lines {"text": ..., "label": ...}; the label is optional'
     )
-    parser.add_argument("--labels", metavar="A,B,...", help="what a row can be; two or more, separated by commas")
+    parser.add_argument("--labels", metavar="A,B,...", help="two or more labels, separated by commas")
     parser.add_argument(
         "-p",
         "--prompt",
         metavar="FILE|TEXT",
-        help="what a label continues: a template with {text}, and {labels} if they shall be listed "
+        help="prompt template that a label continues, with {text} and optionally {labels} "
         f"(default {DEFAULT_PROMPT!r})",
     )
     parser.add_argument("--chat", action="store_true", help="wrap each prompt in the model's chat template")
@@ -64,19 +64,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--normalize",
         default="none",
         metavar="none|length",
-        help="compare the labels' log probabilities, or those divided by the labels' tokens (default none)",
+        help="divide a label's log probability by its number of tokens (length), or not (default none)",
     )
     parser.add_argument(
         "--compare-types",
         metavar="T,K/V,...",
-        help=f"score all rows with each type or pair K/V, {REFERENCE} first, and compare; "
-        "options may follow, as in q4_0+kv",
+        help=f"score every line with {REFERENCE} and then with each type or pair K/V, and compare; "
+        "with options as in q4_0+kv",
     )
     parser.add_argument(
-        "--batch", type=int, default=8, metavar="N", help="rows of equal length processed side by side (default 8)"
+        "--batch", type=int, default=8, metavar="N", help="prompts of equal length to process at once (default 8)"
     )
     parser.add_argument(
-        "--json", action="store_true", help="print JSON lines: one for each row, or type, and a summary"
+        "--json", action="store_true", help="print JSON lines: one per input line or type, and a summary"
     )
     add_model_arguments(parser)
     add_cache_arguments(parser)
@@ -162,12 +162,12 @@ def _check(a: argparse.Namespace) -> None:
     ):
         if not value:
             raise UsageError(f"no {option} was given", hint=f"for example {example}")
-    one_of(a.normalize, ("none", "length"), "no normalization", hint="leave --normalize out for none")
+    one_of(a.normalize, ("none", "length"), "--normalize", hint="leave --normalize out for none")
     check_limits(a, ("--batch", "batch", 1, 1024))
 
 
 def _policies(a: argparse.Namespace) -> list[AnyPolicy]:
-    """What each run stores: what the cache options say, or each of the types to compare."""
+    """List what each run stores: what the cache options say, or each of the types to compare."""
     from hybridkv.cache import KVTypes
     from hybridkv.lab.candidates import expand
     from hybridkv.policy import Policy

@@ -58,9 +58,11 @@ def parse_labels(text: str) -> tuple[str, ...]:
         if not label:
             raise UsageError(f"--labels {_short(text)}: a label is empty; allowed: words, separated by commas")
         if labels.count(label) > 1:
-            raise UsageError(f"--labels {_short(text)}: {label!r} is there twice")
+            raise UsageError(f"--labels {_short(text)}: {label!r} is given twice")
     if len(labels) < 2:
-        raise UsageError(f"--labels {_short(text)}; allowed: two labels or more", hint="try --labels positive,negative")
+        raise UsageError(
+            f"--labels {_short(text)}; allowed: at least two labels", hint="try --labels positive,negative"
+        )
     return labels
 
 
@@ -101,7 +103,7 @@ def read_rows(path: Path, labels: Sequence[str]) -> list[Row]:
     lines = enumerate(_read(path, "-f").split("\n"), 1)
     rows = [_row(line, f"-f {path}, line {number}", labels) for number, line in lines if line.strip()]
     if not rows:
-        raise UsageError(f"-f {path}: no rows in it", hint='a row is a line such as {"text": "...", "label": "..."}')
+        raise UsageError(f"-f {path}: it has no rows", hint='a row is a line such as {"text": "...", "label": "..."}')
     return rows
 
 
@@ -117,7 +119,7 @@ def _row(line: str, where: str, labels: Sequence[str]) -> Row:
     text, label = row["text"], row.get("label")
     for name, value, allowed in (("text", text, str), ("label", label, str | None)):
         if not isinstance(value, allowed):
-            raise UsageError(f"{where}: its {name} is no string but {_short(json.dumps(value))}", hint=example)
+            raise UsageError(f"{where}: {name!r} must be a string, got {_short(json.dumps(value))}", hint=example)
     _check_utf8(text, where)
     if label is not None and label not in labels:
         raise UsageError(

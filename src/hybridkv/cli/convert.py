@@ -14,12 +14,12 @@ HELP = "write a Hugging Face model directory as a GGUF file"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `hybridkv convert`."""
     parser.add_argument("directory", metavar="DIR", help="model directory: config.json, safetensors, tokenizer")
-    parser.add_argument("-o", "--output", required=True, metavar="FILE.gguf", help="the file to write")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE.gguf", help="file to write")
     parser.add_argument(
         "--type",
         default="f16",
         choices=("f32", "f16", "q8_0"),
-        help="of matrices; vectors, norms, convolutions and routers stay float32 (default f16)",
+        help="type of matrices; vectors, norms, convolutions and routers stay float32 (default f16)",
     )
     parser.add_argument("--force", action="store_true", help="replace FILE.gguf if it exists")
     parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")

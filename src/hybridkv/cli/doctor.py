@@ -44,8 +44,10 @@ _FEATURES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `hybridkv doctor`."""
     parser.add_argument("--device", metavar="KIND", help="cpu or cuda (default: what torch finds)")
-    parser.add_argument("--head-dim", type=int, metavar="N", help="one head dim instead of the usual ones")
-    parser.add_argument("--full", action="store_true", help="one line per pair, head dim and phase, refusals included")
+    parser.add_argument("--head-dim", type=int, metavar="N", help="check only this head dim")
+    parser.add_argument(
+        "--full", action="store_true", help="print one line per pair of types, head dim and phase, with refusals"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -105,7 +107,7 @@ def _cpu_features() -> list[str]:
 
 
 def _engines() -> dict[str, str]:
-    """What runs the layers outside of attention, and which models each engine takes."""
+    """List the engines for the layers outside of attention, and which models each one runs."""
     from hybridkv.hf.step import fused as fused_step
     from hybridkv.kernels import cpu_native
     from hybridkv.model import FAMILIES
@@ -118,7 +120,7 @@ def _engines() -> dict[str, str]:
 
 
 def _weights() -> dict[str, str]:
-    """How each kind of weight is held on the CPU."""
+    """Describe how each kind of weight is stored on the CPU."""
     from hybridkv.formats.weights import WEIGHTS
     from hybridkv.kernels import cpu_native
 
@@ -131,7 +133,7 @@ def _weights() -> dict[str, str]:
 
 
 def _recurrent() -> dict[str, str]:
-    """What serves the recurrent layers of the eager engine on CUDA, per kind of layer."""
+    """Describe what runs the eager engine's recurrent layers on CUDA, per kind of layer."""
     names = metadata.packages_distributions()
     return {
         kind: f"{names[package][0]} {_version(names[package][0])}" if package in names else "torch"

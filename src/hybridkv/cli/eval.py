@@ -48,43 +48,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode",
         default="prefill",
         metavar="prefill|decode",
-        help="give the text in pieces, or token by token as generation does (default prefill)",
+        help="process the text in chunks (prefill), or token by token as in generation (decode) (default prefill)",
     )
     parser.add_argument(
-        "--reference", default="f16", metavar="f16|f32", help="cache that the others are compared with (default f16)"
+        "--reference", default="f16", metavar="f16|f32", help="type of the reference cache (default f16)"
     )
     parser.add_argument(
-        "-n", "--greedy", type=int, default=64, metavar="N", help="tokens of each greedy text; 0: none (default 64)"
+        "-n",
+        "--greedy",
+        type=int,
+        default=64,
+        metavar="N",
+        help="length of the greedy continuations; 0: none (default 64)",
     )
-    parser.add_argument("-o", "--output", default="hybridkv-eval.jsonl", metavar="FILE", help="results as JSON lines")
-    parser.add_argument("--resume", action="store_true", help="go on with -o: run only what it lacks")
+    parser.add_argument(
+        "-o",
+        "--output",
+        default="hybridkv-eval.jsonl",
+        metavar="FILE",
+        help="results as JSON lines (default hybridkv-eval.jsonl)",
+    )
+    parser.add_argument("--resume", action="store_true", help="resume from -o: run only what is missing")
     parser.add_argument(
         "--ray",
         nargs="?",
         const=LOCAL,
         metavar="ADDRESS",
-        help="run each candidate as a Ray task of -t threads (default then: 1): on this machine, or on the cluster at "
-        "ADDRESS (auto: the one that is running here)",
+        help="run each candidate as a Ray task with -t threads (default 1) on this machine, or on the cluster at "
+        "ADDRESS (auto: the cluster that runs here)",
     )
-    group = parser.add_argument_group("candidates", "options multiply: each type with each rotation, rule and length")
+    group = parser.add_argument_group("candidates", "every combination of the values below is one candidate")
     group.add_argument(
         "--types",
         default=_TYPES,
         metavar="T,K/V,...",
-        help=f"types or pairs K/V; options may follow, as in q4_0+kv+tail128+sink4+center (default {_TYPES})",
+        help=f"types or pairs K/V, with options as in q4_0+kv+tail128+sink4+center (default {_TYPES})",
     )
     group.add_argument(
         "--kv-config",
         action="append",
         default=[],
         metavar="FILE",
-        help="types for each layer, as `hybridkv tune` writes them, as one more candidate; may be repeated",
+        help="per-layer types from a `hybridkv tune` file, as one more candidate; repeatable",
     )
     group.add_argument("--rotate", metavar="none,k,v,kv", help="sides to rotate")
     group.add_argument("--scale", metavar="absmax,refit", help="scale rules")
     group.add_argument("--tail", metavar="N,...", help="newest tokens kept as f16")
     group.add_argument("--sink", metavar="N,...", help="first tokens kept as f16")
-    group.add_argument("--center", action="store_true", help="store K less a fixed vector, where there is a tail")
+    group.add_argument(
+        "--center", action="store_true", help="subtract the mean of early tokens from K; only with a tail"
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -145,7 +158,7 @@ def _check(a: argparse.Namespace) -> Path:
         raise UsageError(f"-o {a.output}: there is no directory {output.parent}")
     held = [path for path in (output, output.with_suffix(".npz")) if path.exists()]
     if held and not a.resume:
-        raise UsageError(f"-o {a.output}: {held[0]} exists", hint="--resume goes on with it; or choose another -o")
+        raise UsageError(f"-o {a.output}: {held[0]} exists", hint="--resume continues it; or choose another -o")
     if a.resume and not output.with_suffix(".npz").exists():
         raise UsageError(f"--resume: there is no {output.with_suffix('.npz')}", hint="leave --resume out to begin")
     return output
@@ -168,7 +181,7 @@ def _candidates(a: argparse.Namespace) -> list[Candidate]:
     configs = [read_config(Path(path)) for path in a.kv_config]
     asked += [Candidate(config.name, config, config=config.name) for config in configs]
     if len({config.name for config in configs}) < len(configs):
-        raise UsageError("--kv-config: two files have the same name", hint="candidates are told apart by it")
+        raise UsageError("--kv-config: two files have the same name", hint="candidates are identified by the file name")
     if not asked:
         raise UsageError("--types is empty; allowed: KV cache types, separated by commas", hint="try --types q8_0,q4_0")
     reference = Policy(KVTypes(a.reference, a.reference))
@@ -201,7 +214,7 @@ def _resolve(opened: Opened, candidates: Sequence[Candidate]) -> Sequence[Attent
     print(summary(opened.description), file=sys.stderr)
     if not facts:
         raise UsageError(
-            f"{opened.description.name} has no KV cache: there is nothing to compare",
+            f"{opened.description.name} has no KV cache, so there is nothing to compare",
             hint="recurrent states are always float32",
         )
     for candidate in candidates:
@@ -211,7 +224,7 @@ def _resolve(opened: Opened, candidates: Sequence[Candidate]) -> Sequence[Attent
 
 
 def _demand(opened: Opened, candidates: Sequence[Candidate]) -> Demand:
-    """All caches are alive at once, beside a piece's logits and their distributions."""
+    """All caches are alive at once, beside a chunk's logits and their distributions."""
     from hybridkv.lab.evaluate import LOGITS_BYTES, PIECE
     from hybridkv.model import kv_facts, vocabulary_rows
 
@@ -252,7 +265,7 @@ def _measure(run: Run) -> bool:
         task = progress.add_task("", total=run.n_ticks)
         complete = run.execute(lambda n_tokens: progress.advance(task, n_tokens))
     if not complete:
-        notice("interrupted: what was measured is kept; --resume goes on with it")
+        notice("interrupted: the measurements are kept; --resume continues")
     return complete
 
 

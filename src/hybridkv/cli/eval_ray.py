@@ -49,7 +49,9 @@ def prepare(a: argparse.Namespace) -> None:
     """
     check_ray()
     if ":" in a.device:
-        raise UsageError(f"--device {a.device} with --ray; allowed: auto, cpu, cuda", hint="Ray gives each its own")
+        raise UsageError(
+            f"--device {a.device} with --ray; allowed: auto, cpu, cuda", hint="Ray assigns a device to each task"
+        )
     a.threads = a.threads or 1
     if a.model is not None:
         a.model = str(model_path(a.model).resolve())  # a task may be elsewhere

@@ -71,7 +71,7 @@ def check_memory(opened: Opened, demand: Demand) -> None:
     limit, option = opened.memory_limit, opened.limit_option
     available = available_memory() if limit is None else Available(limit, f"allowed by {option}")
     if available is None:
-        notice(f"this system does not say how much memory is free: nothing was compared with it ({option} SIZE does)")
+        notice(f"cannot find out how much memory is free, so the plan was not checked; {option} SIZE sets a limit")
         return
     held = opened.held()
     parts = _parts(opened, demand)
@@ -102,7 +102,7 @@ def fit_context(
     """
     from hybridkv.memory import Available, available_memory
     from hybridkv.model import is_hybrid, kv_facts
-    from hybridkv.plan import largest_context
+    from hybridkv.planner import largest_context
 
     if asked != 0 or opened.device_type != "cpu":
         return opened
@@ -124,7 +124,7 @@ def fit_context(
 
 
 def bytes_beside(opened: Opened, demand: Demand) -> int:
-    """What the weights and a run take together at most."""
+    """Sum the most bytes that weights and a run take together."""
     held = opened.held()
     return max(held.peak_bytes, held.n_bytes + sum(_parts(opened, demand).values()))
 
@@ -135,14 +135,14 @@ def _kv_bytes(specs: Sequence[KVSpec], demand: Demand) -> int:
 
 def _state_bytes(opened: Opened, n_seqs: int) -> int:
     """Bytes of the states of sequences."""
-    from hybridkv.plan import plan
+    from hybridkv.planner import plan
 
     return plan((), opened.description.facts, n_ctx=0, n_seqs=n_seqs).state_bytes
 
 
 def _parts(opened: Opened, demand: Demand) -> dict[str, int]:
     """Bytes beside the weights, by what they are."""
-    from hybridkv.plan import guard_bytes, work_bytes
+    from hybridkv.planner import guard_bytes, work_bytes
 
     states = _state_bytes(opened, demand.n_seqs) * demand.n_caches
     kv = _kv_bytes(demand.specs, demand)
@@ -160,7 +160,7 @@ def _parts(opened: Opened, demand: Demand) -> dict[str, int]:
 
 
 def _hint(opened: Opened, demand: Demand, held: Held, parts: Mapping[str, int], n_available: int) -> str:
-    """What would fit: other weights, a smaller type, a smaller context."""
+    """Suggest what would fit: other weights, a smaller type, a smaller context."""
     from hybridkv.plan import largest_context
 
     kv = next(iter(parts.values()))

@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Turn argparse's complaint into a `UsageError`."""
-        raise UsageError(message, hint=_hint(message) or f"`{self.prog} --help` lists what there is")
+        raise UsageError(message, hint=_hint(message) or f"`{self.prog} --help` lists all options")
 
     def check_options(self, argv: Sequence[str], others: Mapping[str, Parser] | None = None) -> None:
         """Refuse unknown options by their own name; argparse reads `-ngl` as `-n gl`.
@@ -64,22 +64,24 @@ class Parser(argparse.ArgumentParser):
                 raise UsageError(f"unknown option {option!r}", hint=self._hint_for(option, others or {}))
 
     def _hint_for(self, option: str, others: Mapping[str, Parser]) -> str:
-        """Who has an option, or the nearest one that is here."""
+        """Name the commands that have an option, or the nearest option of this one."""
         if row_of(option) is not None:
             owners = [name for name, other in others.items() if option in other._option_string_actions]
             if owners:
                 return f"it is an option of `hybridkv {owners[0]}`"
         own = sorted(self._option_string_actions.keys() - accepted_names(self))
         near = get_close_matches(option, own, n=1, cutoff=0.7)
-        return f"did you mean {near[0]!r}?" if near else f"`{self.prog} --help` lists what there is"
+        return f"did you mean {near[0]!r}?" if near else f"`{self.prog} --help` lists all options"
 
 
 def _hint(message: str) -> str | None:
-    """What helps with one of argparse's complaints, where it is more than the list of options."""
+    """Suggest a remedy for one of argparse's complaints, where it is more than the list of options."""
     if match := re.search(r"unrecognized arguments: (.*)", message):
         return f'a prompt needs its option: -p "{match[1]}"'
     if "expected one argument" in message:
         return 'a value that begins with a dash takes an equals sign: -p="-like this"'
+    if match := re.search(r"invalid (int|float) value", message):
+        return "give a whole number" if match[1] == "int" else "give a number"
     return None
 
 
@@ -164,6 +166,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _main(sys.argv[1:])
 
 
+def _run(arguments: argparse.Namespace) -> int:
+    """Run the command that was parsed; `serve --ray` has a file of its own, above that of `serve`."""
+    if arguments.main is serve.main and arguments.ray is not None:
+        from hybridkv.cli import serve_ray
+
+        return serve_ray.main(arguments)
+    code: int = arguments.main(arguments)
+    return code
+
+
 def _main(argv: Sequence[str]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # a terminal that has no such character gets a question mark
@@ -171,7 +183,7 @@ def _main(argv: Sequence[str]) -> int:
         arguments = _parse(argv)
         if arguments.main is not plan.main:
             say_accepted(arguments)
-        code: int = arguments.main(arguments)
+        code = _run(arguments)
         sys.stdout.flush()
     except HybridKVError as error:
         sys.stdout.flush()

@@ -48,7 +48,7 @@ def add_model_arguments(
         metavar="N",
         help=f"tokens in the context; 0: the trained length (default {default_ctx}, or the trained length if less)",
     )
-    group.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads (default -1: as torch)")
+    group.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads (default -1: torch's choice)")
     group.add_argument(
         "-dev",
         "--device",
@@ -61,49 +61,49 @@ def add_model_arguments(
         "--engine",
         default="auto",
         metavar="auto|native|eager",
-        help="what runs the layers outside of attention: native code where it knows the model (C++ on the CPU, Triton "
-        "on CUDA), or Transformers' own forward pass (default auto)",
+        help="what computes the layers outside of attention: native (C++ on the CPU, Triton on CUDA) or eager "
+        "(Transformers' forward pass); auto: native for every model that it can run (default auto)",
     )
     group.add_argument(
         "--graph",
         metavar="on|off",
-        help="on CUDA, whether a decode step of either engine is recorded as a graph and replayed, where it can be "
-        "(default on)",
+        help="on CUDA, record decode steps as a CUDA graph and replay it, if the model allows it (default on)",
     )
     group.add_argument(
         "--weights",
         default="auto",
         metavar="auto|plain|f32|bf16|int8|int4",
-        help="how matrices are held: auto as the file has them, plain as Transformers' float32 tensors for the eager "
-        "engine, f32, bf16, int8 and int4 converted; int8 is q8_0, int4 is q4_0 with embedding and output head at "
-        "int8, both are torchao's on CUDA (default auto; plain under --engine eager and, on CUDA, where kernels do not "
-        "read all of a GGUF file's types); the eager engine holds stacks of experts as float32",
+        help="weight storage: auto (as in the file), plain (Transformers' float32 tensors, for --engine eager), or "
+        "converted to f32, bf16, int8 (q8_0) or int4 (q4_0, embedding and output head q8_0); on CUDA int8 and int4 are "
+        "torchao's (default auto; plain under --engine eager, and on CUDA for GGUF files that its kernels cannot read)",
     )
     group.add_argument(
         "--context-shift",
         nargs="?",
         const="on",
         metavar="on|off",
-        help="refused with the reason: a full context ends the answer",
+        help="refused: a full context ends the answer",
     )
-    group.add_argument("--no-context-shift", dest="context_shift", action="store_const", const="off", help="as it is")
+    group.add_argument(
+        "--no-context-shift",
+        dest="context_shift",
+        action="store_const",
+        const="off",
+        help="for compatibility: a context is never shifted",
+    )
     group.add_argument(
         "--no-mmap",
         action="store_true",
-        help="read a GGUF file into memory once, instead of using its weights where the system's file cache has them",
+        help="read a GGUF file into memory once, instead of mapping it",
     )
-    group.add_argument(
-        "--mlock", action="store_true", help="keep the weights of a GGUF file from being paged out of memory"
-    )
-    group.add_argument(
-        "--trust-remote-code", action="store_true", help="run Python code that a model directory brings along"
-    )
+    group.add_argument("--mlock", action="store_true", help="lock the weights of a GGUF file in memory")
+    group.add_argument("--trust-remote-code", action="store_true", help="run Python code from the model directory")
     group.add_argument(
         limit_option,
         dest="memory_limit",
         metavar="SIZE",
-        help="main memory that weights, cache and all else may take, such as 24GiB; more is refused before weights are "
-        "read (default: what this machine and its container have free)",
+        help="limit of main memory for weights, cache and everything else, such as 24GiB; a larger plan is refused "
+        "before weights are read (default: what this machine and its container have free)",
     )
     add_rope_arguments(parser)
     parser.set_defaults(limit_option=limit_option)
@@ -200,7 +200,7 @@ class Opened:
         return self.device.partition(":")[0]
 
     def engine_name(self, step: Step) -> str:
-        """What runs the layers outside of attention, with how it holds the weights."""
+        """Name what computes the layers outside of attention, with its weight storage."""
         torchao = self.weights in ("int8", "int4") and self.device_type != "cpu"
         return f"{step.name}, weights torchao {self.weights}" if torchao else step.name
 
@@ -259,7 +259,7 @@ def open_model(
     from hybridkv.engine.steps import parse_graphs, parse_step, resolve_step
     from hybridkv.held import parse_weights
     from hybridkv.hf.ranks import n_ranks
-    from hybridkv.plan import parse_bytes
+    from hybridkv.planner import parse_bytes
 
     option = getattr(a, "limit_option", "--memory")  # tasks of `eval --ray` have neither
     limit = None if getattr(a, "memory_limit", None) is None else parse_bytes(a.memory_limit, option)
@@ -281,11 +281,11 @@ def open_model(
     )
     refuse_shift(a, description)
     if a.trust_remote_code and path.is_file():
-        notice("--trust-remote-code changes nothing: there is no code in this model")
+        notice("--trust-remote-code has no effect: this model has no Python code")
     n_ctx = context_of(a.ctx_size, description.n_ctx_train, default_ctx, changes.rope)
     device_type = device.partition(":")[0]
     if a.graph is not None and device_type != "cuda":
-        notice(f"--graph {a.graph} changes nothing: graphs are CUDA's, and this runs on {device_type}")
+        notice(f"--graph {a.graph} has no effect: graphs exist on CUDA only, and this runs on {device_type}")
     kind = engine_for(device_type, asked, asked_kind)
     make_step = resolve_step(description.config, device_type, kind, graphs=graphs, notify=notice)
     weights, dtype = weights_on(device, asked, kind, description)
@@ -299,22 +299,24 @@ def open_model(
 
 
 def _check_ranks(a: argparse.Namespace, n: int, ranks: Literal["one", "many"]) -> None:
-    """What a model that is cut over several processes cannot be combined with."""
+    """Refuse options that do not go with a model that is sharded over several processes."""
     if ranks == "one":
         raise UsageError(
-            f"torchrun started {n} processes of this command, which runs in one",
-            hint="`hybridkv run` is the one that takes several ranks",
+            f"torchrun started {n} processes, but this command runs in one process",
+            hint="only `hybridkv run` runs on several ranks",
         )
     if a.engine == "native":
-        raise UsageError(f"--engine native on {n} ranks; allowed: auto, eager", hint="Transformers cuts its own layers")
+        raise UsageError(
+            f"--engine native on {n} ranks; allowed: auto, eager", hint="Transformers shards only its own layers"
+        )
     if a.graph == "on":
-        raise UsageError(f"--graph on with {n} ranks: a step that waits for other ranks is not recorded")
+        raise UsageError(f"--graph on with {n} ranks: a decode step that waits for other ranks cannot be recorded")
     if a.weights not in ("auto", "plain"):
         raise UsageError(f"--weights {a.weights} on {n} ranks; allowed: auto, plain", hint="leave --weights out")
 
 
 def _device_of_rank(name: str, n: int) -> str:
-    """Where this rank's part is: Transformers takes the machine's accelerators, or else the CPU."""
+    """Find this rank's device: Transformers takes the machine's accelerators, or else the CPU."""
     import torch
 
     from hybridkv.hf.ranks import local_rank
@@ -363,7 +365,7 @@ def engine_for(device_type: str, weights: WeightKind, engine: StepKind) -> StepK
 def weights_on(
     device: str, asked: WeightKind, engine: StepKind, description: Description
 ) -> tuple[WeightKind, torch.dtype]:
-    """How matrices are held, and their dtype: packed on the CPU, but plain under an engine that was asked to be.
+    """Choose weight storage and dtype: packed on the CPU, plain under an engine that was asked to be.
 
     On CUDA, those of a GGUF file stay packed where its kernels read all of its types.
 
@@ -407,4 +409,4 @@ def _say_weights(loaded: Loaded, weights: WeightKind) -> None:
     print(f"weights: {weights_words(parts)}", file=sys.stderr)
     experts = sum(n_bytes for name, n_bytes in parts.items() if EXPERTS in name)
     if experts and weights not in ("plain", "f32"):
-        notice(f"{size(experts)} of experts are held as f32, whatever --weights says")
+        notice(f"{size(experts)} of experts are held as f32, regardless of --weights")

@@ -22,11 +22,11 @@ def add_source_arguments(group: argparse._ActionsContainer) -> None:
         "-hfr",
         "--hf-repo",
         metavar="OWNER/NAME[:QUANT]",
-        help="take the model from Hugging Face's hub, or from its cache (QUANT: default Q4_K_M, or the first file)",
+        help="model on Hugging Face's hub, or in its cache (QUANT: default Q4_K_M, or the first file)",
     )
-    group.add_argument("-hff", "--hf-file", metavar="FILE", help="the repository's file, in place of QUANT")
-    group.add_argument("-hft", "--hf-token", metavar="TOKEN", help="the hub's token (default: HF_TOKEN)")
-    group.add_argument("--offline", action="store_true", help="take what the cache has, without a network")
+    group.add_argument("-hff", "--hf-file", metavar="FILE", help="file in the -hf repository, instead of QUANT")
+    group.add_argument("-hft", "--hf-token", metavar="TOKEN", help="access token of the hub (default: HF_TOKEN)")
+    group.add_argument("--offline", action="store_true", help="use only the hub's cache, no network")
 
 
 def model_of(a: argparse.Namespace) -> Path:
@@ -50,7 +50,7 @@ def model_of(a: argparse.Namespace) -> Path:
         return fetch_model(parse_model(repository, file=a.hf_file, token=a.hf_token, network=not a.offline))
     for option in ("hf_file", "hf_token"):
         if getattr(a, option, None) is not None:
-            notice(f"--{option.replace('_', '-')} changes nothing without -hf")
+            notice(f"--{option.replace('_', '-')} has no effect without -hf")
     if a.model is None:
         return bundled_model()
     path = model_path(a.model)

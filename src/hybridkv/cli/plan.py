@@ -55,40 +55,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="tokens per sequence (default: what the model was trained for)",
+        help="tokens per sequence (default: the trained length)",
     )
     parser.add_argument("-np", "--parallel", type=int, default=1, metavar="N", help="sequences (default 1)")
     parser.add_argument(
         "--types",
         metavar="T,K/V,...",
-        help=f"types, or pairs K/V, or `all` (default {_DEFAULT_TYPES}, or what -ctk and -ctv say)",
+        help=f"types, pairs K/V, or `all` (default {_DEFAULT_TYPES}, or the types of -ctk and -ctv)",
     )
-    parser.add_argument("--memory", metavar="SIZE", help="a budget such as 24GiB: prints the largest context that fits")
+    parser.add_argument(
+        "--memory", metavar="SIZE", help="budget such as 24GiB: also print the largest context that fits"
+    )
     parser.add_argument(
         "-dev",
         "--device",
         type=device_name,
         default="auto",
         metavar="DEVICE",
-        help="auto, cpu or cuda, which need not be there (default auto)",
+        help="auto, cpu or cuda; the device need not exist here (default auto)",
     )
     parser.add_argument(
-        "--weights", metavar="auto|plain|f32|bf16|int8|int4", help="how `run` is to hold the weights (default auto)"
+        "--weights", metavar="auto|plain|f32|bf16|int8|int4", help="weight storage, as in `run` (default auto)"
     )
     parser.add_argument(
         "--dtype",
         choices=tuple(_KINDS),
-        help="the same by another name: q8_0 is int8, q4_0 is int4",
+        help="another name of --weights: q8_0 is int8, q4_0 is int4",
     )
     parser.add_argument(
-        "--engine", default="auto", metavar="auto|native|eager", help="as in `run`: eager holds plain weights"
+        "--engine", default="auto", metavar="auto|native|eager", help="as in `run`; eager stores plain weights"
     )
     parser.add_argument(
         "--tp",
         type=int,
         default=1,
         metavar="N",
-        help="count what each of N ranks holds of a model that Transformers cuts (default 1: not cut)",
+        help="show memory per rank for N-way tensor parallelism (default 1)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_cache_arguments(parser)
@@ -115,7 +117,7 @@ def main(arguments: argparse.Namespace) -> int:
     import_torch()
     from hybridkv.engine.describe import describe
     from hybridkv.model.ranks import cuts_heads
-    from hybridkv.plan import parse_bytes, unknown_states
+    from hybridkv.planner import parse_bytes, unknown_states
     from hybridkv.policy import Guard, parse_mode
 
     budget = None if a.memory is None else parse_bytes(a.memory)
@@ -140,7 +142,7 @@ def main(arguments: argparse.Namespace) -> int:
     for reason in dict.fromkeys(row["refused"] for row in rows if row["refused"]):
         notice(f"left out, no kernel: {reason}")
     if a.tp > 1 and not cuts_heads(description.config):
-        notice(f"the plan for {description.config.model_type!r} gathers the KV heads: each rank holds all of them")
+        notice(f"the plan for {description.config.model_type!r} replicates the KV heads: each rank holds all of them")
     if unknown_states(description.facts):
         notice(f"the state shapes of {description.config.model_type!r} are not known: states are not counted")
     if a.json:
@@ -152,12 +154,12 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _says_types(a: argparse.Namespace) -> bool:
-    """Whether `run`'s options say what is stored, so that this is what is planned."""
+    """Check whether `run`'s options set the stored types, so that these are planned."""
     return given_types(a) or a.kv_scale is not None
 
 
 def _policies(a: argparse.Namespace) -> list[AnyPolicy]:
-    """What is planned: what `run`'s options say, the types of --types, a file."""
+    """List what is planned: what `run`'s options say, the types of --types, a file."""
     from hybridkv.cache import KVTypes
     from hybridkv.policy import Policy, read_config
 
@@ -195,7 +197,7 @@ def _check(a: argparse.Namespace) -> tuple[WeightKind, str]:
     device = a.device.partition(":")[0]
     one_of(device, ("auto", "cpu", "cuda"), "--device", hint="auto is cuda where there is one")
     one_of(a.engine, ("auto", "native", "eager"), "--engine", hint="leave --engine out for auto")
-    asked = one_of(a.weights or _KINDS[a.dtype or "auto"], WEIGHT_KINDS, "no weights", hint="auto is what `run` takes")
+    asked = one_of(a.weights or _KINDS[a.dtype or "auto"], WEIGHT_KINDS, "--weights", hint="auto is what `run` takes")
     return asked, ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
@@ -208,7 +210,7 @@ class _Weights:
 
 
 def _held(description: Description, asked: WeightKind, device: str, engine: str) -> _Weights:
-    """What `run` holds of the weights under these options."""
+    """Describe the weights as `run` would store them under these options."""
     import torch
 
     if description.n_ranks > 1:
@@ -257,7 +259,7 @@ class _Question:
 def _rows(question: _Question, policies: Sequence[AnyPolicy]) -> list[dict[str, Any]]:
     """One object per pair of types or file, bytes as integers."""
     from hybridkv.model.facts import is_hybrid, kv_facts
-    from hybridkv.plan import largest_context, plan
+    from hybridkv.planner import largest_context, plan
     from hybridkv.policy import KVConfig
 
     q, facts = question, question.description.facts
@@ -302,7 +304,7 @@ def _types(names: Sequence[str]) -> str:
 
 
 def _notices(description: Description, policies: Sequence[AnyPolicy], n_ctx: int) -> list[str]:
-    """What has no effect; of an unquantized pair among others it goes without saying."""
+    """List options without effect, but not for an unquantized pair among others."""
     from hybridkv.model.facts import kv_facts
 
     resolved = [(policy, policy.resolve(kv_facts(description.facts))) for policy in policies]
@@ -311,7 +313,7 @@ def _notices(description: Description, policies: Sequence[AnyPolicy], n_ctx: int
 
 
 def _refusal(specs: Sequence[KVSpec]) -> str | None:
-    """Why these types cannot run on this model; None if they can. The reference kernel's word: it takes most."""
+    """Explain why these types cannot run on this model, as the reference kernel says; None if they can."""
     from hybridkv.cache import resolve
     from hybridkv.kernels import ENCODERS, KERNELS
 

@@ -32,7 +32,7 @@ def default_prefix_bytes(opened: Opened, specs: Sequence[KVSpec], rest: Demand) 
     """
     from hybridkv.cli.fits import bytes_beside
     from hybridkv.memory import Available, available_memory
-    from hybridkv.plan import largest_context, plan
+    from hybridkv.planner import largest_context, plan
 
     states = plan((), opened.description.facts, n_ctx=0).state_bytes
     one = sum(spec.bytes_at(opened.n_ctx) for spec in specs) + CHECKPOINTS * states

@@ -13,18 +13,25 @@ from hybridkv.cli.chat_options import read_text, unescaped
 from hybridkv.errors import UsageError
 
 if TYPE_CHECKING:
+    from hybridkv.model.protocols import LanguageModel
     from hybridkv.text.control_words import Covered
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `-p`, `-f`, `--ids` and `--chat`."""
     parser.add_argument(
-        "-p", "--prompt", metavar="TEXT", help="the prompt; may name control tokens such as <|im_end|>, not with --chat"
+        "-p",
+        "--prompt",
+        metavar="TEXT",
+        help="the prompt; without --chat it may contain control tokens such as <|im_end|>",
     )
     parser.add_argument(
-        "-f", "--file", metavar="FILE", help="read the prompt from a UTF-8 file; without -p, -f and --ids: from a pipe"
+        "-f",
+        "--file",
+        metavar="FILE",
+        help="read the prompt from a UTF-8 file; without -p, -f and --ids it is read from a pipe",
     )
-    parser.add_argument("--ids", metavar="N,N,...", help="the prompt as token ids; the answer is ids too")
+    parser.add_argument("--ids", metavar="N,N,...", help="the prompt as token ids; the answer is printed as ids")
     parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
     parser.add_argument(
         "--display-prompt",
@@ -61,7 +68,7 @@ def read_prompt(a: argparse.Namespace) -> str | list[int]:
 
 
 def is_typed(a: argparse.Namespace) -> bool:
-    """Whether a person sits there, and the options say nothing yet."""
+    """Check whether a person sits at the terminal and the options give no prompt yet."""
     return a.prompt is None and a.file is None and sys.stdin is not None and sys.stdin.isatty()
 
 
@@ -86,7 +93,7 @@ class PromptTokens:
 
 def prompt_tokens(
     prompt: str | list[int],
-    model: Any,
+    model: LanguageModel,
     tokenizer: Any | None,
     *,
     chat: bool,

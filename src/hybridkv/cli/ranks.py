@@ -1,4 +1,4 @@
-"""`hybridkv run` under torchrun: one rank speaks, and what the others have to say is theirs by name."""
+"""`hybridkv run` under torchrun: only rank 0 prints; messages from other ranks carry their rank."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def check_ranks(a: argparse.Namespace) -> None:
     from hybridkv.hf.ranks import n_ranks
 
     if a.session is not None and n_ranks() > 1:
-        raise UsageError("--session on several ranks: a session file is of one process", hint="leave --session out")
+        raise UsageError(
+            "--session on several ranks: a session file belongs to one process", hint="leave --session out"
+        )
 
 
 def speak_on_one_rank(n_ranks: int) -> Callable[[str], None]:

@@ -15,7 +15,7 @@ _SECONDS = 5.0
 
 
 def check_ray() -> None:
-    """Refuse to go on without Ray.
+    """Refuse to run without Ray.
 
     Raises
     ------

@@ -8,12 +8,12 @@ from pathlib import Path
 from hybridkv.errors import UsageError
 
 NAME = "report"
-HELP = "write what `hybridkv eval` measured as Markdown and as one HTML page"
+HELP = "write the results of `hybridkv eval` as Markdown and as one HTML page"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `hybridkv report`."""
-    parser.add_argument("run", metavar="RUN.jsonl", help="what `hybridkv eval` wrote")
+    parser.add_argument("run", metavar="RUN.jsonl", help="output of `hybridkv eval`")
     parser.add_argument(
         "-o", "--output", metavar="DIR", help="directory for RUN.md and RUN.html (default: beside RUN.jsonl)"
     )

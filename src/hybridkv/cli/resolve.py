@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def resolve_types(
     opened: Opened, policy: AnyPolicy, guard: Guard, *, show: Literal["layers", "kinds"] = "layers"
 ) -> tuple[KVSpec, ...]:
-    """How every KV layer will be stored; the table goes to stderr, with what has no effect.
+    """Resolve how every KV layer is stored; print the table and what has no effect on stderr.
 
     Parameters
     ----------

@@ -17,17 +17,17 @@ _TYPES = ("int", "float", "bool", "str")
 
 def add_rope_arguments(parser: argparse.ArgumentParser) -> None:
     """Add them in llama.cpp's spellings."""
-    group = parser.add_argument_group("long contexts: in place of what the model says")
-    group.add_argument("--rope-scaling", metavar="KIND", help="none, linear or yarn")
+    group = parser.add_argument_group("long contexts: override what the model says")
+    group.add_argument("--rope-scaling", metavar="KIND", help="RoPE scaling: none, linear or yarn")
     for option, kind, metavar, text in (
-        ("--rope-scale", float, "N", "positions are divided by N: the context grows N times"),
-        ("--rope-freq-scale", float, "X", "the same as 1/N"),
-        ("--rope-freq-base", float, "N", "theta"),
-        ("--yarn-orig-ctx", int, "N", "YaRN: the context before it was scaled (default: the trained length)"),
-        ("--yarn-ext-factor", float, "X", "YaRN: 1 or -1, all of it; nothing else is computed"),
-        ("--yarn-attn-factor", float, "X", "YaRN: multiplies the magnitude of what is rotated"),
-        ("--yarn-beta-slow", float, "X", "YaRN: below so many turns a dimension is divided"),
-        ("--yarn-beta-fast", float, "X", "YaRN: beyond so many turns a dimension stays"),
+        ("--rope-scale", float, "N", "divide positions by N; the context grows N times"),
+        ("--rope-freq-scale", float, "X", "the same, given as 1/N"),
+        ("--rope-freq-base", float, "N", "RoPE base frequency (theta)"),
+        ("--yarn-orig-ctx", int, "N", "YaRN: context size before scaling (default: the trained length)"),
+        ("--yarn-ext-factor", float, "X", "YaRN: extrapolation mix; only 1 and -1 (full) are available"),
+        ("--yarn-attn-factor", float, "X", "YaRN: scale of rotated queries and keys"),
+        ("--yarn-beta-slow", float, "X", "YaRN: dimensions with fewer turns than X are interpolated"),
+        ("--yarn-beta-fast", float, "X", "YaRN: dimensions with more turns than X stay as they are"),
     ):
         group.add_argument(option, type=kind, metavar=metavar, help=text)
     group.add_argument(
@@ -36,7 +36,7 @@ def add_rope_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=TYPE:VALUE",
-        help="replace metadata of a GGUF file; TYPE: int, float, bool, str; several by commas or options",
+        help="replace metadata of a GGUF file; TYPE: int, float, bool or str; repeatable, or separated by commas",
     )
 
 
@@ -96,7 +96,7 @@ def _keys(texts: list[str]) -> dict[str, int | float | bool | str]:
         try:
             keys[key] = int(value) if kind == "int" else float(value) if kind == "float" else value
         except ValueError as error:
-            raise UsageError(f"--override-kv {text!r}: {value!r} is no {kind}") from error
+            raise UsageError(f"--override-kv {text!r}: {value!r} is not of type {kind}") from error
         if kind == "bool":
             if value not in ("true", "false"):
                 raise UsageError(f"--override-kv {text!r}; allowed: true, false")

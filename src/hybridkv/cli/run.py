@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--predict",
         type=int,
         metavar="N",
-        help="most tokens to generate; -1: until the context is full (default 64, in a chat -1)",
+        help="maximum tokens to generate; -1: until the context is full (default 64, in a chat -1)",
     )
     parser.add_argument(
         "-np",
@@ -58,12 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="sequences generated side by side from the prompt (default 1)",
+        help="answers to generate from the prompt at once (default 1)",
     )
     parser.add_argument(
         "--session",
         metavar="FILE",
-        help="go on with the conversation in FILE, if it is there, and keep it there",
+        help="resume the conversation in FILE if it exists, and save it there",
     )
     parser.add_argument(
         "-fa",
@@ -72,12 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const="on",
         default="auto",
         metavar="on|off|auto",
-        help="accepted for llama-cli's sake: attention always reads the packed cache here",
+        help="for compatibility with llama-cli: attention always reads the packed cache",
     )
     parser.add_argument(
-        "-cuda", metavar="KEY=VALUE", help="accepted for ik_llama.cpp's sake; fa-offset is not needed here"
+        "-cuda", metavar="KEY=VALUE", help="for compatibility with ik_llama.cpp: fa-offset has no effect"
     )
-    parser.add_argument("--ignore-eos", action="store_true", help="go on past the end-of-text token")
+    parser.add_argument("--ignore-eos", action="store_true", help="continue after the end-of-text token")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout instead of text")
     add_cache_arguments(parser)
     add_sampling_arguments(parser)
@@ -151,8 +151,8 @@ def _check(a: argparse.Namespace) -> None:
     check_limits(a, ("-np", "parallel", 1, 1024))
     if a.flash_attn == "off":
         notice(
-            "-fa off changes nothing: in llama.cpp a quantized V needs flash attention, "
-            "here every kernel reads the packed cache directly and there is no other path"
+            "-fa off has no effect: llama.cpp needs flash attention for a quantized V, but every kernel here reads "
+            "the packed cache directly"
         )
     if a.cuda is not None:
         key = a.cuda.partition("=")[0]

@@ -17,26 +17,26 @@ if TYPE_CHECKING:
 # Flags, field of `SamplingParams`, type, metavar, help.
 _FILTERS: tuple[tuple[tuple[str, ...], str, type, str, str], ...] = (
     (("--top-k",), "top_k", int, "N", "keep the N most likely tokens; 0 keeps all (default 40)"),
-    (("--top-p",), "top_p", float, "X", "keep the likely tokens that together reach X; 1 keeps all (default 0.95)"),
-    (("--min-p",), "min_p", float, "X", "keep tokens of at least X of the best one's probability (default 0.05)"),
-    (("--typical", "--typical-p"), "typical_p", float, "X", "keep tokens of typical surprise; 1 keeps all (default 1)"),
+    (("--top-p",), "top_p", float, "X", "keep the likeliest tokens that sum to X; 1 keeps all (default 0.95)"),
+    (("--min-p",), "min_p", float, "X", "keep tokens with at least X times the best one's probability (default 0.05)"),
+    (("--typical", "--typical-p"), "typical_p", float, "X", "locally typical sampling; 1 keeps all (default 1)"),
     (("--top-nsigma", "--top-n-sigma"), "top_n_sigma", float, "X",
      "keep tokens within X standard deviations of the best logit; -1 keeps all (default -1)"),
     (("--repeat-penalty",), "repeat_penalty", float, "X", "divide logits of recent tokens by X; 1: off (default 1)"),
     (("--repeat-last-n",), "repeat_last_n", int, "N",
-     "tokens that penalties look back at; 0: none, -1: all (default 64)"),
-    (("--presence-penalty",), "presence_penalty", float, "X", "what a recent token's logit loses once (default 0)"),
+     "tokens that the penalties look back on; 0: none, -1: all (default 64)"),
+    (("--presence-penalty",), "presence_penalty", float, "X", "subtract X from recent tokens' logits (default 0)"),
     (("--frequency-penalty",), "frequency_penalty", float, "X",
-     "what a recent token's logit loses each time (default 0)"),
+     "subtract X from a recent token's logit for each occurrence (default 0)"),
     (("--dry-multiplier",), "dry_multiplier", float, "X",
-     "DRY: what prolonging a repetition costs, times base^length; 0: off (default 0)"),
-    (("--dry-base",), "dry_base", float, "X", "DRY: base of the cost (default 1.75)"),
-    (("--dry-allowed-length",), "dry_allowed_length", int, "N", "DRY: repetitions of N tokens are free (default 2)"),
-    (("--dry-penalty-last-n",), "dry_last_n", int, "N", "DRY: tokens that it looks back at; -1: all (default -1)"),
+     "DRY: penalty of extending a repetition, times base^length; 0: off (default 0)"),
+    (("--dry-base",), "dry_base", float, "X", "DRY: base of the penalty (default 1.75)"),
+    (("--dry-allowed-length",), "dry_allowed_length", int, "N", "DRY: longest free repetition (default 2)"),
+    (("--dry-penalty-last-n",), "dry_last_n", int, "N", "DRY: tokens to look back on; -1: all (default -1)"),
     (("--xtc-probability",), "xtc_probability", float, "X",
-     "XTC: how often the likeliest choices are taken out; 0: off (default 0)"),
+     "XTC: probability of removing the likeliest tokens; 0: off (default 0)"),
     (("--xtc-threshold",), "xtc_threshold", float, "X",
-     "XTC: of tokens of at least X, the least likely stays (default 0.1)"),
+     "XTC: of the tokens above X, all but the least likely are removed (default 0.1)"),
 )  # fmt: skip
 _IDLE_WHEN_GREEDY = ("top_k", "top_p", "min_p")
 
@@ -49,7 +49,7 @@ SAMPLER_FLAGS = frozenset(
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the group `sampling`."""
     group = parser.add_argument_group("sampling")
-    group.add_argument("-s", "--seed", type=int, metavar="N", help="seed of the draw; -1: a fresh one (default -1)")
+    group.add_argument("-s", "--seed", type=int, metavar="N", help="random seed; -1: a new one each time (default -1)")
     group.add_argument(
         "--temp", "--temperature", type=float, default=0.8, metavar="X", help="temperature; 0 is greedy (default 0.8)"
     )
@@ -59,14 +59,14 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "--dry-sequence-breaker",
         action="append",
         metavar="TEXT",
-        help="DRY: no repetition reaches across TEXT, in place of llama.cpp's four; none: nothing does (repeatable)",
+        help="DRY: text that ends a repetition, instead of llama.cpp's four defaults; none: no breakers; repeatable",
     )
     group.add_argument(
         "-l",
         "--logit-bias",
         action="append",
         metavar="ID(+/-)X",
-        help="add to a token's logit: 15043+1, 15043-1 (repeatable)",
+        help="add X to a token's logit: 15043+1, 15043-1; repeatable",
     )
 
 
@@ -90,7 +90,7 @@ def sampling_from(a: argparse.Namespace) -> SamplingParams:
         idle = [f"--{name.replace('_', '-')}" for name in _IDLE_WHEN_GREEDY if name in given]
         idle += ["--seed"] * (a.seed is not None)
         if idle and not params.moves_the_likeliest:
-            notice(f"--temp 0 takes the most likely token; no effect: {', '.join(idle)}")
+            notice(f"--temp 0 always takes the most likely token; without effect: {', '.join(idle)}")
         if a.parallel > 1:
             notice(f"--temp 0 is greedy: all {a.parallel} sequences will be the same")
     return params

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from hybridkv.server.gate import GateOptions
 
 NAME = "serve"
-HELP = "answer many clients over HTTP: OpenAI's completions, chat and a page"
+HELP = "serve a model over HTTP: OpenAI-compatible completions and chat, and a chat page"
 
 EXIT_INTERRUPTED = 130
 
@@ -64,29 +64,34 @@ def _add_server_arguments(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--api-key",
         metavar="KEY",
-        help=f"ask every client for this key; the environment's {KEY_VARIABLE} keeps it out of the process list",
+        help=f"require this key from every client; the variable {KEY_VARIABLE} keeps it out of the process list",
     )
     add_template_arguments(group)
-    group.add_argument("-a", "--alias", metavar="NAME", help="the model's name for clients (default: its own)")
+    group.add_argument("-a", "--alias", metavar="NAME", help="name of the model for clients (default: its own)")
     group.add_argument(
-        "--session-dir", metavar="DIR", help="keep sessions that clients save there, and restore them (default: none)"
+        "--session-dir", metavar="DIR", help="directory for sessions that clients save and restore (default: none)"
     )
-    group.add_argument("--max-body", default="8MiB", metavar="SIZE", help="largest body of a request (default 8MiB)")
+    group.add_argument(
+        "--max-body", default="8MiB", metavar="SIZE", help="maximum size of a request body (default 8MiB)"
+    )
     group.add_argument(
         "--ray",
         nargs="?",
         const=LOCAL,
         metavar="ADDRESS",
-        help="serve replicas with Ray Serve: on this machine, or on the cluster at ADDRESS (auto: the one that is "
-        "running here), where what is served already is replaced without a pause",
+        help="serve replicas with Ray Serve on this machine, or on the cluster at ADDRESS (auto: the cluster that runs "
+        "here); a running deployment is replaced without downtime",
     )
     group.add_argument(
-        "--replicas", type=int, metavar="N", help="with --ray: processes with a model each; -t is of each (default 2)"
+        "--replicas",
+        type=int,
+        metavar="N",
+        help="replica processes with --ray; each loads the model and uses -t threads (default 2)",
     )
 
 
 def _session_dir(text: str | None) -> Path | None:
-    """Where sessions are kept.
+    """Check the directory of sessions.
 
     Raises
     ------
@@ -103,29 +108,29 @@ def _session_dir(text: str | None) -> Path | None:
 
 def _add_scheduler_arguments(group: argparse._ActionsContainer) -> None:
     group.add_argument(
-        "-np", "--parallel", type=int, default=4, metavar="N", help="sequences generated at once (default 4)"
+        "-np", "--parallel", type=int, default=4, metavar="N", help="sequences to generate at once (default 4)"
     )
     group.add_argument(
         "--memory",
         metavar="SIZE",
-        help="most that KV and states of running sequences may take at their full length; others wait "
-        "(default: no limit but -np times -c)",
+        help="memory for KV and states of running sequences, counted at their full length; other requests wait "
+        "(default: enough for -np sequences of -c tokens)",
     )
     group.add_argument(
         "--prefix-memory",
         metavar="SIZE",
         help="memory for cached prompt prefixes, on top of --memory; 0 disables (default: 8 checkpoints of a "
-        "whole context for each of -np, within a quarter of the memory that is left)",
+        "full context for each of -np, at most a quarter of the free memory)",
     )
     group.add_argument(
-        "--max-waiting", type=int, default=64, metavar="N", help="requests that may wait for their turn (default 64)"
+        "--max-waiting", type=int, default=64, metavar="N", help="maximum number of queued requests (default 64)"
     )
     group.add_argument(
         "--prefill-chunk",
         type=int,
         default=256,
         metavar="N",
-        help="prompt tokens processed at once, while the other sequences wait (default 256)",
+        help="prompt tokens per chunk; other sequences wait during a chunk (default 256)",
     )
 
 
@@ -135,10 +140,6 @@ def main(arguments: argparse.Namespace) -> int:
     policy, guard, keys = check(a)
     from hybridkv.server.listen import bind
 
-    if a.ray is not None:
-        from hybridkv.cli.serve_ray import serve
-
-        return serve(a, policy, guard, keys)
     listener = bind(a.host, a.port)
     try:
         opened = fit_context(open_model(a), a.ctx_size, policy, guard, n_seqs=a.parallel, more=a.prefix_memory)
@@ -179,7 +180,7 @@ def check(a: argparse.Namespace) -> tuple[AnyPolicy, Guard, tuple[str, ...]]:
             f"hybridkv serve needs packages that are not installed: {', '.join(missing)}",
             hint='pip install "hybridkv[serve]"',
         )
-    from hybridkv.plan import parse_bytes
+    from hybridkv.planner import parse_bytes
     from hybridkv.policy import Guard, parse_mode
 
     a.memory = None if a.memory is None else parse_bytes(a.memory)
@@ -198,7 +199,7 @@ def check(a: argparse.Namespace) -> tuple[AnyPolicy, Guard, tuple[str, ...]]:
 
 
 def demand(a: argparse.Namespace, opened: Opened, specs: Sequence[KVSpec], guard: Guard) -> Demand:
-    """What a server takes when all its sequences run at full length."""
+    """Count what a server takes when all its sequences run at full length."""
     rest = Demand(specs, opened.n_ctx, a.parallel, budget_bytes=a.memory, guarded=guard.measures)
     if a.prefix_memory is None:
         from hybridkv.cli.prefix_memory import default_prefix_bytes
@@ -221,7 +222,7 @@ def load_served(
 
     loaded, step = opened.load()
     if loaded.tokenizer is None:
-        raise UsageError("this model has no tokenizer, and a server takes text", hint="hybridkv run --ids goes without")
+        raise UsageError("this model has no tokenizer, and a server takes text", hint="`hybridkv run --ids` needs none")
     ChatChoice(template=a.template).put_on(loaded.tokenizer)
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
     scheduler = _scheduler(a, opened, loaded, specs, guard, step)
@@ -315,11 +316,11 @@ def _served(
 
 
 def gate_options(a: argparse.Namespace, keys: tuple[str, ...], *, local: bool, n_replicas: int) -> GateOptions:
-    """What is let in; said if that is everybody."""
+    """Build the gate's options; print a notice if everybody is let in."""
     from hybridkv.server.gate import GateOptions
 
     if not local and not keys:
-        warning("everybody who reaches this address can use the model; --api-key asks for a key")
+        warning("no --api-key: everyone who can reach this address can use the model")
     return GateOptions(
         api_keys=keys,
         max_body_bytes=a.max_body,

@@ -40,27 +40,26 @@ def add_answer_arguments(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--strict",
         action="store_true",
-        help="refuse fields and values that mean nothing here (default: pass over them; the reply's header "
-        "x-hybridkv-ignored and one line here name them)",
+        help="refuse unknown fields and values (default: ignore them; the response header x-hybridkv-ignored and "
+        "the log name them)",
     )
     group.add_argument(
         "--chat-template-kwargs",
         metavar="JSON",
-        help='variables of the chat template where a request has none: {"enable_thinking": false}',
+        help='default variables of the chat template: {"enable_thinking": false}',
     )
     group.add_argument(
         "--reasoning-format",
         default="auto",
         metavar="FORMAT",
-        help="thoughts in reasoning_content (auto, deepseek), in content (none), or in both (deepseek-legacy) "
-        "(default auto)",
+        help="field for thoughts: reasoning_content (auto, deepseek), content (none), both (deepseek-legacy)",
     )
     group.add_argument(
         "--reasoning-budget",
         type=int,
         default=-1,
         metavar="N",
-        help="tokens of thought at most, then they are closed; 0: none, -1: any number (default -1)",
+        help="maximum tokens of thought, then the answer begins; 0: no thoughts, -1: no limit (default -1)",
     )
 
 

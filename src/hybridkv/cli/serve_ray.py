@@ -1,7 +1,6 @@
 """`hybridkv serve --ray`: the same server as replicas on Ray Serve, on this machine or on a cluster.
 
-Also what Ray's own tools import: `serve run hybridkv.cli.serve_ray:app options="-ctk q8_0 --replicas 4"`, or a config
-file with that `import_path` and `args: {options: ...}`. The options are those of the command line.
+Ray's own tools deploy the same through `ray_app.py`.
 """
 
 from __future__ import annotations
@@ -9,11 +8,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shlex
 import signal
 import sys
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,29 +49,9 @@ class Recipe:
         return load_served(self.options, opened, self.specs, self.guard)
 
 
-def app(args: Mapping[str, str]) -> Any:
-    """What Ray's own tools deploy.
-
-    Parameters
-    ----------
-    args
-        `options`: words of `hybridkv serve`, as a shell would read them. Host and port are Ray's to say.
-
-    Raises
-    ------
-    UsageError
-        For what the command line would refuse.
-    """
-    from hybridkv.cli.main import build_parser
-
-    if unknown := sorted(set(args) - {"options"}):
-        raise UsageError(f"argument {unknown[0]!r}; allowed: options", hint='for example options="-ctk q8_0"')
-    _, commands = build_parser()
-    words = shlex.split(args.get("options", ""))
-    commands["serve"].check_options(words)
-    a = commands["serve"].parse_args(words)
-    a.ray = a.ray or "auto"
-    return _application(a, *check(a))[0]
+def main(arguments: argparse.Namespace) -> int:
+    """Check and deploy; on this machine, stay until a signal comes."""
+    return serve(arguments, *check(arguments))
 
 
 def serve(a: argparse.Namespace, policy: AnyPolicy, guard: Guard, keys: tuple[str, ...]) -> int:
@@ -86,7 +63,7 @@ def serve(a: argparse.Namespace, policy: AnyPolicy, guard: Guard, keys: tuple[st
         listener = bind(a.host, a.port)  # so that a busy port is said at once; Ray listens itself
         a.port = listener.getsockname()[1]
         listener.close()
-    deployment, name = _application(a, policy, guard, keys)
+    deployment, name = ray_application(a, policy, guard, keys)
     n_gpus = int(a.device == "cuda")
     connect(a.ray, n_at_once=a.replicas, n_cpus=a.threads, n_gpus=n_gpus, what="replicas")
     import ray
@@ -146,8 +123,8 @@ def _on_signals() -> _Signals:
     return signals
 
 
-def _application(a: argparse.Namespace, policy: AnyPolicy, guard: Guard, keys: tuple[str, ...]) -> tuple[Any, str]:
-    """What Ray deploys, and the model's name. Types are resolved here, before any replica is started.
+def ray_application(a: argparse.Namespace, policy: AnyPolicy, guard: Guard, keys: tuple[str, ...]) -> tuple[Any, str]:
+    """Build what Ray deploys, and the model's name. Types are resolved before any replica is started.
 
     Raises
     ------
@@ -156,9 +133,11 @@ def _application(a: argparse.Namespace, policy: AnyPolicy, guard: Guard, keys: t
     """
     check_ray()
     if a.session_dir is not None:
-        raise UsageError("--session-dir with --ray: a session is in one process", hint="leave --session-dir out")
+        raise UsageError("--session-dir with --ray: a session belongs to one process", hint="leave --session-dir out")
     if ":" in a.device:
-        raise UsageError(f"--device {a.device} with --ray; allowed: auto, cpu, cuda", hint="Ray gives each its own")
+        raise UsageError(
+            f"--device {a.device} with --ray; allowed: auto, cpu, cuda", hint="Ray assigns a device to each task"
+        )
     a.replicas = DEFAULT_REPLICAS if a.replicas is None else a.replicas
     a.threads = max(1, (os.cpu_count() or 1) // a.replicas) if a.threads is None else a.threads
     if a.model is not None:

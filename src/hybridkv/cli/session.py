@@ -1,4 +1,4 @@
-"""`hybridkv run --session FILE`: go on with a conversation, and keep it."""
+"""`hybridkv run --session FILE`: resume a conversation, and save it."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hybridkv.errors import UsageError
 if TYPE_CHECKING:
     from hybridkv.engine import Engine
     from hybridkv.engine.session import Session
+    from hybridkv.model.protocols import LanguageModel
 
 
 def check_session(a: argparse.Namespace) -> None:
@@ -37,7 +38,7 @@ def check_session(a: argparse.Namespace) -> None:
 
 @dataclass(slots=True)
 class Conversation:
-    """What a run goes on from, and what it asks.
+    """The session that a run resumes from, and its prompt.
 
     Attributes
     ----------
@@ -62,7 +63,7 @@ class Conversation:
 
     @property
     def n_held(self) -> int:
-        """How many tokens need not be processed again: all that the session holds, or none.
+        """Number of tokens that need not be processed again: all that the session holds, or none.
 
         A state cannot go back, so a template that writes earlier turns another way has everything start over.
         """
@@ -73,7 +74,7 @@ class Conversation:
         return held if held < len(self.ids) and tuple(self.ids[:held]) == session.tokens[:held] else 0
 
     def hand_over(self, engine: Engine) -> None:
-        """Let the engine go on from the session, and say what comes of it."""
+        """Resume the engine from the session, and report what was reused."""
         if self.session is None:
             return
         from hybridkv.engine.session import resume
@@ -81,7 +82,7 @@ class Conversation:
         if not self.n_held:
             notice(
                 f"--session: the prompt does not begin with the session's {self.session.n_cached} tokens (the chat "
-                "template writes earlier turns another way); all is processed again"
+                "template rewrites earlier turns), so the whole prompt is processed again"
             )
             return
         cache, converted = resume(self.session, engine.cache.specs, engine.new_cache)
@@ -90,10 +91,10 @@ class Conversation:
         engine.adopt(cache, self.n_held)
         notice(f"--session: {self.n_held} of {len(self.ids)} prompt tokens reused")
 
-    def keep(self, engine: Engine, model: Any, *, answer: str, ended: bool) -> None:
+    def keep(self, engine: Engine, model: LanguageModel, *, answer: str, ended: bool) -> None:
         """Write the session, if there is one to write and anything was processed.
 
-        An end token that was drawn is left out: what follows goes on behind the answer.
+        An end token that was drawn is left out: what follows continues behind the answer.
         """
         if self.path is None or not engine.n_held:
             return
@@ -109,7 +110,7 @@ class Conversation:
 
 
 def open_conversation(
-    a: argparse.Namespace, prompt: str | list[int], model: Any, tokenizer: Any | None, choice: ChatChoice
+    a: argparse.Namespace, prompt: str | list[int], model: LanguageModel, tokenizer: Any | None, choice: ChatChoice
 ) -> Conversation:
     """The prompt as tokens, behind those of the session file if there is one.
 
@@ -133,7 +134,7 @@ def open_conversation(
         session = load_session(path, model)
     if session is not None and bool(session.messages) != a.chat:
         kind, other = ("a chat", "with --chat") if session.messages else ("plain text", "without --chat")
-        raise UsageError(f"--session {path}: it is {kind}", hint=f"go on {other}, or give another file")
+        raise UsageError(f"--session {path}: it is {kind}", hint=f"continue {other}, or give another file")
     before = _before(session, choice)
     choice.put_on(tokenizer)
     if a.chat and tokenizer is not None:
@@ -160,7 +161,7 @@ def _before(session: Session | None, choice: ChatChoice) -> tuple[Mapping[str, s
     messages = tuple(session.messages)
     first = messages[0] if messages and messages[0]["role"] == "system" else None
     if choice.system is not None and (first is None or first["content"] != choice.system):
-        notice("-sys: the session has begun without this system message, and goes on without it")
+        notice("-sys: the session began without this system message and continues without it")
     return messages
 
 

@@ -30,7 +30,7 @@ def stderr_console() -> Console:
 
 
 def stdout_console() -> Console:
-    """A console on stdout, likewise."""
+    """A console on stdout."""
     return Console(highlight=False, markup=False, emoji=False, width=_WIDTH)
 
 

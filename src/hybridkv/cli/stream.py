@@ -62,12 +62,12 @@ class Streams:
 
     @property
     def all_ended(self) -> bool:
-        """Whether every sequence has met its end token."""
+        """True if every sequence has met its end token."""
         return all(s.ended for s in self.sequences)
 
     @property
     def all_stopped(self) -> bool:
-        """Whether every sequence has come to a text before which it ends."""
+        """True if every sequence has reached one of its stop texts."""
         return all(s.stops.found for s in self.sequences)
 
     def write(self, text: str) -> None:

@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from hybridkv.runtime import Step
 
 NAME = "tune"
-HELP = "find KV cache types for each layer, for so many bits, bytes or so much divergence"
+HELP = "find KV cache types for each layer within a budget of bits, bytes or divergence"
 
 _TYPES = "f16,q8_0,q6_0,q5_0,hq4_nl,hq3_nl,hq2_nl"
 
 _PIECE = 32
-"""Tokens given at once where newest tokens stay exact: of a longer piece, most would never be read packed."""
+"""Tokens given at once where newest tokens stay exact: of a longer chunk, most would never be read packed."""
 
 _EXIT_INTERRUPTED = 130
 
@@ -47,15 +47,20 @@ _EXIT_INTERRUPTED = 130
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `hybridkv tune`."""
     add_model_arguments(parser, limit_option="--total-memory")
-    goal = parser.add_argument_group("goal", "one of them")
-    goal.add_argument("--budget", metavar="BITSbpv", help="mean bits per value of packed rows, such as 5.0bpv")
-    goal.add_argument("--memory", metavar="SIZE", help="bytes of the KV cache at -c tokens, such as 2GiB")
+    goal = parser.add_argument_group("goal", "give one of these")
+    goal.add_argument("--budget", metavar="BITSbpv", help="mean bits per value, such as 5.0bpv")
+    goal.add_argument("--memory", metavar="SIZE", help="size of the KV cache at -c tokens, such as 2GiB")
     goal.add_argument(
-        "--max-kld", type=float, metavar="X", help="mean divergence from an f16 cache, nats: the fewest bytes within it"
+        "--max-kld",
+        type=float,
+        metavar="X",
+        help="mean divergence from an f16 cache in nats; the fewest bytes within it are found",
     )
-    parser.add_argument("-o", "--output", default="kv.toml", metavar="FILE", help="the types (default kv.toml)")
     parser.add_argument(
-        "--resume", action="store_true", help="go on with -o, or take another goal from what it measured"
+        "-o", "--output", default="kv.toml", metavar="FILE", help="file to write the types to (default kv.toml)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="resume from the measurements beside -o; the goal may be another one"
     )
     group = parser.add_argument_group("candidates")
     group.add_argument(
@@ -64,35 +69,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--measure",
         metavar="T,...",
-        help="types to measure layer by layer; the others' losses are derived from these and from one measurement of "
+        help="types to measure layer by layer; losses of the others are interpolated from one measurement of "
         "all layers together (default: all)",
     )
     group.add_argument(
-        "--rotate", default="kv", metavar="none|k|v|kv", help="sides to rotate; hq types always are (default kv)"
+        "--rotate", default="kv", metavar="none|k|v|kv", help="sides to rotate; hq types always rotate (default kv)"
     )
-    group.add_argument("--kv-scale", metavar="RULE", help="absmax or refit (default: what measures better for each)")
+    group.add_argument("--kv-scale", metavar="RULE", help="absmax or refit (default: the better one for each type)")
     add_exact_arguments(group)
     text = parser.add_argument_group("measuring")
     text.add_argument("-f", "--file", metavar="TEXT", help="a UTF-8 text (default: the bundled held-out text)")
-    text.add_argument("--window", type=int, default=1024, metavar="N", help="tokens of a window (default 1024)")
+    text.add_argument("--window", type=int, default=1024, metavar="N", help="tokens per window (default 1024)")
+    text.add_argument("--calibrate", type=int, default=2, metavar="N", help="windows to choose types on (default 2)")
     text.add_argument(
-        "--calibrate", type=int, default=2, metavar="N", help="windows that types are chosen by (default 2)"
-    )
-    text.add_argument(
-        "--verify", type=int, default=6, metavar="N", help="other windows, that the choice is judged by (default 6)"
+        "--verify", type=int, default=6, metavar="N", help="held-out windows to judge the choice on (default 6)"
     )
     text.add_argument(
         "--mode",
         default="prefill",
         metavar="prefill|decode",
-        help="give the text in pieces, or token by token as generation does (default prefill)",
+        help="process the text in chunks (prefill), or token by token as in generation (decode) (default prefill)",
     )
     text.add_argument(
         "--rounds",
         type=int,
         default=3,
         metavar="N",
-        help="measure neighbours of the best so far, at most so often (default 3)",
+        help="local-search rounds (default 3)",
     )
 
 
@@ -127,7 +130,7 @@ def main(arguments: argparse.Namespace) -> int:
             outcome = tuner.solve(n_rounds=a.rounds)
         errors = _guard_errors(evaluator, tuner, outcome, parts)
     except KeyboardInterrupt:
-        notice("interrupted: what was measured is kept; --resume goes on with it")
+        notice("interrupted: the measurements are kept; --resume continues")
         return _EXIT_INTERRUPTED
     report = Report(_conditions(a, opened, step, parts, goal, storage), facts, storage, sensitivities, outcome, errors)
     report.show()
@@ -154,7 +157,7 @@ def _check(a: argparse.Namespace) -> Path:
     if exact and a.window <= exact + 2 * _PIECE:
         raise UsageError(
             f"--window {a.window} with {exact} exact tokens; allowed: more than {exact + 2 * _PIECE}",
-            hint="of a shorter window hardly a token is packed, and there is nothing to measure",
+            hint="in a shorter window almost every token is kept exact, so there is nothing to measure",
         )
     output = Path(a.output)
     if output.suffix != ".toml":
@@ -163,7 +166,7 @@ def _check(a: argparse.Namespace) -> Path:
         raise UsageError(f"-o {a.output}: there is no directory {output.parent}")
     held = [path for path in (output, output.with_suffix(".npz"), output.with_suffix(".json")) if path.exists()]
     if held and not a.resume:
-        raise UsageError(f"-o {a.output}: {held[0]} exists", hint="--resume goes on with it; or choose another -o")
+        raise UsageError(f"-o {a.output}: {held[0]} exists", hint="--resume continues it; or choose another -o")
     if a.resume and not output.with_suffix(".npz").exists():
         raise UsageError(f"--resume: there is no {output.with_suffix('.npz')}", hint="leave --resume out to begin")
     return output
@@ -195,7 +198,7 @@ def _candidates(a: argparse.Namespace) -> tuple[list[str], list[str], Storage]:
 
 def _goal(a: argparse.Namespace, n_ctx: int) -> Goal:
     from hybridkv.lab.tuner import Goal
-    from hybridkv.plan import parse_bytes
+    from hybridkv.planner import parse_bytes
 
     if a.max_kld is not None:
         return Goal("kld", a.max_kld, n_ctx)
@@ -219,7 +222,7 @@ def _resolve(opened: Opened, types: Sequence[str], storage: Storage) -> Sequence
     print(summary(opened.description), file=sys.stderr)
     if not facts:
         raise UsageError(
-            f"{opened.description.name} has no KV cache: there is nothing to tune",
+            f"{opened.description.name} has no KV cache, so there is nothing to tune",
             hint="recurrent states are always float32",
         )
     for f in {(f.head_dim_k, f.head_dim_v, f.window is None): f for f in facts}.values():
@@ -304,8 +307,8 @@ def _guard_errors(evaluator: Evaluator, tuner: Tuner, outcome: Outcome, parts: d
     limits = {spec.facts.layer: Guard().limit_for(spec.types) for spec in policy.resolve(evaluator.facts)}
     if over := [layer for layer, error in errors.items() if not error <= limits[layer]]:
         notice(
-            f"layers {', '.join(map(str, over))}: attention errs by more than --kv-guard check allows for their types; "
-            "it would store them in more bits, --kv-guard off or warn keeps them"
+            f"layers {', '.join(map(str, over))}: the attention error is above the limit of --kv-guard check, which "
+            "will store these layers in more bits; --kv-guard off or warn keeps the types"
         )
     return errors
 
@@ -313,7 +316,7 @@ def _guard_errors(evaluator: Evaluator, tuner: Tuner, outcome: Outcome, parts: d
 def _conditions(
     a: argparse.Namespace, opened: Opened, step: Step, parts: dict[Part, Corpus], goal: Goal, storage: Storage
 ) -> dict[str, str | int | float]:
-    """What was asked and what it was measured with."""
+    """Record what was asked and what it was measured with."""
     import torch
     import transformers
 

@@ -70,7 +70,7 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """What was chosen, and why."""
+        """The choice, and the reason for it."""
         o = self.outcome
         if o.gain is None or o.gain_se is None:
             if len(set(o.chosen.pairs)) == 1:

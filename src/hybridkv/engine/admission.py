@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -11,7 +10,8 @@ from hybridkv.cache import KVSpec
 from hybridkv.cache.spec import FRESH_ROWS
 from hybridkv.errors import AdmissionError
 from hybridkv.model import layer_facts
-from hybridkv.plan import largest_context, plan
+from hybridkv.model.protocols import LanguageModel
+from hybridkv.planner import largest_context, plan
 
 
 class Admission:
@@ -35,7 +35,7 @@ class Admission:
 
     def __init__(
         self,
-        model: Any,
+        model: LanguageModel,
         *,
         n_ctx: int,
         budget_bytes: int | None,
@@ -49,7 +49,7 @@ class Admission:
         self._conv_itemsize, self._n_states = conv_itemsize, n_states
 
     def planned_bytes(self, specs: Sequence[KVSpec], n_tokens: int) -> int:
-        """What one sequence takes at `n_tokens`, the exact rows that wait while its prompt is processed included."""
+        """Count what one sequence takes at `n_tokens`, with the exact rows that wait while its prompt is processed."""
         planned = plan(specs, self._facts, n_ctx=n_tokens, conv_itemsize=self._conv_itemsize)
         return planned.total_bytes + (self._n_states - 1) * planned.state_bytes + self._waiting_bytes(specs)
 
@@ -95,5 +95,5 @@ class Admission:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether torch or Python could not allocate; torch's CPU allocator has no error type of its own."""
+    """Check whether torch or Python could not allocate; torch's CPU allocator has no error type of its own."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""`hybridkv.load`: three lines from import to text.
+"""What `import hybridkv` offers: a model from its path to text, and the memory that it will take.
 
 >>> import hybridkv                                            # doctest: +SKIP
 >>> model = hybridkv.load("model.gguf", type_k="q8_0", type_v="q8_0")  # doctest: +SKIP
@@ -14,16 +14,20 @@ from typing import Any
 
 import torch
 
-from hybridkv.cache import KVTypes
-from hybridkv.engine.describe import bundled_model, describe
+from hybridkv.cache import KVSpec, KVTypes
+from hybridkv.engine.classify import Classifier
+from hybridkv.engine.describe import Description, bundled_model, describe
 from hybridkv.engine.engine import Engine
 from hybridkv.engine.load import load as load_described
 from hybridkv.engine.sampling import SamplingParams
 from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import UsageError
 from hybridkv.kernels import cpu_native
-from hybridkv.model import is_hybrid, kv_facts
+from hybridkv.model import LanguageModel, is_hybrid, kv_facts
+from hybridkv.planner import Plan
+from hybridkv.planner import plan as count
 from hybridkv.policy import Guard, Policy, parse_mode
+from hybridkv.runtime import Step
 from hybridkv.text.chat import chat_prompt
 from hybridkv.text.control_words import ControlWords
 from hybridkv.text.detokenize import TextStream
@@ -40,7 +44,7 @@ def load(
     device: str = "auto",
     guard: str = "check",
     trust_remote_code: bool = False,
-) -> TextModel:
+) -> Model:
     """Load a model and its tokenizer.
 
     Parameters
@@ -64,11 +68,9 @@ def load(
         For what is wrong, before weights are read where it can be known.
     """
     description = describe(_found(model), remote_code="trusted" if trust_remote_code else "refused")
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    place, size = _place(device), n_ctx or _default_ctx(description)
     watch = Guard(mode=parse_mode(guard))
     asked = Policy(KVTypes(type_k, type_v)).resolve(kv_facts(description.facts))
-    trained = description.n_ctx_train
-    size = n_ctx or (_DEFAULT_CTX if trained is None else min(_DEFAULT_CTX, trained))
     specs, said = watch.before(asked, hybrid=is_hybrid(description.facts), n_ctx=size)
     on_cpu = place == "cpu"
     loaded = load_described(
@@ -80,13 +82,63 @@ def load(
     for line in (*said, *loaded.notices):
         warnings.warn(line, stacklevel=2)
     if loaded.tokenizer is None:
-        raise UsageError("this model has no tokenizer, and text needs one", hint="hybridkv.engine takes token ids")
+        raise UsageError("this model has no tokenizer, and text needs one", hint="hybridkv.Engine takes token ids")
     step = resolve_step(description.config, place.partition(":")[0])(loaded.model)
-    return TextModel(loaded.model, loaded.tokenizer, loaded.end_ids, specs, step, watch, size)
+    return Model(loaded.model, loaded.tokenizer, loaded.end_ids, specs, step, watch, size)
+
+
+def plan(
+    model: str | Path | None = None,
+    *,
+    n_ctx: int | None = None,
+    n_seqs: int = 1,
+    type_k: str = "f16",
+    type_v: str = "f16",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Count the bytes that a model will hold, from its header or config alone.
+
+    Parameters
+    ----------
+    n_seqs
+        Sequences of `n_ctx` tokens.
+    model, n_ctx, type_k, type_v, device, trust_remote_code
+        As `load` takes them.
+
+    Raises
+    ------
+    UsageError, ModelFileError, ModelError
+        For what is wrong.
+    """
+    description = describe(_found(model), remote_code="trusted" if trust_remote_code else "refused")
+    on_cpu = _place(device) == "cpu"
+    held = description.held(
+        "auto" if on_cpu and cpu_native.available() is None else "plain",
+        "cpu" if on_cpu else "cuda",
+        "f32" if on_cpu else "bf16",
+    )
+    return count(
+        Policy(KVTypes(type_k, type_v)).resolve(kv_facts(description.facts)),
+        description.facts,
+        n_ctx=n_ctx or _default_ctx(description),
+        n_seqs=n_seqs,
+        conv_itemsize=4 if on_cpu else 2,
+        weight_bytes=held.n_bytes,
+    )
+
+
+def _place(device: str) -> str:
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def _default_ctx(description: Description) -> int:
+    trained = description.n_ctx_train
+    return _DEFAULT_CTX if trained is None else min(_DEFAULT_CTX, trained)
 
 
 def _found(model: str | Path | None) -> Path:
-    """The file or directory of a model; a hub is asked for names that are no paths."""
+    """Find the file or directory of a model; a hub is asked for names that are no paths."""
     if model is None:
         return bundled_model()
     path = Path(model).expanduser()
@@ -97,41 +149,42 @@ def _found(model: str | Path | None) -> Path:
     return fetch_model(parse_model(model))
 
 
-class TextModel:
+class Model:
     """A loaded model that takes and gives text. One call at a time.
 
     Attributes
     ----------
-    model, tokenizer
-        Themselves.
+    model, tokenizer, specs, step, guard
+        What `hybridkv.Engine` and `hybridkv.Scheduler` take: the weights, how KV layers are stored, what runs the
+        layers, what is watched.
     n_ctx
         Tokens in the context.
     """
 
     def __init__(
         self,
-        model: Any,
+        model: LanguageModel,
         tokenizer: Any,
         end_ids: Sequence[int],
-        specs: Any,
-        step: Any,
+        specs: Sequence[KVSpec],
+        step: Step,
         guard: Guard,
         n_ctx: int,
     ) -> None:
         self.model, self.tokenizer, self.n_ctx = model, tokenizer, n_ctx
+        self.specs, self.step, self.guard = tuple(specs), step, guard
         self._ends = frozenset(end_ids)
-        self._specs, self._step, self._guard = specs, step, guard
         self._words = ControlWords(tokenizer)
 
     def generate(self, prompt: str, *, n_predict: int = 64, **sampling: Any) -> str:
-        """Go on from a text.
+        """Continue a text.
 
         Parameters
         ----------
         n_predict
             Most tokens; -1 until the context is full.
         sampling
-            Fields of `hybridkv.engine.SamplingParams`: `temp`, `top_k`, `top_p`, `min_p`, `seed`, ...
+            Fields of `hybridkv.SamplingParams`: `temp`, `top_k`, `top_p`, `min_p`, `seed`, ...
 
         Raises
         ------
@@ -141,7 +194,7 @@ class TextModel:
         return "".join(self.stream(prompt, n_predict=n_predict, **sampling))
 
     def stream(self, prompt: str, *, n_predict: int = 64, **sampling: Any) -> Iterator[str]:
-        """Go on from a text, piece by piece."""
+        """Continue a text, and yield it as it comes."""
         return self._stream(self._words.encode(prompt), n_predict, SamplingParams(**sampling))
 
     def chat(
@@ -156,6 +209,8 @@ class TextModel:
 
         Parameters
         ----------
+        n_predict, sampling
+            As `generate` takes them.
         variables
             Of the template, such as `enable_thinking`.
 
@@ -168,8 +223,35 @@ class TextModel:
         ids = chat_prompt(self._words, asked, variables).ids()
         return "".join(self._stream(ids, n_predict, SamplingParams(**sampling)))
 
+    def score(self, prompt: str, continuations: Sequence[str]) -> list[float]:
+        """Return the log probability of each continuation of a prompt, all its tokens together.
+
+        Raises
+        ------
+        UsageError
+            For a continuation without tokens, with the tokens of another, or that merges with the prompt's last token.
+        ContextError, GuardError
+            As the engine does.
+        """
+        ids = [self._behind(prompt, text) for text in continuations]
+        classifier = Classifier(
+            self.model, self.specs, ids, n_ctx=self.n_ctx, guard=self.guard, notify=_warn, step=self.step
+        )
+        scores: list[float] = classifier.score([self._words.encode(prompt)])[0].tolist()
+        return scores
+
+    def _behind(self, prompt: str, text: str) -> list[int]:
+        """Find the tokens of a continuation, as they follow the prompt's."""
+        before, whole = (self._words.encode(each, begins=False) for each in (prompt, prompt + text))
+        if whole[: len(before)] != before:
+            raise UsageError(
+                f"{text!r} merges with the end of the prompt, {prompt[-10:]!r}",
+                hint="end the prompt with a word and begin the continuation with a space",
+            )
+        return whole[len(before) :]
+
     def _stream(self, ids: Sequence[int], n_predict: int, params: SamplingParams) -> Iterator[str]:
-        engine = Engine(self.model, self._specs, n_ctx=self.n_ctx, guard=self._guard, notify=_warn, step=self._step)
+        engine = Engine(self.model, self.specs, n_ctx=self.n_ctx, guard=self.guard, notify=_warn, step=self.step)
         text = TextStream(self.tokenizer, ids)
         for (token,) in engine.generate(ids, params, n_predict=n_predict):
             if token in self._ends:

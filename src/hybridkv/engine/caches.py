@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from hybridkv.cache import KVSpec
+from hybridkv.model.protocols import LanguageModel
 from hybridkv.native import NativeModel
 from hybridkv.policy import Guard
 from hybridkv.runtime import ModelCache, Notify
@@ -13,7 +13,12 @@ from hybridkv.runtime.cache import LOG
 
 
 def new_cache(
-    model: Any, specs: Sequence[KVSpec], *, n_ctx: int | None, guard: Guard | None, notify: Notify = LOG.warning
+    model: LanguageModel,
+    specs: Sequence[KVSpec],
+    *,
+    n_ctx: int | None,
+    guard: Guard | None,
+    notify: Notify = LOG.warning,
 ) -> ModelCache:
     """An empty cache for a loaded model."""
     kind: type[ModelCache] = ModelCache

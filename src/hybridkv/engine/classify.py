@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from hybridkv.engine.caches import new_cache
 from hybridkv.engine.ladder import labels_of, raised_specs
 from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import ContextError, UsageError
+from hybridkv.model.protocols import LanguageModel
 from hybridkv.policy import Guard, NonFiniteError
 from hybridkv.runtime import ModelCache, Step, is_finite
 
@@ -147,7 +148,7 @@ class Classifier:
 
     def __init__(
         self,
-        model: Any,
+        model: LanguageModel,
         specs: Sequence[KVSpec],
         labels: Sequence[Ids],
         *,
@@ -158,7 +159,7 @@ class Classifier:
         step: Step | None = None,
     ) -> None:
         if not all(labels) or len({tuple(ids) for ids in labels}) < len(labels):
-            raise UsageError("labels need tokens, and each other ones than the rest")
+            raise UsageError("every label must tokenize to at least one token, and no two labels to the same tokens")
         self._model = model
         self.step = resolve_step(model.config, model.device.type)(model) if step is None else step
         self._root = label_tree(labels, max(map(len, labels)) if self.step.takes_chunks else 1)
@@ -268,7 +269,7 @@ class Classifier:
     def _run(
         self, run: Callable[[Tensor, ModelCache, int], Tensor], tokens: Tensor, position: int, *caches: ModelCache
     ) -> Tensor:
-        """What the step gives for `tokens` `[B, T]` after the last of the caches that are held now.
+        """Run the step over `tokens` `[B, T]` after the last of the caches that are held now.
 
         Raises
         ------
@@ -289,7 +290,7 @@ class Classifier:
         return logits
 
     def _finite(self, run: Callable[[], T]) -> T:
-        """What `run` gives, again at the next types of the ladder while its numbers are not finite."""
+        """Call `run`, again at the next types of the ladder while its numbers are not finite."""
         while True:
             try:
                 return run()

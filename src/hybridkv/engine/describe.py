@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from hybridkv.cache import LayerFacts
 from hybridkv.errors import ModelError, ModelFileError, UsageError
@@ -21,6 +21,7 @@ from hybridkv.held import Held, Runner, WeightKind, held_weights
 from hybridkv.hf.ranks import check_plan
 from hybridkv.model.changes import NO_CHANGES, ModelChanges, change_rope
 from hybridkv.model.facts import layer_facts
+from hybridkv.model.protocols import Config
 from hybridkv.native.choice import EngineKind, multiplies, rejects_packed, rejects_types, runs_natively
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Description:
     remote_code
         Whether Python code in its directory may run.
     n_ranks
-        Over how many processes it is cut; `facts` are those of one.
+        Over how many processes it is sharded; `facts` are those of one.
     changes
         What options change of it; `config` and `header` have them.
     header
@@ -57,7 +58,7 @@ class Description:
 
     path: Path
     name: str
-    config: Any
+    config: Config
     facts: tuple[LayerFacts, ...]
     n_ctx_train: int | None
     remote_code: RemoteCode = "refused"
@@ -66,7 +67,7 @@ class Description:
     header: Header | None = field(default=None, repr=False, compare=False)
 
     def rejects_packed(self, device: str, kind: WeightKind, engine: EngineKind) -> str | None:
-        """Why the weights do not stay packed on a device that is not the CPU; None if they do.
+        """Explain why the weights do not stay packed on a device that is not the CPU; None if they do.
 
         Raises
         ------
@@ -139,21 +140,21 @@ def bundled_text() -> Path:
 def describe(
     path: Path, *, remote_code: RemoteCode = "refused", n_ranks: int = 1, changes: ModelChanges = NO_CHANGES
 ) -> Description:
-    """What a model is, from its header or config alone.
+    """Describe a model from its header or config alone.
 
     Parameters
     ----------
     changes
         What options change of it.
     n_ranks
-        Over how many processes it is to be cut.
+        Over how many processes to shard it.
 
     Raises
     ------
     ModelFileError
         If there is no model, or it is damaged or not understood.
     ModelError
-        If its layers cannot be cached, or it cannot be cut so.
+        If its layers cannot be cached, or it cannot be sharded so.
     """
     if not path.exists():
         raise ModelFileError(f"no model at {path}", hint="leave -m out to run the bundled model")
@@ -170,7 +171,7 @@ def describe(
     elif n_ranks > 1:
         raise ModelError(
             f"{path}: a GGUF model runs in one process, not on {n_ranks} ranks",
-            hint="a Hugging Face model directory can be cut; Transformers does it",
+            hint="Transformers can shard a Hugging Face model directory",
         )
     else:
         header = changed(read_model(path), changes)
@@ -184,7 +185,7 @@ def describe(
     return Description(path, printable, config, facts, n_ctx_train, remote_code, n_ranks, changes, header)
 
 
-def change_config(config: Any, changes: ModelChanges) -> None:
+def change_config(config: Config, changes: ModelChanges) -> None:
     """Change the config of a directory in place.
 
     Raises
@@ -197,8 +198,8 @@ def change_config(config: Any, changes: ModelChanges) -> None:
     change_rope(config, changes.rope)
 
 
-def _facts(config: Any, n_ranks: int) -> tuple[LayerFacts, ...]:
+def _facts(config: Config, n_ranks: int) -> tuple[LayerFacts, ...]:
     try:
         return layer_facts(config, n_ranks=n_ranks)
     except (ArithmeticError, AttributeError, TypeError) as error:
-        raise ModelError(f"the config of {config.model_type!r} describes no model: {error}") from error
+        raise ModelError(f"the config of {config.model_type!r} is not a valid model config: {error}") from error

@@ -1,7 +1,7 @@
 """The engine: token ids in, token ids out, and nothing non-finite in between.
 
 Owns the cache of a run, the token history, and the rebuild: if numbers stop being finite the cache is built
-again from the history at the next types of the ladder, and generation goes on without losing a token. Knows no
+again from the history at the next types of the ladder, and generation continues without losing a token. Knows no
 text; `hybridkv.cli.run` turns tokens into words.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import ContextError, GuardError, UsageError
 from hybridkv.hf.ranks import same_everywhere
 from hybridkv.model import vocabulary_rows
+from hybridkv.model.protocols import LanguageModel
 from hybridkv.model.ranks import ranks_of
 from hybridkv.policy import Guard, MismatchError, NonFiniteError
 from hybridkv.runtime import ModelCache, Step, is_finite
@@ -96,7 +96,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Any,
+        model: LanguageModel,
         specs: Sequence[KVSpec],
         *,
         n_ctx: int,
@@ -170,7 +170,7 @@ class Engine:
             yield tuple(tokens.tolist())
 
     def read_share(self) -> float:
-        """How much of the prompt the KV layers hold, from 0 to 1; for any thread, while the model runs."""
+        """Tell how much of the prompt the KV layers hold, from 0 to 1; for any thread, while the model runs."""
         layers, n_tokens = self._cache.kv_layers, self.history.shape[1]
         return sum(layer.n_seen for layer in layers) / max(1, n_tokens * len(layers))
 
@@ -179,7 +179,7 @@ class Engine:
         return self._make_cache(specs)
 
     def adopt(self, cache: ModelCache, n_held: int) -> None:
-        """Go on from a cache of one sequence that holds `n_held` tokens; the next prompt must begin with them."""
+        """Resume from a cache of one sequence that holds `n_held` tokens; the next prompt must begin with them."""
         self._cache, self.n_held, self._adopted = cache, n_held, n_held
 
     def prefill(self, prompt: Sequence[int], n_held: int = 0) -> Tensor:
@@ -222,7 +222,7 @@ class Engine:
             if ranks_of(self._model.config) > 1:
                 # The others may have seen nothing and wait in the middle of this step: nobody can go back alone.
                 raise GuardError(
-                    f"{error.message}; ranks do not rebuild a cache apart",
+                    f"{error.message}; a rank cannot rebuild its cache alone",
                     hint="use a larger type, rotation (-khad), or one process",
                 ) from error
             return self._rebuild(error)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import gc
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from hybridkv.cache import KVSpec, KVTypes, resolve
 from hybridkv.engine.caches import new_cache
@@ -13,6 +12,7 @@ from hybridkv.engine.requests import Request
 from hybridkv.errors import UsageError
 from hybridkv.kernels import ENCODERS, KERNELS
 from hybridkv.model import is_hybrid, kv_facts, layer_facts, vocabulary_rows
+from hybridkv.model.protocols import LanguageModel
 from hybridkv.policy import Guard, NonFiniteError, Policy
 from hybridkv.runtime import ModelCache
 
@@ -35,7 +35,7 @@ class Host:
     """
 
     def __init__(
-        self, model: Any, specs: Sequence[KVSpec], *, n_ctx: int, guard: Guard, notify: Callable[[str], None]
+        self, model: LanguageModel, specs: Sequence[KVSpec], *, n_ctx: int, guard: Guard, notify: Callable[[str], None]
     ) -> None:
         self.model, self.specs, self.guard, self.notify = model, tuple(specs), guard, notify
         self.device: str = model.device.type
@@ -56,7 +56,7 @@ class Host:
         request.params.check_tokens(n_vocab)
 
     def specs_of(self, types: KVTypes | None) -> tuple[KVSpec, ...]:
-        """How a request's KV layers are stored; checked, so that nothing can be missing later.
+        """Resolve how a request's KV layers are stored; checked, so that nothing can be missing later.
 
         Raises
         ------
@@ -80,7 +80,7 @@ class Host:
 
 
 def settle() -> None:
-    """Keep the garbage collector from what a loaded model and its libraries consist of.
+    """Freeze the loaded model's objects, so that the garbage collector skips them.
 
     They live as long as the process; walking them again and again took a tenth of a decode step. For a process that
     serves, once it is ready.
@@ -91,7 +91,7 @@ def settle() -> None:
 
 
 def bad_logits(cache: ModelCache, n_tokens: int) -> NonFiniteError:
-    """What to report where a sequence's logits are not finite though every attention output was."""
+    """Build the report of logits that are not finite though every attention output was."""
     layers = cache.kv_layers
     return NonFiniteError(
         layer=None,

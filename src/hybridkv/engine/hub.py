@@ -84,13 +84,13 @@ def fetch_model(model: HubModel) -> Path:
         return _fetch(model)
     except errors.GatedRepoError as error:
         raise UsageError(
-            f"-hf {model.repository}: its owner asks for consent first",
+            f"-hf {model.repository}: its owner requires consent first",
             hint="agree on the model's page, and give a token with -hft or HF_TOKEN",
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise UsageError(
-            f"-hf {model.repository}: the hub has no such repository, or not for this token",
-            hint="check the name; HF_TOKEN or -hft lets one into private ones",
+            f"-hf {model.repository}: no such repository on the hub, or this token has no access",
+            hint="check the name; private repositories need HF_TOKEN or -hft",
         ) from error
     except unreached as error:
         return _cached(model, error)
@@ -113,7 +113,7 @@ def _fetch(model: HubModel) -> Path:
 
 
 def _cached(model: HubModel, why: BaseException | None) -> Path:
-    """What the cache has of a model."""
+    """Look up a model in the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -163,7 +163,7 @@ def choose_files(names: Sequence[str], model: HubModel) -> list[str]:
 
 
 def _is_other(name: str) -> bool:
-    """Whether a file is a part for images or an importance matrix."""
+    """Check whether a file is a part for images or an importance matrix."""
     base = name.rpartition("/")[2].lower()
     return base.startswith(("mmproj", "mtp-")) or "imatrix" in base
 

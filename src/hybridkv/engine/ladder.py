@@ -1,15 +1,15 @@
-"""What follows numbers that are not finite: the next types of the ladder, or an error that says whose doing it was."""
+"""What follows non-finite values: the next types of the ladder, or an error that names the cause."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from hybridkv.cache import KVSpec
 from hybridkv.errors import GuardError, ModelError
+from hybridkv.model.protocols import LanguageModel
 from hybridkv.native import NativeModel
 from hybridkv.policy import Guard, MismatchError, NonFiniteError, next_types
 
@@ -35,7 +35,7 @@ def labels_of(specs: Sequence[KVSpec]) -> str:
     return ", ".join(dict.fromkeys(s.types.label for s in specs))
 
 
-def check_weights(model: Any) -> None:
+def check_weights(model: LanguageModel) -> None:
     """If the weights themselves are to blame, say which.
 
     Raises
@@ -50,8 +50,9 @@ def check_weights(model: Any) -> None:
         )
 
 
-def _bad_weight(model: Any) -> str | None:
+def _bad_weight(model: LanguageModel) -> str | None:
     """Name the first tensor of a model that is not finite."""
     if isinstance(model, NativeModel):
         return model.source.check()
+    assert isinstance(model, torch.nn.Module), model
     return next((name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()), None)

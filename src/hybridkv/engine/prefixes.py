@@ -1,4 +1,4 @@
-"""Stored prefixes: where a new sequence can go on from, so that what several prompts begin with is processed once.
+"""Stored prefixes: beginnings that a new sequence can resume from, so that a shared beginning is processed once.
 
 A recurrent state cannot go back to an earlier token. So a sequence leaves checkpoints behind as it goes: a copy of its
 states (and of the few exact rows beside a tail) together with the packed KV rows since the checkpoint before. The
@@ -7,7 +7,7 @@ checkpoints of all sequences form a tree, in which rows are held once however ma
 A checkpoint is found by the hash of the tokens since the one before it and taken only if the tokens themselves are
 equal, down from the root: two prompts that share a hash share nothing. Memory is bounded in bytes. The checkpoint that
 was used longest ago loses its states first; rows that no checkpoint is left to need go at once with it, and so nothing
-is ever stranded. Copies are never changed: a sequence that goes on from one gets memory of its own.
+is ever stranded. Copies are never changed: a sequence that resumes from one gets memory of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Key = tuple[KVSpec, ...]
 
 
 class Checkpoint:
-    """A place to go on from; without states, only what holds the rows of those behind it.
+    """A prefix to resume from. Once its states are evicted, it only holds rows that its children share.
 
     Attributes
     ----------
@@ -32,7 +32,7 @@ class Checkpoint:
     tokens
         Those since the parent.
     stored
-        Rows since the parent, and states if one can go on from here.
+        Rows since the parent, and states if one can resume from here.
     """
 
     __slots__ = ("children", "end", "kept", "key", "parent", "stored", "tokens")
@@ -106,7 +106,7 @@ class PrefixStore:
         self._order: dict[Checkpoint, None] = {}  # those with states, the longest unused first
 
     def __len__(self) -> int:
-        """Places to go on from."""
+        """Prefixes to resume from."""
         return len(self._order)
 
     def find(self, key: Key, tokens: Sequence[int], most: int) -> Checkpoint | None:
@@ -126,11 +126,11 @@ class PrefixStore:
 
     @staticmethod
     def copies(checkpoint: Checkpoint) -> list[StoredCache]:
-        """What `ModelCache.load` takes to go on from a checkpoint."""
+        """Collect what `ModelCache.load` takes to resume from a checkpoint."""
         return [node.stored for node in checkpoint.path()]
 
     def last_within(self, checkpoint: Checkpoint, most: int) -> Checkpoint | None:
-        """The last place to go on from that lies before a checkpoint, at most `most` tokens long."""
+        """The last prefix to resume from that lies before a checkpoint, at most `most` tokens long."""
         before = [node for node in checkpoint.path()[:-1] if node.end <= most and node in self._order]
         return before[-1] if before else None
 
@@ -144,7 +144,7 @@ class PrefixStore:
             the parent that was given.
         """
         if parent is not None and not (parent.kept and parent.stored.specs == cache.specs):
-            parent = None  # it was let go, or the guard has raised the types since
+            parent = None  # it was evicted, or the guard has raised the types since
         begun = 0 if parent is None else parent.end
         if begun == len(tokens):
             return parent
@@ -170,7 +170,7 @@ class PrefixStore:
             self._forget(next(iter(self._order)))
 
     def _again(self, known: Checkpoint, stored: StoredCache, parent: Checkpoint | None) -> Checkpoint | None:
-        """A sequence comes by where one has been: one of the two copies is enough.
+        """Keep one copy of a prefix that another sequence has reached again.
 
         Not if they divide rows between packed and exact ones differently, or are of other types: what the sequence
         leaves later would not fit behind the other's.

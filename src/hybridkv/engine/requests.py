@@ -74,7 +74,7 @@ class Request:
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise UsageError(f"logprobs {self.logprobs}; allowed: 0 to {MAX_LOGPROBS}, or none")
         if self.score_prompt and self.logprobs is None:
-            raise UsageError("a prompt is scored with logprobs alone", hint="ask for logprobs: 0")
+            raise UsageError("scoring the prompt (echo) needs logprobs", hint="ask for logprobs: 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class Event:
     top_logprobs
         `(id, logprob)` of the most likely tokens, the likeliest first, if asked for.
     finished
-        None while the sequence goes on. `stop`: this token is one of the stop ids. `length`: it is the last that was
+        None while the sequence continues. `stop`: this token is one of the stop ids. `length`: it is the last that was
         asked for. `cancelled` and `error` come without a token.
     message
         What went wrong, for `error`.
@@ -123,7 +123,7 @@ class Usage:
 
 
 class Ticket:
-    """A submitted request, for whoever waits for its tokens. All of it may be called from any thread.
+    """A submitted request, for the thread that waits for its tokens. All of it may be called from any thread.
 
     Iterating gives events, blocking until the next one, and ends after the event that says `finished`. With a listener,
     events go there and iterating is not offered.
@@ -169,12 +169,12 @@ class Ticket:
 
     @property
     def cancelled(self) -> bool:
-        """Whether an early end was asked for."""
+        """True if an early end was asked for."""
         return self._cancelled.is_set()
 
     @property
     def finished(self) -> bool:
-        """Whether the last event was handed out."""
+        """True if the last event was handed out."""
         return self._done.is_set()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -225,7 +225,7 @@ class SchedulerStats:
     reserved_bytes, budget_bytes
         Planned for running sequences at their full length, and the most that may be; None for no limit.
     prefix_bytes, prefix_budget_bytes, prefix_checkpoints
-        Held by stored prefixes, the most that may be, and from how many places a sequence can go on.
+        Held by stored prefixes, the most that may be, and how many prefixes a sequence can resume from.
     prompt_tokens, cached_tokens, generated_tokens
         Prompt tokens processed, prompt tokens taken from stored prefixes, and tokens generated.
     prefill_s, decode_s

@@ -27,7 +27,7 @@ class Reuse:
     store
         Holds the prefixes.
     chunk
-        Tokens of a prompt in one iteration; None if the model takes a prompt in one piece, and so goes on from nothing.
+        Tokens of a prompt in one iteration; None if the model takes a prompt at once, and so resumes from nothing.
     """
 
     def __init__(self, host: Host, store: PrefixStore, chunk: int | None) -> None:
@@ -35,7 +35,7 @@ class Reuse:
         self._said = False
 
     def wanted(self, request: Request) -> bool:
-        """Whether this request's sequence begins from stored prefixes and leaves its own."""
+        """Check whether this request's sequence begins from stored prefixes and leaves its own."""
         return request.reuse and not request.score_prompt and self._chunk is not None and self._store.budget_bytes > 0
 
     def begin(self, sequence: Running) -> Checkpoint | None:
@@ -51,11 +51,11 @@ class Reuse:
         return found
 
     def is_due(self, sequence: Running) -> bool:
-        """Whether to leave a checkpoint: at the last boundary of chunks in a prompt and before each of the request's
+        """Decide whether to leave a checkpoint: at a prompt's last chunk boundary and before each of the request's
         marks, and every so many tokens.
 
-        Only at boundaries: behind another place, the pieces of a longer prompt would be cut in another way than without
-        it, and sums rounded in another way. A reply's end gets one of its own.
+        Only at boundaries: behind another place, the chunks of a longer prompt would begin elsewhere than without it,
+        and sums would round differently. A reply's end gets one of its own.
         """
         assert self._chunk is not None or not sequence.reuses
         if not sequence.reuses or self._chunk is None or sequence.position % self._chunk:
@@ -97,7 +97,7 @@ class Reuse:
         return Session(tokens, found.end, self._whole(found), earlier=earlier)
 
     def _whole(self, checkpoint: Checkpoint) -> StoredCache:
-        """A checkpoint in one piece."""
+        """A checkpoint in contiguous memory."""
         cache = self._host.new_cache(checkpoint.stored.specs, checkpoint.end)
         cache.load(self._store.copies(checkpoint))
         return cache.stored()
@@ -108,10 +108,10 @@ class Reuse:
         Raises
         ------
         SessionError
-            If there is no room for it, or the model cannot go on from it.
+            If there is no room for it, or the model cannot resume from it.
         """
         if self._chunk is None:
-            raise SessionError("this model's code takes a prompt in one piece and cannot go on from a session")
+            raise SessionError("this model's code takes a prompt at once and cannot resume from a session")
         end: Checkpoint | None = None
         notice = None
         for part in (session.rewound(), session):

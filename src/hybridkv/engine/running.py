@@ -63,7 +63,7 @@ class Running:
 
     @property
     def prefills(self) -> bool:
-        """Whether tokens are to be processed before the next is drawn."""
+        """True if tokens are to be processed before the next is drawn."""
         return self.position < self.n_prefill
 
     @property
@@ -73,9 +73,9 @@ class Running:
         return len(request.prompt_ids) + request.max_tokens
 
     def chunk_end(self, chunk: int | None) -> int:
-        """Where the next piece of the prompt ends: at a multiple of the chunk, wherever it begins, or at its end.
+        """Find where the prompt's next chunk ends: at a multiple of the chunk size, wherever it begins, or at the end.
 
-        So the pieces after a checkpoint at such a multiple are those of a sequence that started over.
+        So the chunks after a checkpoint at such a multiple are those of a sequence that started over.
         """
         if chunk is None:
             return self.n_prefill

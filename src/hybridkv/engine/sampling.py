@@ -133,12 +133,12 @@ class SamplingParams:
 
     @property
     def looks_back(self) -> bool:
-        """Whether the text so far makes a difference."""
+        """True if the text so far makes a difference."""
         return bool(self._penalizes or self._dries)
 
     @property
     def moves_the_likeliest(self) -> bool:
-        """Whether another token than the most likely one may be left as the likeliest."""
+        """True if a filter may change which token is the likeliest."""
         return bool(self.looks_back or self.logit_bias or self.typical_p < 1 or self._excludes)
 
     @property
@@ -234,7 +234,7 @@ class Sampler:
         return torch.full_like(own, filters.OUT).index_copy_(0, ids, own[ids])
 
     def excludes(self) -> bool:
-        """Whether XTC takes out the top choices this time; moves the generator on where XTC is on."""
+        """Draw whether XTC takes out the top choices this time; moves the generator on where XTC is on."""
         p = self.params
         return p._excludes and float(torch.rand(1, generator=self._generator)) <= p.xtc_probability
 
@@ -296,7 +296,7 @@ def _draw_alike(samplers: Sequence[Sampler], p: SamplingParams, logits: Tensor) 
 
 
 def _largest(logits: Tensor) -> list[int]:
-    """Where each row's first largest value is; NumPy finds it 13 times as fast as torch."""
+    """Find each row's first largest value; NumPy finds it 13 times as fast as torch."""
     if logits.device.type != "cpu":
         return [int(token) for token in logits.argmax(-1).tolist()]
     return [int(token) for token in np.argmax(logits.float().numpy(), -1)]

@@ -1,4 +1,4 @@
-"""Many sequences on one model: each iteration decodes a token of all that run, and a piece of one prompt.
+"""Many sequences on one model: each iteration decodes a token of all that run, and a chunk of one prompt.
 
 Owns the sequences, who may begin and when, and the stored prefixes. A sequence has a cache of its own, so that none
 sees another's state; the step brings them together only where weights are read. One thread calls `step` or
@@ -36,6 +36,7 @@ from hybridkv.engine.speculation import Speculation, rejects_drafts
 from hybridkv.engine.steps import resolve_step
 from hybridkv.engine.tally import Tally
 from hybridkv.errors import AdmissionError, HybridKVError, UsageError
+from hybridkv.model.protocols import LanguageModel
 from hybridkv.native import NativeStep
 from hybridkv.policy import Guard, MismatchError, NonFiniteError
 from hybridkv.runtime import ModelCache, Step, is_finite
@@ -79,7 +80,7 @@ class Scheduler:
 
     def __init__(
         self,
-        model: Any,
+        model: LanguageModel,
         specs: Sequence[KVSpec],
         *,
         n_parallel: int,
@@ -351,7 +352,7 @@ class Scheduler:
         self._tally.decode_s += time.perf_counter() - start
 
     def _prefill(self, sequence: Running) -> None:
-        """The next piece of one prompt, and the first token after its last."""
+        """Process the next chunk of one prompt, and draw the first token after its last."""
         start = time.perf_counter()
         cache, begin, end = sequence.cache, sequence.position, sequence.chunk_end(self._chunk)
         assert cache is not None

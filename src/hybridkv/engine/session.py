@@ -2,9 +2,9 @@
 
 A session is a safetensors file, so that anyone can look into it. It carries a format version, a fingerprint of the
 model and a checksum over all else; what is torn, changed or another model's is refused. It is written beside its place,
-brought to disk and put there in one move: whoever is killed at any moment leaves the old file or the new one, whole.
+brought to disk and put there in one move: a process killed at any moment leaves the old file or the new one, whole.
 
-A state cannot go back, so a session may hold a second, earlier place to go on from: one within its prompt, for the same
+A state cannot go back, so a session may hold a second, earlier place to resume from, within its prompt, for the same
 prompt again. Of packed rows it has those that the whole begins with, which are written once.
 """
 
@@ -35,6 +35,7 @@ from hybridkv.engine.ladder import labels_of
 from hybridkv.errors import SessionError, UsageError
 from hybridkv.formats import get_format
 from hybridkv.model import kv_facts, layer_facts
+from hybridkv.model.protocols import LanguageModel
 from hybridkv.native import NativeModel
 from hybridkv.runtime import ModelCache
 from hybridkv.runtime.stored import StoredCache, StoredState
@@ -46,7 +47,7 @@ Message = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A sequence to go on with.
+    """A sequence to resume.
 
     Attributes
     ----------
@@ -55,11 +56,11 @@ class Session:
     n_cached
         How many, from the first, `cache` holds; the last that was drawn was never processed.
     cache
-        Rows and states, in one piece.
+        Rows and states, contiguous.
     messages
         The conversation that the tokens are, if it is one.
     earlier
-        Another place to go on from: how many tokens, and their cache.
+        Another place to resume from: how many tokens, and their cache.
     """
 
     tokens: tuple[int, ...]
@@ -73,8 +74,8 @@ class Session:
         return None if self.earlier is None else Session(self.tokens, *self.earlier)
 
 
-def fingerprint(model: Any) -> str:
-    """What tells models apart: the config, and the shapes and small parameters (norms, decays) as float32."""
+def fingerprint(model: LanguageModel) -> str:
+    """Digest what tells models apart: the config, and the shapes and small parameters as float32."""
     config = {k: v for k, v in model.config.get_text_config(decoder=True).to_dict().items() if k not in _PASSING}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, shape, vector in _parameters(model):
@@ -84,12 +85,13 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _parameters(model: Any) -> Iterator[tuple[str, tuple[int, ...], Tensor | None]]:
+def _parameters(model: LanguageModel) -> Iterator[tuple[str, tuple[int, ...], Tensor | None]]:
     """Names, shapes and small values of a model's weights. A native model's states are in the file's own order."""
     if isinstance(model, NativeModel):
         for name, shape in model.source.shapes():
             yield name, shape, model.source.vector(name) if len(shape) == 1 else None
     else:
+        assert isinstance(model, torch.nn.Module), model
         for name, parameter in model.named_parameters():
             yield name, tuple(parameter.shape), parameter if parameter.dim() == 1 else None
 
@@ -97,7 +99,7 @@ def _parameters(model: Any) -> Iterator[tuple[str, tuple[int, ...], Tensor | Non
 _PASSING = frozenset({"transformers_version", "_name_or_path", "name_or_path", "dtype", "torch_dtype", "use_cache"})
 
 
-def save_session(path: Path, session: Session, model: Any) -> int:
+def save_session(path: Path, session: Session, model: LanguageModel) -> int:
     """Write a session; its bytes.
 
     Raises
@@ -129,7 +131,7 @@ def save_session(path: Path, session: Session, model: Any) -> int:
     return len(data)
 
 
-def load_session(path: Path, model: Any) -> Session:
+def load_session(path: Path, model: LanguageModel) -> Session:
     """Read a session of this model.
 
     Raises
@@ -168,7 +170,7 @@ _DELETE = "delete it, or give another file"
 def resume(
     session: Session, specs: Sequence[KVSpec], make_cache: Callable[[Sequence[KVSpec]], ModelCache]
 ) -> tuple[ModelCache, str | None]:
-    """A cache to go on with, stored as `specs` say.
+    """A cache to resume with, stored as `specs` say.
 
     Returns
     -------
@@ -194,7 +196,7 @@ _EARLIER = "earlier."
 
 
 def _record(cache: StoredCache) -> dict[str, Any]:
-    """What is neither a tensor nor a type."""
+    """Collect what is neither a tensor nor a type."""
     fed = [[state.fed for state in layer] for layer in cache.states]
     return {"pending": cache.pending, "errors": cache.errors, "fed": fed}
 
@@ -218,7 +220,7 @@ def _tensors(cache: StoredCache, mark: str = "") -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in found.items() if tensor is not None}
 
 
-def _session(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], model: Any) -> Session:
+def _session(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], model: LanguageModel) -> Session:
     """Put together and check against the model: native code trusts these shapes."""
     facts = layer_facts(model.config)
     tokens, n_cached = tuple(tensors["tokens"].tolist()), int(metadata["n_cached"])
@@ -369,7 +371,7 @@ def _remove_stale(parts: Iterable[Path]) -> int:
 
 
 def _is_stale(part: Path) -> bool:
-    """Whether the writer of a partial file (`.NAME.PID.part`) that nobody locks is gone."""
+    """Check whether the writer of a partial file (`.NAME.PID.part`) that nobody locks is gone."""
     found = _PART.fullmatch(part.name)
     if found is None:
         return False

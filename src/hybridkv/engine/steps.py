@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from hybridkv.errors import UsageError, one_of
+from hybridkv.model.protocols import Config, LanguageModel
 from hybridkv.native import NativeModel, NativeStep
 from hybridkv.native.choice import EngineKind
 from hybridkv.native.choice import rejects as native_rejects
@@ -18,7 +19,7 @@ from hybridkv.runtime import Notify, Step
 
 if TYPE_CHECKING:
     from hybridkv.hf.step import EagerStep
-    from hybridkv.hf.step.fused import LayersStep
+    from hybridkv.hf.step.fused_layers import LayersStep
 
 StepKind = EngineKind
 GraphMode = Literal["on", "off"]
@@ -33,7 +34,7 @@ def parse_step(text: str) -> StepKind:
         Listing the names there are.
     """
     kinds: tuple[StepKind, ...] = get_args(StepKind)
-    return one_of(text, kinds, "no step", hint="auto takes the native step where it runs the model")
+    return one_of(text, kinds, "--engine", hint="auto takes the native step where it runs the model")
 
 
 def parse_graphs(text: str) -> GraphMode:
@@ -49,9 +50,9 @@ def parse_graphs(text: str) -> GraphMode:
 
 
 def resolve_step(
-    config: Any, device: str, kind: StepKind = "auto", *, graphs: GraphMode = "on", notify: Notify | None = None
+    config: Config, device: str, kind: StepKind = "auto", *, graphs: GraphMode = "on", notify: Notify | None = None
 ) -> Callable[[Any], Step]:
-    """Which way a model of this config runs, before its weights are touched: what makes its step from the model.
+    """Choose how a model of this config runs, before its weights are touched; return the maker of its step.
 
     Parameters
     ----------
@@ -77,9 +78,9 @@ def resolve_step(
 
 
 def _transformers_step(
-    config: Any, device: str, kind: StepKind, graphs: GraphMode, notify: Notify | None
+    config: Config, device: str, kind: StepKind, graphs: GraphMode, notify: Notify | None
 ) -> Callable[[Any], Step]:
-    """What makes the step of a Transformers model."""
+    """Choose the maker of a Transformers model's step."""
     from hybridkv.hf.step import EagerStep, GraphStep, fused, graph
 
     decoder: Callable[[Any], EagerStep | LayersStep] = EagerStep
@@ -96,13 +97,13 @@ def _transformers_step(
         tell(f"decoding is not recorded as a graph: {reason}")
         return decoder
 
-    def recorded(model: Any) -> GraphStep:
+    def recorded(model: LanguageModel) -> GraphStep:
         return GraphStep(decoder(model), notify=tell)
 
     return recorded
 
 
-def _on_card(model: Any) -> LayersStep:
+def _on_card(model: LanguageModel) -> LayersStep:
     """The step on CUDA: with a file's packed weights, or with a Transformers model's parameters."""
     if isinstance(model, NativeModel):
         from hybridkv.native.cuda_step import PackedStep  # imports triton

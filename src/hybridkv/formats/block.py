@@ -20,7 +20,7 @@ from hybridkv.formats.rules import Refit, Rounding, Scale, ScaleRule
 
 Planes = tuple[Tensor, ...]
 
-# Encoding in pieces of this many values keeps the temporaries in the processor's cache, and few.
+# Encoding in chunks of this many values keeps the temporaries in the processor's cache, and few.
 _CHUNK_VALUES = 1 << 18
 
 
@@ -85,7 +85,7 @@ class KVFormat:
 
     @property
     def scales(self) -> tuple[Scale, ...]:
-        """What `encode` takes as `scale`."""
+        """Scale rules that `encode` takes."""
         return ("absmax",) if self.refit is None else ("absmax", "refit")
 
     @property
@@ -103,7 +103,7 @@ class KVFormat:
 
     @property
     def extreme_code(self) -> int:
-        """What the extreme value is divided by to give the scale."""
+        """The code of the extreme value, by which it is divided to give the scale."""
         if self.rule == "signed_max":
             return self.codebook[0] if self.codebook else -self.zero
         return self.codebook[-1] if self.codebook else self.code_range[1]
@@ -130,7 +130,7 @@ class KVFormat:
         return 8 * self.row_bytes(head_dim) / head_dim
 
     def rejects(self, head_dim: int) -> str | None:
-        """Why rows of `head_dim` values are not offered in this format; None if they are."""
+        """Explain why rows of `head_dim` values are not offered in this format; None if they are."""
         if self.is_quantized and self.block is not None and head_dim % 16:
             return f"{self.name} needs a head dim that is a multiple of 16, not {head_dim}"
         return None

@@ -102,7 +102,7 @@ class Plane:
 
     @property
     def role(self) -> Role:
-        """What the plane stores."""
+        """The content of the plane."""
         return NUMBERS[self.kind].role if self.kind in NUMBERS else "codes"
 
     @property

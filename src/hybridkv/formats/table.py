@@ -103,7 +103,8 @@ def get_format(name: str) -> KVFormat:
     if name in FORMATS:
         return FORMATS[name]
     spelling = {key.lower(): key for key in FORMATS}
-    near = difflib.get_close_matches(name.lower(), spelling, n=1, cutoff=0.4)
+    begun = [key for key in spelling if name and key.startswith(name.lower())]
+    near = begun[:1] or difflib.get_close_matches(name.lower(), spelling, n=1, cutoff=0.4)
     raise UsageError(
         f"unknown KV cache type {name!r}; allowed: {', '.join(FORMATS)}",
         hint=f"did you mean {spelling[near[0]]!r}?" if near else None,

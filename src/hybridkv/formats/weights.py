@@ -66,7 +66,7 @@ class WeightFormat:
         return n_in // self.block * self.block_bytes
 
     def rejects(self, n_in: int) -> str | None:
-        """Why no row has `n_in` values in this type; None if there are such rows."""
+        """Explain why no row has `n_in` values in this type; None if there are such rows."""
         if n_in < 1 or n_in % self.block:
             return f"{self.name} needs a multiple of {self.block} inputs, not {n_in}"
         return None

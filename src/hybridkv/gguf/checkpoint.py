@@ -73,7 +73,7 @@ class Checkpoint:
         if value.shape != expected:
             raise ModelError(
                 f"{name} has shape {list(value.shape)} in {self.directory}; the config asks for {list(expected)}",
-                hint="the config and the weights do not belong together",
+                hint="config.json and the weights are of different models",
             )
         tensor: torch.Tensor = value
         return tensor
@@ -153,7 +153,7 @@ class Checkpoint:
             named = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
             raise ModelError(
                 f"{len(missing)} tensors are missing in {self.directory}: {named}",
-                hint="the config and the weights do not belong together",
+                hint="config.json and the weights are of different models",
             )
 
     def _fail(self, message: str, hint: str) -> NoReturn:

@@ -36,7 +36,7 @@ class RawRows(Protocol):
 
 
 def is_decodable(type_: GGMLQuantizationType) -> bool:
-    """Whether gguf-py turns this tensor type into numbers: it is asked to, with one block of zeros."""
+    """Check whether gguf-py decodes this tensor type, by decoding one block of zeros."""
     try:
         dequantize(np.zeros((1, GGML_QUANT_SIZES[type_][1]), np.uint8), type_)
     except NotImplementedError:
@@ -69,7 +69,7 @@ def decode_into(
     rows
         Where each row of the file goes in `target`, None for the same order.
     cols
-        Where each column of `target` lies in the file, likewise.
+        Where each column of `target` lies in the file.
     values
         Applied elementwise to the float32 numbers, before they are rounded to `target`'s dtype.
     """

@@ -73,7 +73,7 @@ def file_config(meta: Metadata, architecture: Architecture) -> FileConfig:
 
 
 def says_none(meta: Metadata) -> bool:
-    """Whether a file says that it has no tokenizer, in the two words that llama.cpp knows for it."""
+    """Check whether a file says that it has no tokenizer, in the two words that llama.cpp knows for it."""
     key = "tokenizer.ggml.model"
     return meta.has(key) and meta.text(key) in ("none", "no_vocab")
 

@@ -78,7 +78,7 @@ class Neutral:
     holds: Callable[[Metadata, Value], bool] | None = None
 
     def suits(self, meta: Metadata, value: Value) -> bool:
-        """Whether a value is neutral; an array or a list is if all its elements are."""
+        """Check whether a value is neutral; an array or a list is if all its elements are."""
         if self.holds is not None:
             return self.holds(meta, value)
         if isinstance(value, np.ndarray):

@@ -64,7 +64,7 @@ def check_kind(header: Header) -> None:
 
 
 def _is_draft_head(header: Header) -> bool:
-    """Whether every block in the file is one of multi-token prediction, known by `nextn` tensors or named `mtp`."""
+    """Check whether every block is one of multi-token prediction, known by `nextn` tensors or named `mtp`."""
     blocks = [found for info in header.tensors if (found := _BLOCK.fullmatch(info.name))]
     heads = {found["number"] for found in blocks if found["rest"].startswith("nextn.")}
     named = any(info.name.startswith("mtp.") for info in header.tensors)

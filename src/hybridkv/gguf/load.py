@@ -167,7 +167,7 @@ def _described(meta: Metadata) -> Iterator[None]:
 
 def _no_model(meta: Metadata, error: BaseException) -> NoReturn:
     text = " ".join(str(error).split())[:300]
-    meta.fail(f"the metadata describes no model: {text}", hint="a number in the file is wrong")
+    meta.fail(f"the metadata is not a valid model config: {text}", hint="a number in the file is wrong")
 
 
 def _skeleton(

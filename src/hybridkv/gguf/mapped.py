@@ -101,4 +101,4 @@ def _described(meta: Metadata) -> Iterator[None]:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         text = " ".join(str(error).split())[:300]
-        meta.fail(f"the metadata describes no model: {text}", hint="a number in the file is wrong")
+        meta.fail(f"the metadata is not a valid model config: {text}", hint="a number in the file is wrong")

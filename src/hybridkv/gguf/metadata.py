@@ -41,7 +41,7 @@ class Metadata:
         return name if name.startswith(_SHARED) else f"{self.header.architecture}.{name}"
 
     def has(self, name: str) -> bool:
-        """Whether the file has this key."""
+        """Check whether the file has this key."""
         return self.key(name) in self.header.metadata
 
     def value(self, name: str) -> Value | None:
@@ -159,7 +159,7 @@ class Metadata:
             self.expected(name, what)
 
     def is_array(self, name: str) -> bool:
-        """Whether a key holds an array of numbers."""
+        """Check whether a key holds an array of numbers."""
         return isinstance(self.header.metadata.get(self.key(name)), np.ndarray)
 
     def length(self, name: str) -> int:
@@ -168,7 +168,7 @@ class Metadata:
         return len(value) if isinstance(value, np.ndarray) else 0
 
     def has_tensor(self, name: str) -> bool:
-        """Whether the file has this tensor."""
+        """Check whether the file has this tensor."""
         return name in self._tensors
 
     def tensor(self, name: str) -> TensorInfo:

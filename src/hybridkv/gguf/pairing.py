@@ -56,7 +56,7 @@ class Pairing:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the parameter is one matrix that lies in the file as it is in the model."""
+        """True if the parameter is one matrix that lies in the file as it is in the model."""
         matrix = len(self.shape) == 2 and min(self.shape) > 1
         return matrix and len(self.names) == 1 and self.rows is None and self.cols is None and self.rule.values is None
 
@@ -108,7 +108,7 @@ def pair(
 
 
 def same_shape(one: Shape, two: Shape) -> bool:
-    """Whether two shapes are alike but for dimensions of one, which hold no numbers: files leave them out."""
+    """Compare two shapes without their dimensions of one, which files leave out."""
     return [dim for dim in one if dim > 1] == [dim for dim in two if dim > 1]
 
 

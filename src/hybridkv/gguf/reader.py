@@ -154,7 +154,9 @@ class _Walk:
         if self.size < 24:
             self.fail(f"{self.size} bytes are less than a GGUF header")
         if (magic := self.data[:4]) != MAGIC:
-            self.fail(f"starts with {magic!r}, not {MAGIC!r}", hint="this is not a GGUF file")
+            self.fail(
+                f"not a GGUF file: starts with {magic!r}, not {MAGIC!r}", hint="give a .gguf file or a model directory"
+            )
         version, n_tensors, n_keys = struct.unpack_from("<IQQ", self.data, 4)
         self.pos = 4
         if version not in VERSIONS:

@@ -71,7 +71,7 @@ def _read(path: Path) -> Header:
         if piece is None or not path.is_file():
             raise
         raise ModelFileError(
-            f"{path} is a piece of a file that was cut: {error.message}", hint=_how_to_join(piece)
+            f"{path} is one part of a split file: {error.message}", hint=_how_to_join(piece)
         ) from error
     if _is_joined(header):
         raise ModelFileError(
@@ -91,7 +91,7 @@ def _how_to_join(piece: re.Match[str]) -> str:
 
 
 def _is_joined(header: Header) -> bool:
-    """Whether what follows the last tensor, where it ends or at the next multiple of the alignment, is GGUF again."""
+    """Check whether GGUF begins again behind the last tensor, at its end or at the next multiple of the alignment."""
     end = max((info.offset + info.nbytes for info in header.tensors), default=header.file_bytes)
     if header.file_bytes - end < len(MAGIC):
         return False

@@ -32,7 +32,7 @@ _MULTIPLIED = frozenset(fmt.ggml_type for fmt in WEIGHTS.values())
 
 
 def is_multiplied(type_: GGMLQuantizationType) -> bool:
-    """Whether native products read rows of a tensor type."""
+    """Check whether native products read rows of a tensor type."""
     return int(type_) in _MULTIPLIED
 
 
@@ -81,7 +81,7 @@ class GgufSource:
         self._vectors: dict[str, Tensor] = {}
 
     def has(self, name: str) -> bool:
-        """Whether the file has this tensor."""
+        """Check whether the file has this tensor."""
         return name in self._infos
 
     def weight(self, name: str) -> Weight:
@@ -124,7 +124,7 @@ class GgufSource:
         return ((info.name, info.shape) for info in self._infos.values())
 
     def verify(self) -> None:
-        """Refuse to go on with files that have shrunk since they were mapped; called after every run over the weights.
+        """Refuse to use files that have shrunk since they were mapped; called after every run over the weights.
 
         Raises
         ------
@@ -140,7 +140,7 @@ class GgufSource:
     def populate_after_use(self) -> None:
         """Bring the files' pages into this process's tables after the first tokens: using them is faster then.
 
-        Not before: a short prompt needs few experts, and entering all pages holds up whoever enters those.
+        Not before: a short prompt needs few experts, and entering all pages delays the thread that needs those.
         """
         self._populates = True
 

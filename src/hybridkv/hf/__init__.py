@@ -1,6 +1,6 @@
 """hybridkv in Transformers: the cache, the attention function, and steps over Transformers' own models.
 
-Whoever asks for a name of the cache, the attention function or a step gets `attn_implementation="hybridkv"` registered
+Importing a name of the cache, the attention function or a step gets `attn_implementation="hybridkv"` registered
 through Transformers' own registries. Nothing here is imported where a model runs without Transformers.
 """
 

@@ -114,7 +114,7 @@ def attention_forward(
         raise ModelError(f"{type(module).__name__} asks for {asked}", hint="use attn_implementation='eager'")
     if getattr(module, "training", False) and torch.is_grad_enabled() and query.requires_grad:
         raise ModelError(
-            f"{type(module).__name__} is being trained; this attention has no gradient",
+            f"{type(module).__name__} is being trained; this attention has no backward pass",
             hint="call model.eval(), or train with attn_implementation='sdpa' and without a quantized cache",
         )
     n_rows = key.view.length if isinstance(key, LayerView) else key.shape[2]

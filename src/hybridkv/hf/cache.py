@@ -23,6 +23,7 @@ from hybridkv.hf.layers import EmptyLayer, QuantizedAndStateLayer, QuantizedLaye
 from hybridkv.hf.states import StateLayer
 from hybridkv.kernels import ENCODERS, KERNELS, Encoder, Kernel
 from hybridkv.model.facts import is_hybrid, kv_facts, layer_facts, takes_chunks
+from hybridkv.model.protocols import Config
 from hybridkv.policy import Guard, GuardMode, KVConfig, Policy, parse_mode, parse_override, parse_scale, read_config
 from hybridkv.runtime import LayerWatch, Notify
 from hybridkv.runtime.cache import LOG, watched_parts
@@ -58,7 +59,7 @@ class ModelCache(Cache, runtime.ModelCache):  # type: ignore[misc]
 
     def __init__(
         self,
-        config: Any,
+        config: Config,
         specs: Sequence[KVSpec],
         *,
         device: str = "cpu",
@@ -97,7 +98,7 @@ class ModelCache(Cache, runtime.ModelCache):  # type: ignore[misc]
         )
 
     def copy(self, *, n_ctx: int | None = None) -> Self:
-        """A cache that goes on from the same tokens on its own; see `hybridkv.runtime.ModelCache`."""
+        """A cache that continues from the same tokens independently; see `hybridkv.runtime.ModelCache`."""
         return self._with([layer.copy(n_ctx) for layer in self.layers])
 
     def empty(self, *, n_ctx: int | None = None) -> Self:
@@ -112,12 +113,12 @@ class ModelCache(Cache, runtime.ModelCache):  # type: ignore[misc]
 
     @property
     def is_linear(self) -> list[bool]:
-        """Which layers have a state and no KV cache."""
+        """Per layer, True if it has a state and no KV cache."""
         return [isinstance(layer, StateLayer) and not isinstance(layer, QuantizedLayer) for layer in self.layers]
 
     @property
     def is_dummy(self) -> list[bool]:
-        """Which layers remember nothing."""
+        """Per layer, True if it remembers nothing."""
         return [isinstance(layer, EmptyLayer) for layer in self.layers]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -140,7 +141,7 @@ class ModelCache(Cache, runtime.ModelCache):  # type: ignore[misc]
         return length, offset
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        """Whether a state layer (the last by default) has seen tokens; False if there is none."""
+        """Check whether a state layer (the last by default) has seen tokens; False if there is none."""
         if layer_idx is None and not self.stateful:
             return False
         return bool(super().has_previous_state(layer_idx, state_idx))
@@ -234,6 +235,8 @@ def quantized_cache(
         Tokens per sequence to reserve and not to exceed; None grows as needed.
     guard
         `check upgrade warn strict off`.
+    notify
+        Where fallbacks are reported; the log by default.
 
     Returns
     -------
@@ -314,7 +317,7 @@ def _policy(given: dict[str, Any]) -> Policy:
 def _configured(path: Path, given: dict[str, Any]) -> KVConfig:
     if given:
         raise UsageError(
-            f"config was given together with {', '.join(given)}, which the file says itself",
+            f"config was given together with {', '.join(given)}, which the file already sets",
             hint=f"leave {', '.join(given)} out, or change the file",
         )
     return read_config(path)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from hybridkv.held import Place, Shape, StoredTensor
 from hybridkv.hf.load import RemoteCode, build_empty, stored_types
+from hybridkv.model.protocols import Config
 
 
-def stored_tensors(directory: Path, config: Any, *, remote_code: RemoteCode = "refused") -> tuple[StoredTensor, ...]:
+def stored_tensors(directory: Path, config: Config, *, remote_code: RemoteCode = "refused") -> tuple[StoredTensor, ...]:
     """Return the weights that a model of this config has, tied ones once.
 
     Without files beside the config, what it says of their type is believed.

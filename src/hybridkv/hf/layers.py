@@ -78,7 +78,7 @@ class QuantizedLayer(WatchedRows, CacheLayerMixin):  # type: ignore[misc]
 
     @property
     def is_croppable(self) -> bool:
-        """Whether the newest tokens can be dropped."""
+        """True if the newest tokens can be dropped."""
         return self.store.can_crop
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -177,7 +177,7 @@ class QuantizedAndStateLayer(StateLayer, QuantizedLayer):
         QuantizedLayer.batch_select_indices(self, indices)
 
     def copy(self, n_ctx: int | None) -> Self:
-        """A layer that goes on from the same tokens on its own."""
+        """A layer that continues from the same tokens independently."""
         twin = StateLayer.copy(self, n_ctx)
         twin.store, twin.watch = self.store.copy(n_ctx), replace(self.watch)
         return twin

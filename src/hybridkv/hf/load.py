@@ -21,6 +21,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoT
 
 from hybridkv.errors import ModelError, ModelFileError
 from hybridkv.hf.ranks import check_packages, check_plan, parameters_of_rank, share
+from hybridkv.model.protocols import Config
 
 RemoteCode = Literal["refused", "trusted"]
 """Whether Python code in a model directory may run."""
@@ -98,7 +99,7 @@ def load_weights(
     ModelFileError
         If the weights are missing, damaged, or not safetensors.
     ModelError
-        If weights that the model needs are not in the files, or it cannot be cut for several ranks.
+        If weights that the model needs are not in the files, or it cannot be sharded over several ranks.
     """
     from hybridkv.hf.attention import register  # imports Transformers' models, which a plan does not need
 
@@ -132,7 +133,7 @@ def load_weights(
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         hint = "a file is missing or damaged, or config.json is of another model"
         if n_ranks > 1:
-            hint += f"; or it cannot be cut for {n_ranks} ranks: try another number, or one process"
+            hint += f"; or it cannot be sharded over {n_ranks} ranks: try another number, or one process"
         raise ModelFileError(f"the weights in {directory} cannot be loaded: {_one_line(error)}", hint=hint) from error
     mismatched = [f"{name} {list(found)} for {list(asked)}" for name, found, asked in report["mismatched_keys"]]
     for problem, names in (("are missing", report["missing_keys"]), ("have another shape", mismatched)):
@@ -140,21 +141,21 @@ def load_weights(
             named = ", ".join(sorted(names)[:5]) + (" ..." if len(names) > 5 else "")
             raise ModelError(
                 f"{len(names)} tensors {problem} in {directory}: {named}",
-                hint="the config and the weights do not belong together",
+                hint="config.json and the weights are of different models",
             )
     if bare and replace is not None:
         model = _widened(model, dtype, attn_implementation, replace)
     return (model if spread else model.to(device)).eval()  # a rank's part is where it belongs
 
 
-def widens(directory: Path, config: Any, *, remote_code: RemoteCode = "refused") -> bool:
-    """Whether a directory is loaded as bfloat16 and its parameters replaced one by one: if it holds nothing else."""
+def widens(directory: Path, config: Config, *, remote_code: RemoteCode = "refused") -> bool:
+    """Check whether a directory holds nothing but bfloat16, and so is loaded with parameters replaced one by one."""
     quantized = getattr(config, "quantization_config", None) is not None
     return not quantized and remote_code == "refused" and set(stored_types(directory)) == {"BF16"}
 
 
 def stored_types(directory: Path) -> Counter[str]:
-    """How many numbers of each type a directory's files have; none without files that can be read."""
+    """Count a directory's numbers by type; none without files that can be read."""
     counts: Counter[str] = Counter()
     for path in sorted(directory.glob("*.safetensors")):
         try:
@@ -265,7 +266,7 @@ def _entry(file: Path, key: str) -> Any:
     return content.get(key) if isinstance(content, dict) else None
 
 
-def build_empty(config: Any, *, remote_code: RemoteCode = "refused") -> Any:
+def build_empty(config: Config, *, remote_code: RemoteCode = "refused") -> Any:
     """A model of this config without memory: all its tensors are on the meta device.
 
     Raises
@@ -282,7 +283,7 @@ def build_empty(config: Any, *, remote_code: RemoteCode = "refused") -> Any:
         raise _no_model(config, error) from error
 
 
-def count_parameters(config: Any, *, remote_code: RemoteCode = "refused", n_ranks: int = 1) -> int:
+def count_parameters(config: Config, *, remote_code: RemoteCode = "refused", n_ranks: int = 1) -> int:
     """Weights of a model with this config, tied ones once, or of one of several ranks. Builds it without memory.
 
     Raises
@@ -294,9 +295,9 @@ def count_parameters(config: Any, *, remote_code: RemoteCode = "refused", n_rank
     return sum(p.numel() for p in model.parameters()) if n_ranks == 1 else parameters_of_rank(model, n_ranks)
 
 
-def _no_model(config: Any, error: BaseException) -> ModelError:
+def _no_model(config: Config, error: BaseException) -> ModelError:
     return ModelError(
-        f"the config of {config.model_type!r} describes no model: {_one_line(error)}",
+        f"the config of {config.model_type!r} is not a valid model config: {_one_line(error)}",
         hint="a number in config.json is wrong or missing",
     )
 

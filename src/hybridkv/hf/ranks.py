@@ -1,6 +1,6 @@
 """Tensor parallelism: what one rank of a model holds that Transformers has spread over several processes.
 
-Transformers' own plans say which projections are cut; `hybridkv.model.ranks` says what follows for the cache.
+Transformers' own plans say which projections are sharded; `hybridkv.model.ranks` says what follows for the cache.
 
 Processes are torchrun's: it says in the environment how many there are.
 """
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridkv.errors import ModelError, UsageError
+from hybridkv.model.protocols import Config
 from hybridkv.model.ranks import ranks_of
 
 _FIRST_DIM = {"colwise", "colwise_gather_output", "colwise_rep", "packed_colwise", "embedding_rowwise"}
@@ -31,19 +32,19 @@ def n_ranks() -> int:
 
 
 def rank() -> int:
-    """Which of them this one is."""
+    """Number of this rank."""
     return int(os.environ["RANK"]) if n_ranks() > 1 else 0
 
 
 def local_rank() -> int:
-    """Which of those of this machine: its accelerator's number."""
+    """Number of this rank on its machine, and so of its accelerator."""
     return int(os.environ["LOCAL_RANK"]) if n_ranks() > 1 else 0
 
 
 def leave(code: int = 0) -> int:
     """End what ranks talk through, once all of them are done, and on several ranks this process with `code`.
 
-    Threads of torch's go on for as long as anything refers to a group, as a model's device mesh does. One that lets go
+    torch's threads run for as long as anything refers to a group, as a model's device mesh does. One that lets go
     of a tensor while the interpreter is taken down is ended in the middle of it, and the process with it, by SIGABRT.
     So a rank whose work is done does not take the interpreter down: what stands in `atexit` is not called.
 
@@ -62,8 +63,8 @@ def leave(code: int = 0) -> int:
     return code
 
 
-def check_plan(config: Any) -> None:
-    """Refuse a model that Transformers cannot cut.
+def check_plan(config: Config) -> None:
+    """Refuse a model that Transformers cannot shard.
 
     Raises
     ------
@@ -79,7 +80,7 @@ def check_plan(config: Any) -> None:
 
 
 def check_packages() -> None:
-    """Refuse to load without what Transformers places cut weights with.
+    """Refuse to load without the package with which Transformers places sharded weights.
 
     Raises
     ------
@@ -94,14 +95,14 @@ def check_packages() -> None:
 
 
 def share(n: int) -> Any:
-    """What `from_pretrained` takes as `distributed_config` to cut a model over `n` ranks."""
+    """Build the `distributed_config` with which `from_pretrained` shards a model over `n` ranks."""
     from transformers.distributed import DistributedConfig
 
     return DistributedConfig(tp_size=n)
 
 
 def same_everywhere(tokens: Tensor, model: Any) -> Tensor:
-    """The tokens that rank 0 has drawn, int64 `[B]`: what ranks go on from must not depend on a last bit of theirs."""
+    """The tokens that rank 0 has drawn, int64 `[B]`: ranks must not continue from their own last bits."""
     if ranks_of(model.config) == 1:
         return tokens
     shared = tokens.to(next(model.parameters()).device)

@@ -128,7 +128,7 @@ class StateLayer(States, LinearAttentionLayer):  # type: ignore[misc]
         self.record_past = True
 
     def can_drop(self, n_tokens: int) -> bool:
-        """Whether the newest tokens can be dropped: a convolution's if their inputs and those before are still held."""
+        """Check whether the newest tokens can be dropped: a convolution's while their inputs are still held."""
         if not n_tokens:
             return True
         return self.is_croppable and all(
@@ -160,7 +160,7 @@ class StateLayer(States, LinearAttentionLayer):  # type: ignore[misc]
 
     @property
     def is_croppable(self) -> bool:
-        """Whether a few tokens can be dropped: of convolutions alone, while their inputs are kept."""
+        """True if a few tokens can be dropped: of convolutions alone, while their inputs are kept."""
         return self._records and all(state is None for state in self.recurrent_states.values())
 
     @property
@@ -168,7 +168,7 @@ class StateLayer(States, LinearAttentionLayer):  # type: ignore[misc]
         return bool(getattr(self, "record_past", False))  # before Transformers 5.23, nothing is ever kept
 
     def load(self, states: Sequence[StoredState]) -> None:
-        """Go on from copies of states."""
+        """Resume from copies of states."""
         States.load(self, states)
         for index, state in enumerate(states):
             if state.conv is not None:

@@ -48,7 +48,6 @@ def store(
     *,
     rotated: bool = False,
     center: Tensor | None = None,
-    blocks: Tensor | None = None,
 ) -> None:
     """Rotate new rows, take a center off, encode them, and store them: one kernel where the encoder has one.
 
@@ -57,25 +56,23 @@ def store(
     x
         Any float dtype, `[B, Hkv, T, D]`, any strides, not rotated.
     planes
-        uint8 `[B, Hkv, capacity, plane bytes]` each, or with `blocks` `[blocks in all, Hkv, R, plane bytes]`.
+        uint8 `[B, Hkv, capacity, plane bytes]` each.
     row
         Where the first of the T rows goes: an int, or int32 `[B]` on the device, one per sequence.
     rotated
         Whether the rows are stored rotated.
     center
         float32 `[B, Hkv, D]`, rotated if the rows are, that is subtracted after the rotation; or None.
-    blocks
-        Block table, as in `Segment`; or None.
 
     Raises
     ------
     NoKernelError
-        If this encoder knows neither rows on the device nor block tables, and is given some.
+        If this encoder knows no rows on the device, and is given some.
     """
     if encoder.store is not None:
-        encoder.store(x, fmt, scale, planes, row, rotated=rotated, center=center, blocks=blocks)
+        encoder.store(x, fmt, scale, planes, row, rotated=rotated, center=center)
         return
-    if not isinstance(row, int) or blocks is not None:
+    if not isinstance(row, int):
         raise NoKernelError(
             f"{encoder.name} stores rows by number, not by tensors on the device",
             hint="on a CUDA device with triton installed, cuda-triton does",

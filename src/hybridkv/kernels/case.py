@@ -17,7 +17,7 @@ from hybridkv.formats import KVFormat
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
-DEVICE_ROWS_REFUSAL = "reads row numbers from the host, not from the device, and no block tables"
+DEVICE_ROWS_REFUSAL = "reads row numbers from the host, not from the device"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,6 @@ class AttentionCase:
         Whether the layer attends a sliding window, caps its scores, or has sink logits.
     device_rows
         Whether the numbers of rows are read on the device, from tensors (`Segment.lengths`, `Segment.starts`).
-    paged
-        Whether rows lie in blocks that a table names (`Segment.blocks`).
     """
 
     device: str
@@ -55,10 +53,9 @@ class AttentionCase:
     softcap: bool = False
     sinks: bool = False
     device_rows: bool = False
-    paged: bool = False
 
     def __str__(self) -> str:
-        names = {"window": "window", "softcap": "softcap", "sinks": "sinks", "paged": "paged"}
+        names = {"window": "window", "softcap": "softcap", "sinks": "sinks"}
         names["device_rows"] = "row numbers on the device"
         extras = "".join(f", {text}" for name, text in names.items() if getattr(self, name))
         dims = f"{self.head_dim_k}" if self.head_dim_k == self.head_dim_v else f"{self.head_dim_k}/{self.head_dim_v}"
@@ -73,7 +70,7 @@ class Segment:
     """Consecutive stored rows of one format. Holds the cache's own memory, not a copy.
 
     The first two numbers below are the host's. A captured graph replays with the numbers of its capture, and a batch
-    may hold sequences of different lengths; both read the last three, which are tensors on the device. A kernel that
+    may hold sequences of different lengths; both read the last two, which are tensors on the device. A kernel that
     does not know these refuses the case, and calls `require_host_rows`.
 
     Attributes
@@ -93,10 +90,6 @@ class Segment:
         only bounds them.
     starts
         int32 `[B]` on the device, or None. The first row of sequence b is then `start + starts[b]`.
-    blocks
-        int32 `[B, n]` on the device, or None. Row r of sequence b then lies in block `blocks[b, r // R]` at row
-        `r % R`, and the planes are `[blocks in all, Hkv, R, plane bytes]`, shared by the sequences. R is a power of
-        two, 16 or more. Entries of rows that are not valid may hold anything.
     """
 
     k: tuple[Tensor, ...]
@@ -108,7 +101,6 @@ class Segment:
     center: Tensor | None = None
     lengths: Tensor | None = None
     starts: Tensor | None = None
-    blocks: Tensor | None = None
 
     @property
     def memory(self) -> tuple[Tensor, ...]:
@@ -148,28 +140,23 @@ class KVView:
 
     @property
     def device_rows(self) -> bool:
-        """Whether a number of rows is on the device."""
+        """True if a number of rows is on the device."""
         return any(s.lengths is not None or s.starts is not None for s in self.segments)
-
-    @property
-    def paged(self) -> bool:
-        """Whether rows lie in blocks that a table names."""
-        return any(segment.blocks is not None for segment in self.segments)
 
 
 def require_host_rows(segments: Sequence[Segment], reader: str) -> None:
-    """For a kernel that knows neither numbers on the device nor block tables.
+    """For a kernel that reads no numbers on the device.
 
     Raises
     ------
     NoKernelError
         If a segment has one of them.
     """
-    for name in ("lengths", "starts", "blocks"):
+    for name in ("lengths", "starts"):
         if any(getattr(segment, name) is not None for segment in segments):
             raise NoKernelError(
                 f"{reader} was given stored rows with `{name}` on the device, which it does not read",
-                hint="choose the kernel by a case that says so: AttentionCase(device_rows=..., paged=...)",
+                hint="choose the kernel by a case that says so: AttentionCase(device_rows=True)",
             )
 
 

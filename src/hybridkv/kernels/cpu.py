@@ -47,7 +47,7 @@ def _rejects(case: AttentionCase) -> str | None:
         return f"runs on cpu, not on {case.device}"
     if (missing := cpu_native.available()) is not None:
         return missing
-    if case.device_rows or case.paged:
+    if case.device_rows:
         return DEVICE_ROWS_REFUSAL
     for type_name, head_dim in ((case.type_k, case.head_dim_k), (case.type_v, case.head_dim_v)):
         if reason := _rejects_rows("cpu", FORMATS[type_name], head_dim):
@@ -62,6 +62,8 @@ def _rejects_rows(device: str, fmt: KVFormat, head_dim: int) -> str | None:
         return missing
     if head_dim > MAX_HEAD_DIM:
         return f"head dim {head_dim} is above {MAX_HEAD_DIM}"
+    if fmt.name not in cpu_native.formats():
+        return f"the extension reads no {fmt.name}"
     return fmt.rejects(head_dim)
 
 

@@ -33,11 +33,17 @@ def _extension() -> ModuleType | ImportError:
 
 
 def available() -> str | None:
-    """Why the native kernels cannot run; None if they can."""
+    """Explain why the native kernels cannot run; None if they can."""
     module = _extension()
     if isinstance(module, ImportError):
         return f"the extension hybridkv._cpu is not built ({module})"
     return None
+
+
+@cache
+def formats() -> frozenset[str]:
+    """Names of the KV formats that the extension was built with."""
+    return frozenset(_native().FORMATS)
 
 
 def isa() -> Isa:
@@ -126,14 +132,13 @@ def attend(
     window: int | None = None,
     mask: Tensor | None = None,
     causal: bool = True,
-    seq_start: Tensor | None = None,
     n_threads: int | None = None,
     on_scratch: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Attention over the S stored rows of all segments.
 
     Query t stands at row S - T + t and sees the rows up to its own (all of them with causal=False), of those the
-    last `window`, from `seq_start` of its sequence on, where `mask` is True. A query that sees no row gives zeros.
+    last `window`, where `mask` is True. A query that sees no row gives zeros.
 
     Parameters
     ----------
@@ -145,8 +150,6 @@ def attend(
         float32 [Hq]: a logit per head that joins the softmax and carries no value.
     mask
         bool [B or 1, Hq or 1, T, S], True where a query attends.
-    seq_start
-        int32 [B]: first valid row of each sequence, counted over all segments (left padding).
     n_threads
         None for torch's number.
     on_scratch
@@ -168,8 +171,6 @@ def attend(
         q = q.float().contiguous()
     sinks = None if sinks is None else sinks.float().contiguous()
     assert sinks is None or sinks.shape == (n_heads,), sinks
-    seq_start = None if seq_start is None else seq_start.to(torch.int32).contiguous()
-    assert seq_start is None or seq_start.shape == (n_batch,), seq_start
     mask_strides = (0, 0, 0)
     if mask is not None:
         assert mask.dtype == torch.bool, mask.dtype
@@ -195,7 +196,6 @@ def attend(
         0 if mask is None else mask.data_ptr(),
         mask_strides,
         causal,
-        0 if seq_start is None else seq_start.data_ptr(),
         out.data_ptr(),
         n_threads or native_threads(),
     )
@@ -205,7 +205,7 @@ def attend(
 
 
 def probe(kind: Literal["read", "float", "integer"], n_threads: int, data: Tensor | None = None) -> float:
-    """What the machine does at best: bytes read of `data` per second, or multiply-adds per second.
+    """Measure this machine's ceilings: bytes read of `data` per second, or multiply-adds per second.
 
     `float` multiplies float32, `integer` what the kernels take for codes: int8 tiles with AMX, int16 pairs elsewhere.
     """

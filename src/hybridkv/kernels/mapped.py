@@ -31,11 +31,11 @@ class WatchedMap:
 
     @property
     def is_damaged(self) -> bool:
-        """Whether pages were gone when they were read: what was computed from them is wrong."""
+        """True if pages were gone when they were read: what was computed from them is wrong."""
         return bool(self._map >= 0 and _native().is_damaged(self._map))
 
     def verify(self) -> None:
-        """Refuse to go on with a file that has shrunk since it was mapped.
+        """Refuse to use a file that has shrunk since it was mapped.
 
         Raises
         ------

@@ -137,7 +137,7 @@ def write(x: Tensor, fmt: KVFormat, scale: Scale | None, planes: Sequence[Tensor
 
 
 def _rejects(case: AttentionCase) -> str | None:
-    if case.device_rows or case.paged:
+    if case.device_rows:
         return DEVICE_ROWS_REFUSAL
     return FORMATS[case.type_k].rejects(case.head_dim_k) or FORMATS[case.type_v].rejects(case.head_dim_v)
 

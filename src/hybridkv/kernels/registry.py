@@ -33,7 +33,6 @@ class Store(Protocol):
         *,
         rotated: bool,
         center: Tensor | None,
-        blocks: Tensor | None,
     ) -> None:
         """Store x."""
 
@@ -76,7 +75,7 @@ class Encoder:
         `(x, format, scale rule, planes, row)`: encode x `[B, Hkv, T, D]`, any float dtype, into rows
         `[row, row + T)` of the planes.
     store
-        Does all that `hybridkv.kernels.store` asks by itself, row numbers on the device and block tables included; None
+        Does all that `hybridkv.kernels.store` asks by itself, row numbers on the device included; None
         if `write` is all there is.
     """
 

@@ -113,7 +113,7 @@ class StepProgram:
 
     A run works on the first B * T rows; row `b * T + t` is token t of sequence b. All buffers have the same number
     of rows, the most that a run may have. Sequences of one cache run together; those of separate caches too, one token
-    of each or several, and every token gets the bits that it gets in a run of its own.
+    of each or several, and every token is batch-invariant: it has the same bits alone.
     """
 
     def __init__(self) -> None:
@@ -452,7 +452,7 @@ class StepProgram:
 
 
 def delta_rejects(head_dim_k: int, head_dim_v: int) -> str | None:
-    """Why the native gated delta rule cannot run these head dims; None if it can."""
+    """Explain why the native gated delta rule cannot run these head dims; None if it can."""
     if head_dim_k % 2 or head_dim_v % 16:
         return f"gated delta rule of key dim {head_dim_k} and value dim {head_dim_v}: multiples of 2 and 16 are needed"
     return None

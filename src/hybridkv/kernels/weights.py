@@ -96,7 +96,7 @@ class Weight:
 
 
 def rejects(fmt: WeightFormat, n_in: int) -> str | None:
-    """Why no native product takes rows of `n_in` inputs in this type; None if one does."""
+    """Explain why no native product takes rows of `n_in` inputs in this type; None if one does."""
     return available() or fmt.rejects(n_in)
 
 

@@ -87,7 +87,7 @@ class Case:
 
     @property
     def scaling(self) -> float | None:
-        """How many times faster than one thread."""
+        """Speed over that of one thread."""
         return None if self.one_thread_ms is None else self.one_thread_ms / self.time.median_ms
 
     @property

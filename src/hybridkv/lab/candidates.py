@@ -46,7 +46,7 @@ class Candidate:
 
 
 def rotation(types: KVTypes) -> Rotation:
-    """Which sides are rotated."""
+    """Rotated sides."""
     return ROTATIONS[types.rotate_k + 2 * types.rotate_v]
 
 

@@ -127,7 +127,7 @@ class Gate:
 
     @property
     def passed(self) -> bool:
-        """Whether the logits agree; a NaN does not."""
+        """True if the logits agree; a NaN does not."""
         return self.difference <= self.limit
 
 
@@ -173,7 +173,7 @@ class DecodeReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every type was stored as asked and every gate passed."""
+        """True if every type was stored as asked and every gate passed."""
         return not self.fallbacks and all(gate.passed for gate in self.gates)
 
 

@@ -1,8 +1,8 @@
 """Run candidates over the same tokens as a reference, side by side, and keep what they differ by.
 
-All caches are alive at once and see the text piece by piece: the reference's logits of a piece are compared with every
+All caches are alive at once and see the text chunk by chunk: the reference's logits of a chunk are compared with every
 candidate's and dropped, so that memory is bounded at any vocabulary and length, no logits are written anywhere, and an
-interrupted run has the same tokens of all. `prefill` gives a piece at once, `decode` token by token, as generation
+interrupted run has the same tokens of all. `prefill` gives a chunk at once, `decode` token by token, as generation
 does.
 """
 
@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from hybridkv.engine.caches import new_cache
 from hybridkv.errors import GuardError
 from hybridkv.lab.candidates import Candidate
 from hybridkv.lab.measure import Expected, Trace
+from hybridkv.model.protocols import LanguageModel
 from hybridkv.policy import Guard
 from hybridkv.runtime import ModelCache, Step
 
@@ -29,9 +30,9 @@ Mode = Literal["prefill", "decode"]
 MODES: tuple[Mode, ...] = ("prefill", "decode")
 
 PIECE = 512
-"""Most tokens of a piece."""
+"""Most tokens of a chunk."""
 
-LOGITS_BYTES = 64 << 20  # of a piece, float32: fewer tokens where the vocabulary is large
+LOGITS_BYTES = 64 << 20  # of a chunk, float32: fewer tokens where the vocabulary is large
 _LAYER_TOKENS = 1024  # over which the layers' errors are measured
 
 
@@ -69,7 +70,7 @@ class Evaluator:
         Tokens of a window.
     """
 
-    def __init__(self, model: Any, step: Step, facts: Sequence[AttentionFacts], n_ctx: int) -> None:
+    def __init__(self, model: LanguageModel, step: Step, facts: Sequence[AttentionFacts], n_ctx: int) -> None:
         self._model = model
         self._step = step
         self.facts = facts
@@ -86,7 +87,7 @@ class Evaluator:
         return new_cache(self._model, specs, n_ctx=self._n_ctx, guard=guard)
 
     def run(self, window: Tensor, candidates: Sequence[Candidate], mode: Mode) -> Iterator[dict[str, Trace]]:
-        """Process a window, int64 `[n_ctx + 1]`, piece by piece; yields each candidate's trace of a piece.
+        """Process a window, int64 `[n_ctx + 1]`, chunk by chunk; yields each candidate's trace of a chunk.
 
         The first candidate is the reference.
         """
@@ -105,7 +106,7 @@ class Evaluator:
 
     @torch.inference_mode()
     def _warm_up(self, window: Tensor, candidate: Candidate) -> None:
-        """Run a piece for nothing, so that the first candidate's speed is not that of cold buffers."""
+        """Run a chunk as warm-up, so that the first candidate's speed is not that of cold buffers."""
         if not self.speeds:
             self._step.logits(window[:-1][: self.piece].unsqueeze(0), self.cache(candidate), 0)
 
@@ -133,7 +134,7 @@ class Evaluator:
         return torch.stack(steps, dim=1)
 
     def _otherwise(self, cache: ModelCache, tokens: Tensor, position: int, mode: Mode) -> Tensor:
-        """The same logits by other kernels or in other pieces: what differs is the arithmetic alone."""
+        """The same logits by other kernels or in other chunks: what differs is the arithmetic alone."""
         if mode == "decode":
             return self._step.logits(tokens, cache, position)
         parts = []

@@ -1,4 +1,4 @@
-"""The numbers of a run on disk, so that an interrupted one goes on and a later one adds candidates.
+"""The numbers of a run on disk, so that an interrupted one continues and a later one adds candidates.
 
 One `.npz` file beside the results: arrays per candidate, window and measure, and what the run was. Written whole and
 put in place at once.
@@ -72,7 +72,7 @@ class Journal:
         self._traces[label, window] = trace
 
     def holds(self, label: str, window: int, n_tokens: int) -> bool:
-        """Whether the whole window is there."""
+        """Check whether the whole window is there."""
         trace = self._traces.get((label, window))
         return trace is not None and trace.n == n_tokens
 

@@ -82,7 +82,7 @@ class Expected:
 
     @torch.inference_mode()
     def compare(self, logits: Tensor) -> Trace:
-        """What a candidate's logits, float32 `[T, V]`, differ by."""
+        """Measure the differences of a candidate's logits, float32 `[T, V]`."""
         log_q = logits.double().log_softmax(-1)
         p, q = (x.gather(1, self._index).squeeze(1) for x in (self._log_p, log_q))
         # A token of no probability adds nothing, whatever the candidate says of it: 0 * inf would be NaN.

@@ -193,7 +193,7 @@ def layers(results: Sequence[Result], width: int) -> str | None:
 
 
 def histogram(results: Sequence[Result], width: int) -> str | None:
-    """How the KLD of single predictions is spread, a ridge for each candidate; None where nothing was counted."""
+    """Draw how the KLD of single predictions is spread, a ridge for each candidate; None where nothing was counted."""
     drawn = [r for r in candidates(results) if sum(n for _, n in r.histogram)]
     if not drawn:
         return None
@@ -240,12 +240,12 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _seen(value: float) -> bool:
-    """Whether a logarithmic axis has a place for it."""
+    """Check whether a logarithmic axis has a place for it."""
     return 0 < value < math.inf
 
 
 def _least(values: Any) -> float:
-    """Where a value of 0 is drawn: a little under the least that is more."""
+    """Choose where a value of 0 is drawn: a little under the smallest positive one."""
     return min((v for v in values if _seen(v)), default=1e-9) / 2
 
 
@@ -356,7 +356,7 @@ def _strokes(axes: Axes) -> list[Box]:
 
 
 def _covered(place: Box, taken: Sequence[Box], frame: Box) -> float:
-    """What a label would cover of others, square pixels; a pixel outside the frame counts as ten."""
+    """Measure what a label would cover of others, square pixels; a pixel outside the frame counts as ten."""
     left, low, right, high = place
     x0, y0, x1, y1 = frame
     outside = max(0.0, x0 - left) + max(0.0, right - x1) + max(0.0, y0 - low) + max(0.0, high - y1)

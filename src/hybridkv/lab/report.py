@@ -38,7 +38,7 @@ def write_report(conditions: Conditions, results: Sequence[Result], directory: P
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"no directory can be at {directory}", hint="-o takes a directory") from error
+        raise UsageError(f"cannot create directory {directory}", hint="-o takes a directory") from error
     written = directory / f"{stem}.md", directory / f"{stem}.html"
     write_text(written[0], markdown(conditions, results))
     write_text(written[1], page(conditions, results))
@@ -150,7 +150,7 @@ def _facts(c: Conditions) -> tuple[tuple[str, str], ...]:
 
 
 def _remarks(c: Conditions, results: Sequence[Result]) -> tuple[str, ...]:
-    """What a reader must know before any number."""
+    """Write what a reader must know before any number."""
     broken = [r.label for r in results if r.n_non_finite]
     return (
         *(() if c.complete else ("The run was stopped early: the figures are of what was measured until then.",)),

@@ -88,7 +88,7 @@ class Run:
         return True
 
     def windows(self, tick: Tick) -> None:
-        """Run what is missing of the windows alone. Whoever interrupts it finds what was done in the journal."""
+        """Run what is missing of the windows alone. An interrupted run leaves its results in the journal."""
         for index in range(len(self._corpus.windows)):
             self._window(index, tick)
 
@@ -99,7 +99,7 @@ class Run:
         return self._extras[candidate.label]
 
     def results(self, facts: Sequence[AttentionFacts], snippet: Callable[[int, int], str]) -> list[Result]:
-        """What is known of each candidate; `snippet` gives the text at a window and position."""
+        """Summarize what is known of each candidate; `snippet` gives the text at a window and position."""
         found = []
         for candidate in self._candidates:
             trace = self._journal.trace(candidate.label)
@@ -124,7 +124,7 @@ class Run:
             for traces in self._evaluator.run(self._corpus.windows[index], candidates, self._mode):
                 pieces.append(traces)
                 tick(sum(trace.n for trace in traces.values()))
-        finally:  # of an interrupted window, the pieces that all candidates have seen
+        finally:  # of an interrupted window, the chunks that all candidates have seen
             for candidate in candidates if pieces else ():
                 trace = measure.join([piece[candidate.label] for piece in pieces])
                 self._journal.put(candidate.label, index, trace)

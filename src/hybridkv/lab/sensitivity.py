@@ -1,7 +1,7 @@
-"""How much a model minds each type in each KV layer: one layer and side at a time, everything else as the reference.
+"""Sensitivity of a model to each type in each KV layer: one layer and side at a time, everything else as the reference.
 
 Owns the measuring of `hybridkv tune`, on two parts of a text that share no token: what is chosen by on one, what is
-claimed on the other. Every number is kept in a journal, so that an interrupted run goes on. Chooses nothing.
+claimed on the other. Every number is kept in a journal, so that an interrupted run continues. Chooses nothing.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class Sensitivities:
     layers: tuple[Mapping[tuple[Side, str], float], ...]
 
     def loss(self, layer: int, pair: Pair) -> float:
-        """What a pair of types adds in the KV layer of that index."""
+        """Return the divergence that a pair of types adds in the KV layer of that index."""
         return sum(self.layers[layer][side, name] for side, name in zip(SIDES, pair, strict=True))
 
     def predicted(self, pairs: Sequence[Pair]) -> float:

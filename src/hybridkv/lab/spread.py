@@ -2,7 +2,7 @@
 
 A task holds a model and two caches, whatever the number of candidates. The reference is run again in every task: its
 logits are far too large to be handed around (at 8192 tokens and 152 000 words, 5 GB a window). What a task finds is put
-into the same journal as without Ray, so that either kind of run goes on from the other; figures are equal to the last
+into the same journal as without Ray, so that either kind of run resumes from the other; figures are equal to the last
 digit where the number of threads is.
 
 Owns the tasks; `hybridkv.cli.eval_ray` starts Ray and says how a task comes to its model.
@@ -161,7 +161,7 @@ class _Unwritten(Journal):
         self._label, self._wanted = label, wanted
 
     def holds(self, label: str, window: int, n_tokens: int) -> bool:
-        """Whether a window need not be run: for the reference's own sake, none."""
+        """Check whether a window need not be run: for the reference's own sake, none."""
         del n_tokens
         return label != self._label or window not in self._wanted
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 ROUNDS = 5
 _LONG_S = 0.05  # a call of this length warms itself up
 _MOST_CALLS = 2000
-_PAUSE_S = 0.002  # idle threads of another library go on spinning for about this long
+_PAUSE_S = 0.002  # idle threads of another library continue spinning for about this long
 
 
 @dataclass(frozen=True, slots=True)

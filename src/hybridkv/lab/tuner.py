@@ -52,7 +52,7 @@ class Goal:
     n_ctx: int
 
     def cost(self, spec: KVSpec) -> int:
-        """What a layer costs: bytes per token for `bits`, else bytes at `n_ctx` tokens."""
+        """Count a layer's cost: bytes per token for `bits`, else bytes at `n_ctx` tokens."""
         return spec.bytes_per_token if self.kind == "bits" else spec.bytes_at(self.n_ctx)
 
     def check(self, facts: Sequence[AttentionFacts], storage: Storage, types: Sequence[str]) -> None:
@@ -192,9 +192,7 @@ class Tuner:
                 raise UsageError("no types that give finite numbers are within the limit", hint="give more")
             (tuned,) = self._held_out([self._improved(found, budget, n_rounds)])
         if not math.isfinite(tuned.loss) and not self._ranked_uniform(budget):
-            raise UsageError(
-                "what was found gives numbers that are not finite", hint="allow more, or add larger --types"
-            )
+            raise UsageError("the types found give non-finite values", hint="allow more, or add larger --types")
         rivals = [pairs for pairs in self._ranked_uniform(budget) if pairs != tuned.pairs][:N_UNIFORM]
         return _outcome(tuned, sorted(self._held_out(rivals), key=lambda m: m.loss), self._goal)
 

@@ -1,7 +1,7 @@
 """A model as data: records of what its layers compute, and where their weights come from.
 
 Owns the records (`layers.py`), one function a family that writes them from a config (`families/`), and the protocol
-of whoever holds the weights (`source.py`). Names and conventions are GGUF's. Knows no backend and no file format.
+of a source of weights (`source.py`). Names and conventions are GGUF's. Knows no backend and no file format.
 """
 
 from hybridkv.model.facts import is_hybrid, kv_facts, layer_facts, takes_chunks, vocabulary_rows
@@ -27,6 +27,7 @@ from hybridkv.model.layers import (
     Shared,
     ShortConv,
 )
+from hybridkv.model.protocols import Config, LanguageModel
 from hybridkv.model.source import Source
 
 __all__ = [
@@ -36,10 +37,12 @@ __all__ = [
     "Block",
     "Branch",
     "Choice",
+    "Config",
     "DeltaNet",
     "Experts",
     "FeedForward",
     "Gated",
+    "LanguageModel",
     "Mamba1",
     "Mamba2",
     "Mixer",

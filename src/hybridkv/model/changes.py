@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from hybridkv.errors import UsageError
+from hybridkv.model.protocols import Config
 
 Scaling = Literal["none", "linear", "yarn"]
 
@@ -44,7 +45,7 @@ class RopeChanges:
     beta_slow: float | None = None
 
     def __bool__(self) -> bool:
-        """Whether anything is changed."""
+        """Check whether anything is changed."""
         return any(getattr(self, one.name) is not None for one in fields(self))
 
 
@@ -64,14 +65,14 @@ class ModelChanges:
     keys: Mapping[str, int | float | bool | str] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        """Whether anything is changed."""
+        """Check whether anything is changed."""
         return bool(self.rope) or bool(self.keys)
 
 
 NO_CHANGES = ModelChanges()
 
 
-def change_rope(config: Any, rope: RopeChanges) -> None:
+def change_rope(config: Config, rope: RopeChanges) -> None:
     """Change a config's RoPE in place, as the options ask for it.
 
     Layers of a sliding window keep theirs where a model has two kinds, as in llama.cpp.

@@ -12,6 +12,7 @@ from typing import Any
 
 from hybridkv.cache import AttentionFacts, LayerFacts, StateFacts
 from hybridkv.errors import ModelError
+from hybridkv.model.protocols import Config
 from hybridkv.model.ranks import facts_of_rank, ranks_of
 
 _KV = ("full_attention", "sliding_attention", "hybrid", "hybrid_sliding")
@@ -79,26 +80,25 @@ STATE_SHAPES: dict[str, Callable[[Any], StateFacts]] = {
 _STARTS_OVER = frozenset({"jamba", "zamba", "mamba", "falcon_mamba"})
 
 
-def takes_chunks(config: Any) -> bool:
-    """Whether a prompt may be processed in several pieces.
+def takes_chunks(config: Config) -> bool:
+    """Check whether a prompt may be processed in several chunks.
 
-    Transformers' Mamba-1 families hand no state to their scan, so a piece of several tokens after the first
+    Transformers' Mamba-1 families hand no state to their scan, so a chunk of several tokens after the first
     would start from a zero state, without an error: wrong answers (measured on 5.23: logits change by 20 %).
     They take the whole prompt at once and then single tokens.
     """
     return config.get_text_config(decoder=True).model_type not in _STARTS_OVER
 
 
-def layer_facts(config: Any, *, n_ranks: int | None = None) -> tuple[LayerFacts, ...]:
-    """What each layer of a model remembers.
+def layer_facts(config: Config, *, n_ranks: int | None = None) -> tuple[LayerFacts, ...]:
+    """Describe what each layer of a model remembers.
 
     Parameters
     ----------
     config
         A Transformers config; of a multimodal one the text decoder's part is read.
     n_ranks
-        Over how many the model is cut: the facts are those of one rank. By default what its config says, which is so
-        once it has been loaded.
+        Ranks that the model is sharded over; the facts are one rank's. By default the config's number, once loaded.
 
     Raises
     ------
@@ -118,7 +118,7 @@ def layer_facts(config: Any, *, n_ranks: int | None = None) -> tuple[LayerFacts,
 
 
 def is_hybrid(facts: tuple[LayerFacts, ...]) -> bool:
-    """Whether a model has both KV caches and recurrent or convolution states."""
+    """Check whether a model has both KV caches and recurrent or convolution states."""
     return any(f.attention for f in facts) and any(f.state for f in facts)
 
 
@@ -128,7 +128,7 @@ def kv_facts(facts: tuple[LayerFacts, ...]) -> tuple[AttentionFacts, ...]:
 
 
 def _layer_kinds(text: Any) -> list[str]:
-    """What each layer is, in Transformers' words, checked."""
+    """Read each layer's kind, in Transformers' words, checked."""
     n_layers = text.num_hidden_layers
     if not 1 <= n_layers <= _MAX_LAYERS:
         raise ModelError(f"the config has {n_layers} layers; allowed: 1 to {_MAX_LAYERS}")
@@ -196,7 +196,7 @@ def _attention(index: int, layer_config: Any, text: Any, window: int | None) -> 
     )
 
 
-def _first_said(config: Any, *names: str, otherwise: int) -> int:
+def _first_said(config: Config, *names: str, otherwise: int) -> int:
     """The first of these sizes that a config gives; 0 is given, None is not."""
     for name in names:
         value = getattr(config, name, None)
@@ -205,7 +205,7 @@ def _first_said(config: Any, *names: str, otherwise: int) -> int:
     return otherwise
 
 
-def vocabulary_rows(config: Any) -> int:
+def vocabulary_rows(config: Config) -> int:
     """Rows of the embedding and of the output head of a config's model."""
     rows: int = config.get_text_config(decoder=True).vocab_size
     return rows

@@ -1,6 +1,6 @@
 """What one rank holds of a model that Transformers has spread over several: the facts of its layers.
 
-Transformers' own plans say which projections are cut. Where a plan cuts the heads of attention, each rank's KV cache
+Transformers' own plans say which projections are sharded. Where a plan shards attention heads, each rank's KV cache
 holds its own heads and nothing else, and attention over them needs no other rank; states are whole on every rank, as
 are the KV heads of a family whose plan gathers them. All of it follows from the config, so that kernels and bytes are
 known before a weight is read. Processes and weights are `hybridkv.hf.ranks`'.
@@ -10,31 +10,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from hybridkv.cache import LayerFacts
 from hybridkv.errors import ModelError
+from hybridkv.model.protocols import Config
 
 _KEYS = ("k_proj", "qkv_proj", "query_key_value")
 """Projections that make keys, alone or with others."""
 
 
-def ranks_of(config: Any) -> int:
-    """Over how many ranks the model of this config was loaded; 1 if it was not cut."""
+def ranks_of(config: Config) -> int:
+    """Over how many ranks the model of this config was loaded; 1 if it was not sharded."""
     spread = getattr(config, "distributed_config", None)
-    if isinstance(spread, Mapping):  # a config that was written down and read back
+    if isinstance(spread, Mapping):  # a config that was saved and read back
         return int(spread.get("tp_size") or 1)
     return int(getattr(spread, "tp_size", None) or 1)
 
 
-def cuts_heads(config: Any) -> bool:
-    """Whether Transformers' plan for this model gives each rank some of the KV heads."""
+def cuts_heads(config: Config) -> bool:
+    """Check whether Transformers' plan for this model gives each rank some of the KV heads."""
     plan = getattr(config.get_text_config(decoder=True), "base_model_tp_plan", None) or {}
     return any(name.rpartition(".")[2] in _KEYS and style == "colwise" for name, style in plan.items())
 
 
-def facts_of_rank(config: Any, facts: tuple[LayerFacts, ...], n: int) -> tuple[LayerFacts, ...]:
-    """What each of `n` ranks holds of layers that are as `facts` say on one.
+def facts_of_rank(config: Config, facts: tuple[LayerFacts, ...], n: int) -> tuple[LayerFacts, ...]:
+    """Derive what each of `n` ranks holds of layers that are as `facts` say on one.
 
     Raises
     ------

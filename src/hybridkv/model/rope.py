@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridkv.model.protocols import Config
+
 Scaling = Callable[[Any, Mapping[str, Any], int], tuple[Tensor, float]]
 """From a config, its RoPE and the dims that turn to frequencies `[n_rotated / 2]` and a magnitude."""
 
 
-def rope_angles(config: Any, n_positions: int, kind: str | None = None) -> tuple[Tensor, Tensor]:
+def rope_angles(config: Config, n_positions: int, kind: str | None = None) -> tuple[Tensor, Tensor]:
     """Return cosines and sines of positions 0 to `n_positions - 1`, float32 `[n_positions, n_rotated / 2]` each.
 
     For kinds of RoPE whose frequencies do not depend on the length of the sequence. A scaling's magnitude is in both.
@@ -34,7 +36,7 @@ def rope_angles(config: Any, n_positions: int, kind: str | None = None) -> tuple
     return (angles.cos() * magnitude).contiguous(), (angles.sin() * magnitude).contiguous()
 
 
-def rope_frequencies(config: Any, kind: str | None = None) -> tuple[Tensor, float]:
+def rope_frequencies(config: Config, kind: str | None = None) -> tuple[Tensor, float]:
     """Return the frequencies, float32 `[n_rotated / 2]`, and what cosines and sines are multiplied by."""
     text = config.get_text_config(decoder=True)
     rope: Mapping[str, Any] = text.rope_parameters if kind is None else text.rope_parameters[kind]

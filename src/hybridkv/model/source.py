@@ -13,7 +13,7 @@ class Source(Protocol):
     """Weights by their GGUF names, in the file's own order and conventions."""
 
     def has(self, name: str) -> bool:
-        """Whether there is a tensor of this name."""
+        """Check whether there is a tensor of this name."""
         ...
 
     def weight(self, name: str) -> Weight:

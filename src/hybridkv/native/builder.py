@@ -80,7 +80,7 @@ class Builder:
         return torch.unflatten(x, 1, (n_heads, -1))
 
     def has(self, name: str) -> bool:
-        """Whether the block has a tensor of this name."""
+        """Check whether the block has a tensor of this name."""
         return self.source.has(self.prefix + name)
 
     def weight(self, name: str) -> Weight:

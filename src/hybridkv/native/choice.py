@@ -11,6 +11,7 @@ from hybridkv.kernels.cuda.packed_layout import PACKED
 from hybridkv.kernels.cuda.packed_layout import rejects as packed_rejects
 from hybridkv.model import Attention, DeltaNet, Experts, Gated, Part, graph_of
 from hybridkv.model import rejects as graph_rejects
+from hybridkv.model.protocols import Config
 from hybridkv.native import cpu as lowering
 
 EngineKind = Literal["auto", "native", "eager"]
@@ -19,8 +20,8 @@ _ROPES = ("default", "linear", "llama3")
 _FLOATS = ("f32", "f16", "bf16")
 
 
-def rejects(config: Any, device: str) -> str | None:
-    """Why the native step cannot run a model of this config on this type of device; None if it can."""
+def rejects(config: Config, device: str) -> str | None:
+    """Explain why the native step cannot run a model of this config on this type of device; None if it can."""
     if (missing := cpu_native.available()) is not None:
         return missing
     if device != "cpu":
@@ -31,8 +32,8 @@ def rejects(config: Any, device: str) -> str | None:
     return lowering.rejects(graph_of(config)) if reason is None else reason
 
 
-def rejects_packed(config: Any, device: str) -> str | None:
-    """Why no step with packed weights runs a model of this config on this type of device; None if one does."""
+def rejects_packed(config: Config, device: str) -> str | None:
+    """Explain why no step with packed weights runs a model of this config on this type of device; None if one does."""
     if device != "cuda":
         return f"runs on cuda, not on {device}"
     if find_spec("triton") is None:
@@ -50,7 +51,7 @@ def rejects_packed(config: Any, device: str) -> str | None:
 
 
 def _part_rejects(part: Part, text: Any) -> str | None:
-    """Why the kernels on CUDA do not compute a part with packed weights."""
+    """Explain why the kernels on CUDA do not compute a part with packed weights."""
     if isinstance(part, Attention):
         plain = part.biased == "none" and not part.norms_together and part.q_norm is not None
         if not plain or part.rope is None or part.rope.pairs != "halves" or part.rope.kind is not None:
@@ -69,8 +70,8 @@ def _part_rejects(part: Part, text: Any) -> str | None:
     return f"knows no {type(part).__name__} on cuda"
 
 
-def rejects_types(config: Any, types: Mapping[str, str]) -> str | None:
-    """Why a file's types, by tensor, are not held packed on CUDA by a model that `rejects_packed` takes, or None."""
+def rejects_types(config: Config, types: Mapping[str, str]) -> str | None:
+    """Explain why CUDA does not hold a file's types, by tensor, packed for a model that `rejects_packed` takes."""
     graph = graph_of(config)
     for index, block in enumerate(graph.blocks):
         for part in (part for branch in block.branches for part in branch.parts):
@@ -86,14 +87,14 @@ def rejects_types(config: Any, types: Mapping[str, str]) -> str | None:
     return next((packed_rejects(kind) for kind in types.values() if kind not in known), None)
 
 
-def multiplies(config: Any) -> bool:
-    """Whether a directory's matrices are multiplied by numbers of the config, which leaves them float32."""
+def multiplies(config: Config) -> bool:
+    """Check whether a directory's matrices are multiplied by numbers of the config, which leaves them float32."""
     from hybridkv.gguf.convert import find_tables
 
     tables = find_tables(config.get_text_config(decoder=True))
     return any(rule.scale is not None for rules in tables.tensors.values() for rule in rules)
 
 
-def runs_natively(config: Any, device: str, engine: EngineKind = "auto") -> bool:
-    """Whether the native step runs a model, so that no Transformers class is needed for it."""
+def runs_natively(config: Config, device: str, engine: EngineKind = "auto") -> bool:
+    """Check whether the native step runs a model, so that no Transformers class is needed for it."""
     return engine != "eager" and rejects(config, device.partition(":")[0]) is None

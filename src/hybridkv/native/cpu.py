@@ -31,7 +31,7 @@ from hybridkv.native.builder import Builder
 
 
 def rejects(graph: ModelGraph) -> str | None:
-    """Why the CPU's operations cannot run a graph; None if they can."""
+    """Explain why the CPU's operations cannot run a graph; None if they can."""
     for part in graph.parts:
         if type(part) not in LOWER:
             return f"knows no {type(part).__name__}"

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridkv.hf.step.fused import Embed, Head, Layers, Run
+from hybridkv.hf.step.fused_layers import Embed, Head, Layers, Run
 from hybridkv.kernels.cuda.delta import DeltaShape, conv_prompt, conv_step, delta_prompt, delta_step, gated_norm
 from hybridkv.kernels.cuda.experts import route
 from hybridkv.kernels.cuda.layers import add_norm, gate_heads, norm_rope, swiglu
@@ -26,6 +26,7 @@ from hybridkv.kernels.cuda.packed_rows import gather_rows
 from hybridkv.kernels.cuda.products import MOST_INPUTS, one_row
 from hybridkv.kernels.weights import Weight
 from hybridkv.model import Attention, DeltaNet, Experts, Gated, ModelGraph, Norm, Source
+from hybridkv.model.protocols import Config
 from hybridkv.model.rope import rope_frequencies
 
 BETWEEN = 1 / 32
@@ -54,7 +55,7 @@ class Card:
         self._matrices: dict[tuple[str, ...], PackedWeight | Tensor] = {}
 
     def has(self, name: str) -> bool:
-        """Whether the block has a tensor of this name."""
+        """Check whether the block has a tensor of this name."""
         return self.source.has(self.prefix + name)
 
     def weight(self, name: str) -> Weight:
@@ -167,7 +168,7 @@ def _dtype(run: Run) -> torch.dtype:
     return torch.float32 if run.n_tokens == 1 else torch.float16
 
 
-def _attention(card: Card, config: Any, index: int, a: Attention) -> Mix:
+def _attention(card: Card, config: Config, index: int, a: Attention) -> Mix:
     project, out = card.product(a.q, a.k, a.v), card.product(a.out)
     assert a.q_norm is not None and a.k_norm is not None and a.rope is not None
     norms = [(card.norm(norm), norm.eps) for norm in (a.q_norm, a.k_norm)]
@@ -190,7 +191,7 @@ def _attention(card: Card, config: Any, index: int, a: Attention) -> Mix:
     return mix
 
 
-def _delta_net(card: Card, config: Any, index: int, d: DeltaNet) -> Mix:
+def _delta_net(card: Card, config: Config, index: int, d: DeltaNet) -> Mix:
     del config
     assert isinstance(d.qkv, str)
     project, out = card.product(d.qkv, d.gate, d.alpha, d.beta), card.product(d.out)
@@ -216,7 +217,7 @@ def _delta_net(card: Card, config: Any, index: int, d: DeltaNet) -> Mix:
     return mix
 
 
-def _gated(card: Card, config: Any, index: int, f: Gated) -> Mix:
+def _gated(card: Card, config: Config, index: int, f: Gated) -> Mix:
     del config, index
     down = card.product(f.down)
     if card.weight(f.gate).format == card.weight(f.up).format and card.weight(f.gate).format.name in PACKED:
@@ -236,7 +237,7 @@ def _gated(card: Card, config: Any, index: int, f: Gated) -> Mix:
     return mix
 
 
-def _experts(card: Card, config: Any, index: int, e: Experts) -> Mix:
+def _experts(card: Card, config: Config, index: int, e: Experts) -> Mix:
     del config, index
     assert isinstance(e.shared, Gated)
     scores = card.product(e.router, e.shared_gate)
@@ -262,7 +263,7 @@ LOWER: Mapping[type, Callable[[Card, Any, int, Any], Mix]] = {
 }
 
 
-def build(graph: ModelGraph, config: Any, card: Card) -> tuple[Embed, Layers, Head]:
+def build(graph: ModelGraph, config: Config, card: Card) -> tuple[Embed, Layers, Head]:
     """Upload a model, and write it down; `choice.rejects_packed` must have said None."""
     branches: list[tuple[Tensor, float, Mix]] = []
     for index, block in enumerate(graph.blocks):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from hybridkv.hf.step.fused import LayersStep
+from hybridkv.hf.step.fused_layers import LayersStep
 from hybridkv.model import graph_of
+from hybridkv.model.protocols import LanguageModel
 from hybridkv.native import cuda as lowering
 from hybridkv.native.sources import source_of, types_held
 
@@ -24,7 +23,7 @@ class PackedStep(LayersStep):
         A `NativeModel` of a CUDA device; its source is read once.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         source = source_of(model)
         card = lowering.Card(source, torch.device(model.device))
         embed, layers, head = lowering.build(graph_of(model.config), model.config, card)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +13,7 @@ from hybridkv.gguf.mapped import map_gguf
 from hybridkv.gguf.tensors import Memory
 from hybridkv.held import WeightKind
 from hybridkv.model import graph_of
+from hybridkv.model.protocols import Config
 from hybridkv.native.sources import EncodedSource, Typed
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class NativeModel:
         Where it is to run.
     """
 
-    def __init__(self, config: Any, source: Typed, end_ids: Sequence[int] = (), device: str = "cpu") -> None:
+    def __init__(self, config: Config, source: Typed, end_ids: Sequence[int] = (), device: str = "cpu") -> None:
         self.config = config
         self.source = source
         self.device = torch.device(device)
@@ -43,7 +44,7 @@ class NativeModel:
 
 
 def native_model(
-    config: Any, source: Typed, weights: WeightKind, end_ids: Sequence[int] = (), device: str = "cpu"
+    config: Config, source: Typed, weights: WeightKind, end_ids: Sequence[int] = (), device: str = "cpu"
 ) -> NativeModel:
     """A model with its matrices held as asked."""
     if weights != "auto":
@@ -52,7 +53,7 @@ def native_model(
     return NativeModel(config, source, end_ids, device)
 
 
-def directory_source(directory: Path, config: Any) -> ParameterSource:
+def directory_source(directory: Path, config: Config) -> ParameterSource:
     """The safetensors of a Hugging Face directory as a source of weights, read one parameter at a time."""
     from hybridkv.gguf.checkpoint import Checkpoint
     from hybridkv.gguf.pairing import build_skeleton

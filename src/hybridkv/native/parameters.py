@@ -39,7 +39,7 @@ class ParameterSource:
         self._vectors: dict[str, Tensor] = {}
 
     def has(self, name: str) -> bool:
-        """Whether the model has the parameter that this tensor holds."""
+        """Check whether the model has the parameter that this tensor holds."""
         return name in self._pairings
 
     def weight(self, name: str) -> Weight:

@@ -54,7 +54,7 @@ class EncodedSource:
         self._weights: dict[str, Weight] = {}
 
     def has(self, name: str) -> bool:
-        """Whether the source has this tensor."""
+        """Check whether the source has this tensor."""
         return self._source.has(name)
 
     def vector(self, name: str) -> Tensor:

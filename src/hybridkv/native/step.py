@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from hybridkv.kernels.step import Angles, Caches, Health, Rows
 from hybridkv.kernels.threads import torch_on_one_thread
 from hybridkv.kernels.weights import rows as gather
 from hybridkv.model import ModelGraph, graph_of
+from hybridkv.model.protocols import LanguageModel
 from hybridkv.model.rope import rope_angles
 from hybridkv.native import cpu as lowering
 from hybridkv.native.builder import Builder
@@ -47,7 +48,7 @@ class NativeStep:
 
     takes_chunks = True
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         self._config = model.config
         self._graph: ModelGraph = graph_of(model.config)
         self._source: Typed = source_of(model)
@@ -376,7 +377,7 @@ def _rows_of(cache: ModelCache, index: int) -> WatchedRows:
 
 
 def _direct(layer: WatchedRows) -> bool:
-    """Whether one new token of this layer is stored and attended by the native code, with nothing to measure."""
+    """Check whether native code stores and attends one new token of this layer, with nothing to measure."""
     kernels = layer.store.kernels
     native = kernels.decode in cpu.KERNELS and kernels.write_k in cpu.ENCODERS and kernels.write_v in cpu.ENCODERS
     return native and not layer.watch.pending

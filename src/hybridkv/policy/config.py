@@ -82,7 +82,7 @@ class KVConfig:
 
     @property
     def types(self) -> KVTypes:
-        """What all layers share, to be shown: `PER_LAYER` where their types differ."""
+        """Types that all layers share, to be shown: `PER_LAYER` where they differ."""
         names = ({row.type_k for row in self.layers}, {row.type_v for row in self.layers})
         k, v = (name.pop() if len(name) == 1 else PER_LAYER for name in names)
         rotate_k, rotate_v = all(row.rotate_k for row in self.layers), all(row.rotate_v for row in self.layers)
@@ -255,7 +255,7 @@ class _Reader:
         return number
 
     def _asked(self, entry: str, make: Callable[[], T]) -> T:
-        """What `make` gives; its complaint is told as this file's."""
+        """Call `make`, and tell its complaint as this file's."""
         try:
             return make()
         except UsageError as error:

@@ -132,12 +132,12 @@ class Guard:
 
     @property
     def measures(self) -> bool:
-        """Whether the first prompt's attention is compared with float attention."""
+        """True if the first prompt's attention is compared with float attention."""
         return self.mode in ("check", "strict")
 
     @property
     def watches(self) -> bool:
-        """Whether outputs and logits are watched for numbers that are not finite."""
+        """True if outputs and logits are watched for non-finite values."""
         return self.mode != "off"
 
     def limit_for(self, types: KVTypes) -> float:
@@ -149,7 +149,7 @@ class Guard:
         return max(ERROR_LIMIT, HEADROOM * promised_error(types)) if self.limit is None else self.limit
 
     def judge(self, evidence: Evidence) -> Verdict:
-        """What to do with a layer after it was measured."""
+        """Decide what to do with a layer after it was measured."""
         found = self._complaint(evidence)
         if found is None:
             return Ok()
@@ -160,7 +160,7 @@ class Guard:
         return Fallback(raised, reason)
 
     def _complaint(self, evidence: Evidence) -> str | None:
-        """What does not hold, with the measured error and its limit."""
+        """Describe what does not hold, with the measured error and its limit."""
         limit = self.limit_for(evidence.types)
         if not math.isfinite(evidence.error):
             return f"output not finite, limit {limit:g}"
@@ -207,7 +207,7 @@ def _raised(types: KVTypes, *, to: str, below: float) -> KVTypes:
 class MismatchError(GuardError):
     """A call after the first prompt whose rows or attention are not what the layer's types mean.
 
-    Rows that were stored before it cannot be stored again from here: whoever holds the token history can.
+    Rows that were stored before it cannot be stored again from here, but from the token history.
     """
 
     def __init__(self, reason: str) -> None:

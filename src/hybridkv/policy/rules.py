@@ -119,7 +119,7 @@ def check_exact(types: KVTypes) -> None:
 
 
 def exact_notices(types: KVTypes, specs: Sequence[KVSpec], n_ctx: int | None) -> list[str]:
-    """Where exact rows and the center change nothing, or less than asked."""
+    """List where exact rows and the center change nothing, or less than asked."""
     tail, sink, center = f"--kv-tail {types.tail}", f"--kv-sink {types.sink}", "--kv-center"
     asked = " ".join(text for text, given in ((tail, types.tail), (sink, types.sink), (center, types.center)) if given)
     quantized = [spec for spec in specs if spec.is_quantized]

@@ -36,7 +36,7 @@ class Schedule:
     first_row: bool = False
 
     def due(self, n_seen: int, n_new: int) -> bool:
-        """Whether to check a call of `n_new` tokens, after which the cache has seen `n_seen`."""
+        """Decide whether to check a call of `n_new` tokens, after which the cache has seen `n_seen`."""
         if n_new > 1:
             return n_seen >= 2 * self.prompt_tokens
         row = n_seen - 1

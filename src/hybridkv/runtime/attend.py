@@ -59,7 +59,7 @@ def attend_stored(query: Tensor, packed: LayerView, params: AttentionParams) -> 
 
 
 def non_finite(layer: KVLayer, kernel: Kernel, source: Literal["cache", "input"]) -> NonFiniteError:
-    """What to raise for a layer whose attention output is not finite."""
+    """Build the error for a layer whose attention output is not finite."""
     return NonFiniteError(
         layer=layer.spec.facts.layer,
         label=layer.types.label,
@@ -81,7 +81,7 @@ def _kernel(query: Tensor, packed: LayerView, params: AttentionParams) -> Kernel
 
 
 def _record_health(out: Tensor, query: Tensor, packed: LayerView, health: Tensor) -> None:
-    """Leave word on the device of numbers that are not finite; see `Fixed`."""
+    """Leave word on the device of non-finite values; see `Fixed`."""
     if out.is_cuda:
         from hybridkv.kernels.cuda.layers import watch_finite  # needs triton, which only a CUDA device's step does
 

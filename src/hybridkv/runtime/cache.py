@@ -11,13 +11,14 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any, Self
+from typing import Self
 
 from torch import Tensor
 
 from hybridkv.cache import KVLayer, KVSpec, LayerFacts, LayerKernels, resolve
 from hybridkv.kernels import ENCODERS, KERNELS, Encoder, Kernel
 from hybridkv.model.facts import layer_facts
+from hybridkv.model.protocols import Config
 from hybridkv.policy import Guard
 from hybridkv.runtime.rows import WatchedRows
 from hybridkv.runtime.states import States
@@ -61,7 +62,7 @@ class ModelCache:
 
     def __init__(
         self,
-        config: Any,
+        config: Config,
         specs: Sequence[KVSpec],
         *,
         device: str = "cpu",
@@ -95,7 +96,7 @@ class ModelCache:
 
     @property
     def specs(self) -> tuple[KVSpec, ...]:
-        """What each KV layer is stored as now, fallbacks included."""
+        """Specs of the KV layers as they are stored now, fallbacks included."""
         return tuple(layer.spec for layer in self.kv_layers)
 
     @property
@@ -141,9 +142,9 @@ class ModelCache:
             part.reset()
 
     def copy(self, *, n_ctx: int | None = None) -> Self:
-        """A cache that goes on from the same tokens on its own.
+        """A cache that continues from the same tokens independently.
 
-        Whoever continues one beginning in several ways copies it before: a state cannot go back.
+        Copy it before you continue one beginning in several ways: a state cannot go back.
 
         Parameters
         ----------
@@ -188,7 +189,7 @@ class ModelCache:
         )
 
     def load(self, copies: Sequence[StoredCache]) -> None:
-        """Go on from the last of several copies of one sequence, each of which begins where the one before ends.
+        """Resume from the last of several copies of one sequence, each of which begins where the one before ends.
 
         The cache must have been built for their specs.
         """
@@ -201,7 +202,7 @@ class ModelCache:
             layer_states.load(states)
 
     def load_converted(self, other: ModelCache) -> None:
-        """Go on from what another cache of the model holds at other types: rows are decoded and encoded again."""
+        """Resume from what another cache of the model holds at other types: rows are decoded and encoded again."""
         for own, theirs in zip(self.quantized, other.quantized, strict=True):
             own.store.load_converted(theirs.store)
             own.watch.pending = False  # there are no unpacked rows left to compare with

@@ -123,7 +123,7 @@ def float_view(k: Tensor, v: Tensor) -> KVView:
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether all of `x` is finite: one pass over it, and a second only if the sum is not."""
+    """Check whether all of `x` is finite: one pass over it, and a second only if the sum is not."""
     if x.numel() < _SHARED_OUT:
         with torch_on_one_thread():
             return _sums_finite(x)
@@ -135,7 +135,7 @@ def _sums_finite(x: Tensor) -> bool:
 
 
 def finite_rows(x: Tensor) -> list[bool]:
-    """Whether each row of `x` `[N, D]` is finite, at the same price."""
+    """Check whether each row of `x` `[N, D]` is finite, at the same price."""
     return [
         math.isfinite(total) or is_finite(row)
         for total, row in zip(x.sum(-1, dtype=torch.float32).tolist(), x, strict=True)
@@ -264,7 +264,7 @@ def _sample(planes: list[Tensor], wanted: Tensor, stored: Tensor, center: Tensor
 
 
 def _excess(sample: _Sample, fmt: KVFormat, types: KVTypes) -> float:
-    """How much more stored rows err than the wanted ones encoded again, relative to the row."""
+    """Measure how much more stored rows err than the wanted ones encoded again, relative to the row."""
     again = fmt.encode(sample.rows, types.scale_for(fmt.name))
     if all(torch.equal(mine, plane) for mine, plane in zip(again, sample.planes, strict=True)):
         return 0.0
@@ -289,7 +289,7 @@ def _sampled_call(
 
 @lru_cache(maxsize=2)  # full attention and one window
 def _sampled(n_new: int, length: int, window: int | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which queries: the first few, then evenly spaced ones; and the rows each sees. The same in a model's layers."""
+    """Choose queries (the first few, then evenly spaced) and the rows each sees; the same in all layers."""
     rows = _spaced(n_new, SAMPLED_QUERIES, device)
     if n_new > SAMPLED_QUERIES:
         rows = torch.cat([torch.tensor(EARLY_QUERIES, device=device), rows])

@@ -40,7 +40,7 @@ class Probe:
 
 
 def probes(query: Tensor, view: KVView, params: AttentionParams) -> list[Probe]:
-    """What to put to the kernel beside a call's queries `[B, Hq, T, D]`.
+    """Build what is put to the kernel beside a call's queries `[B, Hq, T, D]`.
 
     For a single token: the oldest row that it attends, and the newest. For one or the last two of several: the row
     before the oldest, where one is stored, behind a window or in padding; it is not to be found.
@@ -74,7 +74,7 @@ def probes(query: Tensor, view: KVView, params: AttentionParams) -> list[Probe]:
 
 
 def visible_rows(positions: Tensor, length: int, window: int | None) -> Tensor:
-    """Which of `length` rows the queries at `positions` `[N]` attend: bool `[1, 1, N, length]`."""
+    """Mark which of `length` rows the queries at `positions` `[N]` attend: bool `[1, 1, N, length]`."""
     key = torch.arange(length, device=positions.device)
     visible = key <= positions.unsqueeze(-1)
     if window is not None:
@@ -94,7 +94,7 @@ def newest_rows(view: KVView, n_rows: int) -> Iterator[tuple[Segment, int, int]]
 
 
 def butterfly(x: Tensor) -> Tensor:
-    """What `hybridkv.rotation.rotate` must give, float32: stage by stage instead of by a matrix.
+    """Compute what `hybridkv.rotation.rotate` must give, float32: stage by stage instead of by a matrix.
 
     Every other orthonormal transform gives right scores too, only not the mixing that the types count on.
     """

@@ -71,7 +71,7 @@ class WatchedRows:
             self.store.select_sequences(indices)
 
     def copy(self, n_ctx: int | None) -> Self:
-        """Rows that go on from the same tokens on their own; see `KVLayer.copy`."""
+        """Rows that continue from the same tokens independently; see `KVLayer.copy`."""
         twin = copy.copy(self)
         twin.store, twin.watch = self.store.copy(n_ctx), replace(self.watch)
         return twin

@@ -1,4 +1,4 @@
-"""Convolution and recurrent states of one layer, in the order of whoever fills them first."""
+"""Convolution and recurrent states of one layer, in the order of the code that fills them first."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class States:
     conv_states
         `[B, channels, kernel]` each, by their numbers; None until they are filled.
     recurrent_states
-        float32, likewise; None where there is none.
+        float32; None where there is none.
     has_previous_state
         Whether each was fed.
     """
@@ -134,7 +134,7 @@ class States:
         self._map(lambda state: state.index_select(0, indices.to(state.device)))
 
     def copy(self, n_ctx: int | None) -> Self:
-        """States that go on from the same tokens on their own."""
+        """States that continue from the same tokens independently."""
         del n_ctx  # a state is as large for any context
         twin = copy.copy(self)
         twin._next = ()
@@ -163,7 +163,7 @@ class States:
         )
 
     def load(self, states: Sequence[StoredState]) -> None:
-        """Go on from copies of states."""
+        """Resume from copies of states."""
         self._forget()
         for index, state in enumerate(states):
             self.has_previous_state[index] = state.fed

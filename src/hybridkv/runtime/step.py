@@ -43,7 +43,7 @@ class Step(Protocol):
 
     @property
     def takes_chunks(self) -> bool:
-        """Whether a prompt may come in several pieces: a state is continued over several tokens at once."""
+        """True if a prompt may come in several chunks: a state is continued over several tokens at once."""
         ...
 
     def forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:

@@ -1,6 +1,6 @@
 """A copy of what a `ModelCache` holds, in memory of its own and never changed.
 
-A recurrent state cannot go back to an earlier token, so whoever wants to return to one keeps a copy from there. Packed
+A recurrent state cannot go back to an earlier token, so a caller that returns to one keeps a copy from there. Packed
 rows only ever grow, so a later copy of the same sequence takes those after an earlier one's and is put behind it.
 """
 
@@ -73,7 +73,7 @@ class StoredCache:
         return tuple((rows.n_seen, rows.first + rows.n_packed) for rows in self.rows)
 
     def packed_only(self) -> StoredCache:
-        """The packed rows alone: one cannot go on from here any more, but later copies lie behind them."""
+        """The packed rows alone: one cannot resume from here any more, but later copies lie behind them."""
         return replace(self, rows=tuple(rows.without_exact() for rows in self.rows), states=())
 
     def with_states_of(self, other: StoredCache) -> StoredCache:

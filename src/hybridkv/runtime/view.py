@@ -44,7 +44,7 @@ class LayerWatch:
     leads: bool = field(default=True)
 
     def takes(self, n_seen: int, n_new: int) -> bool:
-        """Whether to check this call: of `n_new` tokens, after which the cache has seen `n_seen`."""
+        """Decide whether to check this call: of `n_new` tokens, after which the cache has seen `n_seen`."""
         if not self.guard.measures or self.pending:
             return False
         return (self.leads or (n_new == 1 and not self.schedule.decoded)) and self.schedule.due(n_seen, n_new)

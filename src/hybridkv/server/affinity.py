@@ -55,7 +55,7 @@ def _conversation(messages: Any) -> list[bytes]:
 
 
 def _text(prompt: Any) -> list[bytes]:
-    """A text, or token ids, as one part whose end says nothing: another prompt may go on from within it."""
+    """A text, or token ids, as one part whose end says nothing: another prompt may resume from within it."""
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
         prompt = prompt[0]
     if isinstance(prompt, str):

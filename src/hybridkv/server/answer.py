@@ -47,7 +47,7 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What an event adds to the answer; `finish` is None while it goes on."""
+    """What an event adds to the answer; `finish` is None while it continues."""
 
     text: str = ""
     scored: tuple[Scored, ...] = ()
@@ -121,7 +121,7 @@ class Answer:
         return Delta(prompt, tuple(scored))
 
     def push(self, event: Event) -> Delta:
-        """What an event adds.
+        """Add an event; return what it adds to the answer.
 
         Raises
         ------
@@ -158,11 +158,11 @@ class Answer:
 
     @property
     def _over(self) -> bool:
-        """Whether the answer has ended, whatever the model goes on to say."""
+        """True if the answer has ended, whatever the model says next."""
         return self._stops.found or self._channels.ended
 
     def _text(self, token: int) -> str:
-        """What a token adds to the text; a control token that opens or closes something is a word of it."""
+        """Return what a token adds to the text; a control token that opens or closes something is a word of it."""
         if token not in self._shown:
             return self._stream.push(token)
         text = self._stream.close() + self._shown[token]

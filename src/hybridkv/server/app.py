@@ -97,7 +97,7 @@ def _add_completions(app: FastAPI, desk: Desk) -> None:
         responses=_POST_ERRORS | {200: {"content": {"text/event-stream": {}}}},
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        """Go on from a text."""
+        """Continue a text."""
         run = await desk.complete(body)
         writer = CompletionWriter(served.name, served.fingerprint, run.created)
         return await respond(run, writer, request, stream=bool(body.stream), with_usage=_with_usage(body))
@@ -130,7 +130,7 @@ def _add_sessions(app: FastAPI, desk: Desk) -> None:
 
     @app.post("/v1/sessions/{name}/restore", **options)
     async def restore_session(name: SessionName) -> Response:
-        """Read it back, so that requests which go on from it do not start over."""
+        """Read it back, so that requests that resume from it do not start over."""
         return json_response(await desk.sessions.restore(name))
 
 
@@ -172,7 +172,7 @@ def _add_reports(app: FastAPI, desk: Desk, state: GateState) -> None:
 
     @app.get("/health", response_model=Health, responses=_errors(403) | {503: {"model": Health}})
     async def health() -> Response:
-        """Whether new requests are taken."""
+        """Tell whether new requests are taken."""
         return json_response(Health(status="stopping"), 503) if state.stopping else json_response(Health(status="ok"))
 
     @app.get("/metrics", responses=_errors(401, 403) | {200: {"content": {"text/plain": {}}}}, response_class=Response)

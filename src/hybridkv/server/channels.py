@@ -75,7 +75,7 @@ class Reading:
 
 
 def thoughts_of(template: str) -> tuple[str, str]:
-    """What a model with this chat template puts around its thoughts."""
+    """Find the marks that a model with this chat template puts around its thoughts."""
     return next((pair for pair in THOUGHTS if pair[0] in template or pair[1] in template), THOUGHTS[0])
 
 
@@ -94,7 +94,7 @@ class Channels:
     n_calls
         Calls that were found.
     ended
-        Whether the answer is over though the model may go on: `reading.one_call`.
+        Whether the answer is over though the model may continue: `reading.one_call`.
     """
 
     def __init__(self, reading: Reading) -> None:
@@ -116,7 +116,7 @@ class Channels:
 
     @property
     def thinks(self) -> bool:
-        """Whether the text is inside of thoughts."""
+        """True if the text is inside of thoughts."""
         return self._state == "thoughts"
 
     def push(self, text: str) -> Sorted:
@@ -135,7 +135,7 @@ class Channels:
         return out
 
     def _step(self, out: Sorted, *, final: bool) -> bool:
-        """Sort as much as one state can; whether another may go on."""
+        """Sort as much as one state can; whether another may continue."""
         if self._state == "begin":
             return self._begin(final=final)
         if self._state == "thoughts":
@@ -240,7 +240,7 @@ class Channels:
         return bool(rest)
 
     def _hand_out(self, out: Sorted, calls: list[Call]) -> None:
-        """What is new since the last reading; at most one call, if one is all that is wanted."""
+        """Return what is new since the last reading; at most one call, if one is all that is wanted."""
         for place, call in enumerate(calls[:1] if self._reading.one_call else calls):
             known = self._sent[place] if place < len(self._sent) else None
             said = "" if known is None else known.arguments
@@ -270,5 +270,5 @@ def control_ids(tokenizer: Any, words: tuple[str, ...]) -> Mapping[int, str]:
 
 
 def opens_thoughts(prompt: str, thoughts: tuple[str, str]) -> bool:
-    """Whether a prompt ends inside of thoughts, as those of templates do that open them."""
+    """Check whether a prompt ends inside of thoughts, as those of templates do that open them."""
     return re.search(re.escape(thoughts[0]) + r"\s*\Z", prompt) is not None

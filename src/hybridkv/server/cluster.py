@@ -35,7 +35,7 @@ REPLICA_HEADER = "X-Hybridkv-Replica"
 """Which replica has answered."""
 
 HEALTH_SECONDS = 60.0
-"""Longest that an engine may take to say that it is there: a piece of a long prompt is not interrupted for it."""
+"""Longest that an engine may take to say that it is there: a chunk of a long prompt is not interrupted for it."""
 
 _DRAIN_SECONDS = 600.0
 """Longest that a replica which is to go may take to finish what it answers."""
@@ -237,7 +237,7 @@ def application(
     most_at_once: int,
     resources: dict[str, Any],
 ) -> Any:
-    """What `ray.serve.run` takes.
+    """Build what `ray.serve.run` takes.
 
     Parameters
     ----------

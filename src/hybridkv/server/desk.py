@@ -271,7 +271,7 @@ class Desk:
         run.submit(Part(answer, echo=asked.echo, first=first), request, self.served.runner.submit)
 
     def status(self) -> Status:
-        """What the chat page shows."""
+        """Collect what the chat page shows."""
         stats, served = self.served.runner.stats(), self.served
         return Status(
             model=served.name,

@@ -70,7 +70,7 @@ class Dialect:
 
 
 def _end_of(text: str, at: int) -> int | None:
-    """Where the JSON value ends that begins at `at`; None if the text ends before it."""
+    """Find the end of the JSON value that begins at `at`; None if the text ends before it."""
     if text[at : at + 1] == '"':
         match = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL).match(text, at)
         return None if match is None else match.end()
@@ -318,5 +318,5 @@ HERMES = next(dialect for dialect in DIALECTS if dialect.name == "hermes")
 
 
 def dialect_of(template: str) -> Dialect:
-    """How a model with this chat template writes calls."""
+    """Find how a model with this chat template writes calls."""
     return next((d for d in DIALECTS if any(sign in template for sign in d.signs)), HERMES)

@@ -36,7 +36,7 @@ class Forms:
     async def steering(
         self, body: CompletionRequest | ChatRequest, rendered: Rendered | None, budget: int | None
     ) -> Steer | None:
-        """What steers one sequence; None for nothing.
+        """Build what steers one sequence; None for nothing.
 
         Parameters
         ----------

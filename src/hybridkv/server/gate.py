@@ -78,7 +78,7 @@ class Gate:
     options
         What is let through.
     state
-        Read and counted here, set by whoever stops the server.
+        Read and counted here, set by the code that stops the server.
     count
         Called with `(path, status)` after each reply; the path is that of a route, or `other`.
     """
@@ -128,7 +128,7 @@ class Gate:
             self._state.in_flight -= 1
 
     def _refuse_head(self, scope: Scope, headers: Headers) -> RefusalError | None:
-        """What is wrong with a request, whatever its method."""
+        """Refuse a request for its headers, whatever its method."""
         if self._options.local_only and not _is_local(headers.get("host", "")):
             return RefusalError(
                 403, f"host {headers.get('host', '')!r}; allowed: localhost, 127.0.0.1, [::1]", code="foreign_host"
@@ -150,7 +150,7 @@ class Gate:
         return scheme.lower() == "bearer" and any(matches)
 
     def _refuse_post(self, headers: Headers) -> RefusalError | None:
-        """What is wrong with a request that brings a body, before it is read."""
+        """Refuse a request that brings a body, before it is read."""
         if self._state.stopping:
             return _stopping()
         most = self._options.max_in_flight
@@ -227,7 +227,7 @@ def _stopping() -> RefusalError:
 
 
 def _is_local(host: str) -> bool:
-    """Whether a `Host` header names this machine."""
+    """Check whether a `Host` header names this machine."""
     name = host.rpartition("]")[0].removeprefix("[") if host.startswith("[") else host.partition(":")[0]
     if name.lower().rstrip(".") == "localhost":
         return True

@@ -41,7 +41,7 @@ _LIMITS: dict[str, Any] = {"initial_lexer_fuel": 2_000_000, "step_lexer_fuel": 1
 """Of llguidance's work: about 40 ms to begin with and 70 ms for a token on one core; 100 MB of states."""
 
 _WHITESPACE = r"(\x20|\x0A[\x20\x09]{0,32})"
-"""Between the parts of JSON: a space, or a new line and its indent. Any number of spaces, and a weak model goes on."""
+"""Between the parts of JSON: a space, or a new line and its indent. Without a limit a weak model never stops."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ class Grammars:
         if not matcher.is_error():
             matcher.compute_bitmask()  # what is too much work for the first token is refused, too
         if matcher.is_error():
-            raise UsageError(f"the grammar is not taken: {matcher.get_error()[:500]}")
+            raise UsageError(f"the grammar is invalid: {matcher.get_error()[:500]}")
         return Matcher(matcher, self._end_ids)
 
 
@@ -165,7 +165,7 @@ class Matcher:
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
         ids = np.flatnonzero(bits)
         if self._matcher.is_error() or not len(ids):
-            raise GuardError(f"the grammar cannot go on: {self._matcher.get_error()[:500] or 'no token fits'}")
+            raise GuardError(f"the grammar cannot continue: {self._matcher.get_error()[:500] or 'no token fits'}")
         return torch.from_numpy(ids)
 
     def accept(self, token: int) -> None:

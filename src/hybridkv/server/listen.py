@@ -55,18 +55,18 @@ def _cannot_listen(host: str, port: int, error: OSError) -> UsageError:
 
 
 def url_of(listener: socket.socket) -> str:
-    """Where a bound socket is reached."""
+    """Build the URL of a bound socket."""
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def is_loopback(listener: socket.socket) -> bool:
-    """Whether a bound socket is reached from this machine alone."""
+    """Check whether a bound socket is reached from this machine alone."""
     return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
 
 
 def is_local_host(host: str) -> bool:
-    """Whether what listens on a host is reached from this machine alone."""
+    """Check whether what listens on a host is reached from this machine alone."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
     del family, kind, protocol
     return ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback
@@ -91,7 +91,7 @@ class _Server(uvicorn.Server):
         self._state.stopping = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether to close: nothing is being answered and nothing more shall be, or nobody is left to answer."""
+        """Decide whether to close: nothing is being answered and nothing more shall be, or nobody is left to answer."""
         drained = self._state.stopping and not self._state.in_flight
         return await super().on_tick(counter) or drained or not self._alive()
 

@@ -1,4 +1,4 @@
-"""The counts of several replicas as one text for Prometheus. Light: whoever merges needs no model around."""
+"""Merge counts of several replicas for Prometheus. Imports nothing heavy, so the front process needs no model."""
 
 from __future__ import annotations
 

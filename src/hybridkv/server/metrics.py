@@ -25,7 +25,7 @@ _GAUGES = (
     ("budget_bytes", "most that may be planned"),
     ("prefix_bytes", "held by stored prefixes"),
     ("prefix_budget_bytes", "most that stored prefixes may hold"),
-    ("prefix_checkpoints", "places from which a sequence can go on"),
+    ("prefix_checkpoints", "prefixes from which a sequence can resume"),
 )
 _COUNTERS = (
     ("prompt_tokens", "prompt tokens processed"),

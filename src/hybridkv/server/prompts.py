@@ -1,7 +1,7 @@
 """From a request's text to token ids, off the event loop and with bounds.
 
-A prompt of a million tokens takes seconds to cut up. It does so in a thread of its own, one such prompt at a time, so
-that short ones go on beside it.
+A prompt of a million tokens takes seconds to tokenize. It does so in a thread of its own, one such prompt at a time, so
+that short ones continue beside it.
 """
 
 from __future__ import annotations
@@ -89,12 +89,12 @@ class Prompts:
 
     @property
     def can_chat(self) -> bool:
-        """Whether the model has a chat template."""
+        """True if the model has a chat template."""
         return bool(self.tokenizer.chat_template)
 
     @property
     def takes_tools(self) -> bool:
-        """Whether the chat template writes tools; the prompt teaches them otherwise."""
+        """True if the chat template writes tools; the prompt teaches them otherwise."""
         return "tools" in self.variables
 
     def tokens(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
@@ -166,7 +166,7 @@ class Prompts:
         """
         if not self.can_chat:
             raise RefusalError(
-                400, "this model has no chat template; /v1/completions goes on from any text", code="no_chat_template"
+                400, "this model has no chat template; /v1/completions continues any text", code="no_chat_template"
             )
         for number, turn in enumerate(turns):
             for field, value in turn.items():

@@ -93,7 +93,7 @@ def _not_admitted(error: AdmissionError) -> RefusalError:
 
 
 def refusal_for_mistakes(mistakes: Sequence[Mapping[str, Any]]) -> RefusalError:
-    """What pydantic found wrong with a body, in its order; the first few."""
+    """Report what pydantic found wrong with a body, in its order; the first few."""
     first = mistakes[0]
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "")

@@ -43,7 +43,7 @@ class Replica:
         self._running = self._pool.submit(self._scheduler.run_forever)
 
     async def answer(self, asked: Forwarded) -> AsyncIterator[list[Message]]:
-        """What the application sends in answer to a request: ASGI's messages, as many as there are each time."""
+        """Yield what the application sends in answer to a request: ASGI's messages, as many as there are each time."""
         messages: asyncio.Queue[Message | None] = asyncio.Queue()
         gone = asyncio.Event()
         unread = [{"type": "http.request", "body": asked.body, "more_body": False}]

@@ -44,7 +44,7 @@ async def respond(run: Run, writer: Writer, request: Request, *, stream: bool, w
 
 
 def _headers(run: Run) -> dict[str, str]:
-    """What the request asked for and nothing reads."""
+    """Name the fields that the request has and nothing reads."""
     return {IGNORED_HEADER: printable(", ".join(run.ignored))} if run.ignored else {}
 
 

@@ -81,7 +81,7 @@ class Run:
             self._loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
     async def deltas(self, idle_s: float | None = None) -> AsyncIterator[list[tuple[int, Delta]]]:
-        """What has come since the last time, by sequence, until all have ended; empty after `idle_s` without anything.
+        """Yield what has come since the last time, by sequence, until all have ended; empty after `idle_s`.
 
         Raises
         ------
@@ -102,7 +102,7 @@ class Run:
                 yield new
 
     def _push(self, part: Part, event: Event) -> list[Delta]:
-        """What an event adds to its sequence: nothing after the end, the prompt before the first if it is echoed."""
+        """Add an event to its sequence: nothing after the end, the prompt before the first if it is echoed."""
         if part.done:
             return []
         self._time(part)
@@ -113,7 +113,7 @@ class Run:
         new.append(part.answer.push(event))
         if new[-1].finish is not None:
             part.done = True
-            _cancel(part)  # a stop string ends it here, while the engine goes on
+            _cancel(part)  # a stop string ends it here, while the engine continues
         return new
 
     def _time(self, part: Part) -> None:

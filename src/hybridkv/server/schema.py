@@ -113,7 +113,7 @@ class Common(SamplerFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1, le=2**40)
-    until_full: bool | None = Field(None, description="not OpenAI's; go on until the context is full")
+    until_full: bool | None = Field(None, description="not OpenAI's; generate until the context is full")
     n: int | None = Field(None, ge=1, le=MAX_ANSWERS, description="answers to each prompt")
     stop: Annotated[list[Text] | None, BeforeValidator(_as_list, json_schema_input_type=list[Text] | Text | None)] = (
         Field(None, max_length=MAX_STOPS)
@@ -126,12 +126,12 @@ class Common(SamplerFields):
     json_schema: Schema | None = Field(None, description="not OpenAI's; as response_format with this schema")
 
     stop_token_ids: list[TokenId] | None = Field(None, max_length=64, description="not OpenAI's")
-    ignore_eos: bool | None = Field(None, description="not OpenAI's; go on past the end-of-text token")
+    ignore_eos: bool | None = Field(None, description="not OpenAI's; continue after the end-of-text token")
     cache_prompt: bool | None = Field(None, description="not OpenAI's; whether to begin from a stored prefix")
     session: str | None = Field(
         None,
         max_length=64,
-        description="not OpenAI's; what it can be saved as",
+        description="not OpenAI's; name of the session to save",
         json_schema_extra={"pattern": ID_PATTERN},
     )
     kv_types: KVTypesField | None = Field(None, description="not OpenAI's")

@@ -1,4 +1,4 @@
-"""Stop strings in a text that comes in pieces: what may become one is withheld until that is known."""
+"""Find stop strings in a stream of text: text that may become one is withheld until that is known."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hybridkv.server.channels import overlap
 class StopStrings:
     """Passes text through up to the first stop string that is complete.
 
-    How the text is cut into pieces makes no difference: of several stop strings the one that is complete first counts,
+    How the text is split makes no difference: of several stop strings the one that is complete first counts,
     of those that are complete at the same character the longest.
     """
 
@@ -25,7 +25,7 @@ class StopStrings:
         return len(self._held)
 
     def push(self, text: str) -> str:
-        """What can be handed out now that `text` has come."""
+        """Add `text`; return what can be handed out now."""
         if self.found or not text:
             return ""
         self._held += text
@@ -40,6 +40,6 @@ class StopStrings:
         return said
 
     def close(self) -> str:
-        """What was withheld and has not become a stop string."""
+        """Return the withheld text that has not become a stop string."""
         said, self._held = self._held, ""
         return said

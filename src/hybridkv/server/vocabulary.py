@@ -120,7 +120,7 @@ def add_vocabulary(app: FastAPI, desk: Desk) -> None:
 
     @app.get("/props", response_model=Props, responses={status: {"model": Error} for status in (401, 403)})
     async def props() -> Response:
-        """What is served."""
+        """Describe what is served."""
         tokenizer = served.tokenizer
         return json_response(
             Props(

@@ -32,13 +32,13 @@ class Writer(Protocol):
     """Writes one kind of reply."""
 
     def whole(self, answers: Sequence[Sequence[Delta]], usage: Usage) -> Reply:
-        """The reply in one piece."""
+        """The whole reply."""
 
     def opening(self, n_answers: int, /) -> Iterable[Reply]:
         """Chunks before the first delta."""
 
     def chunk(self, index: int, delta: Delta) -> Reply:
-        """A piece of a stream, of one answer."""
+        """A chunk of a stream, of one answer."""
 
     def closing(self, usage: Usage) -> Reply:
         """The chunk with the counts."""
@@ -51,7 +51,7 @@ class CompletionWriter:
         self._head = _head("cmpl", model, fingerprint, created)
 
     def whole(self, answers: Sequence[Sequence[Delta]], usage: Usage) -> Completion:
-        """The reply in one piece."""
+        """The whole reply."""
         choices = []
         for index, deltas in enumerate(answers):
             scored = [s for delta in deltas for s in delta.scored]
@@ -63,7 +63,7 @@ class CompletionWriter:
         return ()
 
     def chunk(self, index: int, delta: Delta) -> Completion:
-        """A piece of a stream."""
+        """A chunk of a stream."""
         return Completion(**self._head, choices=[self._choice(index, delta.text, delta.scored, delta.finish)])
 
     def closing(self, usage: Usage) -> Completion:
@@ -90,7 +90,7 @@ class ChatWriter:
         self._head = _head("chatcmpl", model, fingerprint, created)
 
     def whole(self, answers: Sequence[Sequence[Delta]], usage: Usage) -> ChatCompletion:
-        """The reply in one piece."""
+        """The whole reply."""
         choices = [self._choice(index, deltas) for index, deltas in enumerate(answers)]
         return ChatCompletion(**self._head, choices=choices, usage=usage)
 
@@ -108,12 +108,12 @@ class ChatWriter:
         return ChatChoice(index=index, message=message, logprobs=logprobs, finish_reason=finish)
 
     def opening(self, n_answers: int) -> Iterable[ChatChunk]:
-        """Who speaks."""
+        """Name the speaker."""
         for index in range(n_answers):
             yield self._chunk(index, MessageDelta(role="assistant", content=""), None, None)
 
     def chunk(self, index: int, delta: Delta) -> ChatChunk:
-        """A piece of a stream."""
+        """A chunk of a stream."""
         calls = [_call(call, index=call.index) for call in delta.calls]
         message = MessageDelta(
             content=delta.text or None, reasoning_content=delta.reasoning or None, tool_calls=calls or None
@@ -132,7 +132,7 @@ class ChatWriter:
 
 
 def _head(kind: str, model: str, fingerprint: str, created: int) -> dict[str, Any]:
-    """What every piece of a reply begins with."""
+    """Build what every chunk of a reply begins with."""
     return {
         "id": f"{kind}-{secrets.token_hex(12)}",
         "created": created,

@@ -122,7 +122,7 @@ def _render_systems(tokenizer: Any, messages: Sequence[Message], variables: Mapp
 
 
 def _takes(tokenizer: Any, messages: Sequence[Message], later: Sequence[int], variables: Mapping[str, Any]) -> bool:
-    """Whether a template writes these system messages: some refuse them, some leave them out in silence."""
+    """Check whether a template writes these system messages: some refuse them, some leave them out in silence."""
     marks = {index: f"system{index}message" for index in later}
     marked = [{**m, "content": marks[n]} if n in marks else m for n, m in enumerate(messages)]
     try:
@@ -160,7 +160,7 @@ def chat_text(tokenizer: Any, messages: Sequence[Message], variables: Mapping[st
                 list(messages), tokenize=False, add_generation_prompt=True, **(variables or {})
             )
     except SecurityError as error:
-        raise ModelFileError(f"the chat template tries what it must not: {_line(error)}", hint=hint) from error
+        raise ModelFileError(f"the chat template does something forbidden: {_line(error)}", hint=hint) from error
     except TimeoutError as error:
         raise ModelFileError(f"the chat template takes more than {MAX_SECONDS:.0f} s", hint=hint) from error
     except _FAILURES as error:

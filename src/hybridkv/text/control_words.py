@@ -34,7 +34,7 @@ _STAND_INS = range(0xE000, 0xF900)
 
 
 def is_control(word: str, *, special: bool) -> bool:
-    """Whether an added token is a control word.
+    """Check whether an added token is a control word.
 
     Files do not always mark them as special. Source: llama.cpp, convert_hf_to_gguf.py (`does_token_look_special`),
     which makes such tokens CONTROL in GGUF files; and the turns of Gemma.
@@ -127,7 +127,7 @@ class ControlWords:
         return [*([] if begun else self._begin), *ids, *self._end]
 
     def _affixes(self) -> tuple[list[int], list[int]]:
-        """What the vocabulary adds before and after a text."""
+        """Find what the vocabulary adds before and after a text."""
         whole = list(self.backend.encode("x", add_special_tokens=True).ids)
         bare = list(self.backend.encode("x", add_special_tokens=False).ids)
         for begin in range(len(whole) - len(bare) + 1):
@@ -177,7 +177,7 @@ class Cover:
         self._true_ids: dict[int, int] = {}
 
     def occurs_in(self, text: str) -> bool:
-        """Whether a text already holds a stand-in, or names one by its number."""
+        """Check whether a text already holds a stand-in, or names one by its number."""
         if not text.isascii() and self._any.search(text) is not None:
             return True
         return "\\u" in text and any(escape in text.lower() for escape in self._escapes)
@@ -295,7 +295,7 @@ class Covered:
         return self.cover.encode(self.covered[begin:])
 
     def find_last(self, text: str) -> int | None:
-        """Where a text that somebody wrote stands for the last time, in characters; None if it does not."""
+        """Find the last place, in characters, of a text that somebody wrote; None if there is none."""
         at = self.covered.rfind(self.cover.cover(text)) if text else -1
         return None if at < 0 else at
 

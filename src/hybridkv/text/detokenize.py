@@ -50,7 +50,7 @@ class TextStream:
         return "" if text.endswith(REPLACEMENT) else self._hand_out(text)
 
     def close(self) -> str:
-        """What is left: an unfinished character, as U+FFFD."""
+        """Return what is left: an unfinished character, as U+FFFD."""
         return self._hand_out(self._text())
 
     def _text(self) -> str:
@@ -69,7 +69,7 @@ class TextStream:
 
 
 def token_bytes(tokenizer: Any, token: int) -> bytes:
-    """What a token is in UTF-8: a part of a character for some, its name for a special token, nothing past the end."""
+    """Return a token in UTF-8: a part of a character for some, its name for a special token, nothing past the end."""
     backend = tokenizer.backend_tokenizer
     name: str | None = backend.id_to_token(token)
     if name is None:

@@ -18,7 +18,7 @@ OF_RENDERING = frozenset(
 """Names that mean something to Transformers' `apply_chat_template`."""
 
 RESERVED = OF_RENDERING | {"tools", "documents", "self"}
-"""Names that are no variables of a template's own: they mean something to whoever renders it."""
+"""Names that are no variables of a template's own: the renderer gives them a meaning."""
 
 
 def template_source(tokenizer: Any) -> str:

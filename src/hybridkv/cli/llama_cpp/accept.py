@@ -71,7 +71,7 @@ def accept_options(parser: argparse.ArgumentParser, command: str) -> None:
 
 
 def _elsewhere(row: Row, command: str) -> Row:
-    """What an option of another command is to this one."""
+    """Describe what another command's option means to this command."""
     first = row.names[0]
     if command != "serve":
         return replace(row, fate="note", text=_OTHERS.format("serve"))

@@ -41,7 +41,7 @@ class Row:
     off: tuple[str, ...] = ()
 
     def is_off(self, value: str | None) -> bool:
-        """Whether a value asks for nothing."""
+        """Check whether a value asks for nothing."""
         return value is not None and any(_equal(value, off) for off in self.off)
 
 

@@ -25,7 +25,7 @@ MACHINE: tuple[Row, ...] = (
     note("--poll-batch", _THREADS),
     note("--numa", _THREADS, env="LLAMA_ARG_NUMA"),
     same("-dev --device", "none is cpu, CUDA0 is cuda:0; one device", env="LLAMA_ARG_DEVICE"),
-    note("--list-devices", "`hybridkv doctor` lists devices and kernels; this goes on", takes=""),
+    note("--list-devices", "`hybridkv doctor` lists devices and kernels; this continues", takes=""),
     note("-ngl --gpu-layers --n-gpu-layers", _DEVICE, env="LLAMA_ARG_N_GPU_LAYERS"),
     note("-sm --split-mode", _GPUS, env="LLAMA_ARG_SPLIT_MODE"),
     note("-ts --tensor-split", _GPUS, env="LLAMA_ARG_TENSOR_SPLIT"),
@@ -92,7 +92,7 @@ MACHINE: tuple[Row, ...] = (
     refused("-ser --smart-expert-reduction", "leaving experts out changes what a model says"),
     refused("-ger --grouped-expert-routing", "routing experts in groups changes what a model says", takes=""),
     note("-cuda --cuda-params", "fa-offset is not needed: scores are float32"),
-    note("--dry-run", "`hybridkv plan` counts without loading; this run goes on", takes=""),
+    note("--dry-run", "`hybridkv plan` counts without loading; this run continues", takes=""),
     note("--warmup --no-warmup", "there is no empty run at the start", takes=""),
     note("--perf --no-perf", "figures are printed at the end, on stderr", takes="", env="LLAMA_ARG_PERF"),
 )

@@ -17,7 +17,7 @@ MODEL: tuple[Row, ...] = (
     same("-hff --hf-file", env="LLAMA_ARG_HF_FILE"),
     same("-hft --hf-token", env="HF_TOKEN"),
     same("--offline", takes="", env="LLAMA_ARG_OFFLINE"),
-    note("-cl --cache-list", "`hybridkv models` lists them; this goes on", takes=""),
+    note("-cl --cache-list", "`hybridkv models` lists them; this continues", takes=""),
     refused("-mu --model-url", _URL, env="LLAMA_ARG_MODEL_URL"),
     refused("-dr --docker-repo", _URL, takes="[N]", env="LLAMA_ARG_DOCKER_REPO"),
     *(

@@ -126,7 +126,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("/fold", "", "fold thoughts away, or show them", _fold),
     Command("/think", "", "show the last thoughts", _think),
     Command("/save", "FILE", "write the conversation and its cache", _save),
-    Command("/load", "FILE", "go on with a saved conversation", _load),
+    Command("/load", "FILE", "resume a saved conversation", _load),
     Command("/reset", "", "forget all turns", _reset),
     Command("/quit", "", "leave, as Ctrl-D does", _quit),
 )

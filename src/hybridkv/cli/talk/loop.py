@@ -136,7 +136,7 @@ def _session() -> PromptSession[str]:
 
 
 def history_path() -> Path | None:
-    """Where earlier lines are kept; None where nothing can be written."""
+    """Find the file of earlier lines; None where nothing can be written."""
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state"
     path = Path(base) / "hybridkv" / "history"
     try:

@@ -76,8 +76,8 @@ def talk_about(
     choice.put_on(tokenizer)
     if not tokenizer.chat_template:
         raise UsageError(
-            "this model has no chat template: it goes on from text and does not answer",
-            hint="name a model for chats with -m, give --chat-template-file, or take `hybridkv run -p`",
+            "this model has no chat template: it continues text and cannot chat",
+            hint="give a chat model with -m, a template with --chat-template-file, or use `hybridkv run -p`",
         )
     say_unused_variables(tokenizer.chat_template, choice.variables)
     print(f"engine: {opened.engine_name(step)}; {size(one)} for {opened.n_ctx} tokens", file=sys.stderr)

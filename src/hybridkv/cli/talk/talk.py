@@ -23,6 +23,7 @@ from hybridkv.text.detokenize import TextStream
 if TYPE_CHECKING:
     from hybridkv.cache import KVTypes
     from hybridkv.engine import SamplingParams, Scheduler
+    from hybridkv.model.protocols import LanguageModel
 
 T = TypeVar("T")
 
@@ -98,7 +99,7 @@ class Talk:
     def __init__(
         self,
         scheduler: Scheduler,
-        model: Any,
+        model: LanguageModel,
         tokenizer: Any,
         habits: Habits,
         types: KVTypes,
@@ -279,7 +280,7 @@ class Talk:
     # ---- Files.
 
     def save(self, path: Path) -> int:
-        """Write the conversation and its cache; `hybridkv run --chat --session` goes on with it. The tokens it holds.
+        """Write the conversation and its cache; `hybridkv run --chat --session` resumes it. The tokens it holds.
 
         Raises
         ------
@@ -293,7 +294,7 @@ class Talk:
         return self._aside(lambda: self.scheduler.save(ticket, path, messages))
 
     def load(self, path: Path) -> None:
-        """Go on with a saved conversation in place of this one.
+        """Resume a saved conversation in place of this one.
 
         Raises
         ------

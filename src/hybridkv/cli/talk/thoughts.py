@@ -14,7 +14,7 @@ PAIRS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</s
 class Thoughts:
     """Splits the text of one answer.
 
-    Thoughts stand at its beginning alone. A word that is cut between two pieces is held back until it is whole.
+    Thoughts stand at its beginning alone. A word that is split over two chunks is held back until it is whole.
 
     Parameters
     ----------

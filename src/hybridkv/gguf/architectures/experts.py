@@ -41,7 +41,7 @@ SHARED_EXPERT = (
 
 
 def routed(meta: Metadata, layer: int) -> bool:
-    """Whether a layer of this file has experts."""
+    """Check whether a layer of this file has experts."""
     return meta.has_tensor(f"blk.{layer}.{ROUTER}")
 
 

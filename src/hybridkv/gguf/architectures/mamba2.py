@@ -68,7 +68,7 @@ SIZES = {
 
 
 def bamba_fields(meta: Metadata) -> Fields:
-    """Return what `SIZES` cannot say, likewise."""
+    """Return what `SIZES` cannot say of these mixers."""
     return {
         "mamba_d_head": mixer_fields(meta)["head_dim"],
         "mamba_conv_bias": any(info.name.endswith("ssm_conv1d.bias") for info in meta.header.tensors),
@@ -77,7 +77,7 @@ def bamba_fields(meta: Metadata) -> Fields:
 
 
 def limited(config: Config) -> bool:
-    """Whether a config keeps time steps within bounds, which this format has no place for."""
+    """Check whether a config bounds its time steps, which this format has no place for."""
     low, high = config.time_step_limit
     return bool(low > 0 or high < math.inf)
 

@@ -58,7 +58,7 @@ class TensorRule:
         tensors whose rows, below each other, are those of the parameter; of a stack of experts, the rows
         of each expert.
     param
-        Name in the Transformers model, within its layer likewise: `self_attn.q_proj.weight`.
+        Name in the Transformers model, within its layer: `self_attn.q_proj.weight`.
     values
         Elementwise conversion.
     rows, cols
@@ -175,7 +175,7 @@ LOG_DECAY = Values(read=lambda decay: np.log(-decay), write=lambda a_log: -np.ex
 
 
 def embeddings(prefix: str = "model.", embed: str = "embed_tokens", norm: str = "norm") -> tuple[TensorRule, ...]:
-    """What nearly all models have outside their layers; the norm is written as it is."""
+    """List what nearly all models have outside their layers; the norm is written as it is."""
     return (
         TensorRule("token_embd.weight", f"{prefix}{embed}.weight"),
         TensorRule("output_norm.weight", f"{prefix}{norm}.weight"),
@@ -184,7 +184,7 @@ def embeddings(prefix: str = "model.", embed: str = "embed_tokens", norm: str = 
 
 
 def grouped(n_groups: int, n_heads: int, width: int, start: int = 0) -> Order:
-    """Where heads that are grouped in Transformers lie in a file that tiles them.
+    """Map heads that are grouped in Transformers to a file that tiles them.
 
     Head `h` uses group `h % n_groups` in the file and group `h // (n_heads / n_groups)` in Transformers.
 
@@ -203,7 +203,7 @@ def grouped(n_groups: int, n_heads: int, width: int, start: int = 0) -> Order:
 
 
 def rotary_halves(n_heads: int, head_dim: int) -> Order:
-    """Where rows whose halves RoPE rotates together (NeoX) lie in a file where neighbours are rotated.
+    """Map rows whose halves RoPE rotates together (NeoX) to a file where neighbours are rotated.
 
     Row `j` of a head's first half and row `j` of its second are rows `2 j` and `2 j + 1` in the file.
     """

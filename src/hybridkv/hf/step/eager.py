@@ -66,7 +66,7 @@ class EagerStep:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         found: torch.device = next(self._model.parameters()).device
         return found
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridkv.hf.step.fused import FusedFamily, Head, Layers, Run
+from hybridkv.hf.step.fused_layers import FusedFamily, Head, Layers, Run
 from hybridkv.hf.step.joined import Joined, is_plain, project
 from hybridkv.kernels.cuda.delta import DeltaShape, conv_prompt, conv_step, delta_prompt, delta_step, gated_norm
 from hybridkv.kernels.cuda.experts import route, run_experts

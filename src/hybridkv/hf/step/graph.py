@@ -28,6 +28,7 @@ from torch import Tensor
 from hybridkv.cache.fixed import N_NUMBERS, numbers_of
 from hybridkv.errors import ModelError
 from hybridkv.model.facts import layer_facts
+from hybridkv.model.protocols import Config
 from hybridkv.runtime import Answers, ModelCache, Step, one_by_one
 from hybridkv.runtime.attend import non_finite
 from hybridkv.runtime.view import Fixed, Notify
@@ -40,8 +41,8 @@ _HOST_ROPE = ("dynamic", "longrope")
 _TRIAL_TOKENS = 2
 
 
-def rejects(config: Any, device: str) -> str | None:
-    """Why decode steps of a model of this config cannot be recorded on this type of device; None if they can.
+def rejects(config: Config, device: str) -> str | None:
+    """Explain why decode steps of this config cannot be recorded on this type of device; None if they can.
 
     Whatever shows only when the model runs is found out before the first recording; see `GraphStep`.
     """
@@ -65,7 +66,7 @@ class Decoder(Step, Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """Device of the model."""
         ...
 
     def decode(self, tokens: Tensor, cache: ModelCache, positions: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ class Recorder(Protocol):
 
 
 def set_sync_debug_mode(mode: int | str) -> None:
-    """torch's, without its word that the mode is a prototype."""
+    """Call torch's function without its warning that the mode is a prototype."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Synchronization debug mode", UserWarning)
         torch.cuda.set_sync_debug_mode(mode)
@@ -96,7 +97,7 @@ class CudaRecorder:
     """Records CUDA graphs, each with memory of its own: a pool is gone with the last graph that used it."""
 
     def trial(self, body: Callable[[], None]) -> str | None:
-        """Run, run while whatever asks the device is an error, and record once in vain."""
+        """Run once, run again with host syncs as errors, then capture and discard."""
         body()
         mode = torch.cuda.get_sync_debug_mode()
         set_sync_debug_mode("error")
@@ -179,7 +180,7 @@ class Recording:
         return self.logits.clone()
 
     def holds(self, memory: Sequence[Tensor]) -> bool:
-        """Whether these are the very tensors that the recording reads and writes."""
+        """Check whether these are the very tensors that the recording reads and writes."""
         return len(memory) == len(self.memory) and all(map(is_, memory, self.memory))
 
 
@@ -187,7 +188,7 @@ class GraphStep:
     """Replays recordings of another step's decoding; what is no decoding, that step does itself.
 
     Before the first recording a trial on an empty cache of the same types finds out whether anything in the model asks
-    the device; if so, that is said once, and the other step goes on by itself.
+    the device; if so, that is said once, and the other step continues by itself.
 
     Parameters
     ----------
@@ -254,7 +255,7 @@ class GraphStep:
         return self._decoder.logits(tokens, cache, position)
 
     def _records(self, cache: ModelCache) -> bool:
-        """Whether the next token of this cache is decoded from a recording."""
+        """Check whether the next token of this cache is decoded from a recording."""
         if cache not in self._recordings and (reason := self._reason(cache)) is not None:
             if reason not in self._said:
                 self._said.add(reason)
@@ -263,7 +264,7 @@ class GraphStep:
         return _settled(cache)
 
     def _reason(self, cache: ModelCache) -> str | None:
-        """Why this cache's steps cannot be recorded; None if they can, or if it is too early to know."""
+        """Explain why this cache's steps cannot be recorded; None if they can, or if it is too early to know."""
         layers = cache.quantized
         if not layers:
             return "no layer has a KV cache"
@@ -288,7 +289,7 @@ class GraphStep:
         return self._recorder.trial(partial(self._run, scratch, recording))
 
     def _run(self, cache: ModelCache, recording: Recording) -> None:
-        """What is recorded: one step, by the numbers on the device alone."""
+        """Run the recorded part: one step, by the row counters on the device alone."""
         n_layers = len(recording.health)
         n_seqs = len(recording.numbers) - 1 - n_layers * N_NUMBERS
         tokens, position, rows = torch.split(recording.numbers, [n_seqs, 1, n_layers * N_NUMBERS])
@@ -303,7 +304,7 @@ class GraphStep:
 
 
 def _settled(cache: ModelCache) -> bool:
-    """Whether the cache has its memory, and the guard has nothing to measure in the next step."""
+    """Check that the cache has its memory, and that the guard has nothing to measure in the next step."""
     for layer in cache.quantized:
         store, watch = layer.store, layer.watch
         measures = watch.pending and store.has_packed(1)  # of exact rows alone there is nothing to measure

@@ -17,7 +17,7 @@ from hybridkv.kernels.cuda.products import multiply, multiply_swiglu
 
 
 def is_plain(weight: Tensor) -> bool:
-    """Whether a weight is held as its numbers, and not packed as torchao's are."""
+    """Check whether a weight is held as its numbers, and not packed as torchao's are."""
     return type(weight) in (nn.Parameter, Tensor)
 
 

@@ -141,7 +141,7 @@ class Holder:
 
 
 def packed_of(parameter: Tensor) -> Weight | None:
-    """What a parameter holds packed; None if it is a plain tensor."""
+    """Return a parameter's packed weight; None if it is a plain tensor."""
     return parameter.packed if isinstance(parameter, PackedTensor) else None
 
 
@@ -219,7 +219,7 @@ def types_held(model: nn.Module) -> str:
 
 
 def packing_rejects(device: str) -> str | None:
-    """Why weights cannot be held packed on a type of device; None if they can."""
+    """Explain why weights cannot be held packed on a type of device; None if they can."""
     return cpu_native.available() if device == "cpu" else f"packed weights are for the cpu, not {device}"
 
 

@@ -21,7 +21,7 @@ struct Amx {
     }
     static void release() { _tile_release(); }
 
-    // The compiler does not know that a tile load reads memory: whoever wrote an operand says so here.
+    // The compiler does not know that a tile load reads memory: the writer of an operand says so here.
     static void written() { asm volatile("" ::: "memory"); }
 
     static void store_pair(int32_t (&sums)[2][256]) {

@@ -1,5 +1,5 @@
 // One attention task on one instruction set: a block of query rows of one KV head over a range of stored rows,
-// with an online softmax that goes on from segment to segment. K and V are separate phases of a tile, so that a format costs one staging function
+// with an online softmax that resumes from segment to segment. K and V are separate phases of a tile, so that a format costs one staging function
 // for both and not one kernel per K x V pair. Included once per instruction set.
 #pragma once
 
@@ -64,8 +64,7 @@ struct Attend : Products {
 
     void start_row(int r) {
         const int64_t pos = a.n_stored() - a.n_tokens + token(r);
-        int64_t lo = a.seq_start ? a.seq_start[task.batch] : 0;
-        if (a.window && pos - a.window + 1 > lo) lo = pos - a.window + 1;
+        const int64_t lo = a.window && pos >= a.window ? pos - a.window + 1 : 0;
         s.lo[r] = lo < j0 ? j0 : lo;
         const int64_t hi = a.causal ? pos + 1 : a.n_stored();
         s.hi[r] = hi < j1 ? hi : j1;

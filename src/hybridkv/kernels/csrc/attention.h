@@ -41,8 +41,7 @@ struct AttendParams {
     const uint8_t* mask;    // bool, j contiguous, or null
     int64_t mask_stride_b, mask_stride_h, mask_stride_t;
     bool causal;
-    const int32_t* seq_start;  // [B] or null
-    float* out;                // [B, Hq, T, Dv] contiguous
+    float* out;             // [B, Hq, T, Dv] contiguous
 
     int64_t group() const { return n_heads / n_kv_heads; }
     int64_t n_stored() const { return segments.back().end; }

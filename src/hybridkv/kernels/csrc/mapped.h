@@ -12,13 +12,6 @@ int watch_map(uintptr_t begin, size_t bytes);
 
 void forget_map(int map);
 
-// Enters the pages of a map into this process's tables, reading what is not in memory; without, each costs a fault when
-// it is first used. The system's error number, 0 if it was done.
-int populate(uintptr_t begin, size_t bytes);
-
-// The system's error number, 0 if the range is locked into memory.
-int lock_memory(uintptr_t begin, size_t bytes);
-
 // Whether pages of a watched map were gone when they were read.
 bool is_damaged(int map);
 

@@ -17,10 +17,7 @@
 #include "pool.h"
 #include "processor.h"
 #include "schedule.h"
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "system.h"
 
 namespace nb = nanobind;
 using namespace hybridkv;
@@ -47,7 +44,7 @@ using Strides = std::tuple<int64_t, int64_t, int64_t>;
 size_t attend(const std::string& isa, Address q, Strides q_strides, const std::vector<Rows>& segments,
               int64_t head_dim_k, int64_t head_dim_v, int64_t n_batch, int64_t n_heads, int64_t n_kv_heads,
               int64_t n_tokens, float scale, float softcap, Address sinks, int64_t window, Address mask,
-              Strides mask_strides, bool causal, Address seq_start, Address out, int n_threads) {
+              Strides mask_strides, bool causal, Address out, int n_threads) {
     AttendParams a{};
     a.q = reinterpret_cast<const float*>(q);
     std::tie(a.q_stride_b, a.q_stride_h, a.q_stride_t) = q_strides;
@@ -63,7 +60,6 @@ size_t attend(const std::string& isa, Address q, Strides q_strides, const std::v
     a.mask = reinterpret_cast<const uint8_t*>(mask);
     std::tie(a.mask_stride_b, a.mask_stride_h, a.mask_stride_t) = mask_strides;
     a.causal = causal;
-    a.seq_start = reinterpret_cast<const int32_t*>(seq_start);
     a.out = reinterpret_cast<float*>(out);
     const Isa& record = isa_named(isa);
     nb::gil_scoped_release unlocked;
@@ -90,18 +86,6 @@ void encode(const std::string& isa, Address x, const std::string& x_type, Stride
     const Isa& record = isa_named(isa);
     nb::gil_scoped_release unlocked;
     run_encode(record, e, n_batch * n_kv_heads * n_tokens, n_threads);
-}
-
-// Asks for large pages under memory that was allocated and not yet touched: fewer misses of the address cache while
-// streaming. A wish, so that a refusal is no error.
-void advise_huge_pages(Address data, size_t bytes) {
-#if defined(__linux__)
-    constexpr size_t kHuge = size_t{2} << 20;
-    const size_t first = (data + kHuge - 1) / kHuge * kHuge, last = (data + bytes) / kHuge * kHuge;
-    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-    (void)data, (void)bytes;
-#endif
 }
 
 // Best of many short bursts, in multiply-adds or bytes per second: kind is "float", "integer" or "read".

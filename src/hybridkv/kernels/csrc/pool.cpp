@@ -10,10 +10,7 @@
 #include <thread>
 #include <vector>
 
-#if defined(__unix__) || defined(__APPLE__)
-#include <pthread.h>
-#define HYBRIDKV_HAS_FORK 1
-#endif
+#include "system.h"
 
 namespace hybridkv {
 namespace {
@@ -127,14 +124,12 @@ std::mutex* g_pool_mutex = new std::mutex;
 Pool& pool() {
     std::lock_guard<std::mutex> lock(*g_pool_mutex);
     if (!g_pool) {
-#if defined(HYBRIDKV_HAS_FORK)
         // The threads do not exist in a forked child: leave the old pool, locks and all, and make a new one.
-        static const int registered = pthread_atfork(nullptr, nullptr, [] {
+        static std::once_flag once;
+        std::call_once(once, on_fork, [] {
             g_pool = nullptr;
             g_pool_mutex = new std::mutex;
         });
-        (void)registered;
-#endif
         g_pool = new Pool;
     }
     return *g_pool;

@@ -3,15 +3,7 @@
 #if defined(HYBRIDKV_X86)
 #include <cpuid.h>
 #endif
-#if defined(HYBRIDKV_HAS_AMX)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-#if defined(HYBRIDKV_ARM64) && defined(__linux__)
-#include <sys/auxv.h>
-#elif defined(HYBRIDKV_ARM64) && defined(__APPLE__)
-#include <sys/sysctl.h>
-#endif
+#include "system.h"
 
 namespace hybridkv {
 namespace {
@@ -45,28 +37,11 @@ bool runs_avx512() {
 #if defined(HYBRIDKV_HAS_AMX)
 // The kernel of the operating system hands out tiles on request.
 bool runs_amx() {
-    constexpr long kRequestPermission = 0x1023, kTileData = 18;
     unsigned a = 0, b = 0, c = 0, d = 0;
     if (!runs_avx512() || !__builtin_cpu_supports("avx512vbmi") || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
     constexpr unsigned kTiles = 1u << 24, kInt8 = 1u << 25, kBf16 = 1u << 22;
     return (d & kTiles) && (d & kInt8) && (d & kBf16) && __builtin_cpu_supports("avx512bf16") &&
-           syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-#endif
-
-#if defined(HYBRIDKV_ARM64)
-// NEON, with fused products and float16 in conversions, is a part of every 64-bit ARM.
-bool runs_dotprod() {
-#if defined(__linux__)
-    constexpr unsigned long kDotProducts = 1ul << 20;  // HWCAP_ASIMDDP
-    return getauxval(AT_HWCAP) & kDotProducts;
-#elif defined(__APPLE__)
-    int found = 0;
-    size_t size = sizeof found;
-    return sysctlbyname("hw.optional.arm.FEAT_DotProd", &found, &size, nullptr, 0) == 0 && found != 0;
-#else
-    return false;
-#endif
+           request_tiles();
 }
 #endif
 
@@ -89,7 +64,8 @@ const std::vector<const Isa*>& offered() {
         if (runs_avx2()) found.push_back(&kIsaAvx2);
 #endif
 #if defined(HYBRIDKV_ARM64)
-        if (runs_dotprod()) found.push_back(&kIsaDotprod);
+        // NEON, with fused products and float16 in conversions, is a part of every 64-bit ARM.
+        if (has_dot_products()) found.push_back(&kIsaDotprod);
         found.push_back(&kIsaNeon);
 #endif
         found.push_back(&kIsaPortable);

@@ -53,8 +53,7 @@ Cut cut(const AttendParams& a, int n_threads) {
 void visible(const AttendParams& a, AttendTask& t) {
     const int64_t first = a.n_stored() - a.n_tokens + t.r0 / a.group();
     const int64_t last = a.n_stored() - a.n_tokens + (t.r1 - 1) / a.group();
-    int64_t lo = a.seq_start ? a.seq_start[t.batch] : 0;
-    if (a.window) lo = std::max(lo, first - a.window + 1);
+    const int64_t lo = a.window ? std::max<int64_t>(0, first - a.window + 1) : 0;
     const int64_t hi = a.causal ? last + 1 : a.n_stored();
     t.j0 = std::max(t.j0, lo);
     t.j1 = std::max(t.j0, std::min(t.j1, hi));

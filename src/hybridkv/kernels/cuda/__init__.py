@@ -29,7 +29,7 @@ def _installed() -> bool:
 
 
 def available(device: str) -> str | None:
-    """Why the kernels cannot run on a kind of device; None if they can. Triton's interpreter runs them on the CPU."""
+    """Explain why the kernels cannot run on a kind of device; None if they can. Triton interprets them on the CPU."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device != "cuda" and not (device == "cpu" and interpreted):
         return f"runs on cuda, not on {device}"
@@ -60,12 +60,11 @@ def store(
     *,
     rotated: bool,
     center: Tensor | None,
-    blocks: Tensor | None,
 ) -> None:
     """Rotate, subtract a center, encode and write, in one launch."""
     from hybridkv.kernels.cuda.store import store as launch
 
-    launch(x, fmt, scale, planes, row, rotated=rotated, center=center, blocks=blocks)
+    launch(x, fmt, scale, planes, row, rotated=rotated, center=center)
 
 
 def _rejects(case: AttentionCase) -> str | None:

@@ -119,7 +119,6 @@ def attend_segment(
     v_d,
     v_m,
     v_book,
-    table,
     starts,
     lengths,
     n_new,
@@ -135,7 +134,6 @@ def attend_segment(
     scale,
     softcap,
     window,
-    n_blocks,
     n_parts,
     first_part,
     stride_qb,
@@ -158,8 +156,6 @@ def attend_segment(
     HAS_STARTS: tl.constexpr,
     N_LENGTHS: tl.constexpr,
     SEGMENT: tl.constexpr,
-    ROWS_LOG2: tl.constexpr,
-    PAGED: tl.constexpr,
     PARTIAL: tl.constexpr,
     PREFETCH: tl.constexpr,
 ):
@@ -224,7 +220,6 @@ def attend_segment(
     from_row += share * share_rows
     to_row = tl.minimum(to_row, from_row + share_rows)
 
-    table_at = table + sequence.to(tl.int64) * n_blocks
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     sums_m = tl.zeros([BLOCK_M], tl.float32)
     acc_low = tl.zeros([BLOCK_M, V.blocks_padded * 16], tl.float32)
@@ -234,26 +229,26 @@ def attend_segment(
     if PREFETCH:
         rows = from_row + columns
         ok = rows < to_row
-        slots = find_slots(first_row + rows, ok, table_at, head, n_kv_heads, sequence, rows_k, PAGED, ROWS_LOG2)
+        slots = find_slots(first_row + rows, head, n_kv_heads, sequence, rows_k)
         k0, k1, k2, k3, k4, k5 = load_raw(k_main, k_pairs, k_bits, k_d, k_m, slots, ok, K)
-        slots = find_slots(first_row + rows, ok, table_at, head, n_kv_heads, sequence, rows_v, PAGED, ROWS_LOG2)
+        slots = find_slots(first_row + rows, head, n_kv_heads, sequence, rows_v)
         v0, v1, v2, v3, v4, v5 = load_raw(v_main, v_pairs, v_bits, v_d, v_m, slots, ok, V)
     for n in range(from_row, to_row, BLOCK_N):
         if not PREFETCH:
             rows = n + columns
             ok = rows < to_row
-            slots = find_slots(first_row + rows, ok, table_at, head, n_kv_heads, sequence, rows_k, PAGED, ROWS_LOG2)
+            slots = find_slots(first_row + rows, head, n_kv_heads, sequence, rows_k)
             k0, k1, k2, k3, k4, k5 = load_raw(k_main, k_pairs, k_bits, k_d, k_m, slots, ok, K)
-            slots = find_slots(first_row + rows, ok, table_at, head, n_kv_heads, sequence, rows_v, PAGED, ROWS_LOG2)
+            slots = find_slots(first_row + rows, head, n_kv_heads, sequence, rows_v)
             v0, v1, v2, v3, v4, v5 = load_raw(v_main, v_pairs, v_bits, v_d, v_m, slots, ok, V)
         c0, c1, c2, c3, c4, c5 = k0, k1, k2, k3, k4, k5
         w0, w1, w2, w3, w4, w5 = v0, v1, v2, v3, v4, v5
         if PREFETCH:
             rows = n + BLOCK_N + columns
             ok = rows < to_row
-            slots = find_slots(first_row + rows, ok, table_at, head, n_kv_heads, sequence, rows_k, PAGED, ROWS_LOG2)
+            slots = find_slots(first_row + rows, head, n_kv_heads, sequence, rows_k)
             k0, k1, k2, k3, k4, k5 = load_raw(k_main, k_pairs, k_bits, k_d, k_m, slots, ok, K)
-            slots = find_slots(first_row + rows, ok, table_at, head, n_kv_heads, sequence, rows_v, PAGED, ROWS_LOG2)
+            slots = find_slots(first_row + rows, head, n_kv_heads, sequence, rows_v)
             v0, v1, v2, v3, v4, v5 = load_raw(v_main, v_pairs, v_bits, v_d, v_m, slots, ok, V)
 
         k_low, k_high = decode_raw(c0, c1, c2, c3, c4, c5, k_book, BLOCK_M >= 64, K)

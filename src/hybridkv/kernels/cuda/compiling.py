@@ -20,7 +20,7 @@ class Compiled:
 
 @contextmanager
 def watch_compilation(device: str) -> Iterator[Compiled]:
-    """Count what is compiled meanwhile in this process: nothing, on a type of device that Triton is not used on."""
+    """Count kernels that this process compiles inside the block: none on devices that Triton is not used on."""
     if cuda.available(device) is not None:
         yield Compiled()
         return

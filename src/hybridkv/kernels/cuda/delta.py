@@ -44,7 +44,7 @@ class DeltaShape:
 
     @property
     def channels(self) -> int:
-        """What the convolution runs over: queries, keys and values."""
+        """Channels of the convolution: queries, keys and values."""
         return 2 * self.n_key * self.head_k + self.n_value * self.head_v
 
 

@@ -328,13 +328,11 @@ def store_rows(
     extra,
     book,
     center,
-    table,
     rows,
     row,
     n_new,
     n_kv_heads,
     n_rows,
-    n_blocks,
     stride_b,
     stride_h,
     stride_t,
@@ -343,8 +341,6 @@ def store_rows(
     ROTATED: tl.constexpr,
     HAS_CENTER: tl.constexpr,
     HAS_ROWS: tl.constexpr,
-    PAGED: tl.constexpr,
-    ROWS_LOG2: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """Rotate, subtract, encode and write N new rows of one sequence and KV head. Grid: tiles of T, B * Hkv."""
@@ -367,8 +363,7 @@ def store_rows(
     first = row
     if HAS_ROWS:
         first += tl.load(rows + sequence)
-    table_at = table + sequence.to(tl.int64) * n_blocks
-    slots = find_slots(first + token, ok, table_at, head, n_kv_heads, sequence, n_rows, PAGED, ROWS_LOG2)
+    slots = find_slots(first + token, head, n_kv_heads, sequence, n_rows)
     if E.main >= _F16:
         at = slots[:, None] * E.head_dim + column[None, :]
         if E.main == _F16:

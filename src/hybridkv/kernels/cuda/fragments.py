@@ -140,7 +140,7 @@ def store_four(at, a, b, c, d, here):
 
 @triton.jit
 def keep_order(thread):
-    """What is loaded before is asked for before: the assembler would put off loads until registers are free."""
+    """Keep the order of loads: the assembler would put them off until registers are free."""
     if not INTERPRETED:
         tl.inline_asm_elementwise(
             "bar.warp.sync 0xffffffff; mov.b32 $0, $1;", "=r,r", [thread], tl.int32, is_pure=False, pack=1

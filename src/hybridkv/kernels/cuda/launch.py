@@ -80,17 +80,17 @@ def choose_tiling(side_k: Side, side_v: Side, n_query_rows: int, *, one_token: b
 
 
 def _by_words(s: Side) -> bool:
-    """Whether lanes may share a row's words evenly, as the kernel for one token has it."""
+    """Check whether lanes may share a row's words evenly, as the kernel for one token has it."""
     return s.main in (NONE, BYTES, NIBBLES) and not s.row_scale and s.head_dim in (64, 128, 256)
 
 
 def _aligned(segment: Segment) -> bool:
-    """Whether four words may be loaded at once."""
+    """Check whether four words may be loaded at once."""
     return all(plane.data_ptr() % 16 == 0 for plane in (*segment.k, *segment.v))
 
 
 def _loads_eights(q: Tensor) -> bool:
-    """Whether eight numbers of a query may be loaded at once."""
+    """Check whether eight numbers of a query may be loaded at once."""
     return q.data_ptr() % 16 == 0 and q.stride(0) % 8 == 0 and q.stride(1) % 8 == 0
 
 
@@ -101,7 +101,7 @@ def _n_multiprocessors(device: torch.device) -> int:
 
 @lru_cache(maxsize=16)
 def _has_products_of_fragments(device: torch.device) -> bool:
-    """Whether the instructions of the kernel for one token are there; the interpreter has its own."""
+    """Check for the instructions of the kernel for one token; the interpreter has its own."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -168,7 +168,6 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
             _or(segment.center, q),
             *memory(segment.format_k, segment.k),
             *memory(segment.format_v, segment.v),
-            _or(segment.blocks, q),
             _or(segment.starts, q),
             _or(lengths, q),
             n_new,
@@ -184,7 +183,6 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
             params.scale,
             params.softcap or 1.0,
             view.window or 0,
-            0 if segment.blocks is None else segment.blocks.shape[1],
             n_parts,
             sum(shares[:i]),
             *q.stride()[:3],
@@ -203,8 +201,6 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
             HAS_STARTS=segment.starts is not None,
             N_LENGTHS=0 if lengths is None else len(segments),
             SEGMENT=i if lengths is not None else 0,
-            ROWS_LOG2=0 if segment.blocks is None else k_rows.bit_length() - 1,
-            PAGED=segment.blocks is not None,
             PARTIAL=partial,
             PREFETCH=t.prefetch,
             num_warps=t.warps,
@@ -270,7 +266,6 @@ def _one_token(
         _or(segment.center, q),
         *memory(segment.format_k, segment.k),
         *memory(segment.format_v, segment.v),
-        _or(segment.blocks, q),
         _or(segment.starts, q),
         _or(lengths, q),
         n_batch,
@@ -284,7 +279,6 @@ def _one_token(
         params.scale,
         params.softcap or 1.0,
         view.window or 0,
-        0 if segment.blocks is None else segment.blocks.shape[1],
         n_parts,
         first_part,
         -(-segment.length // (n_shares * tile)) * tile,
@@ -300,8 +294,6 @@ def _one_token(
         HAS_STARTS=segment.starts is not None,
         SEGMENT=place[0] if place else 0,
         N_LENGTHS=place[1] if place else 0,
-        ROWS_LOG2=0 if segment.blocks is None else k_rows.bit_length() - 1,
-        PAGED=segment.blocks is not None,
         num_warps=tiling.warps,
         num_stages=1,
         enable_fp_fusion=True,
@@ -340,18 +332,12 @@ def _lengths(segments: tuple[Segment, ...], n_batch: int) -> Tensor | None:
 
 
 def _rows(segment: Segment, view: KVView, n_batch: int, n_kv_heads: int) -> tuple[int, int]:
-    """Rows per sequence, or per block of the table, of K's and of V's planes; checked against what is to be read."""
-    heads = n_kv_heads if segment.blocks is not None else (n_batch, n_kv_heads)
+    """Rows per sequence of K's and of V's planes; checked against what is to be read."""
+    heads = (n_batch, n_kv_heads)
     k_rows = capacity(segment.format_k, segment.k, view.head_dim_k, heads)
     v_rows = capacity(segment.format_v, segment.v, view.head_dim_v, heads)
     end = segment.start + segment.length
-    if segment.blocks is None:
-        assert segment.start >= 0 and end <= min(k_rows, v_rows), (segment.start, segment.length, k_rows, v_rows)
-    else:
-        table = segment.blocks
-        assert k_rows == v_rows and k_rows >= 16 and k_rows & (k_rows - 1) == 0, (k_rows, v_rows)
-        assert table.dtype == torch.int32 and table.is_contiguous() and table.shape[0] == n_batch, table.shape
-        assert segment.start >= 0 and end <= table.shape[1] * k_rows, (segment.start, end, table.shape)
+    assert segment.start >= 0 and end <= min(k_rows, v_rows), (segment.start, segment.length, k_rows, v_rows)
     if segment.center is not None:
         assert segment.center.shape == (n_batch, n_kv_heads, view.head_dim_k), segment.center.shape
         assert segment.center.is_contiguous() and segment.center.dtype == torch.float32, segment.center.dtype

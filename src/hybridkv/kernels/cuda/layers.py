@@ -20,7 +20,7 @@ ELEMENTS = 1024
 """Elements per program of an elementwise kernel."""
 
 WATCHED = 4096
-"""Elements that one program looks through for numbers that are not finite."""
+"""Elements that one program looks through for non-finite values."""
 
 
 @triton.jit

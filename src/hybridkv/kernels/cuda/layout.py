@@ -86,7 +86,7 @@ class Memory(NamedTuple):
 
 
 def rejects_rows(fmt: KVFormat, head_dim: int) -> str | None:
-    """Why the kernels cannot read or write such rows; None if they can."""
+    """Explain why the kernels cannot read or write such rows; None if they can."""
     if head_dim > MAX_HEAD_DIM:
         return f"head dim {head_dim} is above {MAX_HEAD_DIM}"
     if fmt.block not in (None, 1, 32):
@@ -177,20 +177,19 @@ def memory(fmt: KVFormat, planes: Sequence[Tensor]) -> Memory:
     )
 
 
-def capacity(fmt: KVFormat, planes: Sequence[Tensor], head_dim: int, heads: tuple[int, int] | int) -> int:
-    """Assert that the kernels may read the planes; rows per sequence and head, or per block of a table.
+def capacity(fmt: KVFormat, planes: Sequence[Tensor], head_dim: int, heads: tuple[int, int]) -> int:
+    """Assert that the kernels may read the planes; rows per sequence and head.
 
     Parameters
     ----------
     heads
-        B and Hkv, or Hkv alone if a table names blocks.
+        B and Hkv.
     """
     rows = int(planes[0].shape[2])
     for plane, size in zip(planes, fmt.plane_bytes(head_dim), strict=True):
         assert plane.dtype == torch.uint8 and plane.is_contiguous(), (fmt.name, plane.dtype, plane.stride())
         assert plane.shape[2:] == (rows, size), (fmt.name, plane.shape, rows, size)
-        leading = tuple(plane.shape[:2]) if isinstance(heads, tuple) else int(plane.shape[1])
-        assert leading == heads, (fmt.name, plane.shape, heads)
+        assert tuple(plane.shape[:2]) == heads, (fmt.name, plane.shape, heads)
     return rows
 
 

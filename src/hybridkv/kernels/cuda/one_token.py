@@ -167,7 +167,7 @@ def _runs_of_warp(side, warps):
 
 @triton.jit
 def _tile(run, half: tl.constexpr, S: tl.constexpr):
-    """Which accumulators hold the first or the second two dims of a run of four: those of a word, or of its nibbles."""
+    """Select the accumulators of the first or the second two dims of a run of four: of a word, or of its nibbles."""
     return run * 2 + half if S.main == _BYTES else run // 2 * 4 + run % 2 + 2 * half
 
 
@@ -201,7 +201,6 @@ def attend_one_token(
     v_d,
     v_m,
     v_book,
-    table,
     starts,
     lengths,
     n_batch,
@@ -215,7 +214,6 @@ def attend_one_token(
     scale,
     softcap,
     window,
-    n_blocks,
     n_parts,
     first_part,
     share_rows,
@@ -232,8 +230,6 @@ def attend_one_token(
     HAS_STARTS: tl.constexpr,
     N_LENGTHS: tl.constexpr,
     SEGMENT: tl.constexpr,
-    ROWS_LOG2: tl.constexpr,
-    PAGED: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """One part of the attention of a KV head's group of query heads, at most 8, as `attend_segment` leaves it.
@@ -275,7 +271,6 @@ def attend_one_token(
     from_row += share * share_rows
     to_row = tl.minimum(to_row, from_row + share_rows)
 
-    table_at = table + sequence.to(tl.int64) * n_blocks
     warp_row = thread // 32 * (SUBTILES * 16)
     k_row = from_row + warp_row + group
     v_row = from_row + warp_row + place * 2
@@ -292,10 +287,10 @@ def attend_one_token(
 
     if OVERLAPS and not reads_numbers:
         gdc_wait()
-    k_slots = _slots(k_row, to_row, first_row, table_at, head, n_kv_heads, sequence, rows_k, k_deltas, PAGED, ROWS_LOG2)
-    k = load_rows(k_main, k_pairs, k_bits, k_d, k_m, k_slots, k_row, to_row, place, k_deltas, 4, PAGED, K)
-    v_slots = _slots(v_row, to_row, first_row, table_at, head, n_kv_heads, sequence, rows_v, v_deltas, PAGED, ROWS_LOG2)
-    v = load_rows(v_main, v_pairs, v_bits, v_d, v_m, v_slots, v_row, to_row, group, v_deltas, 8, PAGED, V)
+    k_slot = find_slots(first_row + k_row, head, n_kv_heads, sequence, rows_k)
+    k = load_rows(k_main, k_pairs, k_bits, k_d, k_m, k_slot, k_row, to_row, place, k_deltas, 4, K)
+    v_slot = find_slots(first_row + v_row, head, n_kv_heads, sequence, rows_v)
+    v = load_rows(v_main, v_pairs, v_bits, v_d, v_m, v_slot, v_row, to_row, group, v_deltas, 8, V)
     keep_order(thread)
     q_at = q + sequence.to(tl.int64) * stride_qb + (head * GROUP).to(tl.int64) * stride_qh
     center_at = center
@@ -323,10 +318,8 @@ def attend_one_token(
             )
             scores = scores + (c0, c1, c2, c3)
         k_row += step
-        k_slots = _slots(
-            k_row, to_row, first_row, table_at, head, n_kv_heads, sequence, rows_k, k_deltas, PAGED, ROWS_LOG2
-        )
-        k = load_rows(k_main, k_pairs, k_bits, k_d, k_m, k_slots, k_row, to_row, place, k_deltas, 4, PAGED, K)
+        k_slot = find_slots(first_row + k_row, head, n_kv_heads, sequence, rows_k)
+        k = load_rows(k_main, k_pairs, k_bits, k_d, k_m, k_slot, k_row, to_row, place, k_deltas, 4, K)
         keep_order(thread)
 
         most0, most1 = tl.maximum(scores[0], scores[2]), tl.maximum(scores[1], scores[3])
@@ -350,10 +343,8 @@ def attend_one_token(
             sum0, sum1 = sum0 + (w0 + w2), sum1 + (w1 + w3)
             acc = add_values(acc, v, sub, turn(w0, w1, WARPS), turn(w2, w3, WARPS), group, v_book, WARPS, V)
         v_row += step
-        v_slots = _slots(
-            v_row, to_row, first_row, table_at, head, n_kv_heads, sequence, rows_v, v_deltas, PAGED, ROWS_LOG2
-        )
-        v = load_rows(v_main, v_pairs, v_bits, v_d, v_m, v_slots, v_row, to_row, group, v_deltas, 8, PAGED, V)
+        v_slot = find_slots(first_row + v_row, head, n_kv_heads, sequence, rows_v)
+        v = load_rows(v_main, v_pairs, v_bits, v_d, v_m, v_slot, v_row, to_row, group, v_deltas, 8, V)
 
     if OVERLAPS:
         gdc_launch_dependents()
@@ -379,21 +370,6 @@ def attend_one_token(
         here = here & (column + 1 < GROUP)
         out_at += V.head_dim
         store_four(out_at, values[8 * j + 1], values[8 * j + 3], values[8 * j + 5], values[8 * j + 7], here)
-
-
-@triton.jit
-def _slots(row, end, first_row, table, head, n_kv_heads, sequence, n_rows, DELTAS: tl.constexpr, PAGED: tl.constexpr,
-           ROWS_LOG2: tl.constexpr):  # fmt: skip
-    """Where rows lie, one tensor per delta; without a table the first alone, since the others follow."""
-    slots = ()
-    for i in tl.static_range(len(DELTAS) if PAGED else 1):
-        here = row + DELTAS[i]
-        slots = slots + (
-            find_slots(
-                first_row + here, here < end, table, head, n_kv_heads, sequence, n_rows, PAGED, ROWS_LOG2
-            ),
-        )  # fmt: skip
-    return slots
 
 
 @triton.jit

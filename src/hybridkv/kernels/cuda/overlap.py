@@ -23,7 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def begin(OVERLAPS: tl.constexpr):
-    """Let the next kernel's programs come, and wait for the kernel before this one."""
+    """Let the next kernel launch, and wait for the previous one."""
     if OVERLAPS:
         gdc_launch_dependents()
         gdc_wait()
@@ -37,11 +37,11 @@ class Launch(TypedDict, total=False):
 
 
 def overlapping(device: torch.device) -> Launch:
-    """How a kernel that calls `begin` is launched on this device."""
+    """Choose the launch options of a kernel that calls `begin` on this device."""
     return {"OVERLAPS": True, "launch_pdl": True} if overlaps(device) else {"OVERLAPS": False}
 
 
 @lru_cache(maxsize=16)
 def overlaps(device: torch.device) -> bool:
-    """Whether a kernel may be launched while the one before ends, and wait for it on the device."""
+    """Check whether a kernel may be launched while the one before ends, and wait for it on the device."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)

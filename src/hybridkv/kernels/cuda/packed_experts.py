@@ -215,7 +215,7 @@ def prompt_experts(
     *,
     factor: float,
 ) -> Tensor:
-    """What `run_packed_experts` gives, for rows that choose every expert several times: matrices are decoded once."""
+    """Compute `run_packed_experts` for rows that choose every expert several times: matrices are decoded once."""
     index, weights = chosen
     (n_rows, hidden), top_k = x.shape, index.shape[1]
     n_experts, width = each[0].n_stack, each[1].n_in

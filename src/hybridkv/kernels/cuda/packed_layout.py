@@ -120,12 +120,12 @@ class PackedWeight:
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """Device of the memory."""
         return self.planes[0].device
 
 
 def rejects(name: str) -> str | None:
-    """Why weights of a type are not held packed on the GPU; None if they are."""
+    """Explain why weights of a type are not held packed on the GPU; None if they are."""
     return None if name in PACKED else f"{name} is not multiplied packed on cuda; it knows {', '.join(PACKED)}"
 
 

@@ -131,7 +131,7 @@ def _integer(x, MINUS: tl.constexpr):
 
 @triton.jit
 def _scaled_pair(d, m):
-    """What both of a scale and a minimum are counted in, and each in that: float32."""
+    """Return the common unit of a scale and a minimum, and each in that unit: float32."""
     counts = tl.abs(d) * 512.0 >= tl.abs(m)
     unit = tl.where(counts, d, m)
     inverse = tl.where(unit == 0.0, 0.0, 1.0 / unit)
@@ -193,7 +193,7 @@ def _scales_of(raw, place, T: tl.constexpr):
 
 @triton.constexpr_function
 def _group_of(word, half, T):
-    """Which of a lane's scales the values of a half of a word have."""
+    """Find which of a lane's scales the values of a half of a word have."""
     if T.scales == "bytes16" or T.scales == "nibbles":
         return 2 * half + word // 4
     if T.scales == "six" or T.scales == "bytes32":
@@ -203,7 +203,7 @@ def _group_of(word, half, T):
 
 @triton.constexpr_function
 def _field_text(word, index, bits):
-    """Where the further bits of a word's values lie: which word, and the lowest bit."""
+    """Locate the further bits of a word's values: the word, and the lowest bit."""
     words = 4 // bits
     return word // words, bits * (word % words * 4 + index)
 
@@ -255,7 +255,7 @@ def _two(raw, factor, summand, W: tl.constexpr, I: tl.constexpr, T: tl.constexpr
 
 @triton.jit
 def decode_unit(raw, place, T: tl.constexpr):
-    """What `load_unit` gave as values: 32 words, and float32 scales of their products, one or one for each word."""
+    """Decode what `load_unit` gave: 32 words, and float32 scales of their products, one or one for each word."""
     factors, summands, units = _scales_of(raw, place, T)
     one = tl.full(place.shape, ONE, tl.int32)
     words = ()

@@ -101,7 +101,7 @@ def multiply_swiglu(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def one_row(x: Tensor, weight: Tensor, *, gated: bool = False, dtype: torch.dtype | None = None) -> Tensor:
-    """What `multiply` gives for one row `[1, in]`, or with `gated` what `multiply_swiglu` does.
+    """Compute `multiply` for one row `[1, in]`, or with `gated` `multiply_swiglu`.
 
     In x's dtype, or another if one is given; the matrix may have a dtype of its own.
     """
@@ -116,5 +116,5 @@ def one_row(x: Tensor, weight: Tensor, *, gated: bool = False, dtype: torch.dtyp
 
 
 def _takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether the kernel is the faster one: one row, and a device on which it can begin before its turn."""
+    """Check whether the kernel is the faster one: one row, and a device on which it can begin before its turn."""
     return len(x) == 1 and overlaps(x.device) and weight.shape[1] <= MOST_INPUTS and weight.is_contiguous()

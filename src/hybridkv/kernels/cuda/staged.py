@@ -40,7 +40,7 @@ def _unpack(main, pairs, bits, d, m, book, out, pair, n_kv_heads, start, n_rows,
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     ok = rows < n_rows
     sequence, head = pair // n_kv_heads, pair % n_kv_heads
-    slots = find_slots(start + rows, ok, main, head, n_kv_heads, sequence, capacity, False, 0)
+    slots = find_slots(start + rows, head, n_kv_heads, sequence, capacity)
     r0, r1, r2, r3, r4, r5 = load_raw(main, pairs, bits, d, m, slots, ok, S)
     low, high = decode_raw(r0, r1, r2, r3, r4, r5, book, False, S, IN_ORDER=True)
     column = tl.arange(0, S.blocks_padded * 16)
@@ -125,16 +125,16 @@ def add_part(total, weight, part, part_weight, out, out_weight, width, n, BLOCK:
 
 
 def available(device: torch.device) -> bool:
-    """Whether torch has a kernel of its own for the device."""
+    """Check whether torch has a kernel of its own for the device."""
     return (
         device.type == "cuda" and is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
     )
 
 
 def takes(q: Tensor, view: KVView, params: AttentionParams) -> bool:
-    """Whether a call is one of those that this module attends."""
+    """Check whether this module attends a call."""
     plain = params.mask is None and params.softcap is None and params.sinks is None and view.window is None
-    on_host = not view.device_rows and not view.paged and all(s.center is None for s in view.segments)
+    on_host = not view.device_rows and all(s.center is None for s in view.segments)
     dims = view.head_dim_k == view.head_dim_v and view.head_dim_k % 8 == 0 and view.head_dim_k <= 256
     sides = [side(f.name, view.head_dim_k) for s in view.segments for f in (s.format_k, s.format_v)]
     float16 = all(s.main not in (F32, BF16) for s in sides)

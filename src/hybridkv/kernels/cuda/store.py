@@ -51,7 +51,7 @@ class Encoding(NamedTuple):
 
 @lru_cache(maxsize=256)
 def encoding(type_name: str, scale: Scale | None, head_dim: int) -> Encoding:
-    """What the encoder of rows of `head_dim` values must know.
+    """Collect what the encoder of rows of `head_dim` values must know.
 
     Raises
     ------
@@ -99,21 +99,16 @@ def store(
     *,
     rotated: bool = False,
     center: Tensor | None = None,
-    blocks: Tensor | None = None,
 ) -> None:
     """Rotate, subtract a center, encode and write new rows in one launch; the arguments of `hybridkv.kernels.store`."""
     n_batch, n_kv_heads, n_new, head_dim = x.shape
     enc = encoding(fmt.name, scale, head_dim)
     if rotated:
         rotation_block(head_dim)  # raises where there is none
-    n_rows = capacity(fmt, planes, head_dim, (n_batch, n_kv_heads) if blocks is None else n_kv_heads)
-    if blocks is not None:
-        assert n_rows >= 16 and n_rows & (n_rows - 1) == 0, n_rows
-        assert blocks.dtype == torch.int32 and blocks.is_contiguous() and blocks.shape[0] == n_batch, blocks.shape
-    end = n_rows if blocks is None else n_rows * blocks.shape[1]
+    n_rows = capacity(fmt, planes, head_dim, (n_batch, n_kv_heads))
     on_device = not isinstance(row, int)
     if isinstance(row, int):
-        assert row >= 0 and row + n_new <= end, (row, n_new, end)
+        assert row >= 0 and row + n_new <= n_rows, (row, n_new, n_rows)
     else:
         assert row.shape == (n_batch,) and row.dtype == torch.int32 and row.is_contiguous(), (row.shape, row.dtype)
     if center is not None:
@@ -134,21 +129,17 @@ def store(
         extra,
         x if fmt.codebook is None else entries(fmt.name, x.device),
         x if center is None else center,
-        x if blocks is None else blocks,
         row if on_device else x,
         0 if on_device else row,
         n_new,
         n_kv_heads,
         n_rows,
-        0 if blocks is None else blocks.shape[1],
         *x.stride()[:3],
         E=enc,
         N=n,
         ROTATED=rotated,
         HAS_CENTER=center is not None,
         HAS_ROWS=on_device,
-        PAGED=blocks is not None,
-        ROWS_LOG2=0 if blocks is None else n_rows.bit_length() - 1,
         num_warps=_warps(n_values, enc),
         num_stages=1,
         enable_fp_fusion=False,

@@ -61,17 +61,9 @@ _F16, _BF16, _F32 = tl.constexpr(F16), tl.constexpr(BF16), tl.constexpr(F32)
 
 
 @triton.jit
-def find_slots(rows, ok, table, head, n_kv_heads, sequence, n_rows, PAGED: tl.constexpr, ROWS_LOG2: tl.constexpr):
-    """Where rows of a sequence lie, counted in rows from the planes' begin: int64 `[N]`.
-
-    `table` is the sequence's own; `n_rows` is the capacity, or the rows of a block.
-    """
-    if PAGED:
-        block = tl.load(table + (rows >> ROWS_LOG2), mask=ok, other=0).to(tl.int64)
-        slots = (block * n_kv_heads + head) * n_rows + (rows & ((1 << ROWS_LOG2) - 1))
-    else:
-        slots = (sequence.to(tl.int64) * n_kv_heads + head) * n_rows + rows
-    return slots
+def find_slots(rows, head, n_kv_heads, sequence, n_rows):
+    """Find where rows of a sequence lie, counted from the planes' begin: int64 `[N]`."""
+    return (sequence.to(tl.int64) * n_kv_heads + head) * n_rows + rows
 
 
 @triton.jit
@@ -279,7 +271,7 @@ def _one_value(words, factor: tl.constexpr, d, m, S: tl.constexpr):
 
 @triton.jit
 def entries(a, b, c, d, words, book, S: tl.constexpr):
-    """What the codebook has for codes, laid out like these; as bytes, 128 higher."""
+    """Look codes up in the codebook, laid out like these; as bytes, 128 higher."""
     if INTERPRETED:
         a, b = _entries_from_memory(a, book), _entries_from_memory(b, book)
         c, d = _entries_from_memory(c, book), _entries_from_memory(d, book)

@@ -54,17 +54,16 @@ def rows_of_values(subtiles):
 
 
 @triton.jit
-def load_rows(main, pairs, bits, d, m, slots, rows, end, part, DELTAS: tl.constexpr, PARTS: tl.constexpr,
-               PAGED: tl.constexpr, S: tl.constexpr):  # fmt: skip
+def load_rows(main, pairs, bits, d, m, slot, rows, end, part, DELTAS: tl.constexpr, PARTS: tl.constexpr,
+              S: tl.constexpr):  # fmt: skip
     """Words of the rows `rows + DELTAS`, of one of PARTS of each; per plane a tuple, row after row.
 
-    `slots` are where these rows lie, one per delta; or of the first alone, if the others follow it as they are counted.
+    `slot` is where `rows` lie; the others follow them as they are counted.
     """
     x, p, b, s, low = (), (), (), (), ()
     for i in tl.static_range(len(DELTAS)):
         x1, p1, b1, s1, low1 = _load_row(
-            main, pairs, bits, d, m, slots[i if PAGED else 0], rows + DELTAS[i], end, part,
-            0 if PAGED else DELTAS[i], PARTS, S,
+            main, pairs, bits, d, m, slot, rows + DELTAS[i], end, part, DELTAS[i], PARTS, S
         )  # fmt: skip
         x, p, b, s, low = x + x1, p + p1, b + b1, s + s1, low + low1
     return x, p, b, s, low

@@ -21,7 +21,7 @@ _STORED_MULTIPLE = 256  # its own engine always attends a multiple of this; at 3
 
 
 def runs(shape: Shape, kv_type: str) -> bool:
-    """Whether it has a kernel for the type and takes this many rows."""
+    """Check whether it has a kernel for the type and takes this many rows."""
     return kv_type in ATTENTION_TYPES and shape.n_stored % _STORED_MULTIPLE == 0
 
 

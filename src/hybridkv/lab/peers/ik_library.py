@@ -35,7 +35,7 @@ _FLAGS = {
 
 
 def library_folder() -> Path | None:
-    """Where its shared libraries lie; None if the package is not installed."""
+    """Find the folder of its shared libraries; None if the package is not installed."""
     spec = importlib.util.find_spec("ik_llama_cpp")
     if spec is None or spec.origin is None:
         return None
@@ -43,7 +43,7 @@ def library_folder() -> Path | None:
 
 
 def find() -> Found:
-    """What is installed, in the library's own words: its build lists what it was compiled for."""
+    """Describe what is installed, in the library's own words: its build lists what it was compiled for."""
     folder = library_folder()
     if folder is None:
         return Found("ik", f"not installed (pip install {PACKAGE})")

@@ -54,7 +54,7 @@ def ik_context(model: int, kv_type: str, *, n_ctx: int, n_threads: int, rotated:
 
 
 def runs(kv_type: str) -> bool:
-    """Whether its flash attention has a kernel for the type."""
+    """Check whether its flash attention has a kernel for the type."""
     return kv_type in ATTENTION_TYPES
 
 
@@ -139,7 +139,7 @@ def repeat_rows(state: bytes, n_tokens: int) -> bytes:
     """A sequence's saved state with its K and V rows repeated to `n_tokens`.
 
     Source: ik_llama.cpp, src/llama.cpp, `llama_data_write`: the count of cells, each cell's position and 0; whether V
-    is transposed, the count of layers; per layer K's type, bytes per row and rows; then V's likewise; then the
+    is transposed, the count of layers; per layer K's type, bytes per row and rows; then V's; then the
     recurrent states, which are kept.
     """
     (n_cells,) = struct.unpack_from("<I", state)
@@ -151,7 +151,7 @@ def repeat_rows(state: bytes, n_tokens: int) -> bytes:
 def repeat_layers(state: bytes, at: int, n_cells: int, n_tokens: int) -> tuple[list[bytes], int]:
     """All layers' K and V rows of a saved state, from `at` on, repeated from `n_cells` to `n_tokens`; where they end.
 
-    Whether V is transposed, the count of layers; per layer K's type, bytes per row and rows; then V's likewise: as in
+    Whether V is transposed, the count of layers; per layer K's type, bytes per row and rows; then V's: as in
     llama.cpp.
     """
     transposed, n_layers = struct.unpack_from("<II", state, at)

@@ -6,25 +6,24 @@ is touched.
 
 from __future__ import annotations
 
-from typing import Any
-
 from hybridkv.model.checks import graph_rejects
 from hybridkv.model.families import dense, lfm2, mamba, qwen, zamba
 from hybridkv.model.families.parts import Family, kinds_reject
 from hybridkv.model.layers import ModelGraph
+from hybridkv.model.protocols import Config
 
 FAMILIES: dict[str, Family] = {**qwen.FAMILIES, **lfm2.FAMILIES, **mamba.FAMILIES, **zamba.FAMILIES, **dense.FAMILIES}
 """By Transformers' `model_type`; hybrids first."""
 
 
-def graph_of(config: Any) -> ModelGraph:
+def graph_of(config: Config) -> ModelGraph:
     """The graph of a Transformers config's text model; `rejects` must have said None."""
     text = config.get_text_config(decoder=True)
     return FAMILIES[text.model_type].graph(text)
 
 
-def rejects(config: Any) -> str | None:
-    """Why no graph can be written of a config; None if one can."""
+def rejects(config: Config) -> str | None:
+    """Explain why no graph can be written of a config; None if one can."""
     text = config.get_text_config(decoder=True)
     family = FAMILIES.get(text.model_type)
     if family is None:

@@ -33,7 +33,7 @@ def _llama_rejects(c: Any) -> str | None:
 
 
 def _plain_rejects(c: Any) -> str | None:
-    """What Mistral and Phi-3 refuse; a window is the cache's."""
+    """Explain what Mistral and Phi-3 refuse; a window is the cache's."""
     return first(act_rejects(c), rope_rejects(c, partial=c.model_type == "phi3"))
 
 

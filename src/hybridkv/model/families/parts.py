@@ -159,7 +159,7 @@ RECURS_OR_ATTENDS = ("linear_attention", "full_attention")
 
 
 def kinds_reject(c: Any, kinds: tuple[str, ...] | None) -> str | None:
-    """Why layers of a config are of no kind that its family has, or None."""
+    """Explain why layers of a config are of no kind that its family has, or None."""
     unknown = [] if kinds is None else [(i, kind) for i, kind in enumerate(c.layer_types) if kind not in kinds]
     return f"layer {unknown[0][0]} of kind {unknown[0][1]!r}; it knows {', '.join(kinds or ())}" if unknown else None
 
@@ -170,7 +170,7 @@ def first(*reasons: str | None) -> str | None:
 
 
 def rope_rejects(c: Any, rope: Any = None, *, partial: bool = False) -> str | None:
-    """Why RoPE of this config cannot be computed ahead, or None.
+    """Explain why RoPE of this config cannot be computed ahead, or None.
 
     Parameters
     ----------
@@ -192,33 +192,33 @@ def _has_odd_part(c: Any, rope: Any) -> bool:
 
 
 def act_rejects(c: Any, field: str = "hidden_act", wanted: str = "silu") -> str | None:
-    """Why a config's activation cannot be computed, or None."""
+    """Explain why a config's activation cannot be computed, or None."""
     act = getattr(c, field)
     return None if act == wanted else f"activation {act!r}, not {wanted}"
 
 
 def bias_rejects(c: Any, *fields: str) -> str | None:
-    """Why projections that the config gives biases cannot be computed, or None."""
+    """Explain why projections that the config gives biases cannot be computed, or None."""
     biased = [field for field in fields if getattr(c, field, False)]
     return f"projections with a bias ({', '.join(biased)})" if biased else None
 
 
 def window_rejects(c: Any) -> str | None:
-    """Why a sliding window that the config switches on cannot be computed, or None."""
+    """Explain why a sliding window that the config switches on cannot be computed, or None."""
     return "layers with a sliding window" if getattr(c, "use_sliding_window", False) else None
 
 
 def experts_rejects(n_used: int, n_experts: int) -> str | None:
-    """Why so many experts a token cannot be chosen, or None."""
+    """Explain why so many experts a token cannot be chosen, or None."""
     return None if 1 <= n_used <= n_experts else f"{n_used} experts a token of {n_experts}"
 
 
 def scaling_rejects(c: Any) -> str | None:
-    """Why Granite's logits cannot be divided by what the config says, or None."""
+    """Explain why Granite's logits cannot be divided by what the config says, or None."""
     return None if c.logits_scaling else "logits divided by 0"
 
 
 def limit_rejects(c: Any) -> str | None:
-    """Why Mamba-2's time steps cannot be kept within bounds, or None."""
+    """Explain why Mamba-2's time steps cannot be kept within bounds, or None."""
     low, high = c.time_step_limit
     return f"time steps limited to {low} to {high}" if low > 0 or high < math.inf else None

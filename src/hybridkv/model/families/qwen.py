@@ -38,7 +38,7 @@ from hybridkv.model.layers import (
 
 
 def dense_rejects(c: Any, *, partial: bool = False) -> str | None:
-    """What dense models and experts refuse alike; `partial` as in `rope_rejects`."""
+    """Explain what dense models and experts refuse alike; `partial` as in `rope_rejects`."""
     return first(
         act_rejects(c),
         rope_rejects(c, partial=partial),
@@ -48,7 +48,7 @@ def dense_rejects(c: Any, *, partial: bool = False) -> str | None:
 
 
 def sparse_rejects(c: Any, *, partial: bool = False) -> str | None:
-    """What models with experts in every layer refuse."""
+    """Explain what models with experts in every layer refuse."""
     reason = dense_rejects(c, partial=partial) or experts_rejects(c.num_experts_per_tok, c.num_experts)
     if reason is None and (getattr(c, "decoder_sparse_step", 1) != 1 or getattr(c, "mlp_only_layers", None)):
         return "layers without experts among those that have them"
@@ -106,7 +106,7 @@ def _olmo_rejects(c: Any) -> str | None:
 
 
 def _olmo_turns(c: Any) -> bool:
-    """Whether attention has positions."""
+    """Check whether attention has positions."""
     return bool(c.rope_parameters and c.rope_parameters.get("rope_theta") is not None)
 
 

@@ -81,7 +81,7 @@ def plan(
 
 
 def unknown_states(facts: Sequence[LayerFacts]) -> bool:
-    """Whether a layer has a state whose shape is not known, so that `Plan.state_bytes` is too small."""
+    """Check whether a layer has a state of unknown shape, so that `Plan.state_bytes` is too small."""
     return any(f.state is not None and not f.state.known for f in facts)
 
 
@@ -142,6 +142,6 @@ def work_bytes(config: Any, n_rows: int = CHUNK_ROWS) -> int:
 
 
 def guard_bytes(specs: Sequence[KVSpec], n_rows: int = CHUNK_ROWS) -> int:
-    """What the guard holds while it measures a layer: rows as they came, as they are stored and turned, float32."""
+    """Count what the guard holds while it measures a layer: rows as they came, stored and rotated, float32."""
     rows = (4 * s.facts.n_kv_heads * (s.facts.head_dim_k + s.facts.head_dim_v) for s in specs)
     return 3 * n_rows * max(rows, default=0)

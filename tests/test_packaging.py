@@ -1,0 +1,104 @@
+"""What is imported is declared, where it is declared, and what is said of the releases it was tried with."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from collections.abc import Mapping
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+import hybridkv
+from tests.test_layers import imports
+
+SOURCES = Path(hybridkv.__file__).parent
+TESTS = Path(__file__).parent
+PROJECT = tomllib.loads((TESTS.parent / "pyproject.toml").read_text())["project"]
+DISTRIBUTIONS: Mapping[str, str] = {"llama_cpp": "llama-cpp-python", "jsonschema_rs": "schemathesis"}
+"""Where they come from, of those that are not installed wherever tests run, or come with another."""
+
+OPTIONAL = {
+    "report": ("lab/plots.py",),
+    "serve": ("server/",),
+    "structured": ("server/grammar.py", "server/vet_grammar.py"),
+    "ray": ("server/", "lab/spread.py", "cli/ray_options.py", "cli/serve_ray.py"),
+}
+"""The files that may import what an extra brings."""
+WITH_TORCH = ("triton",)
+"""Torch's builds for CUDA bring it; without it, `kernels/cuda` is never imported."""
+SELECTED = ("llama_cpp", "torchao", "langchain_openai", "litellm", "llm")
+"""What tests are skipped without, in no extra of theirs."""
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def brought(*extras: str) -> set[str]:
+    """The distributions that the package or some of its extras declare, those of extras within extras too."""
+    found: set[str] = set()
+    lines = list(PROJECT["dependencies"]) if not extras else []
+    for extra in extras:
+        lines += PROJECT["optional-dependencies"][extra]
+    for line in map(Requirement, lines):
+        found |= brought(*line.extras) if line.name == "hybridkv" else {canonical(line.name)}
+    return found
+
+
+@cache
+def installed() -> Mapping[str, list[str]]:
+    return metadata.packages_distributions()
+
+
+def distribution(module: str) -> str:
+    return DISTRIBUTIONS.get(module) or canonical(installed().get(module, [module])[0])
+
+
+@cache
+def foreign(path: Path) -> set[str]:
+    """The top-level modules of others that a file imports."""
+    tops = {name.partition(".")[0] for name in imports(path)}
+    return {top for top in tops if top not in sys.stdlib_module_names and top not in ("hybridkv", "tests")}
+
+
+def test_imports_are_declared() -> None:
+    for path in sorted(SOURCES.rglob("*.py")):
+        place = path.relative_to(SOURCES).as_posix()
+        allowed = brought().union(*(brought(extra) for extra, places in OPTIONAL.items() if place.startswith(places)))
+        undeclared = {top for top in foreign(path) if distribution(top) not in allowed and top not in WITH_TORCH}
+        assert not undeclared, place
+
+
+def test_what_tests_import_is_declared() -> None:
+    allowed = brought() | brought("test-all")
+    found = {top for path in TESTS.rglob("*.py") for top in foreign(path) if top not in SELECTED}
+    assert {top for top in found if distribution(top) not in allowed} <= {"packaging"}  # pytest's
+
+
+def test_no_dependency_is_declared_in_vain() -> None:
+    used = {distribution(top) for path in SOURCES.rglob("*.py") for top in foreign(path)}
+    assert brought() - used == set()
+
+
+def test_the_quick_tests_need_neither_ray_nor_a_browser() -> None:
+    quick, all_of_them = brought("test"), brought("test-all")
+    assert quick < all_of_them
+    assert all_of_them - quick == {"ray", "accelerate", "schemathesis", "playwright"}
+
+
+def test_transformers_is_one_of_the_releases_that_were_tried() -> None:
+    """Private names of it are used, so that a new release is tried before it is let in."""
+    (declared,) = (line for line in map(Requirement, PROJECT["dependencies"]) if line.name == "transformers")
+    assert any(part.operator == "<" for part in declared.specifier)
+    assert metadata.version("transformers") in declared.specifier
+
+
+def test_system_headers_are_in_one_file() -> None:
+    """Another operating system is a matter of `system.cpp`."""
+    of_the_system = re.compile(r"#include <(sys/|unistd|pthread|signal|sched|linux/|windows|mach/)")
+    files = [p for p in (SOURCES / "kernels" / "csrc").rglob("*") if p.suffix in (".cpp", ".h")]
+    assert [p.name for p in files if of_the_system.search(p.read_text())] == ["system.cpp"]
