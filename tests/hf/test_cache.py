@@ -187,6 +187,37 @@ def test_assisted_decoding(family: str, type_: str, length: int, monkeypatch: py
     assert length == 1 or max(dropped) >= 3  # behind one token, some models say one for ever
 
 
+@pytest.mark.parametrize("how", ["prompt lookup", "assistant"])
+@pytest.mark.parametrize("family", ["qwen3_5_text", "falcon_h1", "jamba"])
+def test_assisted_decoding_of_recurrent_states_is_refused_before_the_first_token(
+    family: str, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where Transformers does not refuse it by itself, and would give another text without a word."""
+    model, ids = build(family, attention="hybridkv"), tokens(1, 12)
+    asked: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
+    asked |= {"prompt_lookup_num_tokens": 3} if how == "prompt lookup" else {"assistant_model": build(family)}
+    cache = quantized_cache(model, type_k="q8_0", type_v="q8_0")
+    with pytest.raises(ValueError, match="not supported with stateful models"):
+        model.generate(ids, **remembering(cache), **asked)
+    monkeypatch.setattr(type(model), "_is_stateful", False)
+    with pytest.raises(ContextError, match="a recurrent state cannot go back"):
+        model.generate(ids, **remembering(cache), **asked)
+    assert cache.get_seq_length() == 0
+    cache.reset()
+    with pytest.raises(ContextError, match="a recurrent state cannot go back"):
+        cache.activate_past_recording()
+
+
+def test_prompt_lookup_of_convolutions_gives_the_greedy_text() -> None:
+    model, ids = build("lfm2", attention="hybridkv"), tokens(1, 12).repeat(1, 3)
+    asked: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False}
+    texts = [
+        model.generate(ids, **remembering(quantized_cache(model, type_k="q8_0", type_v="q8_0")), **asked, **more)
+        for more in ({}, {"prompt_lookup_num_tokens": 4})
+    ]
+    assert torch.equal(*texts)
+
+
 def test_a_convolution_goes_back_no_further_than_its_inputs_are_kept() -> None:
     model, ids = build("lfm2", attention="hybridkv"), tokens(1, 21)
     cache = quantized_cache(model, type_k="f32", type_v="f32")

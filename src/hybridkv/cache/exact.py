@@ -63,6 +63,15 @@ class ExactRows:
             return self.takes(n_new) < n_new
         return self.leaving(max(0, n_new - FRESH_ROWS) - (self.n_sink - self.sinks)) > 0
 
+    def room(self, target: Callable[[int, int], int]) -> int:
+        """Return how many rows `extend` takes at once as one by one, moving and packing none; 1 at least."""
+        capacity, missing = self.planes.capacity, self.n_sink - self.sinks
+        held = self.sinks if missing else self.n_sink + self.length
+        if target(held + 1, capacity) != capacity or self._end + 1 > capacity:
+            return 1
+        before_leaving = missing + self.n_tail + LEAVING_ROWS - self.length if self.n_tail else missing
+        return max(1, min(before_leaving, capacity - self._end))
+
     def extend(self, n_new: int, target: Callable[[int, int], int], batch: int, device: torch.device) -> int:
         """Count `n_new` more rows; the row of the first. The sinks are filled first, and the tail follows them.
 

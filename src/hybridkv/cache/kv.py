@@ -149,7 +149,7 @@ class KVLayer:
     def admit(self, batch: int, n_new: int, device: torch.device) -> KVView:
         """Count T new tokens, whose rows the caller writes: the last T of the last segment returned.
 
-        T is 1 in a layer that keeps exact rows.
+        T is at most what `room` says in a layer that keeps exact rows.
 
         Raises
         ------
@@ -165,7 +165,7 @@ class KVLayer:
     def count(self, batch: int, n_new: int, device: torch.device) -> None:
         """`admit`, without a view of the rows."""
         exact = self._exact
-        assert n_new == 1 or exact is None, n_new
+        assert exact is None or exact.takes(n_new) in (0, n_new), n_new
         self._open(batch, n_new, device)
         past = self.past_rows()
         if exact is None or not exact.takes(n_new):
@@ -174,6 +174,24 @@ class KVLayer:
             self._evict(exact, past)
             exact.extend(n_new, self._exact_target, batch, device)
         self.n_seen += n_new
+
+    def room(self) -> int:
+        """Return how many tokens `admit` takes at once as it takes them one by one.
+
+        Only the first may move rows, pack what leaves the tail or take memory: `take_back` undoes the others.
+        """
+        exact, packed = self._exact, self._packed
+        most = UNBOUNDED if self._n_ctx is None else self._n_ctx - self.n_seen
+        if exact is not None and exact.takes(1):
+            self._evict(exact, self.past_rows())
+            fits = exact.room(self._exact_target)
+        else:
+            fits = packed.planes.capacity - packed.start - packed.length if packed.length else 1
+        return max(1, min(most, fits))
+
+    def take_back(self, n_tokens: int) -> None:
+        """Undo the newest `n_tokens` of the last `admit`, of which one stays at least: no row is left of them."""
+        self._drop(n_tokens)
 
     def append_at(self, k: Tensor, v: Tensor, numbers: Tensor) -> KVView:
         """Store one new token per sequence as its newest row, by numbers that only the device knows.
@@ -241,7 +259,9 @@ class KVLayer:
                 f"{self.spec.facts.window} tokens has already evicted older rows",
                 hint="reset the cache and process the shorter prompt again",
             )
-        dropped = min(n_tokens, self.n_stored)
+        self._drop(min(n_tokens, self.n_stored))
+
+    def _drop(self, dropped: int) -> None:
         self.n_seen -= dropped
         if self._exact is not None:
             dropped -= self._exact.drop_newest(dropped)

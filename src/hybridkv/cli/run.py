@@ -24,6 +24,7 @@ from hybridkv.cli.resolve import resolve_types
 from hybridkv.cli.sampler_options import add_sampling_arguments, sampling_for, sampling_from
 from hybridkv.cli.session import Conversation, check_session, open_conversation
 from hybridkv.cli.show import notice, size
+from hybridkv.cli.spec_options import add_spec_arguments, check_spec, speculation_from
 from hybridkv.cli.talk.start import check_talk, talk_about
 from hybridkv.errors import ContextError, HybridKVError, UsageError
 
@@ -83,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_cache_arguments(parser)
     add_sampling_arguments(parser)
     add_form_arguments(parser)
+    add_spec_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -116,7 +118,8 @@ def main(arguments: argparse.Namespace) -> int:
     steering = form.steering_for(loaded)(talk.text if a.chat else None)
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
     try:
-        engine = Engine(loaded.model, specs, n_ctx=n_ctx, guard=guard, notify=tell, step=step)
+        speculation = speculation_from(a, loaded, step, tell, n_ctx=n_ctx, n_seqs=a.parallel)
+        engine = Engine(loaded.model, specs, n_ctx=n_ctx, guard=guard, notify=tell, step=step, speculation=speculation)
         talk.hand_over(engine)
         sampling = sampling_for(sampling, a, loaded)
         return leave_ranks(_generate(a, loaded, engine, sampling, talk, steering))
@@ -147,6 +150,7 @@ def _check(a: argparse.Namespace) -> None:
     if a.conversation or a.interactive:
         check_talk(a)
     check_session(a)
+    check_spec(a)
     check_ranks(a)
     check_limits(a, ("-np", "parallel", 1, 1024))
     if a.flash_attn == "off":
@@ -221,6 +225,9 @@ def _print_figures(engine: Engine, sampling: SamplingParams, compiled: Compiled)
         f"generation: {t.n_generated} tokens, {t.generation_tok_s:.1f} tokens/s",
         f"memory:     KV {size(cache.kv_bytes_used)} used of {size(cache.kv_bytes)}, states {size(cache.state_bytes)}",
     ]
+    if t.n_guessed:
+        share, each = 100 * t.n_right / t.n_guessed, t.n_generated / t.n_runs
+        lines.append(f"guesses:    {t.n_right} of {t.n_guessed} right ({share:.0f} %), {each:.2f} tokens a run")
     if compiled.n_kernels:
         kept = f"{compiled.n_kernels} compiled in {compiled.seconds:.1f} s of that, kept for the next run"
         lines.append(f"kernels:    {kept}")
@@ -265,6 +272,8 @@ def _result(
         "prompt_tok_s": t.prompt_tok_s,
         "generated_tokens": t.n_generated,
         "generation_tok_s": t.generation_tok_s,
+        "guessed_tokens": t.n_guessed,
+        "right_guesses": t.n_right,
         "compiled_kernels": compiled.n_kernels,
         "compile_s": compiled.seconds,
         "rebuilds": t.n_rebuilds,

@@ -21,6 +21,7 @@ from hybridkv.cli.resolve import resolve_types
 from hybridkv.cli.serve_answers import Answers, add_answer_arguments, answers_from
 from hybridkv.cli.serve_embeddings import load_embedder
 from hybridkv.cli.show import notice, size, warning
+from hybridkv.cli.spec_options import add_spec_arguments, check_spec, speculation_from
 from hybridkv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_answer_arguments(parser.add_argument_group("answers, where a request does not say"))
     _add_scheduler_arguments(parser.add_argument_group("sequences"))
     add_cache_arguments(parser)
+    add_spec_arguments(parser)
 
 
 def _add_server_arguments(group: argparse._ActionsContainer) -> None:
@@ -187,6 +189,7 @@ def check(a: argparse.Namespace) -> tuple[AnyPolicy, Guard, tuple[str, ...]]:
         ("--prefill-chunk", "prefill_chunk", 1, 2**20),
         ("--replicas", "replicas", 1, 1024),
     )
+    check_spec(a)
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
         raise UsageError(
@@ -282,6 +285,7 @@ def _scheduler(
         prefix_bytes=a.prefix_memory,
         prefill_chunk=chunk,
         max_waiting=a.max_waiting,
+        speculation=speculation_from(a, loaded, step, notice, n_ctx=opened.n_ctx),
     )
     one = scheduler.admission.planned_bytes(specs, opened.n_ctx)
     total = a.parallel * one if a.memory is None else min(a.memory, a.parallel * one)

@@ -29,20 +29,29 @@ class Admission:
         Most prompt tokens processed at once.
     conv_itemsize
         Bytes per value of convolution states.
+    n_states
+        Copies of a sequence's states: two where guesses may have to be undone.
     """
 
     def __init__(
-        self, model: LanguageModel, *, n_ctx: int, budget_bytes: int | None, prefill_chunk: int, conv_itemsize: int
+        self,
+        model: LanguageModel,
+        *,
+        n_ctx: int,
+        budget_bytes: int | None,
+        prefill_chunk: int,
+        conv_itemsize: int,
+        n_states: int = 1,
     ) -> None:
         self.n_ctx, self.budget_bytes = n_ctx, budget_bytes
         self._facts = layer_facts(model.config)
         self._waiting_rows = min(prefill_chunk, FRESH_ROWS)
-        self._conv_itemsize = conv_itemsize
+        self._conv_itemsize, self._n_states = conv_itemsize, n_states
 
     def planned_bytes(self, specs: Sequence[KVSpec], n_tokens: int) -> int:
         """Count what one sequence takes at `n_tokens`, with the exact rows that wait while its prompt is processed."""
         planned = plan(specs, self._facts, n_ctx=n_tokens, conv_itemsize=self._conv_itemsize)
-        return planned.total_bytes + self._waiting_bytes(specs)
+        return planned.total_bytes + (self._n_states - 1) * planned.state_bytes + self._waiting_bytes(specs)
 
     def most_tokens(self, specs: Sequence[KVSpec]) -> int:
         """The longest sequence that fits when it is alone."""

@@ -16,9 +16,11 @@ from torch import Tensor
 
 from hybridkv.cache import KVSpec
 from hybridkv.engine.caches import new_cache
+from hybridkv.engine.drafts import Drafts
 from hybridkv.engine.host import bad_logits
 from hybridkv.engine.ladder import check_weights, labels_of, raised_specs
 from hybridkv.engine.sampling import Sampler, SamplingParams, Steering
+from hybridkv.engine.speculation import Speculation
 from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import ContextError, GuardError, UsageError
 from hybridkv.hf.ranks import same_everywhere
@@ -31,13 +33,22 @@ from hybridkv.runtime import ModelCache, Step, is_finite
 
 @dataclass(slots=True)
 class Timings:
-    """Wall time of a run, rebuilds counted where they happened."""
+    """Wall time of a run, rebuilds counted where they happened.
+
+    Attributes
+    ----------
+    n_guessed, n_right, n_runs
+        Tokens that were guessed, those that were right, and the runs of the model that gave generated tokens.
+    """
 
     n_prompt: int = 0
     prompt_s: float = 0.0
     n_generated: int = 0
     generation_s: float = 0.0
     n_rebuilds: int = 0
+    n_guessed: int = 0
+    n_right: int = 0
+    n_runs: int = 0
 
     @property
     def prompt_tok_s(self) -> float:
@@ -72,6 +83,8 @@ class Engine:
         Runs the model over new tokens; the best that runs it by default.
     make_cache
         Builds a cache for specs; `new_cache` by default.
+    speculation
+        What guesses tokens ahead, where one sequence is generated and the step takes guesses; None for nothing.
 
     Attributes
     ----------
@@ -91,6 +104,7 @@ class Engine:
         notify: Callable[[str], None],
         step: Step | None = None,
         make_cache: CacheFactory | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self._model = model
         self._guard = guard
@@ -99,10 +113,19 @@ class Engine:
         self._make_cache = make_cache or self._default_cache
         self._device = model.device
         self.step = resolve_step(model.config, self._device.type)(model) if step is None else step
-        self.cache = self._make_cache(specs)
+        self._cache = self._make_cache(specs)
+        self._drafts = None if speculation is None else speculation.begin(self.step)
         self.history = torch.empty(1, 0, dtype=torch.long)
         self.n_held = self._adopted = 0
         self.timings = Timings()
+
+    @property
+    def cache(self) -> ModelCache:
+        """What is held of the sequences, guesses that were not drawn undone."""
+        if self._drafts is not None:
+            self._drafts.close(self._cache, ended=False)
+            self._count(self._drafts, 0)
+        return self._cache
 
     def generate(
         self,
@@ -139,25 +162,28 @@ class Engine:
         self.timings.n_prompt = len(prompt) - n_held
         self.timings.prompt_s = time.perf_counter() - start
         if n_seqs > 1:
-            self.cache.batch_repeat_interleave(n_seqs)
+            self._cache.batch_repeat_interleave(n_seqs)
             self.history = self.history.repeat(n_seqs, 1)
             logits = logits.repeat(n_seqs, 1)
         room = self._n_ctx - len(prompt)
         n_steps = room if n_predict < 0 else min(n_predict, room)
+        text = list(prompt) if self._drafts is not None and n_seqs == 1 else None
         for step in range(n_steps):
             start = time.perf_counter()
             if step > 0:
-                logits = self._advance(self.history[:, -1:])
+                logits = self._advance(self.history[:, -1:]) if text is None else self._look_ahead(text, n_steps - step)
             histories = self.history.numpy() if params.looks_back else ()  # a view
             tokens = same_everywhere(sampler.draw(logits, histories), self._model)
             self.history = torch.cat([self.history, tokens.unsqueeze(1)], dim=1)
+            if text is not None:
+                text.append(int(tokens))
             self.timings.n_generated += n_seqs
             self.timings.generation_s += time.perf_counter() - start
             yield tuple(tokens.tolist())
 
     def read_share(self) -> float:
         """Tell how much of the prompt the KV layers hold, from 0 to 1; for any thread, while the model runs."""
-        layers, n_tokens = self.cache.kv_layers, self.history.shape[1]
+        layers, n_tokens = self._cache.kv_layers, self.history.shape[1]
         return sum(layer.n_seen for layer in layers) / max(1, n_tokens * len(layers))
 
     def new_cache(self, specs: Sequence[KVSpec]) -> ModelCache:
@@ -166,7 +192,7 @@ class Engine:
 
     def adopt(self, cache: ModelCache, n_held: int) -> None:
         """Resume from a cache of one sequence that holds `n_held` tokens; the next prompt must begin with them."""
-        self.cache, self.n_held, self._adopted = cache, n_held, n_held
+        self._cache, self.n_held, self._adopted = cache, n_held, n_held
 
     def prefill(self, prompt: Sequence[int], n_held: int = 0) -> Tensor:
         """Process a prompt, of which the cache holds the first tokens; the logits after it, `[1, V]`, finite."""
@@ -217,10 +243,10 @@ class Engine:
         """Climb the ladder: the whole history again at the next types, until its logits are finite."""
         check_weights(self._model)
         while True:
-            specs = raised_specs(self.cache.specs, self._guard, error)
+            specs = raised_specs(self._cache.specs, self._guard, error)
             self._notify(f"{error.message}; rebuilding {self.history.shape[1]} tokens at {labels_of(specs)}")
             self.timings.n_rebuilds += 1
-            self.cache = self._make_cache(specs)
+            self._cache = self._make_cache(specs)
             try:
                 return self._forward(self.history)
             except (NonFiniteError, MismatchError) as again:
@@ -235,8 +261,59 @@ class Engine:
         NonFiniteError
             From the layer where it arose, or for the logits.
         """
-        logits = self.step.forward(tokens, self.cache, self.history.shape[1] - tokens.shape[1])
+        logits = self.step.forward(tokens, self._cache, self.history.shape[1] - tokens.shape[1])
         self.n_held = self.history.shape[1]
         if not is_finite(logits):
-            raise bad_logits(self.cache, self.history.shape[1])
+            raise bad_logits(self._cache, self.history.shape[1])
         return logits
+
+    def _look_ahead(self, text: list[int], n_left: int) -> Tensor:
+        """The logits after a text, the history's, `[1, V]`: computed with those before them if they were guessed.
+
+        Parameters
+        ----------
+        n_left
+            Tokens to draw, the next one included.
+        """
+        drafts = self._drafts
+        assert drafts is not None
+        try:
+            logits = drafts.take(text[-1])
+            if logits is None:
+                logits = self._run_ahead(drafts, text, n_left - 1)
+            if drafts.tokens:
+                self.n_held = len(text)
+                if not is_finite(logits):
+                    raise bad_logits(self._cache, len(text))
+        except (NonFiniteError, MismatchError) as error:
+            drafts.drop()
+            return self._rebuild(error)
+        return logits
+
+    def _run_ahead(self, drafts: Drafts, text: list[int], n_most: int) -> Tensor:
+        """Run the text's last token, and guesses behind it; the logits after that token, `[1, V]`."""
+        start = time.perf_counter()
+        drafts.close(self._cache, ended=True)
+        begin = time.perf_counter()
+        tokens = drafts.propose(text, self._cache, n_most)
+        start += time.perf_counter() - begin  # what guesses cost is counted by whoever makes them
+        if len(tokens) == 1:
+            logits = self._forward(self.history[:, -1:])
+        else:
+            assert drafts.step is not None
+            with torch.inference_mode():
+                answers = drafts.step.forward_drafts([tokens], [self._cache], [len(text) - 1])
+            drafts.open(tokens, answers, 0)
+            first = drafts.take(text[-1])
+            assert first is not None
+            logits = first
+        assert drafts.pace is not None
+        drafts.pace.costs.note(len(tokens), time.perf_counter() - start)
+        self._count(drafts, 1)
+        return logits
+
+    def _count(self, drafts: Drafts, n_runs: int) -> None:
+        """Take over what was guessed up to now, and count runs."""
+        if drafts.pace is not None:
+            self.timings.n_guessed, self.timings.n_right = drafts.pace.n_guessed, drafts.pace.n_right
+        self.timings.n_runs += n_runs

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hybridkv.cache import KVSpec
+from hybridkv.engine.drafts import Drafts
 from hybridkv.engine.filters import Tokens
 from hybridkv.engine.prefixes import Checkpoint, Key
 from hybridkv.engine.requests import Event, Finish, Ticket
@@ -41,6 +42,8 @@ class Running:
         The last that it left behind or began from.
     reuses
         Whether it takes part in the stored prefixes.
+    drafts
+        What is guessed of it, and computed already.
     """
 
     ticket: Ticket
@@ -54,6 +57,7 @@ class Running:
     position: int = 0
     checkpoint: Checkpoint | None = None
     cache: ModelCache | None = None
+    drafts: Drafts = field(default_factory=Drafts)
     _seen: npt.NDArray[np.int64] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -92,8 +96,14 @@ class Running:
     def start_over(self, specs: tuple[KVSpec, ...], planned_bytes: int) -> None:
         """Let the cache go; everything up to now is to be processed again, at other types."""
         self.cache = self.checkpoint = None
+        self.drafts.drop()
         self.specs, self.planned_bytes, self.reuses = specs, planned_bytes, False
         self.position, self.n_prefill = 0, len(self.history)
+
+    def settle(self) -> None:
+        """Undo guesses that were not drawn: the cache then holds `position` tokens."""
+        if self.cache is not None:
+            self.drafts.close(self.cache, ended=False)
 
     def take(self, token: int, logits: Tensor) -> Event:
         """Append the next token, drawn from `logits` float32 `[V]`; its event, which may be the last."""

@@ -21,21 +21,25 @@ from torch import Tensor
 
 from hybridkv.cache import KVSpec
 from hybridkv.engine.admission import Admission, is_out_of_memory
+from hybridkv.engine.drafts import Drafts
 from hybridkv.engine.host import Host, bad_logits
 from hybridkv.engine.ladder import check_weights, labels_of, raised_specs
+from hybridkv.engine.pace import Costs
 from hybridkv.engine.prefixes import PrefixStore
 from hybridkv.engine.requests import Event, Request, SchedulerStats, Ticket
 from hybridkv.engine.reuse import Reuse
+from hybridkv.engine.rounds import run_next, take_next
 from hybridkv.engine.running import Running
 from hybridkv.engine.sampling import draw_each
 from hybridkv.engine.session import Message, load_session, save_session
+from hybridkv.engine.speculation import Speculation, rejects_drafts
 from hybridkv.engine.steps import resolve_step
 from hybridkv.engine.tally import Tally
 from hybridkv.errors import AdmissionError, HybridKVError, UsageError
 from hybridkv.model.protocols import LanguageModel
 from hybridkv.native import NativeStep
 from hybridkv.policy import Guard, MismatchError, NonFiniteError
-from hybridkv.runtime import ModelCache, Step, finite_rows, is_finite
+from hybridkv.runtime import ModelCache, Step, is_finite
 
 MAX_PARALLEL = 256
 """Sequences that may run at once; the native step's buffers hold a row for each."""
@@ -70,6 +74,8 @@ class Scheduler:
         Most prompt tokens in one iteration, while which the others wait.
     max_waiting
         Requests that may wait to begin.
+    speculation
+        What guesses tokens ahead, where the step takes guesses; None for nothing.
     """
 
     def __init__(
@@ -86,6 +92,7 @@ class Scheduler:
         prefix_bytes: int = 0,
         prefill_chunk: int = 256,
         max_waiting: int = 64,
+        speculation: Speculation | None = None,
     ) -> None:
         for name, value, most in (("n_parallel", n_parallel, MAX_PARALLEL), ("prefill_chunk", prefill_chunk, n_ctx)):
             if not 1 <= value <= most:
@@ -94,6 +101,8 @@ class Scheduler:
         self._n_parallel, self._max_waiting = n_parallel, max_waiting
         self.step_of_model = resolve_step(model.config, self._host.device)(model) if step is None else step
         self._chunk = prefill_chunk if self.step_of_model.takes_chunks else None
+        self._speculation = None if speculation is None or rejects_drafts(self.step_of_model) else speculation
+        self._costs = Costs() if speculation is None else speculation.costs
         native = isinstance(self.step_of_model, NativeStep)
         self.admission = Admission(
             model,
@@ -101,6 +110,7 @@ class Scheduler:
             budget_bytes=memory_bytes,
             prefill_chunk=prefill_chunk,
             conv_itemsize=4 if native else model.dtype.itemsize,
+            n_states=1 if self._speculation is None else 2,
         )
         self.prefixes = PrefixStore(prefix_bytes)
         self._reuse = Reuse(self._host, self.prefixes, self._chunk)
@@ -317,32 +327,28 @@ class Scheduler:
     def _begin(self, sequence: Running) -> None:
         """Give a sequence its cache."""
         found = self._reuse.begin(sequence)
+        if self._speculation is not None:
+            sequence.drafts = self._speculation.begin(self.step_of_model) or Drafts()
         if found is not None:
             sequence.ticket.count_cached(found.end)
             self._tally.cached_tokens += found.end
 
     def _decode(self, batch: list[Running]) -> None:
-        """One token of each."""
+        """One token of each, and more where they were guessed."""
         start = time.perf_counter()
-        tokens = torch.tensor([s.history[-1] for s in batch])
-        caches = [s.cache for s in batch if s.cache is not None]
         try:
-            answers = self.step_of_model.forward_many(tokens, caches, [s.position for s in batch])
+            run_next(self.step_of_model, batch, self._costs)
         except (HybridKVError, MemoryError, RuntimeError) as error:
             for sequence in batch:  # whose doing it was is not known, and the states may be half a token on
                 self._fail(sequence, error)
             return
-        finite = finite_rows(answers.logits)
-        good: list[int] = []
-        for index, sequence in enumerate(batch):
-            sequence.position += 1
-            if index in answers.failed:
-                self._rebuild(sequence, answers.failed[index])
-            elif not finite[index]:
-                self._rebuild(sequence, bad_logits(caches[index], sequence.position))
-            else:
-                good.append(index)
-        self._draw([batch[i] for i in good], answers.logits[good] if len(good) < len(batch) else answers.logits)
+        while batch:
+            taken = take_next(batch)
+            for sequence, fault in taken.failed:
+                self._rebuild(sequence, fault)
+            if not taken.sequences:
+                break
+            batch = [s for s in self._draw(taken.sequences, taken.logits) if not s.ticket.finished]
         self._tally.decode_s += time.perf_counter() - start
 
     def _prefill(self, sequence: Running) -> None:
@@ -377,8 +383,8 @@ class Scheduler:
         if not sequence.prefills:
             self._draw([sequence], logits)
 
-    def _draw(self, batch: Sequence[Running], logits: Tensor) -> None:
-        """Draw and hand out the next token of each, from finite logits `[N, V]`."""
+    def _draw(self, batch: Sequence[Running], logits: Tensor) -> list[Running]:
+        """Draw and hand out the next token of each, from finite logits `[N, V]`; the sequences that drew."""
         batch, logits = self._steered(batch, logits)
         drawn = draw_each([s.sampler for s in batch], logits, [s.seen for s in batch])
         for index, (sequence, token) in enumerate(zip(batch, drawn, strict=True)):
@@ -388,6 +394,7 @@ class Scheduler:
                 self._tally.n_finished += 1
                 self._retire(sequence)
             sequence.ticket.put(event)
+        return batch
 
     def _steered(self, batch: Sequence[Running], logits: Tensor) -> tuple[list[Running], Tensor]:
         """Ask each sequence's steering which tokens may come; one that cannot say ends alone."""
@@ -463,6 +470,7 @@ class Scheduler:
 
     def _retire(self, sequence: Running) -> None:
         """Take a sequence out, leaving a checkpoint at the end of what it has processed."""
+        sequence.settle()
         if sequence.reuses and sequence.cache is not None and not sequence.prefills:
             self._reuse.leave(sequence)
         sequence.cache = None

@@ -81,11 +81,10 @@ class ModelCache(Cache, runtime.ModelCache):  # type: ignore[misc]
         }
 
         def build(layer: LayerFacts, part: tuple[KVLayer, LayerWatch] | None) -> Any:
-            if part is None:
-                return EmptyLayer() if layer.state is None else StateLayer(**states)
             if layer.state is None:
-                return QuantizedLayer(*part, packed)
-            return QuantizedAndStateLayer(*part, packed, **states)
+                return EmptyLayer() if part is None else QuantizedLayer(*part, packed)
+            own = {**states, "recurs": bool(layer.state.recurrent)}
+            return StateLayer(**own) if part is None else QuantizedAndStateLayer(*part, packed, **own)
 
         parts = watched_parts(facts, specs, device, n_ctx, guard or Guard(), notify, kernels, encoders)
         Cache.__init__(self, layers=[build(*layer) for layer in zip(facts, parts, strict=True)])

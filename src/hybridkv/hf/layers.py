@@ -145,9 +145,10 @@ class QuantizedAndStateLayer(StateLayer, QuantizedLayer):
         *,
         number_of_states: int = 1,
         takes_chunks: bool = True,
+        recurs: bool = False,
     ) -> None:
         QuantizedLayer.__init__(self, store, watch, packed)
-        StateLayer.__init__(self, number_of_states, takes_chunks=takes_chunks)
+        StateLayer.__init__(self, number_of_states, takes_chunks=takes_chunks, recurs=recurs)
 
     def lazy_initialization(self, *args: Tensor, **kwargs: Any) -> None:  # type: ignore[override]
         """Two positional tensors are K and V; keywords are states."""

@@ -23,12 +23,14 @@ class StateLayer(States, LinearAttentionLayer):  # type: ignore[misc]
     ----------
     takes_chunks
         Whether the model's code continues a state over several tokens at once.
+    recurs
+        Whether there is a recurrent state, which cannot go back.
     """
 
-    def __init__(self, number_of_states: int = 1, *, takes_chunks: bool = True) -> None:
+    def __init__(self, number_of_states: int = 1, *, takes_chunks: bool = True, recurs: bool = False) -> None:
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
         States.__init__(self, number_of_states)
-        self.takes_chunks = takes_chunks
+        self.takes_chunks, self.recurs = takes_chunks, recurs
         # Of each state, whether inputs before those held are gone.
         self._begun: dict[int, bool] = dict.fromkeys(range(number_of_states), False)
 
@@ -108,7 +110,19 @@ class StateLayer(States, LinearAttentionLayer):  # type: ignore[misc]
         self.has_previous_state[0] = True
 
     def activate_past_recording(self) -> None:
-        """Keep a convolution's inputs until the next `crop`, so that it can go back; for assisted decoding."""
+        """Keep a convolution's inputs until the next `crop`, so that it can go back; for assisted decoding.
+
+        Raises
+        ------
+        ContextError
+            If there is a recurrent state: behind a draft that was refused, it would go on from another text.
+        """
+        if self.recurs:
+            raise ContextError(
+                "assisted decoding and prompt lookup drop drafted tokens, and a recurrent state cannot go back: the "
+                "text would be another one",
+                hint="leave assistant_model and prompt_lookup_num_tokens out; `hybridkv run` guesses exactly",
+            )
         if not self._records:
             self._begun = dict(self.has_previous_state)
         self.record_past = True
@@ -164,4 +178,4 @@ class StateLayer(States, LinearAttentionLayer):  # type: ignore[misc]
             self.is_recurrent_states_initialized[index] = state.recurrent is not None
 
     def _forget(self) -> None:
-        StateLayer.__init__(self, self.number_of_states, takes_chunks=self.takes_chunks)
+        StateLayer.__init__(self, self.number_of_states, takes_chunks=self.takes_chunks, recurs=self.recurs)

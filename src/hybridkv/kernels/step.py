@@ -113,7 +113,7 @@ class StepProgram:
 
     A run works on the first B * T rows; row `b * T + t` is token t of sequence b. All buffers have the same number
     of rows, the most that a run may have. Sequences of one cache run together; those of separate caches too, one token
-    of each, and the result of each is batch-invariant: it has the same bits alone.
+    of each or several, and every token is batch-invariant: it has the same bits alone.
     """
 
     def __init__(self) -> None:
@@ -351,14 +351,16 @@ class StepProgram:
         states: Sequence[int] = (),
         rows: Sequence[Rows] = (),
         caches: Caches = "shared",
+        spans: Sequence[int] = (),
+        before: Sequence[int] = (),
         n_threads: int | None = None,
     ) -> list[Health]:
-        """Run the operations `[begin, end)` on the first `n_seqs * n_tokens` rows.
+        """Run the operations `[begin, end)` on the first `n_seqs * n_tokens` rows, or on those of all spans.
 
         Parameters
         ----------
         angles
-            By the tables that `rope` counts, float32 `[T, n_rotated / 2]` each; `[B, n_rotated / 2]` for separate
+            By the tables that `rope` counts, float32 `[T, n_rotated / 2]` each; `[rows, n_rotated / 2]` for separate
             caches.
         states
             Of `addresses`, or `separate_addresses`; continued in place.
@@ -366,17 +368,26 @@ class StepProgram:
             One per `attend`, where one runs; for separate caches, one per `attend` and sequence, in that order.
         caches
             Whether the sequences share one cache or have one each, of lengths of their own.
+        spans
+            Tokens of each separate cache, whose rows follow one another; none for one each.
+        before
+            Of separate caches, where states lie before the run, if elsewhere; those are left as they are, and `replay`
+            can advance them.
 
         Returns
         -------
         list
-            For each of `rows`, whether the attention's output was finite, and if not, whether its inputs were.
+            For each of `rows`, whether the attention's output was finite, and if not, whether its inputs were; of
+            separate caches, for each of their tokens.
         """
         assert not rows or n_tokens == 1, n_tokens
-        assert self._rows is None or 0 < n_seqs * n_tokens <= self._rows, (n_seqs, n_tokens, self._rows)
         separate = caches == "separate"
-        n_angles, n_sets = (n_seqs, n_seqs) if separate else (n_tokens, 1)
-        assert not separate or n_tokens == 1, n_tokens
+        own = list(spans or [1] * n_seqs) if separate else []
+        n_rows = sum(own) if separate else n_seqs * n_tokens
+        assert self._rows is None or 0 < n_rows <= self._rows, (n_rows, self._rows)
+        n_angles, n_sets = (n_rows, n_seqs) if separate else (n_tokens, 1)
+        assert not separate or (n_tokens == 1 and len(own) == n_seqs and min(own) >= 1), (n_tokens, own)
+        assert not before or (separate and len(before) == len(states)), (len(before), len(states))
         assert not self._states or len(states) >= n_sets * (max(self._states) + 1), (len(states), self._states)
         assert len(angles) >= len(self._rotated), (len(angles), self._rotated)
         for table, n_rotated in self._rotated.items():
@@ -390,13 +401,27 @@ class StepProgram:
             end,
             n_seqs,
             n_tokens,
-            separate,
+            own,
             [(cos.data_ptr(), sin.data_ptr()) for cos, sin in angles],
             states,
+            before,
             calls,
             n_threads or native_threads(),
         )
         return [_HEALTH[code] for code in health]
+
+    def replay(self, first_row: int, n_tokens: int, states: Sequence[int]) -> None:
+        """Advance the states of one cache by the first tokens of its span in the last run that was given `before`.
+
+        Parameters
+        ----------
+        first_row
+            Of its span in that run.
+        states
+            Of `addresses`: those from before the run, continued in place.
+        """
+        assert not self._states or len(states) >= max(self._states) + 1, (len(states), self._states)
+        self._native.replay(cpu_native.isa(), [(first_row, n_tokens)], states, native_threads())
 
     def _matrices(self, weight: Weight) -> tuple[tuple[str, int, int, int], int, int]:
         """Type, sizes and address of the first matrix, how many there are, and the bytes between them; kept."""

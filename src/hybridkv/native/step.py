@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -53,6 +54,7 @@ class NativeStep:
         self._source: Typed = source_of(model)
         self._angles: list[Angles] = []
         self._held_states: tuple[list[Tensor], int, list[int]] = [], 0, []
+        self._drafted: dict[int, tuple[int, int]] = {}
         self._embedding = self._source.weight(self._graph.embed)
         self._layers = self._write(lowering.build_layers, 1)
         self._head = self._write(lowering.build_head, 1)
@@ -85,25 +87,65 @@ class NativeStep:
 
     @torch_on_one_thread()
     def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> Answers:
-        """All in one run, weights read once; see `Step.forward_many`.
+        """All in one run, weights read once; see `Step.forward_many`."""
+        return self.forward_drafts([[token] for token in tokens.tolist()], caches, positions)
+
+    @torch_on_one_thread()
+    def forward_drafts(
+        self, tokens: Sequence[Sequence[int]], caches: Sequence[ModelCache], positions: Sequence[int]
+    ) -> Answers:
+        """All tokens of all caches in one run, weights read once; see `DraftStep.forward_drafts`.
 
         A cache whose next call the guard measures for the first time, or whose kernels are not native, goes by itself.
         """
-        n_seqs = len(caches)
+        spans = [len(own) for own in tokens]
         layers = [[_rows_of(cache, call.layer) for call in self._layers.calls] for cache in caches]
-        together = [i for i in range(n_seqs) if all(map(_direct, layers[i]))]
-        if len(together) == n_seqs:
-            hidden, failed = self._decode_many(tokens, caches, layers, positions)
+        together = [i for i in range(len(caches)) if all(map(_direct, layers[i]))]
+        flat = torch.tensor([token for own in tokens for token in own])
+        if len(together) == len(caches):
+            hidden, failed = self._decode_many(flat, caches, layers, positions, spans)
             return Answers(self._logits(hidden, "separate"), failed)
-        alone = [i for i in range(n_seqs) if i not in together]
-        logits = torch.full((n_seqs, self._graph.n_vocab), torch.nan)
+        alone = [i for i in range(len(caches)) if i not in together]
+        assert all(spans[i] == 1 for i in alone), spans
+        first_rows = _starts(spans)
+        logits = torch.full((len(flat), self._graph.n_vocab), torch.nan)
         failed = {}
-        for group, run in ((alone, partial(one_by_one, self)), (together, self.forward_many)):
-            if group:
-                part = run(tokens[group], [caches[i] for i in group], [positions[i] for i in group])
-                logits[group] = part.logits
-                failed |= {group[i]: error for i, error in part.failed.items()}
+        for group in filter(None, (alone, together)):
+            rows = [row for i in group for row in range(first_rows[i], first_rows[i] + spans[i])]
+            own = [caches[i] for i in group], [positions[i] for i in group]
+            if group is alone:
+                part = one_by_one(self, flat[rows], *own)
+            else:
+                part = self.forward_drafts([tokens[i] for i in group], *own)
+            logits[rows] = part.logits
+            failed |= {rows[row]: error for row, error in part.failed.items()}
         return Answers(logits, failed)
+
+    def room(self, cache: ModelCache, n_tokens: int) -> int:
+        """How many of the next tokens `forward_drafts` takes of this cache; see `DraftStep.room`."""
+        layers = [_rows_of(cache, call.layer) for call in self._layers.calls]
+        if n_tokens == 1 or not all(map(_direct, layers)):
+            return 1
+        most = min((n_tokens, *(layer.store.room() for layer in layers)))
+        watched = [layer for layer in layers if layer.watch.guard.measures]
+        return next((n for n in range(1, most) if any(_due(layer, n) for layer in watched)), most)
+
+    def keep(self, cache: ModelCache, n_kept: int) -> None:
+        """Cut a cache back to the first tokens of its last run; see `DraftStep.keep`."""
+        first_row, span = self._drafted.pop(id(cache), (0, 1))
+        assert 1 <= n_kept <= span, (n_kept, span)
+        if span == 1:
+            return
+        for call in self._layers.calls:
+            _rows_of(cache, call.layer).store.take_back(span - n_kept)
+        if n_kept < span:
+            program, states = self._layers.program, self._cache_states(cache, 1)
+            program.replay(first_row, n_kept, program.addresses(states, 1))
+            return
+        for index in self._layers.state_layers:
+            layer = cache.states[index]
+            assert layer is not None
+            layer.take_next()
 
     @torch_on_one_thread()
     def logits(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
@@ -168,20 +210,49 @@ class NativeStep:
         caches: Sequence[ModelCache],
         layers: Sequence[Sequence[WatchedRows]],
         positions: Sequence[int],
+        spans: Sequence[int],
     ) -> tuple[Tensor, dict[int, Fault]]:
-        """All layers over one token of each cache in one run; the hidden states `[N, hidden size]`, and failures."""
-        n_seqs = len(caches)
+        """All layers over the tokens of each cache in one run; the hidden states `[rows, hidden]`, failures by row."""
         x = self._embedded(tokens)
-        program = self._layers.program
-        states = program.separate_addresses([self._cache_states(cache, 1) for cache in caches])
-        tables = self._turns(0, max(positions) + 1)
-        angles = [(cos[list(positions)], sin[list(positions)]) for cos, sin in tables]
+        program, first_rows = self._layers.program, _starts(spans)
+        self._drafted = {id(c): (row, n) for c, row, n in zip(caches, first_rows, spans, strict=True)}
+        held = [self._cache_states(cache, 1) for cache in caches]
+        states = program.separate_addresses(held)
+        before: list[int] = []
+        if max(spans) > 1:
+            before = states
+            states = program.separate_addresses(
+                [
+                    self._next_states(cache, own) if n > 1 else own
+                    for cache, own, n in zip(caches, held, spans, strict=True)
+                ]
+            )
+        places = [position + i for position, n in zip(positions, spans, strict=True) for i in range(n)]
+        angles = [(cos[places], sin[places]) for cos, sin in self._turns(0, max(places) + 1)]
         by_call = [layer for call in zip(*layers, strict=True) for layer in call]
-        rows = [_new_rows(layer, 1) for layer in by_call]
+        rows = [_new_rows(layer, 1, spans[i % len(spans)]) for i, layer in enumerate(by_call)]
         run = partial(
-            program.run, n_seqs=n_seqs, n_tokens=1, angles=angles, states=states, rows=rows, caches="separate"
+            program.run,
+            n_seqs=len(caches),
+            n_tokens=1,
+            angles=angles,
+            states=states,
+            rows=rows,
+            caches="separate",
+            spans=spans,
+            before=before,
         )
-        return x, self._run_checked(run, by_call, rows, 1)
+        return x, self._run_checked(run, by_call, rows, 1, spans)
+
+    def _next_states(self, cache: ModelCache, held: Sequence[Tensor]) -> list[Tensor]:
+        """Memory for the states of a run that `keep` may undo, as `_cache_states` gives theirs."""
+        found: list[Tensor] = []
+        for index, (_, recurrent) in zip(self._layers.state_layers, self._layers.state_shapes, strict=True):
+            layer = cache.states[index]
+            assert layer is not None
+            n_states = 1 + bool(recurrent)
+            found += layer.next_states(tuple(held[len(found) : len(found) + n_states]))
+        return found
 
     def _decode(self, layers: Sequence[WatchedRows], n_seqs: int, angles: Sequence[Angles], states: list[int]) -> None:
         """All layers over one token per sequence, attention included, in a single run but where the guard looks in.
@@ -205,6 +276,7 @@ class NativeStep:
         layers: Sequence[WatchedRows],
         rows: Sequence[Rows],
         n_seqs: int,
+        spans: Sequence[int] = (1,),
     ) -> dict[int, Fault]:
         """The whole program, stopped before and after the attention of layers at which the guard looks.
 
@@ -216,19 +288,26 @@ class NativeStep:
             By attention call, and then by cache.
         n_seqs
             Sequences of each cache.
+        spans
+            Tokens of each cache; one where the guard looks.
 
         Returns
         -------
         dict
-            The first fault of each cache that has one.
+            The first fault of each token that has one.
         """
-        n_caches = len(layers) // max(1, len(self._layers.calls))
+        n_caches, first_rows = len(spans), _starts(spans)
+        owners = [cache for cache, n in enumerate(spans) for _ in range(n)]
         failed: dict[int, Fault] = {}
 
         def note(health: Sequence[Health]) -> None:
-            for index, (layer, found) in enumerate(zip(layers, health, strict=True)):
+            if all(found == "finite" for found in health):
+                return
+            for index, found in enumerate(health):
+                number, row = divmod(index, len(owners))
+                layer = layers[number * n_caches + owners[row]]
                 if found != "finite" and layer.watch.guard.watches:
-                    failed.setdefault(index % n_caches, _found(layer, found))
+                    failed.setdefault(row, _found(layer, found))
 
         begin = 0
         for number, call in enumerate(self._layers.calls):
@@ -240,16 +319,17 @@ class NativeStep:
             note(run(begin, call.index))
             begin = call.index + 1
             # The buffers are other layers' too, and the native code rotates in place.
-            asked = [tuple(_of_cache(x, i, n_seqs).clone() for x in (call.q, call.k, call.v)) for i in due]
+            at = [first_rows[i] for i in due]
+            asked = [tuple(_of_cache(x, row, n_seqs).clone() for x in (call.q, call.k, call.v)) for row in at]
             note(run(call.index, begin))
-            for i, (q, k, v) in zip(due, asked, strict=True):
-                if i in failed:
+            for i, row, (q, k, v) in zip(due, at, asked, strict=True):
+                if row in failed:
                     continue
                 packed = LayerView(own[i].store, rows[first + i].view, own[i].watch, k, v)
                 try:
-                    verify_call(q, packed, AttentionParams(scale=call.scale), _of_cache(call.out, i, n_seqs))
+                    verify_call(q, packed, AttentionParams(scale=call.scale), _of_cache(call.out, row, n_seqs))
                 except MismatchError as error:
-                    failed[i] = error
+                    failed[row] = error
         note(run(begin, len(self._layers.program)))
         return failed
 
@@ -308,8 +388,19 @@ def _found(layer: WatchedRows, health: Health) -> NonFiniteError:
     return non_finite(layer.store, layer.store.kernels.decode, source)
 
 
-def _new_rows(layer: WatchedRows, n_seqs: int) -> Rows:
-    view, types = layer.store.admit(n_seqs, 1, torch.device("cpu")), layer.store.types
+def _due(layer: WatchedRows, n_more: int) -> bool:
+    """Whether the guard checks the token that comes `n_more` tokens after the next one, or the next, of several."""
+    n_seen = layer.store.n_seen + 1
+    return layer.watch.takes(n_seen + n_more, 1) or (n_more == 1 and layer.watch.takes(n_seen, 1))
+
+
+def _starts(spans: Sequence[int]) -> list[int]:
+    """Return the first row of each cache."""
+    return [0, *accumulate(spans)][:-1]
+
+
+def _new_rows(layer: WatchedRows, n_seqs: int, n_tokens: int = 1) -> Rows:
+    view, types = layer.store.admit(n_seqs, n_tokens, torch.device("cpu")), layer.store.types
     newest = view.segments[-1]
     scale_k = types.scale_for(newest.format_k.name) or newest.format_k.default_scale
     scale_v = types.scale_for(newest.format_v.name) or newest.format_v.default_scale
@@ -321,6 +412,6 @@ def _heads_first(x: Tensor, n_seqs: int, n_tokens: int) -> Tensor:
     return x[: n_seqs * n_tokens].view(n_seqs, n_tokens, *x.shape[1:]).transpose(1, 2)
 
 
-def _of_cache(x: Tensor, index: int, n_seqs: int) -> Tensor:
-    """The rows of one cache among several of `n_seqs` sequences each, one new token: `[n_seqs, heads, 1, D]`."""
-    return _heads_first(x[index * n_seqs :], n_seqs, 1)
+def _of_cache(x: Tensor, row: int, n_seqs: int) -> Tensor:
+    """The rows from `row` on of one cache of `n_seqs` sequences, one new token: `[n_seqs, heads, 1, D]`."""
+    return _heads_first(x[row:], n_seqs, 1)

@@ -40,11 +40,12 @@ class States:
         self.recurrent_states: dict[int, Tensor | None] = dict.fromkeys(range(number_of_states))
         self.has_previous_state: dict[int, bool] = dict.fromkeys(range(number_of_states), False)
         self.order: StateOrder | None = None
+        self._next: tuple[Tensor, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return sum(state.nbytes for state in self.memory)
+        return sum(state.nbytes for state in (*self.memory, *self._next))
 
     @property
     def memory(self) -> tuple[Tensor, ...]:
@@ -74,6 +75,20 @@ class States:
             self.conv_states[0] = wide.transpose(1, 2)
         state = self.recurrent_states[0]
         return (wide,) if state is None else (wide, state)
+
+    def next_states(self, held: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Memory of its own beside what `native_states` gave, for states that may not be wanted; kept."""
+        if [state.shape for state in self._next] != [state.shape for state in held]:
+            self._next = tuple(torch.empty_like(state) for state in held)
+        return self._next
+
+    def take_next(self) -> None:
+        """Go on from what was written to `next_states`."""
+        wide, *rest = self._next
+        conv, recurrent = self.conv_states[0], self.recurrent_states[0]
+        assert conv is not None
+        self._next = (conv.transpose(1, 2),) if recurrent is None else (conv.transpose(1, 2), recurrent)
+        self.conv_states[0], self.recurrent_states[0] = wide.transpose(1, 2), rest[0] if rest else None
 
     def file_states(
         self, batch: int, conv: tuple[int, int], recurrent: tuple[int, ...], like: Tensor
@@ -122,6 +137,7 @@ class States:
         """States that continue from the same tokens independently."""
         del n_ctx  # a state is as large for any context
         twin = copy.copy(self)
+        twin._next = ()
         for name, by_index in vars(self).items():
             if isinstance(by_index, dict):
                 setattr(twin, name, dict(by_index))

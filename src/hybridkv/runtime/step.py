@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -75,6 +75,41 @@ class Step(Protocol):
 
     def logits(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence as `forward` does; float32 `[B, T, V]`: the logits after every token."""
+        ...
+
+
+@runtime_checkable
+class DraftStep(Step, Protocol):
+    """A step that takes guesses: several tokens of a sequence at once, of which those that were wrong are undone.
+
+    What is left is, to the byte, what so many single tokens leave.
+    """
+
+    def room(self, cache: ModelCache, n_tokens: int) -> int:
+        """Return how many of the next `n_tokens` of this cache one run takes; 1 where it must be a single one."""
+        ...
+
+    def forward_drafts(
+        self, tokens: Sequence[Sequence[int]], caches: Sequence[ModelCache], positions: Sequence[int]
+    ) -> Answers:
+        """Continue sequences of separate caches by several tokens each; every token as `forward` takes it alone.
+
+        Parameters
+        ----------
+        tokens
+            Of each cache, at most as many as there is `room` for. `keep` must follow for each that has several.
+        caches, positions
+            Of one sequence each; no cache twice.
+
+        Returns
+        -------
+        Answers
+            By rows: the tokens of all caches one after the other.
+        """
+        ...
+
+    def keep(self, cache: ModelCache, n_kept: int) -> None:
+        """Cut a cache back to the first `n_kept` tokens, one or more, that the last `forward_drafts` took of it."""
         ...
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hybridkv.cli.llama_cpp.record import Row, note, refused, same
 
-_DRAFT = "there is no speculative decoding: the same text comes without a draft"
+_DRAFT = "guesses come from the text itself (--spec); the same text comes without a draft"
 _URL = "a model comes from a path or by -hf; download the file first"
 _PRESET = "name the model with -hf"
 _ADAPTER = "adapters are not applied: merge it into the model first"
@@ -106,7 +106,6 @@ MODEL: tuple[Row, ...] = (
     *(
         note(names, _DRAFT, env=env)
         for names, env in (
-            ("-md --model-draft --spec-draft-model", "LLAMA_ARG_SPEC_DRAFT_MODEL"),
             ("-hfd -hfrd --hf-repo-draft --spec-draft-hf", "LLAMA_ARG_SPEC_DRAFT_HF_REPO"),
             ("-ctkd --cache-type-k-draft --spec-draft-type-k", "LLAMA_ARG_SPEC_DRAFT_CACHE_TYPE_K"),
             ("-ctvd --cache-type-v-draft --spec-draft-type-v", "LLAMA_ARG_SPEC_DRAFT_CACHE_TYPE_V"),
@@ -120,10 +119,6 @@ MODEL: tuple[Row, ...] = (
             ("--prio-batch-draft --spec-draft-prio-batch --poll-batch-draft --spec-draft-poll-batch", ""),
             ("-otd --override-tensor-draft --spec-draft-override-tensor", ""),
             ("-ncmoed --n-cpu-moe-draft --spec-draft-ncmoe --spec-draft-n-cpu-moe", "LLAMA_ARG_SPEC_DRAFT_N_CPU_MOE"),
-            ("--draft --draft-n --draft-max", "LLAMA_ARG_DRAFT_MAX"),
-            ("--draft-min --draft-n-min", "LLAMA_ARG_DRAFT_MIN"),
-            ("--spec-draft-n-max", "LLAMA_ARG_SPEC_DRAFT_N_MAX"),
-            ("--spec-draft-n-min", "LLAMA_ARG_SPEC_DRAFT_N_MIN"),
             ("--draft-p-min --spec-draft-p-min", "LLAMA_ARG_SPEC_DRAFT_P_MIN"),
             ("--draft-p-split --spec-draft-p-split -ps --p-split", "LLAMA_ARG_SPEC_DRAFT_P_SPLIT"),
             ("-cd --ctx-size-draft -draft --draft-params -mtprot --mtp-requantize-output-tensor", ""),
@@ -140,5 +135,10 @@ MODEL: tuple[Row, ...] = (
             ("-lcs --lookup-cache-static -lcd --lookup-cache-dynamic", ""),
         )
     ),
+    same("-md --model-draft --spec-draft-model", env="LLAMA_ARG_SPEC_DRAFT_MODEL"),
+    same("--draft --draft-n --draft-max", env="LLAMA_ARG_DRAFT_MAX"),
+    same("--draft-min --draft-n-min", env="LLAMA_ARG_DRAFT_MIN"),
+    same("--spec-draft-n-max", env="LLAMA_ARG_SPEC_DRAFT_N_MAX"),
+    same("--spec-draft-n-min", env="LLAMA_ARG_SPEC_DRAFT_N_MIN"),
     note("--spec-replace", _DRAFT, takes="N..."),
 )

@@ -13,7 +13,8 @@ from hybridkv.cli.form_options import Form
 from hybridkv.cli.progress import loading
 from hybridkv.cli.resolve import resolve_types
 from hybridkv.cli.sampler_options import sampling_for
-from hybridkv.cli.show import size, warning
+from hybridkv.cli.show import notice, size, warning
+from hybridkv.cli.spec_options import speculation_from
 from hybridkv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def talk_about(
         step=step,
         prefix_bytes=prefixes,
         prefill_chunk=min(_CHUNK, opened.n_ctx),
+        speculation=speculation_from(a, loaded, step, notice, n_ctx=opened.n_ctx),
     )
     ends = () if a.ignore_eos and form.grammar is None else loaded.end_ids
     sampling = sampling_for(sampling, a, loaded)

@@ -3,6 +3,8 @@
 // for both and not one kernel per K x V pair. Included once per instruction set.
 #pragma once
 
+#include <algorithm>
+
 #if defined(HYBRIDKV_AMX)
 #include "amx.h"
 #elif defined(HYBRIDKV_DOTPROD)
@@ -278,6 +280,68 @@ void attend(const AttendParams& a, const AttendTask& task, void* memory) {
         if (part.j0 < part.j1) part.run();
     }
     Attend(a, task, a.segments.back(), scratch).finish_rows();
+}
+
+// Sums over a tile have the same bits for any number of query rows, but for those that go another way.
+int64_t tokens_together(const AttendParams& a) {
+#if defined(HYBRIDKV_AMX) || defined(HYBRIDKV_DOTPROD)
+    (void)a;
+    return 1;
+#else
+    if (a.window || a.n_tokens != 1 || a.n_batch != 1) return 1;
+    int64_t most = kMaxRows / a.group();
+    for (const Segment& s : a.segments) {
+        const bool floats = !s.k.format->quantized() || !s.v.format->quantized();
+        if (floats && a.group() <= FewRows::most) most = std::min<int64_t>(most, FewRows::most / a.group());
+    }
+    return std::max<int64_t>(1, most);
+#endif
+}
+
+// Several tokens of one cache as one call of which each sees all rows.
+AttendParams joined(const AttendParams* const* calls, int64_t count) {
+    AttendParams all = *calls[0];
+    all.n_tokens = count;
+    all.q_stride_t = count > 1 ? calls[1]->q - calls[0]->q : 0;
+    all.causal = false;
+    return all;
+}
+
+size_t scratch_together(const AttendParams& a, int64_t count) {
+    AttendParams all = a;
+    all.n_tokens = count;
+    return carve(all, nullptr).bytes + carve(a, nullptr).bytes;
+}
+
+// The tiles that the first token sees whole are the same for all of them. What is behind those, each reads by itself: a
+// tile's scales depend on the rows that are in it.
+void attend_together(const AttendParams* const* calls, const AttendTask* tasks, int64_t count, void* memory) {
+    const AttendParams all = joined(calls, count), &first = *calls[0];
+    AttendTask shared = tasks[0];
+    shared.r1 = count * first.group();
+    if (tasks[count - 1].j1 != tasks[0].j1) {
+        const int64_t begin = std::max(tasks[0].j0, first.segments.back().begin);
+        shared.j1 = begin + (tasks[0].j1 - begin) / kTile * kTile;
+    }
+    const Scratch scratch = carve(all, memory), own = carve(first, static_cast<char*>(memory) + scratch.bytes);
+    Attend(all, shared, all.segments.front(), scratch).reset_rows();
+    for (const Segment& segment : all.segments) {
+        Attend part(all, shared, segment, scratch);
+        if (part.j0 < part.j1) part.run();
+    }
+    const int64_t rows = first.group(), dv = padded(first.head_dim_v());
+    for (int64_t t = 0; t < count; ++t) {
+        std::copy_n(scratch.m + t * rows, rows, own.m);
+        std::copy_n(scratch.l + t * rows, rows, own.l);
+        std::copy_n(scratch.acc + t * rows * dv, rows * dv, own.acc);
+        AttendTask rest = tasks[t];
+        rest.j0 = std::max(rest.j0, shared.j1);
+        for (const Segment& segment : calls[t]->segments) {
+            Attend part(*calls[t], rest, segment, own);
+            if (part.j0 < part.j1) part.run();
+        }
+        Attend(*calls[t], rest, calls[t]->segments.back(), own).finish_rows();
+    }
 }
 
 }  // namespace

@@ -74,6 +74,11 @@ struct Isa {
     const char* name;
     size_t (*scratch_bytes)(const AttendParams&);
     void (*attend)(const AttendParams&, const AttendTask&, void* scratch);
+    // Consecutive single tokens of one cache: how many of them may share the reading of its rows and still get the bits
+    // that each gets alone, the scratch for `count` of them, and the same task of all.
+    int64_t (*tokens_together)(const AttendParams&);
+    size_t (*scratch_together)(const AttendParams&, int64_t count);
+    void (*attend_together)(const AttendParams* const* calls, const AttendTask* tasks, int64_t count, void* scratch);
     // rows [r0, r1) of the B * Hkv * T rows of x; scratch for two rows of padded float32
     void (*encode)(const EncodeParams&, int64_t r0, int64_t r1, void* scratch);
     // The ceilings of a benchmark: multiply-adds or bytes done in one call.

@@ -15,6 +15,7 @@ const StepKernels kStep = {norm_rows,      gate_rows,       rope_rows,   decay_r
                            bias_rows<Simd>, rotate_rows,     conv_channels, delta_head,  mamba2_head<Simd>,
                            mamba1_channels<Simd>};
 }
-const Isa HYBRIDKV_ISA_RECORD = {HYBRIDKV_ISA_NAME, scratch_bytes, attend,     encode,
+const Isa HYBRIDKV_ISA_RECORD = {HYBRIDKV_ISA_NAME, scratch_bytes, attend,     tokens_together,
+                                 scratch_together,    attend_together, encode,
                                  probe_float,         probe_integer, probe_read, &kStep, &HYBRIDKV_ISA_LINEAR};
 }  // namespace hybridkv

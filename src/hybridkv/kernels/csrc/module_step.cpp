@@ -5,6 +5,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -41,6 +42,31 @@ AttendCall attend_call(const Call& c) {
     return {segments_of(rows, head_dim_k, head_dim_v), window, refit_k, refit_v, block_k, block_v, Health::finite};
 }
 
+// A call as it was before its newest `n` rows came; of a window, with the rows that were in it then.
+Call without_newest(const Call& call, int64_t n) {
+    Call c = call;
+    std::vector<Rows>& rows = std::get<0>(c);
+    std::get<3>(rows.back()) -= n;
+    int64_t total = 0;
+    for (const Rows& r : rows) total += std::get<3>(r);
+    const int64_t window = std::get<3>(c);
+    for (int64_t old = window ? total - window : 0; old > 0;) {
+        auto& [k, v, start, length, center] = rows.front();
+        const int64_t gone = std::min(old, length);
+        start += gone;
+        length -= gone;
+        old -= gone;
+        if (!length) rows.erase(rows.begin());
+    }
+    return c;
+}
+
+std::vector<float*> pointers(const std::vector<Address>& addresses) {
+    std::vector<float*> found;
+    for (const Address address : addresses) found.push_back(reinterpret_cast<float*>(address));
+    return found;
+}
+
 Matrix matrix(const WeightRows& w) {
     const auto& [type, n_out, n_in, data] = w;
     const WeightType& t = weight_type(type.c_str());
@@ -70,6 +96,10 @@ Gate gate_named(const std::string& kind) {
 
 class Program {
 public:
+    Program() = default;
+    Program(const Program&) = delete;
+    Program& operator=(const Program&) = delete;
+
     void linear(const Columns& x, const std::vector<Target>& targets) {
         LinearOp op{view(x), {}};
         for (const auto& [weight, dst, stride, add] : targets) {
@@ -138,19 +168,30 @@ public:
         return found;
     }
 
-    // The health of each call's output, as Health counts.
+    // The health of each call's output, as Health counts. Sequences of separate caches come with the tokens of each; with
+    // the states before the run, what the states' operations read is kept for `replay`.
     std::vector<int> run(const std::string& isa, size_t begin, size_t end, int64_t n_seqs, int64_t n_tokens,
-                         bool separate, const std::vector<std::tuple<Address, Address>>& angles, const std::vector<Address>& states,
-                         const std::vector<Call>& calls, int n_threads) const {
+                         const std::vector<int64_t>& separate, const std::vector<std::tuple<Address, Address>>& angles,
+                         const std::vector<Address>& states, const std::vector<Address>& before,
+                         const std::vector<Call>& calls, int n_threads) {
         if (begin > end || end > ops_.size()) throw std::out_of_range("operations of a step");
-        if (separate && n_tokens != 1) throw std::invalid_argument("separate sequences take one token each");
+        std::vector<Span> spans;
+        int64_t n_rows = 0;
+        for (int64_t i = 0; i < n_seqs; ++i) {
+            spans.push_back({n_rows, separate.empty() ? n_tokens : separate.at(static_cast<size_t>(i))});
+            n_rows += spans.back().n_tokens;
+        }
         std::vector<AttendCall> attended;
-        for (const Call& call : calls) attended.push_back(attend_call(call));
-        StepRun run{isa_named(isa), n_seqs, n_tokens, separate, {}, {}, attended, n_threads};
+        for (size_t i = 0; i < calls.size(); ++i) {
+            const int64_t rows = separate.empty() ? 1 : spans[i % spans.size()].n_tokens;
+            for (int64_t row = 0; row < rows; ++row) attended.push_back(attend_call(without_newest(calls[i], rows - 1 - row)));
+        }
+        Journal* journal = before.empty() ? nullptr : &journal_;
+        StepRun run{isa_named(isa), !separate.empty(), separate.empty() ? n_tokens : 1, std::move(spans), n_rows, {},
+                    pointers(states), pointers(before), attended, journal, n_threads};
         for (const auto& [cos, sin] : angles) {
             run.angles.push_back({reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin)});
         }
-        for (const Address state : states) run.states.push_back(reinterpret_cast<float*>(state));
         {
             nb::gil_scoped_release unlocked;
             run_step(ops_, begin, end, run, seconds_.empty() ? nullptr : seconds_.data());
@@ -160,9 +201,26 @@ public:
         return health;
     }
 
+    // Advances states of separate caches by the first tokens of the last run that had states before it: by cache, its
+    // first row there and how many tokens.
+    void replay(const std::string& isa, const std::vector<std::tuple<int64_t, int64_t>>& taken,
+                const std::vector<Address>& states, int n_threads) const {
+        std::vector<Span> spans;
+        int64_t n_rows = 0;
+        for (const auto& [row0, n_tokens] : taken) {
+            spans.push_back({row0, n_tokens});
+            n_rows += n_tokens;
+        }
+        std::vector<AttendCall> none;
+        const StepRun run{isa_named(isa), true, 1, std::move(spans), n_rows, {}, pointers(states), {}, none, nullptr, n_threads};
+        nb::gil_scoped_release unlocked;
+        replay_states(journal_, run);
+    }
+
 private:
     std::vector<Op> ops_;
-    mutable std::vector<double> seconds_;  // while operations are timed
+    Journal journal_;
+    std::vector<double> seconds_;  // while operations are timed
 };
 
 }  // namespace
@@ -186,6 +244,7 @@ void bind_step(nb::module_& m) {
         .def("mamba1", &Program::mamba1)
         .def("attend", &Program::attend)
         .def("run", &Program::run)
+        .def("replay", &Program::replay)
         .def("start_timing", &Program::start_timing)
         .def("timing", &Program::timing)
         .def("__len__", &Program::size);

@@ -81,18 +81,15 @@ void merge_row(const AttendParams& a, const float* part, int64_t stride, int64_t
     for (int64_t e = 0; e < dims; ++e) out[e] *= factor;
 }
 
-// One call among several: its tasks are `first` and those after it.
+// One call among several.
 struct Part {
     const AttendParams& a;
     const Cut c;
-    const int64_t first;
     std::unique_ptr<float[]> parts;  // what the splits of the cache gave, if there are several
 
-    Part(const AttendParams& params, const Cut& cuts, int64_t first_task) : a(params), c(cuts), first(first_task) {
+    Part(const AttendParams& params, const Cut& cuts) : a(params), c(cuts) {
         if (c.splits > 1) parts.reset(new float[static_cast<size_t>(c.n_tasks * c.part_floats)]);
     }
-
-    int64_t end() const { return first + c.n_tasks; }
 
     AttendTask task(int64_t i) const {
         // The last blocks of rows see most of a causal cache: hand them out first.
@@ -124,24 +121,61 @@ struct Part {
     }
 };
 
+// Calls whose tasks are done together: one, or consecutive tokens of one cache that are cut alike.
+struct Together {
+    size_t first, count;
+    int64_t begin, end;  // tasks
+};
+
+bool alike(const Cut& a, const Cut& b) {
+    return a.splits == b.splits && a.split_rows == b.split_rows && a.shift == b.shift && a.n_tasks == b.n_tasks;
+}
+
+std::vector<Together> bundle(const Isa& isa, const std::vector<Part>& parts, const std::vector<int64_t>& spans) {
+    std::vector<Together> found;
+    int64_t n_tasks = 0;
+    size_t first = 0;
+    for (const int64_t span : spans) {
+        for (const size_t last = first + static_cast<size_t>(span); first < last;) {
+            size_t count = 1;
+            const size_t most = span > 1 ? static_cast<size_t>(isa.tokens_together(parts[first].a)) : 1;
+            while (first + count < last && count < most && alike(parts[first].c, parts[first + count].c)) ++count;
+            found.push_back({first, count, n_tasks, n_tasks + parts[first].c.n_tasks});
+            n_tasks = found.back().end;
+            first += count;
+        }
+    }
+    return found;
+}
+
 }  // namespace
 
 void run_attention(const Isa& isa, const AttendParams& a, int n_threads) {
-    run_attention(isa, std::vector<AttendParams>{a}, n_threads);
+    run_attention(isa, std::vector<AttendParams>{a}, {1}, n_threads);
 }
 
-void run_attention(const Isa& isa, const std::vector<AttendParams>& calls, int n_threads) {
+void run_attention(const Isa& isa, const std::vector<AttendParams>& calls, const std::vector<int64_t>& spans,
+                   int n_threads) {
     std::vector<Part> parts;
-    int64_t n_tasks = 0;
+    parts.reserve(calls.size());
+    for (const AttendParams& a : calls) parts.emplace_back(a, cut(a, n_threads));
+    const std::vector<Together> bundles = bundle(isa, parts, spans);
     size_t scratch = 0;
-    for (const AttendParams& a : calls) {
-        parts.emplace_back(a, cut(a, n_threads), n_tasks);
-        n_tasks = parts.back().end();
-        scratch = std::max(scratch, isa.scratch_bytes(a));
+    for (const Together& b : bundles) {
+        const AttendParams& a = calls[b.first];
+        scratch = std::max(scratch, b.count > 1 ? isa.scratch_together(a, static_cast<int64_t>(b.count)) : isa.scratch_bytes(a));
     }
-    parallel_for(n_tasks, n_threads, [&](int64_t i, int) {
-        const auto part = std::find_if(parts.begin(), parts.end(), [&](const Part& p) { return i < p.end(); });
-        isa.attend(part->a, part->task(i - part->first), thread_scratch(scratch));
+    parallel_for(bundles.back().end, n_threads, [&](int64_t i, int) {
+        const Together& b = *std::find_if(bundles.begin(), bundles.end(), [&](const Together& t) { return i < t.end; });
+        void* memory = thread_scratch(scratch);
+        if (b.count == 1) return isa.attend(calls[b.first], parts[b.first].task(i - b.begin), memory);
+        std::vector<const AttendParams*> each;
+        std::vector<AttendTask> tasks;
+        for (size_t p = b.first; p < b.first + b.count; ++p) {
+            each.push_back(&calls[p]);
+            tasks.push_back(parts[p].task(i - b.begin));
+        }
+        isa.attend_together(each.data(), tasks.data(), static_cast<int64_t>(b.count), memory);
     });
     for (const Part& part : parts) part.merge();
 }

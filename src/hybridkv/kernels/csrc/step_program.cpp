@@ -27,7 +27,9 @@ void by_rows(int64_t n_rows, int64_t values_per_row, int n_threads, const Rows& 
 
 class Runner {
 public:
-    explicit Runner(const StepRun& run) : run_(run), step_(*run.isa.step), rows_(run.n_seqs * run.n_tokens) {}
+    explicit Runner(const StepRun& run) : run_(run), step_(*run.isa.step), rows_(run.n_rows) {}
+
+    size_t index = 0;  // of the operation that runs
 
     void operator()(const NormOp& op) const {
         by_rows(rows_, op.x.groups * op.x.width, run_.n_threads, [&](int64_t a, int64_t b) { step_.norm(op, a, b); });
@@ -38,7 +40,7 @@ public:
     }
     void operator()(const RopeOp& op) const {
         const Angles& angles = run_.angles.at(static_cast<size_t>(op.table));
-        const int64_t n_angles = run_.separate ? run_.n_seqs : run_.n_tokens;
+        const int64_t n_angles = run_.separate ? rows_ : run_.n_tokens;
         by_rows(rows_, op.x.groups * op.n_rotated, run_.n_threads,
                 [&](int64_t a, int64_t b) { step_.rope(op, angles.cos, angles.sin, n_angles, a, b); });
     }
@@ -60,49 +62,46 @@ public:
     }
 
     void operator()(const ConvOp& op) const {
+        keep(op);
         const int64_t channels = op.x.width, parts = (channels + kConvChannels - 1) / kConvChannels;
-        const auto part = [&](int64_t i) {
-            const int64_t seq = i / parts, c0 = i % parts * kConvChannels;
-            float* state = run_.state(op.state, seq, op.kernel * channels);
-            step_.conv(op, state, seq * run_.n_tokens, run_.n_tokens, c0, std::min(channels, c0 + kConvChannels));
-        };
         const int threads = rows_ * channels * op.kernel < kTaskValues ? 1 : run_.n_threads;
-        parallel_for(run_.n_seqs * parts, threads, [&](int64_t i, int) { part(i); });
+        parallel_for(n_seqs() * parts, threads, [&](int64_t i, int) {
+            const int64_t seq = i / parts, c0 = i % parts * kConvChannels, c1 = std::min(channels, c0 + kConvChannels);
+            const int64_t floats = op.kernel * channels;
+            float* state = run_.state(op.state, seq, floats);
+            bring(state, run_.state_before(op.state, seq, floats), op.kernel, channels, c0, c1);
+            step_.conv(op, state, span(seq).row0, span(seq).n_tokens, c0, c1);
+        });
     }
 
     void operator()(const DeltaOp& op) const {
-        const int64_t heads = op.v.groups, dims = op.v.width, parts = (dims + kDeltaDims - 1) / kDeltaDims;
-        parallel_for(run_.n_seqs * heads * parts, run_.n_threads, [&](int64_t i, int) {
-            const int64_t seq = i / parts / heads, head = i / parts % heads, d0 = i % parts * kDeltaDims;
-            float* state = run_.state(op.state, seq, heads * op.head_floats()) + head * op.head_floats();
-            step_.delta(op, state, seq * run_.n_tokens, run_.n_tokens, head, d0, std::min(dims, d0 + kDeltaDims));
-        });
+        keep(op);
+        by_heads(op, op.v, op.k.width, kDeltaDims, step_.delta);
     }
 
     void operator()(const Mamba2Op& op) const {
-        const int64_t heads = op.x.groups, dims = op.x.width, parts = (dims + kMamba2Dims - 1) / kMamba2Dims;
-        parallel_for(run_.n_seqs * heads * parts, run_.n_threads, [&](int64_t i, int) {
-            const int64_t seq = i / parts / heads, head = i / parts % heads, d0 = i % parts * kMamba2Dims;
-            float* state = run_.state(op.state, seq, heads * op.head_floats()) + head * op.head_floats();
-            step_.mamba2(op, state, seq * run_.n_tokens, run_.n_tokens, head, d0, std::min(dims, d0 + kMamba2Dims));
-        });
+        keep(op);
+        by_heads(op, op.x, op.b.width, kMamba2Dims, step_.mamba2);
     }
 
     void operator()(const Mamba1Op& op) const {
+        keep(op);
         const int64_t channels = op.x.width, parts = (channels + kMamba1Channels - 1) / kMamba1Channels;
-        parallel_for(run_.n_seqs * parts, run_.n_threads, [&](int64_t i, int) {
+        parallel_for(n_seqs() * parts, run_.n_threads, [&](int64_t i, int) {
             const int64_t seq = i / parts, c0 = i % parts * kMamba1Channels;
-            float* state = run_.state(op.state, seq, channels * op.b.width);
-            step_.mamba1(op, state, seq * run_.n_tokens, run_.n_tokens, c0, std::min(channels, c0 + kMamba1Channels));
+            const int64_t c1 = std::min(channels, c0 + kMamba1Channels), floats = channels * op.b.width;
+            float* state = run_.state(op.state, seq, floats);
+            bring(state, run_.state_before(op.state, seq, floats), 1, floats, c0 * op.b.width, c1 * op.b.width);
+            step_.mamba1(op, state, span(seq).row0, span(seq).n_tokens, c0, c1);
         });
     }
 
     void operator()(const AttendOp& op) const {
-        const int64_t n_calls = run_.separate ? run_.n_seqs : 1, share = rows_ / n_calls;
+        const int64_t n_calls = run_.separate ? rows_ : 1, share = rows_ / n_calls;
         AttendCall* calls = run_.calls.data() + op.call * n_calls;
         std::vector<AttendParams> attended;
         for (int64_t i = 0; i < n_calls; ++i) attended.push_back(store_new(op, calls[i], i * share, share));
-        run_attention(run_.isa, attended, run_.n_threads);
+        run_attention(run_.isa, attended, tokens_of_caches(), run_.n_threads);
         for (int64_t i = 0; i < n_calls; ++i) {
             const int64_t r0 = i * share, r1 = r0 + share;
             if (calls[i].block_v) step_.rotate(op.dst, calls[i].block_v, r0, r1);
@@ -156,6 +155,46 @@ public:
     void operator()(const ExpertsOp& op) const { run_experts(op, run_.isa, rows_, run_.n_threads); }
 
 private:
+    int64_t n_seqs() const { return static_cast<int64_t>(run_.spans.size()); }
+    const Span& span(int64_t seq) const { return run_.spans[static_cast<size_t>(seq)]; }
+
+    // How many calls of an attention are of one cache.
+    std::vector<int64_t> tokens_of_caches() const {
+        if (!run_.separate) return {1};
+        std::vector<int64_t> found;
+        for (const Span& own : run_.spans) found.push_back(own.n_tokens);
+        return found;
+    }
+
+    template <class Op>
+    void keep(const Op& op) const {
+        if (run_.journal) run_.journal->keep(index, op, rows_);
+    }
+
+    // Columns [c0, c1) of a state [rows][stride] from where it was before the run, if that is elsewhere. The kernel reads
+    // them next, out of the processor's cache.
+    static void bring(float* state, const float* before, int64_t rows, int64_t stride, int64_t c0, int64_t c1) {
+        if (!before || before == state) return;
+        for (int64_t at = c0; at < rows * stride; at += stride) {
+            std::memcpy(state + at, before + at, static_cast<size_t>(c1 - c0) * sizeof(float));
+        }
+    }
+
+    // Runs a state space over `state_rows` rows of each head of every sequence, so many columns in a task.
+    template <class Op, class Kernel>
+    void by_heads(const Op& op, const View& columns, int64_t state_rows, int64_t task_columns, Kernel kernel) const {
+        const int64_t heads = columns.groups, dims = columns.width, parts = (dims + task_columns - 1) / task_columns;
+        const int64_t head_floats = op.head_floats();
+        parallel_for(n_seqs() * heads * parts, run_.n_threads, [&](int64_t i, int) {
+            const int64_t seq = i / parts / heads, head = i / parts % heads, d0 = i % parts * task_columns;
+            const int64_t d1 = std::min(dims, d0 + task_columns), offset = head * head_floats;
+            float* state = run_.state(op.state, seq, heads * head_floats) + offset;
+            const float* before = run_.state_before(op.state, seq, heads * head_floats);
+            bring(state, before ? before + offset : nullptr, state_rows, dims, d0, d1);
+            kernel(op, state, span(seq).row0, span(seq).n_tokens, head, d0, d1);
+        });
+    }
+
     // Stores the new rows [r0, r0 + n_rows) of one cache; how they are attended.
     AttendParams store_new(const AttendOp& op, const AttendCall& call, int64_t r0, int64_t n_rows) const {
         if (call.block_k) {
@@ -235,13 +274,19 @@ private:
 
 void run_step(const std::vector<Op>& ops, size_t begin, size_t end, const StepRun& run, double* seconds) {
     using Clock = std::chrono::steady_clock;
-    const Runner runner(run);
+    Runner runner(run);
     expect_steps();
     for (size_t i = begin; i < end; ++i) {
+        runner.index = i;
         const Clock::time_point start = seconds ? Clock::now() : Clock::time_point{};
         std::visit(runner, ops[i]);
         if (seconds) seconds[i] += std::chrono::duration<double>(Clock::now() - start).count();
     }
+}
+
+void replay_states(const Journal& journal, const StepRun& run) {
+    const Runner runner(run);
+    journal.each(runner);
 }
 
 const char* kind_of(const Op& op) {

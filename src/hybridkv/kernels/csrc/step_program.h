@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "experts.h"
+#include "journal.h"
 #include "step.h"
 
 namespace hybridkv {
@@ -42,28 +43,47 @@ struct Angles {
     const float *cos, *sin;
 };
 
-// What changes from run to run: rows are sequences times tokens.
+// The tokens of one sequence in a run: rows [row0, row0 + n_tokens).
+struct Span {
+    int64_t row0, n_tokens;
+};
+
+// What changes from run to run. Every token is a row.
 //
-// Sequences share one cache, or are `separate`: each has a cache, a length and a position of its own, and one token. What
-// comes by layer comes by layer and sequence then, and every sequence gets the bits that it gets in a run of its own.
+// Sequences share one cache and have as many tokens each, or are `separate`: each has a cache, a length and a position of
+// its own, and a number of tokens of its own. What comes by layer comes by layer and row then, and every row gets the
+// bits that it gets in a run of its own.
 struct StepRun {
     const Isa& isa;
-    int64_t n_seqs, n_tokens;
     bool separate;
+    int64_t n_tokens;  // of each sequence; 1 if separate, where `spans` says
+    std::vector<Span> spans;  // by sequence
+    int64_t n_rows;
     std::vector<Angles> angles;  // by the tables that RopeOps name
     std::vector<float*> states;  // by the operations' indices: of all sequences together, or of each if separate
-    std::vector<AttendCall>& calls;
+    std::vector<float*> before;  // where a state lies before the run, if elsewhere than after it; as `states`, or empty
+    std::vector<AttendCall>& calls;  // by layer, and by row if separate
+    Journal* journal;  // keeps what is needed to advance `before` by fewer tokens; or null
     int n_threads;
 
     // A state of one sequence, of `floats` values.
-    float* state(int64_t index, int64_t seq, int64_t floats) const {
-        return separate ? states[static_cast<size_t>(index * n_seqs + seq)]
-                        : states[static_cast<size_t>(index)] + seq * floats;
+    float* state(int64_t index, int64_t seq, int64_t floats) const { return of(states, index, seq, floats); }
+    const float* state_before(int64_t index, int64_t seq, int64_t floats) const {
+        return before.empty() ? nullptr : of(before, index, seq, floats);
+    }
+
+private:
+    float* of(const std::vector<float*>& all, int64_t index, int64_t seq, int64_t floats) const {
+        return separate ? all[static_cast<size_t>(index) * spans.size() + static_cast<size_t>(seq)]
+                        : all[static_cast<size_t>(index)] + seq * floats;
     }
 };
 
 // Seconds of each operation are added to `seconds`, one per operation, unless it is null.
 void run_step(const std::vector<Op>& ops, size_t begin, size_t end, const StepRun& run, double* seconds);
+
+// Advances the run's states, in place, by the tokens of its spans, whose rows are those that the journal has kept.
+void replay_states(const Journal& journal, const StepRun& run);
 
 // The name of an operation's kind.
 const char* kind_of(const Op& op);

@@ -1,0 +1,84 @@
+"""What several sequences decode together: one run of the model, and the tokens that it gives each of them.
+
+Owns the order: guesses are made, everything runs at once, and then every sequence draws as long as what it drew was
+guessed. `hybridkv.engine.scheduler` draws and hands out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hybridkv.engine.host import bad_logits
+from hybridkv.engine.pace import Costs
+from hybridkv.engine.running import Running
+from hybridkv.policy import MismatchError, NonFiniteError
+from hybridkv.runtime import DraftStep, Fault, Step, finite_rows
+
+
+@dataclass(slots=True)
+class Taken:
+    """The next token's logits of sequences whose last token has been run.
+
+    Attributes
+    ----------
+    sequences, logits
+        Those that may draw, and finite float32 `[N, V]`.
+    failed
+        Sequences in which the guard found something.
+    """
+
+    sequences: list[Running]
+    logits: Tensor
+    failed: list[tuple[Running, Fault]]
+
+
+def run_next(step: Step, batch: Sequence[Running], costs: Costs) -> None:
+    """Run the last token of every sequence, and what each guesses behind it."""
+    tokens = []
+    for sequence in batch:
+        assert sequence.cache is not None
+        sequence.drafts.close(sequence.cache, ended=True)
+        n_most = sequence.n_ctx - len(sequence.history) - 1
+        tokens.append(sequence.drafts.propose(sequence.history, sequence.cache, n_most, len(batch) - 1))
+    caches = [s.cache for s in batch if s.cache is not None]
+    positions = [s.position for s in batch]
+    n_rows = sum(map(len, tokens))
+    start = time.perf_counter()
+    if n_rows == len(batch):
+        answers = step.forward_many(torch.tensor([own[0] for own in tokens]), caches, positions)
+    else:
+        assert isinstance(step, DraftStep)
+        answers = step.forward_drafts(tokens, caches, positions)
+    first_row = 0
+    for sequence, own in zip(batch, tokens, strict=True):
+        sequence.drafts.open(own, answers, first_row)
+        first_row += len(own)
+    costs.note(n_rows, time.perf_counter() - start)
+
+
+def take_next(batch: Sequence[Running]) -> Taken:
+    """The logits after the last token of each sequence for which they have been computed."""
+    ready, rows, failed = [], [], []
+    for sequence in batch:
+        try:
+            row = sequence.drafts.take(sequence.history[-1])
+        except (NonFiniteError, MismatchError) as error:
+            failed.append((sequence, error))
+        else:
+            if row is None:
+                continue
+            ready.append(sequence)
+            rows.append(row)
+        sequence.position += 1
+    logits = torch.cat(rows) if rows else torch.empty(0, 1)
+    finite = finite_rows(logits) if rows else []
+    good = [i for i, fine in enumerate(finite) if fine]
+    for sequence in (s for s, fine in zip(ready, finite, strict=True) if not fine):
+        assert sequence.cache is not None
+        failed.append((sequence, bad_logits(sequence.cache, sequence.position)))
+    return Taken([ready[i] for i in good], logits if len(good) == len(ready) else logits[good], failed)

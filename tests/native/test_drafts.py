@@ -1,0 +1,163 @@
+"""Drafted tokens in one run: what is kept of them is, to the byte, what single tokens leave."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hybridkv.cache import KVTypes
+from hybridkv.hf import ModelCache
+from hybridkv.kernels import cpu_native
+from hybridkv.model import kv_facts, layer_facts
+from hybridkv.native import NativeStep, native_model, source_of
+from hybridkv.policy import Guard, Policy
+from hybridkv.runtime import DraftStep
+from tests.families import build
+from tests.native.test_step import NATIVE, native_step, tokens
+
+needs_native = pytest.mark.skipif(cpu_native.available() is not None, reason="the native extension is not built")
+pytestmark = [needs_native, pytest.mark.usefixtures("_inference")]
+
+TAIL = KVTypes("q4_0", "q4_0", rotate_k=True, tail=32, sink=2, center=True)
+KINDS = {
+    "q8_0": KVTypes("q8_0", "q8_0"),
+    "f16": KVTypes("f16", "f16"),
+    "q4_0, tail, sinks, center": TAIL,
+    "q5_1/q8_KV": KVTypes("q5_1", "q8_KV"),
+    "iq4_nl/q6_0, rotated": KVTypes("iq4_nl", "q6_0", rotate_k=True, rotate_v=True),
+    "bf16/f32": KVTypes("bf16", "f32"),
+    "q8_0, tail of 1": KVTypes("q8_0", "q8_0", tail=1),
+    "q4_1, sinks that are not full": KVTypes("q4_1", "q4_1", sink=40),
+    "q4_0, sinks and tail that are not full": KVTypes("q4_0", "q4_0", sink=30, tail=20),
+}
+
+
+@pytest.fixture
+def _inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def cache_of(config: Any, types: KVTypes, n_ctx: int | None = 160) -> ModelCache:
+    """A cache that is guarded as by default."""
+    specs = Policy(types).resolve(kv_facts(layer_facts(config)))
+    return ModelCache(config, specs, n_ctx=n_ctx, guard=Guard())
+
+
+def differences(one: Any, other: Any, at: str = "") -> list[str]:
+    """Places at which two copies of a cache differ."""
+    if isinstance(one, Tensor):
+        same = isinstance(other, Tensor) and one.shape == other.shape
+        return [] if same and torch.equal(_bytes(one), _bytes(other)) else [at]
+    if isinstance(one, tuple | list):
+        parts = [(a, b, f"{at}[{i}]") for i, (a, b) in enumerate(zip(one, other, strict=True))]
+        return [found for part in parts for found in differences(*part)]
+    if is_dataclass(one):
+        names = [field.name for field in fields(one)]
+        return [found for n in names for found in differences(getattr(one, n), getattr(other, n), f"{at}.{n}")]
+    return [] if one == other else [at]
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+class Pair:
+    """A sequence that takes drafts, and one that takes the same text token by token."""
+
+    def __init__(
+        self, step: NativeStep, config: Any, types: KVTypes, n_prompt: int, seed: int, n_ctx: int = 160
+    ) -> None:
+        self.step, self.text = step, tokens(1, n_prompt + 80, seed)[0].tolist()
+        self.cache, self.single = cache_of(config, types, n_ctx), cache_of(config, types, n_ctx)
+        self.position = n_prompt
+        for cache in (self.cache, self.single):
+            step.forward(torch.tensor([self.text[:n_prompt]]), cache, 0)
+
+    def draft(self, n_right: int, n_wrong: int) -> list[int]:
+        """The next token, and guesses as far as there is room."""
+        right = self.text[self.position : self.position + 1 + n_right]
+        guesses = [*right, *(96 - token for token in self.text[:n_wrong])]
+        return guesses[: self.step.room(self.cache, len(guesses))]
+
+    def keep(self, n: int, logits: Tensor) -> None:
+        """Keep `n` tokens, take them one by one in the other sequence, and compare."""
+        self.step.keep(self.cache, n)
+        for row in logits[:n]:
+            one = torch.tensor([[self.text[self.position]]])
+            assert torch.equal(self.step.forward(one, self.single, self.position)[0], row)
+            self.position += 1
+        assert differences(self.cache.stored(), self.single.stored()) == []
+
+
+def take_drafts(pairs: list[Pair], n_tokens: int, seed: int) -> int:
+    """Run all pairs until each has taken so many tokens; how many guesses were right."""
+    draw, ends = random.Random(seed), [pair.position + n_tokens for pair in pairs]
+    step, n_accepted = pairs[0].step, 0
+    assert isinstance(step, DraftStep)
+    while going := [pair for pair, end in zip(pairs, ends, strict=True) if pair.position < end]:
+        right = [draw.randrange(6) for _ in going]
+        drafts = [pair.draft(n, draw.randrange(4)) for pair, n in zip(going, right, strict=True)]
+        answers = step.forward_drafts(drafts, [p.cache for p in going], [p.position for p in going])
+        assert not answers.failed
+        begin = 0
+        for pair, draft, n in zip(going, drafts, right, strict=True):
+            kept = draw.randint(1, min(n + 1, len(draft)))
+            pair.keep(kept, answers.logits[begin : begin + len(draft)])
+            begin, n_accepted = begin + len(draft), n_accepted + kept - 1
+    return n_accepted
+
+
+@pytest.mark.parametrize("isa", ["best", "portable"])
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("family", NATIVE)
+def test_every_family_keeps_what_single_tokens_leave(
+    family: str, rounded: bool, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sequences in one run, of two types."""
+    if isa != "best":
+        monkeypatch.setenv("HYBRIDKV_ISA", isa)
+    model = build(family, attention="hybridkv")
+    step = native_step(model, "int8" if rounded else "auto")
+    pairs = [Pair(step, model.config, types, n, n) for types, n in ((KINDS["q8_0"], 29), (TAIL, 70))]
+    assert take_drafts(pairs, 40, seed=len(family)) >= 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["qwen3_5_text", "mistral"])
+def test_every_kind_of_rows_keeps_what_single_tokens_leave(family: str, kind: str) -> None:
+    """Mistral's window lets rows go."""
+    model = build(family, attention="hybridkv")
+    n_exact = KINDS[kind].tail + KINDS[kind].sink
+    for n in (3, 33):
+        pair = Pair(NativeStep(model), model.config, KINDS[kind], n, n)
+        # Before rows are packed, nothing is guessed: the guard waits for them. A tail may be all of a window.
+        assert take_drafts([pair], 75, seed=7) >= (5 if n > n_exact and family != "mistral" else 0)
+    step = NativeStep(native_model(model.config, source_of(model), "auto"))
+    several = [Pair(step, model.config, KINDS[kind], n, n) for n in (1, 20, 45)]
+    assert take_drafts(several, 60, seed=8) >= (10 if family != "mistral" else 0)
+
+
+@pytest.mark.parametrize("isa", ["best", "avx2", "portable"])
+@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("types", [("q8_0", "q8_0"), ("f16", "f16"), ("q4_1", "iq4_nl"), ("q5_0", "bf16")])
+def test_long_caches_are_read_together(
+    types: tuple[str, str], n_threads: int, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over the ends of tiles and of parts of the cache, with several threads too."""
+    if isa not in ("best", *cpu_native._native().isas()):
+        pytest.skip(f"this processor has no {isa}")
+    if isa != "best":
+        monkeypatch.setenv("HYBRIDKV_ISA", isa)
+    monkeypatch.setattr("hybridkv.kernels.step.native_threads", lambda: n_threads)
+    model = build("qwen3_5_text", attention="hybridkv")
+    step = NativeStep(model)
+    for n_prompt in (90, 500, 1000):
+        pair = Pair(step, model.config, KVTypes(*types), n_prompt, n_prompt, n_ctx=1200)
+        assert take_drafts([pair], 70, seed=n_prompt) >= 10
