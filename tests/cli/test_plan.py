@@ -129,6 +129,7 @@ def test_the_default_is_what_run_holds(cli: Cli, monkeypatch: pytest.MonkeyPatch
         (True, "cuda", "auto", "36.8 MiB q8_0"),
     ):
         monkeypatch.setattr("torch.cuda.is_available", lambda has_gpu=has_gpu: has_gpu)
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (24 << 30, 24 << 30))
         planned = cli("plan", "--types", "q8_0").out
         assert f"weights on {device}: {held}" in planned
         assert cli("plan", "--types", "q8_0", "--dtype", dtype, "--device", device).out == planned
