@@ -1,6 +1,6 @@
 """Every metadata key in every architecture: what is read gives llama.cpp's logits, what is harmless changes none.
 
-Some 2,800 files; deselected unless asked for: `pytest -m slow tests/gguf/test_keys_differential.py`.
+Some 2,800 files; deselected unless asked for: `pytest -m long tests/gguf/test_keys_differential.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hybridkv.gguf.architectures import ARCHITECTURES
 from tests.gguf.key_cases import DEVIATIONS, IDS, as_close, measured
 from tests.oracles.llama_cpp_many import Server, server
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from tests.gguf.texts import ODD, RUNS
 from tests.gguf.write_qwen35 import Draft
 from tests.oracles import llama_cpp, upstream
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 IDS = [5, 7, 11, 13, 17, 19, 23, 29, 5, 90]
 

@@ -53,7 +53,7 @@ def exact_answer(x: Tensor, index: Tensor, weights: Tensor, values: Any) -> Tens
     [
         ("q4_K", "q6_K", 256, 512),
         ("q8_0", "q4_0", 64, 32),
-        pytest.param("iq2_xs", "iq3_xxs", 256, 512, marks=pytest.mark.slow),  # minutes in the interpreter
+        pytest.param("iq2_xs", "iq3_xxs", 256, 512, marks=pytest.mark.long),  # minutes in the interpreter
     ],
 )
 def test_few_tokens(up: str, down: str, width: int, shared_width: int) -> None:

@@ -41,7 +41,7 @@ def test_what_a_decode_step_spends_its_time_in(target: str, names: str, tmp_path
     assert max(shared for _, shared in found) <= SHARED[target]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kv_type", ["q8_0", "q4_0", "f16"])
 @pytest.mark.parametrize("model", ["4b", "35b"])
 @pytest.mark.parametrize("target", SHARED)
@@ -52,7 +52,7 @@ def test_a_step(target: str, model: str, kv_type: str, tmp_path: Path) -> None:
     assert max(shared for _, shared in found) <= SHARED[target], found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("target", SHARED)
 @pytest.mark.parametrize("name", PACKED)
 def test_products_of_every_type(name: str, target: str, tmp_path: Path) -> None:
