@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
@@ -27,12 +28,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from hybridkv.kernels.cuda import experts, products
 from hybridkv.kernels.cuda.layout import side
 from hybridkv.kernels.cuda.one_token import attend_one_token
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+H100 = GPUTarget("cuda", 90, 32)
 WARPS = 4
 TYPES = {"q": "*bf16", "starts": "*i32", "lengths": "*i32", "scale": "fp32", "softcap": "fp32"}
 RESULTS = ("out", "tops", "sums", "center")
@@ -65,7 +68,8 @@ def for_h100(
     attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in aligned}
     source = ASTSource(kernel, signature=signature, constexprs=known, attrs=attrs)
     options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    driver.set_active(SimpleNamespace(get_current_target=lambda: H100))  # kernels ask what they are compiled for
+    return triton.compile(source, target=H100, options=options)
 
 
 def disassembled(cubin: bytes) -> tuple[list[tuple[int, str]], int]:

@@ -128,7 +128,10 @@ def test_what_transformers_cannot_cut_is_refused(tmp_path: Path, monkeypatch: py
     build("qwen3_5_text").save_pretrained(tmp_path)
     monkeypatch.setattr("hybridkv.hf.load.AutoModelForCausalLM.from_pretrained", refuse)
     options: dict[str, Any] = {"dtype": torch.float32, "device": "cpu", "attn_implementation": "hybridkv"}
-    for n, said in ((2, "it cannot be cut for 2 ranks: try another number, or one process"), (1, "of another model")):
+    for n, said in (
+        (2, "it cannot be sharded over 2 ranks: try another number, or one process"),
+        (1, "of another model"),
+    ):
         with pytest.raises(ModelFileError, match="must be divisible") as raised:
             load_weights(tmp_path, **options, n_ranks=n)
         assert str(raised.value.hint).endswith(said)
