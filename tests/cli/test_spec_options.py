@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from hybridkv.cli import spec_options
 from hybridkv.engine.load import bundled_model
+from hybridkv.engine.speculation import DRAFT_MAX
 from hybridkv.kernels import cpu_native
 from tests.cli.conftest import Cli
 
@@ -44,6 +46,11 @@ def test_what_cannot_be_meant_is_refused(cli: Cli, command: str, argv: list[str]
     done = cli(command, *prompt, *argv)
     assert (done.code, done.out) == (2, "")
     assert said in done.err
+
+
+def test_the_default_that_help_names_is_the_engine_s() -> None:
+    """The parser is built without importing the engine."""
+    assert spec_options._DEFAULT_MAX == DRAFT_MAX
 
 
 def test_an_option_without_effect_says_so(cli: Cli, gguf: Path) -> None:

@@ -22,8 +22,9 @@ from hybridkv.engine.engine import Engine
 from hybridkv.engine.load import load as load_described
 from hybridkv.engine.sampling import SamplingParams
 from hybridkv.engine.steps import resolve_step
-from hybridkv.engine.weights import engine_for, weights_on
+from hybridkv.engine.weights import weights_on
 from hybridkv.errors import UsageError
+from hybridkv.held import WeightKind
 from hybridkv.model import LanguageModel, is_hybrid, kv_facts
 from hybridkv.planner import Plan
 from hybridkv.planner import plan as count
@@ -69,20 +70,17 @@ def load(
     UsageError, ModelFileError, ModelError, NoKernelError
         For what is wrong, before weights are read where it can be known.
     """
-    description = describe(_found(model), remote_code="trusted" if trust_remote_code else "refused")
-    place, size = _place(device), n_ctx or _default_ctx(description)
+    description, place, weights, dtype = _settled(model, device, trust_remote_code=trust_remote_code)
+    size = n_ctx or _default_ctx(description)
     watch = Guard(mode=parse_mode(guard))
     asked = Policy(KVTypes(type_k, type_v)).resolve(kv_facts(description.facts))
     specs, said = watch.before(asked, hybrid=is_hybrid(description.facts), n_ctx=size)
-    device_type = place.partition(":")[0]
-    engine = engine_for(device_type, "auto", "auto")
-    weights, dtype = weights_on(place, "auto", engine, description)
-    loaded = load_described(description, dtype=dtype, device=place, weights=weights, engine=engine)
+    loaded = load_described(description, dtype=dtype, device=place, weights=weights)
     for line in (*said, *loaded.notices):
         warnings.warn(line, stacklevel=2)
     if loaded.tokenizer is None:
         raise UsageError("this model has no tokenizer, and text needs one", hint="hybridkv.Engine takes token ids")
-    step = resolve_step(description.config, device_type, engine)(loaded.model)
+    step = resolve_step(description.config, place.partition(":")[0])(loaded.model)
     return Model(loaded.model, loaded.tokenizer, loaded.end_ids, specs, step, watch, size)
 
 
@@ -110,13 +108,9 @@ def plan(
     UsageError, ModelFileError, ModelError
         For what is wrong.
     """
-    description = describe(_found(model), remote_code="trusted" if trust_remote_code else "refused")
-    place = _place(device)
-    device_type = place.partition(":")[0]
-    engine = engine_for(device_type, "auto", "auto")
-    weights, dtype = weights_on(place, "auto", engine, description)
+    description, place, weights, dtype = _settled(model, device, trust_remote_code=trust_remote_code)
     wide = dtype == torch.float32
-    held = description.held(weights, device_type, "f32" if wide else "bf16", engine=engine)
+    held = description.held(weights, place.partition(":")[0], "f32" if wide else "bf16")
     return count(
         Policy(KVTypes(type_k, type_v)).resolve(kv_facts(description.facts)),
         description.facts,
@@ -127,8 +121,13 @@ def plan(
     )
 
 
-def _place(device: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+def _settled(
+    model: str | Path | None, device: str, *, trust_remote_code: bool
+) -> tuple[Description, str, WeightKind, torch.dtype]:
+    """Find a model, its device, and how its weights are held there, before any is read."""
+    description = describe(_found(model), remote_code="trusted" if trust_remote_code else "refused")
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    return description, place, *weights_on(place, "auto", "auto", description)
 
 
 def _default_ctx(description: Description) -> int:

@@ -15,12 +15,11 @@ import torch
 from hybridkv.cache import KVTypes
 from hybridkv.engine.caches import new_cache
 from hybridkv.engine.drafts import Guess
+from hybridkv.engine.pace import moved
 from hybridkv.errors import ModelError
 from hybridkv.model import kv_facts, layer_facts, vocabulary_rows
 from hybridkv.policy import Guard, Policy
 from hybridkv.runtime import Step
-
-_CLOSE = 0.2
 
 _CAUGHT_UP = 64
 """New tokens of a text that are read along with guesses; more are a prompt, or what came in a pause."""
@@ -126,4 +125,4 @@ class DraftGuesser:
 
     def _note(self, seconds: float) -> None:
         known = self._owner.seconds_each
-        self._owner.seconds_each = known + _CLOSE * (min(seconds, 2 * known) - known) if known else seconds
+        self._owner.seconds_each = moved(known, seconds) if known else seconds

@@ -26,6 +26,11 @@ _CLOSE = 0.2
 """How far a new time moves what is expected of a run."""
 
 
+def moved(known: float, seconds: float) -> float:
+    """Move what is expected towards a measurement; one that something else has drawn out counts little."""
+    return known + _CLOSE * (min(seconds, 2 * known) - known)
+
+
 @dataclass(slots=True)
 class Costs:
     """Seconds of a run by its rows. One for all sequences of a model.
@@ -40,13 +45,13 @@ class Costs:
     _counts: dict[int, int] = field(default_factory=dict)
 
     def note(self, n_rows: int, seconds: float) -> None:
-        """Take a measurement; one that a check or another program's load has drawn out counts little."""
+        """Take a measurement."""
         known = self.seconds.get(n_rows)
         count = self._counts[n_rows] = self._counts.get(n_rows, 0) + 1
         if known is None or count <= _FIRST:
             self.seconds[n_rows] = seconds if known is None else min(known, seconds)
         else:
-            self.seconds[n_rows] = known + _CLOSE * (min(seconds, 2 * known) - known)
+            self.seconds[n_rows] = moved(known, seconds)
 
     def knows(self, n_rows: int) -> bool:
         """Whether runs of so many rows have been measured often enough to be compared with."""

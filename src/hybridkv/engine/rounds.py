@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -52,8 +53,8 @@ def run_next(step: Step, batch: Sequence[Running], costs: Costs) -> None:
     if n_rows == len(batch):
         answers = step.forward_many(torch.tensor([own[0] for own in tokens]), caches, positions)
     else:
-        assert isinstance(step, DraftStep)
-        answers = step.forward_drafts(tokens, caches, positions)
+        # Only a step that takes guesses is given any; `isinstance` of a protocol takes 20 us.
+        answers = cast(DraftStep, step).forward_drafts(tokens, caches, positions)
     first_row = 0
     for sequence, own in zip(batch, tokens, strict=True):
         sequence.drafts.open(own, answers, first_row)

@@ -30,12 +30,11 @@ def stored_tensors(path: str | Path | Header, runner: Runner = "eager") -> tuple
     ModelFileError
         For a damaged file, or one that has types which the runner does not multiply.
     """
-    meta = metadata_of(path)
-    left_out = {name for names in skipped(meta).values() for name in names}
+    header, kept = _kept(path)
     if runner == "native":
-        check_multiplied(meta.header, {info.name for info in meta.header.tensors} - left_out)
-    plain = _plain_names(get_architecture(meta.header))
-    return tuple(_stored(info, plain) for info in meta.header.tensors if info.name not in left_out)
+        check_multiplied(header, {info.name for info in kept})
+    plain = _plain_names(get_architecture(header))
+    return tuple(_stored(info, plain) for info in kept)
 
 
 def named_tensors(path: str | Path | Header) -> tuple[tuple[str, StoredTensor, int], ...]:
@@ -46,10 +45,8 @@ def named_tensors(path: str | Path | Header) -> tuple[tuple[str, StoredTensor, i
     ModelFileError
         For a damaged file.
     """
-    meta = metadata_of(path)
-    left_out = {name for names in skipped(meta).values() for name in names}
-    plain = _plain_names(get_architecture(meta.header))
-    kept = [info for info in meta.header.tensors if info.name not in left_out]
+    header, kept = _kept(path)
+    plain = _plain_names(get_architecture(header))
     return tuple((info.name, _stored(info, plain), info.nbytes) for info in kept)
 
 
@@ -61,11 +58,7 @@ def stored_types(path: str | Path | Header) -> dict[str, str]:
     ModelFileError
         For a damaged file.
     """
-    meta = metadata_of(path)
-    left_out = {name for names in skipped(meta).values() for name in names}
-    spelling = {name.lower(): name for name in WEIGHTS}
-    kinds = {info.name: info.type.name.lower() for info in meta.header.tensors if info.name not in left_out}
-    return {name: spelling.get(kind, kind) for name, kind in kinds.items()}
+    return {info.name: _spelled(info) for info in _kept(path)[1]}
 
 
 def expanded_tensors(path: str | Path | Header, reason: str, itemsize: int) -> Expanded | None:
@@ -76,20 +69,28 @@ def expanded_tensors(path: str | Path | Header, reason: str, itemsize: int) -> E
     ModelFileError
         For a damaged file.
     """
-    meta = metadata_of(path)
-    left_out = {name for names in skipped(meta).values() for name in names}
-    spelling = {name.lower(): name for name in WEIGHTS}
-    found = [
-        info
-        for info in meta.header.tensors
-        if info.name not in left_out and info.type.name.lower() not in ("f32", "f16", "bf16", "f64")
-    ]
+    found = [info for info in _kept(path)[1] if info.type.name.lower() not in ("f32", "f16", "bf16", "f64")]
     if not found:
         return None
-    names = (info.type.name.lower() for info in found)
-    counts = Counter(spelling.get(name, name) for name in names)
+    counts = Counter(map(_spelled, found))
     held = sum(prod(info.shape) for info in found) * itemsize
     return Expanded(reason, dict(counts.most_common()), sum(info.nbytes for info in found), held)
+
+
+def _kept(path: str | Path | Header) -> tuple[Header, list[TensorInfo]]:
+    """Return a file's header, and those of its tensors that become weights."""
+    meta = metadata_of(path)
+    left_out = {name for names in skipped(meta).values() for name in names}
+    return meta.header, [info for info in meta.header.tensors if info.name not in left_out]
+
+
+_SPELLED = {name.lower(): name for name in WEIGHTS}
+
+
+def _spelled(info: TensorInfo) -> str:
+    """Return a tensor's type in ggml's spelling."""
+    kind: str = info.type.name.lower()
+    return _SPELLED.get(kind, kind)
 
 
 def _plain_names(architecture: Architecture) -> frozenset[str]:
