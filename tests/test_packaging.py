@@ -101,5 +101,5 @@ def test_transformers_is_one_of_the_releases_that_were_tried() -> None:
 def test_system_headers_are_in_one_file() -> None:
     """Another operating system is a matter of `system.cpp`."""
     of_the_system = re.compile(r"#include <(sys/|unistd|pthread|signal|sched|linux/|windows|mach/)")
-    files = [p for p in (SOURCES / "kernels" / "csrc").rglob("*") if p.suffix in (".cpp", ".h")]
+    files = [p for p in (TESTS.parent / "src/hybridkv/kernels/csrc").rglob("*") if p.suffix in (".cpp", ".h")]
     assert [p.name for p in files if of_the_system.search(p.read_text())] == ["system.cpp"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from tests.chat_models import CHATML, byte_level
 from tests.families import FAMILIES, build, remembering
 from tests.hf.test_families import change, run, tokens
 from tests.thin import pairwise
+
+needs_accelerate = pytest.mark.skipif(find_spec("accelerate") is None, reason="accelerate is in [test-all]")
 
 
 @pytest.fixture(scope="module")
@@ -466,6 +469,7 @@ def saved(tmp_path: Path) -> Path:
     [{"device_map": {"": "disk"}}, {"device_map": "auto", "max_memory": {"cpu": 100_000}}, {"device_map": "cpu"}],
     ids=str,
 )
+@needs_accelerate
 def test_layers_on_disk_get_the_kernels_of_the_device_that_they_run_on(saved: Path, where: dict[str, Any]) -> None:
     model = Qwen3_5ForCausalLM.from_pretrained(
         saved, attn_implementation="hybridkv", offload_folder=saved.parent / "offloaded", **where
@@ -477,6 +481,7 @@ def test_layers_on_disk_get_the_kernels_of_the_device_that_they_run_on(saved: Pa
     assert change(run(model, cache, ids, chunks=(5,)), run(plain, expected, ids, chunks=(5,))) <= 1e-5
 
 
+@needs_accelerate
 def test_weights_without_values_are_refused(saved: Path) -> None:
     model = Qwen3_5ForCausalLM.from_pretrained(saved, device_map={"": "meta"})
     message = r"55 of 55 tensors .* meta device, model.embed_tokens.weight .*; allowed: .*\nhint: .*device_map"
