@@ -189,6 +189,26 @@ class KVLayer:
             fits = packed.planes.capacity - packed.start - packed.length if packed.length else 1
         return max(1, min(most, fits))
 
+    @property
+    def memory_key(self) -> object:
+        """Another object once packed rows lie elsewhere."""
+        return self._packed.planes.key
+
+    def straight_room(self) -> int:
+        """Return how many single tokens do no more than lengthen the packed rows, where they lie."""
+        packed, window = self._packed, self.spec.facts.window
+        if self._exact is not None or not packed.length:
+            return 0
+        most = packed.planes.capacity - packed.start - packed.length
+        if self._n_ctx is not None:
+            most = min(most, self._n_ctx - self.n_seen)
+        return max(0, most if window is None else min(most, window - 1 - self.n_seen))
+
+    def lengthen(self) -> None:
+        """Count one token, of those that `straight_room` has seen room for, whose row the caller writes."""
+        self._packed.length += 1
+        self.n_seen += 1
+
     def take_back(self, n_tokens: int) -> None:
         """Undo the newest `n_tokens` of the last `admit`, of which one stays at least: no row is left of them."""
         self._drop(n_tokens)

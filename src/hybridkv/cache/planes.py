@@ -28,15 +28,18 @@ class Planes:
         One uint8 tensor `[B, Hkv, capacity, plane bytes]` per plane of the format; empty before `reallocate`.
     batch, capacity
         Sequences, and rows allocated for each; 0 before.
+    key
+        Another object for every memory: who keeps addresses compares it.
     """
 
-    __slots__ = ("_facts", "_format_k", "_format_v", "batch", "capacity", "k", "v")
+    __slots__ = ("_facts", "_format_k", "_format_v", "batch", "capacity", "k", "key", "v")
 
     def __init__(self, facts: AttentionFacts, format_k: KVFormat, format_v: KVFormat) -> None:
         self._facts, self._format_k, self._format_v = facts, format_k, format_v
         self.k: tuple[Tensor, ...] = ()
         self.v: tuple[Tensor, ...] = ()
         self.batch = self.capacity = 0  # numbers of their own: every token asks for them
+        self.key = object()
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +56,7 @@ class Planes:
         shape = (batch, f.n_kv_heads, capacity)
         self.k = _moved(self.k, kept, shape, self._format_k.plane_bytes(f.head_dim_k), device)
         self.v = _moved(self.v, kept, shape, self._format_v.plane_bytes(f.head_dim_v), device)
-        self.batch, self.capacity = batch, capacity
+        self.batch, self.capacity, self.key = batch, capacity, object()
 
     def move(self, rows: slice, to: int) -> None:
         """Move rows within the memory."""
@@ -64,7 +67,7 @@ class Planes:
         """Keep the sequences `indices` (int64 `[B']`), in that order, in memory of their own."""
         self.k = tuple(plane.index_select(0, indices.to(plane.device)) for plane in self.k)
         self.v = tuple(plane.index_select(0, indices.to(plane.device)) for plane in self.v)
-        self.batch = len(indices) if self.k else 0
+        self.batch, self.key = len(indices) if self.k else 0, object()
 
     def copy(self) -> Planes:
         """The same rows in memory of their own."""

@@ -1,8 +1,9 @@
 """A model's step outside of attention: native operations on buffers, run in order.
 
 Owns the checks that make the native code safe to call, and keeps the memory that its operations point to. Knows no
-models: `hybridkv.hf.step` writes a model down as operations. Addresses of states come with each run and are never
-kept: a program that remembered them would one day run a sequence on another's state.
+models: `hybridkv.native` writes a model down as operations. Addresses of states come with each run and are never
+kept: a program that remembered them would one day run a sequence on another's state. Who keeps them, as
+`hybridkv.kernels.held` does, has to know at each step that they are still the sequence's.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Gate = Literal["sigmoid", "silu", "product", "gelu", "gelu_erf", "relu"]
 
 Caches = Literal["shared", "separate"]
 Health = Literal["finite", "bad output", "bad input"]
-_HEALTH: tuple[Health, ...] = get_args(Health)
+HEALTH: tuple[Health, ...] = get_args(Health)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,7 @@ class StepProgram:
     """
 
     def __init__(self) -> None:
-        self._native = cpu_native._native().Program()
+        self.native: Any = cpu_native._native().Program()
         self._keep: list[Any] = []
         self._rows: int | None = None
         self._states: dict[int, tuple[int, ...]] = {}
@@ -126,7 +127,7 @@ class StepProgram:
 
     def __len__(self) -> int:
         """Operations so far; a place to begin or end a run."""
-        return len(self._native)
+        return len(self.native)
 
     def linear(self, x: Tensor, *targets: Target) -> None:
         """Products of x `[rows, n_in]` with weights, which share its preparation."""
@@ -136,7 +137,7 @@ class StepProgram:
             assert x.dim() == 2 and x.shape[1] == t.weight.n_in, (x.shape, t.weight.n_in)
             address, row_stride, *_ = self._columns(t.dst)
             native.append((self._matrices(t.weight)[0], address, row_stride, t.add))
-        self._native.linear(self._columns(x), native)
+        self.native.linear(self._columns(x), native)
 
     def experts(
         self,
@@ -168,7 +169,7 @@ class StepProgram:
         columns = (self._columns(each) for each in (x, scores, dst))
         gates = [] if gate is None else [self._matrices(gate)]
         stacks = (self._matrices(weight) for weight in (up, down))
-        self._native.experts(*columns, gates, *stacks, act, routing.native(n_experts), add)
+        self.native.experts(*columns, gates, *stacks, act, routing.native(n_experts), add)
 
     def norm(self, x: Tensor, dst: Tensor, weight: Tensor, *, factor: float, eps: float) -> None:
         """`x * weight / sqrt(sum(x^2) * factor + eps)` per head: RMSNorm with factor 1 / width, L2 norm with 1.
@@ -176,27 +177,27 @@ class StepProgram:
         The weight is one head's, for all of them, or all heads' `[heads, width]`.
         """
         assert x.shape == dst.shape and weight.shape in (x.shape[-1:], x.shape[1:]), (x.shape, dst.shape, weight.shape)
-        self._native.norm(self._columns(x), self._columns(dst), _floats(weight), factor, eps)
+        self.native.norm(self._columns(x), self._columns(dst), _floats(weight), factor, eps)
 
     def gate(self, x: Tensor, by: Tensor, dst: Tensor, kind: Gate) -> None:
         """`x * kind(by)`."""
         assert x.shape == by.shape == dst.shape, (x.shape, by.shape, dst.shape)
-        self._native.gate(self._columns(x), self._columns(by), self._columns(dst), kind)
+        self.native.gate(self._columns(x), self._columns(by), self._columns(dst), kind)
 
     def add(self, x: Tensor, dst: Tensor, factor: float = 1.0) -> None:
         """`dst += x * factor`."""
         assert x.shape == dst.shape and x.dim() == 2, (x.shape, dst.shape)
-        self._native.add(self._columns(x), self._columns(dst), factor)
+        self.native.add(self._columns(x), self._columns(dst), factor)
 
     def copy(self, x: Tensor, dst: Tensor) -> None:
         """`dst = x`; neither overlaps the other."""
         assert x.shape == dst.shape and x.dim() == 2, (x.shape, dst.shape)
-        self._native.copy(self._columns(x), self._columns(dst))
+        self.native.copy(self._columns(x), self._columns(dst))
 
     def bias(self, dst: Tensor, bias: Tensor) -> None:
         """`dst += bias`, in every row."""
         assert dst.dim() == 2 and bias.shape == dst.shape[1:], (dst.shape, bias.shape)
-        self._native.bias(self._columns(dst), _floats(bias))
+        self.native.bias(self._columns(dst), _floats(bias))
 
     def rope(
         self, x: Tensor, n_rotated: int, pairs: Literal["halves", "neighbours"] = "halves", table: int = 0
@@ -208,7 +209,7 @@ class StepProgram:
         """
         assert 0 < n_rotated <= x.shape[-1] and n_rotated % 2 == 0, (n_rotated, x.shape)
         assert self._rotated.setdefault(table, n_rotated) == n_rotated, (table, n_rotated)
-        self._native.rope(self._columns(x), n_rotated, pairs == "neighbours", table)
+        self.native.rope(self._columns(x), n_rotated, pairs == "neighbours", table)
 
     def conv(
         self, x: Tensor, dst: Tensor, weight: Tensor, bias: Tensor | None, state: int, *, silu: bool = True
@@ -223,7 +224,7 @@ class StepProgram:
         assert bias is None or bias.shape == (channels,), bias
         self._expect(state, (kernel, channels))
         taps, offsets = _floats(weight.T), [] if bias is None else _floats(bias)
-        self._native.conv(self._columns(x), self._columns(dst), taps, offsets, kernel, state, silu)
+        self.native.conv(self._columns(x), self._columns(dst), taps, offsets, kernel, state, silu)
 
     def decay(
         self, a: Tensor, b: Tensor, decay: Tensor, beta: Tensor, rate: Tensor, bias: Tensor, scale: float = 1.0
@@ -237,12 +238,12 @@ class StepProgram:
         )
         assert all(x.shape[1:].numel() == decay.shape[1] for x in (a, b)), (a.shape, b.shape)
         columns = (self._columns(x) for x in (a, b, decay, beta))
-        self._native.decay(*columns, _floats(rate), _floats(bias), scale)
+        self.native.decay(*columns, _floats(rate), _floats(bias), scale)
 
     def add_weighed(self, x: Tensor, g: Tensor, dst: Tensor) -> None:
         """`dst += x * sigmoid(g)`; x and dst `[rows, width]`, g `[rows, 1]`."""
         assert x.shape == dst.shape and x.dim() == 2 and g.shape == (x.shape[0], 1), (x.shape, g.shape, dst.shape)
-        self._native.weigh(self._columns(x), self._columns(g), self._columns(dst))
+        self.native.weigh(self._columns(x), self._columns(g), self._columns(dst))
 
     def delta(
         self,
@@ -265,7 +266,7 @@ class StepProgram:
         assert decay.shape == beta.shape == (v.shape[0], n_value), (decay.shape, v.shape)
         assert delta_rejects(d, dv) is None
         self._expect(state, (n_value, d, dv))
-        self._native.delta(*(self._columns(x) for x in (q, k, v, decay, beta, dst)), state, values == "tiled")
+        self.native.delta(*(self._columns(x) for x in (q, k, v, decay, beta, dst)), state, values == "tiled")
 
     def mamba2(
         self,
@@ -290,7 +291,7 @@ class StepProgram:
         assert dt.shape == x.shape[:2] and rate.shape == bias.shape == skip.shape == (n_heads,), dt.shape
         self._expect(state, (n_heads, n, d))
         columns = (self._columns(each) for each in (x, b, c, dt, dst))
-        self._native.mamba2(*columns, *(_floats(each) for each in (rate, bias, skip)), state)
+        self.native.mamba2(*columns, *(_floats(each) for each in (rate, bias, skip)), state)
 
     def mamba1(
         self,
@@ -315,7 +316,7 @@ class StepProgram:
         assert rate.shape == (channels, n) and bias.shape == skip.shape == (channels,), rate.shape
         self._expect(state, (channels, n))
         columns = (self._columns(each) for each in (x, b, c, dt, dst))
-        self._native.mamba1(*columns, *(_floats(each) for each in (rate, bias, skip)), state)
+        self.native.mamba1(*columns, *(_floats(each) for each in (rate, bias, skip)), state)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dst: Tensor, scale: float) -> None:
         """Store k and v, one new token per sequence, and attend q; all `[rows, heads, D]`, dst contiguous.
@@ -325,7 +326,7 @@ class StepProgram:
         assert q.shape[2] == k.shape[2] and v.shape[:2] == k.shape[:2] and q.shape[1] % k.shape[1] == 0, q.shape
         assert dst.shape == (*q.shape[:2], v.shape[2]) and dst.is_contiguous(), dst.shape
         columns = (self._columns(x) for x in (q, k, v, dst))
-        self._native.attend(*columns, scale, len(self._calls))
+        self.native.attend(*columns, scale, len(self._calls))
         self._calls.append((k.shape[1], k.shape[2], v.shape[2]))
 
     def addresses(self, states: Sequence[Tensor], n_seqs: int) -> list[int]:
@@ -388,14 +389,9 @@ class StepProgram:
         n_angles, n_sets = (n_rows, n_seqs) if separate else (n_tokens, 1)
         assert not separate or (n_tokens == 1 and len(own) == n_seqs and min(own) >= 1), (n_tokens, own)
         assert not before or (separate and len(before) == len(states)), (len(before), len(states))
-        assert not self._states or len(states) >= n_sets * (max(self._states) + 1), (len(states), self._states)
-        assert len(angles) >= len(self._rotated), (len(angles), self._rotated)
-        for table, n_rotated in self._rotated.items():
-            for x in angles[table]:
-                assert x.dtype == torch.float32 and x.is_contiguous() and x.shape == (n_angles, n_rotated // 2), x
-        shapes = [shape for shape in self._calls for _ in range(n_sets)]
-        calls = [r.native(n_seqs // n_sets, *shape) for r, shape in zip(rows, shapes, strict=True)] if rows else []
-        health = self._native.run(
+        self.check_states(states, n_sets)
+        self.check_angles(angles, n_angles)
+        health = self.native.run(
             cpu_native.isa(),
             begin,
             end,
@@ -405,10 +401,10 @@ class StepProgram:
             [(cos.data_ptr(), sin.data_ptr()) for cos, sin in angles],
             states,
             before,
-            calls,
+            self.native_calls(rows, n_seqs, n_sets),
             n_threads or native_threads(),
         )
-        return [_HEALTH[code] for code in health]
+        return [HEALTH[code] for code in health]
 
     def replay(self, first_row: int, n_tokens: int, states: Sequence[int]) -> None:
         """Advance the states of one cache by the first tokens of its span in the last run that was given `before`.
@@ -420,8 +416,24 @@ class StepProgram:
         states
             Of `addresses`: those from before the run, continued in place.
         """
-        assert not self._states or len(states) >= max(self._states) + 1, (len(states), self._states)
-        self._native.replay(cpu_native.isa(), [(first_row, n_tokens)], states, native_threads())
+        self.check_states(states)
+        self.native.replay(cpu_native.isa(), [(first_row, n_tokens)], states, native_threads())
+
+    def check_states(self, states: Sequence[int], n_sets: int = 1) -> None:
+        """Assert that there is a state for each that the operations name, of so many sets."""
+        assert not self._states or len(states) >= n_sets * (max(self._states) + 1), (len(states), self._states)
+
+    def check_angles(self, angles: Sequence[Angles], n_angles: int) -> None:
+        """Assert that there are so many angles, of the kind that the operations turn by."""
+        assert len(angles) >= len(self._rotated), (len(angles), self._rotated)
+        for table, n_rotated in self._rotated.items():
+            for x in angles[table]:
+                assert x.dtype == torch.float32 and x.is_contiguous() and x.shape == (n_angles, n_rotated // 2), x
+
+    def native_calls(self, rows: Sequence[Rows], n_seqs: int, n_sets: int = 1) -> list[tuple[object, ...]]:
+        """Rows of every attention, by set, as the native code takes them; none if there are none."""
+        shapes = [shape for shape in self._calls for _ in range(n_sets)]
+        return [r.native(n_seqs // n_sets, *shape) for r, shape in zip(rows, shapes, strict=True)] if rows else []
 
     def _matrices(self, weight: Weight) -> tuple[tuple[str, int, int, int], int, int]:
         """Type, sizes and address of the first matrix, how many there are, and the bytes between them; kept."""
@@ -431,11 +443,11 @@ class StepProgram:
 
     def start_timing(self) -> None:
         """Time every operation from now on; without this, nothing is timed and nothing costs."""
-        self._native.start_timing()
+        self.native.start_timing()
 
     def timing(self) -> list[tuple[str, float]]:
         """Kind of every operation in order, and seconds since `start_timing`."""
-        found: list[tuple[str, float]] = self._native.timing()
+        found: list[tuple[str, float]] = self.native.timing()
         return found
 
     def _expect(self, state: int, shape: tuple[int, ...]) -> None:

@@ -240,7 +240,11 @@ def _encode_rows(x: Tensor, name: str) -> Tensor:
 def _check_ids(ids: Tensor, n: int) -> None:
     """Raise unless every id is of one of `n` rows."""
     assert ids.dim() == 1, ids.shape
-    values = ids.tolist()
+    check_rows(ids.tolist(), n)
+
+
+def check_rows(values: list[int], n: int) -> None:
+    """Raise unless every number is of one of `n` rows."""
     if values and not (min(values) >= 0 and max(values) < n):
         raise UsageError(f"row ids {min(values)}..{max(values)} of a matrix of {n} rows")
 

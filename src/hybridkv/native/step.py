@@ -15,7 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hybridkv.kernels import AttentionParams, cpu, cpu_native
+from hybridkv.kernels import AttentionParams, KVView, cpu, cpu_native
+from hybridkv.kernels.held import HeldStep
 from hybridkv.kernels.step import Angles, Caches, Health, Rows
 from hybridkv.kernels.threads import torch_on_one_thread
 from hybridkv.kernels.weights import rows as gather
@@ -24,6 +25,7 @@ from hybridkv.model.protocols import LanguageModel
 from hybridkv.model.rope import rope_angles
 from hybridkv.native import cpu as lowering
 from hybridkv.native.builder import Builder
+from hybridkv.native.held import HeldRun, HeldState, n_tokens_ahead
 from hybridkv.native.sources import Typed, source_of, types_held
 from hybridkv.policy import MismatchError, NonFiniteError
 from hybridkv.runtime import Answers, Fault, LayerView, ModelCache, WatchedRows, one_by_one
@@ -55,6 +57,7 @@ class NativeStep:
         self._angles: list[Angles] = []
         self._held_states: tuple[list[Tensor], int, list[int]] = [], 0, []
         self._drafted: dict[int, tuple[int, int]] = {}
+        self._held: HeldRun | None = None
         self._embedding = self._source.weight(self._graph.embed)
         self._layers = self._write(lowering.build_layers, 1)
         self._head = self._write(lowering.build_head, 1)
@@ -77,13 +80,67 @@ class NativeStep:
                 seconds[part + kind] = seconds.get(part + kind, 0.0) + spent
         return seconds
 
-    @torch_on_one_thread()
     def forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence; see `Step.forward`."""
+        held = self._held
+        if held is not None and held.takes(tokens, cache, position, (self._layers, self._head)):
+            return self._continue(held, tokens, cache)
+        return self._forward(tokens, cache, position)
+
+    @torch_on_one_thread()
+    def _forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
+        self._held = None
         for part in self._parts(tokens):
             hidden = self._run(part, cache, position)
             position += part.shape[1]
-        return self._logits(hidden[:, -1])
+        logits = self._logits(hidden[:, -1])
+        if tokens.shape[1] == 1:
+            self._held = self._hold(cache, len(tokens), position)
+        return logits
+
+    def _continue(self, held: HeldRun, tokens: Tensor, cache: ModelCache) -> Tensor:
+        """Continue a run by one token per sequence."""
+        self._held = None  # but for the end of this: what fails in between leaves rows that nobody knows
+        logits, health = held.run(tokens)
+        self._source.verify()
+        for call, found in zip(self._layers.calls, health, strict=True):
+            layer = _rows_of(cache, call.layer)
+            if found != "finite" and layer.watch.guard.watches:
+                raise _found(layer, found)
+        self._held = held
+        return logits
+
+    def _hold(self, cache: ModelCache, n_seqs: int, position: int) -> HeldRun | None:
+        """Work out the next steps of a cache, if they are all alike."""
+        layers = [_rows_of(cache, call.layer) for call in self._layers.calls]
+        if not all(map(_direct, layers)):
+            return None
+        n_left = n_tokens_ahead(layers)
+        if self._angles:
+            n_left = min(n_left, len(self._angles[0][0]) - position)
+        if n_left <= 0:
+            return None
+        states = []
+        for index in self._layers.state_layers:
+            owner = cache.states[index]
+            assert owner is not None
+            conv = owner.conv_states[0]
+            assert conv is not None
+            states.append(HeldState(owner, conv, owner.recurrent_states[0]))
+        step = HeldStep(
+            self._layers.program,
+            self._head.program,
+            x=self._layers.buffer("x"),
+            head_x=self._head.buffer("x"),
+            logits=self._head.buffer("logits"),
+            embedding=self._embedding,
+            embed_scale=self._graph.embed_scale,
+            n_seqs=n_seqs,
+            angles=self._turns(position, n_left),
+            states=self._state_addresses(cache, n_seqs),
+            rows=[_rows_now(layer) for layer in layers],
+        )
+        return HeldRun(step, (self._layers, self._head), cache, states, n_seqs, position, n_left)
 
     @torch_on_one_thread()
     def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> Answers:
@@ -99,6 +156,8 @@ class NativeStep:
         A cache whose next call the guard measures for the first time, or whose kernels are not native, goes by itself.
         """
         spans = [len(own) for own in tokens]
+        if spans == [1]:
+            return one_by_one(self, torch.tensor(tokens[0]), caches, positions)
         layers = [[_rows_of(cache, call.layer) for call in self._layers.calls] for cache in caches]
         together = [i for i in range(len(caches)) if all(map(_direct, layers[i]))]
         flat = torch.tensor([token for own in tokens for token in own])
@@ -400,7 +459,16 @@ def _starts(spans: Sequence[int]) -> list[int]:
 
 
 def _new_rows(layer: WatchedRows, n_seqs: int, n_tokens: int = 1) -> Rows:
-    view, types = layer.store.admit(n_seqs, n_tokens, torch.device("cpu")), layer.store.types
+    return _rows_of_view(layer, layer.store.admit(n_seqs, n_tokens, torch.device("cpu")))
+
+
+def _rows_now(layer: WatchedRows) -> Rows:
+    """Of the newest token as it attended."""
+    return _rows_of_view(layer, layer.store.view())
+
+
+def _rows_of_view(layer: WatchedRows, view: KVView) -> Rows:
+    types = layer.store.types
     newest = view.segments[-1]
     scale_k = types.scale_for(newest.format_k.name) or newest.format_k.default_scale
     scale_v = types.scale_for(newest.format_v.name) or newest.format_v.default_scale

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hybridkv.cache import KVTypes
 from hybridkv.formats import FORMATS, KVFormat
-from hybridkv.kernels import AttentionParams, KVView, Segment
+from hybridkv.kernels import AttentionParams, KVView, Segment, cpu_native
 from hybridkv.kernels.reference import attend as reference_attend
 from hybridkv.kernels.threads import torch_on_one_thread
 from hybridkv.policy import Evidence
@@ -124,10 +124,12 @@ def float_view(k: Tensor, v: Tensor) -> KVView:
 
 def is_finite(x: Tensor) -> bool:
     """Check whether all of `x` is finite: one pass over it, and a second only if the sum is not."""
-    if x.numel() < _SHARED_OUT:
-        with torch_on_one_thread():
-            return _sums_finite(x)
-    return _sums_finite(x)
+    if x.numel() >= _SHARED_OUT or x.device.type != "cpu":
+        return _sums_finite(x)
+    if x.dtype == torch.float32 and x.is_contiguous() and cpu_native.available() is None:
+        return cpu_native.all_finite(x)
+    with torch_on_one_thread():
+        return _sums_finite(x)
 
 
 def _sums_finite(x: Tensor) -> bool:

@@ -6,6 +6,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -218,9 +219,93 @@ public:
     }
 
 private:
+    friend class HeldStep;
+
+    // Runs all operations.
+    void run_all(const StepRun& run) { run_step(ops_, 0, ops_.size(), run, seconds_.empty() ? nullptr : seconds_.data()); }
+
     std::vector<Op> ops_;
     Journal journal_;
     std::vector<double> seconds_;  // while operations are timed
+};
+
+// One token of the same sequences after another, from embedding to logits, in one call each: nothing but lengths and
+// positions changes from call to call. hybridkv/kernels/held.py checks what it is given, and that it still holds.
+class HeldStep {
+public:
+    // angles: of the first token, and how many there are of each; calls: as they were before it
+    HeldStep(Program& layers, Program& head, const WeightRows& embedding, float embed_scale, Address x, Address head_x,
+             Address logits, int64_t n_vocab, const std::string& isa, int64_t n_seqs,
+             const std::vector<std::tuple<Address, Address, int64_t>>& angles, const std::vector<Address>& states,
+             const std::vector<Call>& calls, int n_threads)
+        : layers_(layers), head_(head), embedding_(matrix(embedding)), embed_scale_(embed_scale),
+          x_(reinterpret_cast<float*>(x)), head_x_(reinterpret_cast<float*>(head_x)),
+          logits_(reinterpret_cast<const float*>(logits)), n_vocab_(n_vocab), calls_(attend_calls(calls)),
+          run_{isa_named(isa), false, 1, spans(n_seqs), n_seqs, {}, pointers(states), {}, calls_, nullptr, n_threads},
+          head_run_{run_.isa, false, 1, spans(n_seqs), n_seqs, {}, {}, {}, none_, nullptr, n_threads} {
+        for (const auto& [cos, sin, n] : angles) {
+            run_.angles.push_back({reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin)});
+            n_angles_.push_back(n);
+        }
+    }
+    HeldStep(const HeldStep&) = delete;
+    HeldStep& operator=(const HeldStep&) = delete;
+
+    // Runs a token of each sequence and writes its logits to `out`; the health of each layer's attention.
+    std::vector<int> step(const std::vector<int64_t>& tokens, Address out) {
+        if (tokens.size() != run_.spans.size()) throw std::invalid_argument("tokens of a step");
+        {
+            nb::gil_scoped_release unlocked;
+            for (AttendCall& call : calls_) {
+                ++call.segments.back().end;
+                call.health = Health::finite;
+            }
+            embed(tokens);
+            layers_.run_all(run_);
+            std::memcpy(head_x_, x_, tokens.size() * static_cast<size_t>(embedding_.n_in) * sizeof(float));
+            head_.run_all(head_run_);
+            std::memcpy(reinterpret_cast<float*>(out), logits_, tokens.size() * static_cast<size_t>(n_vocab_) * sizeof(float));
+            for (size_t i = 0; i < n_angles_.size(); ++i) {
+                run_.angles[i].cos += n_angles_[i];
+                run_.angles[i].sin += n_angles_[i];
+            }
+        }
+        std::vector<int> health;
+        for (const AttendCall& call : calls_) health.push_back(static_cast<int>(call.health));
+        return health;
+    }
+
+private:
+    static std::vector<AttendCall> attend_calls(const std::vector<Call>& calls) {
+        std::vector<AttendCall> found;
+        for (const Call& call : calls) found.push_back(attend_call(call));
+        return found;
+    }
+    static std::vector<Span> spans(int64_t n_seqs) {
+        std::vector<Span> found;
+        for (int64_t i = 0; i < n_seqs; ++i) found.push_back({i, 1});
+        return found;
+    }
+    void embed(const std::vector<int64_t>& tokens) const {
+        const int64_t width = embedding_.n_in;
+        for (size_t i = 0; i < tokens.size(); ++i) {
+            float* row = x_ + static_cast<int64_t>(i) * width;
+            embedding_.type->decode(embedding_.data + tokens[i] * embedding_.row_bytes, width, row);
+            if (embed_scale_ == 1) continue;
+            for (int64_t c = 0; c < width; ++c) row[c] *= embed_scale_;
+        }
+    }
+
+    Program& layers_;
+    Program& head_;
+    Matrix embedding_;
+    float embed_scale_;
+    float *x_, *head_x_;
+    const float* logits_;
+    int64_t n_vocab_;
+    std::vector<AttendCall> calls_, none_;
+    std::vector<int64_t> n_angles_;
+    StepRun run_, head_run_;
 };
 
 }  // namespace
@@ -248,6 +333,12 @@ void bind_step(nb::module_& m) {
         .def("start_timing", &Program::start_timing)
         .def("timing", &Program::timing)
         .def("__len__", &Program::size);
+    nb::class_<HeldStep>(m, "HeldStep")
+        .def(nb::init<Program&, Program&, const WeightRows&, float, Address, Address, Address, int64_t, const std::string&,
+                      int64_t, const std::vector<std::tuple<Address, Address, int64_t>>&, const std::vector<Address>&,
+                      const std::vector<Call>&, int>(),
+             nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
+        .def("step", &HeldStep::step);
 }
 
 }  // namespace hybridkv

@@ -1,0 +1,117 @@
+"""One cache continued by one token after another: what a step needs is worked out once, then only lengths change.
+
+Owns the check that it is still so. `hybridkv.kernels.held` keeps addresses, which nothing here may outlive: rows and
+states of a cache can move at any time, and then the run is worked out anew.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hybridkv.kernels.held import HeldStep
+from hybridkv.kernels.step import Health
+from hybridkv.kernels.threads import native_threads
+from hybridkv.native.builder import Builder
+from hybridkv.runtime import ModelCache, WatchedRows
+from hybridkv.runtime.states import States
+
+MAX_TOKENS = 64
+"""Tokens of one run at most. The next costs what any other step does, so that more would gain little."""
+
+
+@dataclass(slots=True)
+class HeldState:
+    """A layer's states as they were when their addresses were taken."""
+
+    owner: States
+    conv: Tensor
+    recurrent: Tensor | None
+
+    @property
+    def stays(self) -> bool:
+        """True while the layer continues the same tensors."""
+        owner = self.owner
+        return owner.conv_states[0] is self.conv and owner.recurrent_states[0] is self.recurrent
+
+
+class HeldRun:
+    """Continues a cache by single tokens while nothing about it changes but its length.
+
+    Parameters
+    ----------
+    step
+        The native part.
+    builders
+        Of the layers and of the head, whose buffers it uses.
+    cache
+        Remembered, but not kept alive.
+    n_seqs
+        Its sequences.
+    position
+        Of the next token.
+    n_left
+        Tokens that may follow: there is room for them, and the guard looks at none.
+    """
+
+    def __init__(
+        self,
+        step: HeldStep,
+        builders: tuple[Builder, Builder],
+        cache: ModelCache,
+        states: Sequence[HeldState],
+        n_seqs: int,
+        position: int,
+        n_left: int,
+    ) -> None:
+        self._step, self._builders, self._states = step, builders, states
+        self._cache = weakref.ref(cache)
+        self._keys = [layer.store.memory_key for layer in _layers(builders[0], cache)]
+        self._n_seqs, self._position, self._n_left = n_seqs, position, n_left
+
+    def takes(self, tokens: Tensor, cache: ModelCache, position: int, builders: tuple[Builder, Builder]) -> bool:
+        """Check whether these tokens `[B, T]` are the next of this cache, and all is where it was."""
+        return (
+            self._n_left > 0
+            and position == self._position
+            and self._cache() is cache
+            and tokens.shape == (self._n_seqs, 1)
+            and builders == self._builders
+            and native_threads() == self._step.n_threads
+            and all(
+                layer.store.memory_key is key and layer.store.n_seen == position and not layer.watch.pending
+                for layer, key in zip(_layers(builders[0], cache), self._keys, strict=True)
+            )
+            and all(state.stays for state in self._states)
+        )
+
+    def run(self, tokens: Tensor) -> tuple[Tensor, list[Health]]:
+        """Continue the cache by tokens that `takes` has taken; the logits `[B, V]`, and each attention's health."""
+        cache, ids = self._cache(), tokens.flatten().tolist()
+        assert cache is not None
+        self._step.check(ids)
+        for layer in _layers(self._builders[0], cache):
+            layer.store.lengthen()
+        self._position += 1
+        self._n_left -= 1
+        return self._step.run(ids)
+
+
+def n_tokens_ahead(layers: Sequence[WatchedRows]) -> int:
+    """Return how many single tokens may follow that only lengthen rows, and at which the guard does not look."""
+    most = min((MAX_TOKENS, *(layer.store.straight_room() for layer in layers)))
+    watched = [layer for layer in layers if layer.watch.guard.measures]
+    return next((n for n in range(most) if any(_due(layer, n) for layer in watched)), most)
+
+
+def _due(layer: WatchedRows, n_more: int) -> bool:
+    return layer.watch.takes(layer.store.n_seen + 1 + n_more, 1)
+
+
+def _layers(builder: Builder, cache: ModelCache) -> list[WatchedRows]:
+    found = [cache.rows[call.layer] for call in builder.calls]
+    assert None not in found
+    return found  # type: ignore[return-value]
