@@ -15,9 +15,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hybridkv.cache import fixed
-from hybridkv.cache.chosen import LayerKernels
+from hybridkv.cache import device_rows
 from hybridkv.cache.exact import ExactRows
+from hybridkv.cache.layer_kernels import LayerKernels
 from hybridkv.cache.packed import PackedRows
 from hybridkv.cache.spec import FRESH_ROWS, UNBOUNDED, KVSpec, KVTypes
 from hybridkv.cache.stored import StoredRows
@@ -146,7 +146,7 @@ class KVLayer:
         self.n_seen += n_new
         return self.view(past + n_new)
 
-    def admit(self, batch: int, n_new: int, device: torch.device) -> KVView:
+    def reserve(self, batch: int, n_new: int, device: torch.device) -> KVView:
         """Count T new tokens, whose rows the caller writes: the last T of the last segment returned.
 
         T is at most what `room` says in a layer that keeps exact rows.
@@ -159,11 +159,11 @@ class KVLayer:
             If the context is full.
         """
         past = self.past_rows()
-        self.count(batch, n_new, device)
+        self.reserve_only(batch, n_new, device)
         return self.view(past + n_new)
 
-    def count(self, batch: int, n_new: int, device: torch.device) -> None:
-        """`admit`, without a view of the rows."""
+    def reserve_only(self, batch: int, n_new: int, device: torch.device) -> None:
+        """Reserve T new rows as `reserve` does, without a view of the rows."""
         exact = self._exact
         assert exact is None or exact.takes(n_new) in (0, n_new), n_new
         self._open(batch, n_new, device)
@@ -176,7 +176,7 @@ class KVLayer:
         self.n_seen += n_new
 
     def room(self) -> int:
-        """Return how many tokens `admit` takes at once as it takes them one by one.
+        """Return how many tokens `reserve` takes at once as it takes them one by one.
 
         Only the first may move rows, pack what leaves the tail or take memory: `take_back` undoes the others.
         """
@@ -190,20 +190,20 @@ class KVLayer:
         return max(1, min(most, fits))
 
     def take_back(self, n_tokens: int) -> None:
-        """Undo the newest `n_tokens` of the last `admit`, of which one stays at least: no row is left of them."""
+        """Undo the newest `n_tokens` of the last `reserve`, of which one stays at least: no row is left of them."""
         self._drop(n_tokens)
 
-    def append_at(self, k: Tensor, v: Tensor, numbers: Tensor) -> KVView:
-        """Store one new token per sequence as its newest row, by numbers that only the device knows.
+    def write_reserved(self, k: Tensor, v: Tensor, row_counters: Tensor) -> KVView:
+        """Store one new token per sequence as its newest row, by row counters that only the device knows.
 
-        `admit` has counted the token, and `fixed_reason` says None.
+        `reserve_only` has counted the token, and `device_step_refusal` says None.
 
         Parameters
         ----------
         k, v
             Any float dtype, `[B, Hkv, 1, D]` and `[B, Hkv, 1, Dv]`.
-        numbers
-            int32 `[N_NUMBERS, B]`; see `hybridkv.cache.fixed`.
+        row_counters
+            int32 `[N_COUNTERS, B]`; see `hybridkv.cache.device_rows`.
         """
         self._check(k, v)
         view, types, chosen = self.view(), self.spec.types, self.kernels
@@ -214,12 +214,12 @@ class KVLayer:
             (encode_k, k, newest.format_k, newest.k, types.rotate_k),
             (encode_v, v, newest.format_v, newest.v, types.rotate_v),
         ):
-            store(encoder, x, fmt, types.scale_for(fmt.name), memory, numbers[0], rotated=rotated)
-        return replace(view, segments=fixed.on_device(view.segments, numbers, slides=not packs))
+            store(encoder, x, fmt, types.scale_for(fmt.name), memory, row_counters[0], rotated=rotated)
+        return replace(view, segments=device_rows.on_device(view.segments, row_counters, slides=not packs))
 
-    def fixed_reason(self, device: str) -> str | None:
+    def device_step_refusal(self, device: str) -> str | None:
         """Explain why rows cannot be counted on the device alone; None if they can."""
-        return fixed.rejects(self.spec, self.kernels, device)
+        return device_rows.rejects(self.spec, self.kernels, device)
 
     @property
     def segments(self) -> tuple[Segment, ...]:

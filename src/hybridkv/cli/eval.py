@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hybridkv.lab.candidates import Candidate
     from hybridkv.lab.corpus import Corpus
     from hybridkv.lab.results import Conditions, Result
-    from hybridkv.lab.run import Run
+    from hybridkv.lab.run import Evaluation
     from hybridkv.runtime import Step
 
 NAME = "eval"
@@ -109,7 +109,7 @@ def main(arguments: argparse.Namespace) -> int:
     from hybridkv.lab.candidates import label
     from hybridkv.lab.evaluate import MODES, Evaluator
     from hybridkv.lab.journal import Journal
-    from hybridkv.lab.run import Run
+    from hybridkv.lab.run import Evaluation
 
     mode = one_of(a.mode, MODES, "--mode", hint="decode is what generation does, prefill is faster")
     candidates = _candidates(a)
@@ -134,7 +134,7 @@ def main(arguments: argparse.Namespace) -> int:
         journal.load()
     evaluator = Evaluator(loaded.model, step, facts, corpus.n_ctx)
     if a.ray is None:
-        run = Run(evaluator, corpus, candidates, mode, journal, n_greedy=a.greedy)
+        run = Evaluation(evaluator, corpus, candidates, mode, journal, n_greedy=a.greedy)
     else:
         run = spread(a, evaluator, corpus, candidates, mode, journal)
     complete = _measure(run)
@@ -217,10 +217,10 @@ def _resolve(opened: Opened, candidates: Sequence[Candidate]) -> Sequence[Attent
 def _demand(opened: Opened, candidates: Sequence[Candidate]) -> Demand:
     """All caches are alive at once, beside a chunk's logits and their distributions."""
     from hybridkv.lab.evaluate import LOGITS_BYTES, PIECE
-    from hybridkv.model import kv_facts, vocabulary_rows
+    from hybridkv.model import kv_facts, vocab_size_of
 
     specs = [spec for c in candidates for spec in c.policy.resolve(kv_facts(opened.description.facts))]
-    logits = 8 * min(LOGITS_BYTES, 4 * PIECE * vocabulary_rows(opened.description.config))
+    logits = 8 * min(LOGITS_BYTES, 4 * PIECE * vocab_size_of(opened.description.config))
     return Demand(specs, opened.n_ctx, n_caches=len(candidates), more={"logits": logits}, guarded=False)
 
 
@@ -238,7 +238,7 @@ def _corpus(a: argparse.Namespace, loaded: Loaded, n_ctx: int) -> Corpus:
     return cut(path.name, loaded.tokenizer.encode(text), n_ctx, wanted)
 
 
-def _measure(run: Run) -> bool:
+def _measure(run: Evaluation) -> bool:
     """Run with a progress bar on stderr; False if it was interrupted."""
     from rich.progress import (
         BarColumn,

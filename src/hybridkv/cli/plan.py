@@ -122,7 +122,7 @@ def main(arguments: argparse.Namespace) -> int:
     kind, device = _check(a)
     import_torch()
     from hybridkv.engine.describe import describe
-    from hybridkv.model.ranks import cuts_heads
+    from hybridkv.model.ranks import shards_heads
     from hybridkv.planner import parse_bytes, unknown_states
     from hybridkv.policy import Guard, parse_mode
 
@@ -156,7 +156,7 @@ def main(arguments: argparse.Namespace) -> int:
             notice(line)
     for reason in dict.fromkeys(row["refused"] for row in rows if row["refused"]):
         notice(f"left out, no kernel: {reason}")
-    if a.tp > 1 and not cuts_heads(description.config):
+    if a.tp > 1 and not shards_heads(description.config):
         notice(f"the plan for {description.config.model_type!r} replicates the KV heads: each rank holds all of them")
     if unknown_states(description.facts):
         notice(f"the state shapes of {description.config.model_type!r} are not known: states are not counted")
@@ -297,10 +297,10 @@ def _rows(question: _Question, policies: Sequence[AnyPolicy]) -> list[dict[str, 
     from hybridkv.policy import KVConfig
 
     q, facts = question, question.description.facts
-    rows, said = [], []
+    rows, messages = [], []
     for policy in policies:
         specs, warnings = q.guard.before(policy.resolve(kv_facts(facts)), hybrid=is_hybrid(facts), n_ctx=q.n_ctx)
-        said += warnings
+        messages += warnings
         counted = plan(
             specs,
             facts,
@@ -332,7 +332,7 @@ def _rows(question: _Question, policies: Sequence[AnyPolicy]) -> list[dict[str, 
             row["fits"] = counted.total_bytes <= q.budget
             row["largest_n_ctx"] = largest_context(specs, free, n_seqs=q.n_seqs) if free >= 0 else 0
         rows.append(row)
-    for line in dict.fromkeys(said):
+    for line in dict.fromkeys(messages):
         warning(line)
     return rows
 

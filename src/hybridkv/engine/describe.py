@@ -157,12 +157,12 @@ class Description:
 
 def bundled_model() -> Path:
     """The reference model that comes with the package: 29 M parameters, 3 attention and 9 recurrent layers."""
-    return Path(str(resources.files("hybridkv") / "models" / BUNDLED))
+    return Path(str(resources.files("hybridkv") / "data" / BUNDLED))
 
 
 def bundled_text() -> Path:
     """Held-out English technical prose, 1.7 million characters, that the bundled model was not trained on."""
-    return Path(str(resources.files("hybridkv") / "models" / "heldout_long.txt"))
+    return Path(str(resources.files("hybridkv") / "data" / "heldout_long.txt"))
 
 
 def describe(

@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from hybridkv.engine.pace import Pace
-from hybridkv.runtime import Answers, DraftStep, Fault, ModelCache
+from hybridkv.runtime import DraftStep, Fault, ModelCache, StepResult
 
 SpecKind = Literal["auto", "ngram", "draft", "off"]
 
@@ -105,7 +105,7 @@ class Drafts:
         assert self.step is not None
         return self.step.room(cache, 1 + n) - 1
 
-    def open(self, tokens: Sequence[int], answers: Answers, first_row: int) -> None:
+    def open(self, tokens: Sequence[int], answers: StepResult, first_row: int) -> None:
         """Take the answers to what was proposed, from a row of theirs on."""
         assert not self.tokens, self.tokens
         self.tokens, self.n_taken = list(tokens), 0

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridkv.engine.requests import Event, Request, SchedulerStats, Ticket
+from hybridkv.engine.requests import Event, Request, RequestHandle, SchedulerStats
 from hybridkv.errors import SessionError, UsageError
 from hybridkv.gguf.pooling import Pooling
 
@@ -73,11 +73,11 @@ class NoScheduler:
         """End."""
         self._ended.set()
 
-    def submit(self, request: Request, listener: Callable[[Event], None] | None = None) -> Ticket:  # noqa: ARG002
+    def submit(self, request: Request, listener: Callable[[Event], None] | None = None) -> RequestHandle:  # noqa: ARG002
         """Refuse: there is nothing that generates."""
         raise UsageError(_WHAT)
 
-    def save(self, ticket: Ticket, path: Path) -> int:  # noqa: ARG002
+    def save(self, handle: RequestHandle, path: Path) -> int:  # noqa: ARG002
         """Refuse."""
         raise SessionError(_WHAT)
 

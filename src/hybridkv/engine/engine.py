@@ -17,14 +17,14 @@ from torch import Tensor
 from hybridkv.cache import KVSpec
 from hybridkv.engine.caches import new_cache
 from hybridkv.engine.drafts import Drafts
-from hybridkv.engine.host import bad_logits
 from hybridkv.engine.ladder import check_weights, labels_of, raised_specs
+from hybridkv.engine.model_context import bad_logits
 from hybridkv.engine.sampling import Sampler, SamplingParams, Steering
 from hybridkv.engine.speculation import Speculation
 from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import ContextError, GuardError, UsageError
 from hybridkv.hf.ranks import same_everywhere
-from hybridkv.model import vocabulary_rows
+from hybridkv.model import vocab_size_of
 from hybridkv.model.protocols import LanguageModel
 from hybridkv.model.ranks import ranks_of
 from hybridkv.policy import Guard, MismatchError, NonFiniteError
@@ -153,7 +153,7 @@ class Engine:
             If no type of the ladder gives finite numbers, or the mode forbids a fallback.
         """
         self._check(prompt, n_predict, n_seqs)
-        params.check_tokens(vocabulary_rows(self._model.config))
+        params.check_tokens(vocab_size_of(self._model.config))
         assert steering is None or n_seqs == 1
         sampler = Sampler(params, steering)
         start = time.perf_counter()

@@ -107,12 +107,12 @@ def load_gguf(
         raise UsageError(f"weights cannot be {dtype}; allowed: float32, bfloat16, float16")
     opened = _open(path, dtype, attn_implementation)
     model = opened.model
-    tokenizer, said = opened.tokenizer()
+    tokenizer, messages = opened.tokenizer()
     _fill(opened, torch.device(device), hold)
     model.eval()
     if ends := end_ids(opened.meta, opened.config.vocab_size):
         model.generation_config.eos_token_id = ends
-    return LoadedModel(name_of(opened.meta), model, tokenizer, said)
+    return LoadedModel(name_of(opened.meta), model, tokenizer, messages)
 
 
 @dataclass(frozen=True, slots=True)

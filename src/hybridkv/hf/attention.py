@@ -128,7 +128,7 @@ def attention_forward(
         mask=None if attention_mask is None else _boolean(attention_mask, module),
     )
     if isinstance(key, LayerView):
-        if attention_mask is None and position_ids is not None and key.fixed is None:
+        if attention_mask is None and position_ids is not None and key.device_step is None:
             _check_positions(key.layer.n_seen - query.shape[2], position_ids)
         out = attend_stored(query, key, params)
     else:

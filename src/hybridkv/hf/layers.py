@@ -59,18 +59,18 @@ class QuantizedLayer(WatchedRows, CacheLayerMixin):  # type: ignore[misc]
 
     def store_new(self, k: Tensor, v: Tensor) -> LayerView:
         """Store T new tokens `[B, Hkv, T, D]`; what an attention over the packed rows reads."""
-        if self.fixed is None and not self.is_initialized:
+        if self.device_step is None and not self.is_initialized:
             QuantizedLayer.lazy_initialization(self, k, v)
         return WatchedRows.store_new(self, k, v)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Rows that the next call attends, and the position of the first."""
-        past = self.store.past_rows() - (self.fixed is not None)  # `admit` has counted the new one
+        past = self.store.past_rows() - (self.device_step is not None)  # `reserve_only` has counted the new one
         return past + query_length, self.get_seq_length() - past
 
     def get_seq_length(self) -> int:
         """Tokens seen before the call."""
-        return self.store.n_seen - (self.fixed is not None)
+        return self.store.n_seen - (self.device_step is not None)
 
     def get_max_length(self) -> int:
         """-1: no maximum that masks would have to know."""

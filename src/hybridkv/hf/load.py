@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hybridkv.errors import ModelError, ModelFileError
-from hybridkv.hf.ranks import check_packages, check_plan, parameters_of_rank, share
+from hybridkv.hf.ranks import check_packages, check_plan, distributed_config, parameters_of_rank
 from hybridkv.model.protocols import Config
 
 RemoteCode = Literal["refused", "trusted"]
@@ -111,7 +111,7 @@ def load_weights(
     if n_ranks > 1:
         check_plan(config)
         check_packages()
-        spread["distributed_config"] = share(n_ranks)
+        spread["distributed_config"] = distributed_config(n_ranks)
     if getattr(config, "quantization_config", None) is None:
         _check_dtypes(directory)
     try:

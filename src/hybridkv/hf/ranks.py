@@ -41,7 +41,7 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if n_ranks() > 1 else 0
 
 
-def leave(code: int = 0) -> int:
+def exit_rank(code: int = 0) -> int:
     """End what ranks talk through, once all of them are done, and on several ranks this process with `code`.
 
     torch's threads run for as long as anything refers to a group, as a model's device mesh does. One that lets go
@@ -94,7 +94,7 @@ def check_packages() -> None:
         )
 
 
-def share(n: int) -> Any:
+def distributed_config(n: int) -> Any:
     """Build the `distributed_config` with which `from_pretrained` shards a model over `n` ranks."""
     from transformers.distributed import DistributedConfig
 

@@ -106,7 +106,7 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Gate:
+class LogitsGate:
     """The first prompt's answer beside a peer's.
 
     Attributes
@@ -166,7 +166,7 @@ class DecodeReport:
     model: str
     engine: str
     peers: tuple[Found, ...]
-    gates: tuple[Gate, ...]
+    gates: tuple[LogitsGate, ...]
     prompts: tuple[Speed, ...]
     steps: tuple[Speed, ...]
     fallbacks: tuple[str, ...]
@@ -270,7 +270,7 @@ def run_decode_bench(
     weights: WeightKind = "plain" if plan.kind == "eager" or packing_rejects("cpu") else "auto"
     loaded = load(description, dtype=torch.float32, device="cpu", weights=weights, engine=plan.kind)
     step = make_step(loaded.model)
-    gates: list[Gate] = []
+    gates: list[LogitsGate] = []
     prompts: list[Speed] = []
     steps: list[Speed] = []
     fallbacks: list[str] = []
@@ -331,7 +331,7 @@ def _order(plan: Plan) -> list[int]:
     return [d for d in depths if d >= plan.n_prompt] + [d for d in depths if d < plan.n_prompt]
 
 
-def _compare(kv_type: str, runners: dict[str, Runner], ids: list[int], limit: float) -> list[Gate]:
+def _compare(kv_type: str, runners: dict[str, Runner], ids: list[int], limit: float) -> list[LogitsGate]:
     """Every peer's first logits and greedy tokens beside ours; also everybody's warm-up."""
     first: dict[str, Logits] = {}
     greedy: dict[str, list[int]] = {}
@@ -347,7 +347,7 @@ def _compare(kv_type: str, runners: dict[str, Runner], ids: list[int], limit: fl
         theirs = first[name]
         difference = float(np.sqrt(np.mean((first[OURS] - theirs) ** 2)) / theirs.std())
         same = [a == b for a, b in zip(greedy[OURS], greedy[name], strict=True)]
-        gates.append(Gate(kv_type, name, difference, (*same, False).index(False), limit))
+        gates.append(LogitsGate(kv_type, name, difference, (*same, False).index(False), limit))
     return gates
 
 

@@ -31,7 +31,7 @@ class Extras:
     layers: dict[int, float] = field(default_factory=dict)
 
 
-class Run:
+class Evaluation:
     """An evaluation.
 
     Parameters

@@ -20,7 +20,7 @@ from hybridkv.lab.corpus import Corpus
 from hybridkv.lab.evaluate import Evaluator, Mode
 from hybridkv.lab.journal import Journal
 from hybridkv.lab.measure import Trace, summarize
-from hybridkv.lab.run import Run, Tick
+from hybridkv.lab.run import Evaluation, Tick
 from hybridkv.policy import AnyPolicy, KVConfig, Policy, config_of, with_types
 
 REFERENCE = "f16"
@@ -111,7 +111,7 @@ class Meter:
         asked = [Candidate(f"{part}: {name}", policy) for name, policy in candidates.items()]
         corpus = self._parts[part]
         runs = [
-            Run(self.evaluator, corpus, [reference, *asked[i : i + _BATCH]], self._mode, self._journal)
+            Evaluation(self.evaluator, corpus, [reference, *asked[i : i + _BATCH]], self._mode, self._journal)
             for i in range(0, len(asked), _BATCH)
         ]
         tick = self._begin(what, sum(run.n_window_ticks for run in runs))

@@ -17,9 +17,9 @@ import numpy as np
 from hybridkv.cache import AttentionFacts, KVSpec
 from hybridkv.errors import UsageError
 from hybridkv.lab.candidates import label
+from hybridkv.lab.knapsack import Choice, Frontier, Picks, neighbours, tightened
 from hybridkv.lab.measure import Summary, Trace, summarize
 from hybridkv.lab.sensitivity import Meter, Pair, Sensitivities, Storage, mean_loss
-from hybridkv.lab.tune import Choice, Frontier, Picks, neighbours, tightened
 from hybridkv.policy import KVConfig
 
 GoalKind = Literal["bits", "memory", "kld"]

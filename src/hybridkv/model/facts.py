@@ -205,7 +205,7 @@ def _first_said(config: Config, *names: str, otherwise: int) -> int:
     return otherwise
 
 
-def vocabulary_rows(config: Config) -> int:
+def vocab_size_of(config: Config) -> int:
     """Rows of the embedding and of the output head of a config's model."""
     rows: int = config.get_text_config(decoder=True).vocab_size
     return rows

@@ -27,7 +27,7 @@ def ranks_of(config: Config) -> int:
     return int(getattr(spread, "tp_size", None) or 1)
 
 
-def cuts_heads(config: Config) -> bool:
+def shards_heads(config: Config) -> bool:
     """Check whether Transformers' plan for this model gives each rank some of the KV heads."""
     plan = getattr(config.get_text_config(decoder=True), "base_model_tp_plan", None) or {}
     return any(name.rpartition(".")[2] in _KEYS and style == "colwise" for name, style in plan.items())
@@ -41,7 +41,7 @@ def facts_of_rank(config: Config, facts: tuple[LayerFacts, ...], n: int) -> tupl
     ModelError
         If a layer's KV heads do not divide.
     """
-    if n == 1 or not cuts_heads(config):
+    if n == 1 or not shards_heads(config):
         return facts
     return tuple(layer if layer.attention is None else _cut(layer, n) for layer in facts)
 

@@ -26,7 +26,7 @@ from hybridkv.native import cpu as lowering
 from hybridkv.native.builder import Builder
 from hybridkv.native.sources import Typed, source_of, types_held
 from hybridkv.policy import MismatchError, NonFiniteError
-from hybridkv.runtime import Answers, Fault, LayerView, ModelCache, WatchedRows, one_by_one
+from hybridkv.runtime import Fault, LayerView, ModelCache, StepResult, WatchedRows, one_by_one
 from hybridkv.runtime.attend import attend_new, non_finite, verify_call
 
 MAX_ROWS = 512
@@ -86,14 +86,14 @@ class NativeStep:
         return self._logits(hidden[:, -1])
 
     @torch_on_one_thread()
-    def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> Answers:
+    def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> StepResult:
         """All in one run, weights read once; see `Step.forward_many`."""
         return self.forward_drafts([[token] for token in tokens.tolist()], caches, positions)
 
     @torch_on_one_thread()
     def forward_drafts(
         self, tokens: Sequence[Sequence[int]], caches: Sequence[ModelCache], positions: Sequence[int]
-    ) -> Answers:
+    ) -> StepResult:
         """All tokens of all caches in one run, weights read once; see `DraftStep.forward_drafts`.
 
         A cache whose next call the guard measures for the first time, or whose kernels are not native, goes by itself.
@@ -104,7 +104,7 @@ class NativeStep:
         flat = torch.tensor([token for own in tokens for token in own])
         if len(together) == len(caches):
             hidden, failed = self._decode_many(flat, caches, layers, positions, spans)
-            return Answers(self._logits(hidden, "separate"), failed)
+            return StepResult(self._logits(hidden, "separate"), failed)
         alone = [i for i in range(len(caches)) if i not in together]
         assert all(spans[i] == 1 for i in alone), spans
         first_rows = _starts(spans)
@@ -119,7 +119,7 @@ class NativeStep:
                 part = self.forward_drafts([tokens[i] for i in group], *own)
             logits[rows] = part.logits
             failed |= {rows[row]: error for row, error in part.failed.items()}
-        return Answers(logits, failed)
+        return StepResult(logits, failed)
 
     def room(self, cache: ModelCache, n_tokens: int) -> int:
         """How many of the next tokens `forward_drafts` takes of this cache; see `DraftStep.room`."""
@@ -181,7 +181,7 @@ class NativeStep:
         x = self._embedded(tokens.flatten())
         builder, program = self._layers, self._layers.program
         states = self._state_addresses(cache, n_seqs)
-        angles = self._turns(position, n_tokens)
+        angles = self._rope_table(position, n_tokens)
         layers = [_rows_of(cache, call.layer) for call in builder.calls]
         if n_tokens == 1 and all(_direct(layer) for layer in layers):
             self._decode(layers, n_seqs, angles, states)
@@ -228,7 +228,7 @@ class NativeStep:
                 ]
             )
         places = [position + i for position, n in zip(positions, spans, strict=True) for i in range(n)]
-        angles = [(cos[places], sin[places]) for cos, sin in self._turns(0, max(places) + 1)]
+        angles = [(cos[places], sin[places]) for cos, sin in self._rope_table(0, max(places) + 1)]
         by_call = [layer for call in zip(*layers, strict=True) for layer in call]
         rows = [_new_rows(layer, 1, spans[i % len(spans)]) for i, layer in enumerate(by_call)]
         run = partial(
@@ -313,7 +313,7 @@ class NativeStep:
         for number, call in enumerate(self._layers.calls):
             first = number * n_caches
             own = layers[first : first + n_caches]
-            due = [i for i, layer in enumerate(own) if layer.watch.takes(layer.store.n_seen, 1)]
+            due = [i for i, layer in enumerate(own) if layer.watch.should_check(layer.store.n_seen, 1)]
             if not due:
                 continue
             note(run(begin, call.index))
@@ -355,7 +355,7 @@ class NativeStep:
             states += layer.native_states(n_seqs, *shapes)
         return states
 
-    def _turns(self, position: int, n_tokens: int) -> list[Angles]:
+    def _rope_table(self, position: int, n_tokens: int) -> list[Angles]:
         """Cosines and sines of the positions from `position` on, `[T, n_rotated / 2]`, of each kind of RoPE; kept."""
         end = position + n_tokens
         if self._layers.ropes and (not self._angles or self._angles[0][0].shape[0] < end):
@@ -380,7 +380,7 @@ def _direct(layer: WatchedRows) -> bool:
     """Check whether native code stores and attends one new token of this layer, with nothing to measure."""
     kernels = layer.store.kernels
     native = kernels.decode in cpu.KERNELS and kernels.write_k in cpu.ENCODERS and kernels.write_v in cpu.ENCODERS
-    return native and not layer.watch.pending
+    return native and not layer.watch.awaits_first_check
 
 
 def _found(layer: WatchedRows, health: Health) -> NonFiniteError:
@@ -391,7 +391,7 @@ def _found(layer: WatchedRows, health: Health) -> NonFiniteError:
 def _due(layer: WatchedRows, n_more: int) -> bool:
     """Whether the guard checks the token that comes `n_more` tokens after the next one, or the next, of several."""
     n_seen = layer.store.n_seen + 1
-    return layer.watch.takes(n_seen + n_more, 1) or (n_more == 1 and layer.watch.takes(n_seen, 1))
+    return layer.watch.should_check(n_seen + n_more, 1) or (n_more == 1 and layer.watch.should_check(n_seen, 1))
 
 
 def _starts(spans: Sequence[int]) -> list[int]:
@@ -400,7 +400,7 @@ def _starts(spans: Sequence[int]) -> list[int]:
 
 
 def _new_rows(layer: WatchedRows, n_seqs: int, n_tokens: int = 1) -> Rows:
-    view, types = layer.store.admit(n_seqs, n_tokens, torch.device("cpu")), layer.store.types
+    view, types = layer.store.reserve(n_seqs, n_tokens, torch.device("cpu")), layer.store.types
     newest = view.segments[-1]
     scale_k = types.scale_for(newest.format_k.name) or newest.format_k.default_scale
     scale_v = types.scale_for(newest.format_v.name) or newest.format_v.default_scale

@@ -60,7 +60,7 @@ def measure(query: Tensor, packed: LayerView, params: AttentionParams, out: Tens
     rows, at_rows = _sampled_call(params, n_new, view, query.device)
     q, found = query[:, :, rows].float(), out[:, :, rows]
     even = slice(-min(n_new, SAMPLED_QUERIES), None)  # the early ones see few rows and would count for all of the sum
-    if not packed.watch.leads:
+    if not packed.watch.is_representative:
         exact = _attend_float(q[:, :, even], *fresh, _last(at_rows, even))
         error = _relative_rmse(found[:, :, even], exact)
         return None if error is None else replace(_evidence(packed), error=error)

@@ -23,7 +23,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hybridkv.server.affinity import Affinity, prefix_keys
-from hybridkv.server.gate import Gate, GateOptions, GateState
+from hybridkv.server.gate import GateMiddleware, GateOptions, GateState
 from hybridkv.server.merge import CONTENT_TYPE, merge
 from hybridkv.server.refusals import RETRY_AFTER_S, RefusalError
 from hybridkv.server.replies import Error
@@ -199,8 +199,8 @@ class _Reply:
         if not self.started:
             await refusal.response()(scope, _nothing, self._send)
             return
-        said = f"data: {Error(error=refusal.body).model_dump_json()}\n\n".encode() if self._streams else b""
-        await self._send({"type": "http.response.body", "body": said, "more_body": False})
+        body = f"data: {Error(error=refusal.body).model_dump_json()}\n\n".encode() if self._streams else b""
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 def _unavailable(error: Exception) -> RefusalError:
@@ -229,7 +229,7 @@ async def _lifespan(receive: Receive, send: Send) -> None:
 
 def application(
     replica: Any,
-    recipe: Any,
+    loader: Any,
     gate: GateOptions,
     *,
     n_replicas: int,
@@ -241,7 +241,7 @@ def application(
 
     Parameters
     ----------
-    replica, recipe
+    replica, loader
         A replica's class, and what it is given.
     gate
         What the front lets in.
@@ -259,7 +259,7 @@ def application(
         def handle() -> Any:
             return serve.get_deployment_handle(REPLICA)  # of this application, whatever its name
 
-        return Gate(Front(handle), options=gate, state=GateState(), count=lambda _path, _status: None)
+        return GateMiddleware(Front(handle), options=gate, state=GateState(), count=lambda _path, _status: None)
 
     quiet = {"enable_access_log": False, "log_level": "WARNING"}
     replicas = serve.deployment(
@@ -283,4 +283,4 @@ def application(
         graceful_shutdown_timeout_s=_DRAIN_SECONDS,
         logging_config=quiet,
     )
-    return entrance.bind(replicas.bind(recipe))
+    return entrance.bind(replicas.bind(loader))

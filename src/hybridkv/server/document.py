@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from hybridkv.server.desk import Served
+from hybridkv.server.request_handler import Served
 from hybridkv.server.schema import MAX_SEED
 
 _REQUESTS = ("CompletionRequest", "ChatRequest")

@@ -68,7 +68,7 @@ class GateState:
     in_flight: int = field(default=0)
 
 
-class Gate:
+class GateMiddleware:
     """Lets requests through to `app`.
 
     Parameters

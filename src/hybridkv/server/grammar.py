@@ -126,12 +126,12 @@ async def _vet(grammar: Grammar) -> str:
         sys.executable, "-P", str(_VET), stdin=pipe, stdout=pipe, stderr=asyncio.subprocess.DEVNULL
     )
     try:
-        said, _ = await worker.communicate(json.dumps(asked).encode())
+        reply, _ = await worker.communicate(json.dumps(asked).encode())
     finally:
         if worker.returncode is None:
             worker.kill()
             await worker.wait()
-    answer = json.loads(said) if worker.returncode == 0 else {"error": "it takes too much time or memory to build"}
+    answer = json.loads(reply) if worker.returncode == 0 else {"error": "it takes too much time or memory to build"}
     if "error" in answer:
         raise UsageError(f"{grammar.kind}: {' '.join(str(answer['error']).split())[:500]}")
     return str(answer["grammar"])

@@ -14,11 +14,11 @@ from starlette.types import Message
 from hybridkv.engine import Scheduler
 from hybridkv.server.app import create_app
 from hybridkv.server.cluster import HEALTH_SECONDS, REPLICA_HEADER, Forwarded
-from hybridkv.server.desk import Served
 from hybridkv.server.gate import GateOptions, GateState
+from hybridkv.server.request_handler import Served
 
 
-class Recipe(Protocol):
+class ModelLoader(Protocol):
     """How a replica comes to its model; pickled, and carried out where the replica is."""
 
     def __call__(self) -> tuple[Served, Scheduler]:
@@ -30,12 +30,12 @@ class Replica:
 
     Parameters
     ----------
-    recipe
+    loader
         Loads the model.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        served, self._scheduler = recipe()
+    def __init__(self, loader: ModelLoader) -> None:
+        served, self._scheduler = loader()
         self._name = serve.get_replica_context().replica_tag
         # The front's gate has let the request in.
         self._app = create_app(served, GateOptions(max_body_bytes=2**62), GateState())

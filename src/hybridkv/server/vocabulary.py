@@ -10,10 +10,10 @@ from pydantic import BeforeValidator, Field
 
 from hybridkv import __version__
 from hybridkv.server.base import Strict, TokenId, whole
-from hybridkv.server.desk import Desk
 from hybridkv.server.prompts import check_text
 from hybridkv.server.refusals import RefusalError
 from hybridkv.server.replies import Error, Reply
+from hybridkv.server.request_handler import RequestHandler
 from hybridkv.server.respond import json_response
 from hybridkv.text.detokenize import token_bytes
 
@@ -83,9 +83,9 @@ class Props(Reply):
     modalities: Modalities
 
 
-def add_vocabulary(app: FastAPI, desk: Desk) -> None:
+def add_vocabulary(app: FastAPI, handler: RequestHandler) -> None:
     """Add the routes."""
-    served, prompts = desk.served, desk.prompts
+    served, prompts = handler.served, handler.prompts
 
     @app.post("/tokenize", response_model=Tokens, responses=_ERRORS)
     async def tokenize(body: TokenizeRequest) -> Response:

@@ -13,7 +13,7 @@ from hybridkv.hf import cache_argument
 from hybridkv.hf.step.weights import types_held
 from hybridkv.kernels.mapped import verify_maps
 from hybridkv.model.facts import takes_chunks
-from hybridkv.runtime import Answers, ModelCache, one_by_one
+from hybridkv.runtime import ModelCache, StepResult, one_by_one
 
 PREFILL_CHUNK = 512
 """Prompt tokens per forward pass; bounds the activations' memory."""
@@ -49,7 +49,7 @@ class EagerStep:
             position += chunk.shape[1]
         return logits[:, -1].float()
 
-    def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> Answers:
+    def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> StepResult:
         """One sequence after the other: Transformers' layers take one cache; see `Step.forward_many`."""
         return one_by_one(self, tokens, caches, positions)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hybridkv.hf.states import StateLayer
 from hybridkv.kernels import AttentionParams
-from hybridkv.runtime import Answers, ModelCache, one_by_one
+from hybridkv.runtime import ModelCache, StepResult, one_by_one
 from hybridkv.runtime.attend import attend_new
 
 PROMPT_ROWS = 1024
@@ -22,7 +22,7 @@ PROMPT_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class FusedRun:
     """One run over T tokens of B sequences, whose rows are `[B * T, ...]`, sequence after sequence.
 
     Attributes
@@ -65,7 +65,7 @@ class Run:
 
 
 Embed = Callable[[Tensor], Tensor]
-Layers = Callable[[Tensor, Run], Tensor]
+Layers = Callable[[Tensor, FusedRun], Tensor]
 Head = Callable[[Tensor], Tensor]
 
 
@@ -125,7 +125,7 @@ class LayersStep:
             position += part.shape[1]
         return self._head(hidden[:, -1]).float()
 
-    def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> Answers:
+    def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> StepResult:
         """One sequence after the other; see `Step.forward_many`."""
         return one_by_one(self, tokens, caches, positions)
 
@@ -153,5 +153,5 @@ class LayersStep:
     def _run(self, tokens: Tensor, cache: ModelCache, positions: Tensor) -> Tensor:
         """All layers over `tokens` `[B, T]`; hidden states `[B * T, hidden]`."""
         n_seqs, n_tokens = tokens.shape
-        run = Run(cache, n_seqs, n_tokens, positions.flatten().contiguous())
+        run = FusedRun(cache, n_seqs, n_tokens, positions.flatten().contiguous())
         return self._layers(self._embed(tokens.flatten()), run)

@@ -20,7 +20,7 @@ from hybridkv.errors import ModelError
 from hybridkv.held import EXPERTS, WeightKind, weight_type
 from hybridkv.kernels import cpu_native
 from hybridkv.kernels.weights import Weight, decode, encode, matmul, reencoded, rows
-from hybridkv.model import vocabulary_rows
+from hybridkv.model import vocab_size_of
 
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -159,7 +159,7 @@ def pack_model(model: Any, kind: WeightKind = "auto") -> None:
             f"{empty} is on the meta device and has no values to pack; allowed: weights in memory",
             hint="load the model without layers on disk (device_map), or leave its weights plain",
         )
-    holder = Holder(kind, vocabulary_rows(model.config))
+    holder = Holder(kind, vocab_size_of(model.config))
     done: dict[int, Tensor] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from hybridkv.kernels.case import AttentionParams, KVView, Segment
-from hybridkv.kernels.cuda import staged
-from hybridkv.kernels.cuda.attention import attend_segment, combine_parts
+from hybridkv.kernels.cuda import prefill
+from hybridkv.kernels.cuda.decode import attend_one_token
+from hybridkv.kernels.cuda.generic import attend_segment, combine_parts
 from hybridkv.kernels.cuda.layout import BF16, BYTES, F16, F32, NIBBLES, NONE, Side, capacity, memory, side
-from hybridkv.kernels.cuda.one_token import attend_one_token
 from hybridkv.kernels.cuda.overlap import overlapping
 
 ONE_TOKEN_ROWS = 8
-"""Query rows of a tile of the kernel for one token (one_token.py); the general kernel's are 16 and more."""
+"""Query rows of a tile of the kernel for one token (decode.py); the general kernel's are 16 and more."""
 COMBINED = 4096
 """Numbers that one program sums, all loaded at once."""
 MAX_PARTS = 512
@@ -126,8 +126,8 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
     """
     n_batch, n_heads, n_new, head_dim = q.shape
     segments = view.segments
-    if tiling is None and staged.available(q.device) and staged.takes(q, view, params):
-        return staged.attend(q, view, params)
+    if tiling is None and prefill.available(q.device) and prefill.takes(q, view, params):
+        return prefill.attend(q, view, params)
     n_kv_heads = int(segments[0].k[0].shape[1])
     assert head_dim == view.head_dim_k and n_heads % n_kv_heads == 0, (q.shape, view.head_dim_k, n_kv_heads)
     assert view.window is None or view.window > 0, view.window

@@ -20,12 +20,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hybridkv.kernels.cuda.fragments import load_words, multiply
 from hybridkv.kernels.cuda.layers import swiglu
 from hybridkv.kernels.cuda.overlap import overlapping
 from hybridkv.kernels.cuda.packed_layout import UNIT, PackedWeight
 from hybridkv.kernels.cuda.packed_rows import decode_rows
 from hybridkv.kernels.cuda.packed_unit import decode_unit, load_unit
+from hybridkv.kernels.cuda.ptx import load_words, multiply
 
 FEW_ROWS = 32
 """Rows of activations up to which matrices are not decoded to memory."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridkv.kernels.cuda.fragments import load_half, load_words, two_values, unpack
+from hybridkv.kernels.cuda.ptx import load_half, load_words, two_values, unpack
 
 _ONE = tl.constexpr(0x3C003C00)
 _SIGNS = tl.constexpr(0x80008000 - (1 << 32))

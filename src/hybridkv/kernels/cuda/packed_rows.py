@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybridkv.kernels.cuda.fragments import pack, store_four, unpack
 from hybridkv.kernels.cuda.overlap import begin, overlapping
 from hybridkv.kernels.cuda.packed_layout import PackedWeight
 from hybridkv.kernels.cuda.packed_unit import decode_unit, load_unit
+from hybridkv.kernels.cuda.ptx import pack, store_four, unpack
 
 
 @triton.jit

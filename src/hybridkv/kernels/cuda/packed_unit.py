@@ -14,8 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridkv.kernels.cuda.fragments import load_half, load_words, pack, two_values, unpack
 from hybridkv.kernels.cuda.packed_grid import decode_grid_unit, load_grid_unit
+from hybridkv.kernels.cuda.ptx import load_half, load_words, pack, two_values, unpack
 from hybridkv.kernels.cuda.tiles import INTERPRETED, LOOK_UP_NIBBLES
 
 ONE = tl.constexpr(0x3C003C00)

@@ -79,5 +79,5 @@ def _compiled_for() -> tuple[str, ...]:
     info = llama()[0]._lib.llama_print_system_info
     info.restype = ctypes.c_char_p
     pairs = (item.split("=") for item in info().decode().split("|") if "=" in item)
-    said = {name.strip(): value.strip() for name, value in pairs}
-    return tuple(name for name in _FLAGS if said.get(name) == "1")
+    flags = {name.strip(): value.strip() for name, value in pairs}
+    return tuple(name for name in _FLAGS if flags.get(name) == "1")

@@ -13,7 +13,7 @@ NEWEST_STEPS = 512
 
 
 @dataclass(slots=True)
-class Tally:
+class SchedulerCounters:
     """What `SchedulerStats` says of the past; written by the scheduler's thread alone."""
 
     prompt_tokens: int = 0

@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hybridkv.kernels.cuda.attention import LOG2_E, WEIGHT_BITS
-from hybridkv.kernels.cuda.fragments import (
+from hybridkv.kernels.cuda.generic import LOG2_E, WEIGHT_BITS
+from hybridkv.kernels.cuda.layout import BYTES
+from hybridkv.kernels.cuda.ptx import (
     get_four,
     keep_order,
     load_words,
@@ -36,9 +37,15 @@ from hybridkv.kernels.cuda.fragments import (
     turn,
     unpack,
 )
-from hybridkv.kernels.cuda.layout import BYTES
+from hybridkv.kernels.cuda.register_codes import (
+    add_values,
+    load_rows,
+    n_words_of,
+    rows_of_keys,
+    rows_of_values,
+    scores_of,
+)
 from hybridkv.kernels.cuda.tiles import INTERPRETED, find_slots
-from hybridkv.kernels.cuda.words import add_values, load_rows, n_words_of, rows_of_keys, rows_of_values, scores_of
 
 _BYTES = tl.constexpr(BYTES)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridkv.kernels.cuda.fragments import (
+from hybridkv.kernels.cuda.layout import BYTES, NIBBLES, NONE
+from hybridkv.kernels.cuda.ptx import (
     high_halves,
     load_half,
     load_words,
@@ -17,7 +18,6 @@ from hybridkv.kernels.cuda.fragments import (
     multiply,
     two_values,
 )
-from hybridkv.kernels.cuda.layout import BYTES, NIBBLES, NONE
 from hybridkv.kernels.cuda.tiles import entries
 
 _BYTES, _NIBBLES, _NONE = tl.constexpr(BYTES), tl.constexpr(NIBBLES), tl.constexpr(NONE)
