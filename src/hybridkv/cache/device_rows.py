@@ -39,14 +39,14 @@ def rejects(spec: KVSpec, chosen: LayerKernels, device: str) -> str | None:
 
 
 def counters_of(segments: Sequence[Segment]) -> tuple[int, ...]:
-    """The `N_COUNTERS` of a layer that holds these segments, the newest row included."""
+    """Return the `N_COUNTERS` of a layer that holds these segments, the newest row included."""
     last = segments[-1]
     absent = (0,) * (MAX_SEGMENTS - len(segments))
     return (last.start + last.length - 1, last.start, *(segment.length for segment in segments), *absent)
 
 
 def on_device(segments: Sequence[Segment], row_counters: Tensor, *, slides: bool) -> tuple[Segment, ...]:
-    """The same segments, whose rows are counted on the device.
+    """Return the same segments, with their rows counted on the device.
 
     Parameters
     ----------

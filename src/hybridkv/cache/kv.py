@@ -101,7 +101,7 @@ class KVLayer:
         return self.n_stored == self.n_seen
 
     def past_rows(self) -> int:
-        """Earlier rows that the next token's attention reads."""
+        """Count the earlier rows that the next token's attention reads."""
         stored, window = self.n_stored, self.spec.facts.window
         return stored if window is None else min(stored, window - 1)
 
@@ -227,7 +227,7 @@ class KVLayer:
         return self._segments(None)
 
     def view(self, length: int | None = None) -> KVView:
-        """The newest `length` rows, all by default."""
+        """Return a view of the newest `length` rows, all by default."""
         facts, types = self.spec.facts, self.spec.types
         return KVView(
             segments=self._segments(length),
@@ -239,7 +239,7 @@ class KVLayer:
         )
 
     def decode(self, length: int | None = None) -> tuple[Tensor, Tensor]:
-        """The newest `length` rows as float32 `[B, Hkv, S, D]` and `[B, Hkv, S, Dv]`, rotation and center undone."""
+        """Decode the newest `length` rows, float32 `[B, Hkv, S, D]` and `[B, Hkv, S, Dv]`, rotation and center undone."""
         view = self.view(length)
         parts = [_decoded(segment, view) for segment in view.segments]
         k, v = (torch.cat(side, 2) if len(side) > 1 else side[0] for side in zip(*parts, strict=True))
@@ -277,7 +277,7 @@ class KVLayer:
             self._exact.planes.select(indices)
 
     def copy(self, n_ctx: int | None) -> KVLayer:
-        """A layer that holds the same rows in memory of its own, for a context of its own."""
+        """Copy the rows into a layer with memory and a context of its own."""
         twin = copy.copy(self)
         twin._packed = self._packed.copy()
         twin._exact = None if self._exact is None else self._exact.copy()
@@ -285,14 +285,14 @@ class KVLayer:
         return twin
 
     def empty(self, n_ctx: int | None) -> KVLayer:
-        """A layer of the same types that holds no rows, for a context of its own."""
+        """Build a layer of the same types that holds no rows, for a context of its own."""
         twin = copy.copy(self)
         twin._n_ctx = n_ctx
         twin.reset()
         return twin
 
     def stored(self, first: int = 0) -> StoredRows:
-        """A copy of what is held: of packed rows those from the `first` on, or all where a window lets rows go."""
+        """Copy what is held: of packed rows those from the `first` on, or all where a window evicts rows."""
         first = 0 if self.spec.facts.window is not None else first
         exact_k, exact_v = (None, None) if self._exact is None else self._exact.stored()
         k, v = self._packed.stored(first)
@@ -392,13 +392,13 @@ class KVLayer:
         return parts if length is None or length == self.n_stored else _newest(parts, length)
 
     def _packed_target(self, needed: int, capacity: int) -> int:
-        """Rows of the packed planes' next memory; more than planned for a prompt longer than a window."""
+        """Choose the packed planes' next capacity; more than planned for a prompt longer than a window."""
         if self._n_ctx is None and self.spec.facts.window is None:
             return _grown(needed, capacity)
         return max(needed, self.spec.rows_at(self._n_ctx or UNBOUNDED))
 
     def _exact_target(self, needed: int, capacity: int) -> int:
-        """Rows of the exact planes' next memory: what a prompt needs beyond the plan is given back after it."""
+        """Choose the exact planes' next capacity: what a prompt needs beyond the plan is given back after it."""
         planned = self.spec.exact_rows_at(self._n_ctx or UNBOUNDED)
         if self._n_ctx is None and self.spec.facts.window is None:
             planned = min(planned, capacity if needed <= capacity else _grown(needed, capacity))
@@ -411,7 +411,7 @@ def _grown(needed: int, capacity: int) -> int:
 
 
 def _newest(parts: Sequence[Segment], length: int) -> tuple[Segment, ...]:
-    """The newest `length` rows of the parts; at least one part, if of no rows."""
+    """Select the newest `length` rows of the parts; at least one part, if of no rows."""
     kept: list[Segment] = []
     for part in reversed(parts):
         n = min(part.length, length)
@@ -422,7 +422,7 @@ def _newest(parts: Sequence[Segment], length: int) -> tuple[Segment, ...]:
 
 
 def _decoded(rows: Segment, view: KVView) -> tuple[Tensor, Tensor]:
-    """float32 K and V of a segment, as they were before the center was taken off; still rotated."""
+    """Decode K and V of a segment to float32, as they were before the center was subtracted; still rotated."""
     span = slice(rows.start, rows.start + rows.length)
     k = rows.format_k.decode([p[:, :, span] for p in rows.k], view.head_dim_k)
     v = rows.format_v.decode([p[:, :, span] for p in rows.v], view.head_dim_v)

@@ -34,7 +34,7 @@ class SchedulerCounters:
         self._times.append(seconds)
 
     def stats(self, **present: Any) -> SchedulerStats:
-        """These counts, with what is there at this moment."""
+        """Combine these counts with what is present at this moment."""
         return SchedulerStats(
             **present,
             prompt_tokens=self.prompt_tokens,

@@ -80,7 +80,7 @@ class Drafts:
     _kind: int = 0
 
     def propose(self, text: Sequence[int], cache: ModelCache, n_most: int, n_others: int = 0) -> list[int]:
-        """Tokens to run: the text's last, which no run has taken, and guesses behind it.
+        """Return the tokens to run: the text's last, which no step has processed, and guesses behind it.
 
         Parameters
         ----------
@@ -101,7 +101,7 @@ class Drafts:
         return [text[-1], *guess.tokens[:n]]
 
     def _room(self, cache: ModelCache, n: int) -> int:
-        """How many of `n` guesses one run takes."""
+        """Count how many of `n` guesses one step takes."""
         assert self.step is not None
         return self.step.room(cache, 1 + n) - 1
 
@@ -114,7 +114,7 @@ class Drafts:
         self.failed = {row - first_row: answers.failed[row] for row in rows if row in answers.failed}
 
     def take(self, token: int) -> Tensor | None:
-        """The logits `[1, V]` after the text's next token, if the open run has it next.
+        """Return the logits `[1, V]` after the text's next token, if the open guesses have it next.
 
         Raises
         ------

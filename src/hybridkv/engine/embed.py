@@ -44,7 +44,7 @@ class Embedder:
 
     @torch.inference_mode()
     def embed(self, ids: Sequence[int]) -> Tensor:
-        """A text's embedding, float32 `[n_embd]`, of length 1.
+        """Embed a text: float32 `[n_embd]`, of length 1.
 
         Raises
         ------
@@ -86,6 +86,6 @@ class NoScheduler:
         raise SessionError(_WHAT)
 
     def stats(self) -> SchedulerStats:
-        """Nothing of everything."""
+        """Return zeros: there is no scheduler."""
         numbers = dict.fromkeys(SchedulerStats.__dataclass_fields__, 0)
         return SchedulerStats(**{**numbers, "budget_bytes": None, "step_s": ()})  # type: ignore[arg-type]

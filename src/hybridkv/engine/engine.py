@@ -187,7 +187,7 @@ class Engine:
         return sum(layer.n_seen for layer in layers) / max(1, n_tokens * len(layers))
 
     def new_cache(self, specs: Sequence[KVSpec]) -> ModelCache:
-        """An empty cache of this run's context."""
+        """Build an empty cache of this engine's context."""
         return self._make_cache(specs)
 
     def adopt(self, cache: ModelCache, n_held: int) -> None:
@@ -254,7 +254,7 @@ class Engine:
 
     @torch.inference_mode()
     def _forward(self, tokens: Tensor) -> Tensor:
-        """Logits after `tokens`, float32 `[B, V]`.
+        """Compute the logits after `tokens`, float32 `[B, V]`.
 
         Raises
         ------
@@ -268,7 +268,7 @@ class Engine:
         return logits
 
     def _look_ahead(self, text: list[int], n_left: int) -> Tensor:
-        """The logits after a text, the history's, `[1, V]`: computed with those before them if they were guessed.
+        """Return the logits `[1, V]` after a text, the history's: computed with those before them if they were guessed.
 
         Parameters
         ----------

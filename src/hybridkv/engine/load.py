@@ -49,7 +49,7 @@ def load(
     engine: EngineKind = "auto",
     memory: Memory = "mapped",
 ) -> Loaded:
-    """The model and its tokenizer.
+    """Load the model and its tokenizer.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ def load(
 def _load_eager(
     description: Description, dtype: torch.dtype, device: str, weights: WeightKind, hold: Holder | None
 ) -> Loaded:
-    """The Transformers model, its matrices held as `hold` says."""
+    """Load the Transformers model, its matrices held as `hold` says."""
     from hybridkv.hf import IMPLEMENTATION, pack_model
     from hybridkv.hf.load import load_tokenizer, load_weights
 

@@ -75,7 +75,7 @@ class ModelContext:
         return specs
 
     def new_cache(self, specs: Sequence[KVSpec], n_ctx: int) -> ModelCache:
-        """An empty cache for one sequence."""
+        """Build an empty cache for one sequence."""
         return new_cache(self.model, specs, n_ctx=n_ctx, guard=self.guard, notify=self.notify)
 
 

@@ -155,7 +155,7 @@ class RequestHandle:
         self.prompt_scores: list[Score | None] = [None] * len(request.prompt_ids) if request.score_prompt else []
 
     def __iter__(self) -> Iterator[Event]:
-        """Events until the last; once."""
+        """Yield events until the last; once."""
         assert self._listener is None, "events go to the listener"
         while True:
             event = self._events.get()

@@ -79,7 +79,7 @@ class Reuse:
             )
 
     def export_session(self, request: Request, tokens: tuple[int, ...], name: str) -> Session:
-        """As much of a sequence as the stored prefixes hold, for a file, and where its prompt again could begin.
+        """Export a sequence, as far as stored prefixes hold it, and the place where its prompt could be resumed.
 
         Raises
         ------
@@ -97,7 +97,7 @@ class Reuse:
         return Session(tokens, found.end, self._whole(found), earlier=earlier)
 
     def _whole(self, checkpoint: Checkpoint) -> StoredCache:
-        """A checkpoint in contiguous memory."""
+        """Copy a checkpoint into contiguous memory."""
         cache = self._context.new_cache(checkpoint.stored.specs, checkpoint.end)
         cache.load(self._store.copies(checkpoint))
         return cache.stored()

@@ -63,7 +63,7 @@ def run_next(step: Step, batch: Sequence[RunningSequence], costs: Costs) -> None
 
 
 def take_next(batch: Sequence[RunningSequence]) -> Taken:
-    """The logits after the last token of each sequence for which they have been computed."""
+    """Take the computed logits after each sequence's last token; list the sequences that have none yet."""
     ready, rows, failed = [], [], []
     for sequence in batch:
         try:

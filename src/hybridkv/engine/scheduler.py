@@ -163,7 +163,7 @@ class Scheduler:
         return handle
 
     def stats(self) -> SchedulerStats:
-        """Counts up to now; of what is running, as it is at this moment."""
+        """Count what was done up to now, and what runs at this moment."""
         running = self._running
         caches = [s.cache for s in running if s.cache is not None]
         return self._counters.stats(
@@ -277,7 +277,7 @@ class Scheduler:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """One iteration; False if there was nothing to run."""
+        """Run one iteration; return False if there was nothing to run."""
         while self._commands:
             self._commands.popleft()[1]()
         self._drop_cancelled()
@@ -295,7 +295,7 @@ class Scheduler:
         return True
 
     def _next_of(self, prefilling: list[RunningSequence]) -> RunningSequence:
-        """The prompt whose turn it is: the first behind the one that was last, in the order of requests."""
+        """Choose the prompt whose turn it is: the first behind the last one, in the order of requests."""
         chosen = next((s for s in prefilling if s.handle.number > self._turn), prefilling[0])
         self._turn = chosen.handle.number
         return chosen
@@ -334,7 +334,7 @@ class Scheduler:
             self._counters.cached_tokens += found.end
 
     def _decode(self, batch: list[RunningSequence]) -> None:
-        """One token of each, and more where they were guessed."""
+        """Decode one token of each sequence, and more where they were guessed."""
         start = time.perf_counter()
         try:
             run_next(self.step_of_model, batch, self._costs)

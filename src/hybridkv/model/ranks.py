@@ -20,7 +20,7 @@ _KEYS = ("k_proj", "qkv_proj", "query_key_value")
 
 
 def ranks_of(config: Config) -> int:
-    """Over how many ranks the model of this config was loaded; 1 if it was not sharded."""
+    """Count the ranks over which a model of this config was loaded; 1 if it was not sharded."""
     spread = getattr(config, "distributed_config", None)
     if isinstance(spread, Mapping):  # a config that was saved and read back
         return int(spread.get("tp_size") or 1)

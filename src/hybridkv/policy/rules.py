@@ -28,7 +28,7 @@ class TypeOverride:
 
 
 def parse_override(text: str, option: str) -> TypeOverride:
-    """`q8_0,2` as a `TypeOverride`.
+    """Parse `q8_0,2` as a `TypeOverride`.
 
     Raises
     ------
@@ -42,7 +42,7 @@ def parse_override(text: str, option: str) -> TypeOverride:
 
 
 def parse_scale(text: str) -> Scale:
-    """The scale rule of that name.
+    """Parse the name of a scale rule.
 
     Raises
     ------
@@ -72,7 +72,7 @@ class Policy:
     v_last: TypeOverride | None = None
 
     def resolve(self, facts: Sequence[AttentionFacts]) -> tuple[KVSpec, ...]:
-        """The spec of every KV layer, in order.
+        """Resolve the spec of every KV layer, in order.
 
         Raises
         ------
@@ -89,7 +89,7 @@ class Policy:
         return tuple(KVSpec(f, with_types(self.types, k, v)) for f, k, v in zip(facts, k_types, v_types, strict=True))
 
     def notices(self, specs: Sequence[KVSpec], n_ctx: int | None = None) -> list[str]:
-        """Options that change nothing, or less than asked, for these layers: messages, never silent."""
+        """List options that change nothing, or less than asked, for these layers."""
         messages = []
         asked_scale = self.types.scale
         used = {t for s in specs for t in (s.types.type_k, s.types.type_v)}
@@ -148,13 +148,13 @@ def _layers(specs: Sequence[KVSpec]) -> str:
 
 
 def with_types(types: KVTypes, k: str, v: str) -> KVTypes:
-    """`types` with these types; a format made for rotated rows rotates its side."""
+    """Replace the types of K and V; a format made for rotated rows rotates its side."""
     rotate_k, rotate_v = types.rotate_k or get_format(k).rotated, types.rotate_v or get_format(v).rotated
     return replace(types, type_k=k, type_v=v, rotate_k=rotate_k, rotate_v=rotate_v)
 
 
 def _override(types: list[str], first: TypeOverride | None, last: TypeOverride | None, side: str) -> list[str]:
-    """`types` with the first and last entries replaced."""
+    """Replace the first and last entries of `types`."""
     for override, place in ((first, "first"), (last, "last")):
         if override is None or not types:
             continue
