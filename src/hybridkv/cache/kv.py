@@ -239,7 +239,7 @@ class KVLayer:
         )
 
     def decode(self, length: int | None = None) -> tuple[Tensor, Tensor]:
-        """Decode the newest `length` rows, float32 `[B, Hkv, S, D]` and `[B, Hkv, S, Dv]`, rotation and center undone."""
+        """Decode the newest `length` rows: float32 K and V `[B, Hkv, S, D]`, rotation and center undone."""
         view = self.view(length)
         parts = [_decoded(segment, view) for segment in view.segments]
         k, v = (torch.cat(side, 2) if len(side) > 1 else side[0] for side in zip(*parts, strict=True))

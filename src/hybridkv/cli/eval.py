@@ -156,7 +156,7 @@ def _check(a: argparse.Namespace) -> Path:
 
 
 def _candidates(a: argparse.Namespace) -> list[Candidate]:
-    """The reference, the reference once more, and all that was asked for."""
+    """List the reference, the reference once more, and all that was asked for."""
     from hybridkv.cache import KVTypes
     from hybridkv.lab.candidates import Candidate, expand, label
     from hybridkv.policy import Policy, read_config
@@ -196,7 +196,7 @@ def _counts(option: str, text: str | None) -> list[int]:
 
 
 def _resolve(opened: Opened, candidates: Sequence[Candidate]) -> Sequence[AttentionFacts]:
-    """The model's KV layers; every candidate has kernels for them, before any weight is loaded."""
+    """Return the model's KV layers, after checking that every candidate has kernels for them."""
     from hybridkv.cache import resolve
     from hybridkv.kernels import ENCODERS, KERNELS
     from hybridkv.model import kv_facts
@@ -215,7 +215,7 @@ def _resolve(opened: Opened, candidates: Sequence[Candidate]) -> Sequence[Attent
 
 
 def _demand(opened: Opened, candidates: Sequence[Candidate]) -> Demand:
-    """All caches are alive at once, beside a chunk's logits and their distributions."""
+    """Estimate the memory: all caches are alive at once, beside a chunk's logits and their distributions."""
     from hybridkv.lab.evaluate import LOGITS_BYTES, PIECE
     from hybridkv.model import kv_facts, vocab_size_of
 
@@ -297,7 +297,7 @@ def _snippet(loaded: Loaded, corpus: Corpus) -> Callable[[int, int], str]:
 
 
 def _show(conditions: Conditions, results: Sequence[Result]) -> None:
-    """The table on stdout: what to choose by. The files have all figures."""
+    """Print the table to choose by on stdout; the files have all figures."""
     columns = ("bits", "bytes/token", "perplexity", "ratio", "mean KLD", "99.9 %", "same top", "greedy", "tokens/s")
     table = simple_table("types", *columns, left=("types",))
     for r in results:

@@ -59,11 +59,11 @@ class Form:
     budget: int | None = None
 
     def __bool__(self) -> bool:
-        """Whether it asks for anything."""
+        """Check whether it asks for anything."""
         return self.grammar is not None or self.budget is not None
 
     def steering_for(self, loaded: Loaded) -> Callable[[str | None], Steering | None]:
-        """What makes the steering of one answer from its conversation's text; None stands for a plain prompt.
+        """Build what makes an answer's steering from its conversation's text; None stands for a plain prompt.
 
         Raises
         ------

@@ -173,7 +173,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _expanded(weights: _Weights) -> dict[str, Any]:
-    """What the JSON object says of tensors that do not stay packed."""
+    """Return the JSON entries on tensors that do not stay packed."""
     return {} if weights.expanded is None else {"expanded": asdict(weights.expanded)}
 
 
@@ -255,7 +255,7 @@ def _held(description: Description, asked: WeightKind, device: str, engine: str)
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:
-    """`q8_0,q8_0/q4_0` as pairs of K and V types; `all` as every pair.
+    """Parse `q8_0,q8_0/q4_0` as pairs of K and V types; `all` as every pair.
 
     Raises
     ------
@@ -291,7 +291,7 @@ class _Question:
 
 
 def _rows(question: _Question, policies: Sequence[AnyPolicy]) -> list[dict[str, Any]]:
-    """One object per pair of types or file, bytes as integers."""
+    """Compute one object per pair of types or file, bytes as integers."""
     from hybridkv.model.facts import is_hybrid, kv_facts
     from hybridkv.planner import largest_context, plan
     from hybridkv.policy import KVConfig
@@ -338,7 +338,7 @@ def _rows(question: _Question, policies: Sequence[AnyPolicy]) -> list[dict[str, 
 
 
 def _types(names: Sequence[str]) -> str:
-    """The types of layers: `q8_0+q4_0` where there are several."""
+    """Name the types of layers: `q8_0+q4_0` where there are several."""
     return "+".join(dict.fromkeys(names))
 
 

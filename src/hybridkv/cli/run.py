@@ -139,7 +139,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _check(a: argparse.Namespace) -> None:
-    """Everything that can be refused before anything heavy is imported."""
+    """Refuse what can be refused before anything heavy is imported."""
     a.flash_attn = _FLASH.get(a.flash_attn, a.flash_attn)
     if a.flash_attn not in ("on", "off", "auto"):
         raise UsageError(f"-fa {a.flash_attn!r}; allowed: on, off, auto")
@@ -243,7 +243,7 @@ def _print_figures(engine: Engine, sampling: SamplingParams, compiled: Compiled)
 
 
 def _guard_line(engine: Engine) -> str:
-    """The layer that comes nearest to its limit, or furthest beyond it."""
+    """Name the layer that comes nearest to its limit, or furthest beyond it."""
     errors, limits = engine.cache.errors, engine.cache.limits
     worst = max(errors, key=lambda layer: errors[layer] / limits[layer])
     found = f"within {errors[worst]:.3g} of float, limit {limits[worst]:.3g}"
@@ -260,7 +260,7 @@ def _result(
     stopped: str,
     compiled: Compiled,
 ) -> dict[str, Any]:
-    """The object that `--json` prints."""
+    """Build the object that `--json` prints."""
     t, cache = engine.timings, engine.cache
     return {
         "model": loaded.description.name,

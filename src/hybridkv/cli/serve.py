@@ -168,7 +168,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def check(a: argparse.Namespace) -> tuple[AnyPolicy, Guard, tuple[str, ...]]:
-    """Everything that can be refused before a model is touched; sizes become bytes.
+    """Refuse what can be refused before a model is touched; turn sizes into bytes.
 
     Returns
     -------
@@ -229,7 +229,7 @@ def demand(a: argparse.Namespace, opened: Opened, specs: Sequence[KVSpec], guard
 def load_served(
     a: argparse.Namespace, opened: Opened, specs: Sequence[KVSpec], guard: Guard
 ) -> tuple[Served, Scheduler]:
-    """The model, loaded, and what runs it.
+    """Load the model and start what runs it.
 
     Raises
     ------
@@ -250,7 +250,7 @@ def load_served(
 
 
 def _keys(option: str | None) -> tuple[str, ...]:
-    """The keys that let clients in; none for an open door.
+    """Read the keys that let clients in; none lets everybody in.
 
     Raises
     ------

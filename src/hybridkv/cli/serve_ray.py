@@ -112,7 +112,7 @@ class _Signals:
 
 
 def _on_signals() -> _Signals:
-    """The first signal drains, the second ends at once; Ray has handlers of its own until here."""
+    """Set handlers: the first signal drains, the second ends at once; Ray has handlers of its own until here."""
     signals = _Signals(threading.Event(), threading.Event())
 
     def note(*_: Any) -> None:

@@ -202,7 +202,7 @@ def _record(cache: StoredCache) -> dict[str, Any]:
 
 
 def _tensors(cache: StoredCache, mark: str = "") -> dict[str, Tensor]:
-    """Name the cache's tensors: `kv.N` by KV layer, `state.N` by layer with states; rows uint8 `[B, Hkv, n, row bytes]`.
+    """Name a cache's tensors: `kv.N` by KV layer, `state.N` by layer with states; rows uint8 `[B, Hkv, n, row bytes]`.
 
     Behind a mark, packed rows are left out unless a window lets them go: the whole has them.
     """

@@ -70,7 +70,7 @@ def non_finite(layer: KVLayer, kernel: Kernel, source: Literal["cache", "input"]
 
 
 def _kernel(query: Tensor, packed: LayerView, params: AttentionParams) -> Kernel:
-    """The layer's resolved kernel; chosen anew if the call differs from what the config said."""
+    """Return the layer's resolved kernel; choose anew if the call differs from what the config said."""
     phase: Phase = "decode" if query.shape[2] == 1 else "prefill"
     facts = packed.layer.spec.facts
     kernel = packed.layer.kernels.attend_for(phase)
@@ -120,7 +120,7 @@ def _checked(query: Tensor, packed: LayerView, params: AttentionParams, out: Ten
 
 
 def _again(packed: LayerView) -> Callable[[Probe], Tensor]:
-    """The call's kernel and rows, for other queries."""
+    """Bind the call's kernel and rows, to attend other queries."""
 
     def attend_probe(probe: Probe) -> Tensor:
         return attend(_kernel(probe.query, packed, probe.params), probe.query, packed.view, probe.params)
@@ -149,7 +149,7 @@ def verify_call(query: Tensor, packed: LayerView, params: AttentionParams, out: 
 
 
 def _stored_again(packed: LayerView, types: KVTypes, n_new: int) -> KVView:
-    """The call's rows at other types, in the same two steps: those before it, then the new ones."""
+    """Store the call's rows at other types, in the same two steps: those before it, then the new ones."""
     layer, n_seen = packed.layer, packed.layer.n_seen
     layer.retype(replace(layer.spec, types=types))
     n_old = packed.fresh_k.shape[2] - n_new

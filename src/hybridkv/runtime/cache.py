@@ -142,7 +142,7 @@ class ModelCache:
             part.reset()
 
     def copy(self, *, n_ctx: int | None = None) -> Self:
-        """A cache that continues from the same tokens independently.
+        """Copy the cache, to continue from the same tokens independently.
 
         Copy it before you continue one beginning in several ways: a state cannot go back.
 
@@ -158,7 +158,7 @@ class ModelCache:
         return twin
 
     def empty(self, *, n_ctx: int | None = None) -> Self:
-        """A cache of the same types and kernels that holds nothing and is not guarded."""
+        """Build a cache of the same types and kernels that holds nothing and is not guarded."""
         twin = copy.copy(self)
         rows = [part and part.empty(n_ctx) for part in self.rows]
         twin._hold(rows, [part and part.empty(n_ctx) for part in self.states])
@@ -171,7 +171,7 @@ class ModelCache:
         return tuple(chain.from_iterable([*rows, *(layer.memory for layer in self.stateful)]))
 
     def stored(self, after: StoredCache | None = None) -> StoredCache:
-        """A copy of what is held now, never to be changed.
+        """Copy what is held now, never to be changed.
 
         Parameters
         ----------
@@ -220,7 +220,7 @@ def watched_parts(
     kernels: Sequence[Kernel],
     encoders: Sequence[Encoder],
 ) -> Iterator[tuple[KVLayer, LayerWatch] | None]:
-    """Of each layer of a model its packed rows and the guard's part; None where it has none.
+    """Yield each layer's packed rows and the guard's part; None for a layer without a KV cache.
 
     Raises
     ------

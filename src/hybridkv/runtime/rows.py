@@ -44,7 +44,7 @@ class WatchedRows:
         return LayerView(self.store, self.store.append(k, v), self.watch, fresh_k, fresh_v)
 
     def _unpacked(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows that this call attends as they are before any is packed, if this call packs the first of them.
+        """Return the rows that this call attends, before any is packed, if this call packs the first of them.
 
         A layer with a tail packs nothing in a short first prompt: what the guard compares with is then still there as
         f16 rows, for the last time.
@@ -71,13 +71,13 @@ class WatchedRows:
             self.store.select_sequences(indices)
 
     def copy(self, n_ctx: int | None) -> Self:
-        """Rows that continue from the same tokens independently; see `KVLayer.copy`."""
+        """Copy the rows, to continue from the same tokens independently; see `KVLayer.copy`."""
         twin = copy.copy(self)
         twin.store, twin.watch = self.store.copy(n_ctx), replace(self.watch)
         return twin
 
     def empty(self, n_ctx: int | None) -> Self:
-        """Rows of the same types that hold nothing, for a context of their own, and that no guard looks at."""
+        """Build rows of the same types that hold nothing, for a context of their own, and that no guard looks at."""
         twin = copy.copy(self)
         twin.store = self.store.empty(n_ctx)
         twin.watch = LayerWatch(replace(self.watch.guard, mode="off"), self.watch.notify)

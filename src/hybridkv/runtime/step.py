@@ -114,7 +114,7 @@ class DraftStep(Step, Protocol):
 
 
 def one_by_one(step: Step, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> StepResult:
-    """`Step.forward_many` as so many calls of `Step.forward`."""
+    """Run `Step.forward_many` as one call of `Step.forward` per sequence."""
     logits: list[Tensor | None] = []
     failed: dict[int, Fault] = {}
     for index, (cache, position) in enumerate(zip(caches, positions, strict=True)):

@@ -240,7 +240,7 @@ class Talk:
         return request, rendered.text
 
     def _ids(self, rendered: Covered) -> list[int]:
-        """Tokens of the conversation; those of earlier turns as they came, if the text begins with theirs."""
+        """Tokenize the conversation; earlier turns keep their tokens as they came, if the text begins with theirs."""
         if self._asked is not None and self._asked[0] == rendered.text:
             return list(self._asked[1])
         if self._held:

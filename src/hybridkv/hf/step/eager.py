@@ -50,7 +50,7 @@ class EagerStep:
         return logits[:, -1].float()
 
     def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> StepResult:
-        """One sequence after the other: Transformers' layers take one cache; see `Step.forward_many`."""
+        """Run one sequence after the other: Transformers' layers take one cache; see `Step.forward_many`."""
         return one_by_one(self, tokens, caches, positions)
 
     def logits(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
@@ -71,11 +71,11 @@ class EagerStep:
         return found
 
     def decode(self, tokens: Tensor, cache: ModelCache, positions: Tensor) -> Tensor:
-        """One token per sequence `[B, 1]` at int64 `positions` `[B, 1]`; the logits `[B, V]` in the model's dtype."""
+        """Decode a token per sequence `[B, 1]` at int64 `positions` `[B, 1]`; logits `[B, V]` in the model's dtype."""
         return self._model_logits(tokens, cache, positions, self._last_only)[:, -1]
 
     def _call(self, tokens: Tensor, cache: ModelCache, position: int, options: dict[str, Any]) -> Tensor:
-        """One forward pass; the logits in the model's dtype."""
+        """Run one forward pass; the logits are in the model's dtype."""
         device = self.device
         positions = torch.arange(position, position + tokens.shape[1], device=device)
         return self._model_logits(tokens.to(device), cache, positions.expand(tokens.shape), options)

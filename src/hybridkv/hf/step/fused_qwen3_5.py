@@ -45,7 +45,7 @@ class _DeltaNet:
             self._joined = Joined(net.in_proj_qkv, net.in_proj_z, net.in_proj_b, net.in_proj_a)
 
     def _project(self, normed: Tensor) -> tuple[Tensor, ...]:
-        """Rows before the convolution `[N, channels]`, z `[N, Hv * Dv]`, beta and alpha `[N, Hv]`."""
+        """Project to the convolution's inputs `[N, channels]`, z `[N, Hv * Dv]`, beta and alpha `[N, Hv]`."""
         if not self._by_head:
             return self._joined.split(normed)
         shape, joined = self._shape, self._joined(normed)

@@ -70,7 +70,7 @@ class Decoder(Step, Protocol):
         ...
 
     def decode(self, tokens: Tensor, cache: ModelCache, positions: Tensor) -> Tensor:
-        """One token per sequence: tokens and positions int64 `[B, 1]` on the device; logits `[B, V]`."""
+        """Decode one token per sequence: tokens and positions int64 `[B, 1]` on the device; logits `[B, V]`."""
         ...
 
 
@@ -82,7 +82,7 @@ class Recorder(Protocol):
         ...
 
     def record(self, body: Callable[[], None]) -> Callable[[], object]:
-        """The body as a recording. Nothing is run."""
+        """Record the body without running it."""
         ...
 
 
@@ -165,7 +165,7 @@ class Recording:
         self.inputs.copy_(self.staged, non_blocking=True)
 
     def result(self, cache: ModelCache) -> Tensor:
-        """The logits, once the step has ended: here the host waits for the device, and nowhere else in a step.
+        """Wait for the step and return its logits: here the host waits for the device, and nowhere else in a step.
 
         Raises
         ------
@@ -244,7 +244,7 @@ class GraphStep:
         return recording.result(cache)
 
     def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> StepResult:
-        """One replay after the other: a recording is of one cache; see `Step.forward_many`."""
+        """Replay one sequence after the other: a recording is of one cache; see `Step.forward_many`."""
         return one_by_one(self, tokens, caches, positions)
 
     @torch.inference_mode()

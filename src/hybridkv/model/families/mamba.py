@@ -107,7 +107,7 @@ def _nemotron_experts(c: Any) -> Experts:
 
 
 def _nemotron(c: Any) -> ModelGraph:
-    """Build Nemotron-H's graph: one part in each layer, time steps without bounds, as in llama.cpp and the original code."""
+    """Build Nemotron-H's graph: one part per layer, time steps without bounds, as in llama.cpp and the original."""
     eps = c.layer_norm_epsilon
     mamba = Mamba2(
         n_heads=c.mamba_num_heads,
