@@ -53,11 +53,11 @@ class Hold(Protocol):
     """Gives the parameters of a Transformers model that stand for matrices."""
 
     def of_file(self, weight: Weight, dtype: torch.dtype) -> torch.Tensor:
-        """For a matrix that lies in the file as the model has it."""
+        """Hold a matrix that lies in the file as the model has it."""
         ...
 
     def of_values(self, parameter: torch.Tensor) -> torch.Tensor:
-        """For a decoded parameter, which is then free."""
+        """Hold a decoded parameter, which is then free."""
         ...
 
 
@@ -125,7 +125,7 @@ class _Opened:
     pairings: Sequence[Pairing]
 
     def tokenizer(self) -> tuple[PreTrainedTokenizerFast | None, tuple[str, ...]]:
-        """The tokenizer, and what is worth knowing of the file."""
+        """Read the tokenizer, and what is worth knowing of the file."""
         tokenizer = None if says_none(self.meta) else load_tokenizer(self.meta)
         return tokenizer, notices(self.meta, with_tokenizer=tokenizer is not None)
 

@@ -55,9 +55,7 @@ class States:
     def native_states(self, batch: int, conv: tuple[int, int], recurrent: tuple[int, ...]) -> tuple[Tensor, ...]:
         """Return convolution state `[B, kernel, channels]` and, if it has a shape, recurrent state.
 
-        Both are continued in place.
-
-        Both are float32 and contiguous.
+        Both are float32, contiguous, and continued in place.
 
         Transformers keeps the former as `[B, channels, kernel]`; here its memory has the channels innermost.
 

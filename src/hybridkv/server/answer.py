@@ -110,7 +110,7 @@ class TextAssembler:
         self.n_tokens = self.n_thought = 0
 
     def echo(self, prompt: str, handle: RequestHandle) -> Delta:
-        """The prompt as the beginning of the answer, with what its tokens were worth if that was asked for."""
+        """Return the prompt as the answer's beginning, with its tokens' log probabilities if they were asked for."""
         scored, start = [], 0
         for token, score in zip(handle.request.prompt_ids, handle.prompt_scores, strict=False):
             raw = self._bytes(token)
@@ -191,7 +191,7 @@ class TextAssembler:
         self._waiting.append(Scored(TokenText(self._bytes(event.token), event.logprob), top, self._n_read))
 
     def _take(self, *, everything: bool) -> tuple[Scored, ...]:
-        """The noted tokens whose text has begun to be handed out; the rest is dropped if a stop string cuts it off."""
+        """Take the noted tokens whose text has begun to be handed out; drop the rest if a stop string cuts it off."""
         n_content = self._n_read - self._channels.n_held - self._stops.n_held - self._n_cut
         ready = [s for s in self._waiting if everything or s.start < n_content]
         self._waiting = self._waiting[len(ready) :]

@@ -55,7 +55,7 @@ _POST_ERRORS = _errors(400, 401, 403, 404, 408, 413, 415, 429, 500, 503)
 
 
 def create_app(served: Served, options: GateOptions, state: GateState) -> FastAPI:
-    """The application for one model.
+    """Create the application for one model.
 
     Parameters
     ----------
@@ -146,12 +146,12 @@ def _add_reports(app: FastAPI, handler: RequestHandler, state: GateState) -> Non
     @app.get("/models", include_in_schema=False)
     @app.get("/v1/models", response_model=Models, responses=_errors(401, 403))
     async def models() -> Response:
-        """The one model that is served."""
+        """List the one model that is served."""
         return json_response(Models(data=[model()]))
 
     @app.get("/v1/models/{name:path}", response_model=Model, responses=_errors(401, 403, 404))
     async def model_by_name(name: str) -> Response:
-        """The served model, by its name."""
+        """Describe the served model, by its name."""
         if name != served.name:
             raise RefusalError(404, f"model {name!r}; this server has {served.name!r}", code="model_not_found")
         return json_response(model())
@@ -169,7 +169,7 @@ def _add_reports(app: FastAPI, handler: RequestHandler, state: GateState) -> Non
 
     @app.get("/v1/status", response_model=Status, responses=_errors(401, 403))
     async def status() -> Response:
-        """Memory and speed, now."""
+        """Report memory and speed, now."""
         return json_response(handler.status())
 
     @app.get("/health", response_model=Health, responses=_errors(403) | {503: {"model": Health}})
@@ -179,17 +179,17 @@ def _add_reports(app: FastAPI, handler: RequestHandler, state: GateState) -> Non
 
     @app.get("/metrics", responses=_errors(401, 403) | {200: {"content": {"text/plain": {}}}}, response_class=Response)
     async def metrics() -> Response:
-        """Counts for Prometheus."""
+        """Report counts for Prometheus."""
         return Response(handler.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     @app.get("/", include_in_schema=False)
     async def chat_page() -> Response:
-        """The chat page."""
+        """Return the chat page."""
         return Response(page.text, media_type="text/html", headers=page.headers)
 
 
 def _add_handlers(app: FastAPI) -> None:
-    """Every error in OpenAI's shape."""
+    """Add handlers that give every error OpenAI's shape."""
 
     def add(kind: type[Exception], refuse: Callable[[Any], RefusalError]) -> None:
         async def handle(_: Request, error: Exception) -> Response:

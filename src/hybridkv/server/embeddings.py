@@ -27,7 +27,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def _as_texts(value: Any) -> Any:
-    """A list of texts, each a text or token ids, of what may be one."""
+    """Turn what may be one text into a list of texts, each a text or token ids."""
     if isinstance(value, str):
         return [value]
     return [value] if isinstance(value, list) and value and isinstance(value[0], int) else value
@@ -108,7 +108,7 @@ def add_embeddings(app: FastAPI, handler: RequestHandler) -> None:
 
 
 async def _ids(handler: RequestHandler, embedder: Embedder, number: int, text: str | list[int]) -> list[int]:
-    """Token ids of a text, with what the vocabulary puts around it."""
+    """Tokenize a text, with what the vocabulary puts around it."""
     where = f"input.{number}"
     if isinstance(text, str):
         check_text(text, where)

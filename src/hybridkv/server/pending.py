@@ -123,7 +123,7 @@ class PendingReply:
         part.last = now
 
     def cancel(self) -> None:
-        """Nobody wants the rest. No effect on sequences that have ended."""
+        """Cancel all sequences: nobody wants the rest. No effect on those that have ended."""
         for part in self.parts:
             _cancel(part)
 

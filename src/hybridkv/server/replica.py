@@ -82,12 +82,12 @@ class Replica:
         return message
 
     async def metrics(self) -> tuple[str, bytes]:
-        """The replica's name and its counts."""
+        """Return the replica's name and its counts."""
         messages = [m async for batch in self.answer(Forwarded(_get("/metrics"), b"")) for m in batch]
         return self._name, b"".join(message.get("body", b"") for message in messages)
 
     async def check_health(self) -> None:
-        """Called by Ray every few seconds: whether the engine does what it is told.
+        """Check that the scheduler's thread answers; called by Ray every few seconds.
 
         Raises
         ------
@@ -100,13 +100,13 @@ class Replica:
             await asyncio.wrap_future(self._scheduler.call(lambda: None))
 
     def __del__(self) -> None:
-        """Called by Ray before the process ends."""
+        """Shut the scheduler down; called by Ray before the process ends."""
         self._scheduler.shutdown(drain=False)
         self._pool.shutdown(wait=True)
 
 
 def _get(path: str) -> dict[str, Any]:
-    """A request of our own as ASGI says it."""
+    """Build a request of our own as ASGI says it."""
     return {
         "type": "http",
         "asgi": {"version": "3.0"},

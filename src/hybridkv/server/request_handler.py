@@ -41,7 +41,7 @@ class Runner(Keeper, Protocol):
         """Take a request; events go to the listener, on another thread."""
 
     def stats(self) -> SchedulerStats:
-        """Counts up to now."""
+        """Count what was done up to now."""
 
 
 def _say_nothing(_: str) -> None:
@@ -197,7 +197,7 @@ class RequestHandler:
         return run
 
     def _variables(self, body: ChatRequest) -> dict[str, Any]:
-        """The chat template's variables: the server's, and over them the request's."""
+        """Merge the chat template's variables: the server's, and over them the request's."""
         variables = {**self.served.variables, **(body.chat_template_kwargs or {})}
         if body.preserve_thinking is not None:
             variables.setdefault("preserve_thinking", body.preserve_thinking)
@@ -220,7 +220,7 @@ class RequestHandler:
         return None if budget < 0 else budget
 
     def _most(self, body: CompletionRequest | ChatRequest, asked: int | None, ids: Sequence[int]) -> int:
-        """Tokens to generate at most: what was asked for, as far as the context goes."""
+        """Bound the tokens to generate: what was asked for, as far as the context goes."""
         room = max(1, self.served.n_ctx - len(ids))
         if asked is None and self.served.max_tokens is not None and self.served.max_tokens >= 0:
             return min(self.served.max_tokens, room)

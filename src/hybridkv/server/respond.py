@@ -21,7 +21,7 @@ KEEP_ALIVE_S = 10.0
 
 
 async def respond(run: PendingReply, writer: Writer, request: Request, *, stream: bool, with_usage: bool) -> Response:
-    """The reply to a request that was started.
+    """Reply to a request that was started.
 
     Raises
     ------
@@ -66,7 +66,7 @@ class EventStream(StreamingResponse):
 
 
 async def _events(run: PendingReply, writer: Writer, *, with_usage: bool) -> AsyncIterator[bytes]:
-    """The stream's bytes. `usage` is null in every chunk but the last, if it was asked for, and else not there."""
+    """Stream the events' bytes; with `usage`, which is null but in the last, where it was asked for."""
 
     def event(reply: Reply) -> bytes:
         text = reply.model_dump_json(exclude=None if with_usage else {"usage"})
@@ -90,7 +90,7 @@ async def _events(run: PendingReply, writer: Writer, *, with_usage: bool) -> Asy
 
 
 def _pieces(delta: Delta) -> Iterable[Delta]:
-    """Thoughts and text first, then calls, then the end in a chunk of its own, as OpenAI sends it."""
+    """Yield thoughts and text first, then calls, then the end in a chunk of its own, as OpenAI sends it."""
     if delta.reasoning:
         yield Delta(reasoning=delta.reasoning)
     if delta.text or delta.scored:
@@ -108,7 +108,7 @@ def _failure(error: AnswerError) -> RefusalError:
 
 
 async def _unless_gone(run: PendingReply, request: Request) -> list[list[Delta]] | None:
-    """The whole answers; None if the client leaves before they are there."""
+    """Collect the whole answers; None if the client leaves before they are there."""
 
     async def collect() -> list[list[Delta]]:
         answers: list[list[Delta]] = [[] for _ in run.parts]
@@ -131,5 +131,5 @@ async def _unless_gone(run: PendingReply, request: Request) -> list[list[Delta]]
 
 
 def json_response(reply: Reply, status: int = 200) -> Response:
-    """A reply of another kind."""
+    """Write a reply as JSON."""
     return Response(reply.model_dump_json(), status, media_type="application/json")

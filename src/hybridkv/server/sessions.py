@@ -64,7 +64,7 @@ class Sessions:
             self._path(name)
 
     def remember(self, name: str | None, handle: RequestHandle) -> None:
-        """A session's newest request."""
+        """Remember a session's newest request."""
         if name is None:
             return
         self._last[name] = handle

@@ -27,7 +27,7 @@ For each function call, return a json object with function name and arguments wi
 
 
 def taught(turns: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Turns of system, user and assistant alone, in which the tools are taught."""
+    """Rewrite turns to those of system, user and assistant alone, in which the tools are taught."""
     told: list[dict[str, Any]] = []
     for turn in turns:
         if turn["role"] == "tool":

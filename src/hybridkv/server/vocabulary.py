@@ -89,7 +89,7 @@ def add_vocabulary(app: FastAPI, handler: RequestHandler) -> None:
 
     @app.post("/tokenize", response_model=Tokens, responses=_ERRORS)
     async def tokenize(body: TokenizeRequest) -> Response:
-        """Tokens of a text."""
+        """Tokenize a text."""
         check_text(body.content, "content")
         added, parsed = body.add_special, body.parse_special
         ids = await prompts.in_thread(
@@ -101,7 +101,7 @@ def add_vocabulary(app: FastAPI, handler: RequestHandler) -> None:
 
     @app.post("/detokenize", response_model=Content, responses=_ERRORS)
     async def detokenize(body: DetokenizeRequest) -> Response:
-        """A text of tokens."""
+        """Write tokens as text."""
         bad = next((token for token in body.tokens if token >= served.n_vocab), None)
         if bad is not None:
             raise RefusalError(400, f"tokens: {bad}; this model's tokens are 0 to {served.n_vocab - 1}", param="tokens")
