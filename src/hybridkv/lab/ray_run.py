@@ -107,12 +107,12 @@ class RayEvaluation(Evaluation):
         return True
 
     def _beside(self, candidate: Candidate) -> tuple[Candidate, ...]:
-        """A candidate behind the reference."""
+        """Put a candidate behind the reference."""
         reference = self._candidates[0]
         return (reference,) if candidate is reference else (reference, candidate)
 
     def _lacks(self, candidate: Candidate) -> tuple[int, ...]:
-        """Windows that nobody has measured."""
+        """List the windows that nobody has measured."""
         windows = range(len(self._corpus.windows))
         return tuple(i for i in windows if not self._journal.holds(candidate.label, i, self._corpus.n_ctx))
 
@@ -136,7 +136,7 @@ def _measure(
     windows: Sequence[int],
     n_greedy: int,
 ) -> Found:
-    """The task: what `Evaluation` does, of one candidate."""
+    """Run the task: what `Evaluation` does, of one candidate."""
     evaluator = _evaluator(loader)
     evaluator.speeds.clear()  # of the candidate that this process had before
     own = candidates[-1]
@@ -148,7 +148,7 @@ def _measure(
 
 @lru_cache(maxsize=1)
 def _evaluator(loader: ModelLoader) -> Evaluator:
-    """A process of Ray's runs one task after the other: it loads a model once."""
+    """Load a model once per process: Ray's run one task after the other."""
     return loader()
 
 
@@ -171,4 +171,4 @@ class _Unwritten(Journal):
             self.found[window] = trace
 
     def save(self) -> None:
-        """Nothing: the run that started the task writes."""
+        """Do nothing: the run that started the task writes."""

@@ -59,22 +59,22 @@ class Card:
         return self.source.has(self.prefix + name)
 
     def weight(self, name: str) -> Weight:
-        """A matrix or a stack of the block, where it lies."""
+        """Return a matrix or a stack of the block, where it lies."""
         return self.source.weight(self.prefix + name)
 
     def vector(self, name: str) -> Tensor:
-        """A small tensor of the block, float32 on the device."""
+        """Return a small tensor of the block, float32 on the device."""
         found = self.source.vector(self.prefix + name).to(self.device).contiguous()
         self.n_bytes += found.nbytes
         return found
 
     def norm(self, norm: Norm) -> Tensor:
-        """The weight of a norm, flat; some files leave out its suffix."""
+        """Return the weight of a norm, flat; some files leave out its suffix."""
         name = norm.weight if self.has(norm.weight) else norm.weight.removesuffix(".weight")
         return self.vector(name).flatten()
 
     def joined(self, *names: str) -> PackedWeight | Tensor:
-        """Matrices of one type and width, one above the other: packed, or as their numbers."""
+        """Join matrices of one type and width, one above the other: packed, or as their values."""
         key = tuple(self.prefix + name for name in names)
         if key not in self._matrices:
             weights = [self.weight(name) for name in names]
@@ -88,13 +88,13 @@ class Card:
         return self._matrices[key]
 
     def packed(self, *names: str) -> PackedWeight:
-        """Matrices of a packed type."""
+        """Join matrices of a packed type."""
         held = self.joined(*names)
         assert isinstance(held, PackedWeight)
         return held
 
     def product(self, *names: str) -> Product:
-        """Matrices that read the same rows, as one product."""
+        """Build one product of matrices that read the same rows."""
         groups = [tuple(part) for _, part in groupby(names, lambda name: self.weight(name).format.name)]
         widths = [[self.weight(name).n_out for name in group] for group in groups]
         return Product([self.joined(*group) for group in groups], widths)
@@ -122,14 +122,14 @@ class Product:
         self._in_order = order == list(range(len(matrices)))
 
     def whole(self, x: Tensor, dtype: torch.dtype = torch.float32, factor: float = 1.0) -> Tensor:
-        """`[N, in]`, float16, to `[N, sum of outs]`."""
+        """Multiply `[N, in]`, float16, to `[N, sum of outs]`."""
         parts = self._parts(x, dtype, factor)
         if not self._in_order:
             parts = self._split(parts)
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def __call__(self, x: Tensor, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        """The outputs of each matrix, rows of a larger whole."""
+        """Compute the outputs of each matrix, rows of a larger whole."""
         return self._split(self._parts(x, dtype, 1.0))
 
     def _split(self, parts: Sequence[Tensor]) -> list[Tensor]:
@@ -144,7 +144,7 @@ class Product:
         return [out[place] for place in self._places]
 
     def _parts(self, x: Tensor, dtype: torch.dtype, factor: float) -> list[Tensor]:
-        """Two packed matrices a launch, the first plain one with the last of them."""
+        """Launch two packed matrices at a time, the first plain one with the last of them."""
         parts, plain = [], self._plain
         for i in range(0, len(self._packed), 2):
             beside = None
@@ -155,7 +155,7 @@ class Product:
 
 
 def _plain(x: Tensor, matrix: Tensor, dtype: torch.dtype, factor: float) -> Tensor:
-    """A product with a matrix that is held as its numbers."""
+    """Multiply by a matrix that is not packed."""
     if factor != 1.0:
         x = x * factor
     if len(x) == 1 and x.device.type == "cuda" and matrix.shape[1] <= MOST_INPUTS:
@@ -164,7 +164,7 @@ def _plain(x: Tensor, matrix: Tensor, dtype: torch.dtype, factor: float) -> Tens
 
 
 def _dtype(run: FusedRun) -> torch.dtype:
-    """Of what products give: float16 halves what a prompt's rows take."""
+    """Choose the dtype of what products give: float16 halves what a prompt's rows take."""
     return torch.float32 if run.n_tokens == 1 else torch.float16
 
 

@@ -70,7 +70,7 @@ class NativeStep:
         self._head.program.start_timing()
 
     def timing(self) -> dict[str, float]:
-        """Seconds since `start_timing` by kind of operation, those of the output head apart."""
+        """Sum the seconds since `start_timing` by kind of operation, those of the output head apart."""
         seconds: dict[str, float] = {}
         for part, builder in (("", self._layers), ("head: ", self._head)):
             for kind, spent in builder.program.timing():
@@ -87,14 +87,14 @@ class NativeStep:
 
     @torch_on_one_thread()
     def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> StepResult:
-        """All in one run, weights read once; see `Step.forward_many`."""
+        """Run all sequences at once, weights read once; see `Step.forward_many`."""
         return self.forward_drafts([[token] for token in tokens.tolist()], caches, positions)
 
     @torch_on_one_thread()
     def forward_drafts(
         self, tokens: Sequence[Sequence[int]], caches: Sequence[ModelCache], positions: Sequence[int]
     ) -> StepResult:
-        """All tokens of all caches in one run, weights read once; see `DraftStep.forward_drafts`.
+        """Run all tokens of all caches at once, weights read once; see `DraftStep.forward_drafts`.
 
         A cache whose next call the guard measures for the first time, or whose kernels are not native, goes by itself.
         """
@@ -122,7 +122,7 @@ class NativeStep:
         return StepResult(logits, failed)
 
     def room(self, cache: ModelCache, n_tokens: int) -> int:
-        """How many of the next tokens `forward_drafts` takes of this cache; see `DraftStep.room`."""
+        """Count how many of the next tokens `forward_drafts` takes of this cache; see `DraftStep.room`."""
         layers = [_rows_of(cache, call.layer) for call in self._layers.calls]
         if n_tokens == 1 or not all(map(_direct, layers)):
             return 1
@@ -161,7 +161,7 @@ class NativeStep:
         return torch.split(tokens, max(1, MAX_ROWS // len(tokens)), dim=1)
 
     def _logits(self, hidden: Tensor, caches: Caches = "shared") -> Tensor:
-        """The head over hidden states `[N, hidden size]`: `[N, V]`."""
+        """Apply the head to hidden states `[N, hidden size]`: `[N, V]`."""
         if self._head.n_rows < min(len(hidden), HEAD_ROWS):
             self._head = self._write(lowering.build_head, min(len(hidden), HEAD_ROWS))
         head = self._head
@@ -176,7 +176,7 @@ class NativeStep:
         return logits
 
     def _run(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
-        """All layers over `tokens` `[B, T]`; the hidden states `[B, T, hidden size]`, until the next run."""
+        """Run all layers over `tokens` `[B, T]`; hidden states `[B, T, hidden size]`, valid until the next run."""
         n_seqs, n_tokens = tokens.shape
         x = self._embedded(tokens.flatten())
         builder, program = self._layers, self._layers.program
@@ -197,7 +197,7 @@ class NativeStep:
         return x.view(n_seqs, n_tokens, -1)
 
     def _embedded(self, tokens: Tensor) -> Tensor:
-        """The first rows of buffer `x`, which now hold the embedding of `tokens` `[N]`."""
+        """Embed `tokens` `[N]` into the first rows of buffer `x`."""
         if self._layers.n_rows < len(tokens):
             self._layers = self._write(lowering.build_layers, len(tokens))
         x = self._layers.buffer("x")[: len(tokens)]
@@ -212,7 +212,7 @@ class NativeStep:
         positions: Sequence[int],
         spans: Sequence[int],
     ) -> tuple[Tensor, dict[int, Fault]]:
-        """All layers over the tokens of each cache in one run; the hidden states `[rows, hidden]`, failures by row."""
+        """Run all layers over the tokens of each cache at once; the hidden states `[rows, hidden]`, failures by row."""
         x = self._embedded(tokens)
         program, first_rows = self._layers.program, _starts(spans)
         self._drafted = {id(c): (row, n) for c, row, n in zip(caches, first_rows, spans, strict=True)}
@@ -245,7 +245,7 @@ class NativeStep:
         return x, self._run_checked(run, by_call, rows, 1, spans)
 
     def _next_states(self, cache: ModelCache, held: Sequence[Tensor]) -> list[Tensor]:
-        """Memory for the states of a run that `keep` may undo, as `_cache_states` gives theirs."""
+        """Return memory for the states of a run that `keep` may undo, as `_cache_states` gives theirs."""
         found: list[Tensor] = []
         for index, (_, recurrent) in zip(self._layers.state_layers, self._layers.state_shapes, strict=True):
             layer = cache.states[index]
@@ -255,7 +255,7 @@ class NativeStep:
         return found
 
     def _decode(self, layers: Sequence[WatchedRows], n_seqs: int, angles: Sequence[Angles], states: list[int]) -> None:
-        """All layers over one token per sequence, attention included, in a single run but where the guard looks in.
+        """Run all layers over one token per sequence, attention included, in a single run but where the guard looks in.
 
         Raises
         ------
@@ -278,7 +278,7 @@ class NativeStep:
         n_seqs: int,
         spans: Sequence[int] = (1,),
     ) -> dict[int, Fault]:
-        """The whole program, stopped before and after the attention of layers at which the guard looks.
+        """Run the whole program, stopped before and after the attention of layers at which the guard looks.
 
         Parameters
         ----------
@@ -334,7 +334,7 @@ class NativeStep:
         return failed
 
     def _state_addresses(self, cache: ModelCache, n_seqs: int) -> list[int]:
-        """Of one cache's states; those of the last step, if the same tensors are held still."""
+        """List the addresses of one cache's states; those of the last step, if the same tensors are held still."""
         layers = [cache.states[index] for index in self._layers.state_layers]
         fed = all(layer is not None and layer.has_previous_state[0] for layer in layers)
         held = [state for layer in layers if layer is not None for state in layer.memory]
@@ -347,7 +347,7 @@ class NativeStep:
         return addresses
 
     def _cache_states(self, cache: ModelCache, n_seqs: int) -> list[Tensor]:
-        """Convolution and recurrent state of every layer that has them, in the operations' order."""
+        """List convolution and recurrent state of every layer that has them, in the operations' order."""
         states: list[Tensor] = []
         for index, shapes in zip(self._layers.state_layers, self._layers.state_shapes, strict=True):
             layer = cache.states[index]
@@ -356,7 +356,7 @@ class NativeStep:
         return states
 
     def _rope_table(self, position: int, n_tokens: int) -> list[Angles]:
-        """Cosines and sines of the positions from `position` on, `[T, n_rotated / 2]`, of each kind of RoPE; kept."""
+        """Compute cosines and sines from `position` on, `[T, n_rotated / 2]`, of each kind of RoPE; they are kept."""
         end = position + n_tokens
         if self._layers.ropes and (not self._angles or self._angles[0][0].shape[0] < end):
             n_positions = max(1024, end + end // 2)
@@ -389,7 +389,7 @@ def _found(layer: WatchedRows, health: Health) -> NonFiniteError:
 
 
 def _due(layer: WatchedRows, n_more: int) -> bool:
-    """Whether the guard checks the token that comes `n_more` tokens after the next one, or the next, of several."""
+    """Check whether the guard checks the token `n_more` after the next one, or the next, of several."""
     n_seen = layer.store.n_seen + 1
     return layer.watch.should_check(n_seen + n_more, 1) or (n_more == 1 and layer.watch.should_check(n_seen, 1))
 
@@ -408,10 +408,10 @@ def _new_rows(layer: WatchedRows, n_seqs: int, n_tokens: int = 1) -> Rows:
 
 
 def _heads_first(x: Tensor, n_seqs: int, n_tokens: int) -> Tensor:
-    """A buffer's first rows `[B * T, heads, D]` as `[B, heads, T, D]`, without a copy."""
+    """View a buffer's first rows `[B * T, heads, D]` as `[B, heads, T, D]`, without a copy."""
     return x[: n_seqs * n_tokens].view(n_seqs, n_tokens, *x.shape[1:]).transpose(1, 2)
 
 
 def _of_cache(x: Tensor, row: int, n_seqs: int) -> Tensor:
-    """The rows from `row` on of one cache of `n_seqs` sequences, one new token: `[n_seqs, heads, 1, D]`."""
+    """View the rows from `row` on of one cache of `n_seqs` sequences, one new token: `[n_seqs, heads, 1, D]`."""
     return _heads_first(x[row:], n_seqs, 1)

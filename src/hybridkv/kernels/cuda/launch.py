@@ -56,7 +56,7 @@ class Tiling:
 def choose_tiling(
     side_k: Side, side_v: Side, n_query_rows: int, *, one_token: bool = False, turing: bool = False
 ) -> Tiling:
-    """A tiling for a case: narrow in query rows for decode, wide for prefill.
+    """Choose a tiling for a case: narrow in query rows for decode, wide for prefill.
 
     Of those that `bench/attention_cuda.py --tune` times on an H100, the ones that lose least in the geometric mean.
 
@@ -112,7 +112,7 @@ def _has_products_of_fragments(device: torch.device) -> bool:
 
 
 def n_shares(tiling: Tiling, n_rows: int, n_tiles: int, n_pairs: int, device: torch.device) -> int:
-    """Shares of `n_rows` stored rows, for `n_tiles` tiles of query rows and `n_pairs` of sequence and KV head."""
+    """Choose into how many shares to cut `n_rows` rows, for `n_tiles` tiles of queries and `n_pairs` of KV heads."""
     slots = _n_multiprocessors(device) * tiling.programs
     # All programs of one token's kernel run at once: one more would run alone, after the others.
     wanted = slots // (n_tiles * n_pairs) if tiling.block_m == ONE_TOKEN_ROWS else -(-slots // (n_tiles * n_pairs))
@@ -120,7 +120,7 @@ def n_shares(tiling: Tiling, n_rows: int, n_tiles: int, n_pairs: int, device: to
 
 
 def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | None = None) -> Tensor:
-    """Attention of q `[B, Hq, T, D]` over the view's rows; `[B, Hq, T, Dv]`, float32, or float16 of prompts.
+    """Attend q `[B, Hq, T, D]` over the view's rows; `[B, Hq, T, Dv]`, float32, or float16 of prompts.
 
     A query that sees no row gives zeros. Without a `tiling`, one is chosen.
     """
@@ -309,14 +309,14 @@ def _one_token(
 
 
 def _or(tensor: Tensor | None, placeholder: Tensor) -> Tensor:
-    """An address for an argument that the kernel will not read."""
+    """Return the tensor, or another one's address for an argument that the kernel will not read."""
     return placeholder if tensor is None else tensor
 
 
 def _mask(
     mask: Tensor | None, n_batch: int, n_heads: int, n_new: int, n_rows: int
 ) -> tuple[Tensor | None, tuple[int, ...]]:
-    """The mask's bytes and strides, the last of which is 1."""
+    """View the mask as bytes, with its strides, the last of which is 1."""
     if mask is None:
         return None, (0, 0, 0)
     assert mask.dtype == torch.bool, mask.dtype
@@ -327,7 +327,7 @@ def _mask(
 
 
 def _lengths(segments: tuple[Segment, ...], n_batch: int) -> Tensor | None:
-    """int32 `[segments, B]` on the device if any segment's length is there."""
+    """Gather the segments' lengths, int32 `[segments, B]` on the device, if any is there."""
     known = [s.lengths for s in segments if s.lengths is not None]
     if not known:
         return None
@@ -339,7 +339,7 @@ def _lengths(segments: tuple[Segment, ...], n_batch: int) -> Tensor | None:
 
 
 def _rows(segment: Segment, view: KVView, n_batch: int, n_kv_heads: int) -> tuple[int, int]:
-    """Rows per sequence of K's and of V's planes; checked against what is to be read."""
+    """Count the rows per sequence of K's and of V's planes; checked against what is to be read."""
     heads = (n_batch, n_kv_heads)
     k_rows = capacity(segment.format_k, segment.k, view.head_dim_k, heads)
     v_rows = capacity(segment.format_v, segment.v, view.head_dim_v, heads)
