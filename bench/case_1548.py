@@ -60,16 +60,16 @@ def misreading(kernel: Kernel) -> Kernel:
 
 def run(loaded: Loaded, types: KVTypes, mode: GuardMode, kernels: Sequence[Kernel]) -> tuple[str, list[str]]:
     """The text of a run, or how it ended, and what the guard said."""
-    said: list[str] = []
+    messages: list[str] = []
     guard = Guard(mode=mode)
     facts = loaded.description.facts
     specs, warnings = guard.before(Policy(types).resolve(kv_facts(facts)), hybrid=True, n_ctx=512)
-    said += warnings
+    messages += warnings
 
     def make_cache(specs: Sequence[KVSpec]) -> ModelCache:
-        return ModelCache(loaded.model.config, specs, n_ctx=512, guard=guard, notify=said.append, kernels=kernels)
+        return ModelCache(loaded.model.config, specs, n_ctx=512, guard=guard, notify=messages.append, kernels=kernels)
 
-    engine = Engine(loaded.model, specs, n_ctx=512, guard=guard, notify=said.append, make_cache=make_cache)
+    engine = Engine(loaded.model, specs, n_ctx=512, guard=guard, notify=messages.append, make_cache=make_cache)
     assert loaded.tokenizer is not None
     ids = loaded.tokenizer.encode(PROMPT)
     out: list[int] = []
@@ -77,8 +77,8 @@ def run(loaded: Loaded, types: KVTypes, mode: GuardMode, kernels: Sequence[Kerne
         for (token,) in engine.generate(ids, SamplingParams(temp=0), n_predict=N_PREDICT):
             out.append(token)
     except GuardError as error:
-        return f"stopped after {len(out)} tokens: {error.message}", said
-    return loaded.tokenizer.decode(out), said
+        return f"stopped after {len(out)} tokens: {error.message}", messages
+    return loaded.tokenizer.decode(out), messages
 
 
 CASES: tuple[tuple[str, KVTypes, GuardMode, str], ...] = (
@@ -109,9 +109,9 @@ def page(loaded: Loaded) -> str:
         "",
     ]
     for title, types, mode, which in CASES:
-        text, said = run(loaded, types, mode, kernels[which])
+        text, messages = run(loaded, types, mode, kernels[which])
         lines += [f"## {title}", "", "```text", *text.rstrip().splitlines(), "```", ""]
-        lines += [f"> {line}" for line in said] + [""] * bool(said)
+        lines += [f"> {line}" for line in messages] + [""] * bool(messages)
     lines += [
         "A wrong layout is wrong on the first prompt, and large: the guard names the layer and the measured error. It",
         "is no precision lost over time, and more bits cure it only because another type takes another path.",
@@ -128,7 +128,9 @@ def original(path: Path) -> str:
     seconds = time.perf_counter() - begin
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     size = path.stat().st_size / 2**30
-    said = [line for line in done.stderr.splitlines() if line.startswith(("weights", "engine", "prompt", "gen", "mem"))]
+    messages = [
+        line for line in done.stderr.splitlines() if line.startswith(("weights", "engine", "prompt", "gen", "mem"))
+    ]
     return "\n".join(
         [
             "",
@@ -140,7 +142,7 @@ def original(path: Path) -> str:
             f"on one {cpu_model()}: the words mean nothing, the numbers are finite and the work is that of the model.",
             "",
             "```text",
-            *said,
+            *messages,
             "```",
             "",
         ]

@@ -31,8 +31,8 @@ from triton.compiler import ASTSource
 from triton.runtime import driver
 
 from hybridkv.kernels.cuda import experts, products
+from hybridkv.kernels.cuda.decode import attend_one_token
 from hybridkv.kernels.cuda.layout import side
-from hybridkv.kernels.cuda.one_token import attend_one_token
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 H100 = GPUTarget("cuda", 90, 32)

@@ -33,8 +33,8 @@ def start() -> None:
 
 def build() -> str:
     """Version, and what the library says it was compiled for."""
-    said = api.llama_print_system_info().decode()
-    flags = [word.split("=")[0].split(":")[-1].strip() for word in said.split("|") if word.strip().endswith("= 1")]
+    info = api.llama_print_system_info().decode()
+    flags = [word.split("=")[0].split(":")[-1].strip() for word in info.split("|") if word.strip().endswith("= 1")]
     return f"llama.cpp, llama-cpp-python {metadata.version('llama-cpp-python')}, {' '.join(flags)}"
 
 

@@ -27,8 +27,8 @@ import transformers  # noqa: E402
 from hybridkv import __version__  # noqa: E402
 from hybridkv.cache import KVTypes  # noqa: E402
 from hybridkv.engine import Request, SamplingParams, Scheduler  # noqa: E402
-from hybridkv.engine.host import settle  # noqa: E402
 from hybridkv.engine.load import Loaded, bundled_model, bundled_text, describe, load  # noqa: E402
+from hybridkv.engine.model_context import freeze_gc  # noqa: E402
 from hybridkv.model import kv_facts  # noqa: E402
 from hybridkv.native import NativeStep  # noqa: E402
 from hybridkv.policy import Guard, Policy  # noqa: E402
@@ -46,30 +46,30 @@ def scheduler(loaded: Loaded, **options: Any) -> Scheduler:
 
 def reply(run: Scheduler, ids: tuple[int, ...], n_new: int) -> tuple[tuple[int, ...], int]:
     """Generated tokens, and how many of the prompt were processed."""
-    ticket = run.submit(Request(ids, n_new, GREEDY))
+    handle = run.submit(Request(ids, n_new, GREEDY))
     while run.step():
         pass
-    return ticket.token_ids[len(ids) :], ticket.usage.prompt_tokens - ticket.usage.cached_tokens
+    return handle.token_ids[len(ids) :], handle.usage.prompt_tokens - handle.usage.cached_tokens
 
 
 def decoding(loaded: Loaded, step: NativeStep, prompts: list[tuple[int, ...]], n_new: int) -> tuple[float, float, list]:
     """Wall and processor seconds from the moment that all decode to the end, per token; the replies."""
     run = scheduler(loaded, n_parallel=len(prompts), step=step)
-    tickets = [run.submit(Request(ids, n_new, GREEDY)) for ids in prompts]
-    while not all(t.usage.generated_tokens for t in tickets):
+    handles = [run.submit(Request(ids, n_new, GREEDY)) for ids in prompts]
+    while not all(t.usage.generated_tokens for t in handles):
         run.step()
     before, wall, cpu = run.stats().generated_tokens, time.perf_counter(), time.process_time()
     while run.step():
         pass
     count = run.stats().generated_tokens - before
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return wall / count, cpu / count, [t.token_ids[len(t.request.prompt_ids) :] for t in tickets]
+    return wall / count, cpu / count, [t.token_ids[len(t.request.prompt_ids) :] for t in handles]
 
 
 def throughput(loaded: Loaded, text: list[int], depth: int, repeats: int) -> list[dict[str, float]]:
     """One sequence and several in turn, so that a busy machine is busy for both."""
     step = NativeStep(loaded.model)
-    settle()  # as the server does
+    freeze_gc()  # as the server does
     prompts = [tuple(text[i * depth : (i + 1) * depth]) for i in range(8)]
     alone = [decoding(loaded, step, [ids], 64)[2][0] for ids in prompts]
     times: dict[int, list[tuple[float, float]]] = {n: [] for n in (1, 2, 4, 8)}

@@ -86,14 +86,14 @@ def cases(n: int) -> tuple[list[Case], int]:
         prompt = decode(encode(text[begin : begin + 6 * length])[:length]) + tail
         ids = encode(prompt)
         max_tokens = 16 + 8 * (index % 5)
-        ticket = alone.submit(Request(tuple(ids), max_tokens, greedy, stop_ids=tuple(loaded.end_ids)))
+        handle = alone.submit(Request(tuple(ids), max_tokens, greedy, stop_ids=tuple(loaded.end_ids)))
         while alone.step():
             pass
-        said = [token for token in ticket.token_ids[len(ids) :] if token not in loaded.end_ids]
+        answered = [token for token in handle.token_ids[len(ids) :] if token not in loaded.end_ids]
         engine = Engine(loaded.model, specs, n_ctx=N_CTX, guard=guard, notify=print)
         run = [token for (token,) in engine.generate(ids, greedy, n_predict=max_tokens)]
-        n_same += said == list(takewhile(lambda token: token not in loaded.end_ids, run))
-        found.append(Case(prompt, max_tokens, decode(ids + said)[len(decode(ids)) :]))
+        n_same += answered == list(takewhile(lambda token: token not in loaded.end_ids, run))
+        found.append(Case(prompt, max_tokens, decode(ids + answered)[len(decode(ids)) :]))
     return found, n_same
 
 
@@ -104,7 +104,7 @@ async def client(http: httpx2.AsyncClient, cases: Sequence[Case], seen: Seen, rn
         leaves = rng.random() < 0.05
         body = {"prompt": case.prompt, "max_tokens": case.max_tokens, "temperature": 0, "stream": True}
         start = last = time.perf_counter()
-        said, n_chunks, whole = "", 0, False
+        answered, n_chunks, whole = "", 0, False
         async with http.stream("POST", "/v1/completions", json=body) as response:
             if response.status_code == 429:
                 seen.n_retried += 1
@@ -122,18 +122,20 @@ async def client(http: httpx2.AsyncClient, cases: Sequence[Case], seen: Seen, rn
                     continue
                 now = time.perf_counter()
                 (seen.next_s if n_chunks else seen.first_s).append(now - last)
-                last, n_chunks, said = now, n_chunks + 1, said + text
+                last, n_chunks, answered = now, n_chunks + 1, answered + text
                 if leaves and n_chunks == 3:
                     break
         seen.n_tokens += n_chunks
         if leaves and not whole:
             seen.n_left += 1
-            if not case.expected.startswith(said):
-                seen.wrong.append({"prompt": case.prompt[-80:], "expected": case.expected, "said": said})
-        elif whole and said == case.expected:
+            if not case.expected.startswith(answered):
+                seen.wrong.append({"prompt": case.prompt[-80:], "expected": case.expected, "said": answered})
+        elif whole and answered == case.expected:
             seen.n_right += 1
         else:
-            seen.wrong.append({"prompt": case.prompt[-80:], "expected": case.expected, "said": said, "s": last - start})
+            seen.wrong.append(
+                {"prompt": case.prompt[-80:], "expected": case.expected, "said": answered, "s": last - start}
+            )
 
 
 async def watch(pid: int, seen: Seen, start: float, end: float) -> None:

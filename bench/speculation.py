@@ -29,7 +29,7 @@ from hybridkv.engine.speculation import Speculation
 from hybridkv.engine.steps import resolve_step
 from hybridkv.kernels import cpu_native
 from hybridkv.lab.machine import machine
-from hybridkv.model import kv_facts, vocabulary_rows
+from hybridkv.model import kv_facts, vocab_size_of
 from hybridkv.policy import Guard, Policy
 
 HERE = Path(__file__).parent
@@ -65,7 +65,7 @@ def tasks_of(loaded: Loaded, n_seeds: int = 2) -> Iterator[Task]:
     for seed in range(n_seeds):
         yield Task("sampled", ids(page[4000 : 5600 + seed]), SamplingParams(seed=seed))
         draw = torch.Generator().manual_seed(seed)
-        n_vocab = vocabulary_rows(loaded.model.config)
+        n_vocab = vocab_size_of(loaded.model.config)
         noise = torch.randint(3, n_vocab, (300,), generator=draw).tolist()
         flat = SamplingParams(temp=1000, top_k=0, top_p=1, min_p=0, seed=seed)
         yield Task("random", noise, flat)

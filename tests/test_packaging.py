@@ -25,7 +25,7 @@ OPTIONAL = {
     "report": ("lab/plots.py",),
     "serve": ("server/",),
     "structured": ("server/grammar.py", "server/vet_grammar.py"),
-    "ray": ("server/", "lab/spread.py", "cli/ray_options.py", "cli/serve_ray.py"),
+    "ray": ("server/", "lab/ray_run.py", "cli/ray_options.py", "cli/serve_ray.py"),
 }
 """The files that may import what an extra brings."""
 WITH_TORCH = ("triton",)

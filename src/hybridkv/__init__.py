@@ -30,7 +30,7 @@ from hybridkv.errors import (
 
 if TYPE_CHECKING:
     from hybridkv.cache import KVTypes
-    from hybridkv.engine import Engine, Event, Request, SamplingParams, Scheduler, Ticket
+    from hybridkv.engine import Engine, Event, Request, RequestHandle, SamplingParams, Scheduler
     from hybridkv.engine.api import Model, load, plan
     from hybridkv.hf import ModelCache, quantized_cache
     from hybridkv.planner import Plan
@@ -55,10 +55,10 @@ __all__ = [
     "Plan",
     "Policy",
     "Request",
+    "RequestHandle",
     "SamplingParams",
     "Scheduler",
     "SessionError",
-    "Ticket",
     "UsageError",
     "__version__",
     "load",
@@ -68,7 +68,7 @@ __all__ = [
 
 _MODULES = {
     "cache": ("KVTypes",),
-    "engine": ("Engine", "Event", "Request", "SamplingParams", "Scheduler", "Ticket"),
+    "engine": ("Engine", "Event", "Request", "SamplingParams", "Scheduler", "RequestHandle"),
     "engine.api": ("Model", "load", "plan"),
     "hf": ("ModelCache", "quantized_cache"),
     "planner": ("Plan",),

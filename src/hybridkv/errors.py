@@ -47,7 +47,7 @@ T = TypeVar("T", bound=str)
 
 
 def one_of(text: str, allowed: Sequence[T], problem: str, *, hint: str) -> T:
-    """The name among `allowed` that `text` is.
+    """Match `text` with one of the names in `allowed`.
 
     Raises
     ------

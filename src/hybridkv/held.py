@@ -170,7 +170,7 @@ _ITEMSIZE: Final[Mapping[str, int]] = {"f32": 4, "bf16": 2}
 
 
 def _on_cpu(tensor: StoredTensor, kind: WeightKind, runner: Runner) -> dict[str, int]:
-    """Bytes of a tensor by how they are held; nothing for a vector."""
+    """Count the bytes of a tensor by how they are held; nothing for a vector."""
     if tensor.shape == "vector" or (runner == "native" and tensor.n_out == 1 and tensor.type == "f32"):
         return {}
     if tensor.shape == "experts" and runner == "eager":
@@ -200,7 +200,7 @@ def card_bytes(tensor: StoredTensor) -> dict[str, int]:
 
 
 def _on_device(tensor: StoredTensor, kind: WeightKind, plain: str) -> dict[str, int]:
-    """Bytes on other devices: plain, or linear layers as torchao's int8 and int4."""
+    """Count the bytes on other devices: plain, or linear layers as torchao's int8 and int4."""
     rows, n = tensor.n_stack * tensor.n_out, tensor.n_values
     if tensor.shape == "vector":
         return {}
@@ -226,7 +226,7 @@ def parse_weights(text: str) -> WeightKind:
 
 
 def weight_type(kind: WeightKind, n_in: int, *, in_vocabulary: bool) -> str | None:
-    """The type that a matrix is encoded in; None if it stays what it is.
+    """Choose the type that a matrix is encoded in; None if it stays what it is.
 
     Parameters
     ----------

@@ -39,7 +39,7 @@ _V2 = _Group("memory.max", "memory.current", ("inactive_file", "active_file"))
 
 
 def available_memory(root: Path = Path("/")) -> Available | None:
-    """The least that the machine and the containers around this process leave; None if nothing says.
+    """Find the least that the machine and the containers around this process leave; None if nothing says.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ def _of_groups(root: Path) -> Iterator[Available | None]:
 
 
 def _walk(root: Path, mounted_at: str, mounted: str, path: str, group: _Group) -> Iterator[Available | None]:
-    """A group and those above it. `mounted` is the group that the mount shows, which in a container is its own."""
+    """Walk from a group upwards. `mounted` is the group that the mount shows, which in a container is its own."""
     top = root / mounted_at.lstrip("/")
     own, shown = PurePosixPath(path), PurePosixPath(mounted)
     inside = own.relative_to(shown) if own.is_relative_to(shown) else PurePosixPath()
@@ -103,13 +103,13 @@ def _of_group(directory: Path, group: _Group) -> Available | None:
 
 
 def _number(path: Path) -> int | None:
-    """A file's one number; None if it is not there, or says `max`."""
+    """Read a file's one number; None if it is not there, or says `max`."""
     text = "".join(_lines(path)).strip()
     return int(text) if text.isdigit() else None
 
 
 def _lines(path: Path) -> list[str]:
-    """A file's lines; none if it cannot be read, as on systems that have no such file."""
+    """Read a file's lines; none if it cannot be read, as on systems that have no such file."""
     try:
         return path.read_text(errors="replace").splitlines()
     except OSError:

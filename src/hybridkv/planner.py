@@ -86,7 +86,7 @@ def unknown_states(facts: Sequence[LayerFacts]) -> bool:
 
 
 def largest_context(specs: Sequence[KVSpec], free_bytes: int, *, n_seqs: int = 1) -> int | None:
-    """The most tokens per sequence whose KV rows fit `free_bytes`; None if 2**40 do: nothing grows, or too slowly.
+    """Find the most tokens per sequence whose KV rows fit `free_bytes`; None if 2**40 do: nothing grows, or too slowly.
 
     0 means that not a single token fits.
     """
@@ -107,7 +107,7 @@ def largest_context(specs: Sequence[KVSpec], free_bytes: int, *, n_seqs: int = 1
 
 
 def parse_bytes(text: str, option: str = "--memory") -> int:
-    """`24GiB`, `512MiB`, `8GB` or plain bytes.
+    """Parse a size: `24GiB`, `512MiB`, `8GB` or plain bytes.
 
     Raises
     ------
@@ -124,7 +124,7 @@ def parse_bytes(text: str, option: str = "--memory") -> int:
 
 
 def work_bytes(config: Any, n_rows: int = CHUNK_ROWS) -> int:
-    """About what a forward pass of `n_rows` tokens takes beside weights and cache: buffers of one layer, and logits.
+    """Estimate what a forward pass of `n_rows` tokens takes beside weights and cache: one layer's buffers, and logits.
 
     An estimate, and a generous one: buffers are reused from layer to layer, and how many live at once is the engine's
     business. Float32.

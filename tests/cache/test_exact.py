@@ -339,7 +339,7 @@ def test_admit_counts_the_same_rows_as_append(tail: int) -> None:
     for t in range(150):
         one = k[:, :, t : t + 1], v[:, :, t : t + 1]
         expected = written.append(*one)
-        view = counted.admit(1, 1, DEVICE)
+        view = counted.reserve(1, 1, DEVICE)
         newest = view.segments[-1]
         for x, fmt, planes in ((one[0], newest.format_k, newest.k), (one[1], newest.format_v, newest.v)):
             reference.write(x, fmt, None, planes, newest.start + newest.length - 1)

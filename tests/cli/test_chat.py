@@ -106,8 +106,8 @@ def test_what_a_tool_has_answered_is_a_message_of_its_own(loaded: Loaded) -> Non
     assert pieces is not None
     answer = said(pieces)
     assert [message["role"] for message in talk.messages] == ["user", "assistant", "tool", "assistant"]
-    assert talk.ticket is not None
-    prompt = talk.tokenizer.decode(talk.ticket.request.prompt_ids)
+    assert talk.handle is not None
+    prompt = talk.tokenizer.decode(talk.handle.request.prompt_ids)
     assert prompt.endswith(f"<user>the weather<assistant>{asked}<tool><|im_end|>21 C<assistant>")
     again = said(talk.regenerate())
     assert talk.messages[-1]["content"] == again != answer

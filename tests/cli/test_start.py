@@ -44,7 +44,7 @@ def test_help_needs_nothing() -> None:
 
 
 def test_serving_needs_no_transformers() -> None:
-    modules = "hybridkv.engine.load, hybridkv.engine.scheduler, hybridkv.server.app, hybridkv.server.desk"
+    modules = "hybridkv.engine.load, hybridkv.engine.scheduler, hybridkv.server.app, hybridkv.server.request_handler"
     assert imported(f"import {modules}", "transformers") == {"transformers": False}
 
 

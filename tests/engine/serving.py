@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hybridkv.cache import KVSpec, KVTypes
-from hybridkv.engine import Event, Request, SamplingParams, Scheduler, Ticket
+from hybridkv.engine import Event, Request, RequestHandle, SamplingParams, Scheduler
 from hybridkv.model import kv_facts, layer_facts
 from hybridkv.policy import Guard, Policy
 from hybridkv.runtime import Step
@@ -58,21 +58,21 @@ def drain(run: Scheduler, most: int = 5000) -> int:
     raise AssertionError("it does not end")
 
 
-def tokens(ticket: Ticket) -> list[int | None]:
-    return [event.token for event in events(ticket)]
+def tokens(handle: RequestHandle) -> list[int | None]:
+    return [event.token for event in events(handle)]
 
 
-def events(ticket: Ticket) -> list[Event]:
-    assert ticket.finished
-    return list(ticket)
+def events(handle: RequestHandle) -> list[Event]:
+    assert handle.finished
+    return list(handle)
 
 
 def alone(request: Request, family: str = "qwen3_5_text", **options: Any) -> list[int | None]:
     """What a request gets from a scheduler of its own."""
     run = scheduler(family, **options)
-    ticket = run.submit(request)
+    handle = run.submit(request)
     drain(run)
-    return tokens(ticket)
+    return tokens(handle)
 
 
 def requests(lengths: Sequence[int], n_new: int = 12, **options: Any) -> list[Request]:

@@ -48,8 +48,18 @@ except AttributeError:
 
 PUBLIC = (
     *("AdmissionError", "ContextError", "Engine", "Event", "Guard", "GuardError", "HybridKVError", "KVTypes", "Model"),
-    *("ModelCache", "ModelError", "ModelFileError", "NoKernelError", "Plan", "Policy", "Request", "SamplingParams"),
-    *("Scheduler", "SessionError", "Ticket", "UsageError", "__version__", "load", "plan", "quantized_cache"),
+    *(
+        "ModelCache",
+        "ModelError",
+        "ModelFileError",
+        "NoKernelError",
+        "Plan",
+        "Policy",
+        "Request",
+        "RequestHandle",
+        "SamplingParams",
+    ),
+    *("Scheduler", "SessionError", "UsageError", "__version__", "load", "plan", "quantized_cache"),
 )
 
 
@@ -192,13 +202,13 @@ def test_a_scheduler_over_a_loaded_model(model: Path) -> None:
         m.model, m.specs, n_parallel=2, n_ctx=64, prefill_chunk=2, guard=m.guard, notify=pytest.fail, step=m.step
     )
     greedy = hybridkv.SamplingParams(temp=0)
-    tickets = [scheduler.submit(hybridkv.Request((3, 4, n), max_tokens=4, params=greedy)) for n in (5, 6)]
+    handles = [scheduler.submit(hybridkv.Request((3, 4, n), max_tokens=4, params=greedy)) for n in (5, 6)]
     while scheduler.step():
         pass
-    for n, ticket in zip((5, 6), tickets, strict=True):
+    for n, handle in zip((5, 6), handles, strict=True):
         engine = hybridkv.Engine(m.model, m.specs, n_ctx=64, guard=m.guard, notify=pytest.fail, step=m.step)
         alone = [token for (token,) in engine.generate([3, 4, n], greedy, n_predict=4)]
-        assert [event.token for event in ticket] == alone
+        assert [event.token for event in handle] == alone
 
 
 def test_a_blob_without_a_suffix_opens(model: Path, tmp_path: Path) -> None:

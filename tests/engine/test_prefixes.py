@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hybridkv.cache import KVTypes
-from hybridkv.engine import Request, Scheduler, Ticket
+from hybridkv.engine import Request, RequestHandle, Scheduler
 from hybridkv.engine.prefixes import PrefixStore
 from hybridkv.hf import EagerStep, ModelCache
 from hybridkv.policy import Guard
@@ -29,10 +29,10 @@ from tests.families import FAMILIES
 ROOM = 1 << 26
 
 
-def ask(run: Scheduler, ids: tuple[int, ...], n_new: int = 10, **options: object) -> Ticket:
-    ticket = run.submit(Request(ids, n_new, GREEDY, **options))  # type: ignore[arg-type]
+def ask(run: Scheduler, ids: tuple[int, ...], n_new: int = 10, **options: object) -> RequestHandle:
+    handle = run.submit(Request(ids, n_new, GREEDY, **options))  # type: ignore[arg-type]
     drain(run)
-    return ticket
+    return handle
 
 
 @pytest.mark.parametrize(
@@ -50,10 +50,10 @@ def test_a_conversation_goes_on_where_it_was(family: str, types: KVTypes) -> Non
     run = scheduler(family, types=types, prefix_bytes=ROOM)
     ids = prompt(75)
     for turn in range(3):
-        ticket = ask(run, ids)
-        assert tokens(ticket) == alone(Request(ids, 10, GREEDY), family, types=types), turn
-        assert ticket.usage.cached_tokens == (0 if turn == 0 else len(ids) - 9 - 1)
-        ids = (*ticket.token_ids, *prompt(9, seed=turn + 1))
+        handle = ask(run, ids)
+        assert tokens(handle) == alone(Request(ids, 10, GREEDY), family, types=types), turn
+        assert handle.usage.cached_tokens == (0 if turn == 0 else len(ids) - 9 - 1)
+        ids = (*handle.token_ids, *prompt(9, seed=turn + 1))
     stats = run.stats()
     assert stats.prompt_tokens + stats.cached_tokens == sum(75 + 19 * turn for turn in range(3))
     assert stats.prompt_tokens == 75 + 2 * 10
@@ -66,12 +66,12 @@ def test_from_a_boundary_on_it_is_the_same_to_the_bit(types: KVTypes) -> None:
     run = scheduler(types=types, prefix_bytes=ROOM)
     ask(run, (*begin, *prompt(20, 1)))
     ids = (*begin, *prompt(31, 2))
-    ticket = ask(run, ids, logprobs=5)
-    assert ticket.usage.cached_tokens == 64
+    handle = ask(run, ids, logprobs=5)
+    assert handle.usage.cached_tokens == 64
     fresh = scheduler(types=types)
     other = fresh.submit(Request(ids, 10, GREEDY, logprobs=5))
     drain(fresh)
-    assert events(ticket) == events(other)
+    assert events(handle) == events(other)
 
 
 def test_a_prompt_rewritten_near_its_end_goes_on_from_the_boundary_before() -> None:
@@ -80,9 +80,9 @@ def test_a_prompt_rewritten_near_its_end_goes_on_from_the_boundary_before() -> N
     ids = prompt(90)
     ask(run, ids)
     changed = (*ids[:80], *prompt(25, 3))
-    ticket = ask(run, changed)
-    assert ticket.usage.cached_tokens == 64
-    assert tokens(ticket) == alone(Request(changed, 10, GREEDY))
+    handle = ask(run, changed)
+    assert handle.usage.cached_tokens == 64
+    assert tokens(handle) == alone(Request(changed, 10, GREEDY))
 
 
 def test_the_same_prompt_again_processes_one_piece() -> None:
@@ -133,14 +133,14 @@ def test_families_that_take_no_chunks_store_nothing() -> None:
 
 def test_a_cancelled_reply_can_be_continued() -> None:
     run = scheduler(prefix_bytes=ROOM)
-    ticket = run.submit(Request(prompt(40), 100, GREEDY))
+    handle = run.submit(Request(prompt(40), 100, GREEDY))
     for _ in range(9):
         run.step()
-    ticket.cancel()
+    handle.cancel()
     drain(run)
-    ids = (*ticket.token_ids, 4, 5, 6)
+    ids = (*handle.token_ids, 4, 5, 6)
     again = ask(run, ids)
-    assert again.usage.cached_tokens == len(ticket.token_ids) - 1
+    assert again.usage.cached_tokens == len(handle.token_ids) - 1
     assert tokens(again) == alone(Request(ids, 10, GREEDY))
 
 
@@ -150,11 +150,11 @@ def test_side_by_side_with_reuse_under_load(types: KVTypes) -> None:
     run = scheduler(types=types, prefix_bytes=ROOM, n_parallel=3)
     histories = [(*prompt(66), *prompt(5 + 9 * i, seed=i)) for i in range(5)]
     for turn in range(3):
-        tickets = [run.submit(Request(ids, 6 + i, GREEDY)) for i, ids in enumerate(histories)]
+        handles = [run.submit(Request(ids, 6 + i, GREEDY)) for i, ids in enumerate(histories)]
         drain(run)
-        for ticket in tickets:
-            assert tokens(ticket) == alone(ticket.request, types=types)
-        histories = [(*t.token_ids, *prompt(7, seed=turn)) for t in tickets]
+        for handle in handles:
+            assert tokens(handle) == alone(handle.request, types=types)
+        histories = [(*t.token_ids, *prompt(7, seed=turn)) for t in handles]
     assert run.stats().cached_tokens > 3 * 5 * 64
 
 
@@ -165,11 +165,11 @@ def test_the_budget_holds_and_the_oldest_go_first() -> None:
     one = run.stats().prefix_bytes
     run = scheduler(prefix_bytes=one + one // 2)
     for seed in range(6):
-        ticket = ask(run, prompt(100, seed))
+        handle = ask(run, prompt(100, seed))
         stats = run.stats()
         assert 0 < stats.prefix_bytes <= one + one // 2
         assert stats.prefix_bytes == held_bytes(run.prefixes)
-    assert ask(run, (*ticket.token_ids, 9)).usage.cached_tokens == 109
+    assert ask(run, (*handle.token_ids, 9)).usage.cached_tokens == 109
     assert ask(run, (*prompt(100, 0), 9)).usage.cached_tokens == 0
     tiny = scheduler(prefix_bytes=100)
     ask(tiny, prompt(100))
@@ -218,15 +218,15 @@ def test_a_copy_is_never_changed() -> None:
 def test_no_room_in_the_middle_of_a_conversation() -> None:
     """Checkpoints vanish while a sequence runs that lies behind them; what it leaves is whole all the same."""
     run = scheduler(prefix_bytes=ROOM)
-    ticket = run.submit(Request(prompt(100), 20, GREEDY))
+    handle = run.submit(Request(prompt(100), 20, GREEDY))
     for _ in range(8):
         run.step()
     run.prefixes.clear()
     drain(run)
     assert len(run.prefixes) == 1
-    again = ask(run, (*ticket.token_ids, 5))
+    again = ask(run, (*handle.token_ids, 5))
     assert again.usage.cached_tokens == 119
-    assert tokens(again) == alone(Request((*ticket.token_ids, 5), 10, GREEDY))
+    assert tokens(again) == alone(Request((*handle.token_ids, 5), 10, GREEDY))
 
 
 def test_a_checkpoint_is_left_before_each_mark() -> None:

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from hybridkv.cache import KVTypes
 from hybridkv.engine import Event, Request, SamplingParams
-from hybridkv.engine.requests import Ticket
-from hybridkv.engine.running import Running
+from hybridkv.engine.requests import RequestHandle
+from hybridkv.engine.running_sequence import RunningSequence
 from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import AdmissionError, NoKernelError, UsageError
 from hybridkv.hf import ModelCache
 from hybridkv.kernels import cpu_native
 from hybridkv.native import NativeStep
 from hybridkv.policy import Guard, NonFiniteError
-from hybridkv.runtime import Answers
+from hybridkv.runtime import StepResult
 from tests.engine.serving import (
     GREEDY,
     Q8,
@@ -55,9 +55,9 @@ def test_sequences_get_what_they_get_alone(family: str, types: KVTypes) -> None:
     """More of them than places, of all lengths, so that they meet at every point of each other's lives."""
     asked = requests(LENGTHS, 8)
     run = scheduler(family, types=types)
-    tickets = [run.submit(request) for request in asked]
+    handles = [run.submit(request) for request in asked]
     drain(run)
-    got = [tokens(ticket) for ticket in tickets]
+    got = [tokens(handle) for handle in handles]
     assert got == [alone(request, family, types=types) for request in asked]
     assert len({tuple(ids) for ids in got}) >= len(got) - 1  # a small random model may repeat itself
     assert all(len(ids) == 8 for ids in got)
@@ -82,9 +82,9 @@ def test_sampled_sequences_get_what_they_get_alone() -> None:
     ]
     asked = [Request(prompt(20), 12, p) for p in params]
     run = scheduler()
-    tickets = [run.submit(request) for request in asked]
+    handles = [run.submit(request) for request in asked]
     drain(run)
-    got = [tokens(ticket) for ticket in tickets]
+    got = [tokens(handle) for handle in handles]
     assert got == [alone(request) for request in asked]
     assert len({tuple(ids) for ids in got}) == 4
 
@@ -98,23 +98,23 @@ def test_samplers_that_look_back_see_what_they_see_alone() -> None:
     ]
     asked = [Request(prompt(20), 24, p) for p in params]
     run = scheduler()
-    tickets = [run.submit(request) for request in asked]
+    handles = [run.submit(request) for request in asked]
     drain(run)
-    got = [tokens(ticket) for ticket in tickets]
+    got = [tokens(handle) for handle in handles]
     assert got == [alone(request) for request in asked]
     assert got[3] not in got[:2]
 
 
 def test_what_a_sampler_looks_back_at_is_no_copy() -> None:
     """One array is filled token by token; where nothing looks back, there is none."""
-    ticket = Ticket(1, Request((5, 6, 7), 4, SamplingParams(repeat_penalty=1.5)), None)
-    sequence = Running(ticket, key=(), specs=(), planned_bytes=0, reuses=False)  # type: ignore[arg-type]
+    handle = RequestHandle(1, Request((5, 6, 7), 4, SamplingParams(repeat_penalty=1.5)), None)
+    sequence = RunningSequence(handle, key=(), specs=(), planned_bytes=0, reuses=False)  # type: ignore[arg-type]
     before = sequence.seen
     for token in (8, 9, 10, 11):
         sequence.take(token, torch.zeros(20))
         assert list(sequence.seen) == sequence.history
         assert np.shares_memory(before, sequence.seen)
-    plain = Running(Ticket(2, Request((5,), 4), None), key=(), specs=(), planned_bytes=0, reuses=False)  # type: ignore[arg-type]
+    plain = RunningSequence(RequestHandle(2, Request((5,), 4), None), key=(), specs=(), planned_bytes=0, reuses=False)  # type: ignore[arg-type]
     assert len(plain.seen) == 0
 
 
@@ -122,9 +122,9 @@ def test_types_of_a_request() -> None:
     """Sequences of other types run side by side."""
     asked = [Request(prompt(40), 16, GREEDY, types=types) for types in (None, KVTypes("q4_0", "q4_0"), TAILED, Q8)]
     run = scheduler(types=Q8)
-    tickets = [run.submit(request) for request in asked]
+    handles = [run.submit(request) for request in asked]
     drain(run)
-    got = [tokens(ticket) for ticket in tickets]
+    got = [tokens(handle) for handle in handles]
     assert got == [alone(request, types=Q8) for request in asked]
     assert got[0] == got[3]
     assert got[1] == alone(Request(prompt(40), 16, GREEDY), types=KVTypes("q4_0", "q4_0"))
@@ -157,25 +157,25 @@ def test_stop_ids_and_length() -> None:
     assert stop is not None
     first = whole.index(stop)
     run = scheduler()
-    ticket = run.submit(Request(prompt(9), 20, GREEDY, stop_ids=(stop, 1000)))
+    handle = run.submit(Request(prompt(9), 20, GREEDY, stop_ids=(stop, 1000)))
     drain(run)
-    got = events(ticket)
+    got = events(handle)
     assert [event.token for event in got] == whole[: first + 1]
     assert [event.finished for event in got] == [None] * first + ["stop"]
-    assert ticket.usage.generated_tokens == first + 1
-    assert ticket.token_ids == (*prompt(9), *whole[: first + 1])
-    ticket = run.submit(Request(prompt(9), 3, GREEDY))
+    assert handle.usage.generated_tokens == first + 1
+    assert handle.token_ids == (*prompt(9), *whole[: first + 1])
+    handle = run.submit(Request(prompt(9), 3, GREEDY))
     drain(run)
-    assert [event.finished for event in events(ticket)] == [None, None, "length"]
+    assert [event.finished for event in events(handle)] == [None, None, "length"]
 
 
 def test_logprobs_are_the_models() -> None:
     request = Request(prompt(30), 5, SamplingParams(temp=1.3, seed=4), logprobs=3)
     run = scheduler(types=KVTypes("f32", "f32"))
-    ticket = run.submit(request)
+    handle = run.submit(request)
     drain(run)
     history = list(request.prompt_ids)
-    for event in events(ticket):
+    for event in events(handle):
         with torch.inference_mode():
             exact = torch.log_softmax(model()(torch.tensor([history])).logits[0, -1], -1)
         assert event.token is not None
@@ -188,23 +188,23 @@ def test_logprobs_are_the_models() -> None:
 
 def test_cancel_running_and_waiting() -> None:
     run = scheduler(n_parallel=2)
-    tickets = [run.submit(request) for request in requests((8, 40, 12, 6))]
+    handles = [run.submit(request) for request in requests((8, 40, 12, 6))]
     for _ in range(4):
         run.step()
-    tickets[0].cancel()
-    tickets[3].cancel()
+    handles[0].cancel()
+    handles[3].cancel()
     run.step()
-    assert tickets[0].finished
-    assert tickets[3].finished
-    assert events(tickets[0])[-1].finished == events(tickets[3])[-1].finished == "cancelled"
-    assert tickets[3].usage.generated_tokens == 0
+    assert handles[0].finished
+    assert handles[3].finished
+    assert events(handles[0])[-1].finished == events(handles[3])[-1].finished == "cancelled"
+    assert handles[3].usage.generated_tokens == 0
     drain(run)
-    for ticket in tickets[1:3]:
-        assert tokens(ticket) == alone(ticket.request)
+    for handle in handles[1:3]:
+        assert tokens(handle) == alone(handle.request)
     stats = run.stats()
     assert (stats.n_finished, stats.n_cancelled, stats.n_failed) == (2, 2, 0)
     assert (stats.running, stats.waiting, stats.kv_bytes, stats.state_bytes, stats.reserved_bytes) == (0, 0, 0, 0, 0)
-    tickets[0].cancel()
+    handles[0].cancel()
     assert not run.step()
 
 
@@ -219,14 +219,14 @@ def test_never_over_the_budget(types: KVTypes, spare: float) -> None:
     planned = scheduler(types=types).admission.planned_bytes(specs, 100 + 12)
     budget = 2 * planned + int(spare * planned)
     run = scheduler(types=types, memory_bytes=budget)
-    tickets = [run.submit(request) for request in requests((100, 100, 100, 100))]
+    handles = [run.submit(request) for request in requests((100, 100, 100, 100))]
     most = 0
     while run.step():
         stats = run.stats()
         most = max(most, stats.running)
         assert stats.kv_bytes + stats.state_bytes <= stats.reserved_bytes <= budget
     assert most == 2
-    assert [tokens(t) for t in tickets] == [alone(t.request, types=types) for t in tickets]
+    assert [tokens(t) for t in handles] == [alone(t.request, types=types) for t in handles]
 
 
 def test_rows_that_wait_are_planned() -> None:
@@ -310,7 +310,7 @@ class Faulty:
     def logits(self, ids: Tensor, cache: ModelCache, position: int) -> Tensor:
         return self.inner.logits(ids, cache, position)
 
-    def forward_many(self, ids: Tensor, caches: list[ModelCache], positions: list[int]) -> Answers:
+    def forward_many(self, ids: Tensor, caches: list[ModelCache], positions: list[int]) -> StepResult:
         answers = self.inner.forward_many(ids, caches, positions)
         for index, cache in enumerate(caches):
             due = positions[index] >= self.at and cache.specs[0].types.type_k in self.bad_types
@@ -329,48 +329,48 @@ def test_a_fault_in_one_sequence_is_rebuilt_and_hurts_no_other(told: bool) -> No
     said: list[str] = []
     step = Faulty(32, 24, ("q8_0",), told=told)
     run = scheduler(step=step, notify=said.append, prefix_bytes=1 << 24)
-    tickets = [run.submit(request) for request in requests((7, 20, 40, 9))]
+    handles = [run.submit(request) for request in requests((7, 20, 40, 9))]
     drain(run)
     assert step.fired == 1
     assert run.stats().n_rebuilds == 1
     assert len(said) == 1
     assert said[0].endswith("rebuilding 25 tokens at f16")
-    for ticket in (tickets[0], tickets[2], tickets[3]):
-        assert tokens(ticket) == alone(ticket.request)
-    got = tokens(tickets[1])
+    for handle in (handles[0], handles[2], handles[3]):
+        assert tokens(handle) == alone(handle.request)
+    got = tokens(handles[1])
     assert len(got) == 12
-    assert got[:5] == alone(tickets[1].request)[:5]
+    assert got[:5] == alone(handles[1].request)[:5]
     with torch.inference_mode():
-        exact = model()(torch.tensor([list(tickets[1].token_ids[:-1])])).logits[0, -8:].argmax(-1).tolist()
+        exact = model()(torch.tensor([list(handles[1].token_ids[:-1])])).logits[0, -8:].argmax(-1).tolist()
     assert got[5:] == exact[-7:]
 
 
 def test_a_fault_that_stays_ends_its_sequence_alone() -> None:
     step = Faulty(32, 24, ("q8_0", "f16"))
     run = scheduler(step=step)
-    tickets = [run.submit(request) for request in requests((7, 20, 40))]
+    handles = [run.submit(request) for request in requests((7, 20, 40))]
     drain(run)
-    last = events(tickets[1])[-1]
+    last = events(handles[1])[-1]
     assert last.finished == "error"
     assert last.message is not None
     assert "no larger type is left" in last.message
-    assert tickets[1].usage.generated_tokens == 6  # the sixth came of the rebuild, and the step after it fails again
-    for ticket in (tickets[0], tickets[2]):
-        assert tokens(ticket) == alone(ticket.request)
+    assert handles[1].usage.generated_tokens == 6  # the sixth came of the rebuild, and the step after it fails again
+    for handle in (handles[0], handles[2]):
+        assert tokens(handle) == alone(handle.request)
     assert run.stats().n_failed == 1
 
 
 def test_a_fault_of_the_program_ends_all_and_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     run = scheduler()
-    tickets = [run.submit(request) for request in requests((7, 20))]
+    handles = [run.submit(request) for request in requests((7, 20))]
 
-    def broken(*_: object) -> Answers:
+    def broken(*_: object) -> StepResult:
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr(run.step_of_model, "forward_many", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         run.run_forever()
-    assert [events(t)[-1].finished for t in tickets] == ["error", "error"]
+    assert [events(t)[-1].finished for t in handles] == ["error", "error"]
     with pytest.raises(AdmissionError, match="shutting down"):
         run.submit(Request(prompt(3), 3, GREEDY))
     with pytest.raises(AdmissionError, match="has stopped"):
@@ -384,15 +384,15 @@ def test_types_raised_by_the_guard_are_counted() -> None:
     strict = Guard(limit=0.02)
     room = scheduler().admission.planned_bytes(specs_for(model(), Q8), 82)
     run = scheduler(types=q4, guard=strict, notify=said.append, memory_bytes=room + room // 2)
-    tickets = [run.submit(request) for request in requests((70, 70))]
+    handles = [run.submit(request) for request in requests((70, 70))]
     while run.step():
         assert run.stats().reserved_bytes <= room + room // 2
     assert said
-    assert all(len(tokens(t)) == 12 for t in tickets)
+    assert all(len(tokens(t)) == 12 for t in handles)
     ample = scheduler(types=q4, guard=strict)
     others = [ample.submit(request) for request in requests((70, 70))]
     drain(ample)
-    assert [t.token_ids for t in tickets] == [t.token_ids for t in others]
+    assert [t.token_ids for t in handles] == [t.token_ids for t in others]
 
 
 def test_a_thread_runs_it_and_shutdown_drains() -> None:
@@ -401,14 +401,14 @@ def test_a_thread_runs_it_and_shutdown_drains() -> None:
     worker.start()
     heard: list[Event] = []
     asked = requests((8, 40, 12, 6))
-    tickets = [run.submit(request) for request in asked[:3]]
+    handles = [run.submit(request) for request in asked[:3]]
     last = run.submit(asked[3], heard.append)
     assert run.call(lambda: 7).result(10) == 7
     run.shutdown(drain=True)
     with pytest.raises(AdmissionError) as caught:
         run.submit(asked[0])
     assert caught.value.reason == "closed"
-    got = [[event.token for event in ticket] for ticket in tickets]
+    got = [[event.token for event in handle] for handle in handles]
     assert last.wait(30)
     worker.join(30)
     assert not worker.is_alive()
@@ -420,8 +420,8 @@ def test_shutdown_without_draining_cancels() -> None:
     run = scheduler(n_ctx=4096)
     worker = threading.Thread(target=run.run_forever)
     worker.start()
-    ticket = run.submit(Request(prompt(5), 4000, GREEDY))
-    stream = iter(ticket)
+    handle = run.submit(Request(prompt(5), 4000, GREEDY))
+    stream = iter(handle)
     next(stream)
     run.shutdown(drain=False)
     worker.join(30)

@@ -312,9 +312,9 @@ def test_the_scheduler_saves_and_restores(tmp_path: Path) -> None:
     run = scheduler(prefix_bytes=1 << 24)
     worker = threading.Thread(target=run.run_forever)
     worker.start()
-    ticket = run.submit(Request(prompt(60), 10, GREEDY))
-    assert ticket.wait(60)
-    assert run.save(ticket, tmp_path / "s") == 69
+    handle = run.submit(Request(prompt(60), 10, GREEDY))
+    assert handle.wait(60)
+    assert run.save(handle, tmp_path / "s") == 69
     other = run.submit(Request(prompt(3, 9), 2, GREEDY, reuse=False))
     assert other.wait(60)
     with pytest.raises(SessionError, match="none of the 5 tokens of request 2"):
@@ -327,7 +327,7 @@ def test_the_scheduler_saves_and_restores(tmp_path: Path) -> None:
     worker = threading.Thread(target=fresh.run_forever)
     worker.start()
     ids = fresh.restore(tmp_path / "s")
-    assert ids == ticket.token_ids
+    assert ids == handle.token_ids
     again = fresh.submit(Request((*ids, 4, 5), 6, GREEDY))
     assert again.wait(60)
     fresh.shutdown(drain=True)
@@ -369,44 +369,44 @@ def test_the_scheduler_saves_and_restores(tmp_path: Path) -> None:
 def test_the_same_prompt_again_goes_on_near_its_end(tmp_path: Path, family: str, types: KVTypes) -> None:
     """A state cannot go back from the reply's end, so the file holds the last place within the prompt too."""
     asked, run = Request(prompt(150), 8, GREEDY), scheduler(family, types=types, prefix_bytes=1 << 26)
-    ticket = run.submit(asked)
+    handle = run.submit(asked)
     drain(run)
-    saved = run._reuse.take(asked, ticket.token_ids, "it")
+    saved = run._reuse.export_session(asked, handle.token_ids, "it")
     save_session(tmp_path / "s", saved, model(family))
     session = load_session(tmp_path / "s", model(family))
     assert session.n_cached == 157
     assert session.earlier is not None
     assert session.earlier[0] == 128
     fresh = scheduler(family, types=types, prefix_bytes=1 << 26)
-    fresh._reuse.put(session, tmp_path / "s")
+    fresh._reuse.import_session(session, tmp_path / "s")
     again = fresh.submit(asked)
-    longer = Request((*ticket.token_ids, 4, 5), 6, GREEDY)
+    longer = Request((*handle.token_ids, 4, 5), 6, GREEDY)
     drain(fresh)
     assert again.usage.cached_tokens == 128
-    assert tokens(again) == tokens(ticket) == alone(asked, family, types=types)
+    assert tokens(again) == tokens(handle) == alone(asked, family, types=types)
     after = fresh.submit(longer)
     drain(fresh)
     assert after.usage.cached_tokens == 157
     assert tokens(after) == alone(longer, family, types=types)
     # Packed rows are held once, in the file and in memory.
     short = scheduler(family, types=types, prefix_bytes=1 << 26)
-    short._reuse.put(replace(session, earlier=None), tmp_path / "s")
+    short._reuse.import_session(replace(session, earlier=None), tmp_path / "s")
     own = session.earlier[1].own_bytes + (0 if family != "gemma3_text" else session.earlier[1].packed_bytes)
     assert fresh.prefixes.nbytes >= short.prefixes.nbytes
     whole = scheduler(family, types=types, prefix_bytes=1 << 26)
-    whole._reuse.put(session, tmp_path / "s")
+    whole._reuse.import_session(session, tmp_path / "s")
     assert short.prefixes.nbytes < whole.prefixes.nbytes <= short.prefixes.nbytes + own
 
 
 def test_an_earlier_place_is_checked_and_converted(tmp_path: Path) -> None:
     asked, run = Request(prompt(70), 4, GREEDY), scheduler(prefix_bytes=1 << 26)
-    ticket = run.submit(asked)
+    handle = run.submit(asked)
     drain(run)
     path = tmp_path / "s"
-    save_session(path, run._reuse.take(asked, ticket.token_ids, "it"), model())
+    save_session(path, run._reuse.export_session(asked, handle.token_ids, "it"), model())
     said: list[str] = []
     other = scheduler(prefix_bytes=1 << 26, types=KVTypes("f16", "f16"), notify=said.append)
-    other._reuse.put(load_session(path, model()), path)
+    other._reuse.import_session(load_session(path, model()), path)
     again = other.submit(asked)
     drain(other)
     assert (again.usage.cached_tokens, len(said)) == (64, 1)

@@ -26,7 +26,7 @@ from hybridkv.hf import EagerStep, ModelCache
 from hybridkv.kernels import cpu_native
 from hybridkv.native import NativeStep
 from hybridkv.policy import Guard, NonFiniteError
-from hybridkv.runtime import Answers
+from hybridkv.runtime import StepResult
 from tests.engine.serving import GREEDY, Q8, Q8_TAILED, drain, events, model, prompt, scheduler, specs_for
 from tests.families import build
 from tests.native.test_drafts import differences
@@ -178,7 +178,7 @@ class FaultAt(NativeStep):
 
     def forward_drafts(
         self, tokens: Sequence[Sequence[int]], caches: Sequence[ModelCache], positions: Sequence[int]
-    ) -> Answers:
+    ) -> StepResult:
         answers = super().forward_drafts(tokens, caches, positions)
         first = 0
         for own, position in zip(tokens, positions, strict=True):
@@ -236,12 +236,12 @@ def test_sequences_of_a_scheduler_get_what_they_get_without(family: str, types: 
 
     def run(speculation: Speculation | None) -> list[list[object]]:
         runner = scheduler(family, types=types, n_parallel=3, speculation=speculation, prefix_bytes=1 << 24)
-        tickets = [runner.submit(request) for request in asked]
+        handles = [runner.submit(request) for request in asked]
         drain(runner)
-        again = runner.submit(replace(asked[0], prompt_ids=(*tickets[0].token_ids, 5)))
+        again = runner.submit(replace(asked[0], prompt_ids=(*handles[0].token_ids, 5)))
         drain(runner)
-        assert again.usage.cached_tokens >= len(tickets[0].token_ids) - 1
-        return [events(ticket) for ticket in (*tickets, again)]
+        assert again.usage.cached_tokens >= len(handles[0].token_ids) - 1
+        return [events(handle) for handle in (*handles, again)]
 
     without = run(None)
     text = [*prompt(40), *(event.token for event in without[0])]

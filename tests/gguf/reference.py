@@ -9,7 +9,7 @@ from typing import Any
 
 import hybridkv.gguf.reader
 
-REFERENCE = Path(hybridkv.gguf.reader.__file__).parents[1] / "models" / "reference-hybrid-q8_0.gguf"
+REFERENCE = Path(hybridkv.gguf.reader.__file__).parents[1] / "data" / "reference-hybrid-q8_0.gguf"
 
 _DATA = Path(__file__).parent / "data"
 

@@ -19,7 +19,7 @@ from hybridkv.gguf.mapped import map_gguf
 from hybridkv.gguf.pairing import build_skeleton, pair, same_shape
 from hybridkv.gguf.reader import read_header
 from hybridkv.kernels import cpu_native
-from hybridkv.model import graph_of, layer_facts, rejects, takes_chunks, vocabulary_rows
+from hybridkv.model import graph_of, layer_facts, rejects, takes_chunks, vocab_size_of
 from hybridkv.model.rope import rope_angles
 from hybridkv.model.tensors import graph_tensors
 from hybridkv.native import NativeModel, NativeStep, runs_natively
@@ -43,7 +43,7 @@ def test_the_config_is_what_transformers_class_says(
     assert own.model_type == theirs.model_type == ARCHITECTURES[architecture].model_type
     assert layer_facts(own) == layer_facts(theirs)
     assert takes_chunks(own) == takes_chunks(theirs)
-    assert vocabulary_rows(own) == vocabulary_rows(theirs)
+    assert vocab_size_of(own) == vocab_size_of(theirs)
     for name, value in vars(own).items():
         assert getattr(theirs, name) == value, name
     assert rejects(own) == rejects(theirs)

@@ -168,7 +168,7 @@ class TestGuard:
         run(model, cache, LONG, CHUNKS)
         assert cache.errors == {}
         assert said == []
-        assert all(layer.watch.pending for layer in cache.layers if hasattr(layer, "watch"))
+        assert all(layer.watch.awaits_first_check for layer in cache.layers if hasattr(layer, "watch"))
 
     def test_right_kernels_stay(self) -> None:
         for types in (replace(Q4, tail=32), replace(Q4, sink=4), replace(Q4, tail=32, center=True, rotate_k=True)):
@@ -218,4 +218,4 @@ class TestGuard:
         model = model_of()
         cache = cache_of(model, replace(Q4, tail=120), mode="off")
         run(model, cache, LONG[:, :20], (20,))
-        assert not any(layer.watch.pending for layer in cache.layers if hasattr(layer, "watch"))
+        assert not any(layer.watch.awaits_first_check for layer in cache.layers if hasattr(layer, "watch"))

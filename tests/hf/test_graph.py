@@ -135,7 +135,7 @@ def test_the_first_packed_rows_of_a_tail_are_measured_not_replayed(tail: int) ->
     for position in range(6, 6 + tail + 40):
         step.forward(tokens(1, 1, seed=position), cache, position)
         packed = layer.store.n_seen > tail + 32
-        assert layer.watch.pending != packed
+        assert layer.watch.awaits_first_check != packed
         assert (layer.watch.error is not None) == packed
     assert said == []
 

@@ -18,7 +18,7 @@ from hybridkv.engine.load import bundled_model, describe
 from hybridkv.hf.load import load_weights
 from hybridkv.hf.ranks import check_plan, n_ranks, rank
 from hybridkv.model import kv_facts, layer_facts
-from hybridkv.model.ranks import cuts_heads
+from hybridkv.model.ranks import shards_heads
 from tests.families import HYBRIDS, build
 from tests.hf.cut_model import VOCABULARY
 from tests.torchrun import ROOT, needs_accelerate, torchrun
@@ -92,7 +92,7 @@ def test_without_torchrun_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> 
 def test_facts_of_a_rank(family: str) -> None:
     config = build(family).config
     whole, own = kv_facts(layer_facts(config)), kv_facts(layer_facts(config, n_ranks=2))
-    assert cuts_heads(config) == (family in CUT)
+    assert shards_heads(config) == (family in CUT)
     by = 2 if family in CUT else 1
     assert own == tuple(replace(f, n_heads=f.n_heads // by, n_kv_heads=f.n_kv_heads // by) for f in whole)
 

@@ -26,7 +26,7 @@ from hybridkv.formats.weights import WEIGHTS
 from hybridkv.hf.step.graph import GraphStep
 from hybridkv.kernels import Encoder, Kernel
 from hybridkv.kernels import cuda as kernels
-from hybridkv.kernels.cuda import launch, packed, packed_rows, staged
+from hybridkv.kernels.cuda import launch, packed, packed_rows, prefill
 from hybridkv.kernels.cuda.packed_layout import PACKED, PackedWeight
 from hybridkv.kernels.weights import Weight
 from hybridkv.model import kv_facts, layer_facts
@@ -241,7 +241,7 @@ def main() -> None:
         mock.patch.object(JITFunction, "run", _launched(compiler)),
         mock.patch.object(lowering, "upload", upload),
         mock.patch.object(launch, "_has_products_of_fragments", return_value=not turing),
-        mock.patch.object(staged, "available", return_value=False),
+        mock.patch.object(prefill, "available", return_value=False),
         torch.inference_mode(),
     ):
         if options.what in MODELS:

@@ -23,7 +23,7 @@ from tests.oracles.attention import exact_attention, relative_rmse
 pytest.importorskip("triton", reason="triton is not installed")
 
 from hybridkv.hf.step import fused
-from hybridkv.kernels.cuda import launch, staged
+from hybridkv.kernels.cuda import launch, prefill
 from hybridkv.kernels.cuda.launch import ONE_TOKEN_ROWS, Tiling
 from hybridkv.kernels.cuda.store import store
 from hybridkv.native.choice import rejects_packed
@@ -330,7 +330,7 @@ def test_sinks_packed_rows_and_a_sliding_tail_on_the_device() -> None:
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """What `staged.dense` asks torch for, in float64."""
+    """What `prefill.dense` asks torch for, in float64."""
     k, v = (x.double().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = q.double() @ k.transpose(-1, -2) * scale
     if causal:
@@ -342,28 +342,30 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bo
 def test_a_prompt_over_unpacked_windows(type_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A history of several windows, whose borders lie within segments; and none."""
     if not ON_CUDA:
-        monkeypatch.setattr(staged, "dense", plain_attention)
-    monkeypatch.setattr(staged, "SCRATCH_BYTES", 1)
+        monkeypatch.setattr(prefill, "dense", plain_attention)
+    monkeypatch.setattr(prefill, "SCRATCH_BYTES", 1)
     params = AttentionParams(scale=0.125)
     for history in (90, 0):
         parts = (Part("f16", "f16", 5), Part(type_name, "q4_0", 61 + history))
         stored = store_parts(parts, batch=2)
         q = queries(stored.view, 66, 2, 2, 2)
-        assert staged.takes(q, stored.view, params)
-        got = staged.attend(q.to(DEVICE), on_device(stored.view), params).cpu()
+        assert prefill.takes(q, stored.view, params)
+        got = prefill.attend(q.to(DEVICE), on_device(stored.view), params).cpu()
         assert relative_rmse(got, exact_attention(q, stored.k, stored.v, scale=0.125)) <= cuda.TOLERANCE
 
 
 def test_prompts_that_are_not_plain_are_not_unpacked() -> None:
     stored = store_parts((Part("q8_0", "q4_0", 70),))
     q = queries(stored.view, 64, 2, 1, 2)
-    assert staged.takes(q, stored.view, AttentionParams(scale=1.0))
-    assert not staged.takes(q[:, :, :63], stored.view, AttentionParams(scale=1.0))
-    assert not staged.takes(q, stored.view, AttentionParams(scale=1.0, softcap=2.0))
-    assert not staged.takes(q, stored.view, AttentionParams(scale=1.0, mask=torch.ones(1, 1, 64, 70, dtype=torch.bool)))
-    assert not staged.takes(q, replace(stored.view, window=8), AttentionParams(scale=1.0))
+    assert prefill.takes(q, stored.view, AttentionParams(scale=1.0))
+    assert not prefill.takes(q[:, :, :63], stored.view, AttentionParams(scale=1.0))
+    assert not prefill.takes(q, stored.view, AttentionParams(scale=1.0, softcap=2.0))
+    assert not prefill.takes(
+        q, stored.view, AttentionParams(scale=1.0, mask=torch.ones(1, 1, 64, 70, dtype=torch.bool))
+    )
+    assert not prefill.takes(q, replace(stored.view, window=8), AttentionParams(scale=1.0))
     exact = store_parts((Part("bf16", "q4_0", 70),))
-    assert not staged.takes(q, exact.view, AttentionParams(scale=1.0))
+    assert not prefill.takes(q, exact.view, AttentionParams(scale=1.0))
 
 
 def store_in(

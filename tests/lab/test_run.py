@@ -17,7 +17,7 @@ from hybridkv.lab.candidates import Candidate, expand
 from hybridkv.lab.corpus import Corpus, cut, read_text, snippet
 from hybridkv.lab.evaluate import Evaluator, Mode, agreement
 from hybridkv.lab.journal import Journal
-from hybridkv.lab.run import Run
+from hybridkv.lab.run import Evaluation
 from hybridkv.model import kv_facts, layer_facts
 from tests.families import build, remembering
 
@@ -39,17 +39,17 @@ def candidates(*labels: str) -> list[Candidate]:
     ]
 
 
-def make(path: Path, *labels: str, mode: Mode = "prefill", n_greedy: int = 0, resume: bool = False) -> Run:
+def make(path: Path, *labels: str, mode: Mode = "prefill", n_greedy: int = 0, resume: bool = False) -> Evaluation:
     model = build("qwen3_5_text", attention="hybridkv")
     evaluator = Evaluator(model, resolve_step(model.config, "cpu")(model), kv_facts(layer_facts(model.config)), N_CTX)
     evaluator.piece = 8  # several pieces a window
     journal = Journal(path, IDENTITY)
     if resume:
         journal.load()
-    return Run(evaluator, corpus(), candidates(*labels), mode, journal, n_greedy=n_greedy)
+    return Evaluation(evaluator, corpus(), candidates(*labels), mode, journal, n_greedy=n_greedy)
 
 
-def results(run: Run) -> dict[str, Any]:
+def results(run: Evaluation) -> dict[str, Any]:
     facts = kv_facts(layer_facts(build("qwen3_5_text").config))
     return {r.label: r for r in run.results(facts, lambda window, position: f"{window}:{position}")}
 

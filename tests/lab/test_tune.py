@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from hybridkv.errors import UsageError
-from hybridkv.lab import tune
+from hybridkv.lab import knapsack
 from hybridkv.lab.corpus import split
+from hybridkv.lab.knapsack import Choice, Frontier, Picks, cost_of, loss_of, neighbours, tightened
 from hybridkv.lab.measure import Trace
 from hybridkv.lab.sensitivity import derive
-from hybridkv.lab.tune import Choice, Frontier, Picks, cost_of, loss_of, neighbours, tightened
 from hybridkv.lab.tuner import paired
 
 SEEDS = range(25)
@@ -82,7 +82,7 @@ def test_a_thinned_frontier_keeps_the_budget_and_loses_little(seed: int, monkeyp
         costs = sorted(rng.randint(1, 10**6) for _ in range(8))
         groups.append([Choice(cost, rng.random() + 1e6 / cost) for cost in costs])
     exact = Frontier(groups)
-    monkeypatch.setattr(tune, "MAX_POINTS", 64)
+    monkeypatch.setattr(knapsack, "MAX_POINTS", 64)
     thin = Frontier(groups)
     assert len(thin) <= 64 < len(exact)
     for budget in range(int(exact.costs[0]), int(exact.costs[-1]), 10**5):

@@ -18,9 +18,9 @@ import uvicorn
 from hybridkv.cache import KVTypes
 from hybridkv.engine.load import Loaded, bundled_model, describe, load
 from hybridkv.server.app import create_app
-from hybridkv.server.desk import Served
 from hybridkv.server.gate import GateOptions, GateState
 from hybridkv.server.listen import bind, url_of
+from hybridkv.server.request_handler import Served
 from tests.server.scripted import Scripted
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}:"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hybridkv.engine.requests import Event, Request, SchedulerStats, Ticket
+from hybridkv.engine.requests import Event, Request, RequestHandle, SchedulerStats
 from hybridkv.errors import SessionError
 
 Step = int | Event | Exception
@@ -21,27 +21,27 @@ class Scripted:
 
     script: Sequence[Step] = (1, 2, 3)
     wait_s: float = 0.0
-    tickets: list[Ticket] = field(default_factory=list)
+    handles: list[RequestHandle] = field(default_factory=list)
 
-    def submit(self, request: Request, listener: Callable[[Event], None] | None = None) -> Ticket:
+    def submit(self, request: Request, listener: Callable[[Event], None] | None = None) -> RequestHandle:
         if self.script and isinstance(self.script[0], Exception):
             raise self.script[0]
-        ticket = Ticket(len(self.tickets) + 1, request, listener)
-        self.tickets.append(ticket)
-        threading.Thread(target=self._run, args=(ticket,), daemon=True).start()
-        return ticket
+        handle = RequestHandle(len(self.handles) + 1, request, listener)
+        self.handles.append(handle)
+        threading.Thread(target=self._run, args=(handle,), daemon=True).start()
+        return handle
 
-    def _run(self, ticket: Ticket) -> None:
+    def _run(self, handle: RequestHandle) -> None:
         for count, step in enumerate(self.script, 1):
             time.sleep(self.wait_s)
-            if ticket.cancelled:
-                ticket.put(Event(finished="cancelled"))
+            if handle.cancelled:
+                handle.put(Event(finished="cancelled"))
                 return
-            event = step if isinstance(step, Event) else self._event(ticket.request, int(step), count)
-            ticket.put(event)
+            event = step if isinstance(step, Event) else self._event(handle.request, int(step), count)
+            handle.put(event)
             if event.finished is not None:
                 return
-        ticket.put(Event(finished="error", message="the script has ended"))
+        handle.put(Event(finished="error", message="the script has ended"))
 
     def _event(self, request: Request, token: int, count: int) -> Event:
         logprob = None if request.logprobs is None else -0.5
@@ -53,14 +53,14 @@ class Scripted:
             finished = "length"
         return Event(token, logprob, top, finished)  # type: ignore[arg-type]
 
-    def save(self, ticket: Ticket, path: Path) -> int:
+    def save(self, handle: RequestHandle, path: Path) -> int:
         raise SessionError(f"{path} cannot be written")
 
     def restore(self, path: Path) -> tuple[int, ...]:
         raise SessionError(f"{path} is no session")
 
     def stats(self) -> SchedulerStats:
-        running = sum(not ticket.finished for ticket in self.tickets)
+        running = sum(not handle.finished for handle in self.handles)
         return SchedulerStats(
             running=running,
             waiting=0,
@@ -72,9 +72,9 @@ class Scripted:
             prefix_bytes=0,
             prefix_budget_bytes=0,
             prefix_checkpoints=0,
-            prompt_tokens=sum(ticket.usage.prompt_tokens for ticket in self.tickets),
+            prompt_tokens=sum(handle.usage.prompt_tokens for handle in self.handles),
             cached_tokens=0,
-            generated_tokens=sum(ticket.usage.generated_tokens for ticket in self.tickets),
+            generated_tokens=sum(handle.usage.generated_tokens for handle in self.handles),
             prefill_s=0.0,
             decode_s=0.0,
             n_steps=0,

@@ -117,7 +117,7 @@ def test_wrong_bodies(server: Running) -> None:
             error = error_of(post(server, body.encode("latin-1"), path), 400)
             assert re.search(message, error["message"]), (body[:80], error)
             assert error["type"] == "invalid_request_error"
-    assert not server.served.runner.tickets
+    assert not server.served.runner.handles
 
 
 def test_what_asks_for_nothing_is_taken(server: Running) -> None:

@@ -89,8 +89,8 @@ def test_openai_several_answers(saying: Any) -> None:
     assert [(c.index, c.message.content, c.finish_reason) for c in chat.choices] == [
         (index, "It rains.", "stop") for index in range(3)
     ]
-    assert [ticket.request.params.seed for ticket in server.served.runner.tickets] == [5, 6, 7]
-    assert chat.usage.prompt_tokens * 3 == sum(len(t.request.prompt_ids) for t in server.served.runner.tickets)
+    assert [handle.request.params.seed for handle in server.served.runner.handles] == [5, 6, 7]
+    assert chat.usage.prompt_tokens * 3 == sum(len(t.request.prompt_ids) for t in server.served.runner.handles)
     text = server.client.completions.create(model="m", prompt=["a", "b"], n=2, max_tokens=50, stream=True)
     said = ["", "", "", ""]
     for chunk in text:

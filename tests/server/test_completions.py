@@ -60,9 +60,9 @@ def test_stop_strings_across_tokens(scripted: Scripter, tokenizer: Any) -> None:
 def test_a_stop_string_ends_the_sequence_too(scripted: Scripter, tokenizer: Any) -> None:
     server = scripted(*ids(tokenizer, "stop ") * 10, wait_s=0.05)
     server.client.completions.create(model="scripted", prompt="x", max_tokens=50, stop="stop")
-    [ticket] = server.served.runner.tickets
-    assert ticket.wait(5)
-    assert ticket.usage.generated_tokens < 4
+    [handle] = server.served.runner.handles
+    assert handle.wait(5)
+    assert handle.usage.generated_tokens < 4
 
 
 def test_stop_tokens(scripted: Scripter, tokenizer: Any) -> None:
@@ -126,17 +126,17 @@ def test_chat(scripted: Scripter, tokenizer: Any) -> None:
     assert choice.logprobs.content is not None
     assert bytes(b for t in choice.logprobs.content for b in t.bytes or []) == "é x".encode()
     assert [len(t.top_logprobs) for t in choice.logprobs.content] == [1] * len(script)
-    [ticket] = server.served.runner.tickets
-    assert tokenizer.decode(ticket.request.prompt_ids) == "<system>Be brief.<user>Hello:"
+    [handle] = server.served.runner.handles
+    assert tokenizer.decode(handle.request.prompt_ids) == "<system>Be brief.<user>Hello:"
     chunks = list(server.client.chat.completions.create(model="scripted", messages=messages, stream=True))
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "é x"
     assert chunks[-1].choices[0].finish_reason == "stop"
-    assert server.served.runner.tickets[-1].request.max_tokens == 64 - len(ticket.request.prompt_ids)
+    assert server.served.runner.handles[-1].request.max_tokens == 64 - len(handle.request.prompt_ids)
     # An answer goes back as the client's own library writes it.
     again = [*messages, choice.message, {"role": "user", "content": "?"}]
     server.client.chat.completions.create(model="scripted", messages=again)
-    assert "<assistant>é x<user>?" in tokenizer.decode(server.served.runner.tickets[-1].request.prompt_ids)
+    assert "<assistant>é x<user>?" in tokenizer.decode(server.served.runner.handles[-1].request.prompt_ids)
 
 
 def test_sampling_reaches_the_engine(scripted: Scripter) -> None:
@@ -150,7 +150,7 @@ def test_sampling_reaches_the_engine(scripted: Scripter) -> None:
         extra_body={"top_k": 3, "min_p": 0.1, "cache_prompt": False, "kv_types": {"type_k": "q8_0", "type_v": "q4_0"}},
     )
     server.client.completions.create(model="scripted", prompt="x")
-    asked, default = (ticket.request for ticket in server.served.runner.tickets)
+    asked, default = (handle.request for handle in server.served.runner.handles)
     p = asked.params
     assert (p.temp, p.top_p, p.seed, p.top_k, p.min_p) == (0.3, 0.5, 7, 3, 0.1)
     assert (asked.types.label, asked.reuse) == ("q8_0/q4_0", False)
@@ -165,7 +165,7 @@ def test_a_server_has_defaults_of_its_own(scripted: Scripter) -> None:
 
     def asked(**body: Any) -> Any:
         server.client.chat.completions.create(model="m", messages=[{"role": "user", "content": "x"}], **body)
-        return server.served.runner.tickets[-1].request  # type: ignore[attr-defined]
+        return server.served.runner.handles[-1].request  # type: ignore[attr-defined]
 
     request = asked()
     params = request.params
@@ -176,7 +176,7 @@ def test_a_server_has_defaults_of_its_own(scripted: Scripter) -> None:
     assert (request.params.temp, request.params.top_k, request.params.seed, request.max_tokens) == (0, 5, 9, 7)
     assert request.params.dry_multiplier == 0
     server.client.completions.create(model="m", prompt="x")
-    assert server.served.runner.tickets[-1].request.max_tokens == 30  # type: ignore[attr-defined]
+    assert server.served.runner.handles[-1].request.max_tokens == 30  # type: ignore[attr-defined]
 
 
 def test_a_failure_of_the_engine_is_an_error(scripted: Scripter) -> None:

@@ -136,6 +136,6 @@ def test_a_limit_beyond_the_context_is_the_context(scripted: Scripter) -> None:
     server = scripted(5, 6, 0, chat=True)
     for body in ({"max_tokens": 100_000}, {"max_tokens": -1}, {"n_predict": 2**30}):
         reply = ask(server, "/v1/chat/completions", {"messages": USER, **body}).json()
-        request = server.served.runner.tickets[-1].request  # type: ignore[attr-defined]
+        request = server.served.runner.handles[-1].request  # type: ignore[attr-defined]
         assert len(request.prompt_ids) + request.max_tokens == server.served.n_ctx, body
         assert reply["choices"][0]["finish_reason"] == "stop"

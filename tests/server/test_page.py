@@ -71,7 +71,7 @@ def test_a_conversation(scripted: Scripter, tokenizer: Any, page: Any) -> None:
     page.keyboard.press("Enter")
     expect(page.locator(".turn")).to_have_count(4)
     expect(page.locator("#send")).to_be_visible()
-    asked = tokenizer.decode(server.served.runner.tickets[-1].request.prompt_ids)
+    asked = tokenizer.decode(server.served.runner.handles[-1].request.prompt_ids)
     assert asked == f"<user><script>alert(2)</script>\nsecond line<assistant>{markup}<user>again:"
     assert page.evaluate("document.documentElement.scrollWidth") <= 360  # nothing to scroll sideways
     page.locator("#new").click()
@@ -94,9 +94,9 @@ def test_stop(scripted: Scripter, tokenizer: Any, page: Any, how: str) -> None:
     else:
         page.keyboard.press("Escape")
     expect(page.locator("#send")).to_be_visible()
-    [ticket] = server.served.runner.tickets
-    assert ticket.wait(10)
-    assert ticket.usage.generated_tokens < 200
+    [handle] = server.served.runner.handles
+    assert handle.wait(10)
+    assert handle.usage.generated_tokens < 200
     expect(page.locator(".turn").nth(1).locator(".who")).to_contain_text("stopped")
 
 

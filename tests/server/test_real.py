@@ -18,9 +18,9 @@ import pytest
 from hybridkv.cache import KVTypes
 from hybridkv.engine import Engine, SamplingParams, Scheduler
 from hybridkv.engine.load import Loaded
-from hybridkv.model import kv_facts, layer_facts, vocabulary_rows
+from hybridkv.model import kv_facts, layer_facts, vocab_size_of
 from hybridkv.policy import Guard, Policy
-from hybridkv.server.desk import Served
+from hybridkv.server.request_handler import Served
 from tests.server.conftest import Running, running
 
 N_CTX = 512
@@ -64,7 +64,7 @@ def real_server(reference: Loaded, session_dir: Path | None = None) -> Iterator[
         types_label=TYPES.label,
         n_ctx=N_CTX,
         parallel=4,
-        n_vocab=vocabulary_rows(reference.model.config),
+        n_vocab=vocab_size_of(reference.model.config),
         end_ids=reference.end_ids,
         fingerprint="test",
         session_dir=session_dir,

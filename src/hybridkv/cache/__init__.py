@@ -1,7 +1,7 @@
 """What one model remembers: layer facts, specs, and the packed KV rows."""
 
-from hybridkv.cache.chosen import LayerKernels, resolve
 from hybridkv.cache.kv import KVLayer
+from hybridkv.cache.layer_kernels import LayerKernels, resolve
 from hybridkv.cache.spec import AttentionFacts, KVSpec, KVTypes, LayerFacts, StateFacts
 
 __all__ = [

@@ -54,7 +54,7 @@ class ExactRows:
         return n_new if self.n_tail else min(n_new, self.n_sink - self.sinks)
 
     def leaving(self, n_more: int = 0) -> int:
-        """Rows that leave the tail, held `n_more` rows more, before it takes others: whole blocks."""
+        """Count the rows that leave the tail, held `n_more` rows longer, before it takes others: whole blocks."""
         return max(0, self.length + n_more - self.n_tail) // LEAVING_ROWS * LEAVING_ROWS
 
     def packs(self, n_new: int) -> bool:
@@ -100,7 +100,7 @@ class ExactRows:
             plane.view(torch.float16)[:, :, row : row + x.shape[2]] = x
 
     def oldest(self, n: int) -> tuple[Tensor, Tensor]:
-        """The tail's oldest `n` rows of K and V, float16, where they are stored."""
+        """Return the tail's oldest `n` rows of K and V, float16, where they are stored."""
         rows = slice(self.start, self.start + n)
         (k,), (v,) = self.planes.k, self.planes.v
         return k.view(torch.float16)[:, :, rows], v.view(torch.float16)[:, :, rows]
@@ -119,14 +119,14 @@ class ExactRows:
         return dropped
 
     def segments(self, packed: Segment | None) -> tuple[Segment, ...]:
-        """All rows in the order of their tokens, with the packed rows, if any, between sinks and tail."""
+        """Return all rows in the order of their tokens, with the packed rows, if any, between sinks and tail."""
         if packed is None:
             return (self.planes.segment(0 if self.n_sink else self.start, self.n_held),)
         parts = (self.planes.segment(0, self.sinks), packed, self.planes.segment(self.start, self.length))
         return tuple(part for part in parts if part.length)
 
     def stored(self) -> tuple[Tensor, Tensor]:
-        """Copies of K's and V's rows, sinks before tail."""
+        """Copy K's and V's rows, sinks before tail."""
         sinks, tail = slice(0, self.sinks), slice(self.start, self.start + self.length)
         (k,), (v,) = (tuple(torch.cat([p[:, :, sinks], p[:, :, tail]], 2) for p in side) for side in self._sides())
         return k, v
@@ -142,7 +142,7 @@ class ExactRows:
         return self.planes.k, self.planes.v
 
     def copy(self) -> ExactRows:
-        """The same rows in memory of their own."""
+        """Copy the rows into memory of their own."""
         twin = copy.copy(self)
         twin.planes = self.planes.copy()
         return twin

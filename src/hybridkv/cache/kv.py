@@ -15,9 +15,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hybridkv.cache import fixed
-from hybridkv.cache.chosen import LayerKernels
+from hybridkv.cache import device_rows
 from hybridkv.cache.exact import ExactRows
+from hybridkv.cache.layer_kernels import LayerKernels
 from hybridkv.cache.packed import PackedRows
 from hybridkv.cache.spec import FRESH_ROWS, UNBOUNDED, KVSpec, KVTypes
 from hybridkv.cache.stored import StoredRows
@@ -101,7 +101,7 @@ class KVLayer:
         return self.n_stored == self.n_seen
 
     def past_rows(self) -> int:
-        """Earlier rows that the next token's attention reads."""
+        """Count the earlier rows that the next token's attention reads."""
         stored, window = self.n_stored, self.spec.facts.window
         return stored if window is None else min(stored, window - 1)
 
@@ -146,7 +146,7 @@ class KVLayer:
         self.n_seen += n_new
         return self.view(past + n_new)
 
-    def admit(self, batch: int, n_new: int, device: torch.device) -> KVView:
+    def reserve(self, batch: int, n_new: int, device: torch.device) -> KVView:
         """Count T new tokens, whose rows the caller writes: the last T of the last segment returned.
 
         T is at most what `room` says in a layer that keeps exact rows.
@@ -159,11 +159,11 @@ class KVLayer:
             If the context is full.
         """
         past = self.past_rows()
-        self.count(batch, n_new, device)
+        self.reserve_only(batch, n_new, device)
         return self.view(past + n_new)
 
-    def count(self, batch: int, n_new: int, device: torch.device) -> None:
-        """`admit`, without a view of the rows."""
+    def reserve_only(self, batch: int, n_new: int, device: torch.device) -> None:
+        """Reserve T new rows as `reserve` does, without a view of the rows."""
         exact = self._exact
         assert exact is None or exact.takes(n_new) in (0, n_new), n_new
         self._open(batch, n_new, device)
@@ -176,7 +176,7 @@ class KVLayer:
         self.n_seen += n_new
 
     def room(self) -> int:
-        """Return how many tokens `admit` takes at once as it takes them one by one.
+        """Return how many tokens `reserve` takes at once as it takes them one by one.
 
         Only the first may move rows, pack what leaves the tail or take memory: `take_back` undoes the others.
         """
@@ -210,20 +210,20 @@ class KVLayer:
         self.n_seen += 1
 
     def take_back(self, n_tokens: int) -> None:
-        """Undo the newest `n_tokens` of the last `admit`, of which one stays at least: no row is left of them."""
+        """Undo the newest `n_tokens` of the last `reserve`, of which one stays at least: no row is left of them."""
         self._drop(n_tokens)
 
-    def append_at(self, k: Tensor, v: Tensor, numbers: Tensor) -> KVView:
-        """Store one new token per sequence as its newest row, by numbers that only the device knows.
+    def write_reserved(self, k: Tensor, v: Tensor, row_counters: Tensor) -> KVView:
+        """Store one new token per sequence as its newest row, by row counters that only the device knows.
 
-        `admit` has counted the token, and `fixed_reason` says None.
+        `reserve_only` has counted the token, and `device_step_refusal` says None.
 
         Parameters
         ----------
         k, v
             Any float dtype, `[B, Hkv, 1, D]` and `[B, Hkv, 1, Dv]`.
-        numbers
-            int32 `[N_NUMBERS, B]`; see `hybridkv.cache.fixed`.
+        row_counters
+            int32 `[N_COUNTERS, B]`; see `hybridkv.cache.device_rows`.
         """
         self._check(k, v)
         view, types, chosen = self.view(), self.spec.types, self.kernels
@@ -234,12 +234,12 @@ class KVLayer:
             (encode_k, k, newest.format_k, newest.k, types.rotate_k),
             (encode_v, v, newest.format_v, newest.v, types.rotate_v),
         ):
-            store(encoder, x, fmt, types.scale_for(fmt.name), memory, numbers[0], rotated=rotated)
-        return replace(view, segments=fixed.on_device(view.segments, numbers, slides=not packs))
+            store(encoder, x, fmt, types.scale_for(fmt.name), memory, row_counters[0], rotated=rotated)
+        return replace(view, segments=device_rows.on_device(view.segments, row_counters, slides=not packs))
 
-    def fixed_reason(self, device: str) -> str | None:
+    def device_step_refusal(self, device: str) -> str | None:
         """Explain why rows cannot be counted on the device alone; None if they can."""
-        return fixed.rejects(self.spec, self.kernels, device)
+        return device_rows.rejects(self.spec, self.kernels, device)
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -247,7 +247,7 @@ class KVLayer:
         return self._segments(None)
 
     def view(self, length: int | None = None) -> KVView:
-        """The newest `length` rows, all by default."""
+        """Return a view of the newest `length` rows, all by default."""
         facts, types = self.spec.facts, self.spec.types
         return KVView(
             segments=self._segments(length),
@@ -259,7 +259,7 @@ class KVLayer:
         )
 
     def decode(self, length: int | None = None) -> tuple[Tensor, Tensor]:
-        """The newest `length` rows as float32 `[B, Hkv, S, D]` and `[B, Hkv, S, Dv]`, rotation and center undone."""
+        """Decode the newest `length` rows: float32 K and V `[B, Hkv, S, D]`, rotation and center undone."""
         view = self.view(length)
         parts = [_decoded(segment, view) for segment in view.segments]
         k, v = (torch.cat(side, 2) if len(side) > 1 else side[0] for side in zip(*parts, strict=True))
@@ -297,7 +297,7 @@ class KVLayer:
             self._exact.planes.select(indices)
 
     def copy(self, n_ctx: int | None) -> KVLayer:
-        """A layer that holds the same rows in memory of its own, for a context of its own."""
+        """Copy the rows into a layer with memory and a context of its own."""
         twin = copy.copy(self)
         twin._packed = self._packed.copy()
         twin._exact = None if self._exact is None else self._exact.copy()
@@ -305,14 +305,14 @@ class KVLayer:
         return twin
 
     def empty(self, n_ctx: int | None) -> KVLayer:
-        """A layer of the same types that holds no rows, for a context of its own."""
+        """Build a layer of the same types that holds no rows, for a context of its own."""
         twin = copy.copy(self)
         twin._n_ctx = n_ctx
         twin.reset()
         return twin
 
     def stored(self, first: int = 0) -> StoredRows:
-        """A copy of what is held: of packed rows those from the `first` on, or all where a window lets rows go."""
+        """Copy what is held: of packed rows those from the `first` on, or all where a window evicts rows."""
         first = 0 if self.spec.facts.window is not None else first
         exact_k, exact_v = (None, None) if self._exact is None else self._exact.stored()
         k, v = self._packed.stored(first)
@@ -412,13 +412,13 @@ class KVLayer:
         return parts if length is None or length == self.n_stored else _newest(parts, length)
 
     def _packed_target(self, needed: int, capacity: int) -> int:
-        """Rows of the packed planes' next memory; more than planned for a prompt longer than a window."""
+        """Choose the packed planes' next capacity; more than planned for a prompt longer than a window."""
         if self._n_ctx is None and self.spec.facts.window is None:
             return _grown(needed, capacity)
         return max(needed, self.spec.rows_at(self._n_ctx or UNBOUNDED))
 
     def _exact_target(self, needed: int, capacity: int) -> int:
-        """Rows of the exact planes' next memory: what a prompt needs beyond the plan is given back after it."""
+        """Choose the exact planes' next capacity: what a prompt needs beyond the plan is given back after it."""
         planned = self.spec.exact_rows_at(self._n_ctx or UNBOUNDED)
         if self._n_ctx is None and self.spec.facts.window is None:
             planned = min(planned, capacity if needed <= capacity else _grown(needed, capacity))
@@ -431,7 +431,7 @@ def _grown(needed: int, capacity: int) -> int:
 
 
 def _newest(parts: Sequence[Segment], length: int) -> tuple[Segment, ...]:
-    """The newest `length` rows of the parts; at least one part, if of no rows."""
+    """Select the newest `length` rows of the parts; at least one part, if of no rows."""
     kept: list[Segment] = []
     for part in reversed(parts):
         n = min(part.length, length)
@@ -442,7 +442,7 @@ def _newest(parts: Sequence[Segment], length: int) -> tuple[Segment, ...]:
 
 
 def _decoded(rows: Segment, view: KVView) -> tuple[Tensor, Tensor]:
-    """float32 K and V of a segment, as they were before the center was taken off; still rotated."""
+    """Decode K and V of a segment to float32, as they were before the center was subtracted; still rotated."""
     span = slice(rows.start, rows.start + rows.length)
     k = rows.format_k.decode([p[:, :, span] for p in rows.k], view.head_dim_k)
     v = rows.format_v.decode([p[:, :, span] for p in rows.v], view.head_dim_v)

@@ -70,7 +70,7 @@ class PackedRows:
         return row
 
     def segment(self, length: int) -> Segment:
-        """The newest `length` rows."""
+        """Return a segment of the newest `length` rows."""
         return self.planes.segment(self.start + self.length - length, length, self.center)
 
     def select(self, indices: Tensor) -> None:
@@ -80,7 +80,7 @@ class PackedRows:
             self.center = self.center.index_select(0, indices.to(self.center.device))
 
     def stored(self, first: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Copies of the planes' rows from the `first` held on."""
+        """Copy the planes' rows from the `first` held on."""
         rows = slice(self.start + first, self.start + self.length)
         k, v = (tuple(p[:, :, rows].clone() for p in side) for side in (self.planes.k, self.planes.v))
         return k, v
@@ -99,7 +99,7 @@ class PackedRows:
                 self.center.copy_(part.center)
 
     def copy(self) -> PackedRows:
-        """The same rows in memory of their own."""
+        """Copy the rows into memory of their own."""
         twin = copy.copy(self)
         twin.planes = self.planes.copy()
         twin.center = None if self.center is None else self.center.clone()

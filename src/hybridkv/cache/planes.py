@@ -47,7 +47,7 @@ class Planes:
         return sum(plane.nbytes for plane in (*self.k, *self.v))
 
     def segment(self, start: int, length: int, center: Tensor | None = None) -> Segment:
-        """Rows `[start, start + length)`, for a kernel."""
+        """Return rows `[start, start + length)` as a segment for a kernel."""
         return Segment(self.k, self.v, self._format_k, self._format_v, start, length, center)
 
     def reallocate(self, batch: int, capacity: int, device: torch.device, kept: Sequence[Move]) -> None:
@@ -70,7 +70,7 @@ class Planes:
         self.batch, self.key = len(indices) if self.k else 0, object()
 
     def copy(self) -> Planes:
-        """The same rows in memory of their own."""
+        """Copy the rows into memory of their own."""
         twin = copy.copy(self)
         twin.select(torch.arange(self.batch))
         return twin
@@ -83,7 +83,7 @@ def _moved(
     plane_bytes: tuple[int, ...],
     device: torch.device,
 ) -> tuple[Tensor, ...]:
-    """New planes of `shape` (batch, heads, rows) with the `kept` rows of the old planes, if any."""
+    """Allocate planes of `shape` (batch, heads, rows) and move the `kept` rows of the old planes there, if any."""
     fresh = tuple(allocate((*shape, nbytes), device) for nbytes in plane_bytes)
     for new, old in zip(fresh, planes, strict=False):
         for rows, to in kept:
@@ -92,7 +92,7 @@ def _moved(
 
 
 def allocate(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Memory with whatever bytes were there: nothing may read a row that was not written."""
+    """Allocate uninitialized memory: nothing may read a row that was not written."""
     if device.type == "cpu":
         return cpu_native.allocate(shape)
     return torch.empty(shape, dtype=torch.uint8, device=device)

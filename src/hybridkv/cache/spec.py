@@ -80,7 +80,7 @@ class StateFacts:
     known: bool = True
 
     def nbytes(self, batch: int = 1, conv_itemsize: int = 4) -> int:
-        """Bytes for `batch` sequences."""
+        """Count the bytes for `batch` sequences."""
         conv = sum(prod(shape) for shape in self.conv) * conv_itemsize
         return batch * (conv + 4 * sum(prod(shape) for shape in self.recurrent))
 
@@ -126,7 +126,7 @@ class KVTypes:
         return self.type_k if self.type_k == self.type_v else f"{self.type_k}/{self.type_v}"
 
     def scale_for(self, type_name: str) -> Scale | None:
-        """The rule to encode `type_name` with: `scale` where the format has a choice, else None."""
+        """Return the rule to encode `type_name` with: `scale` where the format has a choice, else None."""
         return self.scale if get_format(type_name).refit else None
 
 
@@ -175,18 +175,18 @@ class KVSpec:
         return self._token_bytes(EXACT_TYPE, EXACT_TYPE)
 
     def rows_at(self, n_ctx: int) -> int:
-        """Packed rows allocated for a context of `n_ctx` tokens."""
+        """Count the packed rows allocated for a context of `n_ctx` tokens."""
         rows = max(0, n_ctx - self.sink - self.tail)
         window = self.facts.window
         return rows if window is None else min(rows, max(0, window - 1 - self.tail) + WINDOW_SLACK)
 
     def exact_rows_at(self, n_ctx: int) -> int:
-        """f16 rows allocated for a context of `n_ctx` tokens; while a prompt is processed, up to `FRESH_ROWS` more."""
+        """Count the f16 rows allocated for `n_ctx` tokens; up to `FRESH_ROWS` more while a prompt is processed."""
         waiting = LEAVING_ROWS + SLIDE_ROWS if self.tail else 0
         return min(n_ctx, self.sink + self.tail + waiting)
 
     def bytes_at(self, n_ctx: int, batch: int = 1) -> int:
-        """Bytes allocated for `batch` sequences of `n_ctx` tokens."""
+        """Count the bytes allocated for `batch` sequences of `n_ctx` tokens."""
         rows = self.rows_at(n_ctx)
         center = 4 * self.facts.n_kv_heads * self.facts.head_dim_k if self.center and rows else 0
         exact = self.exact_rows_at(n_ctx) * self.exact_bytes_per_token

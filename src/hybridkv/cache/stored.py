@@ -58,5 +58,5 @@ class StoredRows:
         return sum(x.nbytes for x in (self.exact_k, self.exact_v, self.center) if x is not None)
 
     def without_exact(self) -> StoredRows:
-        """The packed rows alone, for later copies to resume from."""
+        """Return the packed rows alone, for later copies to resume from."""
         return StoredRows(self.n_seen, self.first, self.packed_k, self.packed_v)

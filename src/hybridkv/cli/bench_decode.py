@@ -29,7 +29,7 @@ from hybridkv.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hybridkv.lab.decode_bench import DecodeReport, Gate, Plan, Speed
+    from hybridkv.lab.decode_bench import DecodeReport, LogitsGate, Plan, Speed
 
 NAME = "decode"
 HELP = "time a whole model: prompt tokens/s, and generated tokens/s at several cache depths"
@@ -177,7 +177,7 @@ def _print(report: DecodeReport, plan: Plan, console: Console) -> None:
             console.print("no profile: operations are timed where the native step runs")
 
 
-def _verdict(gate: Gate) -> str:
+def _verdict(gate: LogitsGate) -> str:
     from hybridkv.lab.decode_bench import DIFFERENCE_LIMIT
 
     if not gate.passed:

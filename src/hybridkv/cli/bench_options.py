@@ -43,7 +43,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser, *, types: str, against:
 
 
 def types_from(text: str, option: str = "--types") -> list[str]:
-    """The types of `--types`, or of another option, in order, each once.
+    """Parse the types of `--types`, or of another option, in order, each once.
 
     Raises
     ------
@@ -61,7 +61,7 @@ def types_from(text: str, option: str = "--types") -> list[str]:
 
 
 def peers_from(text: str, allowed: Collection[str]) -> list[str]:
-    """The peers of `--against`.
+    """Parse the peers of `--against`.
 
     Raises
     ------
@@ -78,7 +78,7 @@ def peers_from(text: str, allowed: Collection[str]) -> list[str]:
 
 
 def threads_from(given: int | None) -> int:
-    """The number of threads.
+    """Choose the number of threads: as given, or one per core.
 
     Raises
     ------
@@ -106,12 +106,12 @@ def check_range(option: str, value: int, least: int, most: int) -> None:
 
 
 def words(text: str) -> list[str]:
-    """The parts between commas, without blanks."""
+    """Split text at commas, without blanks."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def progress_to_stderr(label: str) -> Callable[[str], None]:
-    """A line on stderr per step, so that a long bench is seen to move."""
+    """Print a line on stderr per step, so that a long bench is seen to move."""
     return lambda line: print(f"{label}: {line}", file=sys.stderr, flush=True)
 
 
@@ -129,7 +129,7 @@ def notice_load() -> None:
 
 
 def print_machine(console: Console, n_threads: int) -> None:
-    """A line on what the figures were measured on."""
+    """Print a line on what the figures were measured on."""
     from hybridkv.lab.machine import machine
 
     about = machine(n_threads)
@@ -143,5 +143,5 @@ def print_peers(console: Console, peers: Collection[Found]) -> None:
 
 
 def print_json(result: dict[str, Any]) -> None:
-    """The last line of stdout."""
+    """Print a result as the last line of stdout."""
     print(json.dumps(result))

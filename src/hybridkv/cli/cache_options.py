@@ -99,7 +99,7 @@ def given_types(arguments: argparse.Namespace) -> bool:
 
 
 def policy_from(arguments: argparse.Namespace) -> AnyPolicy:
-    """The policy that the options ask for.
+    """Build the policy that the options ask for.
 
     Raises
     ------

@@ -221,7 +221,7 @@ def unescaped(a: argparse.Namespace, text: str | None) -> str | None:
 
 
 def stops_of(a: argparse.Namespace) -> tuple[str, ...]:
-    """Texts before which an answer ends."""
+    """List the texts before which an answer ends."""
     return tuple(str(unescaped(a, stop)) for stop in a.reverse_prompt if stop)
 
 

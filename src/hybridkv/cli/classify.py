@@ -155,7 +155,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _check(a: argparse.Namespace) -> None:
-    """Everything that can be refused before anything is read or imported."""
+    """Refuse what can be refused before anything is read or imported."""
     for option, value, example in (
         ("-f", a.file, "-f rows.jsonl"),
         ("--labels", a.labels, "--labels positive,negative"),
@@ -187,7 +187,7 @@ def _policies(a: argparse.Namespace) -> list[AnyPolicy]:
 
 
 def _resolve(opened: Opened, policies: Sequence[AnyPolicy], guard: Guard) -> list[tuple[KVSpec, ...]]:
-    """Every layer's types and kernels at each run, printed, before any weight is loaded."""
+    """Resolve and print every layer's types and kernels of each run, before any weight is loaded."""
     from hybridkv.cache import resolve
     from hybridkv.kernels import ENCODERS, KERNELS
     from hybridkv.model import is_hybrid, kv_facts
@@ -210,7 +210,7 @@ def _resolve(opened: Opened, policies: Sequence[AnyPolicy], guard: Guard) -> lis
 
 
 def _score(name: str, classifier: Classifier, prompts: list[list[int]], lengths: list[int]) -> Scored:
-    """One run over all rows."""
+    """Score all rows at one policy's types."""
     import torch
 
     from hybridkv.engine.admission import is_out_of_memory
@@ -228,14 +228,14 @@ def _score(name: str, classifier: Classifier, prompts: list[list[int]], lengths:
 
 
 def _accuracy(scored: Scored, rows: Sequence[Row], labels: Sequence[str]) -> tuple[int, int]:
-    """Rows that got the label they should get, of those that say which."""
+    """Count the rows that got the label they should get, and those that say which."""
     best = scored.scores.argmax(-1).tolist()
     known = [row.label == labels[choice] for row, choice in zip(rows, best, strict=True) if row.label is not None]
     return sum(known), len(known)
 
 
 def _print_rows(scored: Scored, rows: Sequence[Row], labels: Sequence[str], as_json: bool) -> None:
-    """A table, or JSON lines, and what it took."""
+    """Print a table, or JSON lines, and what it took."""
     correct, known = _accuracy(scored, rows, labels)
     table = simple_table("row", "label", "probability", "margin", *["correct"] * (known > 0), left=("label",))
     answers = zip(rows, scored.probabilities.tolist(), scored.scores.tolist(), strict=True)
@@ -282,7 +282,7 @@ def _summary(scored: Scored, correct: int, known: int) -> dict[str, Any]:
 
 
 def _print_comparison(scored: Sequence[Scored], rows: Sequence[Row], labels: Sequence[str], as_json: bool) -> None:
-    """One line per type: memory, and how far its answers are from the reference's."""
+    """Print one line per type: memory, and how far its answers are from the reference's."""
     reference = scored[0].probabilities
     choice = reference.argmax(-1, keepdim=True)
     _, known = _accuracy(scored[0], rows, labels)

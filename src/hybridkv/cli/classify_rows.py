@@ -40,12 +40,12 @@ class Template:
     after: str
 
     def around(self, text: str) -> str:
-        """The prompt of a text."""
+        """Put a text into the prompt."""
         return self.before + text + self.after
 
 
 def parse_labels(text: str) -> tuple[str, ...]:
-    """`a,b,c` as labels.
+    """Parse `a,b,c` as labels.
 
     Raises
     ------
@@ -67,7 +67,7 @@ def parse_labels(text: str) -> tuple[str, ...]:
 
 
 def read_template(text: str | None, labels: Sequence[str]) -> Template:
-    """The prompt that is given as a file's name or as itself, with its `{labels}` filled in.
+    """Read the prompt, given as a file's name or as itself, and fill in its `{labels}`.
 
     Raises
     ------
@@ -91,7 +91,7 @@ def read_template(text: str | None, labels: Sequence[str]) -> Template:
 
 
 def read_rows(path: Path, labels: Sequence[str]) -> list[Row]:
-    """The rows of a JSONL file; empty lines are skipped.
+    """Read the rows of a JSONL file; empty lines are skipped.
 
     Raises
     ------
@@ -132,7 +132,7 @@ def _row(line: str, where: str, labels: Sequence[str]) -> Row:
 def encode(
     template: Template, rows: Sequence[Row], labels: Sequence[str], tokenizer: Any | None, *, chat: bool
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of every row's prompt, and of every label as it follows one.
+    """Tokenize every row's prompt, and every label as it follows one.
 
     Control words are the template's alone; those in a row are text, so that no row ends its prompt before its label.
     A prompt's last spaces are the labels', whose first token begins with one where the tokenizer's do; after a line
@@ -172,7 +172,7 @@ def encode(
 
 
 def _prompt(template: Template, text: str, words: ControlWords, chat: bool) -> Covered:
-    """The prompt of a row's text, without spaces at its end."""
+    """Render the prompt of a row's text, without spaces at its end."""
     from hybridkv.text.chat import chat_prompt
     from hybridkv.text.control_words import Covered
 
@@ -194,7 +194,7 @@ def _read(path: Path, option: str) -> str:
 
 
 def _check_utf8(text: str, where: str) -> None:
-    """JSON escapes and a shell's bytes can make characters that no text has."""
+    """Refuse characters that no text has; JSON escapes and a shell's bytes can make them."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -35,12 +35,12 @@ def refuse_shift(a: argparse.Namespace, description: Description) -> None:
 
 
 def reach_of(trained: int, rope: RopeChanges) -> int:
-    """Tokens that a model reaches as it was trained, or as RoPE is scaled."""
+    """Count the tokens that a model reaches as it was trained, or as RoPE is scaled."""
     return max(trained, int((rope.orig_ctx or trained) * (rope.factor or 1)))
 
 
 def context_of(asked: int | None, trained: int | None, default_ctx: int, rope: RopeChanges) -> int:
-    """Tokens in the context: 0 asks for the trained length, the default never exceeds it.
+    """Choose the tokens in the context: 0 asks for the trained length, the default never exceeds it.
 
     Raises
     ------

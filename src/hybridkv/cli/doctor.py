@@ -100,7 +100,7 @@ def _version(package: str) -> str:
 
 
 def _cpu_features() -> list[str]:
-    """The SIMD features among those that matter, from the kernel's own list (Linux)."""
+    """List the SIMD features among those that matter, from the kernel's own list (Linux)."""
     path = Path("/proc/cpuinfo")
     words = set(path.read_text().split()) if path.is_file() else set()
     return [feature for feature in _FEATURES if feature in words]
@@ -148,7 +148,7 @@ def _recurrent() -> dict[str, str]:
 
 
 def _matrix(device: str, dims: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Every pair x head dim x phase: the kernel that runs it, and every kernel's reason to refuse."""
+    """List every pair x head dim x phase: the kernel that runs it, and every kernel's reason to refuse."""
     from hybridkv.formats import FORMATS
     from hybridkv.kernels import KERNELS, PHASES, AttentionCase, explain
 
@@ -176,7 +176,7 @@ def _matrix(device: str, dims: tuple[int, ...]) -> list[dict[str, Any]]:
 
 
 def _print_summary(matrix: list[dict[str, Any]]) -> None:
-    """One line per device, head dim and phase: pairs per kernel; then each distinct refusal with its count."""
+    """Print one line per device, head dim and phase: pairs per kernel; then each distinct refusal with its count."""
     table = simple_table(
         "device", "head dim", "phase", "pairs per kernel", left=("device", "phase", "pairs per kernel")
     )

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hybridkv.lab.candidates import Candidate
     from hybridkv.lab.corpus import Corpus
     from hybridkv.lab.results import Conditions, Result
-    from hybridkv.lab.run import Run
+    from hybridkv.lab.run import Evaluation
     from hybridkv.runtime import Step
 
 NAME = "eval"
@@ -109,7 +109,7 @@ def main(arguments: argparse.Namespace) -> int:
     from hybridkv.lab.candidates import label
     from hybridkv.lab.evaluate import MODES, Evaluator
     from hybridkv.lab.journal import Journal
-    from hybridkv.lab.run import Run
+    from hybridkv.lab.run import Evaluation
 
     mode = one_of(a.mode, MODES, "--mode", hint="decode is what generation does, prefill is faster")
     candidates = _candidates(a)
@@ -134,7 +134,7 @@ def main(arguments: argparse.Namespace) -> int:
         journal.load()
     evaluator = Evaluator(loaded.model, step, facts, corpus.n_ctx)
     if a.ray is None:
-        run = Run(evaluator, corpus, candidates, mode, journal, n_greedy=a.greedy)
+        run = Evaluation(evaluator, corpus, candidates, mode, journal, n_greedy=a.greedy)
     else:
         run = spread(a, evaluator, corpus, candidates, mode, journal)
     complete = _measure(run)
@@ -156,7 +156,7 @@ def _check(a: argparse.Namespace) -> Path:
 
 
 def _candidates(a: argparse.Namespace) -> list[Candidate]:
-    """The reference, the reference once more, and all that was asked for."""
+    """List the reference, the reference once more, and all that was asked for."""
     from hybridkv.cache import KVTypes
     from hybridkv.lab.candidates import Candidate, expand, label
     from hybridkv.policy import Policy, read_config
@@ -196,7 +196,7 @@ def _counts(option: str, text: str | None) -> list[int]:
 
 
 def _resolve(opened: Opened, candidates: Sequence[Candidate]) -> Sequence[AttentionFacts]:
-    """The model's KV layers; every candidate has kernels for them, before any weight is loaded."""
+    """Return the model's KV layers, after checking that every candidate has kernels for them."""
     from hybridkv.cache import resolve
     from hybridkv.kernels import ENCODERS, KERNELS
     from hybridkv.model import kv_facts
@@ -215,12 +215,12 @@ def _resolve(opened: Opened, candidates: Sequence[Candidate]) -> Sequence[Attent
 
 
 def _demand(opened: Opened, candidates: Sequence[Candidate]) -> Demand:
-    """All caches are alive at once, beside a chunk's logits and their distributions."""
+    """Estimate the memory: all caches are alive at once, beside a chunk's logits and their distributions."""
     from hybridkv.lab.evaluate import LOGITS_BYTES, PIECE
-    from hybridkv.model import kv_facts, vocabulary_rows
+    from hybridkv.model import kv_facts, vocab_size_of
 
     specs = [spec for c in candidates for spec in c.policy.resolve(kv_facts(opened.description.facts))]
-    logits = 8 * min(LOGITS_BYTES, 4 * PIECE * vocabulary_rows(opened.description.config))
+    logits = 8 * min(LOGITS_BYTES, 4 * PIECE * vocab_size_of(opened.description.config))
     return Demand(specs, opened.n_ctx, n_caches=len(candidates), more={"logits": logits}, guarded=False)
 
 
@@ -238,7 +238,7 @@ def _corpus(a: argparse.Namespace, loaded: Loaded, n_ctx: int) -> Corpus:
     return cut(path.name, loaded.tokenizer.encode(text), n_ctx, wanted)
 
 
-def _measure(run: Run) -> bool:
+def _measure(run: Evaluation) -> bool:
     """Run with a progress bar on stderr; False if it was interrupted."""
     from rich.progress import (
         BarColumn,
@@ -297,7 +297,7 @@ def _snippet(loaded: Loaded, corpus: Corpus) -> Callable[[int, int], str]:
 
 
 def _show(conditions: Conditions, results: Sequence[Result]) -> None:
-    """The table on stdout: what to choose by. The files have all figures."""
+    """Print the table to choose by on stdout; the files have all figures."""
     columns = ("bits", "bytes/token", "perplexity", "ratio", "mean KLD", "99.9 %", "same top", "greedy", "tokens/s")
     table = simple_table("types", *columns, left=("types",))
     for r in results:

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from hybridkv.lab.corpus import Corpus
     from hybridkv.lab.evaluate import Evaluator, Mode
     from hybridkv.lab.journal import Journal
-    from hybridkv.lab.run import Run
+    from hybridkv.lab.run import Evaluation
 
 _MODEL_OPTIONS = ("model", "ctx_size", "threads", "device", "engine", "graph", "weights", "trust_remote_code")
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class ModelLoader:
     """The options that say which model runs and how, and the tokens of a window."""
 
     options: tuple[tuple[str, Any], ...]
@@ -64,24 +64,24 @@ def spread(
     candidates: Sequence[Candidate],
     mode: Mode,
     journal: Journal,
-) -> Run:
+) -> Evaluation:
     """Start Ray, or find it; the evaluation that runs there."""
     import torch
 
-    from hybridkv.lab.spread import SpreadRun
+    from hybridkv.lab.ray_run import RayEvaluation
 
     if a.device == "auto":
         a.device = "cuda" if torch.cuda.is_available() else "cpu"
     n_gpus = int(a.device == "cuda")
     connect(a.ray, n_at_once=1, n_cpus=a.threads, n_gpus=n_gpus, what="tasks")
     a.ctx_size = corpus.n_ctx
-    return SpreadRun(
+    return RayEvaluation(
         evaluator,
         corpus,
         candidates,
         mode,
         journal,
-        recipe=Recipe(tuple((name, getattr(a, name)) for name in _MODEL_OPTIONS), corpus.n_ctx),
+        loader=ModelLoader(tuple((name, getattr(a, name)) for name in _MODEL_OPTIONS), corpus.n_ctx),
         resources={"num_cpus": a.threads, "num_gpus": n_gpus},
         n_greedy=a.greedy,
     )

@@ -134,14 +134,14 @@ def _kv_bytes(specs: Sequence[KVSpec], demand: Demand) -> int:
 
 
 def _state_bytes(opened: Opened, n_seqs: int) -> int:
-    """Bytes of the states of sequences."""
+    """Count the bytes of the states of `n_seqs` sequences."""
     from hybridkv.planner import plan
 
     return plan((), opened.description.facts, n_ctx=0, n_seqs=n_seqs).state_bytes
 
 
 def _parts(opened: Opened, demand: Demand) -> dict[str, int]:
-    """Bytes beside the weights, by what they are."""
+    """Count the bytes beside the weights, by what they are."""
     from hybridkv.planner import guard_bytes, work_bytes
 
     states = _state_bytes(opened, demand.n_seqs) * demand.n_caches

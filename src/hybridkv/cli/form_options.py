@@ -59,11 +59,11 @@ class Form:
     budget: int | None = None
 
     def __bool__(self) -> bool:
-        """Whether it asks for anything."""
+        """Check whether it asks for anything."""
         return self.grammar is not None or self.budget is not None
 
     def steering_for(self, loaded: Loaded) -> Callable[[str | None], Steering | None]:
-        """What makes the steering of one answer from its conversation's text; None stands for a plain prompt.
+        """Build what makes an answer's steering from its conversation's text; None stands for a plain prompt.
 
         Raises
         ------
@@ -74,11 +74,11 @@ class Form:
             return lambda _: None
         if loaded.tokenizer is None:
             raise UsageError("a grammar needs a tokenizer, and this model has none", hint="leave the grammar out")
-        from hybridkv.model import vocabulary_rows
+        from hybridkv.model import vocab_size_of
         from hybridkv.server.forms import Forms
         from hybridkv.server.prompts import Prompts
 
-        n_vocab = vocabulary_rows(loaded.model.config)
+        n_vocab = vocab_size_of(loaded.model.config)
         forms = Forms(Prompts(loaded.tokenizer, n_vocab), n_vocab, loaded.end_ids)
         return lambda text: asyncio.run(forms.steer(self.grammar, text, self.budget))
 

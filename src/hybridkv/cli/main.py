@@ -86,7 +86,7 @@ def _hint(message: str) -> str | None:
 
 
 def build_parser() -> tuple[Parser, dict[str, Parser]]:
-    """The whole command line, and each command's own parser: `run`, ..., `bench`, `bench attention`, ..."""
+    """Build the whole command line, and each command's own parser: `run`, ..., `bench`, `bench attention`, ..."""
     parser = Parser(
         prog="hybridkv",
         description="Run hybrid recurrent/attention language models with a quantized KV cache.",
@@ -140,7 +140,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _with_dashes(word: str, command: Parser) -> str:
-    """`--top_k` as `--top-k`, which llama.cpp takes too."""
+    """Spell `--top_k` as `--top-k`, as llama.cpp does."""
     option, equals, value = word.partition("=")
     dashed = option.replace("_", "-")
     known = word.startswith("--") and option not in command._option_string_actions
@@ -148,7 +148,7 @@ def _with_dashes(word: str, command: Parser) -> str:
 
 
 def _words_of_variables(command: Parser) -> list[str]:
-    """Options that llama.cpp's environment variables stand for; named, without values: one is a key."""
+    """List the options that llama.cpp's environment variables stand for; print no values, since one is a key."""
     words, used, idle = options_from_variables(os.environ, command._option_string_actions)
     if os.environ.get("RANK", "0") == "0":
         if used:

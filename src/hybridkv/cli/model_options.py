@@ -207,14 +207,14 @@ class Opened:
         return f"{step.name}, weights torchao {self.weights}" if torchao else step.name
 
     def held(self) -> Held:
-        """Bytes of the weights as `load` will hold them."""
+        """Count the bytes of the weights as `load` will hold them."""
         import torch
 
         plain: Literal["f32", "bf16"] = "f32" if self.dtype == torch.float32 else "bf16"
         return self.description.held(self.weights, self.device_type, plain, engine=self.engine)
 
     def load(self) -> tuple[Loaded, Step]:
-        """The model and what runs it; what is worth knowing of them is said."""
+        """Load the model and its step; print what is worth knowing of them."""
         from hybridkv.engine.load import load, lock_weights
         from hybridkv.native.choice import runs_natively
 

@@ -12,7 +12,7 @@ _MOST = 1000
 
 
 def output_path(asked: str | None, default: str, others: Sequence[str], *, resume: bool) -> Path:
-    """The file to write.
+    """Choose the file to write.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ def _numbered(output: Path) -> list[Path]:
 
 
 def _free(output: Path, others: Sequence[str]) -> Path:
-    """The first of the name that nothing has."""
+    """Find the first file of the name that does not exist yet."""
     found = next((path for path in _numbered(output) if not _held(path, others)), output)
     if found != output:
         notice(f"{output.name} is there from before; this run writes {found.name}")
@@ -62,6 +62,6 @@ def _free(output: Path, others: Sequence[str]) -> Path:
 
 
 def _last(output: Path, journal: str) -> Path:
-    """The last of the name that can be gone on with."""
+    """Find the last file of the name that can be resumed."""
     begun = [path for path in _numbered(output) if path.with_suffix(journal).exists()]
     return begun[-1] if begun else output

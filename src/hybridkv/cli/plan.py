@@ -122,7 +122,7 @@ def main(arguments: argparse.Namespace) -> int:
     kind, device = _check(a)
     import_torch()
     from hybridkv.engine.describe import describe
-    from hybridkv.model.ranks import cuts_heads
+    from hybridkv.model.ranks import shards_heads
     from hybridkv.planner import parse_bytes, unknown_states
     from hybridkv.policy import Guard, parse_mode
 
@@ -156,7 +156,7 @@ def main(arguments: argparse.Namespace) -> int:
             notice(line)
     for reason in dict.fromkeys(row["refused"] for row in rows if row["refused"]):
         notice(f"left out, no kernel: {reason}")
-    if a.tp > 1 and not cuts_heads(description.config):
+    if a.tp > 1 and not shards_heads(description.config):
         notice(f"the plan for {description.config.model_type!r} replicates the KV heads: each rank holds all of them")
     if unknown_states(description.facts):
         notice(f"the state shapes of {description.config.model_type!r} are not known: states are not counted")
@@ -173,7 +173,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _expanded(weights: _Weights) -> dict[str, Any]:
-    """What the JSON object says of tensors that do not stay packed."""
+    """Return the JSON entries on tensors that do not stay packed."""
     return {} if weights.expanded is None else {"expanded": asdict(weights.expanded)}
 
 
@@ -255,7 +255,7 @@ def _held(description: Description, asked: WeightKind, device: str, engine: str)
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:
-    """`q8_0,q8_0/q4_0` as pairs of K and V types; `all` as every pair.
+    """Parse `q8_0,q8_0/q4_0` as pairs of K and V types; `all` as every pair.
 
     Raises
     ------
@@ -291,16 +291,16 @@ class _Question:
 
 
 def _rows(question: _Question, policies: Sequence[AnyPolicy]) -> list[dict[str, Any]]:
-    """One object per pair of types or file, bytes as integers."""
+    """Compute one object per pair of types or file, bytes as integers."""
     from hybridkv.model.facts import is_hybrid, kv_facts
     from hybridkv.planner import largest_context, plan
     from hybridkv.policy import KVConfig
 
     q, facts = question, question.description.facts
-    rows, said = [], []
+    rows, messages = [], []
     for policy in policies:
         specs, warnings = q.guard.before(policy.resolve(kv_facts(facts)), hybrid=is_hybrid(facts), n_ctx=q.n_ctx)
-        said += warnings
+        messages += warnings
         counted = plan(
             specs,
             facts,
@@ -332,13 +332,13 @@ def _rows(question: _Question, policies: Sequence[AnyPolicy]) -> list[dict[str, 
             row["fits"] = counted.total_bytes <= q.budget
             row["largest_n_ctx"] = largest_context(specs, free, n_seqs=q.n_seqs) if free >= 0 else 0
         rows.append(row)
-    for line in dict.fromkeys(said):
+    for line in dict.fromkeys(messages):
         warning(line)
     return rows
 
 
 def _types(names: Sequence[str]) -> str:
-    """The types of layers: `q8_0+q4_0` where there are several."""
+    """Name the types of layers: `q8_0+q4_0` where there are several."""
     return "+".join(dict.fromkeys(names))
 
 

@@ -23,7 +23,7 @@ _ON_DEVICE = 2**30
 
 
 def default_prefix_bytes(opened: Opened, specs: Sequence[KVSpec], rest: Demand) -> int:
-    """Rows of one conversation for each sequence that runs at once, and its checkpoints.
+    """Estimate the memory for one conversation's rows per sequence that runs at once, and its checkpoints.
 
     Parameters
     ----------

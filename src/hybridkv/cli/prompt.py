@@ -41,7 +41,7 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_prompt(a: argparse.Namespace) -> str | list[int]:
-    """The prompt as given: text, or token ids; what is piped in if no option says.
+    """Read the prompt as given: text, or token ids; what is piped in if no option says.
 
     Raises
     ------
@@ -73,7 +73,7 @@ def is_typed(a: argparse.Namespace) -> bool:
 
 
 def _piped() -> str:
-    """Text on stdin, "" if there is none or a person sits there."""
+    """Read text from stdin, "" if there is none or a person sits there."""
     if sys.stdin is None or sys.stdin.isatty():
         return ""
     try:

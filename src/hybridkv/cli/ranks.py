@@ -28,7 +28,7 @@ def check_ranks(a: argparse.Namespace) -> None:
         )
 
 
-def speak_on_one_rank(n_ranks: int) -> Callable[[str], None]:
+def silence_other_ranks(n_ranks: int) -> Callable[[str], None]:
     """Silence all ranks but the first; where the guard reports.
 
     A layer may hold on one rank and not on another, which has other heads: each says so itself.
@@ -44,7 +44,7 @@ def speak_on_one_rank(n_ranks: int) -> Callable[[str], None]:
     return _say
 
 
-def tell_of_end(error: HybridKVError) -> None:
+def report_failure(error: HybridKVError) -> None:
     """Say what ended a silenced rank: the others may know nothing of it."""
     from hybridkv.hf.ranks import rank
 
@@ -54,9 +54,9 @@ def tell_of_end(error: HybridKVError) -> None:
 
 def leave_ranks(code: int) -> int:
     """End what the ranks talk through, and the process with it where there are several; else its exit code."""
-    from hybridkv.hf.ranks import leave
+    from hybridkv.hf.ranks import exit_rank
 
-    return leave(code)
+    return exit_rank(code)
 
 
 def _say(text: str) -> None:

@@ -83,7 +83,7 @@ def changes_of(a: argparse.Namespace) -> ModelChanges:
 
 
 def _keys(texts: list[str]) -> dict[str, int | float | bool | str]:
-    """`KEY=TYPE:VALUE,...` as metadata."""
+    """Parse `KEY=TYPE:VALUE,...` as metadata."""
     keys: dict[str, int | float | bool | str] = {}
     for text in (part for one in texts for part in one.split(",") if part):
         key, equals, typed = text.partition("=")

@@ -19,7 +19,7 @@ from hybridkv.cli.model_options import (
 )
 from hybridkv.cli.progress import loading, reading
 from hybridkv.cli.prompt import add_prompt_arguments, is_typed, read_prompt
-from hybridkv.cli.ranks import check_ranks, leave_ranks, speak_on_one_rank, tell_of_end
+from hybridkv.cli.ranks import check_ranks, leave_ranks, report_failure, silence_other_ranks
 from hybridkv.cli.resolve import resolve_types
 from hybridkv.cli.sampler_options import add_sampling_arguments, sampling_for, sampling_from
 from hybridkv.cli.session import Conversation, check_session, open_conversation
@@ -108,7 +108,7 @@ def main(arguments: argparse.Namespace) -> int:
     if talks:
         return talk_about(a, opened, policy, guard, sampling, choice, form, None if prompt is None else str(prompt))
     assert prompt is not None
-    tell = speak_on_one_rank(opened.description.n_ranks)
+    notify = silence_other_ranks(opened.description.n_ranks)
     n_ctx = opened.n_ctx
     specs = resolve_types(opened, policy, guard)
     check_memory(opened, Demand(specs, n_ctx, a.parallel, guarded=guard.measures))
@@ -118,13 +118,15 @@ def main(arguments: argparse.Namespace) -> int:
     steering = form.steering_for(loaded)(talk.text if a.chat else None)
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
     try:
-        speculation = speculation_from(a, loaded, step, tell, n_ctx=n_ctx, n_seqs=a.parallel)
-        engine = Engine(loaded.model, specs, n_ctx=n_ctx, guard=guard, notify=tell, step=step, speculation=speculation)
+        speculation = speculation_from(a, loaded, step, notify, n_ctx=n_ctx, n_seqs=a.parallel)
+        engine = Engine(
+            loaded.model, specs, n_ctx=n_ctx, guard=guard, notify=notify, step=step, speculation=speculation
+        )
         talk.hand_over(engine)
         sampling = sampling_for(sampling, a, loaded)
         return leave_ranks(_generate(a, loaded, engine, sampling, talk, steering))
     except HybridKVError as error:
-        tell_of_end(error)
+        report_failure(error)
         raise
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -137,7 +139,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _check(a: argparse.Namespace) -> None:
-    """Everything that can be refused before anything heavy is imported."""
+    """Refuse what can be refused before anything heavy is imported."""
     a.flash_attn = _FLASH.get(a.flash_attn, a.flash_attn)
     if a.flash_attn not in ("on", "off", "auto"):
         raise UsageError(f"-fa {a.flash_attn!r}; allowed: on, off, auto")
@@ -241,7 +243,7 @@ def _print_figures(engine: Engine, sampling: SamplingParams, compiled: Compiled)
 
 
 def _guard_line(engine: Engine) -> str:
-    """The layer that comes nearest to its limit, or furthest beyond it."""
+    """Name the layer that comes nearest to its limit, or furthest beyond it."""
     errors, limits = engine.cache.errors, engine.cache.limits
     worst = max(errors, key=lambda layer: errors[layer] / limits[layer])
     found = f"within {errors[worst]:.3g} of float, limit {limits[worst]:.3g}"
@@ -258,7 +260,7 @@ def _result(
     stopped: str,
     compiled: Compiled,
 ) -> dict[str, Any]:
-    """The object that `--json` prints."""
+    """Build the object that `--json` prints."""
     t, cache = engine.timings, engine.cache
     return {
         "model": loaded.description.name,

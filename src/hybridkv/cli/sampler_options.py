@@ -91,7 +91,7 @@ def _add_filters(group: argparse._ActionsContainer, defaults: Mapping[str, str] 
 
 
 def sampling_from(a: argparse.Namespace) -> SamplingParams:
-    """As the engine takes them; `sampling_for` makes them a model's.
+    """Build the parameters as the engine takes them; `sampling_for` makes them a model's.
 
     Raises
     ------
@@ -146,12 +146,12 @@ def _check_seed(a: argparse.Namespace) -> None:
 
 
 def _given(a: argparse.Namespace) -> dict[str, Any]:
-    """The filters that were given."""
+    """Collect the filters that were given."""
     return {field: getattr(a, field) for _, field, *_ in _FILTERS if getattr(a, field) is not None}
 
 
 def sampling_for(params: SamplingParams, a: argparse.Namespace, loaded: Loaded) -> SamplingParams:
-    """The same for a model: DRY's breakers are its tokens."""
+    """Fit the parameters to a model: DRY's breakers are its tokens."""
     if not params.dry_multiplier or loaded.tokenizer is None:
         return params
     from hybridkv.text.breakers import DRY_BREAKERS, breaker_ids
@@ -162,7 +162,7 @@ def sampling_for(params: SamplingParams, a: argparse.Namespace, loaded: Loaded) 
 
 
 def _bias(text: str) -> tuple[int, float]:
-    """`15043+1` as (15043, 1.0)."""
+    """Parse `15043+1` as (15043, 1.0)."""
     at = max(text.find("+"), text.find("-"))
     token, amount = text[:at], text[at:]
     try:

@@ -18,7 +18,7 @@ from hybridkv.cli.fits import Demand, check_memory, fit_context
 from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, limit_spinning, open_model
 from hybridkv.cli.ray_options import LOCAL
 from hybridkv.cli.resolve import resolve_types
-from hybridkv.cli.serve_answers import Answers, add_answer_arguments, answers_from
+from hybridkv.cli.serve_answers import AnswerDefaults, add_answer_arguments, answers_from
 from hybridkv.cli.serve_embeddings import load_embedder
 from hybridkv.cli.show import notice, size, warning
 from hybridkv.cli.spec_options import add_spec_arguments, check_spec, speculation_from
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from hybridkv.engine.embed import NoScheduler
     from hybridkv.engine.load import Loaded
     from hybridkv.policy import AnyPolicy, Guard
-    from hybridkv.server.desk import Served
     from hybridkv.server.gate import GateOptions
+    from hybridkv.server.request_handler import Served
 
 NAME = "serve"
 HELP = "serve a model over HTTP: OpenAI-compatible completions and chat, and a chat page"
@@ -168,7 +168,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def check(a: argparse.Namespace) -> tuple[AnyPolicy, Guard, tuple[str, ...]]:
-    """Everything that can be refused before a model is touched; sizes become bytes.
+    """Refuse what can be refused before a model is touched; turn sizes into bytes.
 
     Returns
     -------
@@ -229,14 +229,14 @@ def demand(a: argparse.Namespace, opened: Opened, specs: Sequence[KVSpec], guard
 def load_served(
     a: argparse.Namespace, opened: Opened, specs: Sequence[KVSpec], guard: Guard
 ) -> tuple[Served, Scheduler]:
-    """The model, loaded, and what runs it.
+    """Load the model and start what runs it.
 
     Raises
     ------
     UsageError
         For a model that has no tokenizer, or that the memory does not hold.
     """
-    from hybridkv.engine.host import settle
+    from hybridkv.engine.model_context import freeze_gc
 
     loaded, step = opened.load()
     if loaded.tokenizer is None:
@@ -245,12 +245,12 @@ def load_served(
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
     scheduler = _scheduler(a, opened, loaded, specs, guard, step)
     served = _served(a, opened, loaded, specs, scheduler)
-    settle()
+    freeze_gc()
     return served, scheduler
 
 
 def _keys(option: str | None) -> tuple[str, ...]:
-    """The keys that let clients in; none for an open door.
+    """Read the keys that let clients in; none lets everybody in.
 
     Raises
     ------
@@ -307,10 +307,10 @@ def _served(
 ) -> Served:
     from hybridkv import __version__
     from hybridkv.cache import KVTypes
-    from hybridkv.model import vocabulary_rows
-    from hybridkv.server.desk import Served
+    from hybridkv.model import vocab_size_of
+    from hybridkv.server.request_handler import Served
 
-    answers: Answers = a.answers
+    answers: AnswerDefaults = a.answers
     types = specs[0].types if specs else KVTypes()
     labels = ", ".join(dict.fromkeys(spec.types.label for spec in specs)) or "none"
     return Served(
@@ -321,7 +321,7 @@ def _served(
         types_label=labels,
         n_ctx=opened.n_ctx,
         parallel=a.parallel,
-        n_vocab=vocabulary_rows(loaded.model.config),
+        n_vocab=vocab_size_of(loaded.model.config),
         end_ids=loaded.end_ids,
         session_dir=a.session_dir,
         strict=answers.strict,

@@ -17,7 +17,7 @@ FORMATS = ("auto", "none", "deepseek", "deepseek-legacy")
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
+class AnswerDefaults:
     """What a server does where a request does not say.
 
     Attributes
@@ -80,7 +80,7 @@ def add_answer_arguments(group: argparse._ActionsContainer) -> None:
     add_sampling_defaults(group)
 
 
-def answers_from(a: argparse.Namespace) -> Answers:
+def answers_from(a: argparse.Namespace) -> AnswerDefaults:
     """Read the options.
 
     Raises
@@ -95,4 +95,6 @@ def answers_from(a: argparse.Namespace) -> Answers:
     most = None if a.n_predict is None else -1 if a.n_predict in (-1, -2) else int(a.n_predict)
     if most is not None and most < -1:
         raise UsageError(f"-n {most}; allowed: 0 or more, or -1 until the context is full")
-    return Answers(a.strict, variables, cast("ReasoningFormat", kind), a.reasoning_budget, sampling_defaults(a), most)
+    return AnswerDefaults(
+        a.strict, variables, cast("ReasoningFormat", kind), a.reasoning_budget, sampling_defaults(a), most
+    )

@@ -14,7 +14,7 @@ from hybridkv.errors import UsageError
 if TYPE_CHECKING:
     from hybridkv.cli.model_options import Opened
     from hybridkv.engine.embed import NoScheduler
-    from hybridkv.server.desk import Served
+    from hybridkv.server.request_handler import Served
 
 
 def load_embedder(a: argparse.Namespace, opened: Opened) -> tuple[Served, NoScheduler]:
@@ -33,8 +33,8 @@ def load_embedder(a: argparse.Namespace, opened: Opened) -> tuple[Served, NoSche
     from hybridkv.cache import KVTypes
     from hybridkv.engine.embed import Embedder, NoScheduler
     from hybridkv.gguf.load import load_gguf
-    from hybridkv.model import vocabulary_rows
-    from hybridkv.server.desk import Served
+    from hybridkv.model import vocab_size_of
+    from hybridkv.server.request_handler import Served
 
     header, pooling = opened.description.header, opened.description.pooling
     assert header is not None
@@ -55,7 +55,7 @@ def load_embedder(a: argparse.Namespace, opened: Opened) -> tuple[Served, NoSche
         types_label="none",
         n_ctx=opened.n_ctx,
         parallel=1,
-        n_vocab=vocabulary_rows(loaded.model.config),
+        n_vocab=vocab_size_of(loaded.model.config),
         end_ids=(),
         strict=a.answers.strict,
         notify=notice,

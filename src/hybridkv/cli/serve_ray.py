@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hybridkv.cache import KVSpec
     from hybridkv.engine import Scheduler
     from hybridkv.policy import AnyPolicy, Guard
-    from hybridkv.server.desk import Served
+    from hybridkv.server.request_handler import Served
 
 DEFAULT_REPLICAS = 2
 
@@ -35,7 +35,7 @@ _BEING_READ = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class ModelLoader:
     """How a replica comes to its model: the options, and what was resolved from them before any was started."""
 
     options: argparse.Namespace
@@ -112,7 +112,7 @@ class _Signals:
 
 
 def _on_signals() -> _Signals:
-    """The first signal drains, the second ends at once; Ray has handlers of its own until here."""
+    """Set handlers: the first signal drains, the second ends at once; Ray has handlers of its own until here."""
     signals = _Signals(threading.Event(), threading.Event())
 
     def note(*_: Any) -> None:
@@ -154,7 +154,7 @@ def ray_application(a: argparse.Namespace, policy: AnyPolicy, guard: Guard, keys
     gate = gate_options(a, keys, local=a.ray == LOCAL and is_local_host(a.host), n_replicas=a.replicas)
     deployed = application(
         Replica,
-        Recipe(a, specs, guard),
+        ModelLoader(a, specs, guard),
         gate,
         n_replicas=a.replicas,
         slack=a.parallel,

@@ -112,7 +112,7 @@ class Conversation:
 def open_conversation(
     a: argparse.Namespace, prompt: str | list[int], model: LanguageModel, tokenizer: Any | None, choice: ChatChoice
 ) -> Conversation:
-    """The prompt as tokens, behind those of the session file if there is one.
+    """Tokenize the prompt, behind the tokens of the session file if there is one.
 
     Parameters
     ----------
@@ -155,7 +155,7 @@ def open_conversation(
 
 
 def _before(session: Session | None, choice: ChatChoice) -> tuple[Mapping[str, str], ...]:
-    """The messages that a question follows."""
+    """List the messages that a question follows."""
     if session is None:
         return () if choice.system is None else ({"role": "system", "content": choice.system},)
     messages = tuple(session.messages)

@@ -26,17 +26,17 @@ _WIDTH = 1000  # wider than any table of ours: a narrow terminal wraps a line, b
 
 
 def stderr_console() -> Console:
-    """A console on stderr. Model names are data: no markup, no emoji codes."""
+    """Open a console on stderr. Model names are data: no markup, no emoji codes."""
     return Console(stderr=True, highlight=False, markup=False, emoji=False, width=_WIDTH)
 
 
 def stdout_console() -> Console:
-    """A console on stdout."""
+    """Open a console on stdout."""
     return Console(highlight=False, markup=False, emoji=False, width=_WIDTH)
 
 
 def model_path(text: str) -> Path:
-    """The path after `-m`, `~` included.
+    """Parse the path after `-m`, `~` included.
 
     Raises
     ------
@@ -51,17 +51,17 @@ def model_path(text: str) -> Path:
 
 
 def notice(text: str) -> None:
-    """One calm line on stderr."""
+    """Print one calm line on stderr."""
     print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def warning(text: str) -> None:
-    """One line on stderr that the user should read."""
+    """Print one line on stderr that the user should read."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def size(n_bytes: int) -> str:
-    """Bytes in the binary unit that reads best, three significant digits or more."""
+    """Format bytes in the binary unit that reads best, with three significant digits or more."""
     value = float(n_bytes)
     for unit in ("B", "KiB", "MiB"):
         if abs(value) < 1024:
@@ -71,7 +71,7 @@ def size(n_bytes: int) -> str:
 
 
 def weights_words(parts: Mapping[str, int]) -> str:
-    """Bytes of weights by how they are held: `1.88 GiB f32 (experts) + 7.3 MiB q8_0`."""
+    """Format bytes of weights by how they are held: `1.88 GiB f32 (experts) + 7.3 MiB q8_0`."""
     return " + ".join(f"{size(n_bytes)} {name}" for name, n_bytes in parts.items()) or size(0)
 
 
@@ -86,14 +86,14 @@ def expanded_words(expanded: Expanded, plain: str) -> str:
 
 
 def summary(description: Description) -> str:
-    """A model in a sentence: its layers, and what they remember."""
+    """Describe a model in a sentence: its layers, and what they remember."""
     facts = description.facts
     n_kv, n_states = sum(f.attention is not None for f in facts), sum(f.state is not None for f in facts)
     return f"{description.name}: {len(facts)} layers, {n_kv} with a KV cache, {n_states} with a recurrent state"
 
 
 def simple_table(*columns: str, left: Sequence[str] = ()) -> Table:
-    """A borderless table; columns are right-aligned unless named in `left`."""
+    """Build a borderless table; columns are right-aligned unless named in `left`."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(column, justify="left" if column in left else "right", no_wrap=True)
@@ -101,7 +101,7 @@ def simple_table(*columns: str, left: Sequence[str] = ()) -> Table:
 
 
 def layer_table(layers: Sequence[tuple[KVSpec, LayerKernels]]) -> Table:
-    """One line per KV layer: what it is stored as and what runs it."""
+    """Build a table with one line per KV layer: what it is stored as and what runs it."""
     columns = ["layer", "K", "V", "rotation", "kernel", "bytes/token"]
     exact = any(spec.exact_label for spec, _ in layers)
     if exact:

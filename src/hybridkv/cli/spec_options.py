@@ -89,7 +89,7 @@ def check_spec(a: argparse.Namespace) -> None:
 def speculation_from(
     a: argparse.Namespace, loaded: Loaded, step: Step, notify: Notify, *, n_ctx: int, n_seqs: int = 1
 ) -> Speculation | None:
-    """What guesses; None for nothing, which is said where guesses were asked for.
+    """Build what guesses; None for nothing, with a notice where guesses were asked for.
 
     Parameters
     ----------

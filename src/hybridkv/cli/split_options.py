@@ -106,7 +106,7 @@ def split_of(
 
 
 def free_on_card(budget: int | None) -> int | None:
-    """Bytes that a plan may use: those of --memory, or those that are free on the card; None if there is none."""
+    """Count the bytes that a plan may use: those of --memory, or those free on the card; None if there is none."""
     import torch
 
     if budget is not None or not torch.cuda.is_available():

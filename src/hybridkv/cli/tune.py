@@ -165,7 +165,7 @@ def _check(a: argparse.Namespace) -> Path:
 
 
 def _candidates(a: argparse.Namespace) -> tuple[list[str], list[str], Storage]:
-    """The ladder, what of it is measured layer by layer, and what holds for all layers."""
+    """Choose the ladder, what of it is measured layer by layer, and what holds for all layers."""
     from hybridkv.cache import KVTypes
     from hybridkv.lab.candidates import ROTATIONS
     from hybridkv.lab.sensitivity import REFERENCE, Storage
@@ -205,7 +205,7 @@ def _goal(a: argparse.Namespace, n_ctx: int) -> Goal:
 
 
 def _resolve(opened: Opened, types: Sequence[str], storage: Storage) -> Sequence[AttentionFacts]:
-    """The model's KV layers; every pair of types has kernels for them, before any weight is loaded."""
+    """Return the model's KV layers, after checking that every pair of types has kernels for them."""
     from hybridkv.cache import KVSpec, resolve
     from hybridkv.kernels import ENCODERS, KERNELS
     from hybridkv.model import kv_facts
@@ -225,7 +225,7 @@ def _resolve(opened: Opened, types: Sequence[str], storage: Storage) -> Sequence
 
 
 def _parts(a: argparse.Namespace, loaded: Loaded) -> dict[Part, Corpus]:
-    """Calibration and held-out windows of the text."""
+    """Cut the text into calibration and held-out windows."""
     from hybridkv.engine.load import bundled_text
     from hybridkv.lab.corpus import read_text, split
 
@@ -282,7 +282,7 @@ def _progress() -> Progress:
 
 
 def _begin(progress: Progress, what: str, n_ticks: int) -> Tick:
-    """One bar a phase; a phase whose every number is there already has none."""
+    """Begin one bar per phase; a phase whose every number is there already has none."""
     if not n_ticks:
         return lambda _: None
     task = progress.add_task(what, total=n_ticks)
@@ -290,7 +290,7 @@ def _begin(progress: Progress, what: str, n_ticks: int) -> Tick:
 
 
 def _guard_errors(evaluator: Evaluator, tuner: Tuner, outcome: Outcome, parts: dict[Part, Corpus]) -> dict[int, float]:
-    """Each layer's attention error as the guard would measure it; what the guard would raise is said."""
+    """Measure each layer's attention error as the guard would; print what the guard would raise."""
     from hybridkv.lab.candidates import Candidate
     from hybridkv.policy import Guard
 

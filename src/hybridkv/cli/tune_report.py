@@ -39,7 +39,7 @@ class Report:
     errors: Mapping[int, float]
 
     def show(self) -> None:
-        """Sensitivities and chosen types by layer, then what was measured on held-out tokens."""
+        """Print sensitivities and chosen types by layer, then what was measured on held-out tokens."""
         console = stdout_console()
         names = [name for name in self.sensitivities.types if name != "f16"]
         table = simple_table("layer", "side", "chosen", "bits", "adds", *names, left=("side", "chosen"))
@@ -93,7 +93,7 @@ class Report:
         )
 
     def write(self, output: Path) -> None:
-        """kv.toml, and the numbers beside it."""
+        """Write kv.toml, and the figures beside it."""
         from hybridkv.lab.results import write_text
         from hybridkv.policy import format_config
 
@@ -127,7 +127,7 @@ class Report:
         )
 
     def _numbers(self) -> dict[str, Any]:
-        """Everything as JSON's own types; what is not finite becomes null."""
+        """Convert everything to JSON's own types; what is not finite becomes null."""
         o = self.outcome
         layers = [
             {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hybridkv.engine.engine import Engine, Timings
-    from hybridkv.engine.requests import Event, Request, SchedulerStats, Ticket, Usage
+    from hybridkv.engine.requests import Event, Request, RequestHandle, SchedulerStats, Usage
     from hybridkv.engine.sampling import Sampler, SamplingParams
     from hybridkv.engine.scheduler import Scheduler
 
@@ -18,18 +18,18 @@ __all__ = [
     "Engine",
     "Event",
     "Request",
+    "RequestHandle",
     "Sampler",
     "SamplingParams",
     "Scheduler",
     "SchedulerStats",
-    "Ticket",
     "Timings",
     "Usage",
 ]
 
 _MODULES = {
     "engine": ("Engine", "Timings"),
-    "requests": ("Event", "Request", "SchedulerStats", "Ticket", "Usage"),
+    "requests": ("Event", "Request", "SchedulerStats", "RequestHandle", "Usage"),
     "sampling": ("Sampler", "SamplingParams"),
     "scheduler": ("Scheduler",),
 }

@@ -54,7 +54,7 @@ class Admission:
         return planned.total_bytes + (self._n_states - 1) * planned.state_bytes + self._waiting_bytes(specs)
 
     def most_tokens(self, specs: Sequence[KVSpec]) -> int:
-        """The longest sequence that fits when it is alone."""
+        """Return the length of the longest sequence that fits when it is alone."""
         if self.budget_bytes is None:
             return self.n_ctx
         free = self.budget_bytes - self.planned_bytes(specs, 0)
@@ -62,7 +62,7 @@ class Admission:
         return self.n_ctx if most is None else min(self.n_ctx, most)
 
     def check(self, specs: Sequence[KVSpec], n_prompt: int, n_new: int) -> int:
-        """The planned bytes of a sequence that can fit.
+        """Return a sequence's planned bytes, after checking that it can ever fit.
 
         Raises
         ------

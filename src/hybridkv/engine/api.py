@@ -74,9 +74,9 @@ def load(
     size = n_ctx or _default_ctx(description)
     watch = Guard(mode=parse_mode(guard))
     asked = Policy(KVTypes(type_k, type_v)).resolve(kv_facts(description.facts))
-    specs, said = watch.before(asked, hybrid=is_hybrid(description.facts), n_ctx=size)
+    specs, messages = watch.before(asked, hybrid=is_hybrid(description.facts), n_ctx=size)
     loaded = load_described(description, dtype=dtype, device=place, weights=weights)
-    for line in (*said, *loaded.notices):
+    for line in (*messages, *loaded.notices):
         warnings.warn(line, stacklevel=2)
     if loaded.tokenizer is None:
         raise UsageError("this model has no tokenizer, and text needs one", hint="hybridkv.Engine takes token ids")

@@ -20,7 +20,7 @@ def new_cache(
     guard: Guard | None,
     notify: Notify = LOG.warning,
 ) -> ModelCache:
-    """An empty cache for a loaded model."""
+    """Build an empty cache for a loaded model."""
     kind: type[ModelCache] = ModelCache
     if not isinstance(model, NativeModel):
         from hybridkv import hf

@@ -96,7 +96,7 @@ class Node:
 
 
 def label_tree(labels: Sequence[Ids], longest_run: int) -> Node:
-    """The labels' tree, in runs of at most so many tokens."""
+    """Build the labels' tree, in runs of at most `longest_run` tokens."""
 
     def grow(among: dict[int, Ids], depth: int, tokens: tuple[int, ...], longest: int) -> Node:
         ends: list[tuple[int, int, int]] = []
@@ -172,7 +172,7 @@ class Classifier:
 
     @torch.inference_mode()
     def score(self, prompts: Sequence[Ids]) -> Tensor:
-        """Sums of the log probabilities of each label's tokens after each prompt.
+        """Sum the log probabilities of each label's tokens after each prompt.
 
         Returns
         -------
@@ -222,7 +222,7 @@ class Classifier:
         self.specs = cache.specs
 
     def _score(self, texts: Tensor, n_shared: int) -> Tensor:
-        """Log-likelihoods float32 `[B, labels]` after equally long prompts, int64 `[B, T]`."""
+        """Return log-likelihoods float32 `[B, labels]` after equally long prompts, int64 `[B, T]`."""
         n_rows, position = texts.shape
         start = self._shared(texts[:1, :n_shared])
         cache = start.copy(n_ctx=position + self._root.height)
@@ -253,7 +253,7 @@ class Classifier:
                     self._descend(scores, child, position + len(child.tokens), *held, below)
 
     def _shared(self, tokens: Tensor) -> ModelCache:
-        """The cache after what all prompts begin with, int64 `[1, T]`; to be copied, never continued."""
+        """Process once what all prompts begin with, int64 `[1, T]`; the cache is copied, never continued."""
         if self._start is None:
             # A fallback would change the layers of some batches and not of others: measured once, then only watched.
             watching = replace(self._guard, mode="warn") if self._guard.measures else self._guard
@@ -316,14 +316,14 @@ def _add_ends(scores: Tensor, node: Node, logits: Tensor) -> None:
 
 
 def shared_length(prompts: Sequence[Ids]) -> int:
-    """Tokens that all prompts begin with, one less than the shortest has at most: its logits are needed."""
+    """Count the tokens that all prompts begin with, at least one short of each prompt: its last logits are needed."""
     first, last = min(prompts, key=tuple), max(prompts, key=tuple)  # in order, so all others lie between them
     most = min(map(len, prompts)) - 1
     return next((i for i in range(most) if first[i] != last[i]), most)
 
 
 def batches(prompts: Sequence[Ids], most: int) -> Iterator[tuple[int, ...]]:
-    """Indices of equally long prompts, at most so many at once, the shortest first."""
+    """Yield indices of equally long prompts, at most `most` at once, the shortest first."""
     by_length = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     for _, group in itertools.groupby(by_length, key=lambda row: len(prompts[row])):
         rows = list(group)

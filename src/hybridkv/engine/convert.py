@@ -69,7 +69,7 @@ def convert(
 
 
 def _ids(config: Any) -> dict[str, Any]:
-    """The special ids that a config names; of several end tokens the second is the end of a turn."""
+    """Read the special ids that a config names; of several end tokens the second is the end of a turn."""
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     ids = {"bos": config.bos_token_id, "eos": ends[0], "eot": ends[1] if len(ends) > 1 else None}
     return {
@@ -80,7 +80,7 @@ def _ids(config: Any) -> dict[str, Any]:
 
 
 def _tokenizer(tokenizer: Any, n_tokens: int) -> dict[str, Any]:
-    """All keys of a tokenizer; its own special ids go before the config's."""
+    """Build all keys of a tokenizer; its own special ids go before the config's."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     description = json.loads(backend.to_str()) if backend is not None else {"model": {}}
     keys: dict[str, Any] = dict(tokenizer_keys(description, n_tokens))

@@ -113,7 +113,7 @@ class Description:
     def held(
         self, kind: WeightKind, device: str, plain: Literal["f32", "bf16"], *, engine: EngineKind = "auto"
     ) -> Held:
-        """Bytes of the weights as `load` will hold them; those of one rank.
+        """Count the bytes of the weights as `load` will hold them; those of one rank.
 
         Parameters
         ----------
@@ -156,13 +156,13 @@ class Description:
 
 
 def bundled_model() -> Path:
-    """The reference model that comes with the package: 29 M parameters, 3 attention and 9 recurrent layers."""
-    return Path(str(resources.files("hybridkv") / "models" / BUNDLED))
+    """Return the path of the bundled reference model: 29 M parameters, 3 attention and 9 recurrent layers."""
+    return Path(str(resources.files("hybridkv") / "data" / BUNDLED))
 
 
 def bundled_text() -> Path:
-    """Held-out English technical prose, 1.7 million characters, that the bundled model was not trained on."""
-    return Path(str(resources.files("hybridkv") / "models" / "heldout_long.txt"))
+    """Return the path of held-out English technical prose, 1.7 million characters that the bundled model never saw."""
+    return Path(str(resources.files("hybridkv") / "data" / "heldout_long.txt"))
 
 
 def describe(

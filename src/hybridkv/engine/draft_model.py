@@ -17,7 +17,7 @@ from hybridkv.engine.caches import new_cache
 from hybridkv.engine.drafts import Guess
 from hybridkv.engine.pace import moved
 from hybridkv.errors import ModelError
-from hybridkv.model import kv_facts, layer_facts, vocabulary_rows
+from hybridkv.model import kv_facts, layer_facts, vocab_size_of
 from hybridkv.policy import Guard, Policy
 from hybridkv.runtime import Step
 
@@ -65,7 +65,7 @@ class DraftModel:
         ModelError
             Saying in what they differ.
         """
-        mine, theirs = vocabulary_rows(self.model.config), vocabulary_rows(other_model.config)
+        mine, theirs = vocab_size_of(self.model.config), vocab_size_of(other_model.config)
         problem = None if mine == theirs else f"{mine} tokens, not {theirs}"
         if problem is None and own is not None and other is not None:
             words, others = (t.backend_tokenizer.get_vocab(with_added_tokens=True) for t in (own, other))

@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from hybridkv.engine.pace import Pace
-from hybridkv.runtime import Answers, DraftStep, Fault, ModelCache
+from hybridkv.runtime import DraftStep, Fault, ModelCache, StepResult
 
 SpecKind = Literal["auto", "ngram", "draft", "off"]
 
@@ -80,7 +80,7 @@ class Drafts:
     _kind: int = 0
 
     def propose(self, text: Sequence[int], cache: ModelCache, n_most: int, n_others: int = 0) -> list[int]:
-        """Tokens to run: the text's last, which no run has taken, and guesses behind it.
+        """Return the tokens to run: the text's last, which no step has processed, and guesses behind it.
 
         Parameters
         ----------
@@ -101,11 +101,11 @@ class Drafts:
         return [text[-1], *guess.tokens[:n]]
 
     def _room(self, cache: ModelCache, n: int) -> int:
-        """How many of `n` guesses one run takes."""
+        """Count how many of `n` guesses one step takes."""
         assert self.step is not None
         return self.step.room(cache, 1 + n) - 1
 
-    def open(self, tokens: Sequence[int], answers: Answers, first_row: int) -> None:
+    def open(self, tokens: Sequence[int], answers: StepResult, first_row: int) -> None:
         """Take the answers to what was proposed, from a row of theirs on."""
         assert not self.tokens, self.tokens
         self.tokens, self.n_taken = list(tokens), 0
@@ -114,7 +114,7 @@ class Drafts:
         self.failed = {row - first_row: answers.failed[row] for row in rows if row in answers.failed}
 
     def take(self, token: int) -> Tensor | None:
-        """The logits `[1, V]` after the text's next token, if the open run has it next.
+        """Return the logits `[1, V]` after the text's next token, if the open guesses have it next.
 
         Raises
         ------

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridkv.engine.requests import Event, Request, SchedulerStats, Ticket
+from hybridkv.engine.requests import Event, Request, RequestHandle, SchedulerStats
 from hybridkv.errors import SessionError, UsageError
 from hybridkv.gguf.pooling import Pooling
 
@@ -44,7 +44,7 @@ class Embedder:
 
     @torch.inference_mode()
     def embed(self, ids: Sequence[int]) -> Tensor:
-        """A text's embedding, float32 `[n_embd]`, of length 1.
+        """Embed a text: float32 `[n_embd]`, of length 1.
 
         Raises
         ------
@@ -73,11 +73,11 @@ class NoScheduler:
         """End."""
         self._ended.set()
 
-    def submit(self, request: Request, listener: Callable[[Event], None] | None = None) -> Ticket:  # noqa: ARG002
+    def submit(self, request: Request, listener: Callable[[Event], None] | None = None) -> RequestHandle:  # noqa: ARG002
         """Refuse: there is nothing that generates."""
         raise UsageError(_WHAT)
 
-    def save(self, ticket: Ticket, path: Path) -> int:  # noqa: ARG002
+    def save(self, handle: RequestHandle, path: Path) -> int:  # noqa: ARG002
         """Refuse."""
         raise SessionError(_WHAT)
 
@@ -86,6 +86,6 @@ class NoScheduler:
         raise SessionError(_WHAT)
 
     def stats(self) -> SchedulerStats:
-        """Nothing of everything."""
+        """Return zeros: there is no scheduler."""
         numbers = dict.fromkeys(SchedulerStats.__dataclass_fields__, 0)
         return SchedulerStats(**{**numbers, "budget_bytes": None, "step_s": ()})  # type: ignore[arg-type]

@@ -17,14 +17,14 @@ from torch import Tensor
 from hybridkv.cache import KVSpec
 from hybridkv.engine.caches import new_cache
 from hybridkv.engine.drafts import Drafts
-from hybridkv.engine.host import bad_logits
 from hybridkv.engine.ladder import check_weights, labels_of, raised_specs
+from hybridkv.engine.model_context import bad_logits
 from hybridkv.engine.sampling import Sampler, SamplingParams, Steering
 from hybridkv.engine.speculation import Speculation
 from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import ContextError, GuardError, UsageError
 from hybridkv.hf.ranks import same_everywhere
-from hybridkv.model import vocabulary_rows
+from hybridkv.model import vocab_size_of
 from hybridkv.model.protocols import LanguageModel
 from hybridkv.model.ranks import ranks_of
 from hybridkv.policy import Guard, MismatchError, NonFiniteError
@@ -153,7 +153,7 @@ class Engine:
             If no type of the ladder gives finite numbers, or the mode forbids a fallback.
         """
         self._check(prompt, n_predict, n_seqs)
-        params.check_tokens(vocabulary_rows(self._model.config))
+        params.check_tokens(vocab_size_of(self._model.config))
         assert steering is None or n_seqs == 1
         sampler = Sampler(params, steering)
         start = time.perf_counter()
@@ -187,7 +187,7 @@ class Engine:
         return sum(layer.n_seen for layer in layers) / max(1, n_tokens * len(layers))
 
     def new_cache(self, specs: Sequence[KVSpec]) -> ModelCache:
-        """An empty cache of this run's context."""
+        """Build an empty cache of this engine's context."""
         return self._make_cache(specs)
 
     def adopt(self, cache: ModelCache, n_held: int) -> None:
@@ -254,7 +254,7 @@ class Engine:
 
     @torch.inference_mode()
     def _forward(self, tokens: Tensor) -> Tensor:
-        """Logits after `tokens`, float32 `[B, V]`.
+        """Compute the logits after `tokens`, float32 `[B, V]`.
 
         Raises
         ------
@@ -268,7 +268,7 @@ class Engine:
         return logits
 
     def _look_ahead(self, text: list[int], n_left: int) -> Tensor:
-        """The logits after a text, the history's, `[1, V]`: computed with those before them if they were guessed.
+        """Return the logits `[1, V]` after a text, the history's: computed with those before them if they were guessed.
 
         Parameters
         ----------

@@ -15,7 +15,7 @@ from hybridkv.policy import Guard, MismatchError, NonFiniteError, next_types
 
 
 def raised_specs(specs: Sequence[KVSpec], guard: Guard, error: NonFiniteError | MismatchError) -> tuple[KVSpec, ...]:
-    """Every layer at the next types of the ladder, as far as there are any.
+    """Raise every layer to the next types of the ladder, where there are any.
 
     Raises
     ------
@@ -31,12 +31,12 @@ def raised_specs(specs: Sequence[KVSpec], guard: Guard, error: NonFiniteError | 
 
 
 def labels_of(specs: Sequence[KVSpec]) -> str:
-    """The types' names, each once."""
+    """Name the layers' types, each once."""
     return ", ".join(dict.fromkeys(s.types.label for s in specs))
 
 
 def check_weights(model: LanguageModel) -> None:
-    """If the weights themselves are to blame, say which.
+    """Refuse weights that are not finite themselves, and name the tensor.
 
     Raises
     ------

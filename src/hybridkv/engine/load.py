@@ -13,7 +13,7 @@ from hybridkv.gguf.tensors import GgufSource
 from hybridkv.gguf.tokenizer import TURN_ENDS
 from hybridkv.held import WeightKind
 from hybridkv.memory import available_memory
-from hybridkv.model import vocabulary_rows
+from hybridkv.model import vocab_size_of
 from hybridkv.native import Memory, directory_source, map_gguf, native_model
 from hybridkv.native.choice import EngineKind, runs_natively
 from hybridkv.text.control_words import ControlWords
@@ -49,7 +49,7 @@ def load(
     engine: EngineKind = "auto",
     memory: Memory = "mapped",
 ) -> Loaded:
-    """The model and its tokenizer.
+    """Load the model and its tokenizer.
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ def load(
     from hybridkv.hf.step import save_unpacked
     from hybridkv.hf.torchao_weights import quantize_weights
 
-    hold = Holder(weights, vocabulary_rows(description.config), dtype) if on_cpu else None
+    hold = Holder(weights, vocab_size_of(description.config), dtype) if on_cpu else None
     loaded = _load_eager(description, dtype, device, weights, hold)
     if hold is not None:
         save_unpacked(loaded.model)
@@ -90,7 +90,7 @@ def load(
 def _load_eager(
     description: Description, dtype: torch.dtype, device: str, weights: WeightKind, hold: Holder | None
 ) -> Loaded:
-    """The Transformers model, its matrices held as `hold` says."""
+    """Load the Transformers model, its matrices held as `hold` says."""
     from hybridkv.hf import IMPLEMENTATION, pack_model
     from hybridkv.hf.load import load_tokenizer, load_weights
 
@@ -157,7 +157,7 @@ def _add_turn_ends(loaded: Loaded) -> None:
     tokenizer = loaded.tokenizer
     if tokenizer is None or not tokenizer.is_fast:
         return
-    words, n_vocab = ControlWords(tokenizer).ids, vocabulary_rows(loaded.model.config)
+    words, n_vocab = ControlWords(tokenizer).ids, vocab_size_of(loaded.model.config)
     found = [*loaded.end_ids, tokenizer.eos_token_id, *(words.get(word) for word in TURN_ENDS)]
     ends = [index for index in dict.fromkeys(found) if index is not None and index < n_vocab]
     if ends:

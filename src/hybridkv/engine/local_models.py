@@ -78,7 +78,7 @@ def _ollama() -> Iterator[LocalModel]:
 
 
 def _model_of(manifest: Path) -> str | None:
-    """The digest of the model in one of ollama's manifests."""
+    """Read the digest of the model in one of ollama's manifests."""
     try:
         layers = json.loads(manifest.read_text(encoding="utf-8"))["layers"]
         return next((str(layer["digest"]) for layer in layers if layer["mediaType"] == _OLLAMA_MODEL), None)
@@ -99,7 +99,7 @@ def _llama_cpp() -> Iterator[LocalModel]:
 
 
 def _ggufs(root: Path) -> list[Path]:
-    """The GGUF files of models below a directory; of shards the first, and no parts for images."""
+    """List the GGUF files of models below a directory; of a split model its first, and no parts for images."""
     return [
         path
         for path in _files(root)
@@ -108,14 +108,14 @@ def _ggufs(root: Path) -> list[Path]:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file, and of its later shards."""
+    """Count the bytes of a file and of the split model's later parts."""
     match = re.search(r"-00001-of-(\d{5})\.gguf$", path.name)
     shards = path.parent.glob(f"{path.name[: match.start()]}-*-of-{match[1]}.gguf") if match else [path]
     return sum(shard.stat().st_size for shard in shards)
 
 
 def _files(root: Path) -> list[Path]:
-    """All files below a directory; none where it cannot be read."""
+    """List all files below a directory; none where it cannot be read."""
     return sorted(Path(at) / name for at, _, names in os.walk(root) for name in names if (Path(at) / name).is_file())
 
 

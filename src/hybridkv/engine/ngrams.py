@@ -46,6 +46,6 @@ class NGrams:
 
 
 def _after(text: Sequence[int], place: int, n: int) -> list[int]:
-    """The tokens from a place on; where the text ends before, it goes on as the match does."""
+    """Return the `n` tokens from a place on; past the text's end they repeat with the match's period."""
     period = len(text) - place
     return [text[place + i % period] for i in range(n)]

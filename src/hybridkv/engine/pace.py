@@ -54,11 +54,11 @@ class Costs:
             self.seconds[n_rows] = moved(known, seconds)
 
     def knows(self, n_rows: int) -> bool:
-        """Whether runs of so many rows have been measured often enough to be compared with."""
+        """Check whether steps of `n_rows` rows have been measured often enough to be compared with."""
         return n_rows in self.seconds and self._counts.get(n_rows, _FIRST) >= _FIRST
 
     def of(self, n_rows: int) -> float:
-        """Seconds to expect: between rows that are known in a line, beyond them a quarter of a single row each.
+        """Estimate a step's seconds: linear between measured row counts, a quarter of a single row for each beyond.
 
         What was never tried looks cheap, so that it is tried.
         """
@@ -106,7 +106,7 @@ class Odds:
         self.wrong = _FORGET * self.wrong + ended
 
     def expected(self, n: int) -> float:
-        """Tokens that a run with `n` guesses gives, the one that is no guess included."""
+        """Estimate the tokens that a step with `n` guesses gives, the one that is no guess included."""
         share = self.share
         return n + 1 if share > 0.999 else (1 - share ** (n + 1)) / (1 - share)
 
@@ -138,7 +138,7 @@ class Pace:
         self._odds: dict[int, Odds] = {}
 
     def choose(self, kind: int, n_most: int, n_others: int, seconds_each: float = 0.0) -> int:
-        """How many of up to `n_most` guesses of a kind to run; 0 for none.
+        """Choose how many of up to `n_most` guesses of a kind to run; 0 for none.
 
         Parameters
         ----------

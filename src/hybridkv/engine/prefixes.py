@@ -44,7 +44,7 @@ class Checkpoint:
         self.kept = True
 
     def path(self) -> list[Checkpoint]:
-        """From the root's child to here."""
+        """List the checkpoints from the root's child to this one."""
         nodes = [self]
         while nodes[-1].parent is not None:
             nodes.append(nodes[-1].parent)
@@ -63,7 +63,7 @@ class Children:
         return bool(self._by_length)
 
     def get(self, tokens: tuple[int, ...]) -> Checkpoint | None:
-        """The child of exactly these tokens."""
+        """Find the child of exactly these tokens."""
         return self._by_length.get(len(tokens), {}).get(tokens)
 
     def put(self, child: Checkpoint) -> None:
@@ -78,7 +78,7 @@ class Children:
             del self._by_length[len(child.tokens)]
 
     def beginning(self, tokens: tuple[int, ...], start: int, most: int) -> Iterator[Checkpoint]:
-        """Children whose tokens are the next of `tokens` from `start` on, and end at `most` or before."""
+        """Yield children whose tokens are the next of `tokens` from `start` on, and end at `most` or before."""
         for length, alike in self._by_length.items():
             if start + length <= most and (child := alike.get(tokens[start : start + length])) is not None:
                 yield child
@@ -106,11 +106,11 @@ class PrefixStore:
         self._order: dict[Checkpoint, None] = {}  # those with states, the longest unused first
 
     def __len__(self) -> int:
-        """Prefixes to resume from."""
+        """Count the prefixes that can be resumed."""
         return len(self._order)
 
     def find(self, key: Key, tokens: Sequence[int], most: int) -> Checkpoint | None:
-        """The furthest checkpoint of a sequence that begins with these tokens, at most `most` tokens long."""
+        """Find the furthest checkpoint of a sequence that begins with these tokens, at most `most` tokens long."""
         tokens = tuple(tokens)
         best: Checkpoint | None = None
         reached = [(self._roots[key], 0)] if key in self._roots else []
@@ -130,7 +130,7 @@ class PrefixStore:
         return [node.stored for node in checkpoint.path()]
 
     def last_within(self, checkpoint: Checkpoint, most: int) -> Checkpoint | None:
-        """The last prefix to resume from that lies before a checkpoint, at most `most` tokens long."""
+        """Find the last resumable prefix before a checkpoint, at most `most` tokens long."""
         before = [node for node in checkpoint.path()[:-1] if node.end <= most and node in self._order]
         return before[-1] if before else None
 

@@ -1,7 +1,7 @@
-"""What goes into a scheduler and what comes out: requests, tickets, events, counts. No HTTP, no model.
+"""What goes into a scheduler and what comes out: requests, handles, events, counts. No HTTP, no model.
 
-A `Request` is submitted and answered by a `Ticket`, which hands out one `Event` per token, the last of which says why
-the sequence ended. `hybridkv.engine.scheduler.Scheduler` runs them; `hybridkv.server` turns them into replies.
+Submitting a `Request` gives a `RequestHandle`, which hands out one `Event` per token; the last says why the sequence
+ended. `hybridkv.engine.scheduler.Scheduler` runs them; `hybridkv.server` turns them into replies.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Request:
     marks
         Places in the prompt, in tokens, from which a later one may differ; a checkpoint is left before each.
     score_prompt
-        Whether the prompt's own tokens get log probabilities, `Ticket.prompt_scores`; needs `logprobs`.
+        Whether the prompt's own tokens get log probabilities, `RequestHandle.prompt_scores`; needs `logprobs`.
     steering
         Decides which tokens may come; for this request alone, because it follows them.
     """
@@ -122,7 +122,7 @@ class Usage:
     generated_tokens: int
 
 
-class Ticket:
+class RequestHandle:
     """A submitted request, for the thread that waits for its tokens. All of it may be called from any thread.
 
     Iterating gives events, blocking until the next one, and ends after the event that says `finished`. With a listener,
@@ -155,7 +155,7 @@ class Ticket:
         self.prompt_scores: list[Score | None] = [None] * len(request.prompt_ids) if request.score_prompt else []
 
     def __iter__(self) -> Iterator[Event]:
-        """Events until the last; once."""
+        """Yield events until the last; once."""
         assert self._listener is None, "events go to the listener"
         while True:
             event = self._events.get()

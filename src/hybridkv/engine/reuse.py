@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from hybridkv.engine.host import Host
+from hybridkv.engine.model_context import ModelContext
 from hybridkv.engine.prefixes import Checkpoint, PrefixStore
 from hybridkv.engine.requests import Request
-from hybridkv.engine.running import Running
+from hybridkv.engine.running_sequence import RunningSequence
 from hybridkv.engine.session import Session, resume
 from hybridkv.errors import SessionError
 from hybridkv.runtime.stored import StoredCache
@@ -22,7 +22,7 @@ class Reuse:
 
     Parameters
     ----------
-    host
+    context
         Makes the caches.
     store
         Holds the prefixes.
@@ -30,27 +30,27 @@ class Reuse:
         Tokens of a prompt in one iteration; None if the model takes a prompt at once, and so resumes from nothing.
     """
 
-    def __init__(self, host: Host, store: PrefixStore, chunk: int | None) -> None:
-        self._host, self._store, self._chunk = host, store, chunk
+    def __init__(self, context: ModelContext, store: PrefixStore, chunk: int | None) -> None:
+        self._context, self._store, self._chunk = context, store, chunk
         self._said = False
 
     def wanted(self, request: Request) -> bool:
         """Check whether this request's sequence begins from stored prefixes and leaves its own."""
         return request.reuse and not request.score_prompt and self._chunk is not None and self._store.budget_bytes > 0
 
-    def begin(self, sequence: Running) -> Checkpoint | None:
+    def begin(self, sequence: RunningSequence) -> Checkpoint | None:
         """Give a sequence its cache, filled from the furthest checkpoint that leaves it a token to process."""
         found = None
         if sequence.reuses:
             found = self._store.find(sequence.key, sequence.history, len(sequence.history) - 1)
         specs = sequence.specs if found is None else found.stored.specs
-        sequence.cache = self._host.new_cache(specs, sequence.n_ctx)
+        sequence.cache = self._context.new_cache(specs, sequence.n_ctx)
         if found is not None:
             sequence.cache.load(self._store.copies(found))
             sequence.position, sequence.checkpoint = found.end, found
         return found
 
-    def is_due(self, sequence: Running) -> bool:
+    def is_due(self, sequence: RunningSequence) -> bool:
         """Decide whether to leave a checkpoint: at a prompt's last chunk boundary and before each of the request's
         marks, and every so many tokens.
 
@@ -61,10 +61,10 @@ class Reuse:
         if not sequence.reuses or self._chunk is None or sequence.position % self._chunk:
             return False
         spacing = max(1, CHECKPOINT_TOKENS // self._chunk) * self._chunk
-        ends = (sequence.n_prefill, *sequence.ticket.request.marks)
+        ends = (sequence.n_prefill, *sequence.handle.request.marks)
         return any(0 <= end - sequence.position <= self._chunk for end in ends) or sequence.position % spacing == 0
 
-    def leave(self, sequence: Running) -> None:
+    def leave(self, sequence: RunningSequence) -> None:
         """Store what a sequence has processed; say once that there was no room, for turns then start over."""
         assert sequence.cache is not None
         n_refused = self._store.n_refused
@@ -73,20 +73,20 @@ class Reuse:
         )
         if self._store.n_refused > n_refused and not self._said:
             self._said = True
-            self._host.notify(
+            self._context.notify(
                 f"a prefix of {sequence.position} tokens found no room in {self._store.budget_bytes / 2**20:.0f} MiB "
                 "of stored prefixes: the next turn of such a conversation starts over"
             )
 
-    def take(self, request: Request, tokens: tuple[int, ...], name: str) -> Session:
-        """As much of a sequence as the stored prefixes hold, for a file, and where its prompt again could begin.
+    def export_session(self, request: Request, tokens: tuple[int, ...], name: str) -> Session:
+        """Export a sequence, as far as stored prefixes hold it, and the place where its prompt could be resumed.
 
         Raises
         ------
         SessionError
             If they hold none of it.
         """
-        found = self._store.find(self._host.specs_of(request.types), tokens, len(tokens))
+        found = self._store.find(self._context.specs_of(request.types), tokens, len(tokens))
         if found is None:
             raise SessionError(
                 f"none of the {len(tokens)} tokens of {name} are stored any more",
@@ -97,12 +97,12 @@ class Reuse:
         return Session(tokens, found.end, self._whole(found), earlier=earlier)
 
     def _whole(self, checkpoint: Checkpoint) -> StoredCache:
-        """A checkpoint in contiguous memory."""
-        cache = self._host.new_cache(checkpoint.stored.specs, checkpoint.end)
+        """Copy a checkpoint into contiguous memory."""
+        cache = self._context.new_cache(checkpoint.stored.specs, checkpoint.end)
         cache.load(self._store.copies(checkpoint))
         return cache.stored()
 
-    def put(self, session: Session, path: Path) -> None:
+    def import_session(self, session: Session, path: Path) -> None:
         """Take a file's session into the stored prefixes.
 
         Raises
@@ -116,8 +116,8 @@ class Reuse:
         notice = None
         for part in (session.rewound(), session):
             if part is not None:
-                held, specs = part.tokens[: part.n_cached], self._host.specs
-                cache, notice = resume(part, specs, partial(self._host.new_cache, n_ctx=len(held)))
+                held, specs = part.tokens[: part.n_cached], self._context.specs
+                cache, notice = resume(part, specs, partial(self._context.new_cache, n_ctx=len(held)))
                 # Rows that are encoded again are not sure to be those of the earlier place: each has its own then.
                 end = self._store.add(specs, held, cache, end if notice is None else None)
         if end is None or end.end < session.n_cached:
@@ -126,4 +126,4 @@ class Reuse:
                 f"{self._store.budget_bytes} bytes"
             )
         if notice is not None:
-            self._host.notify(notice)
+            self._context.notify(notice)

@@ -14,9 +14,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from hybridkv.engine.host import bad_logits
+from hybridkv.engine.model_context import bad_logits
 from hybridkv.engine.pace import Costs
-from hybridkv.engine.running import Running
+from hybridkv.engine.running_sequence import RunningSequence
 from hybridkv.policy import MismatchError, NonFiniteError
 from hybridkv.runtime import DraftStep, Fault, Step, finite_rows
 
@@ -33,12 +33,12 @@ class Taken:
         Sequences in which the guard found something.
     """
 
-    sequences: list[Running]
+    sequences: list[RunningSequence]
     logits: Tensor
-    failed: list[tuple[Running, Fault]]
+    failed: list[tuple[RunningSequence, Fault]]
 
 
-def run_next(step: Step, batch: Sequence[Running], costs: Costs) -> None:
+def run_next(step: Step, batch: Sequence[RunningSequence], costs: Costs) -> None:
     """Run the last token of every sequence, and what each guesses behind it."""
     tokens = []
     for sequence in batch:
@@ -62,8 +62,8 @@ def run_next(step: Step, batch: Sequence[Running], costs: Costs) -> None:
     costs.note(n_rows, time.perf_counter() - start)
 
 
-def take_next(batch: Sequence[Running]) -> Taken:
-    """The logits after the last token of each sequence for which they have been computed."""
+def take_next(batch: Sequence[RunningSequence]) -> Taken:
+    """Take the computed logits after each sequence's last token; list the sequences that have none yet."""
     ready, rows, failed = [], [], []
     for sequence in batch:
         try:

@@ -27,7 +27,7 @@ class Steering(Protocol):
     """Decides which tokens may come next: a grammar, a thinking budget. State of one sequence."""
 
     def allowed(self) -> Tensor | None:
-        """Ids of the tokens that may come next, int64, at least one; None for all."""
+        """Return the ids of the tokens that may come next, int64, at least one; None for all."""
         ...
 
     def accept(self, token: int) -> None:
@@ -132,7 +132,7 @@ class SamplingParams:
             raise UsageError(f"logit_bias {bad}; allowed: 0 to {n_vocab - 1}")
 
     def for_sample(self, number: int) -> SamplingParams:
-        """The same for another draw of the same request: a seed of its own, if there is one."""
+        """Derive the parameters of another sample of the same request: with a seed of its own, if there is one."""
         return self if self.seed is None or not number else replace(self, seed=(self.seed + number) % 2**63)
 
     @property
@@ -208,7 +208,7 @@ class Sampler:
         self._generator.manual_seed(self.seed)
 
     def draw(self, logits: Tensor, histories: Histories = ()) -> Tensor:
-        """int64 `[B]` from finite float32 logits `[B, V]`.
+        """Draw tokens, int64 `[B]`, from finite float32 logits `[B, V]`.
 
         Parameters
         ----------
@@ -223,7 +223,7 @@ class Sampler:
         self._allowed, self._steered = None if self.steering is None else self.steering.allowed(), True
 
     def adjusted(self, logits: Tensor, history: Tokens) -> Tensor | None:
-        """Logits `[V]` for this sequence alone; None where they are those that were given."""
+        """Adjust logits `[V]` for this sequence alone; None where nothing changes."""
         p = self.params
         if not self._steered:
             self.steer()
@@ -243,7 +243,7 @@ class Sampler:
         return p._excludes and float(torch.rand(1, generator=self._generator)) <= p.xtc_probability
 
     def pick(self, probabilities: Tensor) -> int:
-        """A token from probabilities `[V]`; moves the generator on."""
+        """Pick a token from probabilities `[V]`; moves the generator on."""
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
     def accept(self, token: int) -> None:
@@ -254,7 +254,7 @@ class Sampler:
 
 @torch_on_one_thread()
 def draw_each(samplers: Sequence[Sampler], logits: Tensor, histories: Histories = ()) -> list[int]:
-    """One token per sampler from its row of finite float32 logits `[N, V]`, the same as each draws alone.
+    """Draw one token per sampler from its line of finite float32 logits `[N, V]`, the same as each draws alone.
 
     Rows of equal parameters are filtered together: a filter costs more in calls than in work.
 
@@ -283,7 +283,7 @@ def draw_each(samplers: Sequence[Sampler], logits: Tensor, histories: Histories 
 
 
 def _draw_alike(samplers: Sequence[Sampler], p: SamplingParams, logits: Tensor) -> list[int]:
-    """One token for each sampler of the same parameters."""
+    """Draw one token for each of several samplers of the same parameters."""
     if p.temp == 0 and not p.moves_the_likeliest:
         return _largest(logits)
     kept, ids = _kept(logits.float().cpu(), p)
@@ -307,7 +307,7 @@ def _largest(logits: Tensor) -> list[int]:
 
 
 def _kept(logits: Tensor, p: SamplingParams) -> tuple[Tensor, Tensor | None]:
-    """Logits `[B, N]` with the tokens that may not be drawn at -inf, and their ids where N is less than all."""
+    """Filter logits `[B, N]`: set tokens that may not be drawn to -inf; also give the ids where N is less than all."""
     ids = None
     if p.top_n_sigma > 0:
         logits = filters.top_n_sigma(logits, p.top_n_sigma)

@@ -21,20 +21,20 @@ from torch import Tensor
 
 from hybridkv.cache import KVSpec
 from hybridkv.engine.admission import Admission, is_out_of_memory
+from hybridkv.engine.counters import SchedulerCounters
 from hybridkv.engine.drafts import Drafts
-from hybridkv.engine.host import Host, bad_logits
 from hybridkv.engine.ladder import check_weights, labels_of, raised_specs
+from hybridkv.engine.model_context import ModelContext, bad_logits
 from hybridkv.engine.pace import Costs
 from hybridkv.engine.prefixes import PrefixStore
-from hybridkv.engine.requests import Event, Request, SchedulerStats, Ticket
+from hybridkv.engine.requests import Event, Request, RequestHandle, SchedulerStats
 from hybridkv.engine.reuse import Reuse
 from hybridkv.engine.rounds import run_next, take_next
-from hybridkv.engine.running import Running
+from hybridkv.engine.running_sequence import RunningSequence
 from hybridkv.engine.sampling import draw_each
 from hybridkv.engine.session import Message, load_session, save_session
 from hybridkv.engine.speculation import Speculation, rejects_drafts
 from hybridkv.engine.steps import resolve_step
-from hybridkv.engine.tally import Tally
 from hybridkv.errors import AdmissionError, HybridKVError, UsageError
 from hybridkv.model.protocols import LanguageModel
 from hybridkv.native import NativeStep
@@ -97,9 +97,9 @@ class Scheduler:
         for name, value, most in (("n_parallel", n_parallel, MAX_PARALLEL), ("prefill_chunk", prefill_chunk, n_ctx)):
             if not 1 <= value <= most:
                 raise UsageError(f"{name} {value}; allowed: 1 to {most}")
-        self._host = Host(model, specs, n_ctx=n_ctx, guard=guard, notify=notify)
+        self._context = ModelContext(model, specs, n_ctx=n_ctx, guard=guard, notify=notify)
         self._n_parallel, self._max_waiting = n_parallel, max_waiting
-        self.step_of_model = resolve_step(model.config, self._host.device)(model) if step is None else step
+        self.step_of_model = resolve_step(model.config, self._context.device)(model) if step is None else step
         self._chunk = prefill_chunk if self.step_of_model.takes_chunks else None
         self._speculation = None if speculation is None or rejects_drafts(self.step_of_model) else speculation
         self._costs = Costs() if speculation is None else speculation.costs
@@ -113,25 +113,25 @@ class Scheduler:
             n_states=1 if self._speculation is None else 2,
         )
         self.prefixes = PrefixStore(prefix_bytes)
-        self._reuse = Reuse(self._host, self.prefixes, self._chunk)
-        self._waiting: deque[Running] = deque()
-        self._running: tuple[Running, ...] = ()
+        self._reuse = Reuse(self._context, self.prefixes, self._chunk)
+        self._waiting: deque[RunningSequence] = deque()
+        self._running: tuple[RunningSequence, ...] = ()
         self._turn = 0
         self._commands: deque[tuple[Future[Any], Callable[[], None]]] = deque()
         self._changed = threading.Condition()
         self._n_submitted = 0
         self._open, self._stopped = True, False
-        self._tally = Tally()
+        self._counters = SchedulerCounters()
 
     # ---- From any thread.
 
-    def submit(self, request: Request, listener: Callable[[Event], None] | None = None) -> Ticket:
+    def submit(self, request: Request, listener: Callable[[Event], None] | None = None) -> RequestHandle:
         """Queue a request.
 
         Parameters
         ----------
         listener
-            Gets each event on the scheduler's thread, in place of the ticket's iterator.
+            Gets each event on the scheduler's thread, in place of the handle's iterator.
 
         Raises
         ------
@@ -140,8 +140,8 @@ class Scheduler:
         UsageError, NoKernelError
             For token ids that the model does not have, or types that do not exist or do not run here.
         """
-        self._host.check_ids(request)
-        specs = self._host.specs_of(request.types)
+        self._context.check_ids(request)
+        specs = self._context.specs_of(request.types)
         planned = self.admission.check(specs, len(request.prompt_ids), request.max_tokens)
         with self._changed:
             if not self._open:
@@ -157,16 +157,16 @@ class Scheduler:
                     hint="try again later",
                 )
             self._n_submitted += 1
-            ticket = Ticket(self._n_submitted, request, listener)
-            self._waiting.append(Running(ticket, specs, specs, planned, self._reuse.wanted(request)))
+            handle = RequestHandle(self._n_submitted, request, listener)
+            self._waiting.append(RunningSequence(handle, specs, specs, planned, self._reuse.wanted(request)))
             self._changed.notify()
-        return ticket
+        return handle
 
     def stats(self) -> SchedulerStats:
-        """Counts up to now; of what is running, as it is at this moment."""
+        """Count what was done up to now, and what runs at this moment."""
         running = self._running
         caches = [s.cache for s in running if s.cache is not None]
-        return self._tally.stats(
+        return self._counters.stats(
             running=len(running),
             waiting=len(self._waiting),
             kv_bytes=sum(cache.kv_bytes for cache in caches),
@@ -179,7 +179,7 @@ class Scheduler:
             prefix_checkpoints=len(self.prefixes),
         )
 
-    def save(self, ticket: Ticket, path: Path, messages: tuple[Message, ...] = ()) -> int:
+    def save(self, handle: RequestHandle, path: Path, messages: tuple[Message, ...] = ()) -> int:
         """Write a sequence to a session file, as far as the stored prefixes hold it; the tokens that they hold.
 
         For any thread but the scheduler's own. After the sequence has ended, that is all but its last token, unless
@@ -195,9 +195,9 @@ class Scheduler:
         SessionError
             If no prefix holds any of it, or the file cannot be written.
         """
-        name = f"request {ticket.number}"
-        session = self.call(lambda: self._reuse.take(ticket.request, ticket.token_ids, name)).result()
-        save_session(path, replace(session, messages=messages), self._host.model)
+        name = f"request {handle.number}"
+        session = self.call(lambda: self._reuse.export_session(handle.request, handle.token_ids, name)).result()
+        save_session(path, replace(session, messages=messages), self._context.model)
         return session.n_cached
 
     def restore(self, path: Path) -> tuple[int, ...]:
@@ -210,8 +210,8 @@ class Scheduler:
         SessionError
             If the file is not a session of this model, or has no room among the stored prefixes.
         """
-        session = load_session(path, self._host.model)
-        self.call(lambda: self._reuse.put(session, path)).result()
+        session = load_session(path, self._context.model)
+        self.call(lambda: self._reuse.import_session(session, path)).result()
         return session.tokens
 
     def shutdown(self, *, drain: bool) -> None:
@@ -219,7 +219,7 @@ class Scheduler:
         with self._changed:
             self._open = False
             for sequence in () if drain else (*self._running, *self._waiting):
-                sequence.ticket.cancel()
+                sequence.handle.cancel()
             self._changed.notify()
 
     def call(self, work: Callable[[], T]) -> Future[T]:
@@ -277,7 +277,7 @@ class Scheduler:
 
     @torch.inference_mode()
     def step(self) -> bool:
-        """One iteration; False if there was nothing to run."""
+        """Run one iteration; return False if there was nothing to run."""
         while self._commands:
             self._commands.popleft()[1]()
         self._drop_cancelled()
@@ -291,20 +291,20 @@ class Scheduler:
             self._decode(decoding)
         if prefilling:
             self._prefill(self._next_of(prefilling))
-        self._tally.step(time.perf_counter() - start)
+        self._counters.step(time.perf_counter() - start)
         return True
 
-    def _next_of(self, prefilling: list[Running]) -> Running:
-        """The prompt whose turn it is: the first behind the one that was last, in the order of requests."""
-        chosen = next((s for s in prefilling if s.ticket.number > self._turn), prefilling[0])
-        self._turn = chosen.ticket.number
+    def _next_of(self, prefilling: list[RunningSequence]) -> RunningSequence:
+        """Choose the prompt whose turn it is: the first behind the last one, in the order of requests."""
+        chosen = next((s for s in prefilling if s.handle.number > self._turn), prefilling[0])
+        self._turn = chosen.handle.number
         return chosen
 
     def _drop_cancelled(self) -> None:
         with self._changed:
-            gone = [s for s in self._waiting if s.ticket.cancelled]
-            self._waiting = deque(s for s in self._waiting if not s.ticket.cancelled)
-        for sequence in (*gone, *(s for s in self._running if s.ticket.cancelled)):
+            gone = [s for s in self._waiting if s.handle.cancelled]
+            self._waiting = deque(s for s in self._waiting if not s.handle.cancelled)
+        for sequence in (*gone, *(s for s in self._running if s.handle.cancelled)):
             self._end(sequence, Event(finished="cancelled"))
 
     def _admit(self) -> None:
@@ -320,21 +320,21 @@ class Scheduler:
             except (HybridKVError, MemoryError, RuntimeError) as error:
                 self._fail(sequence, error)
 
-    def _fits(self, sequence: Running) -> bool:
+    def _fits(self, sequence: RunningSequence) -> bool:
         budget = self.admission.budget_bytes
         return budget is None or sum(s.planned_bytes for s in self._running) + sequence.planned_bytes <= budget
 
-    def _begin(self, sequence: Running) -> None:
+    def _begin(self, sequence: RunningSequence) -> None:
         """Give a sequence its cache."""
         found = self._reuse.begin(sequence)
         if self._speculation is not None:
             sequence.drafts = self._speculation.begin(self.step_of_model) or Drafts()
         if found is not None:
-            sequence.ticket.count_cached(found.end)
-            self._tally.cached_tokens += found.end
+            sequence.handle.count_cached(found.end)
+            self._counters.cached_tokens += found.end
 
-    def _decode(self, batch: list[Running]) -> None:
-        """One token of each, and more where they were guessed."""
+    def _decode(self, batch: list[RunningSequence]) -> None:
+        """Decode one token of each sequence, and more where they were guessed."""
         start = time.perf_counter()
         try:
             run_next(self.step_of_model, batch, self._costs)
@@ -348,17 +348,17 @@ class Scheduler:
                 self._rebuild(sequence, fault)
             if not taken.sequences:
                 break
-            batch = [s for s in self._draw(taken.sequences, taken.logits) if not s.ticket.finished]
-        self._tally.decode_s += time.perf_counter() - start
+            batch = [s for s in self._draw(taken.sequences, taken.logits) if not s.handle.finished]
+        self._counters.decode_s += time.perf_counter() - start
 
-    def _prefill(self, sequence: Running) -> None:
+    def _prefill(self, sequence: RunningSequence) -> None:
         """Process the next chunk of one prompt, and draw the first token after its last."""
         start = time.perf_counter()
         cache, begin, end = sequence.cache, sequence.position, sequence.chunk_end(self._chunk)
         assert cache is not None
         try:
             tokens = torch.tensor([sequence.history[begin:end]])
-            if sequence.ticket.request.score_prompt:
+            if sequence.handle.request.score_prompt:
                 rows = self.step_of_model.logits(tokens, cache, begin)[0]
                 sequence.score(rows, begin)
                 logits = rows[-1:]
@@ -374,8 +374,8 @@ class Scheduler:
             self._fail(sequence, error)
             return
         sequence.position = end
-        self._tally.prompt_tokens += end - begin
-        self._tally.prefill_s += time.perf_counter() - start
+        self._counters.prompt_tokens += end - begin
+        self._counters.prefill_s += time.perf_counter() - start
         if cache.specs != sequence.specs and not self._keep_within(sequence, cache):
             return
         if self._reuse.is_due(sequence):
@@ -383,20 +383,20 @@ class Scheduler:
         if not sequence.prefills:
             self._draw([sequence], logits)
 
-    def _draw(self, batch: Sequence[Running], logits: Tensor) -> list[Running]:
+    def _draw(self, batch: Sequence[RunningSequence], logits: Tensor) -> list[RunningSequence]:
         """Draw and hand out the next token of each, from finite logits `[N, V]`; the sequences that drew."""
         batch, logits = self._steered(batch, logits)
         drawn = draw_each([s.sampler for s in batch], logits, [s.seen for s in batch])
         for index, (sequence, token) in enumerate(zip(batch, drawn, strict=True)):
-            self._tally.generated_tokens += 1
+            self._counters.generated_tokens += 1
             event = sequence.take(token, logits[index])
             if event.finished is not None:
-                self._tally.n_finished += 1
+                self._counters.n_finished += 1
                 self._retire(sequence)
-            sequence.ticket.put(event)
+            sequence.handle.put(event)
         return batch
 
-    def _steered(self, batch: Sequence[Running], logits: Tensor) -> tuple[list[Running], Tensor]:
+    def _steered(self, batch: Sequence[RunningSequence], logits: Tensor) -> tuple[list[RunningSequence], Tensor]:
         """Ask each sequence's steering which tokens may come; one that cannot say ends alone."""
         kept = []
         for index, sequence in enumerate(batch):
@@ -410,21 +410,21 @@ class Scheduler:
 
     # ---- Ends.
 
-    def _rebuild(self, sequence: Running, error: NonFiniteError | MismatchError) -> None:
+    def _rebuild(self, sequence: RunningSequence, error: NonFiniteError | MismatchError) -> None:
         """Put a sequence back in front of the queue, to process all its tokens again at larger types."""
         assert sequence.cache is not None
         try:
-            check_weights(self._host.model)
-            specs = raised_specs(sequence.cache.specs, self._host.guard, error)
+            check_weights(self._context.model)
+            specs = raised_specs(sequence.cache.specs, self._context.guard, error)
             planned = self.admission.check(specs, sequence.n_ctx, 0)
         except HybridKVError as final:
             self._fail(sequence, final)
             return
-        self._host.notify(f"{error.message}; rebuilding {len(sequence.history)} tokens at {labels_of(specs)}")
-        self._tally.n_rebuilds += 1
+        self._context.notify(f"{error.message}; rebuilding {len(sequence.history)} tokens at {labels_of(specs)}")
+        self._counters.n_rebuilds += 1
         self._requeue(sequence, specs, planned)
 
-    def _keep_within(self, sequence: Running, cache: ModelCache) -> bool:
+    def _keep_within(self, sequence: RunningSequence, cache: ModelCache) -> bool:
         """Count the bytes of types that the guard has raised; without room for them, the sequence waits for it."""
         sequence.specs = cache.specs
         try:
@@ -438,13 +438,13 @@ class Scheduler:
         self._requeue(sequence, cache.specs, sequence.planned_bytes)
         return False
 
-    def _requeue(self, sequence: Running, specs: tuple[KVSpec, ...], planned_bytes: int) -> None:
+    def _requeue(self, sequence: RunningSequence, specs: tuple[KVSpec, ...], planned_bytes: int) -> None:
         sequence.start_over(specs, planned_bytes)
         with self._changed:
             self._running = tuple(s for s in self._running if s is not sequence)
             self._waiting.appendleft(sequence)
 
-    def _fail(self, sequence: Running, error: Exception) -> None:
+    def _fail(self, sequence: RunningSequence, error: Exception) -> None:
         """End one sequence with an error; what is not an error of its own ends them all.
 
         Raises
@@ -459,18 +459,18 @@ class Scheduler:
         else:
             raise error
         sequence.checkpoint, sequence.reuses = None, False  # what it holds may be wrong
-        self._tally.n_failed += 1
+        self._counters.n_failed += 1
         self._end(sequence, Event(finished="error", message=message))
 
-    def _end(self, sequence: Running, event: Event) -> None:
+    def _end(self, sequence: RunningSequence, event: Event) -> None:
         if event.finished == "cancelled":
-            self._tally.n_cancelled += 1
+            self._counters.n_cancelled += 1
         self._retire(sequence)
-        sequence.ticket.put(event)
+        sequence.handle.put(event)
 
-    def _retire(self, sequence: Running) -> None:
+    def _retire(self, sequence: RunningSequence) -> None:
         """Take a sequence out, leaving a checkpoint at the end of what it has processed."""
-        sequence.settle()
+        sequence.undo_guesses()
         if sequence.reuses and sequence.cache is not None and not sequence.prefills:
             self._reuse.leave(sequence)
         sequence.cache = None

@@ -70,7 +70,7 @@ class Session:
     earlier: tuple[int, StoredCache] | None = None
 
     def rewound(self) -> Session | None:
-        """The session as it was at its earlier place."""
+        """Return the session as it was at its earlier place."""
         return None if self.earlier is None else Session(self.tokens, *self.earlier)
 
 
@@ -86,7 +86,7 @@ def fingerprint(model: LanguageModel) -> str:
 
 
 def _parameters(model: LanguageModel) -> Iterator[tuple[str, tuple[int, ...], Tensor | None]]:
-    """Names, shapes and small values of a model's weights. A native model's states are in the file's own order."""
+    """Iterate names, shapes and small values of a model's weights; a native model's are in the file's order."""
     if isinstance(model, NativeModel):
         for name, shape in model.source.shapes():
             yield name, shape, model.source.vector(name) if len(shape) == 1 else None
@@ -170,7 +170,7 @@ _DELETE = "delete it, or give another file"
 def resume(
     session: Session, specs: Sequence[KVSpec], make_cache: Callable[[Sequence[KVSpec]], ModelCache]
 ) -> tuple[ModelCache, str | None]:
-    """A cache to resume with, stored as `specs` say.
+    """Build a cache to resume with, stored as `specs` say.
 
     Returns
     -------
@@ -202,7 +202,7 @@ def _record(cache: StoredCache) -> dict[str, Any]:
 
 
 def _tensors(cache: StoredCache, mark: str = "") -> dict[str, Tensor]:
-    """By name: `kv.N` counts KV layers, `state.N` layers with states; rows uint8 `[B, Hkv, n, row bytes]`.
+    """Name a cache's tensors: `kv.N` by KV layer, `state.N` by layer with states; rows uint8 `[B, Hkv, n, row bytes]`.
 
     Behind a mark, packed rows are left out unless a window lets them go: the whole has them.
     """
@@ -293,7 +293,7 @@ def _rows(spec: KVSpec, n: int, tensors: Mapping[str, Tensor], n_seen: int) -> S
 
 
 def _check_sizes(states: Sequence[Tensor | None], shapes: Sequence[tuple[int, ...]]) -> None:
-    """Of one sequence, and as many values as the model's; some families divide a state into several."""
+    """Require states of one sequence with as many values as the model's; some families divide a state into several."""
     held = [state for state in states if state is not None]
     _demand(all(state.shape[:1] == (1,) and state.dtype.is_floating_point for state in held), "a state of no sequence")
     n_values, wanted = sum(state.numel() for state in held), sum(map(prod, shapes))
@@ -325,7 +325,7 @@ _PART_SECONDS = 60.0
 
 
 def _write(path: Path, data: bytes) -> None:
-    """All of `data` at `path`, or nothing."""
+    """Write all of `data` at `path`, or nothing."""
     _remove_stale(path.parent.glob(f".{escape(path.name)}.*.part"))
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

@@ -82,7 +82,7 @@ class Speculation:
 
 
 def rejects_drafts(step: Step) -> str | None:
-    """Why a step takes no guesses; None if it does."""
+    """Explain why a step takes no guesses; None if it does."""
     if isinstance(step, DraftStep):
         return None
     return f"{step.name} takes tokens one by one: a recurrent state cannot go back there"

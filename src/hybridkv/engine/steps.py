@@ -104,7 +104,7 @@ def _transformers_step(
 
 
 def _on_card(model: LanguageModel) -> LayersStep:
-    """The step on CUDA: with a file's packed weights, or with a Transformers model's parameters."""
+    """Build the step on CUDA: with a file's packed weights, or with a Transformers model's parameters."""
     if isinstance(model, NativeModel):
         from hybridkv.native.cuda_step import PackedStep  # imports triton
 

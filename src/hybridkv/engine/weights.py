@@ -12,7 +12,7 @@ from hybridkv.kernels import cpu_native
 
 
 def engine_for(device_type: str, weights: WeightKind, engine: StepKind) -> StepKind:
-    """The engine to ask for: on the CPU, Transformers' own forward pass runs plain weights, which are its tensors.
+    """Choose the backend to ask for: on the CPU, plain weights are Transformers' tensors and run in its forward pass.
 
     Raises
     ------
@@ -32,7 +32,7 @@ def engine_for(device_type: str, weights: WeightKind, engine: StepKind) -> StepK
 def weights_on(
     device: str, asked: WeightKind, engine: StepKind, description: Description
 ) -> tuple[WeightKind, torch.dtype]:
-    """How matrices are held, and their dtype: packed on the CPU, but plain under an engine that was asked to be.
+    """Choose how matrices are held, and their dtype: packed on the CPU, but plain for a backend that was asked to be.
 
     On CUDA, those of a GGUF file stay packed where its kernels read all of its types.
 

@@ -109,24 +109,24 @@ class KVFormat:
         return self.codebook[-1] if self.codebook else self.code_range[1]
 
     def lanes(self, head_dim: int) -> int:
-        """Values in a block of a row of `head_dim` values, padding counted."""
+        """Return the values in a block of a row of `head_dim` values, padding counted."""
         return self.block or head_dim
 
     def n_blocks(self, head_dim: int) -> int:
-        """Blocks in a row; the last may be padded."""
+        """Count the blocks in a row; the last may be padded."""
         return -(-head_dim // self.lanes(head_dim))
 
     def plane_bytes(self, head_dim: int) -> tuple[int, ...]:
-        """Bytes of each plane in a row."""
+        """Count the bytes of each plane in a row."""
         lanes, n_blocks = self.lanes(head_dim), self.n_blocks(head_dim)
         return tuple(n_blocks * plane.block_bytes(lanes) for plane in self.planes)
 
     def row_bytes(self, head_dim: int) -> int:
-        """Bytes of a row, the same in planes and in ggml's blocks; a padded last block counts in full."""
+        """Count the bytes of a row, the same in planes and in ggml's blocks; a padded last block counts in full."""
         return sum(self.plane_bytes(head_dim))
 
     def bits_per_value(self, head_dim: int) -> float:
-        """Bits of a row per value, scales and padding counted."""
+        """Count the bits of a row per value, scales and padding counted."""
         return 8 * self.row_bytes(head_dim) / head_dim
 
     def rejects(self, head_dim: int) -> str | None:
@@ -200,7 +200,7 @@ class KVFormat:
         return torch.cat([_split_blocks(data, n_blocks) for data in planes], dim=-1).flatten(-2)
 
     def from_ggml(self, rows: Tensor, head_dim: int) -> Planes:
-        """Planes from ggml's block bytes, uint8 [..., row_bytes]."""
+        """Split ggml's block bytes, uint8 [..., row_bytes], into planes."""
         n_blocks = self.n_blocks(head_dim)
         sizes = [n // n_blocks for n in self.plane_bytes(head_dim)]
         parts = torch.split(_split_blocks(rows, n_blocks), sizes, dim=-1)
@@ -213,7 +213,7 @@ class KVFormat:
         return torch.cat([x, again], dim=-1)
 
     def _encode_blocks(self, x: Tensor, scale: Scale) -> Planes:
-        """Blocks, float32 [N, lanes], to one uint8 [N, bytes] per plane."""
+        """Encode blocks, float32 [N, lanes], to one uint8 [N, bytes] per plane."""
         extreme, low = rules.extremes(x, self.rule)
         d = rules.divide(extreme, self.extreme_code)
         y = (x if low is None else x - low) * rules.inverse(d)
@@ -255,7 +255,7 @@ class KVFormat:
         return packing.pack_number(plane, number)
 
     def _values(self, codes: Tensor) -> Tensor:
-        """Codes, uint8, to their values in units of the scale, float32."""
+        """Look up the values of codes, uint8, in units of the scale, float32."""
         book = self._book(codes.device)
         if book is not None:
             return book.index_select(0, codes.flatten().int()).view(codes.shape)
@@ -268,5 +268,5 @@ class KVFormat:
 
 
 def _split_blocks(data: Tensor, n_blocks: int) -> Tensor:
-    """Bytes of whole rows, uint8 [..., n_blocks * bytes], to [..., n_blocks, bytes]."""
+    """Split bytes of whole rows, uint8 [..., n_blocks * bytes], to [..., n_blocks, bytes]."""
     return data.reshape(*data.shape[:-1], n_blocks, data.shape[-1] // n_blocks)

@@ -48,14 +48,14 @@ class Placement:
     axes: tuple[tuple[int, int], ...]
 
     def sizes(self, n_lanes: int) -> tuple[int, ...]:
-        """Axis sizes for a block of `n_lanes` lanes."""
+        """Return the axis sizes for a block of `n_lanes` lanes."""
         known = prod(size for size, _ in self.axes if size)
         assert n_lanes % known == 0
         return tuple(size or n_lanes // known for size, _ in self.axes)
 
     @cache  # noqa: B019  # a handful of placements and devices, for good
     def bit_offsets(self, device: torch.device) -> Tensor:
-        """First bit of a lane within its byte: uint8, one dim per axis, size 1 along the byte axis."""
+        """Return the first bit of a lane within its byte: uint8, one dim per axis, size 1 along the byte axis."""
         offsets = torch.zeros(1, dtype=torch.uint8, device=device)
         for size, step in self.axes:
             along = torch.arange(size or 1, dtype=torch.uint8, device=device) * step
@@ -111,7 +111,7 @@ class Plane:
         return PLACEMENTS[self.kind].width if self.kind in PLACEMENTS else 0
 
     def block_bytes(self, n_lanes: int) -> int:
-        """Bytes of this plane in a block of `n_lanes` lanes."""
+        """Count the bytes of this plane in a block of `n_lanes` lanes."""
         return n_lanes * self.width // 8 if self.width else NUMBERS[self.kind].dtype.itemsize
 
 

@@ -30,7 +30,7 @@ Refit = Literal["pairs", "search", "starts", "line"]
 
 
 def extremes(x: Tensor, rule: ScaleRule) -> tuple[Tensor, Tensor | None]:
-    """Extreme value of each block, and its minimum where the rule has one.
+    """Find the extreme value of each block, and its minimum where the rule has one.
 
     A block with a NaN or an infinity has a non-finite extreme, which makes its scale, and so all that it
     decodes to, non-finite. ggml's C differs here: its comparisons skip NaN and it stores finite garbage.
@@ -50,7 +50,7 @@ def divide(x: Tensor, divisor: int) -> Tensor:
 
 
 def inverse(d: Tensor) -> Tensor:
-    """1/d, or 0 where that is not finite: for d = 0, NaN, and a subnormal d, which float16 stores as 0."""
+    """Compute 1/d, or 0 where that is not finite: for d = 0, NaN, and a subnormal d, which float16 stores as 0."""
     inverse = 1 / d
     return inverse.where(inverse.isfinite(), 0.0)
 
@@ -92,7 +92,7 @@ def to_nearest(y: Tensor, codebook: Tensor) -> Tensor:
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """`a * b + c` in float32, rounded once.
+    """Compute `a * b + c` in float32, rounded once.
 
     C compilers fuse `a*b + c` where the processor can, so the compiled reference sums with this rounding. The
     product is exact in float64, and the sum there is so close that rounding it to float32 goes astray about
@@ -202,7 +202,7 @@ def fold(terms: Tensor) -> Tensor:
 
 
 def refit_starts(x: Tensor, d: Tensor, codebook: Tensor, starts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Of several fits, the one with the least squared error: each takes the nearest codes, then the scale by least
+    """Choose the fit with the least squared error among several: each takes the nearest codes, then the scale by least
     squares, `sum(q*x) / sum(q*q)`.
 
     What a fit explains of `sum(x*x)` is its scale times `sum(q*x)`; of equally good fits the first counts. Where

@@ -61,7 +61,7 @@ class WeightFormat:
         return 8 * self.block_bytes / self.block
 
     def row_bytes(self, n_in: int) -> int:
-        """Bytes of a row of `n_in` values, which are whole blocks."""
+        """Count the bytes of a row of `n_in` values, which are whole blocks."""
         assert n_in % self.block == 0, (self.name, n_in)
         return n_in // self.block * self.block_bytes
 

@@ -48,9 +48,9 @@ def assumption(meta: Metadata) -> str | None:
     """Return what is assumed about a file that does not say how its text is split, None for one that does."""
     if meta.text("tokenizer.ggml.model") != "gpt2" or _name(meta) != DEFAULT:
         return None
-    said = f"{_PRE!r} is {DEFAULT!r}" if meta.has(_PRE) else f"{_PRE!r} is missing"
+    reason = f"{_PRE!r} is {DEFAULT!r}" if meta.has(_PRE) else f"{_PRE!r} is missing"
     return (
-        f"the file does not say how its tokenizer splits text ({said}): llama.cpp's default is assumed, "
+        f"the file does not say how its tokenizer splits text ({reason}): llama.cpp's default is assumed, "
         "which may not be what the model was trained with"
     )
 

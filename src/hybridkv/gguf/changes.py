@@ -29,7 +29,7 @@ def changed(header: Header, changes: ModelChanges) -> Header:
 
 
 def _rope_keys(rope: RopeChanges, own: dict[str, Value]) -> dict[str, Value]:
-    """The keys that options stand for, without the architecture's name."""
+    """Translate options to the keys that they stand for, without the architecture's name."""
     scaling = rope.scaling
     if scaling is None and rope.factor is not None and own.get("rope.scaling.type", "none") == "none":
         scaling = "linear"

@@ -53,11 +53,11 @@ class Hold(Protocol):
     """Gives the parameters of a Transformers model that stand for matrices."""
 
     def of_file(self, weight: Weight, dtype: torch.dtype) -> torch.Tensor:
-        """For a matrix that lies in the file as the model has it."""
+        """Hold a matrix that lies in the file as the model has it."""
         ...
 
     def of_values(self, parameter: torch.Tensor) -> torch.Tensor:
-        """For a decoded parameter, which is then free."""
+        """Hold a decoded parameter, which is then free."""
         ...
 
 
@@ -107,12 +107,12 @@ def load_gguf(
         raise UsageError(f"weights cannot be {dtype}; allowed: float32, bfloat16, float16")
     opened = _open(path, dtype, attn_implementation)
     model = opened.model
-    tokenizer, said = opened.tokenizer()
+    tokenizer, messages = opened.tokenizer()
     _fill(opened, torch.device(device), hold)
     model.eval()
     if ends := end_ids(opened.meta, opened.config.vocab_size):
         model.generation_config.eos_token_id = ends
-    return LoadedModel(name_of(opened.meta), model, tokenizer, said)
+    return LoadedModel(name_of(opened.meta), model, tokenizer, messages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class _Opened:
     pairings: Sequence[Pairing]
 
     def tokenizer(self) -> tuple[PreTrainedTokenizerFast | None, tuple[str, ...]]:
-        """The tokenizer, and what is worth knowing of the file."""
+        """Read the tokenizer, and what is worth knowing of the file."""
         tokenizer = None if says_none(self.meta) else load_tokenizer(self.meta)
         return tokenizer, notices(self.meta, with_tokenizer=tokenizer is not None)
 

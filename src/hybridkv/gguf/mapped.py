@@ -63,9 +63,9 @@ def map_gguf(path: str | Path | Header, memory: Memory = "mapped") -> MappedMode
     names = _check(meta, architecture, config)
     check_multiplied(meta.header, names)
     tokenizer = None if says_none(meta) else read_tokenizer(meta)
-    said = notices(meta, with_tokenizer=tokenizer is not None)
+    messages = notices(meta, with_tokenizer=tokenizer is not None)
     source = GgufSource(meta.header, memory)
-    return MappedModel(name_of(meta), config, source, tokenizer, tuple(end_ids(meta, config.vocab_size)), said)
+    return MappedModel(name_of(meta), config, source, tokenizer, tuple(end_ids(meta, config.vocab_size)), messages)
 
 
 def _check(meta: Metadata, architecture: Architecture, config: FileConfig) -> set[str]:

@@ -61,7 +61,7 @@ class Pairing:
         return matrix and len(self.names) == 1 and self.rows is None and self.cols is None and self.rule.values is None
 
     def shown(self, shape: Shape) -> Shape:
-        """A tensor's shape as a user should see it: the parameter's, where both hold the same."""
+        """Return a tensor's shape as a user should see it: the parameter's, where both hold the same."""
         return self.shape if same_shape(shape, self.shape) else shape
 
 
@@ -145,7 +145,7 @@ def _pairing(rule: TensorRule, config: Config, shape: Shape) -> Pairing:
 
 
 def file_tensors(pairing: Pairing, config: Config, value: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
-    """A parameter's value as the file's tensors, with their names: in its order, shapes and conventions.
+    """Convert a parameter's value to the file's tensors, with their names: in its order, shapes and conventions.
 
     The dtype stays, but where numbers are converted: those become float32.
     """

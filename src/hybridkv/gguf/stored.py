@@ -94,7 +94,7 @@ def _spelled(info: TensorInfo) -> str:
 
 
 def _plain_names(architecture: Architecture) -> frozenset[str]:
-    """Names, within a block, of the matrices that a file has row by row as the Transformers model does."""
+    """Collect names, within a block, of the matrices that a file has row by row as the Transformers model does."""
     rules = [rule for part in architecture.tensors.values() for rule in part]
     lie = {r.gguf for r in rules if isinstance(r.gguf, str) and r.rows is None and r.cols is None and r.values is None}
     return frozenset(lie - {r.gguf for r in rules if r.rows is not None or r.cols is not None or r.values is not None})

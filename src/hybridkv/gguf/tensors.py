@@ -88,13 +88,13 @@ class GgufSource:
         return name in self._infos
 
     def weight(self, name: str) -> Weight:
-        """A matrix or a stack of matrices, as it lies; the same object each time."""
+        """Return a matrix or a stack of matrices, as it lies; the same object each time."""
         if name not in self._weights:
             self._weights[name] = self._lying(name)
         return self._weights[name]
 
     def vector(self, name: str) -> Tensor:
-        """A small tensor, decoded: float32 in the file's shape; the same object each time."""
+        """Decode a small tensor: float32 in the file's shape; the same object each time."""
         if name not in self._vectors:
             info = self._infos[name]
             values = dequantize(_rows(self._files[info.part], info), info.type)
@@ -102,7 +102,7 @@ class GgufSource:
         return self._vectors[name]
 
     def vectors(self) -> Iterable[Tensor]:
-        """The vectors that were taken."""
+        """List the vectors that were taken."""
         return self._vectors.values()
 
     @property
@@ -111,7 +111,7 @@ class GgufSource:
         return sum(data.size for data in self._files)
 
     def matrices(self) -> Iterable[Weight]:
-        """The matrices that were taken."""
+        """List the matrices that were taken."""
         return self._weights.values()
 
     def forget(self, name: str) -> None:
@@ -119,11 +119,11 @@ class GgufSource:
         self._weights.pop(name, None)
 
     def shown(self, name: str) -> str:
-        """The file's own name."""
+        """Return the file's own name."""
         return name
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names and shapes of all tensors of the file."""
+        """Iterate names and shapes of all tensors of the file."""
         return ((info.name, info.shape) for info in self._infos.values())
 
     def verify(self) -> None:
@@ -176,7 +176,7 @@ class GgufSource:
         return Weight(get_weight_format(info.type.name), data.view(-1, n_out, data.shape[-1]), info.shape[-1])
 
     def _viewed(self, part: Header, data: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The same memory, watched, under a flag that Torch takes without a warning; the map itself forbids writing."""
+        """View the same memory, watched, under a flag that Torch takes without a warning; the map forbids writing."""
         memory = (ctypes.c_uint8 * data.size).from_address(data.ctypes.data)
         watch = WatchedMap(str(part.path), data.ctypes.data, data.size)
         self._watches.append(watch)
@@ -186,7 +186,7 @@ class GgufSource:
 
 
 def _copied(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The same bytes in memory of this process, in large pages where the system has them."""
+    """Copy the bytes into memory of this process, in large pages where the system has them."""
     copy: NDArray[np.uint8] = allocate((data.size,)).numpy()
     np.copyto(copy, data)
     return copy
@@ -206,7 +206,7 @@ def _populate(files: Sequence[NDArray[np.uint8]]) -> None:
 
 
 def _mapped(header: Header) -> NDArray[np.uint8]:
-    """A file, uint8 `[file_bytes]`, paged in as it is used.
+    """Map a file, uint8 `[file_bytes]`, which is paged in as it is used.
 
     Raises
     ------
@@ -227,6 +227,6 @@ def _mapped(header: Header) -> NDArray[np.uint8]:
 
 
 def _rows(data: NDArray[np.uint8], info: TensorInfo) -> NDArray[np.uint8]:
-    """A tensor's bytes as rows, uint8 `[rows, row_bytes]`, without a copy."""
+    """View a tensor's bytes as rows, uint8 `[rows, row_bytes]`, without a copy."""
     n_rows = math.prod(info.shape[:-1])
     return data[info.offset : info.offset + info.nbytes].reshape(n_rows, info.nbytes // n_rows)

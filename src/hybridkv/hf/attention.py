@@ -40,7 +40,7 @@ def attention_mask(
     allow_is_bidirectional_skip: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
-    """None for plain causal attention without padding, else bool `[B, 1, T, S]`, True where attended.
+    """Build the mask: None for plain causal attention without padding, else bool `[B, 1, T, S]`, True where attended.
 
     Only causal masks may be left out: None means causal to the kernels, never "everything".
 
@@ -69,7 +69,7 @@ def attention_mask(
 
 
 def filled_cache(n_held: int, n_prompt: int | None = None) -> ContextError:
-    """The error of a prompt that is shorter than what its cache holds: `generate` takes all tokens up to now."""
+    """Describe a prompt shorter than what its cache holds: `generate` takes all tokens up to now."""
     this = "" if n_prompt is None else f"; this one has {n_prompt}"
     return ContextError(
         f"the cache holds {n_held} tokens of another prompt{this}",
@@ -92,7 +92,7 @@ def attention_forward(
     position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of `query` `[B, Hq, T, D]` over packed rows, or over plain tensors where no cache is used.
+    """Attend `query` `[B, Hq, T, D]` over packed rows, or over plain tensors where no cache is used.
 
     Returns
     -------
@@ -128,7 +128,7 @@ def attention_forward(
         mask=None if attention_mask is None else _boolean(attention_mask, module),
     )
     if isinstance(key, LayerView):
-        if attention_mask is None and position_ids is not None and key.fixed is None:
+        if attention_mask is None and position_ids is not None and key.device_step is None:
             _check_positions(key.layer.n_seen - query.shape[2], position_ids)
         out = attend_stored(query, key, params)
     else:
@@ -152,7 +152,7 @@ def _check_positions(n_held: int, position_ids: Tensor) -> None:
 
 
 def _boolean(mask: Tensor, module: Any) -> Tensor:
-    """A model's own mask as bool: an additive one says 0 for attended and its dtype's minimum for not."""
+    """Convert a model's own mask to bool: an additive one says 0 for attended and its dtype's minimum for not."""
     if mask.dtype == torch.bool:
         return mask
     attended = mask == 0

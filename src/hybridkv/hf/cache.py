@@ -98,11 +98,11 @@ class ModelCache(Cache, runtime.ModelCache):  # type: ignore[misc]
         )
 
     def copy(self, *, n_ctx: int | None = None) -> Self:
-        """A cache that continues from the same tokens independently; see `hybridkv.runtime.ModelCache`."""
+        """Copy the cache, to continue from the same tokens independently; see `hybridkv.runtime.ModelCache`."""
         return self._with([layer.copy(n_ctx) for layer in self.layers])
 
     def empty(self, *, n_ctx: int | None = None) -> Self:
-        """A cache of the same types and kernels that holds nothing and is not guarded."""
+        """Build a cache of the same types and kernels that holds nothing and is not guarded."""
         return self._with([layer.empty(n_ctx) for layer in self.layers])
 
     def _with(self, layers: list[Any]) -> Self:
@@ -122,11 +122,11 @@ class ModelCache(Cache, runtime.ModelCache):  # type: ignore[misc]
         return [isinstance(layer, EmptyLayer) for layer in self.layers]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen; 0 for a model without any attention layer, which keeps no count."""
+        """Count the tokens seen; 0 for a model without any attention layer, which keeps no count."""
         return 0 if not self.kv_layers else int(super().get_seq_length(layer_idx))
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Rows that the next call attends, and the position of the first.
+        """Return the number of rows that the next call attends, and the position of the first.
 
         Raises
         ------
@@ -173,7 +173,7 @@ def _can_drop(layer: Any, n_tokens: int) -> bool:
 
 
 def cache_argument(model: Any) -> str:
-    """The name under which a model's forward pass takes its cache.
+    """Name the argument under which a model's forward pass takes its cache.
 
     `cache` from Transformers 5.24 on, `past_key_values` before, `cache_params` in Mamba's own classes before. A wrong
     name would vanish among the keyword arguments, and every call would start over without an error.
@@ -210,7 +210,7 @@ def quantized_cache(
     guard: GuardMode | str = "check",
     notify: Notify = LOG.warning,
 ) -> ModelCache:
-    """A quantized KV cache for a Transformers model, hybrid or not.
+    """Build a quantized KV cache for a Transformers model, hybrid or not.
 
     Parameters
     ----------
@@ -307,7 +307,7 @@ def _device_of(model: Any) -> str:
 
 
 def _policy(given: dict[str, Any]) -> Policy:
-    """The policy of the arguments that were given."""
+    """Build the policy of the arguments that were given."""
     overrides = {name: parse_override(given.pop(name), name) for name in _OVERRIDES if name in given}
     if "scale" in given:
         given["scale"] = parse_scale(given["scale"])

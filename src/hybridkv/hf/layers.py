@@ -43,7 +43,7 @@ class QuantizedLayer(WatchedRows, CacheLayerMixin):  # type: ignore[misc]
         self._packed = packed
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Memory is reserved by the first `update`."""
+        """Note dtype and device; the first `update` allocates memory."""
         del value_states
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
@@ -59,21 +59,21 @@ class QuantizedLayer(WatchedRows, CacheLayerMixin):  # type: ignore[misc]
 
     def store_new(self, k: Tensor, v: Tensor) -> LayerView:
         """Store T new tokens `[B, Hkv, T, D]`; what an attention over the packed rows reads."""
-        if self.fixed is None and not self.is_initialized:
+        if self.device_step is None and not self.is_initialized:
             QuantizedLayer.lazy_initialization(self, k, v)
         return WatchedRows.store_new(self, k, v)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Rows that the next call attends, and the position of the first."""
-        past = self.store.past_rows() - (self.fixed is not None)  # `admit` has counted the new one
+        """Return the number of rows that the next call attends, and the position of the first."""
+        past = self.store.past_rows() - (self.device_step is not None)  # `reserve_only` has counted the new one
         return past + query_length, self.get_seq_length() - past
 
     def get_seq_length(self) -> int:
-        """Tokens seen before the call."""
-        return self.store.n_seen - (self.fixed is not None)
+        """Count the tokens seen before the call."""
+        return self.store.n_seen - (self.device_step is not None)
 
     def get_max_length(self) -> int:
-        """-1: no maximum that masks would have to know."""
+        """Return -1: no maximum that masks would have to know."""
         return -1
 
     @property
@@ -86,11 +86,11 @@ class QuantizedLayer(WatchedRows, CacheLayerMixin):  # type: ignore[misc]
         self.store.crop(abs(tokens_to_remove))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beam search: sequence i continues from sequence `beam_idx[i]`."""
+        """Reorder for beam search: sequence i continues from sequence `beam_idx[i]`."""
         self.batch_select_indices(beam_idx)
 
     def offload(self) -> None:
-        """Not offered: packed rows are read where they are."""
+        """Refuse: packed rows are read where they are."""
         raise ModelError("a quantized cache cannot be offloaded", hint="drop offloading=True")
 
     prefetch = offload
@@ -105,29 +105,29 @@ class EmptyLayer:
     supports_early_init = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Nothing to drop."""
+        """Do nothing: there is nothing to drop."""
 
     def reset(self) -> None:
-        """Nothing to forget."""
+        """Do nothing: there is nothing to forget."""
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Nothing to reorder."""
+        """Do nothing: there is nothing to reorder."""
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Nothing to repeat."""
+        """Do nothing: there is nothing to repeat."""
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Nothing to select."""
+        """Do nothing: there is nothing to select."""
 
     def copy(self, n_ctx: int | None) -> EmptyLayer:
-        """Itself: there is nothing that two could disagree on."""
+        """Return itself: it holds nothing that two could disagree on."""
         del n_ctx
         return self
 
     empty = copy
 
     def get_max_length(self) -> int:
-        """-1: no maximum that masks would have to know."""
+        """Return -1: no maximum that masks would have to know."""
         return -1
 
 
@@ -151,7 +151,7 @@ class QuantizedAndStateLayer(StateLayer, QuantizedLayer):
         StateLayer.__init__(self, number_of_states, takes_chunks=takes_chunks, recurs=recurs)
 
     def lazy_initialization(self, *args: Tensor, **kwargs: Any) -> None:  # type: ignore[override]
-        """Two positional tensors are K and V; keywords are states."""
+        """Initialize either part: two positional tensors are K and V; keywords are states."""
         if args:
             QuantizedLayer.lazy_initialization(self, *args)
         else:
@@ -163,7 +163,7 @@ class QuantizedAndStateLayer(StateLayer, QuantizedLayer):
         QuantizedLayer.reset(self)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beam search: sequence i continues from sequence `beam_idx[i]`."""
+        """Reorder for beam search: sequence i continues from sequence `beam_idx[i]`."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -177,17 +177,17 @@ class QuantizedAndStateLayer(StateLayer, QuantizedLayer):
         QuantizedLayer.batch_select_indices(self, indices)
 
     def copy(self, n_ctx: int | None) -> Self:
-        """A layer that continues from the same tokens independently."""
+        """Copy the layer, to continue from the same tokens independently."""
         twin = StateLayer.copy(self, n_ctx)
         twin.store, twin.watch = self.store.copy(n_ctx), replace(self.watch)
         return twin
 
     def empty(self, n_ctx: int | None) -> Self:
-        """A layer of the same types and kind that holds nothing."""
+        """Build a layer of the same types and kind that holds nothing."""
         twin = QuantizedLayer.empty(self, n_ctx)
         StateLayer._forget(twin)
         return twin
 
     def get_max_length(self) -> int:
-        """-1: no maximum that masks would have to know."""
+        """Return -1: no maximum that masks would have to know."""
         return -1

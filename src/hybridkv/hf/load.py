@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hybridkv.errors import ModelError, ModelFileError
-from hybridkv.hf.ranks import check_packages, check_plan, parameters_of_rank, share
+from hybridkv.hf.ranks import check_packages, check_plan, distributed_config, parameters_of_rank
 from hybridkv.model.protocols import Config
 
 RemoteCode = Literal["refused", "trusted"]
@@ -40,7 +40,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenize
 
 
 def load_config(directory: Path, *, remote_code: RemoteCode = "refused") -> Any:
-    """The Transformers config of a model directory.
+    """Read the Transformers config of a model directory.
 
     Raises
     ------
@@ -82,7 +82,7 @@ def load_weights(
     change: Callable[[Any], None] | None = None,
     replace: Callable[[Tensor], Tensor] | None = None,
 ) -> Any:
-    """The model of a directory, in eval mode; with more than one rank, this rank's part of it.
+    """Load the model of a directory, in eval mode; with more than one rank, this rank's shard of it.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ def load_weights(
     if n_ranks > 1:
         check_plan(config)
         check_packages()
-        spread["distributed_config"] = share(n_ranks)
+        spread["distributed_config"] = distributed_config(n_ranks)
     if getattr(config, "quantization_config", None) is None:
         _check_dtypes(directory)
     try:
@@ -169,7 +169,7 @@ def stored_types(directory: Path) -> Counter[str]:
 
 
 def _widened(stored: Any, dtype: torch.dtype, attn_implementation: str, replace: Callable[[Tensor], Tensor]) -> Any:
-    """A model of `dtype` with the parameters of a bfloat16 one, which loses them.
+    """Build a model of `dtype` with the parameters of a bfloat16 one, which loses them.
 
     Not the same model in place: what a class computes when it is built, such as rotary frequencies or an embedding's
     scale, would stay rounded to bfloat16.
@@ -227,7 +227,7 @@ def _check_dtypes(directory: Path) -> None:
 
 
 def load_tokenizer(directory: Path, *, remote_code: RemoteCode = "refused") -> Any | None:
-    """The tokenizer of a directory, or None if it has none.
+    """Load the tokenizer of a directory; None if it has none.
 
     Raises
     ------
@@ -251,14 +251,14 @@ def load_tokenizer(directory: Path, *, remote_code: RemoteCode = "refused") -> A
 
 
 def _own_code(file: Path) -> str:
-    """The classes that a config or tokenizer_config takes from its directory; "" if none."""
+    """List the classes that a config or tokenizer_config takes from its directory; "" if none."""
     classes = _entry(file, "auto_map")
     names = classes.values() if isinstance(classes, dict) else [classes] if classes else []
     return ", ".join(str(name) for name in names)[:200]
 
 
 def _entry(file: Path, key: str) -> Any:
-    """One entry of a JSON file; None if there is no such entry, or if the file is for others to complain about."""
+    """Read one entry of a JSON file; None if there is no such entry, or if the file cannot be read."""
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError):
@@ -267,7 +267,7 @@ def _entry(file: Path, key: str) -> Any:
 
 
 def build_empty(config: Config, *, remote_code: RemoteCode = "refused") -> Any:
-    """A model of this config without memory: all its tensors are on the meta device.
+    """Build a model of this config without memory: all its tensors are on the meta device.
 
     Raises
     ------
@@ -284,7 +284,7 @@ def build_empty(config: Config, *, remote_code: RemoteCode = "refused") -> Any:
 
 
 def count_parameters(config: Config, *, remote_code: RemoteCode = "refused", n_ranks: int = 1) -> int:
-    """Weights of a model with this config, tied ones once, or of one of several ranks. Builds it without memory.
+    """Count the weights of a model with this config, or of one of several ranks; tied ones count once.
 
     Raises
     ------
@@ -303,6 +303,6 @@ def _no_model(config: Config, error: BaseException) -> ModelError:
 
 
 def _one_line(error: BaseException) -> str:
-    """An error's text without its line breaks, cut where it becomes a report."""
+    """Write an error's text without line breaks, cut where it becomes a report."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}" if not text else text if len(text) <= 300 else f"{text[:300]} ..."

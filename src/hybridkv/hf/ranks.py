@@ -26,22 +26,22 @@ _LAST_DIM = {"rowwise", "rowwise_split_input", "rowwise_rep", "packed_rowwise", 
 
 
 def n_ranks() -> int:
-    """Processes that torchrun has started; 1 without it."""
+    """Count the processes that torchrun has started; 1 without it."""
     started = "RANK" in os.environ and "LOCAL_RANK" in os.environ
     return int(os.environ.get("WORLD_SIZE", "1")) if started else 1
 
 
 def rank() -> int:
-    """Number of this rank."""
+    """Return the number of this rank."""
     return int(os.environ["RANK"]) if n_ranks() > 1 else 0
 
 
 def local_rank() -> int:
-    """Number of this rank on its machine, and so of its accelerator."""
+    """Return the number of this rank on its machine, and so of its accelerator."""
     return int(os.environ["LOCAL_RANK"]) if n_ranks() > 1 else 0
 
 
-def leave(code: int = 0) -> int:
+def exit_rank(code: int = 0) -> int:
     """End what ranks talk through, once all of them are done, and on several ranks this process with `code`.
 
     torch's threads run for as long as anything refers to a group, as a model's device mesh does. One that lets go
@@ -94,7 +94,7 @@ def check_packages() -> None:
         )
 
 
-def share(n: int) -> Any:
+def distributed_config(n: int) -> Any:
     """Build the `distributed_config` with which `from_pretrained` shards a model over `n` ranks."""
     from transformers.distributed import DistributedConfig
 
@@ -102,7 +102,7 @@ def share(n: int) -> Any:
 
 
 def same_everywhere(tokens: Tensor, model: Any) -> Tensor:
-    """The tokens that rank 0 has drawn, int64 `[B]`: ranks must not continue from their own last bits."""
+    """Broadcast the tokens that rank 0 has drawn, int64 `[B]`: ranks must not continue from their own last bits."""
     if ranks_of(model.config) == 1:
         return tokens
     shared = tokens.to(next(model.parameters()).device)
@@ -111,7 +111,7 @@ def same_everywhere(tokens: Tensor, model: Any) -> Tensor:
 
 
 def parameters_of_rank(model: nn.Module, n: int) -> int:
-    """Weights that the largest of `n` ranks holds of a model without memory; tied ones once.
+    """Count the weights in the largest of `n` shards of a model without memory; tied ones once.
 
     Raises
     ------

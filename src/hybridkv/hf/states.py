@@ -93,7 +93,7 @@ class StateLayer(States, LinearAttentionLayer):  # type: ignore[misc]
     def filled_states(
         self, batch: int, conv: tuple[int, int], recurrent: tuple[int, ...], like: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Convolution state `[B, channels, kernel]`, in the dtype and on the device of `like`, and float32 recurrent
+        """Return convolution state `[B, channels, kernel]`, with dtype and device of `like`, and float32 recurrent
         state, to continue in place.
         """
         self._expect("transformers")

@@ -145,7 +145,7 @@ class KVView:
 
 
 def require_host_rows(segments: Sequence[Segment], reader: str) -> None:
-    """For a kernel that reads no numbers on the device.
+    """Refuse segments whose row counters are on the device, for a kernel that does not read them.
 
     Raises
     ------

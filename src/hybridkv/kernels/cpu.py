@@ -22,7 +22,7 @@ MAX_HEAD_DIM = 1024
 
 
 def attend(q: Tensor, view: KVView, params: AttentionParams) -> Tensor:
-    """Attention of q `[B, Hq, T, D]` over the view's S rows; float32 `[B, Hq, T, Dv]`."""
+    """Attend q `[B, Hq, T, D]` over the view's S rows; float32 `[B, Hq, T, Dv]`."""
     return cpu_native.attend(
         q,
         view.segments,

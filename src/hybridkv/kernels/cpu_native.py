@@ -42,12 +42,12 @@ def available() -> str | None:
 
 @cache
 def formats() -> frozenset[str]:
-    """Names of the KV formats that the extension was built with."""
+    """List the KV formats that the extension was built with."""
     return frozenset(_native().FORMATS)
 
 
 def isa() -> Isa:
-    """The instruction set that calls run on: the best one here, or `HYBRIDKV_ISA`.
+    """Return the instruction set that calls run on: the best one here, or `HYBRIDKV_ISA`.
 
     Raises
     ------
@@ -69,7 +69,7 @@ def _offered(wanted: str | None) -> Isa:
 
 
 def allocate(shape: Sequence[int]) -> Tensor:
-    """Uninitialised uint8 memory, on large pages where the system has them: reading it in streams is 10 % faster."""
+    """Allocate uninitialized uint8 memory, on large pages where the system has them: streams read it 10 % faster."""
     memory = torch.empty(tuple(shape), dtype=torch.uint8)
     if available() is None:
         _native().advise_huge_pages(memory.data_ptr(), memory.nbytes)
@@ -135,7 +135,7 @@ def attend(
     n_threads: int | None = None,
     on_scratch: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Attention over the S stored rows of all segments.
+    """Attend the S stored rows of all segments.
 
     Query t stands at row S - T + t and sees the rows up to its own (all of them with causal=False), of those the
     last `window`, where `mask` is True. A query that sees no row gives zeros.
@@ -231,7 +231,7 @@ def _native() -> ModuleType:
 def native_rows(
     segments: Sequence[Segment], n_batch: int, n_kv_heads: int, head_dim_k: int, head_dim_v: int
 ) -> list[tuple[object, ...]]:
-    """Segments as the native code takes them: per side type, addresses and capacity; start, length, center or 0."""
+    """Describe segments for the native code: per side type, addresses and capacity; start, length, center or 0."""
     require_host_rows(segments, "the CPU kernel")
     rows: list[tuple[object, ...]] = []
     heads = (n_batch, n_kv_heads)

@@ -30,7 +30,7 @@ TILE_ROWS = 2048
 
 
 def attend(q: Tensor, view: KVView, params: AttentionParams) -> Tensor:
-    """Attention of q `[B, Hq, T, D]` over the view's S rows; float32 `[B, Hq, T, Dv]`.
+    """Attend q `[B, Hq, T, D]` over the view's S rows; float32 `[B, Hq, T, Dv]`.
 
     A query that sees no row gives zeros.
     """
@@ -44,7 +44,7 @@ def attend(q: Tensor, view: KVView, params: AttentionParams) -> Tensor:
 
 
 def _attend_queries(q: Tensor, view: KVView, params: AttentionParams, first: int, n_new: int) -> Tensor:
-    """One tile of queries against all rows they can see, with a running maximum, sum and accumulator."""
+    """Attend one tile of queries over all rows they can see, with a running maximum, sum and accumulator."""
     batch, n_heads, n_queries, _ = q.shape
     n_kv_heads = view.segments[0].k[0].shape[1]
     grouped = q.reshape(batch, n_kv_heads, -1, q.shape[-1])
@@ -80,7 +80,7 @@ def _attend_queries(q: Tensor, view: KVView, params: AttentionParams, first: int
 
 
 def _tiles(view: KVView) -> Iterator[tuple[Segment, int, int, int]]:
-    """Segment, first row within it, first row within the view, and number of rows."""
+    """Yield segment, first row within it, first row within the view, and number of rows."""
     row = 0
     for segment in view.segments:
         for offset in range(0, segment.length, TILE_ROWS):
@@ -90,7 +90,7 @@ def _tiles(view: KVView) -> Iterator[tuple[Segment, int, int, int]]:
 
 
 def _weigh(weights: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """Weights `[B, Hq, T, S]` times values `[B, Hkv, S, Dv]`, where a weight of an invisible row counts as
+    """Multiply weights `[B, Hq, T, S]` by values `[B, Hkv, S, Dv]`, where a weight of an invisible row counts as
     absent even if the value is NaN (0 * NaN would spread it).
     """
     batch, n_heads, n_queries, n_rows = weights.shape
@@ -114,7 +114,7 @@ def _visible(
     n_rows: int,
     device: torch.device,
 ) -> Tensor:
-    """Bool `[B or 1, Hq or 1, queries, rows]`: which rows of this tile the tile's queries attend."""
+    """Mark which rows of this tile the tile's queries attend: bool `[B or 1, Hq or 1, queries, rows]`."""
     if params.mask is not None:
         return params.mask[:, :, first : first + n_queries, row : row + n_rows]
     position = (view.length - n_new + first + torch.arange(n_queries, device=device)).unsqueeze(-1)
@@ -126,7 +126,7 @@ def _visible(
 
 
 def _decode(planes: Sequence[Tensor], fmt: KVFormat, head_dim: int, row: int, n_rows: int) -> Tensor:
-    """float32 `[B, Hkv, n_rows, D]`."""
+    """Decode `n_rows` rows of planes: float32 `[B, Hkv, n_rows, D]`."""
     return fmt.decode([p[:, :, row : row + n_rows] for p in planes], head_dim)
 
 

@@ -90,7 +90,7 @@ C = TypeVar("C", Kernel, Encoder)
 
 
 def select(case: AttentionCase, kernels: Sequence[Kernel]) -> Kernel:
-    """The highest-ranked kernel that accepts `case`.
+    """Select the highest-ranked kernel that accepts `case`.
 
     Raises
     ------
@@ -112,7 +112,7 @@ def _any_head_dim() -> str:
 
 
 def select_encoder(device: str, fmt: KVFormat, head_dim: int, encoders: Sequence[Encoder]) -> Encoder:
-    """The highest-ranked encoder for a format, a head dim and a device.
+    """Select the highest-ranked encoder for a format, a head dim and a device.
 
     Raises
     ------
@@ -128,12 +128,12 @@ def select_encoder(device: str, fmt: KVFormat, head_dim: int, encoders: Sequence
 
 
 def explain(case: AttentionCase, kernels: Sequence[Kernel]) -> list[tuple[str, str | None]]:
-    """Every kernel's answer to `case`, best rank first: its name and its reason to refuse, or None."""
+    """List every kernel's answer to `case`, best rank first: its name and its reason to refuse, or None."""
     return [(k.name, k.rejects(case)) for k in sorted(kernels, key=lambda k: -k.rank)]
 
 
 def _highest(candidates: Sequence[C], reason: Callable[[C], str | None], refusal: str, hint: str | None) -> C:
-    """The highest-ranked candidate without a reason to refuse."""
+    """Find the highest-ranked candidate without a reason to refuse."""
     reasons: list[tuple[str, str]] = []
     for candidate in sorted(candidates, key=lambda c: -c.rank):
         why = reason(candidate)

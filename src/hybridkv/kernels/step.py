@@ -72,7 +72,7 @@ class Routing:
     scale: float = 1.0
 
     def native(self, n_experts: int) -> tuple[object, ...]:
-        """As the native code takes it, checked against the number of experts."""
+        """Convert for the native code, checked against the number of experts."""
         sigmoid, size = self.gating == "sigmoid", n_experts // max(1, self.n_groups)
         assert 1 <= self.n_used <= self.n_used_groups * size and n_experts == size * self.n_groups, self
         assert 1 <= self.n_used_groups <= self.n_groups and (self.n_groups == 1 or size > 1), self
@@ -100,7 +100,7 @@ class Rows:
     refit_v: bool
 
     def native(self, n_seqs: int, n_kv_heads: int, head_dim_k: int, head_dim_v: int) -> tuple[object, ...]:
-        """As the native code takes it, checked against the shapes that its operation was written for."""
+        """Convert for the native code, checked against the shapes that its operation was written for."""
         view = self.view
         assert (view.head_dim_k, view.head_dim_v) == (head_dim_k, head_dim_v), view
         rows = cpu_native.native_rows(view.segments, n_seqs, n_kv_heads, head_dim_k, head_dim_v)
@@ -126,11 +126,11 @@ class StepProgram:
         self._calls: list[tuple[int, int, int]] = []
 
     def __len__(self) -> int:
-        """Operations so far; a place to begin or end a run."""
+        """Count the operations so far; a place to begin or end a run."""
         return len(self.native)
 
     def linear(self, x: Tensor, *targets: Target) -> None:
-        """Products of x `[rows, n_in]` with weights, which share its preparation."""
+        """Multiply x `[rows, n_in]` by weights, which share its preparation."""
         native = []
         for t in targets:
             assert t.dst.dim() == 2 and t.dst.shape[1] == t.weight.n_out, (t.dst.shape, t.weight.n_out)
@@ -152,7 +152,7 @@ class StepProgram:
         act: Gate = "silu",
         add: bool = True,
     ) -> None:
-        """`dst = sum_e weight_e * down_e(act(gate_e(x)) * up_e(x))` over each token's experts, added if `add`.
+        """Compute `dst = sum_e weight_e * down_e(act(gate_e(x)) * up_e(x))` over each token's experts, added if `add`.
 
         Parameters
         ----------
@@ -172,7 +172,7 @@ class StepProgram:
         self.native.experts(*columns, gates, *stacks, act, routing.native(n_experts), add)
 
     def norm(self, x: Tensor, dst: Tensor, weight: Tensor, *, factor: float, eps: float) -> None:
-        """`x * weight / sqrt(sum(x^2) * factor + eps)` per head: RMSNorm with factor 1 / width, L2 norm with 1.
+        """Compute `x * weight / sqrt(sum(x^2) * factor + eps)` per head: RMSNorm with factor 1 / width, L2 norm with 1.
 
         The weight is one head's, for all of them, or all heads' `[heads, width]`.
         """
@@ -180,22 +180,22 @@ class StepProgram:
         self.native.norm(self._columns(x), self._columns(dst), _floats(weight), factor, eps)
 
     def gate(self, x: Tensor, by: Tensor, dst: Tensor, kind: Gate) -> None:
-        """`x * kind(by)`."""
+        """Compute `x * kind(by)`."""
         assert x.shape == by.shape == dst.shape, (x.shape, by.shape, dst.shape)
         self.native.gate(self._columns(x), self._columns(by), self._columns(dst), kind)
 
     def add(self, x: Tensor, dst: Tensor, factor: float = 1.0) -> None:
-        """`dst += x * factor`."""
+        """Compute `dst += x * factor`."""
         assert x.shape == dst.shape and x.dim() == 2, (x.shape, dst.shape)
         self.native.add(self._columns(x), self._columns(dst), factor)
 
     def copy(self, x: Tensor, dst: Tensor) -> None:
-        """`dst = x`; neither overlaps the other."""
+        """Copy `dst = x`; neither overlaps the other."""
         assert x.shape == dst.shape and x.dim() == 2, (x.shape, dst.shape)
         self.native.copy(self._columns(x), self._columns(dst))
 
     def bias(self, dst: Tensor, bias: Tensor) -> None:
-        """`dst += bias`, in every row."""
+        """Add `dst += bias`, in every row."""
         assert dst.dim() == 2 and bias.shape == dst.shape[1:], (dst.shape, bias.shape)
         self.native.bias(self._columns(dst), _floats(bias))
 
@@ -214,7 +214,7 @@ class StepProgram:
     def conv(
         self, x: Tensor, dst: Tensor, weight: Tensor, bias: Tensor | None, state: int, *, silu: bool = True
     ) -> None:
-        """Causal depthwise convolution, with SiLU or without.
+        """Convolve causally and depthwise, with SiLU or without.
 
         Weight `[channels, kernel]`; state float32 `[B, kernel, channels]`, the newest inputs, oldest first.
         """
@@ -229,7 +229,7 @@ class StepProgram:
     def decay(
         self, a: Tensor, b: Tensor, decay: Tensor, beta: Tensor, rate: Tensor, bias: Tensor, scale: float = 1.0
     ) -> None:
-        """`decay = exp(rate * softplus(a + bias))` and `beta = scale * sigmoid(b)`, per value head.
+        """Compute `decay = exp(rate * softplus(a + bias))` and `beta = scale * sigmoid(b)`, per value head.
 
         a and b `[rows, value heads]`, or in groups `[rows, key heads, value heads of each]`.
         """
@@ -241,7 +241,7 @@ class StepProgram:
         self.native.decay(*columns, _floats(rate), _floats(bias), scale)
 
     def add_weighed(self, x: Tensor, g: Tensor, dst: Tensor) -> None:
-        """`dst += x * sigmoid(g)`; x and dst `[rows, width]`, g `[rows, 1]`."""
+        """Add `dst += x * sigmoid(g)`; x and dst `[rows, width]`, g `[rows, 1]`."""
         assert x.shape == dst.shape and x.dim() == 2 and g.shape == (x.shape[0], 1), (x.shape, g.shape, dst.shape)
         self.native.weigh(self._columns(x), self._columns(g), self._columns(dst))
 
@@ -256,7 +256,7 @@ class StepProgram:
         state: int,
         values: Literal["tiled", "grouped"] = "grouped",
     ) -> None:
-        """Gated delta rule; q and k `[rows, key heads, D]`, v and dst `[rows, value heads, Dv]`.
+        """Run the gated delta rule; q and k `[rows, key heads, D]`, v and dst `[rows, value heads, Dv]`.
 
         State float32 `[B, value heads, D, Dv]`. Value head h uses key head `h % key heads` if tiled, and
         `h // (value heads / key heads)` if grouped.
@@ -281,7 +281,7 @@ class StepProgram:
         bias: Tensor,
         skip: Tensor,
     ) -> None:
-        """Mamba-2's state space; x and dst `[rows, heads, D]`, b and c `[rows, groups, N]`, dt `[rows, heads]`.
+        """Run Mamba-2's state space; x and dst `[rows, heads, D]`, b and c `[rows, groups, N]`, dt `[rows, heads]`.
 
         With dt = softplus(dt + bias): S = exp(rate dt) S + b (dt x)^T, dst = S^T c + skip x. State float32
         `[B, heads, N, D]`; rate, bias and skip per head.
@@ -306,7 +306,7 @@ class StepProgram:
         bias: Tensor,
         skip: Tensor,
     ) -> None:
-        """Mamba-1's selective state space; x, dt and dst `[rows, channels]`, b and c `[rows, N]`.
+        """Run Mamba-1's selective state space; x, dt and dst `[rows, channels]`, b and c `[rows, N]`.
 
         With dt = softplus(dt + bias): S = exp(rate dt) S + dt x b, dst = S . c + skip x. State float32
         `[B, channels, N]`; rate `[channels, N]`, bias and skip per channel.
@@ -330,14 +330,14 @@ class StepProgram:
         self._calls.append((k.shape[1], k.shape[2], v.shape[2]))
 
     def addresses(self, states: Sequence[Tensor], n_seqs: int) -> list[int]:
-        """States by the operations' indices, checked, as a run takes them; valid while the tensors live."""
+        """List the states' addresses by the operations' indices, checked; valid while the tensors live."""
         for index, shape in self._states.items():
             state = states[index]
             assert state.shape == (n_seqs, *shape) and state.dtype == torch.float32 and state.is_contiguous(), index
         return [state.data_ptr() for state in states]
 
     def separate_addresses(self, states: Sequence[Sequence[Tensor]]) -> list[int]:
-        """The same for sequences of separate caches, given by sequence and taken by operation."""
+        """List the addresses for sequences of separate caches, given by sequence and taken by operation."""
         each = [self.addresses(own, 1) for own in states]
         return [address for by_sequence in zip(*each, strict=True) for address in by_sequence]
 
@@ -446,7 +446,7 @@ class StepProgram:
         self.native.start_timing()
 
     def timing(self) -> list[tuple[str, float]]:
-        """Kind of every operation in order, and seconds since `start_timing`."""
+        """Return the kind of every operation in order, and seconds since `start_timing`."""
         found: list[tuple[str, float]] = self.native.timing()
         return found
 
@@ -454,7 +454,7 @@ class StepProgram:
         assert self._states.setdefault(state, shape) == shape, (state, shape)
 
     def _columns(self, x: Tensor) -> Columns:
-        """Address and strides of a buffer's columns; the buffer is kept."""
+        """Return address and strides of a buffer's columns; the buffer is kept."""
         assert x.dtype == torch.float32 and x.device.type == "cpu" and x.stride(-1) == 1, (x.dtype, x.stride())
         assert self._rows in (None, x.shape[0]), (self._rows, x.shape)
         self._rows = x.shape[0]

@@ -12,7 +12,7 @@ _kept: ContextVar[int | None] = ContextVar("threads of native calls", default=No
 
 
 def native_threads() -> int:
-    """Threads of a native call that names none: torch's, those outside of `torch_on_one_thread`."""
+    """Count the threads of a native call that names none: torch's, those outside of `torch_on_one_thread`."""
     return _kept.get() or torch.get_num_threads()
 
 

@@ -85,12 +85,12 @@ class Weight:
         return self.data.numel()
 
     def address(self, expert: int = 0) -> int:
-        """Address of the first row of a matrix of the stack."""
+        """Return the address of the first row of a matrix of the stack."""
         assert 0 <= expert < self.n_stack, (expert, self.n_stack)
         return self.data.data_ptr() + expert * int(self.data.stride(0))
 
     def part(self, begin: int, end: int) -> Weight:
-        """Rows [begin, end) of every matrix, without a copy."""
+        """View rows [begin, end) of every matrix, without a copy."""
         assert 0 <= begin < end <= self.n_out, (begin, end, self.n_out)
         return Weight(self.format, self.data[:, begin:end], self.n_in)
 
@@ -110,7 +110,7 @@ def matmul(
     into: Literal["write", "add"] = "write",
     n_threads: int | None = None,
 ) -> Tensor:
-    """X W^T in float32, with one matrix of the stack.
+    """Multiply: X W^T in float32, with one matrix of the stack.
 
     Activations meet quantized weights as integers of 15 bits with a scale per 256 inputs, float weights as float32.
 
@@ -182,12 +182,12 @@ def rows(
 
 
 def decode(weight: Weight, *, expert: int = 0) -> Tensor:
-    """A whole matrix, float32 [n_out, n_in]."""
+    """Decode a whole matrix, float32 [n_out, n_in]."""
     return rows(weight, torch.arange(weight.n_out), expert=expert)
 
 
 def find_bad_block(weight: Weight, *, n_threads: int | None = None) -> tuple[int, int, int] | None:
-    """Matrix of the stack, row and block of the first scale, minimum or plain value that is NaN or infinite."""
+    """Find the first scale, minimum or plain value that is NaN or infinite: its matrix of the stack, row and block."""
     for expert in range(weight.n_stack):
         row, block = _native().weight_bad_block(
             weight.format.name, weight.n_out, weight.n_in, weight.address(expert), n_threads or native_threads()
@@ -250,7 +250,7 @@ def check_rows(values: list[int], n: int) -> None:
 
 
 def reencoded(weight: Weight, name: str) -> Weight:
-    """The same matrices in another type, a few rows at a time."""
+    """Encode the same matrices in another type, a few rows at a time."""
     ids = torch.split(torch.arange(weight.n_out), max(1, _CHUNK_VALUES // weight.n_in))
     parts = [encode(rows(weight, part, expert=e), name) for e in range(weight.n_stack) for part in ids]
     data = torch.cat([part.data for part in parts], dim=1).view(weight.n_stack, weight.n_out, -1)

@@ -126,7 +126,7 @@ class AttentionReport:
 
 
 def shapes(*, quick: bool) -> list[Shape]:
-    """The usual shapes: decode and prefill of a Qwen3.5-like and of a Llama-like layer."""
+    """List the usual shapes: decode and prefill of a Qwen3.5-like and of a Llama-like layer."""
     if quick:
         return [Shape(256, 16, 2, 1, 4096), Shape(256, 16, 2, 1, 32768), Shape(256, 16, 2, 512, 4096)]
     heads = ((256, 16, 2), (128, 32, 8))
@@ -262,7 +262,7 @@ def _candidate(shape: Shape, kv_type: str, q: Tensor, n_threads: int) -> _Candid
 
 
 def _stored(shape: Shape, kv_type: str, seed: int) -> Planes:
-    """Normal rows, encoded, `DISTINCT_ROWS` of them in turns."""
+    """Encode normal rows, `DISTINCT_ROWS` of them in turns."""
     rows = min(shape.n_stored, DISTINCT_ROWS)
     x = torch.randn(1, shape.n_kv_heads, rows, shape.head_dim, generator=torch.Generator().manual_seed(seed))
     turns = torch.arange(shape.n_stored) % rows
@@ -270,7 +270,7 @@ def _stored(shape: Shape, kv_type: str, seed: int) -> Planes:
 
 
 def _in_cache_memory(plane: Tensor) -> Tensor:
-    """A copy in memory as the cache takes it."""
+    """Copy a plane into memory as the cache takes it."""
     return cpu_native.allocate(plane.shape).copy_(plane)
 
 
@@ -290,7 +290,7 @@ def _attend(
 
 
 def _error(shape: Shape, q: Tensor, c: _Candidate, out: Tensor) -> float:
-    """Relative RMSE of some queries of `out` against float64 attention over the decoded rows.
+    """Compute the relative RMSE of some queries of `out` against float64 attention over the decoded rows.
 
     A row that is stored n times is one row whose score is larger by log n.
     """

@@ -46,12 +46,12 @@ class Candidate:
 
 
 def rotation(types: KVTypes) -> Rotation:
-    """Rotated sides."""
+    """Name the rotated sides."""
     return ROTATIONS[types.rotate_k + 2 * types.rotate_v]
 
 
 def label(types: KVTypes) -> str:
-    """Types as a label, which `parse` reads back."""
+    """Write types as a label, which `parse` reads back."""
     options: list[str] = [rotation(types)] if rotation(types) != "none" else []
     options += [types.scale] if types.scale else []
     options += [f"{name}{count}" for name, count in (("tail", types.tail), ("sink", types.sink)) if count]
@@ -59,7 +59,7 @@ def label(types: KVTypes) -> str:
 
 
 def parse(text: str) -> KVTypes:
-    """The types that a label names.
+    """Parse the types that a label names.
 
     Raises
     ------
@@ -100,7 +100,7 @@ def expand(
     sinks: Sequence[int] = (),
     centers: Sequence[bool] = (),
 ) -> list[Candidate]:
-    """Every type with every option; what an option cannot change appears once.
+    """Combine every type with every option; what an option cannot change appears once.
 
     Raises
     ------
@@ -130,7 +130,7 @@ def expand(
 
 
 def _effective(types: KVTypes) -> KVTypes:
-    """`types` without what changes nothing: a scale rule where there is no choice, anything where no code is stored."""
+    """Drop what changes nothing from `types`: a scale rule without a choice, anything where no code is stored."""
     names = (types.type_k, types.type_v)
     if all(name in _EXACT for name in names):
         return KVTypes(*names)

@@ -50,6 +50,6 @@ def measure_ceilings(n_threads: int) -> Ceilings:
 
 
 def read_gb_s(n_bytes: int, n_threads: int) -> float:
-    """10^9 bytes read per second of a set of this size: a small one comes out of a cache."""
+    """Measure 10^9 bytes read per second of a set of this size: a small one comes out of a cache."""
     data = torch.ones(max(1024, min(n_bytes, MEMORY_BYTES) // 4))
     return cpu_native.probe("read", n_threads, data) / 1e9

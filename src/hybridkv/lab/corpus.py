@@ -42,7 +42,7 @@ class Corpus:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 text.
+    """Read a UTF-8 text.
 
     Raises
     ------
@@ -58,7 +58,7 @@ def read_text(path: Path) -> str:
 
 
 def cut(name: str, ids: Sequence[int], n_ctx: int, n_windows: int | None) -> Corpus:
-    """The first `n_windows` windows of `n_ctx` tokens, one after the other; None takes all that are full.
+    """Cut the first `n_windows` windows of `n_ctx` tokens, one after the other; None takes all that are full.
 
     Raises
     ------
@@ -77,7 +77,7 @@ def cut(name: str, ids: Sequence[int], n_ctx: int, n_windows: int | None) -> Cor
 
 
 def split(name: str, ids: Sequence[int], n_ctx: int, n_first: int, n_second: int) -> tuple[Corpus, Corpus]:
-    """Two sets of windows that share no token, both spread over the whole text.
+    """Split a text into two sets of windows that share no token, both spread over the whole text.
 
     Windows begin at equal distances, and the sets take turns as evenly as their sizes allow.
 
@@ -102,7 +102,7 @@ def split(name: str, ids: Sequence[int], n_ctx: int, n_first: int, n_second: int
 
 
 def snippet(tokenizer: Any | None, window: Tensor, position: int, n_before: int = 12) -> str:
-    """The text before the token that follows `position`, and that token in brackets; ids without a tokenizer."""
+    """Show the text before the token that follows `position`, and that token in brackets; ids without a tokenizer."""
     first = max(0, position + 1 - n_before)
     before, following = window[first : position + 1].tolist(), window[position + 1 : position + 2].tolist()
     if tokenizer is None:

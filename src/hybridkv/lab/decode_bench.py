@@ -106,7 +106,7 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Gate:
+class LogitsGate:
     """The first prompt's answer beside a peer's.
 
     Attributes
@@ -166,7 +166,7 @@ class DecodeReport:
     model: str
     engine: str
     peers: tuple[Found, ...]
-    gates: tuple[Gate, ...]
+    gates: tuple[LogitsGate, ...]
     prompts: tuple[Speed, ...]
     steps: tuple[Speed, ...]
     fallbacks: tuple[str, ...]
@@ -209,7 +209,7 @@ class OurRunner:
         return values
 
     def profile(self, n_steps: int) -> dict[str, float]:
-        """Milliseconds of a greedy step by kind of operation; empty where another than the native step runs."""
+        """Measure a greedy step's milliseconds by kind of operation; empty where another than the native step runs."""
 
         def generate() -> None:
             token = 1
@@ -219,7 +219,7 @@ class OurRunner:
         return self._profile(generate, n_steps, "outside")
 
     def profile_prompt(self, ids: Sequence[int]) -> dict[str, float]:
-        """Milliseconds of a token of a prompt, from an empty cache; the same."""
+        """Measure the milliseconds of a prompt's token by kind of operation, from an empty cache."""
         self.reset()
         return self._profile(lambda: self.advance(ids), len(ids), "attention, and outside")
 
@@ -270,7 +270,7 @@ def run_decode_bench(
     weights: WeightKind = "plain" if plan.kind == "eager" or packing_rejects("cpu") else "auto"
     loaded = load(description, dtype=torch.float32, device="cpu", weights=weights, engine=plan.kind)
     step = make_step(loaded.model)
-    gates: list[Gate] = []
+    gates: list[LogitsGate] = []
     prompts: list[Speed] = []
     steps: list[Speed] = []
     fallbacks: list[str] = []
@@ -315,7 +315,7 @@ def _vocabulary(loaded: Loaded) -> int:
 
 
 def _text_ids(loaded: Loaded) -> list[int]:
-    """The first prompt: a text where there is a tokenizer."""
+    """Tokenize the first prompt: a text where there is a tokenizer."""
     if loaded.tokenizer is not None:
         return list(loaded.tokenizer.encode(_TEXT))
     return _random_ids(2 * _N_AGREE, _vocabulary(loaded))
@@ -326,13 +326,13 @@ def _random_ids(n: int, n_vocab: int) -> list[int]:
 
 
 def _order(plan: Plan) -> list[int]:
-    """Depths from the prompt's length up continue after it; shallower ones start over, and come last."""
+    """Order the depths: the prompt's length and up continue after it; shallower ones come last, from the start."""
     depths = sorted(set(plan.depths))
     return [d for d in depths if d >= plan.n_prompt] + [d for d in depths if d < plan.n_prompt]
 
 
-def _compare(kv_type: str, runners: dict[str, Runner], ids: list[int], limit: float) -> list[Gate]:
-    """Every peer's first logits and greedy tokens beside ours; also everybody's warm-up."""
+def _compare(kv_type: str, runners: dict[str, Runner], ids: list[int], limit: float) -> list[LogitsGate]:
+    """Compare every peer's first logits and greedy tokens with ours; this also warms everybody up."""
     first: dict[str, Logits] = {}
     greedy: dict[str, list[int]] = {}
     for name, runner in runners.items():
@@ -347,12 +347,12 @@ def _compare(kv_type: str, runners: dict[str, Runner], ids: list[int], limit: fl
         theirs = first[name]
         difference = float(np.sqrt(np.mean((first[OURS] - theirs) ** 2)) / theirs.std())
         same = [a == b for a, b in zip(greedy[OURS], greedy[name], strict=True)]
-        gates.append(Gate(kv_type, name, difference, (*same, False).index(False), limit))
+        gates.append(LogitsGate(kv_type, name, difference, (*same, False).index(False), limit))
     return gates
 
 
 def _time_prompt(kv_type: str, runners: dict[str, Runner], plan: Plan, n_vocab: int) -> Speed:
-    """In turns, each from an empty cache; slow ones once."""
+    """Time prompts in turns, each from an empty cache; slow ones once."""
     ids = _random_ids(plan.n_prompt, n_vocab)
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(_PROMPT_ROUNDS):
@@ -370,7 +370,7 @@ def _time_prompt(kv_type: str, runners: dict[str, Runner], plan: Plan, n_vocab: 
 
 
 def _time_steps(kv_type: str, runners: dict[str, Runner], plan: Plan, depth: int, n_vocab: int) -> Speed:
-    """Greedy steps from `depth` on, in turns of bursts; the first step of a burst is a warm-up."""
+    """Time greedy steps from `depth` on, in turns of bursts; the first step of a burst is a warm-up."""
     for runner in runners.values():
         if runner.n_tokens == 0 or runner.n_tokens > depth:
             runner.reset()

@@ -81,7 +81,7 @@ class Evaluator:
         self.speeds: dict[str, Speeds] = {}
 
     def cache(self, candidate: Candidate, guard: Guard | None = None) -> ModelCache:
-        """An empty cache; nothing is watched unless a guard is given."""
+        """Build an empty cache; nothing is watched unless a guard is given."""
         specs = candidate.policy.resolve(self.facts)
         guard = Guard(mode="off") if guard is None else guard
         return new_cache(self._model, specs, n_ctx=self._n_ctx, guard=guard)
@@ -112,7 +112,7 @@ class Evaluator:
 
     @torch.inference_mode()
     def _logits(self, candidate: Candidate, cache: ModelCache, tokens: Tensor, position: int, mode: Mode) -> Tensor:
-        """Logits after each token, float32 `[T, V]`, on the CPU."""
+        """Compute the logits after each token, float32 `[T, V]`, on the CPU."""
         speeds = self.speeds.setdefault(candidate.label, Speeds())
         start = time.perf_counter()
         if candidate.role == "floor":
@@ -134,7 +134,7 @@ class Evaluator:
         return torch.stack(steps, dim=1)
 
     def _otherwise(self, cache: ModelCache, tokens: Tensor, position: int, mode: Mode) -> Tensor:
-        """The same logits by other kernels or in other chunks: what differs is the arithmetic alone."""
+        """Compute the same logits by other kernels or in other chunks: what differs is the arithmetic alone."""
         if mode == "decode":
             return self._step.logits(tokens, cache, position)
         parts = []
@@ -145,7 +145,7 @@ class Evaluator:
 
     @torch.inference_mode()
     def greedy(self, candidate: Candidate, prompt: Tensor, n_tokens: int) -> list[int]:
-        """The likeliest tokens after a prompt, int64 `[T]`, each fed back; fewer if logits are not finite."""
+        """Generate the likeliest tokens after a prompt, int64 `[T]`, each fed back; fewer if logits are not finite."""
         cache = self.cache(candidate)
         speeds = self.speeds.setdefault(candidate.label, Speeds())
         start = time.perf_counter()
@@ -163,7 +163,7 @@ class Evaluator:
 
     @torch.inference_mode()
     def layer_errors(self, candidate: Candidate, window: Tensor) -> dict[int, float]:
-        """Model layer -> relative RMSE of its attention output against float attention on the same activations.
+        """Measure each layer's relative RMSE of attention output against float attention on the same activations.
 
         Measured by the guard's own means on the first tokens of a window; infinite for a layer whose output is not
         finite, and then the layers behind it are not measured.
@@ -185,6 +185,6 @@ def _count(speed: Speed, n_tokens: int, seconds: float) -> None:
 
 
 def agreement(reference: Sequence[int], found: Sequence[int]) -> tuple[float, int]:
-    """Part of a trajectory before the first difference, and where that is (its length if there is none)."""
+    """Measure the part of a trajectory before the first difference, and where that is (its length if there is none)."""
     same = next((i for i, (a, b) in enumerate(zip(reference, found, strict=False)) if a != b), len(found))
     return (same / len(reference) if reference else 1.0), same

@@ -77,7 +77,7 @@ class Journal:
         return trace is not None and trace.n == n_tokens
 
     def trace(self, label: str) -> Trace | None:
-        """All windows of a candidate, in order; None if there is nothing."""
+        """Join all windows of a candidate, in order; None if there is nothing."""
         found = [trace for (name, _), trace in sorted(self._traces.items()) if name == label]
         return join(found) if found else None
 

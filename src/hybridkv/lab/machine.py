@@ -13,17 +13,17 @@ _PACKAGES = ("hybridkv", "torch", "transformers", "numpy")
 
 
 def machine(n_threads: int) -> dict[str, str | int]:
-    """Processor model, cores, the kernels' instruction set, and threads."""
+    """Describe the processor model, cores, the kernels' instruction set, and threads."""
     return {"cpu": cpu_model(), "cores": os.cpu_count() or 1, "isa": cpu_native.isa(), "threads": n_threads}
 
 
 def load() -> float:
-    """Processes that wanted a core during the last minute, on average."""
+    """Count the processes that wanted a core during the last minute, on average."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def cpu_model() -> str:
-    """The processor's own name (Linux), else its architecture."""
+    """Read the processor's own name (Linux), else its architecture."""
     for line in _cpuinfo():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -31,12 +31,12 @@ def cpu_model() -> str:
 
 
 def cpu_flags() -> set[str]:
-    """The instruction sets that the processor has, in the operating system's spelling (Linux)."""
+    """List the instruction sets that the processor has, in the operating system's spelling (Linux)."""
     return next((set(line.split()) for line in _cpuinfo() if line.startswith("flags")), set())
 
 
 def versions() -> dict[str, str]:
-    """Versions of what runs here."""
+    """List the versions of what runs here."""
     return {name: metadata.version(name) for name in _PACKAGES} | {"python": platform.python_version()}
 
 

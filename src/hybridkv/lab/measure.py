@@ -55,7 +55,7 @@ class Trace:
 
 
 def join(traces: list[Trace]) -> Trace:
-    """Traces one after the other."""
+    """Join traces one after the other."""
     return Trace(*(np.concatenate([getattr(t, f.name) for t in traces]) for f in fields(Trace)))
 
 
@@ -125,7 +125,7 @@ class Summary:
 
 
 def summarize(trace: Trace) -> Summary:
-    """The figures of a trace."""
+    """Summarize a trace in figures."""
     finite = np.isfinite(trace.kld) & np.isfinite(trace.nll)
     nll, base = trace.nll[finite].astype(np.float64), trace.reference_nll[finite].astype(np.float64)
     kld = trace.kld[finite].astype(np.float64)
@@ -154,7 +154,7 @@ def summarize(trace: Trace) -> Summary:
 
 
 def by_position(trace: Trace, n_ctx: int) -> tuple[tuple[int, float, int], ...]:
-    """Mean divergence along the context: first position of a bucket, mean, tokens in it."""
+    """Average the divergence along the context: first position of a bucket, mean, tokens in it."""
     width = max(1, -(-n_ctx // N_BUCKETS))
     finite = np.isfinite(trace.kld)
     buckets = (trace.position[finite] // width).astype(int)
@@ -165,7 +165,7 @@ def by_position(trace: Trace, n_ctx: int) -> tuple[tuple[int, float, int], ...]:
 
 
 def histogram(trace: Trace) -> tuple[tuple[float, int], ...]:
-    """Tokens by the decade of their divergence: lower edge, log10, and count."""
+    """Count tokens by the decade of their divergence: lower edge, log10, and count."""
     kld = trace.kld[np.isfinite(trace.kld)]
     with np.errstate(divide="ignore"):
         decade = np.clip(np.floor(np.log10(kld)), HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1])

@@ -76,7 +76,7 @@ svg { color: #24292f; --paper: #fbfbf9 } text { font-family: %s !important }
 
 
 def quality_svg(results: Sequence[Result], *, width: int = WIDE) -> str:
-    """Quality against size as a file of its own, with a background, for a README in light and in dark.
+    """Draw quality against size as a file of its own, with a background, for a README in light and in dark.
 
     Raises
     ------
@@ -87,12 +87,12 @@ def quality_svg(results: Sequence[Result], *, width: int = WIDE) -> str:
 
 
 def positions_svg(results: Sequence[Result], *, width: int = WIDE) -> str:
-    """Divergence along the window as a file of its own; see `quality_svg`."""
+    """Draw divergence along the window as a file of its own; see `quality_svg`."""
     return _standalone(positions(results, width))
 
 
 def _standalone(svg: str | None) -> str:
-    """A picture within a page as one by itself."""
+    """Turn a picture within a page into one by itself."""
     if svg is None:
         raise UsageError("nothing to draw: no candidate has a finite divergence")
     head, _, rest = svg.partition(">")
@@ -107,7 +107,7 @@ def _standalone(svg: str | None) -> str:
 
 
 def quality(results: Sequence[Result], width: int) -> str | None:
-    """Mean KLD against bits per value, with the front; None without a finite candidate."""
+    """Draw mean KLD against bits per value, with the front; None without a finite candidate."""
     drawn = [r for r in candidates(results) if math.isfinite(r.kld_mean)]
     if not drawn:
         return None
@@ -132,7 +132,7 @@ def quality(results: Sequence[Result], width: int) -> str | None:
 
 
 def positions(results: Sequence[Result], width: int) -> str | None:
-    """Mean KLD along the window, a line for each candidate; None where there are no two buckets."""
+    """Draw mean KLD along the window, a line for each candidate; None where there are no two buckets."""
     drawn = [r for r in candidates(results) if sum(_seen(v) for _, v, _ in r.positions) > 1]
     if not drawn:
         return None
@@ -157,7 +157,7 @@ def positions(results: Sequence[Result], width: int) -> str | None:
 
 
 def layers(results: Sequence[Result], width: int) -> str | None:
-    """Relative error of each layer's attention output, candidates by layers; None where nothing was measured."""
+    """Draw each layer's relative error of attention output, candidates by layers; None where nothing was measured."""
     drawn = [r for r in candidates(results) if r.layers]
     columns = sorted({layer for r in drawn for layer, _ in r.layers})
     seen = [e for r in drawn for _, e in r.layers if _seen(e)]
@@ -230,7 +230,7 @@ def _drawing() -> Iterator[None]:
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """At 72 dots per inch a point is a pixel of the SVG."""
+    """Create a figure at 72 dots per inch: a point is a pixel of the SVG."""
     figure = Figure(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
     figure.patch.set_visible(False)
     axes = figure.add_subplot()
@@ -254,7 +254,7 @@ def _printable(text: str) -> str:
 
 
 def _short(label: str) -> str:
-    """A label that is safe in XML and leaves room for the plot; the table has the whole."""
+    """Shorten a label so that it is safe in XML and leaves room for the plot; the table has the whole."""
     text = _printable(label)
     return text if len(text) <= _MAX_LABEL else text[: _MAX_LABEL - 1] + "…"
 
@@ -266,7 +266,7 @@ def _log_y(axes: Axes) -> None:
 
 
 def _plain_numbers(axis: Any) -> None:
-    """Powers of ten as 0.01 and 1e-05; the steps between are labelled only where there is no power of ten in sight."""
+    """Write powers of ten as 0.01 and 1e-05; label the steps between only where there is no power of ten in sight."""
     low, high = sorted(axis.get_view_interval())
     powers = math.floor(math.log10(high)) - math.ceil(math.log10(low)) + 1
     axis.set_major_locator(LogLocator(subs=(1.0,) if powers > 1 else (1.0, 2.0, 5.0)))
@@ -275,7 +275,7 @@ def _plain_numbers(axis: Any) -> None:
 
 
 def _floor_line(axes: Axes, results: Sequence[Result]) -> None:
-    """The reference measured against itself: nothing under this line means anything. One far below is only named."""
+    """Draw the reference measured against itself: nothing under this line means anything. Only name one far below."""
     bottom, _ = axes.get_ylim()
     for r in results:
         if r.role == "floor" and _seen(r.kld_mean):
@@ -347,7 +347,7 @@ def _label_points(figure: Figure, axes: Axes, drawn: Sequence[Result], least: fl
 
 
 def _strokes(axes: Axes) -> list[Box]:
-    """The steps of the front as thin boxes, in pixels."""
+    """List the steps of the front as thin boxes, in pixels."""
     corners = [axes.transData.transform(line.get_xydata()) for line in axes.lines if line.get_drawstyle() != "default"]
     boxes: list[Box] = []
     for (x0, y0), (x1, y1) in (pair for line in corners for pair in zip(line, line[1:], strict=False)):
@@ -365,7 +365,7 @@ def _covered(place: Box, taken: Sequence[Box], frame: Box) -> float:
 
 
 def _svg(figure: Figure, name: str, title: str, detail: str) -> str:
-    """The figure as an `svg` element without a namespace, whose ids are its own on a page of several."""
+    """Write the figure as an `svg` element without a namespace, whose ids are its own on a page of several."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()

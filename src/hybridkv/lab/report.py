@@ -50,7 +50,7 @@ def _number(value: float, digits: int = 3) -> str:
 
 
 def _with_error(value: float, error: float) -> str:
-    """Value and standard error, to the error's second digit."""
+    """Format a value and its standard error, to the error's second digit."""
     if not (math.isfinite(value) and 0 < error < math.inf):
         return f"{value:.6g}"
     decimals = min(max(0, 1 - math.floor(math.log10(error))), 9)
@@ -58,7 +58,7 @@ def _with_error(value: float, error: float) -> str:
 
 
 def _divergence(value: float, error: float | None = None) -> str:
-    """Nats with two digits; nothing for the reference's own zeros."""
+    """Format nats with two digits; nothing for the reference's own zeros."""
     return f"{value:.2e}" + (f" ± {error:.0e}" if error and math.isfinite(error) else "")
 
 
@@ -79,7 +79,7 @@ def _change(r: Result) -> str:
 
 
 def _diverged(pick: Callable[[Result], str]) -> Callable[[Result], str]:
-    """The reference does not diverge from itself: its cells are empty."""
+    """Blank the reference's cells: it does not diverge from itself."""
     return lambda r: "" if r.role == "reference" else pick(r)
 
 
@@ -122,12 +122,12 @@ COLUMNS = (
 
 
 def _columns(results: Sequence[Result]) -> tuple[Column, ...]:
-    """The columns in which some result has something to say."""
+    """Choose the columns in which some result has something to say."""
     return tuple(c for c in COLUMNS if any(c.cell(r) for r in results))
 
 
 def _named(r: Result, best: Sequence[Result], label: str) -> str:
-    """A row's label and what the row is."""
+    """Label a row, and say what the row is."""
     if r in best:
         return f"◆ {label}"
     return label + {"reference": " (reference)", "floor": " (noise floor)"}.get(r.role, "")
@@ -162,7 +162,7 @@ _FRONT = "◆: no other candidate is both smaller and closer to the reference."
 
 
 def markdown(conditions: Conditions, results: Sequence[Result]) -> str:
-    """The evaluation in Markdown."""
+    """Write the evaluation in Markdown."""
     columns, best = _columns(results), front(results)
     lines = [f"# KV cache types: {_md(conditions.model)}", ""]
     for remark in _remarks(conditions, results):
@@ -187,12 +187,12 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _md(text: str) -> str:
-    """Text from a file as Markdown that shows it: in one line, without markup."""
+    """Escape text from a file for Markdown: in one line, without markup."""
     return re.sub(r"[\\`*{}\[\]<>|~$&#]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", _line(text))
 
 
 def _line(text: str) -> str:
-    """One line, of characters that can be shown."""
+    """Reduce text to one line of characters that can be shown."""
     text = re.sub(r"\s*\n\s*", " ⏎ ", text.strip())
     return "".join(c if c.isprintable() else "\ufffd" for c in re.sub(r"[ \t]+", " ", text))
 
@@ -252,7 +252,7 @@ _FIGURES = (
 
 
 def page(conditions: Conditions, results: Sequence[Result]) -> str:
-    """The evaluation as one HTML page without a script, which loads nothing.
+    """Write the evaluation as one HTML page without a script, which loads nothing.
 
     Raises
     ------

@@ -143,12 +143,12 @@ class Result:
 
 
 def candidates(results: Sequence[Result]) -> tuple[Result, ...]:
-    """The results that are neither the reference nor the noise floor."""
+    """Select the results that are neither the reference nor the noise floor."""
     return tuple(r for r in results if r.role == "candidate")
 
 
 def front(results: Sequence[Result]) -> tuple[Result, ...]:
-    """The candidates that no other beats in both size and mean KLD, smallest first."""
+    """Select the candidates that no other beats in both size and mean KLD, smallest first."""
     best = math.inf
     kept = []
     for r in sorted(candidates(results), key=lambda r: (r.bits_per_value, r.kld_mean)):
@@ -245,7 +245,7 @@ def _umask() -> int:
 
 
 def _plain(value: Any) -> Any:
-    """A record as JSON's own types."""
+    """Convert a record to JSON's own types."""
     if isinstance(value, (Conditions, Result)):
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, tuple):
@@ -270,7 +270,7 @@ def _object(path: Path, number: int, line: str) -> dict[str, Any]:
 
 
 def _record(path: Path, number: int, kind: type[T], values: object) -> T:
-    """A record whose every field is there and of its declared type, and nothing else."""
+    """Read a record whose every field is there and of its declared type, and nothing else."""
     hints = get_type_hints(kind)
     if not isinstance(values, dict) or values.keys() != hints.keys():
         odd = ", ".join(sorted(hints.keys() ^ values.keys())) if isinstance(values, dict) else "all of them"
@@ -285,7 +285,7 @@ def _record(path: Path, number: int, kind: type[T], values: object) -> T:
 
 
 def _typed(hint: Any, value: Any) -> Any:
-    """JSON's value as the declared type; `ValueError`, `TypeError` or `OverflowError` if it is none."""
+    """Convert JSON's value to the declared type; `ValueError`, `TypeError` or `OverflowError` if it is none."""
     arguments = get_args(hint)
     if get_origin(hint) is Literal:
         return arguments[arguments.index(value)]

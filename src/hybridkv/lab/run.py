@@ -31,7 +31,7 @@ class Extras:
     layers: dict[int, float] = field(default_factory=dict)
 
 
-class Run:
+class Evaluation:
     """An evaluation.
 
     Parameters
@@ -109,7 +109,7 @@ class Run:
         return found
 
     def _missing(self, index: int) -> list[Candidate]:
-        """Candidates without this window; if there are any, the reference is run beside them."""
+        """List the candidates without this window; if there are any, the reference is run beside them."""
         n_ctx = self._corpus.n_ctx
         missing = [c for c in self._candidates if not self._journal.holds(c.label, index, n_ctx)]
         reference = self._candidates[0]

@@ -20,7 +20,7 @@ from hybridkv.lab.corpus import Corpus
 from hybridkv.lab.evaluate import Evaluator, Mode
 from hybridkv.lab.journal import Journal
 from hybridkv.lab.measure import Trace, summarize
-from hybridkv.lab.run import Run, Tick
+from hybridkv.lab.run import Evaluation, Tick
 from hybridkv.policy import AnyPolicy, KVConfig, Policy, config_of, with_types
 
 REFERENCE = "f16"
@@ -55,7 +55,7 @@ class Storage:
     common: KVTypes = field(default_factory=KVTypes)
 
     def types(self, k: str, v: str) -> KVTypes:
-        """A layer's types."""
+        """Combine a layer's types."""
         rotated = replace(
             self.common,
             rotate_k="k" in self.rotate and get_format(k).is_quantized,
@@ -64,7 +64,7 @@ class Storage:
         return with_types(rotated, k, v)
 
     def config(self, name: str, model: str, facts: Sequence[AttentionFacts], pairs: Sequence[Pair]) -> KVConfig:
-        """Types for each layer."""
+        """Build the config with types for each layer."""
         specs = [KVSpec(f, self.types(k, v)) for f, (k, v) in zip(facts, pairs, strict=True)]
         return config_of(name, model, specs)
 
@@ -100,7 +100,7 @@ class Meter:
         self._begin = begin
 
     def traces(self, part: Part, candidates: Mapping[str, AnyPolicy], what: str) -> dict[str, Trace]:
-        """The trace of each, by its name. The policy of a name is always the same.
+        """Measure the trace of each, by its name. The policy of a name is always the same.
 
         Raises
         ------
@@ -111,7 +111,7 @@ class Meter:
         asked = [Candidate(f"{part}: {name}", policy) for name, policy in candidates.items()]
         corpus = self._parts[part]
         runs = [
-            Run(self.evaluator, corpus, [reference, *asked[i : i + _BATCH]], self._mode, self._journal)
+            Evaluation(self.evaluator, corpus, [reference, *asked[i : i + _BATCH]], self._mode, self._journal)
             for i in range(0, len(asked), _BATCH)
         ]
         tick = self._begin(what, sum(run.n_window_ticks for run in runs))
@@ -121,12 +121,12 @@ class Meter:
         return {name: trace for name, trace in found.items() if trace is not None}
 
     def losses(self, part: Part, candidates: Mapping[str, AnyPolicy], what: str) -> dict[str, float]:
-        """Mean divergence of each, nats; infinite where logits were not finite."""
+        """Measure each one's mean divergence, nats; infinite where logits were not finite."""
         return {name: mean_loss(trace) for name, trace in self.traces(part, candidates, what).items()}
 
 
 def mean_loss(trace: Trace) -> float:
-    """Mean divergence, nats; infinite if any token's is not finite."""
+    """Average the divergence, nats; infinite if any token's is not finite."""
     found = summarize(trace)
     return math.inf if found.n_non_finite else found.kld_mean
 
@@ -154,7 +154,7 @@ class Sensitivities:
         return sum(self.layers[layer][side, name] for side, name in zip(SIDES, pair, strict=True))
 
     def predicted(self, pairs: Sequence[Pair]) -> float:
-        """Divergence of a configuration, if losses add up."""
+        """Predict the divergence of a configuration, if losses add up."""
         return sum(self.loss(i, pair) for i, pair in enumerate(pairs))
 
 
@@ -202,7 +202,7 @@ def measure_sensitivities(
 
 
 def derive(own: Mapping[str, float], together: Mapping[str, float], name: str) -> float:
-    """A layer's loss at `name`, from its losses at other types and from those of all layers together.
+    """Derive a layer's loss at `name`, from its losses at other types and from those of all layers together.
 
     Parameters
     ----------

@@ -64,7 +64,7 @@ def measure_store(
 
 
 def _encode_s(shape: Shape, kv_type: str, n_threads: int, budget_s: float) -> float:
-    """Median seconds to encode the new tokens of K, or of V."""
+    """Measure the median seconds to encode the new tokens of K, or of V."""
     x = torch.randn(1, shape.n_kv_heads, shape.n_new, shape.head_dim)
     sizes = FORMATS[kv_type].plane_bytes(shape.head_dim)
     planes = [torch.empty(1, shape.n_kv_heads, shape.n_new, size, dtype=torch.uint8) for size in sizes]

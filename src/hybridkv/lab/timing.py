@@ -23,7 +23,7 @@ class Spread:
 
 
 def spread(seconds: Iterable[float]) -> Spread:
-    """Median, 10th and 90th percentile of some durations."""
+    """Compute median, 10th and 90th percentile of some durations."""
     times = sorted(1e3 * s for s in seconds)
     assert times
     tenth = len(times) // 10
@@ -51,7 +51,7 @@ def interleaved(calls: Mapping[str, Callable[[], object]], *, budget_s: float) -
 
 
 def _burst(call: Callable[[], object], share_s: float) -> list[float]:
-    """Durations of at least one call, as many as fit; the first counts only if it is long."""
+    """Time at least one call, as many as fit; the first counts only if it is long."""
     times: list[float] = []
     begin = time.perf_counter()
     end = begin + share_s

@@ -17,9 +17,9 @@ import numpy as np
 from hybridkv.cache import AttentionFacts, KVSpec
 from hybridkv.errors import UsageError
 from hybridkv.lab.candidates import label
+from hybridkv.lab.knapsack import Choice, Frontier, Picks, neighbours, tightened
 from hybridkv.lab.measure import Summary, Trace, summarize
 from hybridkv.lab.sensitivity import Meter, Pair, Sensitivities, Storage, mean_loss
-from hybridkv.lab.tune import Choice, Frontier, Picks, neighbours, tightened
 from hybridkv.policy import KVConfig
 
 GoalKind = Literal["bits", "memory", "kld"]
@@ -169,7 +169,7 @@ class Tuner:
         self._uniform = [tuple([pair] * len(facts)) for pair in all_pairs]
 
     def solve(self, *, n_rounds: int) -> Outcome:
-        """The best configuration found, beside uniform ones.
+        """Find the best configuration, and measure it beside uniform ones.
 
         Parameters
         ----------
@@ -197,7 +197,7 @@ class Tuner:
         return _outcome(tuned, sorted(self._held_out(rivals), key=lambda m: m.loss), self._goal)
 
     def config(self, pairs: Sequence[Pair], name: str, model: str) -> KVConfig:
-        """A configuration of this model."""
+        """Build a configuration of this model."""
         return self._storage.config(name, model, self._facts, pairs)
 
     @property
@@ -213,7 +213,7 @@ class Tuner:
         return Choice(self._goal.cost(self._spec(layer, pair)), self._sensitivities.loss(layer, pair))
 
     def _useful(self, layer: int, pairs: Sequence[Pair]) -> list[Pair]:
-        """Those that no other beats in this layer."""
+        """Select the pairs that no other beats in this layer."""
         kept, least = [], float("inf")
         choices = [(self._choice(layer, pair), pair) for pair in pairs]
         for choice, pair in sorted(choices, key=lambda c: (c[0].cost, c[0].loss)):
@@ -233,13 +233,13 @@ class Tuner:
         return tuple(self._pairs[layer][i] for layer, i in enumerate(picks))
 
     def _ranked_uniform(self, budget: int) -> list[tuple[Pair, ...]]:
-        """Uniform pairs within a budget, the best by prediction first."""
+        """Rank uniform pairs within a budget, the best by prediction first."""
         fits = [pairs for pairs in self._uniform if self._cost(pairs) <= budget]
         finite = [pairs for pairs in fits if math.isfinite(self._sensitivities.predicted(pairs))]
         return sorted(finite, key=self._sensitivities.predicted)
 
     def _improved(self, picks: Picks, budget: int, n_rounds: int) -> tuple[Pair, ...]:
-        """The best on the calibration tokens among the first solution, the best uniform pairs, and neighbours."""
+        """Find the best on the calibration tokens among the first solution, the best uniform pairs, and neighbours."""
         start = [self._named(picks), *self._ranked_uniform(budget)[:N_UNIFORM]]
         losses = self._calibrated(start, "first solution and uniform pairs")
         best = min(losses, key=lambda pairs: losses[pairs])
@@ -257,13 +257,13 @@ class Tuner:
         return best
 
     def _picks(self, pairs: Sequence[Pair]) -> Picks | None:
-        """As indices into the choices; None for a combination that has one which another beats."""
+        """Find the indices of pairs among the choices; None for a combination that has one which another beats."""
         if not all(pair in self._pairs[i] for i, pair in enumerate(pairs)):
             return None
         return tuple(self._pairs[i].index(pair) for i, pair in enumerate(pairs))
 
     def _smallest(self, frontier: Frontier) -> Measured:
-        """The smallest whose measured divergence is within the limit."""
+        """Find the smallest whose measured divergence is within the limit."""
         limit = self._goal.limit
         asking = tightened(frontier, limit)
         within: list[Measured] = []
@@ -310,7 +310,7 @@ class Tuner:
 
 
 def _name(pairs: Sequence[Pair]) -> str:
-    """A configuration's name in the journal."""
+    """Name a configuration for the journal."""
     if len(set(pairs)) == 1:
         return "/".join(pairs[0])
     return hashlib.sha256(repr(tuple(pairs)).encode()).hexdigest()[:16]
@@ -334,6 +334,6 @@ def _outcome(tuned: Measured, uniform: Sequence[Measured], goal: Goal) -> Outcom
 
 
 def paired(worse: Trace, better: Trace) -> tuple[float, float]:
-    """Mean difference of the divergence over the same tokens, and its standard error."""
+    """Average the difference of the divergence over the same tokens, and give its standard error."""
     difference = worse.kld.astype(np.float64) - better.kld.astype(np.float64)
     return float(difference.mean()), float(difference.std(ddof=1) / np.sqrt(len(difference)))

@@ -4,7 +4,7 @@ Owns the records (`layers.py`), one function a family that writes them from a co
 of a source of weights (`source.py`). Names and conventions are GGUF's. Knows no backend and no file format.
 """
 
-from hybridkv.model.facts import is_hybrid, kv_facts, layer_facts, takes_chunks, vocabulary_rows
+from hybridkv.model.facts import is_hybrid, kv_facts, layer_facts, takes_chunks, vocab_size_of
 from hybridkv.model.families import FAMILIES, graph_of, rejects
 from hybridkv.model.layers import (
     Adapter,
@@ -60,5 +60,5 @@ __all__ = [
     "layer_facts",
     "rejects",
     "takes_chunks",
-    "vocabulary_rows",
+    "vocab_size_of",
 ]

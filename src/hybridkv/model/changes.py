@@ -99,7 +99,7 @@ def change_rope(config: Config, rope: RopeChanges) -> None:
 
 
 def _changed(held: Mapping[str, Any], rope: RopeChanges, trained: int) -> dict[str, Any]:
-    """`rope_parameters` of one kind."""
+    """Apply the changes to the `rope_parameters` of one kind."""
     kind, scaling = held["rope_type"], rope.scaling
     if scaling is None and rope.factor is not None and kind == "default":
         scaling = "linear"

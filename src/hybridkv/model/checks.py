@@ -10,7 +10,7 @@ _MAY_BE_0 = ("latent", "use", "owner")
 
 
 def graph_rejects(graph: ModelGraph) -> str | None:
-    """The first layer of sizes that do not fit each other, and which; None if all do."""
+    """Explain which layer has sizes that do not fit each other, the first one; None if all fit."""
     for index, block in enumerate(graph.blocks):
         for part in (part for branch in block.branches for part in branch.parts):
             if (reason := _rejects(part)) is not None:
@@ -31,7 +31,7 @@ def _rejects(part: Part | Adapter) -> str | None:
 
 
 def _groups_reject(part: Part | Adapter) -> str | None:
-    """Counts that must divide each other."""
+    """Explain which counts do not divide each other; None if all do."""
     if isinstance(part, Attention) and part.n_heads % part.n_kv_heads:
         return f"{part.n_heads} query heads do not divide into {part.n_kv_heads} KV heads"
     if isinstance(part, DeltaNet) and part.n_values % part.n_keys:

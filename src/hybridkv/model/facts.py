@@ -40,7 +40,7 @@ def _mamba1(c: Any) -> StateFacts:
 
 
 def _mamba2(heads: str, head_dim: str, groups: str, state: str, kernel: str) -> Callable[[Any], StateFacts]:
-    """Mamba-2 under the names that a config gives its five sizes."""
+    """Derive Mamba-2's state shapes from the names that a config gives its five sizes."""
 
     def shapes(c: Any) -> StateFacts:
         n_heads, d_head, d_state = getattr(c, heads), getattr(c, head_dim), getattr(c, state)
@@ -123,7 +123,7 @@ def is_hybrid(facts: tuple[LayerFacts, ...]) -> bool:
 
 
 def kv_facts(facts: tuple[LayerFacts, ...]) -> tuple[AttentionFacts, ...]:
-    """The KV layers, in order."""
+    """Return the facts of the KV layers, in order."""
     return tuple(f.attention for f in facts if f.attention is not None)
 
 
@@ -159,7 +159,7 @@ def _layer_kinds(text: Any) -> list[str]:
 
 
 def _kind_of(layer_config: Any) -> str:
-    """The kind of a layer whose config names none."""
+    """Infer the kind of a layer whose config names none."""
     if getattr(layer_config, "sliding_window", None) is not None:
         return "sliding_attention"
     chunked = getattr(layer_config, "attention_chunk_size", None) is not None
@@ -167,7 +167,7 @@ def _kind_of(layer_config: Any) -> str:
 
 
 def _layer_configs(text: Any) -> list[Any]:
-    """A config per layer; in older Transformers (5.17) all layers share one."""
+    """List a config per layer; in older Transformers (5.17) all layers share one."""
     views = getattr(text, "per_layer_config", None)
     n_layers = text.num_hidden_layers
     return [text] * n_layers if views is None or isinstance(views, dict) else list(views)
@@ -197,7 +197,7 @@ def _attention(index: int, layer_config: Any, text: Any, window: int | None) -> 
 
 
 def _first_said(config: Config, *names: str, otherwise: int) -> int:
-    """The first of these sizes that a config gives; 0 is given, None is not."""
+    """Return the first of these sizes that a config gives; 0 counts as given, None does not."""
     for name in names:
         value = getattr(config, name, None)
         if value is not None:
@@ -205,7 +205,7 @@ def _first_said(config: Config, *names: str, otherwise: int) -> int:
     return otherwise
 
 
-def vocabulary_rows(config: Config) -> int:
-    """Rows of the embedding and of the output head of a config's model."""
+def vocab_size_of(config: Config) -> int:
+    """Count the lines of a model's embedding and output head: the vocabulary, padding included."""
     rows: int = config.get_text_config(decoder=True).vocab_size
     return rows

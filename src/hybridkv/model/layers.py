@@ -52,11 +52,11 @@ class Adapter:
     use: int
 
     def a(self, weight: str) -> str:
-        """The tensor that makes `rank` values of the weight's input."""
+        """Name the tensor that makes `rank` values of the weight's input."""
         return f"{weight.removesuffix('.weight')}.lora_a.{self.use}.weight"
 
     def b(self, weight: str) -> str:
-        """The tensor that makes the weight's output of them."""
+        """Name the tensor that adds to the weight's output from those values."""
         return f"{weight.removesuffix('.weight')}.lora_b.{self.use}.weight"
 
 

@@ -20,14 +20,14 @@ _KEYS = ("k_proj", "qkv_proj", "query_key_value")
 
 
 def ranks_of(config: Config) -> int:
-    """Over how many ranks the model of this config was loaded; 1 if it was not sharded."""
+    """Count the ranks over which a model of this config was loaded; 1 if it was not sharded."""
     spread = getattr(config, "distributed_config", None)
     if isinstance(spread, Mapping):  # a config that was saved and read back
         return int(spread.get("tp_size") or 1)
     return int(getattr(spread, "tp_size", None) or 1)
 
 
-def cuts_heads(config: Config) -> bool:
+def shards_heads(config: Config) -> bool:
     """Check whether Transformers' plan for this model gives each rank some of the KV heads."""
     plan = getattr(config.get_text_config(decoder=True), "base_model_tp_plan", None) or {}
     return any(name.rpartition(".")[2] in _KEYS and style == "colwise" for name, style in plan.items())
@@ -41,7 +41,7 @@ def facts_of_rank(config: Config, facts: tuple[LayerFacts, ...], n: int) -> tupl
     ModelError
         If a layer's KV heads do not divide.
     """
-    if n == 1 or not cuts_heads(config):
+    if n == 1 or not shards_heads(config):
         return facts
     return tuple(layer if layer.attention is None else _cut(layer, n) for layer in facts)
 

@@ -58,7 +58,7 @@ def _linear(text: Any, rope: Mapping[str, Any], n_rotated: int) -> tuple[Tensor,
 
 
 def _llama3(text: Any, rope: Mapping[str, Any], n_rotated: int) -> tuple[Tensor, float]:
-    """Long waves are stretched, short ones stay, those between are a mixture."""
+    """Stretch long waves, keep short ones, and mix those between."""
     plain, factor = _default(text, rope, n_rotated)[0], rope["factor"]
     low, high, n_before = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
     length = 2 * math.pi / plain
@@ -70,14 +70,14 @@ def _llama3(text: Any, rope: Mapping[str, Any], n_rotated: int) -> tuple[Tensor,
 
 
 def _yarn(text: Any, rope: Mapping[str, Any], n_rotated: int) -> tuple[Tensor, float]:
-    """Long waves are stretched, short ones stay, with a ramp over the dims between."""
+    """Stretch long waves, keep short ones, with a ramp over the dims between."""
     n_before, theta = rope["original_max_position_embeddings"], rope["rope_theta"]
     factor = rope["factor"]
     if factor is None:
         factor = text.max_position_embeddings / n_before
 
     def dim_of(n_turns: float) -> float:
-        """The dim that turns so often within the original context."""
+        """Find the dim that turns `n_turns` times within the original context."""
         return float((n_rotated * math.log(n_before / (n_turns * 2 * math.pi))) / (2 * math.log(theta)))
 
     first, last = dim_of(rope.get("beta_fast") or 32), dim_of(rope.get("beta_slow") or 1)
@@ -104,7 +104,7 @@ def _yarn_magnitude(rope: Mapping[str, Any], factor: float) -> float:
 
 
 def _longrope(text: Any, rope: Mapping[str, Any], n_rotated: int) -> tuple[Tensor, float]:
-    """Each frequency has a factor of its own; those of short and long sequences must be the same here."""
+    """Divide each frequency by a factor of its own; those of short and long sequences must be the same here."""
     n_before, factor = rope["original_max_position_embeddings"], rope.get("factor")
     if factor is None:
         factor = text.max_position_embeddings / n_before

@@ -17,11 +17,11 @@ class Source(Protocol):
         ...
 
     def weight(self, name: str) -> Weight:
-        """A matrix `[1, n_out, n_in]` or a stack of them, as it lies; the same object each time."""
+        """Return a matrix `[1, n_out, n_in]` or a stack of them, as it lies; the same object each time."""
         ...
 
     def vector(self, name: str) -> Tensor:
-        """A small tensor, decoded: float32 in the file's shape."""
+        """Decode a small tensor: float32 in the file's shape."""
         ...
 
     def check(self) -> str | None:

@@ -47,7 +47,7 @@ class Named:
     optional: bool = False
 
     def name_in(self, has: Has) -> str | None:
-        """The name that a file has it under; None if it has none of them."""
+        """Return the name under which a file has this tensor; None if it has none of them."""
         return next((name for name in self.names if has(name)), None)
 
 

@@ -66,7 +66,7 @@ class Builder:
         self._buffers: dict[str, Tensor] = {}
 
     def buffer(self, name: str, width: int | None = None) -> Tensor:
-        """The buffer of a name, float32 `[rows, width]`; layers share it. Without a width it must exist."""
+        """Return the buffer of a name, float32 `[rows, width]`; layers share it. Without a width it must exist."""
         if width is not None and name not in self._buffers:
             # Poisoned, so that an operation that reads what none has written shows.
             self._buffers[name] = torch.full((self.n_rows, width), torch.nan)
@@ -76,7 +76,7 @@ class Builder:
 
     @staticmethod
     def heads(x: Tensor, n_heads: int) -> Tensor:
-        """A buffer's columns `[rows, heads * D]` as `[rows, heads, D]`, without a copy."""
+        """View a buffer's columns `[rows, heads * D]` as `[rows, heads, D]`, without a copy."""
         return torch.unflatten(x, 1, (n_heads, -1))
 
     def has(self, name: str) -> bool:
@@ -84,24 +84,24 @@ class Builder:
         return self.source.has(self.prefix + name)
 
     def weight(self, name: str) -> Weight:
-        """A matrix or a stack of the block."""
+        """Return a matrix or a stack of the block."""
         return self.source.weight(self.prefix + name)
 
     def vector(self, name: str) -> Tensor:
-        """A small tensor of the block, float32."""
+        """Return a small tensor of the block, float32."""
         return self.source.vector(self.prefix + name)
 
     def either(self, names: Sequence[str]) -> str:
-        """The first of these names that the block has."""
+        """Choose the first of these names that the block has."""
         return next(name for name in names if self.has(name))
 
     def linear(self, x: Tensor, *targets: tuple[str | Weight, Tensor], add: bool = False) -> None:
-        """`dst = W x` for weights that read the same x; `dst += W x` with `add`."""
+        """Add `dst = W x` for weights that read the same x; `dst += W x` with `add`."""
         weights = ((self.weight(w) if isinstance(w, str) else w, dst) for w, dst in targets)
         self.program.linear(x, *(Target(weight, dst, add) for weight, dst in weights))
 
     def rms_norm(self, x: Tensor, dst: Tensor, norm: Norm, scale: float = 1.0) -> None:
-        """RMSNorm over the last dim, times a scale; the weight is of all heads or of each."""
+        """Add RMSNorm over the last dim, times a scale; the weight is of all heads or of each."""
         # Some files leave out the suffix.
         weight = self.vector(self.either((norm.weight, norm.weight.removesuffix(".weight")))).flatten() * scale
         each = weight if weight.numel() == x.shape[-1] else weight.view(x.shape[1:])
@@ -118,11 +118,11 @@ class Builder:
         self.program.rope(x, rope.n_rotated, rope.pairs, self.ropes.index(rope.kind))
 
     def l2_norm(self, x: Tensor, eps: float, scale: float = 1.0) -> None:
-        """L2 norm over the last dim, in place, times a scale."""
+        """Add L2 norm over the last dim, in place, times a scale."""
         self.program.norm(x, x, torch.full(x.shape[-1:], scale), factor=1.0, eps=eps)
 
     def new_states(self, layer: int, conv: tuple[int, int], recurrent: tuple[int, ...] = ()) -> tuple[int, int]:
-        """Indices of a layer's convolution state `[B, kernel, channels]` and recurrent state, by their shapes.
+        """Reserve a layer's convolution state `[B, kernel, channels]` and recurrent state; give their indices.
 
         Without a shape there is no recurrent state, and its index means nothing.
         """

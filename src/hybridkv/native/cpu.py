@@ -143,7 +143,7 @@ def _delta_net(b: Builder, index: int, d: DeltaNet, normed: Tensor, dst: Tensor,
 
 
 def _delta_projections(b: Builder, d: DeltaNet, raw: Tensor, z: Tensor) -> list[tuple[str | Weight, Tensor]]:
-    """The products that give queries, keys and values, side by side in `raw`, and gates."""
+    """List the products that give queries, keys and values, side by side in `raw`, and gates."""
     if not isinstance(d.qkv, str):
         parts = torch.split(raw, [d.n_keys * d.key_dim, d.n_keys * d.key_dim, d.n_values * d.value_dim], dim=1)
         return [*zip(d.qkv, parts, strict=True), (d.gate, z)]
@@ -151,7 +151,7 @@ def _delta_projections(b: Builder, d: DeltaNet, raw: Tensor, z: Tensor) -> list[
 
 
 def _rates(b: Builder, d: DeltaNet) -> tuple[list[tuple[str | Weight, Tensor]], Tensor, Tensor]:
-    """The projections that a delta net's decay and update rates come from, and each one's columns."""
+    """List the projections that a delta net's decay and update rates come from, and each one's columns."""
     if not d.joined_rates:
         alpha, beta = b.buffer("delta_a", d.n_values), b.buffer("delta_b", d.n_values)
         return [(d.alpha, alpha), (d.beta, beta)], alpha, beta
@@ -161,7 +161,7 @@ def _rates(b: Builder, d: DeltaNet) -> tuple[list[tuple[str | Weight, Tensor]], 
 
 
 def _interleaved(b: Builder, d: DeltaNet, raw: Tensor, z: Tensor) -> list[tuple[str | Weight, Tensor]]:
-    """A matrix whose rows are `[q | k | values | gates]` per key head, as products of its parts: nothing is moved."""
+    """Split a matrix of rows `[q | k | values | gates]` per key head into products of its parts: nothing is moved."""
     weight, share = b.weight(d.joined), d.n_values // d.n_keys * d.value_dim
     n_key = d.n_keys * d.key_dim
     parts: list[tuple[str | Weight, Tensor]] = []
@@ -293,7 +293,7 @@ def _experts(b: Builder, index: int, e: Experts, normed: Tensor, dst: Tensor, ad
 
 
 def _expert_inputs(b: Builder, e: Experts) -> tuple[Weight | None, Weight]:
-    """The stacks of gates, if experts have them, and of what they gate."""
+    """Return the stacks of gates, if experts have them, and of what they gate."""
     if not e.gated:
         return None, b.weight(e.up)
     if b.has(e.gate):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridkv.hf.step.fused_layers import Embed, Head, Layers, Run
+from hybridkv.hf.step.fused_layers import Embed, FusedRun, Head, Layers
 from hybridkv.kernels.cuda.delta import DeltaShape, conv_prompt, conv_step, delta_prompt, delta_step, gated_norm
 from hybridkv.kernels.cuda.experts import route
 from hybridkv.kernels.cuda.layers import add_norm, gate_heads, norm_rope, swiglu
@@ -34,7 +34,7 @@ BETWEEN = 1 / 32
 
 _FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
-Mix = Callable[[Tensor, Run], Tensor]
+Mix = Callable[[Tensor, FusedRun], Tensor]
 """From normed rows, float16, to what is added to the residual."""
 
 
@@ -59,22 +59,22 @@ class Card:
         return self.source.has(self.prefix + name)
 
     def weight(self, name: str) -> Weight:
-        """A matrix or a stack of the block, where it lies."""
+        """Return a matrix or a stack of the block, where it lies."""
         return self.source.weight(self.prefix + name)
 
     def vector(self, name: str) -> Tensor:
-        """A small tensor of the block, float32 on the device."""
+        """Return a small tensor of the block, float32 on the device."""
         found = self.source.vector(self.prefix + name).to(self.device).contiguous()
         self.n_bytes += found.nbytes
         return found
 
     def norm(self, norm: Norm) -> Tensor:
-        """The weight of a norm, flat; some files leave out its suffix."""
+        """Return the weight of a norm, flat; some files leave out its suffix."""
         name = norm.weight if self.has(norm.weight) else norm.weight.removesuffix(".weight")
         return self.vector(name).flatten()
 
     def joined(self, *names: str) -> PackedWeight | Tensor:
-        """Matrices of one type and width, one above the other: packed, or as their numbers."""
+        """Join matrices of one type and width, one above the other: packed, or as their values."""
         key = tuple(self.prefix + name for name in names)
         if key not in self._matrices:
             weights = [self.weight(name) for name in names]
@@ -88,13 +88,13 @@ class Card:
         return self._matrices[key]
 
     def packed(self, *names: str) -> PackedWeight:
-        """Matrices of a packed type."""
+        """Join matrices of a packed type."""
         held = self.joined(*names)
         assert isinstance(held, PackedWeight)
         return held
 
     def product(self, *names: str) -> Product:
-        """Matrices that read the same rows, as one product."""
+        """Build one product of matrices that read the same rows."""
         groups = [tuple(part) for _, part in groupby(names, lambda name: self.weight(name).format.name)]
         widths = [[self.weight(name).n_out for name in group] for group in groups]
         return Product([self.joined(*group) for group in groups], widths)
@@ -122,14 +122,14 @@ class Product:
         self._in_order = order == list(range(len(matrices)))
 
     def whole(self, x: Tensor, dtype: torch.dtype = torch.float32, factor: float = 1.0) -> Tensor:
-        """`[N, in]`, float16, to `[N, sum of outs]`."""
+        """Multiply `[N, in]`, float16, to `[N, sum of outs]`."""
         parts = self._parts(x, dtype, factor)
         if not self._in_order:
             parts = self._split(parts)
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def __call__(self, x: Tensor, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        """The outputs of each matrix, rows of a larger whole."""
+        """Compute the outputs of each matrix, rows of a larger whole."""
         return self._split(self._parts(x, dtype, 1.0))
 
     def _split(self, parts: Sequence[Tensor]) -> list[Tensor]:
@@ -144,7 +144,7 @@ class Product:
         return [out[place] for place in self._places]
 
     def _parts(self, x: Tensor, dtype: torch.dtype, factor: float) -> list[Tensor]:
-        """Two packed matrices a launch, the first plain one with the last of them."""
+        """Launch two packed matrices at a time, the first plain one with the last of them."""
         parts, plain = [], self._plain
         for i in range(0, len(self._packed), 2):
             beside = None
@@ -155,7 +155,7 @@ class Product:
 
 
 def _plain(x: Tensor, matrix: Tensor, dtype: torch.dtype, factor: float) -> Tensor:
-    """A product with a matrix that is held as its numbers."""
+    """Multiply by a matrix that is not packed."""
     if factor != 1.0:
         x = x * factor
     if len(x) == 1 and x.device.type == "cuda" and matrix.shape[1] <= MOST_INPUTS:
@@ -163,8 +163,8 @@ def _plain(x: Tensor, matrix: Tensor, dtype: torch.dtype, factor: float) -> Tens
     return F.linear(x.to(matrix.dtype), matrix).to(dtype)
 
 
-def _dtype(run: Run) -> torch.dtype:
-    """Of what products give: float16 halves what a prompt's rows take."""
+def _dtype(run: FusedRun) -> torch.dtype:
+    """Choose the dtype of what products give: float16 halves what a prompt's rows take."""
     return torch.float32 if run.n_tokens == 1 else torch.float16
 
 
@@ -174,7 +174,7 @@ def _attention(card: Card, config: Config, index: int, a: Attention) -> Mix:
     norms = [(card.norm(norm), norm.eps) for norm in (a.q_norm, a.k_norm)]
     frequencies = rope_frequencies(config, a.rope.kind)[0].to(card.device)
 
-    def mix(normed: Tensor, run: Run) -> Tensor:
+    def mix(normed: Tensor, run: FusedRun) -> Tensor:
         raw, k, v = (torch.unflatten(x, 1, (-1, a.head_dim)) for x in project(normed, _dtype(run)))
         q, gate = (raw[:, 0::2], raw[:, 1::2]) if a.gated else (raw, None)
         # Prompts are attended in float16: queries that come so need no pass of their own.
@@ -202,7 +202,7 @@ def _delta_net(card: Card, config: Config, index: int, d: DeltaNet) -> Mix:
     like = torch.empty(0, device=card.device)
     recurrent = (shape.n_value, shape.head_k, shape.head_v)
 
-    def mix(normed: Tensor, run: Run) -> Tensor:
+    def mix(normed: Tensor, run: FusedRun) -> Tensor:
         raw, z, alpha, beta = project(normed, _dtype(run))
         conv, state = run.file_states(index, (shape.channels, d.kernel), recurrent, like)
         gates = (alpha, beta, a_log, bias)
@@ -231,7 +231,7 @@ def _gated(card: Card, config: Config, index: int, f: Gated) -> Mix:
         def up(normed: Tensor) -> Tensor:
             return swiglu(project.whole(normed, torch.float32), factor=BETWEEN).to(torch.float16)
 
-    def mix(normed: Tensor, _: Run) -> Tensor:
+    def mix(normed: Tensor, _: FusedRun) -> Tensor:
         return down.whole(up(normed), factor=1 / BETWEEN)
 
     return mix
@@ -246,7 +246,7 @@ def _experts(card: Card, config: Config, index: int, e: Experts) -> Mix:
     shared = (card.packed(e.shared.gate, e.shared.up), card.packed(e.shared.down))
     top_k, normalised = e.choice.n_used, e.choice.normalised
 
-    def mix(normed: Tensor, run: Run) -> Tensor:
+    def mix(normed: Tensor, run: FusedRun) -> Tensor:
         chosen = route(scores.whole(normed), top_k, normalize=normalised)
         # Rows that choose more often than there are experts read most experts for several rows.
         many = run.n_tokens > 1 and len(normed) * top_k > e.n_experts
@@ -281,7 +281,7 @@ def build(graph: ModelGraph, config: Config, card: Card) -> tuple[Embed, Layers,
         rows = gather_rows(table, tokens) if isinstance(table, PackedWeight) else F.embedding(tokens, table)
         return rows.to(torch.float32) if graph.embed_scale == 1 else rows.to(torch.float32) * graph.embed_scale
 
-    def layers(x: Tensor, run: Run) -> Tensor:
+    def layers(x: Tensor, run: FusedRun) -> Tensor:
         added: Tensor | None = None
         for weight, eps, mix in branches:
             added = mix(add_norm(x, added, weight, eps, dtype=torch.float16), run)

@@ -82,7 +82,7 @@ class HeldRun:
             and builders == self._builders
             and native_threads() == self._step.n_threads
             and all(
-                layer.store.memory_key is key and layer.store.n_seen == position and not layer.watch.pending
+                layer.store.memory_key is key and layer.store.n_seen == position and not layer.watch.awaits_first_check
                 for layer, key in zip(_layers(builders[0], cache), self._keys, strict=True)
             )
             and all(state.stays for state in self._states)
@@ -108,7 +108,7 @@ def n_tokens_ahead(layers: Sequence[WatchedRows]) -> int:
 
 
 def _due(layer: WatchedRows, n_more: int) -> bool:
-    return layer.watch.takes(layer.store.n_seen + 1 + n_more, 1)
+    return layer.watch.should_check(layer.store.n_seen + 1 + n_more, 1)
 
 
 def _layers(builder: Builder, cache: ModelCache) -> list[WatchedRows]:

@@ -46,7 +46,7 @@ class NativeModel:
 def native_model(
     config: Config, source: Typed, weights: WeightKind, end_ids: Sequence[int] = (), device: str = "cpu"
 ) -> NativeModel:
-    """A model with its matrices held as asked."""
+    """Build a model with its matrices held as asked."""
     if weights != "auto":
         graph = graph_of(config)
         source = EncodedSource(source, weights, (graph.embed, graph.head))
@@ -54,7 +54,7 @@ def native_model(
 
 
 def directory_source(directory: Path, config: Config) -> ParameterSource:
-    """The safetensors of a Hugging Face directory as a source of weights, read one parameter at a time."""
+    """Open the safetensors of a Hugging Face directory as a source of weights, read one parameter at a time."""
     from hybridkv.gguf.checkpoint import Checkpoint
     from hybridkv.gguf.pairing import build_skeleton
     from hybridkv.native.parameters import ParameterSource

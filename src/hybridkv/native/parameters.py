@@ -43,7 +43,7 @@ class ParameterSource:
         return name in self._pairings
 
     def weight(self, name: str) -> Weight:
-        """A matrix or a stack, in the parameter's own float type; the same object each time."""
+        """Return a matrix or a stack, in the parameter's own float type; the same object each time."""
         if name not in self._weights:
             for each, tensor in self._tensors(name):
                 matrix = tensor if tensor.dim() > 1 else tensor.unsqueeze(0)
@@ -51,7 +51,7 @@ class ParameterSource:
         return self._weights[name]
 
     def vector(self, name: str) -> Tensor:
-        """A small tensor: float32 in the file's shape."""
+        """Return a small tensor: float32 in the file's shape."""
         if name in self._weights:  # a single row, which a product took: a directory is read once
             return decode(self._weights[name]).flatten()
         if name not in self._vectors:
@@ -59,12 +59,12 @@ class ParameterSource:
         return self._vectors[name]
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names and shapes of all tensors."""
+        """Iterate names and shapes of all tensors."""
         for pairing in {pairing.param: pairing for pairing in self._pairings.values()}.values():
             yield from zip(pairing.names, pairing.shapes, strict=True)
 
     def matrices(self) -> Iterable[Weight]:
-        """The matrices that were taken."""
+        """List the matrices that were taken."""
         return self._weights.values()
 
     def forget(self, name: str) -> None:
@@ -72,7 +72,7 @@ class ParameterSource:
         self._weights.pop(name, None)
 
     def shown(self, name: str) -> str:
-        """The parameter's."""
+        """Return the parameter's name."""
         return self._pairings[name].param
 
     def check(self) -> str | None:
@@ -82,14 +82,14 @@ class ParameterSource:
         return next(map(self.shown, (*bad, *vectors)), None)
 
     def vectors(self) -> Iterable[Tensor]:
-        """The vectors that were taken."""
+        """List the vectors that were taken."""
         return self._vectors.values()
 
     def verify(self) -> None:
-        """Nothing to do: parameters were read whole."""
+        """Do nothing: parameters were read whole."""
 
     def _tensors(self, name: str) -> list[tuple[str, Tensor]]:
-        """All tensors of the parameter that a tensor belongs to, in the file's conventions and shapes."""
+        """Convert the parameter that a tensor belongs to: all its tensors, in the file's conventions and shapes."""
         pairing = self._pairings[name]
         value = self._parameter(pairing.param).detach()
         return file_tensors(pairing, self._config, value if value.dtype in _FLOATS else value.float())

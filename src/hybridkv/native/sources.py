@@ -16,15 +16,15 @@ class Typed(Source, Protocol):
     """A source that can be described."""
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names and shapes of all tensors."""
+        """Iterate names and shapes of all tensors."""
         ...
 
     def matrices(self) -> Iterable[Weight]:
-        """The matrices that were taken."""
+        """List the matrices that were taken."""
         ...
 
     def vectors(self) -> Iterable[Tensor]:
-        """The vectors that were taken."""
+        """List the vectors that were taken."""
         ...
 
     def forget(self, name: str) -> None:
@@ -32,7 +32,7 @@ class Typed(Source, Protocol):
         ...
 
     def shown(self, name: str) -> str:
-        """The name that a tensor has where a user sees it."""
+        """Return the name that a tensor has where a user sees it."""
         ...
 
     def verify(self) -> None:
@@ -58,21 +58,21 @@ class EncodedSource:
         return self._source.has(name)
 
     def vector(self, name: str) -> Tensor:
-        """The source's."""
+        """Return the source's vector."""
         return self._source.vector(name)
 
     def weight(self, name: str) -> Weight:
-        """A matrix encoded, or as it is where its rows do not fill the type's blocks; the same object each time."""
+        """Encode a matrix, or keep it where its rows do not fill the type's blocks; the same object each time."""
         if name not in self._weights:
             self._weights[name] = self._encoded(name)
         return self._weights[name]
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """The source's."""
+        """Iterate the source's shapes."""
         return self._source.shapes()
 
     def vectors(self) -> Iterable[Tensor]:
-        """The vectors that were taken."""
+        """List the vectors that were taken."""
         return self._source.vectors()
 
     def forget(self, name: str) -> None:
@@ -80,11 +80,11 @@ class EncodedSource:
         self._weights.pop(name, None)
 
     def shown(self, name: str) -> str:
-        """The source's."""
+        """Return the source's name."""
         return self._source.shown(name)
 
     def verify(self) -> None:
-        """The source's."""
+        """Verify the source."""
         self._source.verify()
 
     def _encoded(self, name: str) -> Weight:
@@ -97,7 +97,7 @@ class EncodedSource:
         return encoded
 
     def matrices(self) -> Iterable[Weight]:
-        """The matrices that were taken."""
+        """List the matrices that were taken."""
         return self._weights.values()
 
     def check(self) -> str | None:
@@ -107,7 +107,7 @@ class EncodedSource:
 
 
 def bytes_by_type(source: Typed) -> dict[str, int]:
-    """Bytes of what was taken from a source, by type; the type with the most comes first, vectors are float32."""
+    """Count the bytes taken from a source, by type; the type with the most comes first, vectors are float32."""
     total: dict[str, int] = {}
     vectors = sum(vector.nbytes for vector in source.vectors())
     for weight in source.matrices():
@@ -122,12 +122,12 @@ def bytes_by_type(source: Typed) -> dict[str, int]:
 
 
 def types_held(source: Typed) -> str:
-    """The types of the matrices that were taken, as in `q4_K + q6_K`."""
+    """Name the types of the matrices that were taken, as in `q4_K + q6_K`."""
     return " + ".join(name for name in bytes_by_type(source) if "(vectors)" not in name)
 
 
 def source_of(model: Any) -> Typed:
-    """The source of a model's weights: a native model's own, or a Transformers model's parameters."""
+    """Return the source of a model's weights: a native model's own, or a Transformers model's parameters."""
     own: Typed | None = getattr(model, "source", None)
     if own is not None:
         return own

@@ -28,7 +28,7 @@ from hybridkv.native.builder import Builder
 from hybridkv.native.held import HeldRun, HeldState, n_tokens_ahead
 from hybridkv.native.sources import Typed, source_of, types_held
 from hybridkv.policy import MismatchError, NonFiniteError
-from hybridkv.runtime import Answers, Fault, LayerView, ModelCache, WatchedRows, one_by_one
+from hybridkv.runtime import Fault, LayerView, ModelCache, StepResult, WatchedRows, one_by_one
 from hybridkv.runtime.attend import attend_new, non_finite, verify_call
 
 MAX_ROWS = 512
@@ -73,7 +73,7 @@ class NativeStep:
         self._head.program.start_timing()
 
     def timing(self) -> dict[str, float]:
-        """Seconds since `start_timing` by kind of operation, those of the output head apart."""
+        """Sum the seconds since `start_timing` by kind of operation, those of the output head apart."""
         seconds: dict[str, float] = {}
         for part, builder in (("", self._layers), ("head: ", self._head)):
             for kind, spent in builder.program.timing():
@@ -136,22 +136,22 @@ class NativeStep:
             embedding=self._embedding,
             embed_scale=self._graph.embed_scale,
             n_seqs=n_seqs,
-            angles=self._turns(position, n_left),
+            angles=self._rope_table(position, n_left),
             states=self._state_addresses(cache, n_seqs),
             rows=[_rows_now(layer) for layer in layers],
         )
         return HeldRun(step, (self._layers, self._head), cache, states, n_seqs, position, n_left)
 
     @torch_on_one_thread()
-    def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> Answers:
-        """All in one run, weights read once; see `Step.forward_many`."""
+    def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> StepResult:
+        """Run all sequences at once, weights read once; see `Step.forward_many`."""
         return self.forward_drafts([[token] for token in tokens.tolist()], caches, positions)
 
     @torch_on_one_thread()
     def forward_drafts(
         self, tokens: Sequence[Sequence[int]], caches: Sequence[ModelCache], positions: Sequence[int]
-    ) -> Answers:
-        """All tokens of all caches in one run, weights read once; see `DraftStep.forward_drafts`.
+    ) -> StepResult:
+        """Run all tokens of all caches at once, weights read once; see `DraftStep.forward_drafts`.
 
         A cache whose next call the guard measures for the first time, or whose kernels are not native, goes by itself.
         """
@@ -163,7 +163,7 @@ class NativeStep:
         flat = torch.tensor([token for own in tokens for token in own])
         if len(together) == len(caches):
             hidden, failed = self._decode_many(flat, caches, layers, positions, spans)
-            return Answers(self._logits(hidden, "separate"), failed)
+            return StepResult(self._logits(hidden, "separate"), failed)
         alone = [i for i in range(len(caches)) if i not in together]
         assert all(spans[i] == 1 for i in alone), spans
         first_rows = _starts(spans)
@@ -178,10 +178,10 @@ class NativeStep:
                 part = self.forward_drafts([tokens[i] for i in group], *own)
             logits[rows] = part.logits
             failed |= {rows[row]: error for row, error in part.failed.items()}
-        return Answers(logits, failed)
+        return StepResult(logits, failed)
 
     def room(self, cache: ModelCache, n_tokens: int) -> int:
-        """How many of the next tokens `forward_drafts` takes of this cache; see `DraftStep.room`."""
+        """Count how many of the next tokens `forward_drafts` takes of this cache; see `DraftStep.room`."""
         layers = [_rows_of(cache, call.layer) for call in self._layers.calls]
         if n_tokens == 1 or not all(map(_direct, layers)):
             return 1
@@ -220,7 +220,7 @@ class NativeStep:
         return torch.split(tokens, max(1, MAX_ROWS // len(tokens)), dim=1)
 
     def _logits(self, hidden: Tensor, caches: Caches = "shared") -> Tensor:
-        """The head over hidden states `[N, hidden size]`: `[N, V]`."""
+        """Apply the head to hidden states `[N, hidden size]`: `[N, V]`."""
         if self._head.n_rows < min(len(hidden), HEAD_ROWS):
             self._head = self._write(lowering.build_head, min(len(hidden), HEAD_ROWS))
         head = self._head
@@ -235,12 +235,12 @@ class NativeStep:
         return logits
 
     def _run(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
-        """All layers over `tokens` `[B, T]`; the hidden states `[B, T, hidden size]`, until the next run."""
+        """Run all layers over `tokens` `[B, T]`; hidden states `[B, T, hidden size]`, valid until the next run."""
         n_seqs, n_tokens = tokens.shape
         x = self._embedded(tokens.flatten())
         builder, program = self._layers, self._layers.program
         states = self._state_addresses(cache, n_seqs)
-        angles = self._turns(position, n_tokens)
+        angles = self._rope_table(position, n_tokens)
         layers = [_rows_of(cache, call.layer) for call in builder.calls]
         if n_tokens == 1 and all(_direct(layer) for layer in layers):
             self._decode(layers, n_seqs, angles, states)
@@ -256,7 +256,7 @@ class NativeStep:
         return x.view(n_seqs, n_tokens, -1)
 
     def _embedded(self, tokens: Tensor) -> Tensor:
-        """The first rows of buffer `x`, which now hold the embedding of `tokens` `[N]`."""
+        """Embed `tokens` `[N]` into the first rows of buffer `x`."""
         if self._layers.n_rows < len(tokens):
             self._layers = self._write(lowering.build_layers, len(tokens))
         x = self._layers.buffer("x")[: len(tokens)]
@@ -271,7 +271,7 @@ class NativeStep:
         positions: Sequence[int],
         spans: Sequence[int],
     ) -> tuple[Tensor, dict[int, Fault]]:
-        """All layers over the tokens of each cache in one run; the hidden states `[rows, hidden]`, failures by row."""
+        """Run all layers over the tokens of each cache at once; the hidden states `[rows, hidden]`, failures by row."""
         x = self._embedded(tokens)
         program, first_rows = self._layers.program, _starts(spans)
         self._drafted = {id(c): (row, n) for c, row, n in zip(caches, first_rows, spans, strict=True)}
@@ -287,7 +287,7 @@ class NativeStep:
                 ]
             )
         places = [position + i for position, n in zip(positions, spans, strict=True) for i in range(n)]
-        angles = [(cos[places], sin[places]) for cos, sin in self._turns(0, max(places) + 1)]
+        angles = [(cos[places], sin[places]) for cos, sin in self._rope_table(0, max(places) + 1)]
         by_call = [layer for call in zip(*layers, strict=True) for layer in call]
         rows = [_new_rows(layer, 1, spans[i % len(spans)]) for i, layer in enumerate(by_call)]
         run = partial(
@@ -304,7 +304,7 @@ class NativeStep:
         return x, self._run_checked(run, by_call, rows, 1, spans)
 
     def _next_states(self, cache: ModelCache, held: Sequence[Tensor]) -> list[Tensor]:
-        """Memory for the states of a run that `keep` may undo, as `_cache_states` gives theirs."""
+        """Return memory for the states of a run that `keep` may undo, as `_cache_states` gives theirs."""
         found: list[Tensor] = []
         for index, (_, recurrent) in zip(self._layers.state_layers, self._layers.state_shapes, strict=True):
             layer = cache.states[index]
@@ -314,7 +314,7 @@ class NativeStep:
         return found
 
     def _decode(self, layers: Sequence[WatchedRows], n_seqs: int, angles: Sequence[Angles], states: list[int]) -> None:
-        """All layers over one token per sequence, attention included, in a single run but where the guard looks in.
+        """Run all layers over one token per sequence, attention included, in a single run but where the guard looks in.
 
         Raises
         ------
@@ -337,7 +337,7 @@ class NativeStep:
         n_seqs: int,
         spans: Sequence[int] = (1,),
     ) -> dict[int, Fault]:
-        """The whole program, stopped before and after the attention of layers at which the guard looks.
+        """Run the whole program, stopped before and after the attention of layers at which the guard looks.
 
         Parameters
         ----------
@@ -372,7 +372,7 @@ class NativeStep:
         for number, call in enumerate(self._layers.calls):
             first = number * n_caches
             own = layers[first : first + n_caches]
-            due = [i for i, layer in enumerate(own) if layer.watch.takes(layer.store.n_seen, 1)]
+            due = [i for i, layer in enumerate(own) if layer.watch.should_check(layer.store.n_seen, 1)]
             if not due:
                 continue
             note(run(begin, call.index))
@@ -393,7 +393,7 @@ class NativeStep:
         return failed
 
     def _state_addresses(self, cache: ModelCache, n_seqs: int) -> list[int]:
-        """Of one cache's states; those of the last step, if the same tensors are held still."""
+        """List the addresses of one cache's states; those of the last step, if the same tensors are held still."""
         layers = [cache.states[index] for index in self._layers.state_layers]
         fed = all(layer is not None and layer.has_previous_state[0] for layer in layers)
         held = [state for layer in layers if layer is not None for state in layer.memory]
@@ -406,7 +406,7 @@ class NativeStep:
         return addresses
 
     def _cache_states(self, cache: ModelCache, n_seqs: int) -> list[Tensor]:
-        """Convolution and recurrent state of every layer that has them, in the operations' order."""
+        """List convolution and recurrent state of every layer that has them, in the operations' order."""
         states: list[Tensor] = []
         for index, shapes in zip(self._layers.state_layers, self._layers.state_shapes, strict=True):
             layer = cache.states[index]
@@ -414,8 +414,8 @@ class NativeStep:
             states += layer.native_states(n_seqs, *shapes)
         return states
 
-    def _turns(self, position: int, n_tokens: int) -> list[Angles]:
-        """Cosines and sines of the positions from `position` on, `[T, n_rotated / 2]`, of each kind of RoPE; kept."""
+    def _rope_table(self, position: int, n_tokens: int) -> list[Angles]:
+        """Compute cosines and sines from `position` on, `[T, n_rotated / 2]`, of each kind of RoPE; they are kept."""
         end = position + n_tokens
         if self._layers.ropes and (not self._angles or self._angles[0][0].shape[0] < end):
             n_positions = max(1024, end + end // 2)
@@ -439,7 +439,7 @@ def _direct(layer: WatchedRows) -> bool:
     """Check whether native code stores and attends one new token of this layer, with nothing to measure."""
     kernels = layer.store.kernels
     native = kernels.decode in cpu.KERNELS and kernels.write_k in cpu.ENCODERS and kernels.write_v in cpu.ENCODERS
-    return native and not layer.watch.pending
+    return native and not layer.watch.awaits_first_check
 
 
 def _found(layer: WatchedRows, health: Health) -> NonFiniteError:
@@ -448,9 +448,9 @@ def _found(layer: WatchedRows, health: Health) -> NonFiniteError:
 
 
 def _due(layer: WatchedRows, n_more: int) -> bool:
-    """Whether the guard checks the token that comes `n_more` tokens after the next one, or the next, of several."""
+    """Check whether the guard checks the token `n_more` after the next one, or the next, of several."""
     n_seen = layer.store.n_seen + 1
-    return layer.watch.takes(n_seen + n_more, 1) or (n_more == 1 and layer.watch.takes(n_seen, 1))
+    return layer.watch.should_check(n_seen + n_more, 1) or (n_more == 1 and layer.watch.should_check(n_seen, 1))
 
 
 def _starts(spans: Sequence[int]) -> list[int]:
@@ -459,11 +459,11 @@ def _starts(spans: Sequence[int]) -> list[int]:
 
 
 def _new_rows(layer: WatchedRows, n_seqs: int, n_tokens: int = 1) -> Rows:
-    return _rows_of_view(layer, layer.store.admit(n_seqs, n_tokens, torch.device("cpu")))
+    return _rows_of_view(layer, layer.store.reserve(n_seqs, n_tokens, torch.device("cpu")))
 
 
 def _rows_now(layer: WatchedRows) -> Rows:
-    """Of the newest token as it attended."""
+    """Describe the newest token's rows as it attended them."""
     return _rows_of_view(layer, layer.store.view())
 
 
@@ -476,10 +476,10 @@ def _rows_of_view(layer: WatchedRows, view: KVView) -> Rows:
 
 
 def _heads_first(x: Tensor, n_seqs: int, n_tokens: int) -> Tensor:
-    """A buffer's first rows `[B * T, heads, D]` as `[B, heads, T, D]`, without a copy."""
+    """View a buffer's first rows `[B * T, heads, D]` as `[B, heads, T, D]`, without a copy."""
     return x[: n_seqs * n_tokens].view(n_seqs, n_tokens, *x.shape[1:]).transpose(1, 2)
 
 
 def _of_cache(x: Tensor, row: int, n_seqs: int) -> Tensor:
-    """The rows from `row` on of one cache of `n_seqs` sequences, one new token: `[n_seqs, heads, 1, D]`."""
+    """View the rows from `row` on of one cache of `n_seqs` sequences, one new token: `[n_seqs, heads, 1, D]`."""
     return _heads_first(x[row:], n_seqs, 1)

@@ -89,7 +89,7 @@ class KVConfig:
         return replace(self.common, type_k=k, type_v=v, rotate_k=rotate_k, rotate_v=rotate_v)
 
     def resolve(self, facts: Sequence[AttentionFacts]) -> tuple[KVSpec, ...]:
-        """The spec of every KV layer, in order.
+        """Resolve the spec of every KV layer, in order.
 
         Raises
         ------
@@ -101,7 +101,7 @@ class KVConfig:
         return tuple(KVSpec(f, self._types(row)) for f, row in zip(facts, self.layers, strict=True))
 
     def notices(self, specs: Sequence[KVSpec], n_ctx: int | None = None) -> list[str]:
-        """Entries that change nothing, or less than asked, for these layers: said, never silent."""
+        """List entries that change nothing, or less than asked, for these layers."""
         return exact_notices(self.common, specs, n_ctx)
 
     def _types(self, row: LayerConfig) -> KVTypes:
@@ -132,7 +132,7 @@ AnyPolicy = Policy | KVConfig
 
 
 def config_of(name: str, model: str, specs: Sequence[KVSpec]) -> KVConfig:
-    """The config that resolves to `specs`, whose layers share scale rule, tail, sink and center."""
+    """Build the config that resolves to `specs`, whose layers share scale rule, tail, sink and center."""
     common = {replace(s.types, type_k="f16", type_v="f16", rotate_k=False, rotate_v=False) for s in specs}
     assert len(common) == 1
     rows = []
@@ -144,7 +144,7 @@ def config_of(name: str, model: str, specs: Sequence[KVSpec]) -> KVConfig:
 
 
 def format_config(config: KVConfig, comment: Sequence[str] = ()) -> str:
-    """The file's text, with lines of comment above.
+    """Format the config as a file's text, with lines of comment above.
 
     `read_config` reads it back. Names are written as JSON strings, which TOML's basic strings take.
     """
@@ -170,7 +170,7 @@ def format_config(config: KVConfig, comment: Sequence[str] = ()) -> str:
 
 
 def read_config(path: Path) -> KVConfig:
-    """The config in a file.
+    """Read the config in a file.
 
     Raises
     ------

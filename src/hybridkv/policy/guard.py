@@ -91,7 +91,7 @@ Verdict = Ok | Fallback | Stop
 
 
 def next_types(types: KVTypes) -> KVTypes | None:
-    """`types` at the next rung of the ladder, K and V raised to at least that rung; None past its end."""
+    """Raise `types` to the next rung of the ladder, K and V to at least that rung; None past its end."""
     for rung in LADDER:
         if _bits(rung) > min(_bits(types.type_k), _bits(types.type_v)):
             return _raised(types, to=rung, below=_bits(rung))
@@ -99,7 +99,7 @@ def next_types(types: KVTypes) -> KVTypes | None:
 
 
 def parse_mode(name: str) -> GuardMode:
-    """The mode of that name.
+    """Parse the name of a guard mode.
 
     Raises
     ------
@@ -110,7 +110,7 @@ def parse_mode(name: str) -> GuardMode:
 
 
 def promised_error(types: KVTypes) -> float:
-    """Relative RMSE of the attention output that these types have on ordinary rows."""
+    """Estimate the relative RMSE of the attention output that these types have on ordinary rows."""
     widths = (get_format(name).code_bits for name in (types.type_k, types.type_v) if get_format(name).is_quantized)
     return math.hypot(*(STEP_ERROR * 2.0**-width for width in widths))
 
@@ -141,7 +141,7 @@ class Guard:
         return self.mode != "off"
 
     def limit_for(self, types: KVTypes) -> float:
-        """Largest relative RMSE of the attention output of a layer of these types.
+        """Return the largest relative RMSE that a layer of these types may have in its attention output.
 
         What a model bears or, for types of few bits, what they promise with headroom: who asks for 2 bits gets them
         where they measure as 2 bits do.
@@ -194,12 +194,12 @@ class Guard:
 
 
 def _bits(type_name: str) -> float:
-    """Bits per value at an ordinary head dim, to compare types by."""
+    """Count bits per value at an ordinary head dim, to compare types by."""
     return get_format(type_name).bits_per_value(256)
 
 
 def _raised(types: KVTypes, *, to: str, below: float) -> KVTypes:
-    """`types` with what has fewer than `below` bits raised to the type `to`."""
+    """Raise the sides of `types` that have fewer than `below` bits to the type `to`."""
     k, v = (to if _bits(name) < below else name for name in (types.type_k, types.type_v))
     return replace(types, type_k=k, type_v=v)
 

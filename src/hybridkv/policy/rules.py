@@ -28,7 +28,7 @@ class TypeOverride:
 
 
 def parse_override(text: str, option: str) -> TypeOverride:
-    """`q8_0,2` as a `TypeOverride`.
+    """Parse `q8_0,2` as a `TypeOverride`.
 
     Raises
     ------
@@ -42,7 +42,7 @@ def parse_override(text: str, option: str) -> TypeOverride:
 
 
 def parse_scale(text: str) -> Scale:
-    """The scale rule of that name.
+    """Parse the name of a scale rule.
 
     Raises
     ------
@@ -72,7 +72,7 @@ class Policy:
     v_last: TypeOverride | None = None
 
     def resolve(self, facts: Sequence[AttentionFacts]) -> tuple[KVSpec, ...]:
-        """The spec of every KV layer, in order.
+        """Resolve the spec of every KV layer, in order.
 
         Raises
         ------
@@ -89,15 +89,15 @@ class Policy:
         return tuple(KVSpec(f, with_types(self.types, k, v)) for f, k, v in zip(facts, k_types, v_types, strict=True))
 
     def notices(self, specs: Sequence[KVSpec], n_ctx: int | None = None) -> list[str]:
-        """Options that change nothing, or less than asked, for these layers: said, never silent."""
-        said = []
+        """List options that change nothing, or less than asked, for these layers."""
+        messages = []
         asked_scale = self.types.scale
         used = {t for s in specs for t in (s.types.type_k, s.types.type_v)}
         if asked_scale is not None and used and not any(get_format(t).refit for t in used):
-            said.append(f"--kv-scale {asked_scale} has no effect: {', '.join(sorted(used))} have no scale to fit")
+            messages.append(f"--kv-scale {asked_scale} has no effect: {', '.join(sorted(used))} have no scale to fit")
         if not specs and (self.types != KVTypes() or any((self.k_first, self.k_last, self.v_first, self.v_last))):
-            said.append("this model has no attention layer: the KV cache options have no effect")
-        return said + exact_notices(self.types, specs, n_ctx)
+            messages.append("this model has no attention layer: the KV cache options have no effect")
+        return messages + exact_notices(self.types, specs, n_ctx)
 
 
 def check_exact(types: KVTypes) -> None:
@@ -127,19 +127,19 @@ def exact_notices(types: KVTypes, specs: Sequence[KVSpec], n_ctx: int | None) ->
         return []
     if not quantized:
         return [f"{asked} has no effect: no layer's K or V is quantized"]
-    said = []
+    messages = []
     if types.sink and (windowed := [s for s in quantized if s.facts.window is not None]):
-        said.append(f"{sink}: none in {_layers(windowed)}, whose window moves on from the first tokens")
+        messages.append(f"{sink}: none in {_layers(windowed)}, whose window moves on from the first tokens")
     if shorter := [s for s in quantized if s.tail < types.tail]:
-        said.append(f"{tail}: no more than the window in {_layers(shorter)}")
+        messages.append(f"{tail}: no more than the window in {_layers(shorter)}")
     if types.center and (plain := [s for s in quantized if not s.center]):
-        said.append(f"{center} has no effect in {_layers(plain)}: K is not quantized")
+        messages.append(f"{center} has no effect in {_layers(plain)}: K is not quantized")
     if n_ctx is not None and all(s.rows_at(n_ctx) == 0 for s in quantized):
-        said.append(
+        messages.append(
             f"the types of K and V have no effect: with {asked}, all {n_ctx} tokens of the context stay "
             f"{EXACT_TYPE} and nothing is ever packed"
         )
-    return said
+    return messages
 
 
 def _layers(specs: Sequence[KVSpec]) -> str:
@@ -148,13 +148,13 @@ def _layers(specs: Sequence[KVSpec]) -> str:
 
 
 def with_types(types: KVTypes, k: str, v: str) -> KVTypes:
-    """`types` with these types; a format made for rotated rows rotates its side."""
+    """Replace the types of K and V; a format made for rotated rows rotates its side."""
     rotate_k, rotate_v = types.rotate_k or get_format(k).rotated, types.rotate_v or get_format(v).rotated
     return replace(types, type_k=k, type_v=v, rotate_k=rotate_k, rotate_v=rotate_v)
 
 
 def _override(types: list[str], first: TypeOverride | None, last: TypeOverride | None, side: str) -> list[str]:
-    """`types` with the first and last entries replaced."""
+    """Replace the first and last entries of `types`."""
     for override, place in ((first, "first"), (last, "last")):
         if override is None or not types:
             continue

@@ -44,12 +44,12 @@ class Schedule:
         return not self.decoded or power_of_two or self._edges(row) != (self.last_row, self.first_row)
 
     def checked(self, n_seen: int, n_new: int) -> Schedule:
-        """The schedule once that call has been checked."""
+        """Return the schedule once that call has been checked."""
         if n_new > 1:
             return replace(self, prompt_tokens=n_seen)
         last, first = self._edges(n_seen - 1)
         return replace(self, decoded=True, last_row=last, first_row=first)
 
     def _edges(self, row: int) -> tuple[bool, bool]:
-        """`last_row` and `first_row` if this row is checked."""
+        """Compute `last_row` and `first_row` as they are once this row is checked."""
         return self.last_row or row % BLOCK_ROWS == BLOCK_ROWS - 1, self.first_row or row % BLOCK_ROWS == 0

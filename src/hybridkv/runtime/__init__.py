@@ -8,21 +8,21 @@ from hybridkv.runtime.cache import ModelCache
 from hybridkv.runtime.evidence import finite_rows, is_finite
 from hybridkv.runtime.rows import WatchedRows
 from hybridkv.runtime.states import States
-from hybridkv.runtime.step import Answers, DraftStep, Fault, Step, one_by_one
+from hybridkv.runtime.step import DraftStep, Fault, Step, StepResult, one_by_one
 from hybridkv.runtime.stored import StoredCache, StoredState
-from hybridkv.runtime.view import Fixed, LayerView, LayerWatch, Notify
+from hybridkv.runtime.view import DeviceStep, LayerView, LayerWatch, Notify
 
 __all__ = [
-    "Answers",
+    "DeviceStep",
     "DraftStep",
     "Fault",
-    "Fixed",
     "LayerView",
     "LayerWatch",
     "ModelCache",
     "Notify",
     "States",
     "Step",
+    "StepResult",
     "StoredCache",
     "StoredState",
     "WatchedRows",

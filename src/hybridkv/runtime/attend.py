@@ -40,18 +40,18 @@ def attend_stored(query: Tensor, packed: LayerView, params: AttentionParams) -> 
     watch = packed.watch
     kernel = _kernel(query, packed, params)
     out = attend(kernel, query, packed.view, params)
-    if packed.fixed is not None:
+    if packed.device_step is not None:
         if params.mask is not None:
             raise ModelError("a recorded step was given a mask", hint="use --graph off")
-        _record_health(out, query, packed, packed.fixed.health)
+        _record_health(out, query, packed, packed.device_step.health)
         return out
     n_new = query.shape[2]
-    if watch.pending:
-        watch.pending = watch.guard.measures and not packed.layer.shows_packed(packed.view)
-        if watch.guard.measures and not watch.pending and packed.fresh_k.shape[2] >= packed.view.length:
+    if watch.awaits_first_check:
+        watch.awaits_first_check = watch.guard.measures and not packed.layer.shows_packed(packed.view)
+        if watch.guard.measures and not watch.awaits_first_check and packed.fresh_k.shape[2] >= packed.view.length:
             out = _checked(query, packed, params, out)
             watch.schedule = watch.schedule.checked(packed.layer.n_seen, n_new)
-    elif watch.takes(packed.layer.n_seen, n_new) and is_finite(out):
+    elif watch.should_check(packed.layer.n_seen, n_new) and is_finite(out):
         verify_call(query, packed, params, out)
     if watch.guard.watches and not is_finite(out):
         raise non_finite(packed.layer, kernel, "cache" if _inputs_finite(query, packed) else "input")
@@ -70,18 +70,18 @@ def non_finite(layer: KVLayer, kernel: Kernel, source: Literal["cache", "input"]
 
 
 def _kernel(query: Tensor, packed: LayerView, params: AttentionParams) -> Kernel:
-    """The layer's resolved kernel; chosen anew if the call differs from what the config said."""
+    """Return the layer's resolved kernel; choose anew if the call differs from what the config said."""
     phase: Phase = "decode" if query.shape[2] == 1 else "prefill"
     facts = packed.layer.spec.facts
     kernel = packed.layer.kernels.attend_for(phase)
     if facts.softcap == (params.softcap is not None) and facts.sinks == (params.sinks is not None):
         return kernel
-    case = replace(packed.layer.spec.case(query.device.type, phase), device_rows=packed.fixed is not None)
+    case = replace(packed.layer.spec.case(query.device.type, phase), device_rows=packed.device_step is not None)
     return select(replace(case, softcap=params.softcap is not None, sinks=params.sinks is not None), KERNELS)
 
 
 def _record_health(out: Tensor, query: Tensor, packed: LayerView, health: Tensor) -> None:
-    """Leave word on the device of non-finite values; see `Fixed`."""
+    """Leave word on the device of non-finite values; see `DeviceStep`."""
     if out.is_cuda:
         from hybridkv.kernels.cuda.layers import watch_finite  # needs triton, which only a CUDA device's step does
 
@@ -108,19 +108,19 @@ def _checked(query: Tensor, packed: LayerView, params: AttentionParams, out: Ten
         if not isinstance(verdict, Fallback):
             return out
         before = layer.nbytes
-        watch.leads = True  # no other layer need have these types
+        watch.is_representative = True  # no other layer need have these types
         packed = replace(packed, view=_stored_again(packed, verdict.types, query.shape[2]))
         watch.notify(
             f"{verdict.reason}: stored as {verdict.types.label} instead, {(layer.nbytes - before) / 2**10:+.0f} KiB"
         )
         out = attend(_kernel(query, packed, params), query, packed.view, params)
         if not layer.shows_packed(packed.view):
-            watch.error, watch.pending = None, True  # the new types have not been seen at work yet
+            watch.error, watch.awaits_first_check = None, True  # the new types have not been seen at work yet
             return out
 
 
 def _again(packed: LayerView) -> Callable[[Probe], Tensor]:
-    """The call's kernel and rows, for other queries."""
+    """Bind the call's kernel and rows, to attend other queries."""
 
     def attend_probe(probe: Probe) -> Tensor:
         return attend(_kernel(probe.query, packed, probe.params), probe.query, packed.view, probe.params)
@@ -149,7 +149,7 @@ def verify_call(query: Tensor, packed: LayerView, params: AttentionParams, out: 
 
 
 def _stored_again(packed: LayerView, types: KVTypes, n_new: int) -> KVView:
-    """The call's rows at other types, in the same two steps: those before it, then the new ones."""
+    """Store the call's rows at other types, in the same two steps: those before it, then the new ones."""
     layer, n_seen = packed.layer, packed.layer.n_seen
     layer.retype(replace(layer.spec, types=types))
     n_old = packed.fresh_k.shape[2] - n_new

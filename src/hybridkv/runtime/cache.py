@@ -142,7 +142,7 @@ class ModelCache:
             part.reset()
 
     def copy(self, *, n_ctx: int | None = None) -> Self:
-        """A cache that continues from the same tokens independently.
+        """Copy the cache, to continue from the same tokens independently.
 
         Copy it before you continue one beginning in several ways: a state cannot go back.
 
@@ -158,7 +158,7 @@ class ModelCache:
         return twin
 
     def empty(self, *, n_ctx: int | None = None) -> Self:
-        """A cache of the same types and kernels that holds nothing and is not guarded."""
+        """Build a cache of the same types and kernels that holds nothing and is not guarded."""
         twin = copy.copy(self)
         rows = [part and part.empty(n_ctx) for part in self.rows]
         twin._hold(rows, [part and part.empty(n_ctx) for part in self.states])
@@ -171,7 +171,7 @@ class ModelCache:
         return tuple(chain.from_iterable([*rows, *(layer.memory for layer in self.stateful)]))
 
     def stored(self, after: StoredCache | None = None) -> StoredCache:
-        """A copy of what is held now, never to be changed.
+        """Copy what is held now, never to be changed.
 
         Parameters
         ----------
@@ -183,7 +183,7 @@ class ModelCache:
         return StoredCache(
             specs=self.specs,
             rows=tuple(layer.store.stored(first) for layer, first in zip(self.quantized, before, strict=True)),
-            pending=tuple(layer.watch.pending for layer in self.quantized),
+            pending=tuple(layer.watch.awaits_first_check for layer in self.quantized),
             errors=tuple(layer.watch.error for layer in self.quantized),
             states=tuple(layer.stored() for layer in self.stateful),
         )
@@ -197,7 +197,7 @@ class ModelCache:
         assert self.specs == last.specs, (self.specs, last.specs)
         for index, layer in enumerate(self.quantized):
             layer.store.load([copy.rows[index] for copy in copies])
-            layer.watch.pending, layer.watch.error = last.pending[index], last.errors[index]
+            layer.watch.awaits_first_check, layer.watch.error = last.pending[index], last.errors[index]
         for layer_states, states in zip(self.stateful, last.states, strict=True):
             layer_states.load(states)
 
@@ -205,7 +205,7 @@ class ModelCache:
         """Resume from what another cache of the model holds at other types: rows are decoded and encoded again."""
         for own, theirs in zip(self.quantized, other.quantized, strict=True):
             own.store.load_converted(theirs.store)
-            own.watch.pending = False  # there are no unpacked rows left to compare with
+            own.watch.awaits_first_check = False  # there are no unpacked rows left to compare with
         for states, others in zip(self.stateful, other.stateful, strict=True):
             states.load(others.stored())
 
@@ -220,7 +220,7 @@ def watched_parts(
     kernels: Sequence[Kernel],
     encoders: Sequence[Encoder],
 ) -> Iterator[tuple[KVLayer, LayerWatch] | None]:
-    """Of each layer of a model its packed rows and the guard's part; None where it has none.
+    """Yield each layer's packed rows and the guard's part; None for a layer without a KV cache.
 
     Raises
     ------
@@ -239,6 +239,6 @@ def watched_parts(
             continue
         spec = specs_by_layer[index]
         kind = replace(spec, facts=replace(spec.facts, layer=0))
-        watch = LayerWatch(guard, notify, leads=kind not in kinds)
+        watch = LayerWatch(guard, notify, is_representative=kind not in kinds)
         kinds.add(kind)
         yield KVLayer(spec, choose, n_ctx=n_ctx), watch

@@ -44,7 +44,7 @@ SAMPLED_ROWS = 8
 
 
 def measure(query: Tensor, packed: LayerView, params: AttentionParams, out: Tensor, attend: Attend) -> Evidence | None:
-    """Evidence of a call that attends nothing but rows whose activations are at hand; None if they are not finite.
+    """Measure a call that attends nothing but rows whose activations are at hand; None if they are not finite.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ def measure(query: Tensor, packed: LayerView, params: AttentionParams, out: Tens
     rows, at_rows = _sampled_call(params, n_new, view, query.device)
     q, found = query[:, :, rows].float(), out[:, :, rows]
     even = slice(-min(n_new, SAMPLED_QUERIES), None)  # the early ones see few rows and would count for all of the sum
-    if not packed.watch.leads:
+    if not packed.watch.is_representative:
         exact = _attend_float(q[:, :, even], *fresh, _last(at_rows, even))
         error = _relative_rmse(found[:, :, even], exact)
         return None if error is None else replace(_evidence(packed), error=error)
@@ -83,7 +83,7 @@ def measure(query: Tensor, packed: LayerView, params: AttentionParams, out: Tens
 
 
 def verify(query: Tensor, packed: LayerView, params: AttentionParams, out: Tensor, attend: Attend) -> Evidence:
-    """Evidence of any call: of the rows whose activations are at hand, and of the attention over all stored rows.
+    """Verify any call: the rows whose activations are at hand, and the attention over all stored rows.
 
     Its `error` is 0: nothing is left to compare the older rows with.
 
@@ -113,7 +113,7 @@ def verify(query: Tensor, packed: LayerView, params: AttentionParams, out: Tenso
 
 
 def float_view(k: Tensor, v: Tensor) -> KVView:
-    """Plain tensors as a view of f32 rows, so that one attention serves stored and unstored rows."""
+    """View plain tensors as f32 rows, so that one attention serves stored and unstored rows."""
     f32 = FORMATS["f32"]
     return KVView(
         segments=(Segment(f32.encode(k), f32.encode(v), f32, f32, 0, k.shape[2]),),
@@ -154,7 +154,7 @@ def _last(params: AttentionParams, queries: slice) -> AttentionParams:
 
 
 def _attend_float(q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> Tensor:
-    """Float attention of few queries `[B, Hq, N, D]` with an explicit mask.
+    """Attend in floats, for few queries `[B, Hq, N, D]` with an explicit mask.
 
     Written out once more, so that a fault of the reference kernel shows too, and in few operations: on so little they
     cost what it takes to start them.
@@ -176,14 +176,14 @@ def _attend_float(q: Tensor, k: Tensor, v: Tensor, params: AttentionParams) -> T
 
 
 def _query_error(out: Tensor, expected: Tensor) -> float:
-    """The worst query's error over all its heads, relative to its output."""
+    """Return the worst query's error over all its heads, relative to its output."""
     size = expected.square().sum((1, 3))
     difference = (out - expected).square().sum((1, 3))
     return _worst((difference / size).sqrt(), size, difference)
 
 
 def _decoded(view: KVView, n_rows: int) -> tuple[Tensor, Tensor]:
-    """The newest rows of K and V, float32 `[B, Hkv, S, D]`, with the center and as rotated as they are stored."""
+    """Decode the newest rows of K and V, float32 `[B, Hkv, S, D]`, with the center and rotated as they are stored."""
     parts: list[tuple[Tensor, Tensor]] = []
     for segment, _, _ in newest_rows(view, n_rows):
         k_planes, v_planes = _planes(segment)
@@ -200,7 +200,7 @@ def _planes(segment: Segment) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _store_error(packed: LayerView, stored: tuple[Tensor, Tensor], n_new: int) -> float:
-    """The worst row's error beyond that of its own encoding, relative to the row; inf if rows are missing.
+    """Return the worst row's error beyond that of its own encoding, relative to the row; inf if rows are missing.
 
     `stored` holds the rows whose activations are at hand, decoded.
     """
@@ -243,7 +243,7 @@ class _Sample(NamedTuple):
 
 
 def _together(k: _Sample, v: _Sample) -> _Sample:
-    """Both sides as more heads of one: encoding so little costs what it takes to start it."""
+    """Join both sides as more heads of one: encoding so little costs what it takes to start it."""
     return _Sample(
         torch.cat([k.rows, v.rows], 1),
         torch.cat([k.error, v.error], 1),
@@ -253,7 +253,7 @@ def _together(k: _Sample, v: _Sample) -> _Sample:
 
 
 def _sample(planes: list[Tensor], wanted: Tensor, stored: Tensor, center: Tensor | None) -> _Sample:
-    """Of rows `[B, Hkv, S, D]` those that err most, and evenly spaced ones."""
+    """Sample rows of `[B, Hkv, S, D]`: those that err most, and evenly spaced ones."""
     error, size = torch.linalg.vector_norm(stored - wanted, dim=-1), torch.linalg.vector_norm(wanted, dim=-1)
     n_rows = size.shape[2]
     n = min(SAMPLED_ROWS, n_rows)
@@ -276,7 +276,7 @@ def _excess(sample: _Sample, fmt: KVFormat, types: KVTypes) -> float:
 
 
 def _worst(ratio: Tensor, size: Tensor, difference: Tensor) -> float:
-    """The largest ratio; where the size is 0, 0 or, with a difference, inf; where it is not finite, 0."""
+    """Return the largest ratio; where the size is 0, count 0 or, with a difference, inf; where it is not finite, 0."""
     ratio = ratio.where(difference != 0, 0.0).where(torch.isfinite(size), 0.0)
     return max(0.0, ratio.nan_to_num(torch.inf, torch.inf).max().item())
 
@@ -284,7 +284,7 @@ def _worst(ratio: Tensor, size: Tensor, difference: Tensor) -> float:
 def _sampled_call(
     params: AttentionParams, n_new: int, view: KVView, device: torch.device
 ) -> tuple[Tensor, AttentionParams]:
-    """The queries of a call to compare, and the same call for these alone: their visibility as an explicit mask."""
+    """Choose queries of a call to compare, and make the call for these alone: their visibility as an explicit mask."""
     rows, visible = _sampled(n_new, view.length, view.window, device)
     return rows, replace(params, mask=visible if params.mask is None else params.mask[:, :, rows])
 
@@ -299,13 +299,13 @@ def _sampled(n_new: int, length: int, window: int | None, device: torch.device) 
 
 
 def _spaced(n: int, count: int, device: torch.device) -> Tensor:
-    """At most `count` of n indices, evenly spaced, the last among them."""
+    """Choose at most `count` of n indices, evenly spaced, the last among them."""
     count = min(n, count)
     return torch.linspace(0, n, count + 1, device=device)[1:].round().long() - 1
 
 
 def _relative_rmse(out: Tensor, exact: Tensor) -> float | None:
-    """The norm of the difference over that of `exact`; None if `exact` is not finite, inf if only `out` is not.
+    """Divide the difference's norm by that of `exact`; None if `exact` is not finite, inf if only `out` is not.
 
     0 if both are zero.
     """

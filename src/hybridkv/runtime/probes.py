@@ -83,7 +83,7 @@ def visible_rows(positions: Tensor, length: int, window: int | None) -> Tensor:
 
 
 def newest_rows(view: KVView, n_rows: int) -> Iterator[tuple[Segment, int, int]]:
-    """The parts of the view's newest rows: segments cut to them, first row among the newest, number of rows."""
+    """Yield the parts of the view's newest rows: a segment, its first row among the newest, its number of rows."""
     end = n_rows
     for segment in reversed(view.segments):
         n = min(segment.length, end)
@@ -109,7 +109,7 @@ def butterfly(x: Tensor) -> Tensor:
 
 
 def _between(wanted: Tensor, other: Tensor, scale: float, n_rows: int) -> Tensor:
-    """Queries that prefer rows of K to others, and to those that lie between them, float32 `[B, Hkv, n, D]`."""
+    """Build queries that prefer rows of K to others, and to those between them, float32 `[B, Hkv, n, D]`."""
     apart, longest = wanted - other, torch.maximum(wanted.norm(dim=-1), other.norm(dim=-1))
     distance = apart.norm(dim=-1)
     # The other rows' scores lie half-way between the two on average; one row is to outweigh their sum.
@@ -120,7 +120,7 @@ def _between(wanted: Tensor, other: Tensor, scale: float, n_rows: int) -> Tensor
 
 
 def _keys(view: KVView, rows: Tensor) -> Tensor:
-    """Stored rows of K, not rotated: those of `rows` int64 `[B, n]`, float32 `[B, Hkv, n, D]`."""
+    """Decode stored rows of K, not rotated: those of `rows` int64 `[B, n]`, float32 `[B, Hkv, n, D]`."""
     sequences = [torch.cat([_key(view, b, row) for row in each], 2) for b, each in enumerate(rows.tolist())]
     return butterfly(torch.cat(sequences)) if view.rotate_k else torch.cat(sequences)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hybridkv.cache import KVLayer
 from hybridkv.policy import Schedule
-from hybridkv.runtime.view import Fixed, LayerView, LayerWatch
+from hybridkv.runtime.view import DeviceStep, LayerView, LayerWatch
 
 
 class WatchedRows:
@@ -26,25 +26,25 @@ class WatchedRows:
 
     Attributes
     ----------
-    fixed
+    device_step
         Of a step that is being recorded.
     """
 
     def __init__(self, store: KVLayer, watch: LayerWatch) -> None:
         self.store = store
         self.watch = watch
-        self.fixed: Fixed | None = None
+        self.device_step: DeviceStep | None = None
 
     def store_new(self, k: Tensor, v: Tensor) -> LayerView:
         """Store T new tokens `[B, Hkv, T, D]`; what an attention over the packed rows reads."""
-        if self.fixed is not None:
-            view = self.store.append_at(k, v, self.fixed.numbers)
-            return LayerView(self.store, view, self.watch, k, v, self.fixed)
-        fresh_k, fresh_v = self._unpacked(k, v) if self.watch.pending else (k, v)
+        if self.device_step is not None:
+            view = self.store.write_reserved(k, v, self.device_step.row_counters)
+            return LayerView(self.store, view, self.watch, k, v, self.device_step)
+        fresh_k, fresh_v = self._unpacked(k, v) if self.watch.awaits_first_check else (k, v)
         return LayerView(self.store, self.store.append(k, v), self.watch, fresh_k, fresh_v)
 
     def _unpacked(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows that this call attends as they are before any is packed, if this call packs the first of them.
+        """Return the rows that this call attends, before any is packed, if this call packs the first of them.
 
         A layer with a tail packs nothing in a short first prompt: what the guard compares with is then still there as
         f16 rows, for the last time.
@@ -58,7 +58,7 @@ class WatchedRows:
     def reset(self) -> None:
         """Forget all tokens; a raised type stays raised, and the next prompt is measured again."""
         self.store.reset()
-        self.watch.pending, self.watch.schedule = True, Schedule()
+        self.watch.awaits_first_check, self.watch.schedule = True, Schedule()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times."""
@@ -71,13 +71,13 @@ class WatchedRows:
             self.store.select_sequences(indices)
 
     def copy(self, n_ctx: int | None) -> Self:
-        """Rows that continue from the same tokens independently; see `KVLayer.copy`."""
+        """Copy the rows, to continue from the same tokens independently; see `KVLayer.copy`."""
         twin = copy.copy(self)
         twin.store, twin.watch = self.store.copy(n_ctx), replace(self.watch)
         return twin
 
     def empty(self, n_ctx: int | None) -> Self:
-        """Rows of the same types that hold nothing, for a context of their own, and that no guard looks at."""
+        """Build rows of the same types that hold nothing, for a context of their own, and that no guard looks at."""
         twin = copy.copy(self)
         twin.store = self.store.empty(n_ctx)
         twin.watch = LayerWatch(replace(self.watch.guard, mode="off"), self.watch.notify)

@@ -53,9 +53,9 @@ class States:
         return tuple([s for s in (*self.conv_states.values(), *self.recurrent_states.values()) if s is not None])
 
     def native_states(self, batch: int, conv: tuple[int, int], recurrent: tuple[int, ...]) -> tuple[Tensor, ...]:
-        """Convolution state `[B, kernel, channels]` and, if it has a shape, recurrent state, to continue in place.
+        """Return convolution state `[B, kernel, channels]` and, if it has a shape, recurrent state.
 
-        Both are float32 and contiguous.
+        Both are float32, contiguous, and continued in place.
 
         Transformers keeps the former as `[B, channels, kernel]`; here its memory has the channels innermost.
 
@@ -77,7 +77,7 @@ class States:
         return (wide,) if state is None else (wide, state)
 
     def next_states(self, held: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Memory of its own beside what `native_states` gave, for states that may not be wanted; kept."""
+        """Return memory of its own beside what `native_states` gave, for states that may not be wanted; it is kept."""
         if [state.shape for state in self._next] != [state.shape for state in held]:
             self._next = tuple(torch.empty_like(state) for state in held)
         return self._next
@@ -93,7 +93,7 @@ class States:
     def file_states(
         self, batch: int, conv: tuple[int, int], recurrent: tuple[int, ...], like: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Convolution state `[B, channels, kernel]`, in the dtype and on the device of `like`, and recurrent state.
+        """Return convolution state `[B, channels, kernel]`, with dtype and device of `like`, and recurrent state.
 
         Both are continued in place, with heads in the order of GGUF files; the latter is float32.
 
@@ -134,7 +134,7 @@ class States:
         self._map(lambda state: state.index_select(0, indices.to(state.device)))
 
     def copy(self, n_ctx: int | None) -> Self:
-        """States that continue from the same tokens independently."""
+        """Copy the states, to continue from the same tokens independently."""
         del n_ctx  # a state is as large for any context
         twin = copy.copy(self)
         twin._next = ()
@@ -145,14 +145,14 @@ class States:
         return twin
 
     def empty(self, n_ctx: int | None) -> Self:
-        """States of the same kind that have seen nothing."""
+        """Build states of the same kind that have seen nothing."""
         del n_ctx
         twin = copy.copy(self)
         twin._forget()
         return twin
 
     def stored(self) -> tuple[StoredState, ...]:
-        """Copies of the states."""
+        """Copy the states."""
 
         def clone(state: Tensor | None) -> Tensor | None:
             return None if state is None else state.clone()

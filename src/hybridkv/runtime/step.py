@@ -17,7 +17,7 @@ Fault = NonFiniteError | MismatchError
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
+class StepResult:
     """What a step gives for sequences of separate caches.
 
     Attributes
@@ -61,7 +61,7 @@ class Step(Protocol):
         """
         ...
 
-    def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> Answers:
+    def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> StepResult:
         """Continue sequences of separate caches by one token each; every one as `forward` continues it alone.
 
         Parameters
@@ -91,7 +91,7 @@ class DraftStep(Step, Protocol):
 
     def forward_drafts(
         self, tokens: Sequence[Sequence[int]], caches: Sequence[ModelCache], positions: Sequence[int]
-    ) -> Answers:
+    ) -> StepResult:
         """Continue sequences of separate caches by several tokens each; every token as `forward` takes it alone.
 
         Parameters
@@ -103,7 +103,7 @@ class DraftStep(Step, Protocol):
 
         Returns
         -------
-        Answers
+        StepResult
             By rows: the tokens of all caches one after the other.
         """
         ...
@@ -113,8 +113,8 @@ class DraftStep(Step, Protocol):
         ...
 
 
-def one_by_one(step: Step, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> Answers:
-    """`Step.forward_many` as so many calls of `Step.forward`."""
+def one_by_one(step: Step, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> StepResult:
+    """Run `Step.forward_many` as one call of `Step.forward` per sequence."""
     logits: list[Tensor | None] = []
     failed: dict[int, Fault] = {}
     for index, (cache, position) in enumerate(zip(caches, positions, strict=True)):
@@ -125,4 +125,4 @@ def one_by_one(step: Step, tokens: Tensor, caches: Sequence[ModelCache], positio
             failed[index] = error
     width = max((part.shape[1] for part in logits if part is not None), default=0)
     rows = [torch.full((1, width), torch.nan) if part is None else part for part in logits]
-    return Answers(torch.cat(rows), failed)
+    return StepResult(torch.cat(rows), failed)

@@ -73,11 +73,11 @@ class StoredCache:
         return tuple((rows.n_seen, rows.first + rows.n_packed) for rows in self.rows)
 
     def packed_only(self) -> StoredCache:
-        """The packed rows alone: one cannot resume from here any more, but later copies lie behind them."""
+        """Keep the packed rows alone: nothing can resume from here any more, but later copies lie behind them."""
         return replace(self, rows=tuple(rows.without_exact() for rows in self.rows), states=())
 
     def with_states_of(self, other: StoredCache) -> StoredCache:
-        """These packed rows with the states and exact rows of another copy of the same tokens."""
+        """Combine these packed rows with the states and exact rows of another copy of the same tokens."""
         rows = tuple(
             replace(own, exact_k=x.exact_k, exact_v=x.exact_v, center=x.center)
             for own, x in zip(self.rows, other.rows, strict=True)

@@ -1,4 +1,4 @@
-"""What a cache layer hands to the attention function: the rows, the guard's part, and a recorded step's numbers."""
+"""What a cache layer hands to the attention function: the rows, the guard's part, and a recorded step's counters."""
 
 from __future__ import annotations
 
@@ -25,45 +25,47 @@ class LayerWatch:
         Mode and limit.
     notify
         Where a fallback is reported.
-    pending
+    awaits_first_check
         True until the first call over packed rows has been measured.
     error
         The last measured relative RMSE, or None.
     schedule
         Which calls are checked after that one.
-    leads
+    is_representative
         Whether it is the first layer of its kind. Its rows and its attention stand for the others', but for the first
         single token, which is checked in all.
     """
 
     guard: Guard
     notify: Notify
-    pending: bool = field(default=True)
+    awaits_first_check: bool = field(default=True)
     error: float | None = None
     schedule: Schedule = field(default=Schedule())
-    leads: bool = field(default=True)
+    is_representative: bool = field(default=True)
 
-    def takes(self, n_seen: int, n_new: int) -> bool:
+    def should_check(self, n_seen: int, n_new: int) -> bool:
         """Decide whether to check this call: of `n_new` tokens, after which the cache has seen `n_seen`."""
-        if not self.guard.measures or self.pending:
+        if not self.guard.measures or self.awaits_first_check:
             return False
-        return (self.leads or (n_new == 1 and not self.schedule.decoded)) and self.schedule.due(n_seen, n_new)
+        return (self.is_representative or (n_new == 1 and not self.schedule.decoded)) and self.schedule.due(
+            n_seen, n_new
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class Fixed:
-    """A decode step whose numbers only the device knows, so that it can be recorded once and run again and again.
+class DeviceStep:
+    """A decode step whose row counters only the device knows, so that it can be recorded once and run again and again.
 
     Attributes
     ----------
-    numbers
-        int32 `[N_NUMBERS, B]`: where this layer's rows are, this step's included; see `hybridkv.cache.fixed`.
+    row_counters
+        int32 `[N_COUNTERS, B]`: where this layer's rows are, this step's included; see `hybridkv.cache.device_rows`.
     health
         int32 `[2]`, for this layer: not 0 where the attention output (first) or what went into it (second) was not
         finite.
     """
 
-    numbers: Tensor
+    row_counters: Tensor
     health: Tensor
 
 
@@ -82,7 +84,7 @@ class LayerView:
     fresh_k, fresh_v
         The new tokens before they were encoded, for this call only. In the call that the guard measures, the earlier
         tokens before them, as they were before they were packed.
-    fixed
+    device_step
         In a step that is recorded: where this layer's health goes.
     """
 
@@ -91,7 +93,7 @@ class LayerView:
     watch: LayerWatch
     fresh_k: Tensor
     fresh_v: Tensor
-    fixed: Fixed | None = None
+    device_step: DeviceStep | None = None
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(

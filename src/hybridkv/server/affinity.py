@@ -27,7 +27,7 @@ _DIGEST_BYTES = 16
 
 
 def prefix_keys(path: str, body: bytes) -> tuple[bytes, ...]:
-    """Digests of what the prompt in a request's body begins with, the shortest first; none if there is no telling.
+    """Digest the beginnings of a request's prompt, the shortest first; none where the body does not tell.
 
     What is wrong with a body is for the replica to say.
     """
@@ -45,7 +45,7 @@ def prefix_keys(path: str, body: bytes) -> tuple[bytes, ...]:
 
 
 def _conversation(messages: Any) -> list[bytes]:
-    """Each message as bytes; all of them or none."""
+    """Encode each message as bytes; all of them or none."""
     parts = []
     for message in messages if isinstance(messages, list) else ():
         if not isinstance(message, dict):
@@ -55,7 +55,7 @@ def _conversation(messages: Any) -> list[bytes]:
 
 
 def _text(prompt: Any) -> list[bytes]:
-    """A text, or token ids, as one part whose end says nothing: another prompt may resume from within it."""
+    """Encode a text, or token ids, as one part whose end says nothing: another prompt may resume from within it."""
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
         prompt = prompt[0]
     if isinstance(prompt, str):
@@ -66,7 +66,7 @@ def _text(prompt: Any) -> list[bytes]:
 
 
 def _digests(kind: bytes, parts: Sequence[bytes], *, ends: bool) -> Iterator[bytes]:
-    """A digest of all up to each mark, and up to each part's end if that says something."""
+    """Digest all up to each mark, and up to each part's end if that says something."""
     state = hashlib.blake2b(kind, digest_size=_DIGEST_BYTES)
     place, mark = 0, _STEP
     for part in parts:
@@ -101,7 +101,7 @@ class Affinity:
         self._lock = threading.Lock()
 
     def rank(self, keys: Sequence[bytes], replicas: Iterable[str]) -> list[list[str]]:
-        """Replicas in groups, the group to try first in front; within a group, the less loaded is to be taken.
+        """Rank replicas in groups, the group to try first in front; within a group, the less loaded is to be taken.
 
         Those that hold the longest known beginning, unless each of them is too busy; else two at random. Then the rest.
         """
@@ -114,12 +114,12 @@ class Affinity:
         return [group for group in groups if group]
 
     def sent(self, replica: str) -> None:
-        """A request goes to a replica."""
+        """Note that a request goes to a replica."""
         with self._lock:
             self._load[replica] += 1
 
     def learn(self, keys: Sequence[bytes], replica: str) -> None:
-        """A replica has taken a request: from now on it holds its prompt."""
+        """Note that a replica has taken a request: from now on it holds its prompt."""
         with self._lock:
             for key in keys:
                 self._holders.setdefault(key, set()).add(replica)
@@ -128,7 +128,7 @@ class Affinity:
                 self._holders.popitem(last=False)
 
     def answered(self, replica: str) -> None:
-        """It has its answer, whatever that is."""
+        """Note that a replica has answered, whatever the answer is."""
         with self._lock:
             self._load[replica] = max(0, self._load[replica] - 1)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hybridkv.engine.requests import Event, Ticket
+from hybridkv.engine.requests import Event, RequestHandle
 from hybridkv.server.channels import CallDelta, Channels, Reading, Sorted, control_ids
 from hybridkv.server.stops import StopStrings
 from hybridkv.text.detokenize import TextStream, token_bytes
@@ -72,7 +72,7 @@ class AnswerError(Exception):
         self.message, self.reason = message, reason
 
 
-class Answer:
+class TextAssembler:
     """The text of one sequence as its events come.
 
     Parameters
@@ -109,10 +109,10 @@ class Answer:
         self._n_echoed = 0
         self.n_tokens = self.n_thought = 0
 
-    def echo(self, prompt: str, ticket: Ticket) -> Delta:
-        """The prompt as the beginning of the answer, with what its tokens were worth if that was asked for."""
+    def echo(self, prompt: str, handle: RequestHandle) -> Delta:
+        """Return the prompt as the answer's beginning, with its tokens' log probabilities if they were asked for."""
         scored, start = [], 0
-        for token, score in zip(ticket.request.prompt_ids, ticket.prompt_scores, strict=False):
+        for token, score in zip(handle.request.prompt_ids, handle.prompt_scores, strict=False):
             raw = self._bytes(token)
             top = () if score is None else tuple(TokenText(self._bytes(i), logprob) for i, logprob in score[1])
             scored.append(Scored(TokenText(raw, None if score is None else score[0]), top, start))
@@ -176,10 +176,10 @@ class Answer:
     def _join(self, out: Sorted, new: Sorted) -> None:
         """Add what was sorted; content goes by the stop strings."""
         n_held = self._stops.n_held
-        said = self._stops.push(new.content)
+        content = self._stops.push(new.content)
         if self._stops.found and new.content:
-            self._n_cut += n_held + len(new.content) - len(said)
-        out.content += said
+            self._n_cut += n_held + len(new.content) - len(content)
+        out.content += content
         out.reasoning += new.reasoning
         out.calls += new.calls
 
@@ -191,8 +191,8 @@ class Answer:
         self._waiting.append(Scored(TokenText(self._bytes(event.token), event.logprob), top, self._n_read))
 
     def _take(self, *, everything: bool) -> tuple[Scored, ...]:
-        """The noted tokens whose text has begun to be handed out; the rest is dropped if a stop string cuts it off."""
-        n_said = self._n_read - self._channels.n_held - self._stops.n_held - self._n_cut
-        ready = [s for s in self._waiting if everything or s.start < n_said]
+        """Take the noted tokens whose text has begun to be handed out; drop the rest if a stop string cuts it off."""
+        n_content = self._n_read - self._channels.n_held - self._stops.n_held - self._n_cut
+        ready = [s for s in self._waiting if everything or s.start < n_content]
         self._waiting = self._waiting[len(ready) :]
         return tuple(Scored(s.token, s.top, s.start + self._n_echoed) for s in ready)

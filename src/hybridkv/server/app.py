@@ -14,16 +14,16 @@ from starlette.exceptions import HTTPException
 
 from hybridkv import __version__
 from hybridkv.errors import HybridKVError
-from hybridkv.server.desk import Desk, Served
 from hybridkv.server.document import correct_document
 from hybridkv.server.embeddings import add_embeddings
-from hybridkv.server.gate import Gate, GateOptions, GateState
+from hybridkv.server.gate import GateMiddleware, GateOptions, GateState
 from hybridkv.server.merge import CONTENT_TYPE
 from hybridkv.server.metrics import Metrics
 from hybridkv.server.page import Page
 from hybridkv.server.refusals import RefusalError, refusal_for, refusal_for_mistakes
 from hybridkv.server.relax import Relax
 from hybridkv.server.replies import ChatCompletion, Completion, Error, Health, Model, Models, Session, Status
+from hybridkv.server.request_handler import RequestHandler, Served
 from hybridkv.server.respond import json_response, respond
 from hybridkv.server.schema import ID_PATTERN, ChatRequest, CompletionRequest
 from hybridkv.server.vocabulary import add_vocabulary
@@ -55,7 +55,7 @@ _POST_ERRORS = _errors(400, 401, 403, 404, 408, 413, 415, 429, 500, 503)
 
 
 def create_app(served: Served, options: GateOptions, state: GateState) -> FastAPI:
-    """The application for one model.
+    """Create the application for one model.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ def create_app(served: Served, options: GateOptions, state: GateState) -> FastAP
         Where a shutdown is announced, and how many requests are still answered.
     """
     metrics = Metrics(served.runner.stats)
-    desk = Desk(served, metrics)
+    handler = RequestHandler(served, metrics)
     app = FastAPI(
         title="hybridkv",
         version=__version__,
@@ -77,20 +77,20 @@ def create_app(served: Served, options: GateOptions, state: GateState) -> FastAP
         separate_input_output_schemas=False,
     )
     _add_handlers(app)
-    _add_completions(app, desk)
-    _add_sessions(app, desk)
-    _add_reports(app, desk, state)
-    add_vocabulary(app, desk)
-    add_embeddings(app, desk)
+    _add_completions(app, handler)
+    _add_sessions(app, handler)
+    _add_reports(app, handler, state)
+    add_vocabulary(app, handler)
+    add_embeddings(app, handler)
     correct_document(app, served)
     if not served.strict:
         app.add_middleware(Relax, model=served.name, notify=served.notify)
-    app.add_middleware(Gate, options=options, state=state, count=metrics.count_reply)
+    app.add_middleware(GateMiddleware, options=options, state=state, count=metrics.count_reply)
     return app
 
 
-def _add_completions(app: FastAPI, desk: Desk) -> None:
-    served = desk.served
+def _add_completions(app: FastAPI, handler: RequestHandler) -> None:
+    served = handler.served
 
     @app.post("/completions", include_in_schema=False)
     @app.post(
@@ -100,7 +100,7 @@ def _add_completions(app: FastAPI, desk: Desk) -> None:
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a text."""
-        run = await desk.complete(body)
+        run = await handler.complete(body)
         writer = CompletionWriter(served.name, served.fingerprint, run.created)
         return await respond(run, writer, request, stream=bool(body.stream), with_usage=_with_usage(body))
 
@@ -112,12 +112,12 @@ def _add_completions(app: FastAPI, desk: Desk) -> None:
     )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        run = await desk.chat(body)
+        run = await handler.chat(body)
         writer = ChatWriter(served.name, served.fingerprint, run.created)
         return await respond(run, writer, request, stream=bool(body.stream), with_usage=_with_usage(body))
 
 
-def _add_sessions(app: FastAPI, desk: Desk) -> None:
+def _add_sessions(app: FastAPI, handler: RequestHandler) -> None:
     options: dict[str, Any] = {
         "response_model": Session,
         "responses": _POST_ERRORS | _errors(409),
@@ -128,30 +128,30 @@ def _add_sessions(app: FastAPI, desk: Desk) -> None:
     @app.post("/v1/sessions/{name}/save", **options)
     async def save_session(name: SessionName) -> Response:
         """Write what a session's last request left, so that it outlives the server."""
-        return json_response(await desk.sessions.save(name))
+        return json_response(await handler.sessions.save(name))
 
     @app.post("/v1/sessions/{name}/restore", **options)
     async def restore_session(name: SessionName) -> Response:
         """Read it back, so that requests that resume from it do not start over."""
-        return json_response(await desk.sessions.restore(name))
+        return json_response(await handler.sessions.restore(name))
 
 
 def _with_usage(body: CompletionRequest | ChatRequest) -> bool:
     return body.stream_options is not None and bool(body.stream_options.include_usage)
 
 
-def _add_reports(app: FastAPI, desk: Desk, state: GateState) -> None:
-    served, page = desk.served, Page(resources.files("hybridkv.server").joinpath("page.html").read_text("utf-8"))
+def _add_reports(app: FastAPI, handler: RequestHandler, state: GateState) -> None:
+    served, page = handler.served, Page(resources.files("hybridkv.server").joinpath("page.html").read_text("utf-8"))
 
     @app.get("/models", include_in_schema=False)
     @app.get("/v1/models", response_model=Models, responses=_errors(401, 403))
     async def models() -> Response:
-        """The one model that is served."""
+        """List the one model that is served."""
         return json_response(Models(data=[model()]))
 
     @app.get("/v1/models/{name:path}", response_model=Model, responses=_errors(401, 403, 404))
     async def model_by_name(name: str) -> Response:
-        """The served model, by its name."""
+        """Describe the served model, by its name."""
         if name != served.name:
             raise RefusalError(404, f"model {name!r}; this server has {served.name!r}", code="model_not_found")
         return json_response(model())
@@ -159,18 +159,18 @@ def _add_reports(app: FastAPI, desk: Desk, state: GateState) -> None:
     def model() -> Model:
         return Model(
             id=served.name,
-            created=desk.created,
+            created=handler.created,
             owned_by="hybridkv",
             context_length=served.n_ctx,
             cache_type_k=served.types.type_k,
             cache_type_v=served.types.type_v,
-            chat=desk.prompts.can_chat,
+            chat=handler.prompts.can_chat,
         )
 
     @app.get("/v1/status", response_model=Status, responses=_errors(401, 403))
     async def status() -> Response:
-        """Memory and speed, now."""
-        return json_response(desk.status())
+        """Report memory and speed, now."""
+        return json_response(handler.status())
 
     @app.get("/health", response_model=Health, responses=_errors(403) | {503: {"model": Health}})
     async def health() -> Response:
@@ -179,17 +179,17 @@ def _add_reports(app: FastAPI, desk: Desk, state: GateState) -> None:
 
     @app.get("/metrics", responses=_errors(401, 403) | {200: {"content": {"text/plain": {}}}}, response_class=Response)
     async def metrics() -> Response:
-        """Counts for Prometheus."""
-        return Response(desk.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+        """Report counts for Prometheus."""
+        return Response(handler.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     @app.get("/", include_in_schema=False)
     async def chat_page() -> Response:
-        """The chat page."""
+        """Return the chat page."""
         return Response(page.text, media_type="text/html", headers=page.headers)
 
 
 def _add_handlers(app: FastAPI) -> None:
-    """Every error in OpenAI's shape."""
+    """Add handlers that give every error OpenAI's shape."""
 
     def add(kind: type[Exception], refuse: Callable[[Any], RefusalError]) -> None:
         async def handle(_: Request, error: Exception) -> Response:

@@ -258,13 +258,13 @@ class Channels:
 
 
 def overlap(text: str, word: str) -> int:
-    """Characters at the end of `text` with which `word` begins; less than all of `word`."""
+    """Count the characters at the end of `text` with which `word` begins; less than all of `word`."""
     longest = min(len(text), len(word) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(word[:n])), 0)
 
 
 def control_ids(tokenizer: Any, words: tuple[str, ...]) -> Mapping[int, str]:
-    """Those of the words that are single tokens which decoding leaves out."""
+    """Find those of the words that are single tokens which decoding leaves out."""
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
     return {index: token.content for index, token in added.items() if token.special and token.content in words}
 

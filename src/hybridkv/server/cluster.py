@@ -23,7 +23,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hybridkv.server.affinity import Affinity, prefix_keys
-from hybridkv.server.gate import Gate, GateOptions, GateState
+from hybridkv.server.gate import GateMiddleware, GateOptions, GateState
 from hybridkv.server.merge import CONTENT_TYPE, merge
 from hybridkv.server.refusals import RETRY_AFTER_S, RefusalError
 from hybridkv.server.replies import Error
@@ -74,11 +74,11 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
     max_queue_len_response_deadline_s = 8.0
 
     def initialize_state(self, slack: int) -> None:
-        """Called by Ray, with `request_router_kwargs`."""
+        """Set the state that Ray gives as `request_router_kwargs`."""
         self._affinity = Affinity(slack)
 
     async def choose_replicas(self, candidate_replicas: list[Any], pending_request: Any = None) -> list[list[Any]]:
-        """Groups of replicas; Ray takes the least loaded of the first group that has room."""
+        """Choose groups of replicas; Ray takes the least loaded of the first group that has room."""
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
@@ -86,22 +86,22 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]
         return [[by_name[name] for name in group] for group in groups]
 
     def update_replicas(self, replicas: list[Any]) -> None:
-        """Called by Ray with those that there are now."""
+        """Update the replicas to those that there are now; called by Ray."""
         super().update_replicas(replicas)
         self._affinity.keep(replica.replica_id.unique_id for replica in replicas)
 
     def on_send_request(self, replica_id: Any) -> None:
-        """Called by Ray as it sends a request; the replica may still refuse it."""
+        """Note that Ray sends a request; the replica may still refuse it."""
         super().on_send_request(replica_id)
         self._affinity.sent(replica_id.unique_id)
 
     def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
-        """Called by Ray once a replica has taken it."""
+        """Note that a replica has taken a request; called by Ray."""
         super().on_request_routed(pending_request, replica_id, result)
         self._affinity.learn(_keys(pending_request), replica_id.unique_id)
 
     def on_request_completed(self, replica_id: Any, internal_request_id: str) -> None:
-        """Called by Ray once it is answered or refused."""
+        """Note that a request is answered or refused; called by Ray."""
         super().on_request_completed(replica_id, internal_request_id)
         self._affinity.answered(replica_id.unique_id)
 
@@ -126,7 +126,7 @@ class Front:
         self._handle = handle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request, or the application's start and end."""
+        """Handle one request, or the application's start and end."""
         if scope["type"] == "lifespan":
             await _lifespan(receive, send)
         elif scope["method"] == "GET" and scope["path"] == "/metrics":
@@ -159,7 +159,7 @@ class Front:
             await asyncio.wait((passing, leaving))
 
     async def _pass_on(self, asked: Forwarded, reply: _Reply) -> None:
-        """A replica's answer; another's, if it dies before the first byte of it."""
+        """Pass on a replica's answer; another's, if it dies before the first byte of it."""
         for last in (False, True):
             pieces = self._handle().options(method_name="answer", stream=True).remote(asked)
             try:
@@ -195,12 +195,12 @@ class _Reply:
         await self._send(message)
 
     async def end_in(self, refusal: RefusalError, scope: Scope) -> None:
-        """An end that nobody takes for a whole answer."""
+        """End a reply so that nobody takes it for a whole answer."""
         if not self.started:
             await refusal.response()(scope, _nothing, self._send)
             return
-        said = f"data: {Error(error=refusal.body).model_dump_json()}\n\n".encode() if self._streams else b""
-        await self._send({"type": "http.response.body", "body": said, "more_body": False})
+        body = f"data: {Error(error=refusal.body).model_dump_json()}\n\n".encode() if self._streams else b""
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 def _unavailable(error: Exception) -> RefusalError:
@@ -229,7 +229,7 @@ async def _lifespan(receive: Receive, send: Send) -> None:
 
 def application(
     replica: Any,
-    recipe: Any,
+    loader: Any,
     gate: GateOptions,
     *,
     n_replicas: int,
@@ -241,7 +241,7 @@ def application(
 
     Parameters
     ----------
-    replica, recipe
+    replica, loader
         A replica's class, and what it is given.
     gate
         What the front lets in.
@@ -259,7 +259,7 @@ def application(
         def handle() -> Any:
             return serve.get_deployment_handle(REPLICA)  # of this application, whatever its name
 
-        return Gate(Front(handle), options=gate, state=GateState(), count=lambda _path, _status: None)
+        return GateMiddleware(Front(handle), options=gate, state=GateState(), count=lambda _path, _status: None)
 
     quiet = {"enable_access_log": False, "log_level": "WARNING"}
     replicas = serve.deployment(
@@ -283,4 +283,4 @@ def application(
         graceful_shutdown_timeout_s=_DRAIN_SECONDS,
         logging_config=quiet,
     )
-    return entrance.bind(replicas.bind(recipe))
+    return entrance.bind(replicas.bind(loader))

@@ -97,7 +97,7 @@ _KEY = re.compile(r'[\s,{]*("(?:[^"\\]|\\.)*")\s*:\s*(?=\S)', re.DOTALL)
 
 
 def _members(text: str, at: int) -> Iterator[tuple[str, int, int | None]]:
-    """Keys of the object that begins at `at`, with where each value begins, and where it ends if it does."""
+    """Yield keys of the object that begins at `at`, with where each value begins, and where it ends if it does."""
     while (match := _KEY.match(text, at)) is not None:
         end = _end_of(text, match.end())
         yield str(json.loads(match[1], strict=False)), match.end(), end
@@ -107,7 +107,7 @@ def _members(text: str, at: int) -> Iterator[tuple[str, int, int | None]]:
 
 
 def read_json(text: str, final: bool, tools: Tools) -> list[Call]:
-    """Objects with `name` and `arguments` (or `parameters`), alone, in a list, or one after the other."""
+    """Read objects with `name` and `arguments` (or `parameters`), alone, in a list, or one after the other."""
     calls: list[Call] = []
     at, begin = 0, re.compile(r"[\s\[,;]*(?=\{)")
     while (match := begin.match(text, at)) is not None:
@@ -134,7 +134,7 @@ def read_json(text: str, final: bool, tools: Tools) -> list[Call]:
 
 
 def _arguments(value: str, *, whole: bool) -> str | None:
-    """Arguments as an object's text; those that a model has put into a string are taken out once it has ended."""
+    """Return arguments as an object's text; those that a model has put into a string come once it has ended."""
     if value.startswith("{"):
         if whole:
             _check_json(value)
@@ -159,7 +159,7 @@ _PARAMETER = re.compile(r"<parameter=([^>\n]+)>(.*?)(</parameter>|(?=<parameter=
 
 
 def read_xml(text: str, final: bool, tools: Tools) -> list[Call]:
-    """`<function=NAME><parameter=KEY>value</parameter></function>`; values are read as the tool's schema says."""
+    """Read `<function=NAME><parameter=KEY>value</parameter></function>`; the tool's schema types the values."""
     calls = []
     for function in _FUNCTION.finditer(text):
         name, whole = function[1].strip(), bool(function[3])
@@ -180,7 +180,7 @@ def read_xml(text: str, final: bool, tools: Tools) -> list[Call]:
 
 
 def _typed(text: str, schema: Any) -> Any:
-    """A value that is written without quotes: text, unless the schema names other types alone."""
+    """Type a value that is written without quotes: text, unless the schema names other types alone."""
     kinds = schema.get("type") if isinstance(schema, Mapping) else None
     kinds = [kinds] if isinstance(kinds, str) else kinds if isinstance(kinds, list) else []
     if "string" in kinds or (
@@ -203,7 +203,7 @@ _OBJECTS = re.compile(r"\s*\[?\s*\{")
 
 
 def read_python(text: str, final: bool, tools: Tools) -> list[Call]:
-    """`[f(x=1), g(y="z")]`, read as Python writes literals; nothing is run. Calls come once all are there."""
+    """Read `[f(x=1), g(y="z")]` as Python's literals; nothing is executed. Calls come once all are there."""
     if _OBJECTS.match(text):
         return read_json(text, final, tools)
     if not final:
@@ -245,7 +245,7 @@ _NAMED = re.compile(r"\s*([A-Za-z0-9_.:/-]+)\s*(?:\[CALL_ID\]\w*)?\[ARGS\]\s*(?=
 
 
 def read_mistral(text: str, final: bool, tools: Tools) -> list[Call]:
-    """A list of objects, or since Mistral Small 3.2 `NAME[ARGS]{...}`."""
+    """Read a list of objects, or since Mistral Small 3.2 `NAME[ARGS]{...}`."""
     if text.lstrip()[:1] in ("[", "{", ""):
         return read_json(text, final, tools)
     match = _NAMED.match(text)

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from hybridkv.server.desk import Served
+from hybridkv.server.request_handler import Served
 from hybridkv.server.schema import MAX_SEED
 
 _REQUESTS = ("CompletionRequest", "ChatRequest")
@@ -44,7 +44,7 @@ def correct_document(app: FastAPI, served: Served) -> None:
 
 
 def _walk(value: Any) -> Iterator[dict[str, Any]]:
-    """Every schema in one."""
+    """Yield every schema in one."""
     if isinstance(value, dict):
         yield value
         for held in value.values():
@@ -55,7 +55,7 @@ def _walk(value: Any) -> Iterator[dict[str, Any]]:
 
 
 def _reached(schemas: dict[str, Any], names: tuple[str, ...]) -> set[str]:
-    """These schemas and all that they refer to."""
+    """Find these schemas and all that they refer to."""
     found: set[str] = set()
     wanted = set(names)
     while wanted - found:

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from hybridkv.engine.embed import Embedder
 from hybridkv.server.base import Strict, TokenId, whole
-from hybridkv.server.desk import Desk
 from hybridkv.server.prompts import check_text
 from hybridkv.server.refusals import TOO_LONG, RefusalError
 from hybridkv.server.replies import Error, Reply
+from hybridkv.server.request_handler import RequestHandler
 from hybridkv.server.respond import json_response
 
 MAX_TEXTS = 2048
@@ -27,7 +27,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def _as_texts(value: Any) -> Any:
-    """A list of texts, each a text or token ids, of what may be one."""
+    """Turn what may be one text into a list of texts, each a text or token ids."""
     if isinstance(value, str):
         return [value]
     return [value] if isinstance(value, list) and value and isinstance(value[0], int) else value
@@ -73,9 +73,9 @@ class Embeddings(Reply):
     usage: EmbeddingUsage
 
 
-def add_embeddings(app: FastAPI, desk: Desk) -> None:
+def add_embeddings(app: FastAPI, handler: RequestHandler) -> None:
     """Add the route."""
-    served, one_at_a_time = desk.served, asyncio.Semaphore(1)
+    served, one_at_a_time = handler.served, asyncio.Semaphore(1)
 
     offered = served.embedder is not None
 
@@ -90,7 +90,7 @@ def add_embeddings(app: FastAPI, desk: Desk) -> None:
                 "/v1/chat/completions\nhint: serve a GGUF file whose metadata has a pooling_type, or give --pooling",
                 code="no_pooling",
             )
-        ids = [await _ids(desk, served.embedder, number, text) for number, text in enumerate(body.input)]
+        ids = [await _ids(handler, served.embedder, number, text) for number, text in enumerate(body.input)]
         width = body.dimensions or served.embedder.n_embd
         if width > served.embedder.n_embd:
             raise RefusalError(400, f"dimensions: {width}; allowed: 1 to {served.embedder.n_embd}", param="dimensions")
@@ -107,18 +107,18 @@ def add_embeddings(app: FastAPI, desk: Desk) -> None:
         return json_response(Embeddings(data=data, model=served.name, usage=usage))
 
 
-async def _ids(desk: Desk, embedder: Embedder, number: int, text: str | list[int]) -> list[int]:
-    """Token ids of a text, with what the vocabulary puts around it."""
+async def _ids(handler: RequestHandler, embedder: Embedder, number: int, text: str | list[int]) -> list[int]:
+    """Tokenize a text, with what the vocabulary puts around it."""
     where = f"input.{number}"
     if isinstance(text, str):
         check_text(text, where)
-        tokens = desk.prompts.tokens
-        ids = await desk.prompts.in_thread(len(text), lambda: tokens(text, add_special=True, parse_special=False))
+        tokens = handler.prompts.tokens
+        ids = await handler.prompts.in_thread(len(text), lambda: tokens(text, add_special=True, parse_special=False))
     else:
         ids = text
-    if any(token >= desk.served.n_vocab for token in ids):
+    if any(token >= handler.served.n_vocab for token in ids):
         raise RefusalError(
-            400, f"{where}: {max(ids)}; this model's tokens are 0 to {desk.served.n_vocab - 1}", param=where
+            400, f"{where}: {max(ids)}; this model's tokens are 0 to {handler.served.n_vocab - 1}", param=where
         )
     if not ids:
         raise RefusalError(400, f"{where}: the text has no tokens", param=where)

@@ -54,7 +54,7 @@ class Forms:
         return await self._steer(self._calls(body) or _form(body), thinks, budget)
 
     async def steer(self, grammar: Grammar | None, text: str | None, budget: int | None) -> Steer | None:
-        """What steers the answer to a conversation's text, or to a plain prompt (None).
+        """Build what steers the answer to a conversation's text, or to a plain prompt (None).
 
         Raises
         ------
@@ -92,7 +92,7 @@ class Forms:
         return tuple(self._prompts.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _calls(self, body: CompletionRequest | ChatRequest) -> Grammar | None:
-        """The grammar of calls, where there has to be one, or JSON that is no call."""
+        """Build the grammar of calls, where there has to be one, or JSON that is no call."""
         if not isinstance(body, ChatRequest) or not body.tools or body.tool_choice == "none":
             return None
         schema, choice = _schema(body), body.tool_choice
@@ -109,7 +109,7 @@ class Forms:
         return of_calls(self._prompts.dialect, tools, self._word, several=several, or_schema=other)
 
     def _word(self, word: str) -> str:
-        """A word of a dialect in Lark: by its id where it is an added token, which for llguidance no text spells."""
+        """Write a dialect's word in Lark: by its id where it is an added token, which no text spells for llguidance."""
         added = self._prompts.tokenizer.backend_tokenizer.get_added_tokens_decoder()
         index = next((i for i, token in added.items() if token.content == word), None)
         return json.dumps(word, ensure_ascii=False) if index is None else f"<[{index}]>"
@@ -124,7 +124,7 @@ def _schema(body: CompletionRequest | ChatRequest) -> Schema | None:
 
 
 def _form(body: CompletionRequest | ChatRequest) -> Grammar | None:
-    """The grammar that a request asks for."""
+    """Choose the grammar that a request asks for."""
     if (schema := _schema(body)) is not None:
         return of_schema(schema)
     if (grammar := body.grammar) is not None:

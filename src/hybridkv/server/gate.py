@@ -68,7 +68,7 @@ class GateState:
     in_flight: int = field(default=0)
 
 
-class Gate:
+class GateMiddleware:
     """Lets requests through to `app`.
 
     Parameters
@@ -90,7 +90,7 @@ class Gate:
         self._keys = tuple(key.encode() for key in options.api_keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request, or the application's start and end."""
+        """Handle one request, or the application's start and end."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -176,7 +176,7 @@ class Gate:
         )
 
     async def _body(self, receive: Receive) -> bytes | None:
-        """The body; None if the client left.
+        """Read the body; None if the client left.
 
         Raises
         ------
@@ -238,7 +238,7 @@ def _is_local(host: str) -> bool:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives a body that was read before, and then what comes after it."""
+    """Build a `receive` that gives a body that was read before, and then what comes after it."""
     given = False
 
     async def replayed() -> Message:

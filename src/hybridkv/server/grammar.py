@@ -72,7 +72,7 @@ class Grammars:
         self._vetted: OrderedDict[Grammar, str] = OrderedDict()
 
     async def matcher(self, grammar: Grammar) -> Matcher:
-        """A matcher at the beginning of an answer.
+        """Build a matcher at the beginning of an answer.
 
         Raises
         ------
@@ -126,12 +126,12 @@ async def _vet(grammar: Grammar) -> str:
         sys.executable, "-P", str(_VET), stdin=pipe, stdout=pipe, stderr=asyncio.subprocess.DEVNULL
     )
     try:
-        said, _ = await worker.communicate(json.dumps(asked).encode())
+        reply, _ = await worker.communicate(json.dumps(asked).encode())
     finally:
         if worker.returncode is None:
             worker.kill()
             await worker.wait()
-    answer = json.loads(said) if worker.returncode == 0 else {"error": "it takes too much time or memory to build"}
+    answer = json.loads(reply) if worker.returncode == 0 else {"error": "it takes too much time or memory to build"}
     if "error" in answer:
         raise UsageError(f"{grammar.kind}: {' '.join(str(answer['error']).split())[:500]}")
     return str(answer["grammar"])
@@ -153,7 +153,7 @@ class Matcher:
         self._end_ids = torch.tensor(end_ids, dtype=torch.long)
 
     def allowed(self) -> Tensor:
-        """Ids of the tokens that may come next, int64.
+        """Return the ids of the tokens that may come next, int64.
 
         Raises
         ------
@@ -174,7 +174,7 @@ class Matcher:
 
 
 def of_schema(schema: dict[str, Any]) -> Grammar:
-    """JSON that a schema describes.
+    """Build the grammar of JSON that a schema describes.
 
     Raises
     ------
@@ -199,7 +199,7 @@ def of_calls(
     several: bool,
     or_schema: dict[str, Any] | None = None,
 ) -> Grammar:
-    """A grammar of one call, or of one and more.
+    """Build a grammar of one call, or of one and more.
 
     Parameters
     ----------
@@ -240,7 +240,7 @@ def _json_calls(dialect: Dialect, tools: Tools, *, several: bool) -> list[str]:
 
 
 def _closed(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool's parameters, without others beside those that it names, unless it says that there may be."""
+    """Close a tool's parameters to names that it does not list, unless it allows others."""
     if not parameters.get("properties"):
         return {"type": "object", **parameters}
     return {"additionalProperties": False, **parameters}
@@ -264,7 +264,7 @@ def _xml_calls(tools: Tools) -> list[str]:
 
 
 def _xml_value(schema: Any) -> str:
-    """A value without quotes: one of those that are listed, JSON where it is no text, or any text."""
+    """Write a value without quotes: one of those that are listed, JSON where it is no text, or any text."""
     schema = schema if isinstance(schema, dict) else {}
     listed = schema.get("enum")
     if isinstance(listed, list) and listed and all(isinstance(value, str) for value in listed):

@@ -113,7 +113,7 @@ class Relaxed:
             self.body = {k: v for k, v in self.body.items() if k not in ("grammar", "json_schema") or v}
 
     def _numbers(self) -> None:
-        """Numbers in strings, and names of what no number is."""
+        """Convert numbers in strings, and names of what no number is."""
         for name in _NUMBERS:
             value = self.body.get(name)
             if isinstance(value, str):
@@ -159,7 +159,7 @@ class Relaxed:
             self.ignored["top_logprobs"] = None
 
     def _conversation(self) -> None:
-        """Thinking in others' words, messages and tools."""
+        """Translate thinking in others' words, messages and tools."""
         variables = self.body.get("chat_template_kwargs")
         variables = dict(variables) if isinstance(variables, dict) else {}
         for name in ("enable_thinking", "think"):
@@ -216,7 +216,7 @@ def _stop(value: Any) -> Any:
 
 
 def _logit_bias(value: Any) -> Any:
-    """As an object; llama.cpp's list of pairs, and its `false` for a token that may not come."""
+    """Convert to an object llama.cpp's list of pairs, and its `false` for a token that may not come."""
     if isinstance(value, list):
         pairs = [item for item in value if isinstance(item, list) and len(item) == 2]
         value = {str(token): bias for token, bias in pairs} if len(pairs) == len(value) else value

@@ -22,7 +22,7 @@ _BACKLOG = 1024
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that is bound and does not listen yet; port 0 takes a free one.
+    """Bind a socket that does not listen yet; port 0 takes a free one.
 
     Raises
     ------
@@ -83,7 +83,7 @@ class _Server(uvicorn.Server):
         self.stopped_at_once = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's own signature
-        """The first signal drains, the second ends."""
+        """Handle signals: the first drains, the second ends."""
         if self._state.stopping:
             self.stopped_at_once = True
             self._stop_now()

@@ -13,7 +13,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def merge(texts: Mapping[str, bytes]) -> bytes:
-    """The texts of several replicas as one, each sample with its replica's name."""
+    """Merge the texts of several replicas, each sample with its replica's name."""
     families: dict[str, Metric] = {}
     for name, text in texts.items():
         for family in text_string_to_metric_families(text.decode()):

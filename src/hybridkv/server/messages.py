@@ -40,7 +40,7 @@ class ToolCall(Strict):
     function: CalledFunction
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates take it: arguments are an object where they are one."""
+        """Convert for chat templates: arguments are an object where they are one."""
         arguments: Any = self.function.arguments
         if isinstance(arguments, str):
             try:
@@ -106,7 +106,7 @@ class Message(Strict):
         return self.content or ""
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates take it; what is absent is left out."""
+        """Convert for chat templates; what is absent is left out."""
         turn: dict[str, Any] = {"role": self.role, "content": self.text}
         for field in ("name", "reasoning_content", "tool_call_id"):
             if getattr(self, field) is not None:
@@ -132,7 +132,7 @@ class Tool(Strict):
     function: Function
 
     def for_template(self) -> dict[str, Any]:
-        """As chat templates take it."""
+        """Convert for chat templates."""
         function: dict[str, Any] = {"name": self.function.name}
         if self.function.description is not None:
             function["description"] = self.function.description
@@ -186,5 +186,5 @@ class ResponseFormat(Strict):
 
 
 def turns_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as chat templates take them."""
+    """Convert messages for chat templates."""
     return [message.for_template() for message in messages]

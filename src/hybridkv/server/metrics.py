@@ -49,7 +49,7 @@ class _SchedulerCollector(Collector):
         self._stats = stats
 
     def collect(self) -> Iterator[Metric]:
-        """All of them; a limit that does not exist is infinite."""
+        """Collect all metrics; a limit that does not exist is infinite."""
         stats = self._stats()
         for name, text in _GAUGES:
             value = getattr(stats, name)
@@ -78,19 +78,19 @@ class Metrics:
         )
 
     def count_reply(self, path: str, status: int) -> None:
-        """One reply was sent."""
+        """Count one reply that was sent."""
         self._requests.labels(path, str(status)).inc()
 
     def first_token(self, seconds: float) -> None:
-        """A sequence's first token came."""
+        """Record the time of a sequence's first token."""
         self._first.observe(seconds)
 
     def next_token(self, seconds: float) -> None:
-        """A sequence's next token came."""
+        """Record the time of a sequence's next token."""
         self._next.observe(seconds)
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """Write all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
@@ -102,7 +102,7 @@ class Rate:
         self._seen: list[tuple[float, int]] = []
 
     def read(self, count: int, now: float | None = None) -> float:
-        """The rate up to now; 0 the first time."""
+        """Read the rate up to now; 0 the first time."""
         now = time.monotonic() if now is None else now
         self._seen.append((now, count))
         # The oldest one in the window, and the one before it, so that there are two even if nobody asks often.

@@ -31,7 +31,7 @@ class Page:
         }
 
     def _hash(self, tag: str) -> str:
-        """Allows exactly what stands in the one such element."""
+        """Hash what stands in the one such element, so that exactly this is allowed."""
         [inside] = re.findall(rf"<{tag}>(.*?)</{tag}>", self.text, re.DOTALL)
         digest = hashlib.sha256(inside.encode()).digest()
         return f"'sha256-{base64.b64encode(digest).decode()}'"

@@ -98,7 +98,7 @@ class Prompts:
         return "tools" in self.variables
 
     def tokens(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        """Token ids of a text, as llama-server's `/tokenize` asks for them."""
+        """Tokenize a text, as llama-server's `/tokenize` does."""
         if parse_special:
             ids = self._words.encode(text, begins=False)
         else:
@@ -107,7 +107,7 @@ class Prompts:
         return self._words.enclose(ids) if add_special else ids
 
     async def completion(self, prompt: str | Sequence[int], suffix: str = "") -> tuple[int, ...]:
-        """Token ids of a prompt; control words in it are control words, as in llama-server.
+        """Tokenize a prompt; control words in it are control words, as in llama-server.
 
         Parameters
         ----------
@@ -150,7 +150,7 @@ class Prompts:
     async def chat(
         self, turns: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], variables: Mapping[str, Any]
     ) -> Rendered:
-        """Token ids of a conversation, up to where the answer begins; what messages say is text, whatever it says.
+        """Tokenize a conversation, up to where the answer begins; what messages say is text, whatever it says.
 
         Parameters
         ----------
@@ -201,14 +201,14 @@ class Prompts:
             raise RefusalError(400, error.message, param="messages") from error
 
     def thinks(self, text: str) -> tuple[bool, bool]:
-        """Whether a conversation's text ends inside of thoughts, and whether the answer may still open them."""
+        """Check whether a conversation's text ends inside of thoughts, and whether the answer may still open them."""
         opened = opens_thoughts(text, self.thoughts)
         closed = text.rstrip().endswith(self.thoughts[1])
         writes = any(word in self.template for word in self.thoughts)
         return opened, writes and not opened and not closed
 
     def _given(self, variables: Mapping[str, Any]) -> dict[str, Any]:
-        """Variables by the names that this template has for them."""
+        """Give variables the names that this template has for them."""
         bad = next((name for name in variables if name in RESERVED or not name.isidentifier()), None)
         if bad is not None:
             raise RefusalError(
@@ -220,7 +220,7 @@ class Prompts:
         return given
 
     def _known_role(self, turn: dict[str, Any]) -> dict[str, Any]:
-        """A turn whose role the template knows: `developer` is OpenAI's newer word for `system`."""
+        """Give a turn a role that the template knows: `developer` is OpenAI's newer word for `system`."""
         if turn["role"] == "developer" and "developer" not in self.template:
             return turn | {"role": "system"}
         return turn

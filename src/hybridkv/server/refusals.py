@@ -62,13 +62,13 @@ class RefusalError(Exception):
         return ErrorBody(message=message, type=kind, param=param, code=self.code, numbers=self.numbers)
 
     def response(self) -> Response:
-        """As a reply."""
+        """Return the refusal as a reply."""
         text = Error(error=self.body).model_dump_json()
         return Response(text, self.status, media_type="application/json", headers=self.headers)
 
 
 def refusal_for(error: HybridKVError) -> RefusalError:
-    """An error of ours as a refusal."""
+    """Convert an error of ours to a refusal."""
     if isinstance(error, AdmissionError):
         return _not_admitted(error)
     message = str(error)

@@ -35,7 +35,7 @@ class Relax:
         self._said: set[str] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request; the gate has read its body as a whole."""
+        """Handle one request; the gate has read its body as a whole."""
         path = scope.get("path", "").rstrip("/")
         if scope["type"] != "http" or scope["method"] != "POST" or not path.endswith("/completions"):
             await self._app(scope, receive, send)
@@ -64,7 +64,7 @@ class Relax:
 
 
 def _relaxed(body: bytes, *, chat: bool, model: str) -> tuple[bytes, str]:
-    """A body in our words, and the names of what was left out; unchanged if it is no object."""
+    """Translate a body to our words, and name what was left out; unchanged if it is no object."""
     try:
         asked = json.loads(body, parse_constant=_no_number)
     except (ValueError, RecursionError):
@@ -80,5 +80,5 @@ def _no_number(name: str) -> float:
 
 
 def printable(names: str) -> str:
-    """Names as a header may carry them."""
+    """Replace characters of names that a header may not carry."""
     return "".join(c if c.isascii() and c.isprintable() else "?" for c in names)[:_MAX_HEADER]

@@ -14,11 +14,11 @@ from starlette.types import Message
 from hybridkv.engine import Scheduler
 from hybridkv.server.app import create_app
 from hybridkv.server.cluster import HEALTH_SECONDS, REPLICA_HEADER, Forwarded
-from hybridkv.server.desk import Served
 from hybridkv.server.gate import GateOptions, GateState
+from hybridkv.server.request_handler import Served
 
 
-class Recipe(Protocol):
+class ModelLoader(Protocol):
     """How a replica comes to its model; pickled, and carried out where the replica is."""
 
     def __call__(self) -> tuple[Served, Scheduler]:
@@ -30,12 +30,12 @@ class Replica:
 
     Parameters
     ----------
-    recipe
+    loader
         Loads the model.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        served, self._scheduler = recipe()
+    def __init__(self, loader: ModelLoader) -> None:
+        served, self._scheduler = loader()
         self._name = serve.get_replica_context().replica_tag
         # The front's gate has let the request in.
         self._app = create_app(served, GateOptions(max_body_bytes=2**62), GateState())
@@ -82,12 +82,12 @@ class Replica:
         return message
 
     async def metrics(self) -> tuple[str, bytes]:
-        """The replica's name and its counts."""
+        """Return the replica's name and its counts."""
         messages = [m async for batch in self.answer(Forwarded(_get("/metrics"), b"")) for m in batch]
         return self._name, b"".join(message.get("body", b"") for message in messages)
 
     async def check_health(self) -> None:
-        """Called by Ray every few seconds: whether the engine does what it is told.
+        """Check that the scheduler's thread answers; called by Ray every few seconds.
 
         Raises
         ------
@@ -100,13 +100,13 @@ class Replica:
             await asyncio.wrap_future(self._scheduler.call(lambda: None))
 
     def __del__(self) -> None:
-        """Called by Ray before the process ends."""
+        """Shut the scheduler down; called by Ray before the process ends."""
         self._scheduler.shutdown(drain=False)
         self._pool.shutdown(wait=True)
 
 
 def _get(path: str) -> dict[str, Any]:
-    """A request of our own as ASGI says it."""
+    """Build a request of our own as ASGI says it."""
     return {
         "type": "http",
         "asgi": {"version": "3.0"},

@@ -10,18 +10,18 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from hybridkv.server.answer import AnswerError, Delta
+from hybridkv.server.pending import PendingReply
 from hybridkv.server.refusals import RefusalError
 from hybridkv.server.relax import IGNORED_HEADER, printable
 from hybridkv.server.replies import Error, Reply
-from hybridkv.server.runs import Run
 from hybridkv.server.writers import Writer
 
 KEEP_ALIVE_S = 10.0
 """A waiting stream says so as often: proxies keep it open, and a client that is gone is found out."""
 
 
-async def respond(run: Run, writer: Writer, request: Request, *, stream: bool, with_usage: bool) -> Response:
-    """The reply to a request that was started.
+async def respond(run: PendingReply, writer: Writer, request: Request, *, stream: bool, with_usage: bool) -> Response:
+    """Reply to a request that was started.
 
     Raises
     ------
@@ -43,7 +43,7 @@ async def respond(run: Run, writer: Writer, request: Request, *, stream: bool, w
     )
 
 
-def _headers(run: Run) -> dict[str, str]:
+def _headers(run: PendingReply) -> dict[str, str]:
     """Name the fields that the request has and nothing reads."""
     return {IGNORED_HEADER: printable(", ".join(run.ignored))} if run.ignored else {}
 
@@ -53,7 +53,7 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, run: Run, events: AsyncIterator[bytes], headers: dict[str, str]) -> None:
+    def __init__(self, run: PendingReply, events: AsyncIterator[bytes], headers: dict[str, str]) -> None:
         super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"} | headers)
         self._run = run
 
@@ -65,8 +65,8 @@ class EventStream(StreamingResponse):
             self._run.cancel()
 
 
-async def _events(run: Run, writer: Writer, *, with_usage: bool) -> AsyncIterator[bytes]:
-    """The stream's bytes. `usage` is null in every chunk but the last, if it was asked for, and else not there."""
+async def _events(run: PendingReply, writer: Writer, *, with_usage: bool) -> AsyncIterator[bytes]:
+    """Stream the events' bytes; with `usage`, which is null but in the last, where it was asked for."""
 
     def event(reply: Reply) -> bytes:
         text = reply.model_dump_json(exclude=None if with_usage else {"usage"})
@@ -90,7 +90,7 @@ async def _events(run: Run, writer: Writer, *, with_usage: bool) -> AsyncIterato
 
 
 def _pieces(delta: Delta) -> Iterable[Delta]:
-    """Thoughts and text first, then calls, then the end in a chunk of its own, as OpenAI sends it."""
+    """Yield thoughts and text first, then calls, then the end in a chunk of its own, as OpenAI sends it."""
     if delta.reasoning:
         yield Delta(reasoning=delta.reasoning)
     if delta.text or delta.scored:
@@ -107,8 +107,8 @@ def _failure(error: AnswerError) -> RefusalError:
     return RefusalError(500, error.message, code="engine_failed")
 
 
-async def _unless_gone(run: Run, request: Request) -> list[list[Delta]] | None:
-    """The whole answers; None if the client leaves before they are there."""
+async def _unless_gone(run: PendingReply, request: Request) -> list[list[Delta]] | None:
+    """Collect the whole answers; None if the client leaves before they are there."""
 
     async def collect() -> list[list[Delta]]:
         answers: list[list[Delta]] = [[] for _ in run.parts]
@@ -131,5 +131,5 @@ async def _unless_gone(run: Run, request: Request) -> list[list[Delta]] | None:
 
 
 def json_response(reply: Reply, status: int = 200) -> Response:
-    """A reply of another kind."""
+    """Write a reply as JSON."""
     return Response(reply.model_dump_json(), status, media_type="application/json")

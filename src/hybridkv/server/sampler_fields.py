@@ -76,7 +76,7 @@ class SamplerFields(Strict):
         return value
 
     def params(self, breakers: Callable[[Sequence[str]], frozenset[int]]) -> SamplingParams:
-        """As the engine takes them.
+        """Convert to the engine's parameters.
 
         Parameters
         ----------

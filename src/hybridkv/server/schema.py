@@ -56,7 +56,7 @@ def _drop_neutral(data: Any, neutral: Mapping[str, tuple[Any, ...]]) -> Any:
 
 
 def _either(*, absent: str, given: str) -> Fragment:
-    """A field that is left out or null, unless another is true: as JSON Schema, for the document."""
+    """Describe, for the document, a field that is left out or null unless another is true."""
     return {
         "anyOf": [
             {"properties": {absent: {"type": "null"}}},
@@ -66,7 +66,7 @@ def _either(*, absent: str, given: str) -> Fragment:
 
 
 def _one_of(*names: str) -> Fragment:
-    """At most one of these fields is given: as JSON Schema."""
+    """Describe, for the document, that at most one of these fields is given."""
     return {"anyOf": [{"properties": {other: {"type": "null"} for other in names if other != name}} for name in names]}
 
 
@@ -159,7 +159,7 @@ class Common(SamplerFields):
 
 
 def _prompts(value: Any) -> Any:
-    """A list of prompts, each a text or token ids, of what may be one prompt."""
+    """Turn what may be one prompt into a list of prompts, each a text or token ids."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and not (value and isinstance(value[0], (str, list))):

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Protocol
 
-from hybridkv.engine.requests import Ticket
+from hybridkv.engine.requests import RequestHandle
 from hybridkv.engine.session import remove_leftovers
 from hybridkv.errors import SessionError
 from hybridkv.server.refusals import RefusalError
@@ -28,7 +28,7 @@ _STOP_SECONDS = 30.0
 class Keeper(Protocol):
     """The scheduler, as far as sessions need it. Both block and are for any thread but its own."""
 
-    def save(self, ticket: Ticket, path: Path) -> int:
+    def save(self, handle: RequestHandle, path: Path) -> int:
         """Write a sequence; the tokens that are held."""
 
     def restore(self, path: Path) -> tuple[int, ...]:
@@ -50,7 +50,7 @@ class Sessions:
         if directory is not None:
             remove_leftovers(directory)
         self._keeper, self._directory = keeper, directory
-        self._last: OrderedDict[str, Ticket] = OrderedDict()
+        self._last: OrderedDict[str, RequestHandle] = OrderedDict()
 
     def check(self, name: str | None) -> None:
         """Refuse a request that names a session where none are kept.
@@ -63,11 +63,11 @@ class Sessions:
         if name is not None:
             self._path(name)
 
-    def remember(self, name: str | None, ticket: Ticket) -> None:
-        """A session's newest request."""
+    def remember(self, name: str | None, handle: RequestHandle) -> None:
+        """Remember a session's newest request."""
         if name is None:
             return
-        self._last[name] = ticket
+        self._last[name] = handle
         self._last.move_to_end(name)
         while len(self._last) > MAX_REMEMBERED:
             self._last.popitem(last=False)
@@ -81,18 +81,18 @@ class Sessions:
             For a session without requests, or with one that runs; for what cannot be kept.
         """
         path = self._path(name)
-        ticket = self._last.get(name)
-        if ticket is None:
+        handle = self._last.get(name)
+        if handle is None:
             raise RefusalError(404, f"no request of this server has named session {name!r}", code="session_not_found")
-        if ticket.cancelled:  # a stop string ended the reply, and the scheduler is about to hear of it
-            await asyncio.to_thread(ticket.wait, _STOP_SECONDS)
-        if not ticket.finished:
+        if handle.cancelled:  # a stop string ended the reply, and the scheduler is about to hear of it
+            await asyncio.to_thread(handle.wait, _STOP_SECONDS)
+        if not handle.finished:
             raise RefusalError(409, f"session {name!r} is being answered; save it then", code="session_busy")
         try:
-            n_held = await asyncio.to_thread(self._keeper.save, ticket, path)
+            n_held = await asyncio.to_thread(self._keeper.save, handle, path)
         except SessionError as error:
             raise RefusalError(409, str(error), code="session_not_saved") from error
-        return Session(id=name, n_tokens=len(ticket.token_ids), n_held=n_held)
+        return Session(id=name, n_tokens=len(handle.token_ids), n_held=n_held)
 
     async def restore(self, name: str) -> Session:
         """Read a session's file.

@@ -76,7 +76,7 @@ class Steer:
         self._force()
 
     def allowed(self) -> Tensor | None:
-        """Ids of the tokens that may come next; None for all."""
+        """Return the ids of the tokens that may come next; None for all."""
         if self._forced:
             return torch.tensor(self._forced[:1])
         if self._state == "thoughts" or self.matcher is None:
@@ -143,5 +143,5 @@ class Steer:
 
 
 def line_ends(bytes_of: Callable[[int], bytes], ids: Sequence[int]) -> tuple[int, ...]:
-    """Those of the tokens that are nothing but line ends."""
+    """Find those of the tokens that are nothing but line ends."""
     return tuple(token for token in ids if (text := bytes_of(token)) and not text.strip(b"\n"))

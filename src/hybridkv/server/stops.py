@@ -32,14 +32,14 @@ class StopStrings:
         matches = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if matches:
             _, at = min(matches)
-            said, self._held, self.found = self._held[:at], "", True
-            return said
+            content, self._held, self.found = self._held[:at], "", True
+            return content
         n_held = max((overlap(self._held, stop) for stop in self._stops), default=0)
         cut = len(self._held) - n_held
-        said, self._held = self._held[:cut], self._held[cut:]
-        return said
+        content, self._held = self._held[:cut], self._held[cut:]
+        return content
 
     def close(self) -> str:
         """Return the withheld text that has not become a stop string."""
-        said, self._held = self._held, ""
-        return said
+        content, self._held = self._held, ""
+        return content

@@ -27,15 +27,15 @@ For each function call, return a json object with function name and arguments wi
 
 
 def taught(turns: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Turns of system, user and assistant alone, in which the tools are taught."""
+    """Rewrite turns to those of system, user and assistant alone, in which the tools are taught."""
     told: list[dict[str, Any]] = []
     for turn in turns:
         if turn["role"] == "tool":
-            said = f"<tool_response>\n{turn['content']}\n</tool_response>"
+            content = f"<tool_response>\n{turn['content']}\n</tool_response>"
             if told and told[-1].get("answers"):
-                told[-1]["content"] += f"\n{said}"
+                told[-1]["content"] += f"\n{content}"
             else:
-                told.append({"role": "user", "content": said, "answers": True})
+                told.append({"role": "user", "content": content, "answers": True})
         elif turn.get("tool_calls"):
             calls = [_written(call["function"]) for call in turn["tool_calls"]]
             content = "\n".join([*([turn["content"]] if turn["content"] else []), *calls])

@@ -39,7 +39,7 @@ def relax_messages(body: dict[str, Any]) -> Iterator[str]:
 
 
 def _content(turn: dict[str, Any]) -> Iterator[str]:
-    """Parts as text, thoughts apart; what an answer of a tool is that is no text, as JSON."""
+    """Turn parts into text, thoughts apart; a tool's answer that is no text becomes JSON."""
     content = turn["content"]
     if isinstance(content, dict) and turn.get("role") == "tool":
         turn["content"] = json.dumps(content)
@@ -62,7 +62,7 @@ def _content(turn: dict[str, Any]) -> Iterator[str]:
 
 
 def _calls(turn: dict[str, Any]) -> None:
-    """Calls as an assistant's `tool_calls`, whatever they lack."""
+    """Turn calls into an assistant's `tool_calls`, whatever they lack."""
     if isinstance(turn.get("function_call"), dict):
         turn["tool_calls"] = [{"type": "function", "function": turn.pop("function_call")}]
     calls = turn.get("tool_calls")

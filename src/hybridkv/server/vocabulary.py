@@ -10,10 +10,10 @@ from pydantic import BeforeValidator, Field
 
 from hybridkv import __version__
 from hybridkv.server.base import Strict, TokenId, whole
-from hybridkv.server.desk import Desk
 from hybridkv.server.prompts import check_text
 from hybridkv.server.refusals import RefusalError
 from hybridkv.server.replies import Error, Reply
+from hybridkv.server.request_handler import RequestHandler
 from hybridkv.server.respond import json_response
 from hybridkv.text.detokenize import token_bytes
 
@@ -83,13 +83,13 @@ class Props(Reply):
     modalities: Modalities
 
 
-def add_vocabulary(app: FastAPI, desk: Desk) -> None:
+def add_vocabulary(app: FastAPI, handler: RequestHandler) -> None:
     """Add the routes."""
-    served, prompts = desk.served, desk.prompts
+    served, prompts = handler.served, handler.prompts
 
     @app.post("/tokenize", response_model=Tokens, responses=_ERRORS)
     async def tokenize(body: TokenizeRequest) -> Response:
-        """Tokens of a text."""
+        """Tokenize a text."""
         check_text(body.content, "content")
         added, parsed = body.add_special, body.parse_special
         ids = await prompts.in_thread(
@@ -101,7 +101,7 @@ def add_vocabulary(app: FastAPI, desk: Desk) -> None:
 
     @app.post("/detokenize", response_model=Content, responses=_ERRORS)
     async def detokenize(body: DetokenizeRequest) -> Response:
-        """A text of tokens."""
+        """Write tokens as text."""
         bad = next((token for token in body.tokens if token >= served.n_vocab), None)
         if bad is not None:
             raise RefusalError(400, f"tokens: {bad}; this model's tokens are 0 to {served.n_vocab - 1}", param="tokens")

@@ -32,16 +32,16 @@ class Writer(Protocol):
     """Writes one kind of reply."""
 
     def whole(self, answers: Sequence[Sequence[Delta]], usage: Usage) -> Reply:
-        """The whole reply."""
+        """Return the whole reply."""
 
     def opening(self, n_answers: int, /) -> Iterable[Reply]:
-        """Chunks before the first delta."""
+        """Return the chunks before the first delta."""
 
     def chunk(self, index: int, delta: Delta) -> Reply:
-        """A chunk of a stream, of one answer."""
+        """Return a chunk of a stream, of one answer."""
 
     def closing(self, usage: Usage) -> Reply:
-        """The chunk with the counts."""
+        """Return the chunk with the counts."""
 
 
 class CompletionWriter:
@@ -51,7 +51,7 @@ class CompletionWriter:
         self._head = _head("cmpl", model, fingerprint, created)
 
     def whole(self, answers: Sequence[Sequence[Delta]], usage: Usage) -> Completion:
-        """The whole reply."""
+        """Return the whole reply."""
         choices = []
         for index, deltas in enumerate(answers):
             scored = [s for delta in deltas for s in delta.scored]
@@ -59,15 +59,15 @@ class CompletionWriter:
         return Completion(**self._head, choices=choices, usage=usage)
 
     def opening(self, _: int) -> Iterable[Completion]:
-        """Nothing."""
+        """Return nothing: a completion opens without a chunk."""
         return ()
 
     def chunk(self, index: int, delta: Delta) -> Completion:
-        """A chunk of a stream."""
+        """Return a chunk of a stream."""
         return Completion(**self._head, choices=[self._choice(index, delta.text, delta.scored, delta.finish)])
 
     def closing(self, usage: Usage) -> Completion:
-        """The chunk with the counts."""
+        """Return the chunk with the counts."""
         return Completion(**self._head, choices=[], usage=usage)
 
     def _choice(self, index: int, text: str, scored: Sequence[Scored], finish: Finish | None) -> CompletionChoice:
@@ -90,7 +90,7 @@ class ChatWriter:
         self._head = _head("chatcmpl", model, fingerprint, created)
 
     def whole(self, answers: Sequence[Sequence[Delta]], usage: Usage) -> ChatCompletion:
-        """The whole reply."""
+        """Return the whole reply."""
         choices = [self._choice(index, deltas) for index, deltas in enumerate(answers)]
         return ChatCompletion(**self._head, choices=choices, usage=usage)
 
@@ -113,7 +113,7 @@ class ChatWriter:
             yield self._chunk(index, MessageDelta(role="assistant", content=""), None, None)
 
     def chunk(self, index: int, delta: Delta) -> ChatChunk:
-        """A chunk of a stream."""
+        """Return a chunk of a stream."""
         calls = [_call(call, index=call.index) for call in delta.calls]
         message = MessageDelta(
             content=delta.text or None, reasoning_content=delta.reasoning or None, tool_calls=calls or None
@@ -121,7 +121,7 @@ class ChatWriter:
         return self._chunk(index, message, _chat_logprobs(delta.scored), delta.finish)
 
     def closing(self, usage: Usage) -> ChatChunk:
-        """The chunk with the counts."""
+        """Return the chunk with the counts."""
         return ChatChunk(**self._head, choices=[], usage=usage)
 
     def _chunk(
@@ -147,7 +147,7 @@ def _call(delta: CallDelta, *, index: int | None) -> Call:
 
 
 def _joined(deltas: Iterable[CallDelta]) -> list[Call]:
-    """Whole calls of their pieces."""
+    """Join pieces to whole calls."""
     calls: dict[int, CallDelta] = {}
     for delta in deltas:
         begun = calls.get(delta.index)

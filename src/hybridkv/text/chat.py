@@ -87,7 +87,7 @@ def chat_prompt(
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every string in messages."""
+    """Yield every string in messages."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -133,7 +133,7 @@ def _takes(tokenizer: Any, messages: Sequence[Message], later: Sequence[int], va
 
 
 def chat_text(tokenizer: Any, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> str:
-    """The text that a model sees of a conversation, up to where its answer begins.
+    """Render the text that a model sees of a conversation, up to where its answer begins.
 
     Parameters
     ----------
@@ -192,7 +192,7 @@ def _time_limit() -> Iterator[None]:
 
 @contextmanager
 def _thread_limit() -> Iterator[None]:
-    """The same in any thread: another one has CPython raise the error here, between two of its instructions."""
+    """Limit the time in any thread: another one has CPython raise the error here, between two of its instructions."""
     here, lock, over = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False
     raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
 

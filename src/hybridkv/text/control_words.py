@@ -82,7 +82,7 @@ class ControlWords:
         self._cover = Cover(self, _STAND_INS[: len(self.firsts)])
 
     def cover_of(self, texts: Iterable[str]) -> Cover:
-        """Stand-ins that occur in none of the texts, nor in the chat template.
+        """Choose stand-ins that occur in none of the texts, nor in the chat template.
 
         Raises
         ------
@@ -110,7 +110,7 @@ class ControlWords:
         return self._compile(kept), self._compile(kept | (self._words & set(_THOUGHTS)))
 
     def encode(self, text: str, *, begins: bool = True) -> list[int]:
-        """Token ids of a prompt that may name control words, as llama.cpp takes prompts.
+        """Tokenize a prompt that may name control words, as llama.cpp takes prompts.
 
         Parameters
         ----------
@@ -141,7 +141,7 @@ class ControlWords:
         return [], []
 
     def _kept(self, words: set[str]) -> Iterator[str]:
-        """Pieces of text that begin as control words do and cannot become one: each up to the next such beginning.
+        """Yield pieces of text that begin as control words and cannot become one: each up to the next such beginning.
 
         They are those of other added tokens, and of what the template may search for.
         """
@@ -212,18 +212,18 @@ class Cover:
         return {key: value if key == "role" else covered(value) for key, value in message.items()}
 
     def rendered(self, text: str) -> str:
-        """A template's text, its stand-ins as characters wherever it has written their numbers."""
+        """Write stand-ins as characters in a template's text wherever it has written their numbers."""
         if "\\u" in text:
             for escape, stand_in in self._escapes.items():
                 text = text.replace(escape, stand_in)
         return text
 
     def uncover(self, text: str) -> str:
-        """The text as it reads."""
+        """Write covered text as it reads."""
         return text.translate(self._characters)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text that is covered where people wrote it; nothing is added around it."""
+        """Tokenize a text that is covered where people wrote it; nothing is added around it."""
         if self._any.search(text) is None:
             return list(self._words.backend.encode(text, add_special_tokens=False).ids)
         if self._encoder is None:
@@ -242,7 +242,7 @@ class Cover:
         return ids
 
     def _apart(self, word: str, control: Mapping[int, str]) -> list[int]:
-        """Ids of a control word's letters, none of which is a control word."""
+        """Return the ids of a control word's letters, none of which is a control word."""
         if len(word) == 1:
             return []  # no vocabulary has such a word; there is no other way to write it
         ids: list[int] = []
@@ -252,7 +252,7 @@ class Cover:
         return ids
 
     def _build(self) -> Tokenizer:
-        """The tokenizer over the same vocabulary, which finds control words before it takes stand-ins back."""
+        """Build the tokenizer over the same vocabulary, which finds control words before it takes stand-ins back."""
         backend, words = self._words.backend, self._words
         encoder = Tokenizer(backend.model)
         back = [normalizers.Replace(stand_in, first) for first, stand_in in self._stand_ins.items()]
@@ -296,7 +296,7 @@ class Covered:
         return self.cover.uncover(self.covered)
 
     def ids(self, begin: int = 0) -> list[int]:
-        """Token ids of the text from a character on; nothing is added around it."""
+        """Tokenize the text from a character on; nothing is added around it."""
         return self.cover.encode(self.covered[begin:])
 
     def find_last(self, text: str) -> int | None:
@@ -310,14 +310,14 @@ class Covered:
 
 
 def _sources(template: Any) -> list[str]:
-    """The texts of a chat template: one, several by name, or none."""
+    """List the texts of a chat template: one, several by name, or none."""
     if isinstance(template, str):
         return [template]
     return [text for text in template.values() if isinstance(text, str)] if isinstance(template, Mapping) else []
 
 
 def _literals(template: Any) -> Iterator[str]:
-    """The strings in a template's expressions; none of one that is no Jinja, which rendering refuses."""
+    """Yield the strings in a template's expressions; none of one that is no Jinja, which rendering refuses."""
     from jinja2 import Environment, TemplateSyntaxError  # a plain prompt needs none of it
 
     for source in _sources(template):

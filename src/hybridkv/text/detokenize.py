@@ -44,7 +44,7 @@ class TextStream:
         self._n_said = len(self._window)
 
     def push(self, token: int) -> str:
-        """The text that a token adds: none while a character is unfinished, or for a special token."""
+        """Return the text that a token adds: none while a character is unfinished, or for a special token."""
         self._window.append(token)
         text = self._text()
         return "" if text.endswith(REPLACEMENT) else self._hand_out(text)
@@ -85,7 +85,7 @@ def token_bytes(tokenizer: Any, token: int) -> bytes:
 
 
 def _byte_letters() -> dict[str, int]:
-    """The letter by which byte-level vocabularies write each byte.
+    """Map letters to the bytes for which byte-level vocabularies write them.
 
     Source: `bytes_to_unicode` of GPT-2's encoder.py: printable bytes stand for themselves, the others follow from 256.
     """

@@ -41,7 +41,7 @@ class Named:
 
 
 def _roles(form: str, opens: str, *, trims: Collection[str] = ()) -> Named:
-    """All roles alike."""
+    """Write all roles alike."""
     system, user, assistant = (form.replace("{role}", role) for role in ("system", "user", "assistant"))
     return Named(system, user, assistant, opens, trims, other=form)
 
@@ -171,7 +171,7 @@ def named_template(name: str, begins: str = "") -> str:
 
 
 def _text(text: str) -> str:
-    """Literal text, as an expression: Jinja cuts line ends of plain text."""
+    """Write literal text as an expression: Jinja cuts line ends of plain text."""
     return f"{{{{ {_quoted(text)} }}}}" if text else ""
 
 

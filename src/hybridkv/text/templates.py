@@ -22,7 +22,7 @@ RESERVED = OF_RENDERING | {"tools", "documents", "self"}
 
 
 def template_source(tokenizer: Any) -> str:
-    """The text of the chat template; of several by name, all texts together, "" if there is none."""
+    """Return the text of the chat template; of several by name, all texts together, "" if there is none."""
     template = tokenizer.chat_template
     if isinstance(template, Mapping):
         return "\n".join(text for text in template.values() if isinstance(text, str))
@@ -30,7 +30,7 @@ def template_source(tokenizer: Any) -> str:
 
 
 def template_variables(source: str) -> frozenset[str]:
-    """Names that a template takes from outside; of one that does not parse, every word in it."""
+    """Collect the names that a template takes from outside; of one that does not parse, every word in it."""
     environment = Environment(extensions=["jinja2.ext.loopcontrols"])
     try:
         return frozenset(meta.find_undeclared_variables(environment.parse(source)))

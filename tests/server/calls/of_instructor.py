@@ -16,7 +16,7 @@ def _check(server: Running, mode: str) -> None:
     city = client.chat.completions.create(model="m", messages=USER, response_model=City, max_retries=0)
     assert isinstance(city, City)
     assert (city.city, city.degrees) == ("Paris", 21)
-    assert len(server.served.runner.tickets) == 1  # type: ignore[attr-defined]
+    assert len(server.served.runner.handles) == 1  # type: ignore[attr-defined]
 
 
 def by_tool(server: Running) -> None:
@@ -45,7 +45,7 @@ def asked_again(server: Running) -> None:
     client = instructor.from_openai(server.client, mode=instructor.Mode.TOOLS)
     with pytest.raises(pytest.importorskip("instructor.core").InstructorRetryException):
         client.chat.completions.create(model="m", messages=USER, response_model=Cold, max_retries=1)
-    first, second = (t.request.prompt_ids for t in server.served.runner.tickets)  # type: ignore[attr-defined]
+    first, second = (t.request.prompt_ids for t in server.served.runner.handles)  # type: ignore[attr-defined]
     assert "less than or equal to 0" in server.served.tokenizer.decode(second)
     assert len(second) > len(first)
 

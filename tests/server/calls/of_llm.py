@@ -41,7 +41,7 @@ def conversation(server: Running) -> None:
     """A second question carries the first."""
     talk = _model(server).conversation()
     assert talk.prompt("one").text() == talk.prompt("two").text() == "It rains."
-    request = server.served.runner.tickets[-1].request  # type: ignore[attr-defined]
+    request = server.served.runner.handles[-1].request  # type: ignore[attr-defined]
     assert "<user>one<assistant>It rains.<user>two" in server.served.tokenizer.decode(request.prompt_ids)
 
 
@@ -66,7 +66,7 @@ def schema(server: Running) -> None:
 def options(server: Running) -> None:
     """Its options have OpenAI's names."""
     _model(server).prompt("Hi", max_tokens=3, seed=5, top_p=0.5, logit_bias='{"5": -10}', stream=False).text()
-    request = server.served.runner.tickets[-1].request  # type: ignore[attr-defined]
+    request = server.served.runner.handles[-1].request  # type: ignore[attr-defined]
     assert (request.max_tokens, request.params.seed, request.params.logit_bias) == (3, 5, ((5, -10),))
 
 

@@ -30,7 +30,7 @@ def _answer(server: Running, **options: Any) -> Any:
 
 
 def _params(server: Running) -> Any:
-    return server.served.runner.tickets[-1].request.params  # type: ignore[attr-defined]
+    return server.served.runner.handles[-1].request.params  # type: ignore[attr-defined]
 
 
 def models(server: Running) -> None:
@@ -119,7 +119,7 @@ def several(server: Running) -> None:
     """Three answers, each drawn with a seed of its own."""
     reply = _chat(server).create(model="m", messages=USER, n=3, seed=7, temperature=0.9)
     assert [choice.message.content for choice in reply.choices] == ["It rains."] * 3
-    assert [t.request.params.seed for t in server.served.runner.tickets] == [7, 8, 9]  # type: ignore[attr-defined]
+    assert [t.request.params.seed for t in server.served.runner.handles] == [7, 8, 9]  # type: ignore[attr-defined]
 
 
 def logprobs(server: Running) -> None:
@@ -157,7 +157,7 @@ def parts(server: Running) -> None:
     ]
     reply = _chat(server).create(model="m", messages=turns, store=False, metadata={"a": "b"}, user="u")
     assert reply.choices[0].message.content == "It rains."
-    request = server.served.runner.tickets[-1].request  # type: ignore[attr-defined]
+    request = server.served.runner.handles[-1].request  # type: ignore[attr-defined]
     assert server.served.tokenizer.decode(request.prompt_ids).endswith("<system>Be short.<user>What now?:")
 
 

@@ -60,7 +60,7 @@ def _tool(talk: Talk, screen: Screen, value: str) -> Pieces:
     del screen
     if not value:
         raise UsageError("/tool needs what the tool has answered", hint='try /tool {"degrees": 21}')
-    return talk.tell(value)
+    return talk.add_tool_result(value)
 
 
 def _save(talk: Talk, screen: Screen, value: str) -> None:

@@ -106,7 +106,7 @@ def _quiet_keys() -> Iterator[None]:
 
 
 def _session() -> PromptSession[str]:
-    """A line editor: history in a file, Alt-Enter for a new line, pasted lines as they are, commands completed."""
+    """Create a line editor: history in a file, Alt-Enter for a new line, pasted text as it is, commands completed."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.history import FileHistory, History, InMemoryHistory

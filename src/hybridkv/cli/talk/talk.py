@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from hybridkv.cli.talk.thoughts import Kind, Thoughts
-from hybridkv.engine.requests import Event, Request, Ticket
+from hybridkv.engine.requests import Event, Request, RequestHandle
 from hybridkv.engine.session import load_session
 from hybridkv.errors import ContextError, HybridKVError, UsageError
 from hybridkv.formats import get_format
@@ -116,7 +116,7 @@ class Talk:
         self.types = self._own_types = types
         self._asked_types: KVTypes | None = None
         self.last: Answered | None = None
-        self.ticket: Ticket | None = None
+        self.handle: RequestHandle | None = None
         self._asked: tuple[str, tuple[int, ...]] | None = None  # the last prompt, and its tokens
         self._held: tuple[int, ...] = ()  # all tokens up to the end of the last answer
         self.on_step: Callable[[int, int], None] | None = None
@@ -159,7 +159,7 @@ class Talk:
         self.messages.append({"role": "user", "content": text})
         return self._answer(regenerates=False)
 
-    def tell(self, text: str) -> Iterator[tuple[Kind, str]]:
+    def add_tool_result(self, text: str) -> Iterator[tuple[Kind, str]]:
         """Add what a tool has answered to the call in the last answer, and have it answered.
 
         Raises
@@ -196,8 +196,8 @@ class Talk:
 
     def stop(self) -> None:
         """End the answer that is coming, after the step that runs."""
-        if self.ticket is not None:
-            self.ticket.cancel()
+        if self.handle is not None:
+            self.handle.cancel()
 
     def _answer(self, *, regenerates: bool) -> Iterator[tuple[Kind, str]]:
         answered = Answered()
@@ -240,7 +240,7 @@ class Talk:
         return request, rendered.text
 
     def _ids(self, rendered: Covered) -> list[int]:
-        """Tokens of the conversation; those of earlier turns as they came, if the text begins with theirs."""
+        """Tokenize the conversation; earlier turns keep their tokens as they came, if the text begins with theirs."""
         if self._asked is not None and self._asked[0] == rendered.text:
             return list(self._asked[1])
         if self._held:
@@ -253,14 +253,14 @@ class Talk:
         events: list[Event] = []
         stream, stops = TextStream(self.tokenizer, request.prompt_ids), StopStrings(self.habits.stops)
         start = time.perf_counter()
-        self.ticket = ticket = self.scheduler.submit(request, events.append)
+        self.handle = handle = self.scheduler.submit(request, events.append)
         answered.n_prompt = len(request.prompt_ids)
         before = self.scheduler.stats().prompt_tokens
-        while not ticket.finished:
+        while not handle.finished:
             self.scheduler.step()
             answered.kv_bytes = max(answered.kv_bytes, self.scheduler.stats().kv_bytes_used)
             if not answered.n_tokens and self.on_step is not None:
-                done = self.scheduler.stats().prompt_tokens - before + ticket.usage.cached_tokens
+                done = self.scheduler.stats().prompt_tokens - before + handle.usage.cached_tokens
                 self.on_step(done, answered.n_prompt)
             while events:
                 event = events.pop(0)
@@ -273,11 +273,11 @@ class Talk:
                 answered.n_tokens += 1
                 yield from self._split(thoughts, stops.push(stream.push(event.token)), answered)
                 if stops.found:
-                    ticket.cancel()
-        self._held = ticket.token_ids
-        answered.n_cached = ticket.usage.cached_tokens
+                    handle.cancel()
+        self._held = handle.token_ids
+        answered.n_cached = handle.usage.cached_tokens
         answered.answer_s = time.perf_counter() - start
-        answered.ended = self._ended(ticket, stops)
+        answered.ended = self._ended(handle, stops)
         if not stops.found:
             yield from self._split(thoughts, stops.push(stream.close()) + stops.close(), answered)
         for kind, text in thoughts.close():
@@ -295,13 +295,13 @@ class Talk:
             answered.text += text
         return kind, text
 
-    def _ended(self, ticket: Ticket, stops: StopStrings) -> Ended:
-        last = ticket.token_ids[-1]
+    def _ended(self, handle: RequestHandle, stops: StopStrings) -> Ended:
+        last = handle.token_ids[-1]
         if stops.found or last in self.habits.end_ids:
             return "end of text"
-        if ticket.cancelled:
+        if handle.cancelled:
             return "interrupted"
-        return "context full" if len(ticket.token_ids) >= self.scheduler.admission.n_ctx else "n"
+        return "context full" if len(handle.token_ids) >= self.scheduler.admission.n_ctx else "n"
 
     # ---- Files.
 
@@ -313,11 +313,11 @@ class Talk:
         UsageError, SessionError
             If nothing was answered, or it cannot be written.
         """
-        ticket = self.ticket
-        if ticket is None:
+        handle = self.handle
+        if handle is None:
             raise UsageError("nothing was answered yet: there is nothing to save")
         messages = tuple(self.messages)
-        return self._aside(lambda: self.scheduler.save(ticket, path, messages))
+        return self._aside(lambda: self.scheduler.save(handle, path, messages))
 
     def load(self, path: Path) -> None:
         """Resume a saved conversation in place of this one.
@@ -332,7 +332,7 @@ class Talk:
             raise UsageError(f"{path} holds plain text, not a conversation")
         self._aside(lambda: self.scheduler.restore(path))
         self.messages = [dict(message) for message in session.messages]
-        self.last, self.ticket = None, None
+        self.last, self.handle = None, None
         self.types, self._asked_types = self._own_types, None  # its rows are stored so now
         self._asked, self._held = None, session.tokens[: session.n_cached]
 

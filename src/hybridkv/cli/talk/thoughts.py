@@ -55,13 +55,13 @@ class Thoughts:
     def _thought(self, end: str) -> Iterator[tuple[Kind, str]]:
         at = self._held.find(end)
         if at >= 0:
-            said, self._held, self._end, self._trim = self._held[:at], self._held[at + len(end) :], None, True
+            content, self._held, self._end, self._trim = self._held[:at], self._held[at + len(end) :], None, True
         else:
             n_held = next((n for n in range(len(end) - 1, 0, -1) if self._held.endswith(end[:n])), 0)
             cut = len(self._held) - n_held
-            said, self._held = self._held[:cut], self._held[cut:]
-        if said:
-            yield "thought", said
+            content, self._held = self._held[:cut], self._held[cut:]
+        if content:
+            yield "thought", content
 
     def _answer(self) -> Iterator[tuple[Kind, str]]:
         text = self._held.lstrip("\n") if self._trim else self._held  # blank lines after thoughts are layout

@@ -27,7 +27,7 @@ def _inner(config: Config) -> int:
 
 
 def _in_proj(config: Config) -> Floats:
-    """One number per row: gate, x, B, C and time step have their own multipliers."""
+    """Return one factor per row: gate, x, B, C and time step have their own multipliers."""
     grouped = config.mamba_n_groups * config.mamba_d_state
     rows = (_inner(config), _inner(config), grouped, grouped, config.mamba_n_heads)
     return np.repeat(np.float32(config.ssm_multipliers), rows) * np.float32(config.ssm_in_multiplier)

@@ -49,7 +49,7 @@ def _key_rows(config: Config) -> Order:
 
 
 def inner_size(config: Config) -> int:
-    """Values of a mixer."""
+    """Count the values of a mixer."""
     inner: int = config.mamba_n_heads * config.mamba_d_head
     return inner
 

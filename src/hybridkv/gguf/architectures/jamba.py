@@ -123,7 +123,7 @@ def _layers(config: Config) -> list[tuple[str, ...]]:
 
 
 def _derived(fields: Fields) -> Fields:
-    """Periods as lists of layers. Source: transformers, configuration_jamba.py."""
+    """Turn periods into lists of layers. Source: transformers, configuration_jamba.py."""
     layers = range(fields["num_hidden_layers"])
 
     def has(what: str, layer: int) -> bool:

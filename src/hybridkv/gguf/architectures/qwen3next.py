@@ -25,7 +25,7 @@ _INTERVAL = 4  # of attention layers, in files that do not say
 
 
 def _widths(config: Config) -> tuple[int, int]:
-    """Rows of all keys (or queries), and of all values (or gates)."""
+    """Count the rows of all keys (or queries), and of all values (or gates)."""
     keys = config.linear_num_key_heads * config.linear_key_head_dim
     return keys, config.linear_num_value_heads * config.linear_value_head_dim
 

@@ -27,7 +27,7 @@ _SHARED = (
 
 
 def _mixer(layer: str) -> tuple[TensorRule, ...]:
-    """A layer's own norm and Mamba-2, by what their names start with."""
+    """List the rules of a layer's own norm and Mamba-2, by what their names start with."""
     mixer = mamba2.mixer(
         f"{layer}mamba", "n_mamba_heads", "mamba_ngroups", lambda c: int(c.mamba_expand * c.hidden_size)
     )
@@ -41,7 +41,7 @@ def _layers(c: Config) -> list[tuple[str, ...]]:
 
 
 def _adapters(c: Config) -> dict[str, tuple[TensorRule, ...]]:
-    """The adapters of all uses of a block, which its first layer holds."""
+    """List the adapters of all uses of a block, which its first layer holds."""
     rules: dict[str, tuple[TensorRule, ...]] = {}
     for use, owner in enumerate(shared_owners(c).values()):
         name, block = f"adapters of {owner}", "shared_transformer."

@@ -13,7 +13,7 @@ from hybridkv.hf import cache_argument
 from hybridkv.hf.step.weights import types_held
 from hybridkv.kernels.mapped import verify_maps
 from hybridkv.model.facts import takes_chunks
-from hybridkv.runtime import Answers, ModelCache, one_by_one
+from hybridkv.runtime import ModelCache, StepResult, one_by_one
 
 PREFILL_CHUNK = 512
 """Prompt tokens per forward pass; bounds the activations' memory."""
@@ -49,8 +49,8 @@ class EagerStep:
             position += chunk.shape[1]
         return logits[:, -1].float()
 
-    def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> Answers:
-        """One sequence after the other: Transformers' layers take one cache; see `Step.forward_many`."""
+    def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> StepResult:
+        """Run one sequence after the other: Transformers' layers take one cache; see `Step.forward_many`."""
         return one_by_one(self, tokens, caches, positions)
 
     def logits(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
@@ -71,11 +71,11 @@ class EagerStep:
         return found
 
     def decode(self, tokens: Tensor, cache: ModelCache, positions: Tensor) -> Tensor:
-        """One token per sequence `[B, 1]` at int64 `positions` `[B, 1]`; the logits `[B, V]` in the model's dtype."""
+        """Decode a token per sequence `[B, 1]` at int64 `positions` `[B, 1]`; logits `[B, V]` in the model's dtype."""
         return self._model_logits(tokens, cache, positions, self._last_only)[:, -1]
 
     def _call(self, tokens: Tensor, cache: ModelCache, position: int, options: dict[str, Any]) -> Tensor:
-        """One forward pass; the logits in the model's dtype."""
+        """Run one forward pass; the logits are in the model's dtype."""
         device = self.device
         positions = torch.arange(position, position + tokens.shape[1], device=device)
         return self._model_logits(tokens.to(device), cache, positions.expand(tokens.shape), options)

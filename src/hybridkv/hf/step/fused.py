@@ -15,7 +15,7 @@ from hybridkv.model.protocols import Config
 
 
 def families() -> dict[str, FusedFamily]:
-    """The families by model type; imports their kernels."""
+    """Map model types to families; imports their kernels."""
     from hybridkv.hf.step import fused_qwen3_5
 
     return {family.model_type: family for family in fused_qwen3_5.FAMILIES}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hybridkv.hf.states import StateLayer
 from hybridkv.kernels import AttentionParams
-from hybridkv.runtime import Answers, ModelCache, one_by_one
+from hybridkv.runtime import ModelCache, StepResult, one_by_one
 from hybridkv.runtime.attend import attend_new
 
 PROMPT_ROWS = 1024
@@ -22,7 +22,7 @@ PROMPT_ROWS = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class FusedRun:
     """One run over T tokens of B sequences, whose rows are `[B * T, ...]`, sequence after sequence.
 
     Attributes
@@ -50,7 +50,7 @@ class Run:
     def states(
         self, layer: int, conv: tuple[int, int], recurrent: tuple[int, ...], like: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Convolution state `[B, channels, kernel]` and recurrent state of a layer, to continue in place."""
+        """Return convolution state `[B, channels, kernel]` and recurrent state of a layer, to continue in place."""
         stored = self.cache.states[layer]
         assert isinstance(stored, StateLayer)
         return stored.filled_states(self.n_seqs, conv, recurrent, like)
@@ -58,14 +58,14 @@ class Run:
     def file_states(
         self, layer: int, conv: tuple[int, int], recurrent: tuple[int, ...], like: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The same with heads in the order of GGUF files."""
+        """Return the same states with heads in the order of GGUF files."""
         stored = self.cache.states[layer]
         assert stored is not None
         return stored.file_states(self.n_seqs, conv, recurrent, like)
 
 
 Embed = Callable[[Tensor], Tensor]
-Layers = Callable[[Tensor, Run], Tensor]
+Layers = Callable[[Tensor, FusedRun], Tensor]
 Head = Callable[[Tensor], Tensor]
 
 
@@ -125,8 +125,8 @@ class LayersStep:
             position += part.shape[1]
         return self._head(hidden[:, -1]).float()
 
-    def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> Answers:
-        """One sequence after the other; see `Step.forward_many`."""
+    def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> StepResult:
+        """Run one sequence after the other; see `Step.forward_many`."""
         return one_by_one(self, tokens, caches, positions)
 
     def logits(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
@@ -139,19 +139,19 @@ class LayersStep:
         return torch.cat(logits, dim=1)
 
     def decode(self, tokens: Tensor, cache: ModelCache, positions: Tensor) -> Tensor:
-        """One token per sequence `[B, 1]` at int64 `positions` `[B, 1]`; the logits `[B, V]` in the model's dtype."""
+        """Decode a token per sequence `[B, 1]` at int64 `positions` `[B, 1]`; logits `[B, V]` in the model's dtype."""
         return self._head(self._run(tokens, cache, positions))
 
     def _parts(self, tokens: Tensor) -> tuple[Tensor, ...]:
         return torch.split(tokens.to(self.device), max(1, (self._prompt_rows or PROMPT_ROWS) // len(tokens)), dim=1)
 
     def _prompt(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
-        """Hidden states `[B, T, hidden]`."""
+        """Process a prompt; return hidden states `[B, T, hidden]`."""
         positions = torch.arange(position, position + tokens.shape[1], device=tokens.device)
         return torch.unflatten(self._run(tokens, cache, positions.expand(tokens.shape)), 0, tokens.shape)
 
     def _run(self, tokens: Tensor, cache: ModelCache, positions: Tensor) -> Tensor:
-        """All layers over `tokens` `[B, T]`; hidden states `[B * T, hidden]`."""
+        """Run all layers over `tokens` `[B, T]`; return hidden states `[B * T, hidden]`."""
         n_seqs, n_tokens = tokens.shape
-        run = Run(cache, n_seqs, n_tokens, positions.flatten().contiguous())
+        run = FusedRun(cache, n_seqs, n_tokens, positions.flatten().contiguous())
         return self._layers(self._embed(tokens.flatten()), run)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridkv.hf.step.fused_layers import FusedFamily, Head, Layers, Run
+from hybridkv.hf.step.fused_layers import FusedFamily, FusedRun, Head, Layers
 from hybridkv.hf.step.joined import Joined, is_plain, project
 from hybridkv.kernels.cuda.delta import DeltaShape, conv_prompt, conv_step, delta_prompt, delta_step, gated_norm
 from hybridkv.kernels.cuda.experts import route, run_experts
@@ -45,7 +45,7 @@ class _DeltaNet:
             self._joined = Joined(net.in_proj_qkv, net.in_proj_z, net.in_proj_b, net.in_proj_a)
 
     def _project(self, normed: Tensor) -> tuple[Tensor, ...]:
-        """Rows before the convolution `[N, channels]`, z `[N, Hv * Dv]`, beta and alpha `[N, Hv]`."""
+        """Project to the convolution's inputs `[N, channels]`, z `[N, Hv * Dv]`, beta and alpha `[N, Hv]`."""
         if not self._by_head:
             return self._joined.split(normed)
         shape, joined = self._shape, self._joined(normed)
@@ -54,7 +54,7 @@ class _DeltaNet:
         parts = regroup_heads(joined, shape.n_key, (first, (per_key, per_key)))
         return torch.split(parts, [shape.channels, shape.n_value * shape.head_v, shape.n_value, shape.n_value], 1)
 
-    def __call__(self, normed: Tensor, run: Run) -> Tensor:
+    def __call__(self, normed: Tensor, run: FusedRun) -> Tensor:
         net, shape = self._net, self._shape
         raw, z, beta, alpha = self._project(normed)
         recurrent = (shape.n_value, shape.head_k, shape.head_v)
@@ -76,7 +76,7 @@ class _Attention:
         self._index, self._attention, self._frequencies = index, attention, frequencies
         self._joined = Joined(attention.q_proj, attention.k_proj, attention.v_proj)
 
-    def __call__(self, normed: Tensor, run: Run) -> Tensor:
+    def __call__(self, normed: Tensor, run: FusedRun) -> Tensor:
         attention = self._attention
         both, k, v = (torch.unflatten(x, 1, (-1, attention.head_dim)) for x in self._joined.split(normed))
         q, gate = both[:, 0::2], both[:, 1::2]  # per head: q, then its gate
@@ -96,7 +96,7 @@ class _Dense:
     def __init__(self, mlp: Any) -> None:
         self._mlp, self._joined = mlp, Joined(mlp.gate_proj, mlp.up_proj)
 
-    def __call__(self, normed: Tensor, _: Run) -> Tensor:
+    def __call__(self, normed: Tensor, _: FusedRun) -> Tensor:
         return project(self._joined.swiglu(normed), self._mlp.down_proj.weight)
 
 
@@ -115,7 +115,7 @@ class _Experts:
         if self._plain:
             self._scores, self._up = Joined(gate, block.shared_expert_gate), Joined(shared.gate_proj, shared.up_proj)
 
-    def __call__(self, normed: Tensor, run: Run) -> Tensor:
+    def __call__(self, normed: Tensor, run: FusedRun) -> Tensor:
         block = self._block
         top_k, n_experts = block.gate.top_k, block.gate.num_experts
         if not self._plain or (run.n_tokens > 1 and len(normed) * top_k > n_experts):
@@ -129,13 +129,13 @@ class _Experts:
 def _build(model: Any) -> tuple[Layers, Head]:
     config, body = model.config.get_text_config(decoder=True), model.model
     frequencies = body.rotary_emb.inv_freq
-    blocks: list[tuple[Any, Callable[[Tensor, Run], Tensor], Callable[[Tensor, Run], Tensor]]] = []
+    blocks: list[tuple[Any, Callable[[Tensor, FusedRun], Tensor], Callable[[Tensor, FusedRun], Tensor]]] = []
     for index, layer in enumerate(body.layers):
         recurrent = config.layer_types[index] == "linear_attention"
         mixer = _DeltaNet(index, layer.linear_attn) if recurrent else _Attention(index, layer.self_attn, frequencies)
         blocks.append((layer, mixer, _Experts(layer.mlp) if hasattr(layer.mlp, "experts") else _Dense(layer.mlp)))
 
-    def layers(x: Tensor, run: Run) -> Tensor:
+    def layers(x: Tensor, run: FusedRun) -> Tensor:
         added: Tensor | None = None
         for layer, mixer, mlp in blocks:
             first, second = layer.input_layernorm, layer.post_attention_layernorm

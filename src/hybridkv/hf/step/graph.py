@@ -25,13 +25,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from hybridkv.cache.fixed import N_NUMBERS, numbers_of
+from hybridkv.cache.device_rows import N_COUNTERS, counters_of
 from hybridkv.errors import ModelError
 from hybridkv.model.facts import layer_facts
 from hybridkv.model.protocols import Config
-from hybridkv.runtime import Answers, ModelCache, Step, one_by_one
+from hybridkv.runtime import ModelCache, Step, StepResult, one_by_one
 from hybridkv.runtime.attend import non_finite
-from hybridkv.runtime.view import Fixed, Notify
+from hybridkv.runtime.view import DeviceStep, Notify
 
 LOG = logging.getLogger("hybridkv")
 
@@ -70,7 +70,7 @@ class Decoder(Step, Protocol):
         ...
 
     def decode(self, tokens: Tensor, cache: ModelCache, positions: Tensor) -> Tensor:
-        """One token per sequence: tokens and positions int64 `[B, 1]` on the device; logits `[B, V]`."""
+        """Decode one token per sequence: tokens and positions int64 `[B, 1]` on the device; logits `[B, V]`."""
         ...
 
 
@@ -82,7 +82,7 @@ class Recorder(Protocol):
         ...
 
     def record(self, body: Callable[[], None]) -> Callable[[], object]:
-        """The body as a recording. Nothing is run."""
+        """Record the body without running it."""
         ...
 
 
@@ -130,11 +130,11 @@ class Recording:
     ----------
     memory
         The cache's tensors at the time.
-    staged, numbers
-        int64 `[B + 1 + KV layers * N_NUMBERS]`: tokens, their position, and where each layer's rows are, on the host
+    staged, inputs
+        int64 `[B + 1 + KV layers * N_COUNTERS]`: tokens, their position, and where each layer's rows are, on the host
         and on the device.
     health
-        int32 `[KV layers, 2]` on the device; see `Fixed`.
+        int32 `[KV layers, 2]` on the device; see `DeviceStep`.
     logits
         float32 `[B, V]`, overwritten by every replay.
     replay
@@ -143,29 +143,29 @@ class Recording:
 
     memory: tuple[Tensor, ...]
     staged: Tensor
-    numbers: Tensor
+    inputs: Tensor
     health: Tensor
     logits: Tensor | None = None
     replay: Callable[[], object] | None = None
 
     @classmethod
     def of(cls, memory: Sequence[Tensor], n_layers: int, n_seqs: int) -> Recording:
-        """Numbers and health for a cache of this memory and of so many KV layers; nothing is recorded yet."""
-        device, n = memory[0].device, n_seqs + 1 + n_layers * N_NUMBERS
+        """Allocate inputs and health for a cache of this memory and `n_layers` KV layers; nothing is recorded yet."""
+        device, n = memory[0].device, n_seqs + 1 + n_layers * N_COUNTERS
         staged = torch.empty(n, dtype=torch.long, pin_memory=device.type == "cuda")
-        numbers = torch.empty(n, dtype=torch.long, device=device)
+        inputs = torch.empty(n, dtype=torch.long, device=device)
         health = torch.zeros(n_layers, 2, dtype=torch.int32, device=device)
-        return cls(tuple(memory), staged, numbers, health)
+        return cls(tuple(memory), staged, inputs, health)
 
     def stage(self, tokens: Tensor, position: int, rows: Sequence[int]) -> None:
-        """Hand the step its numbers, once it is counted. The copy needs no waiting: the step before it has ended."""
+        """Hand the step its inputs, once it is counted. The copy needs no waiting: the step before it has ended."""
         n_seqs = len(tokens)
         self.staged[:n_seqs] = tokens[:, 0]
         self.staged[n_seqs:] = torch.tensor([position, *rows])
-        self.numbers.copy_(self.staged, non_blocking=True)
+        self.inputs.copy_(self.staged, non_blocking=True)
 
     def result(self, cache: ModelCache) -> Tensor:
-        """The logits, once the step has ended: here the host waits for the device, and nowhere else in a step.
+        """Wait for the step and return its logits: here the host waits for the device, and nowhere else in a step.
 
         Raises
         ------
@@ -243,8 +243,8 @@ class GraphStep:
         recording.replay()
         return recording.result(cache)
 
-    def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> Answers:
-        """One replay after the other: a recording is of one cache; see `Step.forward_many`."""
+    def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> StepResult:
+        """Replay one sequence after the other: a recording is of one cache; see `Step.forward_many`."""
         return one_by_one(self, tokens, caches, positions)
 
     @torch.inference_mode()
@@ -271,7 +271,7 @@ class GraphStep:
         key = (cache.specs, tuple(layer.store.kernels for layer in layers))
         if key not in self._answers:
             device = self._decoder.device.type
-            reasons = (layer.store.fixed_reason(device) for layer in layers)
+            reasons = (layer.store.device_step_refusal(device) for layer in layers)
             known = next((reason for reason in reasons if reason is not None), None)
             if known is None and not _settled(cache):
                 return None
@@ -291,12 +291,12 @@ class GraphStep:
     def _run(self, cache: ModelCache, recording: Recording) -> None:
         """Run the recorded part: one step, by the row counters on the device alone."""
         n_layers = len(recording.health)
-        n_seqs = len(recording.numbers) - 1 - n_layers * N_NUMBERS
-        tokens, position, rows = torch.split(recording.numbers, [n_seqs, 1, n_layers * N_NUMBERS])
+        n_seqs = len(recording.inputs) - 1 - n_layers * N_COUNTERS
+        tokens, position, rows = torch.split(recording.inputs, [n_seqs, 1, n_layers * N_COUNTERS])
         tokens, positions = tokens.unsqueeze(1), position.expand(n_seqs, 1)
-        rows = rows.to(torch.int32).view(n_layers, N_NUMBERS, 1).expand(-1, -1, n_seqs).contiguous()
+        rows = rows.to(torch.int32).view(n_layers, N_COUNTERS, 1).expand(-1, -1, n_seqs).contiguous()
         recording.health.zero_()
-        with _fixed(cache, rows, recording.health):
+        with _on_device(cache, rows, recording.health):
             logits = self._decoder.decode(tokens, cache, positions)
         if recording.logits is None:
             recording.logits = torch.empty_like(logits, dtype=torch.float32)
@@ -307,8 +307,8 @@ def _settled(cache: ModelCache) -> bool:
     """Check that the cache has its memory, and that the guard has nothing to measure in the next step."""
     for layer in cache.quantized:
         store, watch = layer.store, layer.watch
-        measures = watch.pending and store.has_packed(1)  # of exact rows alone there is nothing to measure
-        if measures or not store.n_stored or watch.takes(store.n_seen + 1, 1):
+        measures = watch.awaits_first_check and store.has_packed(1)  # of exact rows alone there is nothing to measure
+        if measures or not store.n_stored or watch.should_check(store.n_seen + 1, 1):
             return False
     return all(all(layer.has_previous_state.values()) for layer in cache.stateful)
 
@@ -319,28 +319,28 @@ def _count(cache: ModelCache, n_seqs: int, position: int, device: torch.device) 
     Returns all tensors that then hold rows and states, and where every layer's rows are.
     """
     memory: list[Tensor] = []
-    numbers: list[int] = []
+    counters: list[int] = []
     for layer in cache.quantized:
         store = layer.store
         assert store.n_seen == position, (store.n_seen, position)
-        store.count(n_seqs, 1, device)
+        store.reserve_only(n_seqs, 1, device)
         segments = store.segments
-        numbers += numbers_of(segments)
+        counters += counters_of(segments)
         for segment in segments:
             memory += segment.memory
     for state in cache.stateful:
         memory += state.memory
-    return memory, numbers
+    return memory, counters
 
 
 @contextmanager
-def _fixed(cache: ModelCache, rows: Tensor, health: Tensor) -> Iterator[None]:
-    """Let every KV layer store and attend by numbers on the device."""
+def _on_device(cache: ModelCache, rows: Tensor, health: Tensor) -> Iterator[None]:
+    """Let every KV layer store and attend by row counters on the device."""
     layers = cache.quantized
     try:
-        for layer, numbers, word in zip(layers, rows, health, strict=True):
-            layer.fixed = Fixed(numbers, word)
+        for layer, counters, word in zip(layers, rows, health, strict=True):
+            layer.device_step = DeviceStep(counters, word)
         yield
     finally:
         for layer in layers:
-            layer.fixed = None
+            layer.device_step = None

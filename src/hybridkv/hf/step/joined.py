@@ -22,7 +22,7 @@ def is_plain(weight: Tensor) -> bool:
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
-    """`[N, in]` to `[N, out]`, by a weight that is held in any way."""
+    """Multiply `[N, in]` by a weight that is held in any way: `[N, out]`."""
     return multiply(x, weight) if is_plain(weight) else F.linear(x, weight)
 
 
@@ -50,15 +50,15 @@ class Joined:
         return self._weight
 
     def __call__(self, x: Tensor) -> Tensor:
-        """`[N, in]` to `[N, sum of outs]`."""
+        """Multiply `[N, in]` by the joined weights: `[N, sum of outs]`."""
         if self._weight is not None:
             return multiply(x, self._weight)
         return torch.cat([module(x) for module in self._modules], 1)
 
     def swiglu(self, x: Tensor) -> Tensor:
-        """`[N, in]` to `silu(gate) * up`, for a gate and an up module of one width; `[N, out]`."""
+        """Compute `silu(gate) * up` of `[N, in]`, for a gate and an up module of one width; `[N, out]`."""
         return swiglu(self(x)) if self._weight is None else multiply_swiglu(x, self._weight)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The product's parts, as slices."""
+        """Split the product into its parts, as slices."""
         return torch.split(self(x), self.widths, 1)

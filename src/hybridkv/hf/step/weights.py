@@ -20,7 +20,7 @@ from hybridkv.errors import ModelError
 from hybridkv.held import EXPERTS, WeightKind, weight_type
 from hybridkv.kernels import cpu_native
 from hybridkv.kernels.weights import Weight, decode, encode, matmul, reencoded, rows
-from hybridkv.model import vocabulary_rows
+from hybridkv.model import vocab_size_of
 
 _DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -32,14 +32,14 @@ class PackedTensor(Tensor):
 
     @staticmethod
     def __new__(cls, packed: Weight, dtype: torch.dtype) -> PackedTensor:
-        """Shape and dtype of what is held, without its memory."""
+        """Create a tensor with the shape and dtype of what is held, without its memory."""
         shape = (packed.n_out, packed.n_in)
         made: PackedTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
         made.packed = packed
         return made
 
     def unpacked(self) -> Tensor:
-        """The values, in the tensor's dtype."""
+        """Decode the values, in the tensor's dtype."""
         return decode(self.packed).to(self.dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -102,7 +102,7 @@ def _check_same_values(held: PackedTensor, value: Tensor) -> None:
 
 
 def _linear(x: Tensor, weight: PackedTensor, bias: Tensor | None = None) -> Tensor:
-    """`x W^T + b` for x `[..., n_in]`, computed in float32, in the dtype of x."""
+    """Compute `x W^T + b` for x `[..., n_in]` in float32; the result has the dtype of x."""
     out = matmul(x.reshape(-1, x.shape[-1]), weight.packed).view(*x.shape[:-1], weight.packed.n_out)
     return (out if bias is None else out + bias).to(x.dtype)
 
@@ -124,14 +124,14 @@ class Holder:
     dtype: torch.dtype | None = None
 
     def of_file(self, weight: Weight, dtype: torch.dtype) -> Tensor:
-        """For a matrix that lies in a file as the model has it."""
+        """Hold a matrix that lies in a file as the model has it."""
         name = weight_type(self.kind, weight.n_in, in_vocabulary=weight.n_out == self.n_vocab)
         if name is not None and name != weight.format.name:
             weight = reencoded(weight, name)
         return nn.Parameter(PackedTensor(weight, self.dtype or dtype), requires_grad=False)
 
     def of_values(self, parameter: Tensor) -> Tensor:
-        """For a parameter's values; vectors, stacks of experts and convolutions stay what they are."""
+        """Hold a parameter's values; vectors, stacks of experts and convolutions stay what they are."""
         if parameter.dim() != 2 or self.kind == "plain" or isinstance(parameter, PackedTensor):
             return parameter
         value = parameter.detach()
@@ -159,7 +159,7 @@ def pack_model(model: Any, kind: WeightKind = "auto") -> None:
             f"{empty} is on the meta device and has no values to pack; allowed: weights in memory",
             hint="load the model without layers on disk (device_map), or leave its weights plain",
         )
-    holder = Holder(kind, vocabulary_rows(model.config))
+    holder = Holder(kind, vocab_size_of(model.config))
     done: dict[int, Tensor] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -192,7 +192,7 @@ def _unpack_state(module: nn.Module, state: dict[str, Tensor], prefix: str, loca
 
 
 def held_parts(model: nn.Module) -> dict[str, int]:
-    """Bytes of a model's weights by how they are held, named as `hybridkv.held` names them ahead."""
+    """Count the bytes of a model's weights by how they are held, named as `hybridkv.held` names them ahead."""
     parts: dict[str, int] = {}
     vectors = 0
     for parameter in {id(value): value for value in model.state_dict(keep_vars=True).values()}.values():
@@ -212,7 +212,7 @@ def held_parts(model: nn.Module) -> dict[str, int]:
 
 
 def types_held(model: nn.Module) -> str:
-    """The types of a model's matrices and experts, as in `f32 (experts) + q8_0`; empty if nothing is packed."""
+    """Name the types of a model's matrices and experts, as in `f32 (experts) + q8_0`; empty if nothing is packed."""
     if not any(isinstance(parameter, PackedTensor) for parameter in model.parameters()):
         return ""
     return " + ".join(name for name in held_parts(model) if "(vectors)" not in name)
@@ -224,6 +224,6 @@ def packing_rejects(device: str) -> str | None:
 
 
 def _exact_type(x: Tensor) -> str:
-    """bf16 if it holds all values as they are, else f32."""
+    """Choose bf16 if it holds all values as they are, else f32."""
     held = x.dtype == torch.bfloat16 or torch.equal(x.bfloat16().float(), x.float())
     return "bf16" if held else "f32"

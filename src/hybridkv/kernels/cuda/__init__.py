@@ -45,7 +45,7 @@ def available(device: str) -> str | None:
 
 
 def attend(q: Tensor, view: KVView, params: AttentionParams) -> Tensor:
-    """Attention of q `[B, Hq, T, D]` over the view's S rows; `[B, Hq, T, Dv]`, float32, or float16 of prompts."""
+    """Attend q `[B, Hq, T, D]` over the view's S rows; `[B, Hq, T, Dv]`, float32, or float16 of prompts."""
     from hybridkv.kernels.cuda import launch
 
     return launch.attend(q, view, params)

@@ -72,7 +72,7 @@ def _conv_step(raw, state, weight, bias, mixed, raw_row, state_seq, state_channe
 
 
 def conv_step(raw: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """One token through the depthwise causal convolution and SiLU; the state takes it in place.
+    """Run one token through the depthwise causal convolution and SiLU; the state takes it in place.
 
     Parameters
     ----------
@@ -142,7 +142,7 @@ def delta_step(
     mixed: Tensor, z: Tensor, alpha: Tensor, beta: Tensor, a_log: Tensor, dt_bias: Tensor, norm: Tensor, state: Tensor,
     shape: DeltaShape, *, eps: float, dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """One token: norms of q and k, gates, the delta rule on the state in place, and the gated RMSNorm.
+    """Run one token: norms of q and k, gates, the delta rule on the state in place, and the gated RMSNorm.
 
     Parameters
     ----------
@@ -201,7 +201,7 @@ def _conv_prompt(raw, state, weight, bias, mixed, raw_row, state_seq, state_chan
 
 
 def conv_prompt(raw: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """T tokens per sequence through the convolution and SiLU; the state takes the newest of them in place.
+    """Run T tokens per sequence through the convolution and SiLU; the state takes the newest of them in place.
 
     Parameters
     ----------
@@ -319,7 +319,7 @@ def _chunk_scan(reads, keys, values, weights, scores, decays, state, out, n_toke
 def delta_prompt(
     mixed: Tensor, alpha: Tensor, beta: Tensor, a_log: Tensor, dt_bias: Tensor, state: Tensor, shape: DeltaShape
 ) -> Tensor:
-    """T tokens per sequence: norms of q and k, gates, and the delta rule on the state in place.
+    """Run T tokens per sequence: norms of q and k, gates, and the delta rule on the state in place.
 
     Parameters
     ----------
@@ -374,7 +374,7 @@ def _gated_norm(x, z, weight, out, x_row, z_row, out_row, head_dim, eps, BLOCK: 
 
 
 def gated_norm(x: Tensor, z: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    """RMSNorm of every head times `silu(z)`; x and z `[N, heads * D]`, weight `[D]`; in x's dtype."""
+    """Compute RMSNorm of every head times `silu(z)`; x and z `[N, heads * D]`, weight `[D]`; in x's dtype."""
     head_dim = len(weight)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _gated_norm[(len(x), x.shape[1] // head_dim)](

@@ -21,7 +21,7 @@ _INF = tl.constexpr(float("inf"))
 
 @triton.jit
 def _rotate(x, N: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """Walsh-Hadamard transform of each `BLOCK` lanes of x `[N, WIDTH]`, orthonormal."""
+    """Transform each `BLOCK` lanes of x `[N, WIDTH]` by Walsh-Hadamard, orthonormal."""
     for stage in tl.static_range(STAGES):
         pairs = tl.permute(tl.reshape(x, [N, WIDTH // (2 << stage), 2, 1 << stage]), [0, 1, 3, 2])
         a, b = tl.split(pairs)
@@ -31,7 +31,7 @@ def _rotate(x, N: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, STAGES
 
 @triton.jit
 def _bfloat16(x):
-    """Bits of x as bfloat16, rounded to even: Triton's interpreter cuts them off."""
+    """Round x to the bits of bfloat16, ties to even: Triton's interpreter cuts them off."""
     bits = x.to(tl.uint32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return tl.where(x == x, rounded, 0x7FC0).to(tl.uint16)
@@ -39,13 +39,13 @@ def _bfloat16(x):
 
 @triton.jit
 def _halves(x, N: tl.constexpr, BLOCKS: tl.constexpr, LANES: tl.constexpr):
-    """The lower and the upper half of the lanes: two of `[N, BLOCKS, LANES / 2]`."""
+    """Split the lanes into a lower and an upper half: two of `[N, BLOCKS, LANES / 2]`."""
     return tl.split(tl.permute(tl.reshape(x, [N, BLOCKS, 2, LANES // 2]), [0, 1, 3, 2]))
 
 
 @triton.jit
 def _fold(x, N: tl.constexpr, BLOCKS: tl.constexpr):
-    """`rules.fold` of 16 lanes that already are sums of two: float32 `[N, BLOCKS]`."""
+    """Fold as `rules.fold` does, from 16 lanes that already are sums of two: float32 `[N, BLOCKS]`."""
     a, b = _halves(x, N, BLOCKS, 16)
     a, b = _halves(a + b, N, BLOCKS, 8)
     a, b = _halves(a + b, N, BLOCKS, 4)
@@ -76,14 +76,14 @@ def _finite(x):
 
 @triton.jit
 def _inverse(d):
-    """`rules.inverse`."""
+    """Compute `rules.inverse`."""
     inverse = tl.div_rn(tl.full(d.shape, 1.0, tl.float32), d)
     return tl.where(_finite(inverse), inverse, 0.0)
 
 
 @triton.jit
 def _extremes(low, high, E: tl.constexpr):
-    """`rules.extremes`: the extreme value and the minimum of each block, `[N, BLOCKS]`."""
+    """Compute `rules.extremes`: the extreme value and the minimum of each block, `[N, BLOCKS]`."""
     nan = _largest((low != low).to(tl.int32), (high != high).to(tl.int32), E.whole_row) > 0
     least = -_largest(-low, -high, E.whole_row)
     if E.rule == "min_max":
@@ -102,7 +102,7 @@ def _extremes(low, high, E: tl.constexpr):
 
 @triton.jit
 def _round(y, E: tl.constexpr):
-    """`rules.to_codes`, as whole float32 numbers, not yet two's complement."""
+    """Compute `rules.to_codes`, as whole float32 numbers, not yet two's complement."""
     if E.rounding == "away":
         y = tl.where(y < 0.0, tl.ceil(y - 0.49999997), tl.floor(y + 0.49999997)) + E.zero
     elif E.rounding == "even":
@@ -116,7 +116,7 @@ def _round(y, E: tl.constexpr):
 
 @triton.jit
 def _nearest(y, book, N_ENTRIES: tl.constexpr):
-    """`rules.to_nearest`: index of the nearest of ascending entries, float32, and its value."""
+    """Compute `rules.to_nearest`: index of the nearest of ascending entries, float32, and its value."""
     previous = tl.load(book)
     index = tl.zeros_like(y)
     value = index + previous
@@ -131,7 +131,7 @@ def _nearest(y, book, N_ENTRIES: tl.constexpr):
 
 @triton.jit
 def _fit_pairs(low, high, q_low, q_high, d, E: tl.constexpr):
-    """`rules.refit_pairs`: the scale."""
+    """Compute `rules.refit_pairs`: the scale."""
     inverse = _inverse(d)[:, :, None]
     w_low, w_high = low * inverse, high * inverse
     w_low, w_high = w_low * w_low, w_high * w_high
@@ -144,7 +144,7 @@ def _fit_pairs(low, high, q_low, q_high, d, E: tl.constexpr):
 
 @triton.jit
 def _fit_line(low, high, q_low, q_high, d, least, N: tl.constexpr, E: tl.constexpr):
-    """`rules.refit_line`: scale and minimum."""
+    """Compute `rules.refit_line`: scale and minimum."""
     above_low, above_high = low - least[:, :, None], high - least[:, :, None]
     sum_q = _sum(q_low, q_high, False)
     sum_q2 = _sum(q_low * q_low, q_high * q_high, False)
@@ -158,7 +158,7 @@ def _fit_line(low, high, q_low, q_high, d, least, N: tl.constexpr, E: tl.constex
 
 @triton.jit
 def _fit_starts(low, high, d, book, N: tl.constexpr, E: tl.constexpr):
-    """`rules.refit_starts`: codes and scale."""
+    """Compute `rules.refit_starts`: codes and scale."""
     half: tl.constexpr = E.n_entries // 2
     size_low, size_high = tl.abs(low), tl.abs(high)
     largest = _largest(size_low, size_high, False)
@@ -191,7 +191,7 @@ def _entry(book, code, ok):
 
 @triton.jit
 def _move(code, slope, at, ok, book, E: tl.constexpr):
-    """The step that takes a lane's code to its neighbour along the slope; infinite where there is none."""
+    """Find the step that takes a lane's code to its neighbour along the slope; infinite where there is none."""
     up = slope > 0.0
     to = tl.where(up, code + 1.0, code - 1.0)
     exists = ok & (to >= 0.0) & (to < E.n_entries)
@@ -201,7 +201,7 @@ def _move(code, slope, at, ok, book, E: tl.constexpr):
 
 @triton.jit
 def _fit_search(low, high, c_low, c_high, d, book, E: tl.constexpr):
-    """`rules.refit_search`: codes and scale."""
+    """Compute `rules.refit_search`: codes and scale."""
     lane = tl.arange(0, 16)[None, None, :]
     w_low, w_high = low * low, high * high
     q_low, q_high = _entry(book, c_low, True), _entry(book, c_high, True)
@@ -248,7 +248,7 @@ def _fit_search(low, high, c_low, c_high, d, book, E: tl.constexpr):
 
 @triton.jit
 def _encode(low, high, book, N: tl.constexpr, E: tl.constexpr):
-    """Codes of both halves, whole float32 numbers; scale, minimum and sum of the values, `[N, BLOCKS]`."""
+    """Encode both halves: codes as whole float32 numbers; scale, minimum and sum of the values, `[N, BLOCKS]`."""
     extreme, least = _extremes(low, high, E)
     d = tl.div_rn(extreme, tl.full(extreme.shape, E.extreme_code, tl.float32))
     inverse = _inverse(d)[:, :, None]
@@ -277,7 +277,7 @@ def _encode(low, high, book, N: tl.constexpr, E: tl.constexpr):
 def _write(
     main, pairs, bits, d_to, m_to, extra, slots, ok, c_low, c_high, d, least, total, N: tl.constexpr, E: tl.constexpr
 ):
-    """Codes and numbers into the planes."""
+    """Write codes and numbers into the planes."""
     blocks: tl.constexpr = E.blocks_padded
     block = tl.arange(0, blocks)[None, :]
     here = ok[:, None] & (block < E.n_blocks)

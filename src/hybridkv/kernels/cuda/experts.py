@@ -135,7 +135,7 @@ def _down(x, index, weights, each, shared, out, hidden, width, shared_width, mos
 
 def run_experts(x: Tensor, chosen: tuple[Tensor, Tensor], each: tuple[Tensor, Tensor],
                 shared: tuple[Tensor, Tensor]) -> Tensor:  # fmt: skip
-    """The weighted sum of SwiGLU experts' answers.
+    """Sum the weighted answers of SwiGLU experts.
 
     Parameters
     ----------

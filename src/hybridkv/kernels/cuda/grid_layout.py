@@ -110,7 +110,7 @@ def convert_grid(name: str, blocks: Tensor) -> list[Tensor]:
 
 
 def _fields(values: Tensor, bits: int) -> Tensor:
-    """The `bits` low bits of a lane's numbers `[n, 4, m]`, bytes in a row of all lanes."""
+    """Pack the `bits` low bits of a lane's numbers `[n, 4, m]`, bytes in a row of all lanes."""
     shifts = bits * torch.arange(values.shape[2], device=values.device)
     words = (values.to(torch.int64) << shifts).sum(2)
     n_bytes = bits * values.shape[2] // 8
@@ -122,7 +122,7 @@ def _nibbles(scales: Tensor) -> Tensor:
 
 
 def _parted(signs: Tensor) -> Tensor:
-    """Bytes of signs with those of even values in the lower nibble, and of odd ones in the upper."""
+    """Sort bytes of signs: those of even values into the lower nibble, of odd ones into the upper."""
     out = torch.zeros_like(signs)
     for i in range(8):
         out |= (signs >> i & 1) << (i // 2 + i % 2 * 4)
@@ -130,7 +130,7 @@ def _parted(signs: Tensor) -> Tensor:
 
 
 def _even(seven: Tensor) -> Tensor:
-    """Seven bits of signs as eight, whose number is even."""
+    """Extend seven bits of signs to eight, whose number is even."""
     odd = seven ^ seven >> 4
     odd = odd ^ odd >> 2
     odd = (odd ^ odd >> 1) & 1
@@ -138,23 +138,23 @@ def _even(seven: Tensor) -> Tensor:
 
 
 def _words(b: Tensor, bits: int) -> Tensor:
-    """Little-endian numbers of 16 or 32 bits, int64."""
+    """Read little-endian numbers of 16 or 32 bits, int64."""
     parts = b.reshape(len(b), -1, bits // 8).to(torch.int64)
     return (parts << 8 * torch.arange(bits // 8, device=b.device)).sum(2)
 
 
 def _two(nibbles: Tensor) -> Tensor:
-    """Both nibbles of bytes, the lower first."""
+    """Split bytes into both nibbles, the lower first."""
     return torch.stack([nibbles & 15, nibbles >> 4], 2).flatten(1)
 
 
 def _four_signs(words: Tensor) -> Tensor:
-    """The signs of 32 values from 28 bits of words `[n, 8]`."""
+    """Read the signs of 32 values from 28 bits of words `[n, 8]`."""
     return _even(torch.stack([words >> 7 * i & 127 for i in range(4)], 2)).flatten(1)
 
 
 def _high_bits(b: Tensor, bits: int) -> Tensor:
-    """Fields of bytes, int64, those of the lowest bits first."""
+    """Split bytes into fields, int64, those of the lowest bits first."""
     shifts = torch.arange(0, 8, bits, device=b.device)
     return (b.to(torch.int64)[:, :, None] >> shifts & (1 << bits) - 1).flatten(1)
 
@@ -189,12 +189,12 @@ def _iq3_s(b: Tensor) -> _Parts:
 
 
 def _iq1_s(b: Tensor) -> _Parts:
-    """Scales, eighths and high bits stay together, as the file has them."""
+    """Split IQ1_S blocks: scales, eighths and high bits stay together, as the file has them."""
     return b[:, 2:34].long(), None, b[:, 34:], b[:, :2].contiguous()
 
 
 def _iq1_m(b: Tensor) -> _Parts:
-    """Each half's eight scales of three bits below a byte of d."""
+    """Split IQ1_M blocks: each half's eight scales of three bits lie below a byte of d."""
     nibbles = _two(b[:, 32:48])
     words = _words(b[:, 48:], 16)
     d = sum((words[:, i] >> 12) << 4 * i for i in range(4))

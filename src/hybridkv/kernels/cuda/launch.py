@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from hybridkv.kernels.case import AttentionParams, KVView, Segment
-from hybridkv.kernels.cuda import staged
-from hybridkv.kernels.cuda.attention import attend_segment, combine_parts
+from hybridkv.kernels.cuda import prefill
+from hybridkv.kernels.cuda.decode import attend_one_token
+from hybridkv.kernels.cuda.generic import attend_segment, combine_parts
 from hybridkv.kernels.cuda.layout import BF16, BYTES, F16, F32, NIBBLES, NONE, Side, capacity, memory, side
-from hybridkv.kernels.cuda.one_token import attend_one_token
 from hybridkv.kernels.cuda.overlap import overlapping
 
 ONE_TOKEN_ROWS = 8
-"""Query rows of a tile of the kernel for one token (one_token.py); the general kernel's are 16 and more."""
+"""Query rows of a tile of the kernel for one token (decode.py); the general kernel's are 16 and more."""
 COMBINED = 4096
 """Numbers that one program sums, all loaded at once."""
 MAX_PARTS = 512
@@ -56,7 +56,7 @@ class Tiling:
 def choose_tiling(
     side_k: Side, side_v: Side, n_query_rows: int, *, one_token: bool = False, turing: bool = False
 ) -> Tiling:
-    """A tiling for a case: narrow in query rows for decode, wide for prefill.
+    """Choose a tiling for a case: narrow in query rows for decode, wide for prefill.
 
     Of those that `bench/attention_cuda.py --tune` times on an H100, the ones that lose least in the geometric mean.
 
@@ -112,7 +112,7 @@ def _has_products_of_fragments(device: torch.device) -> bool:
 
 
 def n_shares(tiling: Tiling, n_rows: int, n_tiles: int, n_pairs: int, device: torch.device) -> int:
-    """Shares of `n_rows` stored rows, for `n_tiles` tiles of query rows and `n_pairs` of sequence and KV head."""
+    """Choose into how many shares to cut `n_rows` rows, for `n_tiles` tiles of queries and `n_pairs` of KV heads."""
     slots = _n_multiprocessors(device) * tiling.programs
     # All programs of one token's kernel run at once: one more would run alone, after the others.
     wanted = slots // (n_tiles * n_pairs) if tiling.block_m == ONE_TOKEN_ROWS else -(-slots // (n_tiles * n_pairs))
@@ -120,14 +120,14 @@ def n_shares(tiling: Tiling, n_rows: int, n_tiles: int, n_pairs: int, device: to
 
 
 def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | None = None) -> Tensor:
-    """Attention of q `[B, Hq, T, D]` over the view's rows; `[B, Hq, T, Dv]`, float32, or float16 of prompts.
+    """Attend q `[B, Hq, T, D]` over the view's rows; `[B, Hq, T, Dv]`, float32, or float16 of prompts.
 
     A query that sees no row gives zeros. Without a `tiling`, one is chosen.
     """
     n_batch, n_heads, n_new, head_dim = q.shape
     segments = view.segments
-    if tiling is None and staged.available(q.device) and staged.takes(q, view, params):
-        return staged.attend(q, view, params)
+    if tiling is None and prefill.available(q.device) and prefill.takes(q, view, params):
+        return prefill.attend(q, view, params)
     n_kv_heads = int(segments[0].k[0].shape[1])
     assert head_dim == view.head_dim_k and n_heads % n_kv_heads == 0, (q.shape, view.head_dim_k, n_kv_heads)
     assert view.window is None or view.window > 0, view.window
@@ -309,14 +309,14 @@ def _one_token(
 
 
 def _or(tensor: Tensor | None, placeholder: Tensor) -> Tensor:
-    """An address for an argument that the kernel will not read."""
+    """Return the tensor, or another one's address for an argument that the kernel will not read."""
     return placeholder if tensor is None else tensor
 
 
 def _mask(
     mask: Tensor | None, n_batch: int, n_heads: int, n_new: int, n_rows: int
 ) -> tuple[Tensor | None, tuple[int, ...]]:
-    """The mask's bytes and strides, the last of which is 1."""
+    """View the mask as bytes, with its strides, the last of which is 1."""
     if mask is None:
         return None, (0, 0, 0)
     assert mask.dtype == torch.bool, mask.dtype
@@ -327,7 +327,7 @@ def _mask(
 
 
 def _lengths(segments: tuple[Segment, ...], n_batch: int) -> Tensor | None:
-    """int32 `[segments, B]` on the device if any segment's length is there."""
+    """Gather the segments' lengths, int32 `[segments, B]` on the device, if any is there."""
     known = [s.lengths for s in segments if s.lengths is not None]
     if not known:
         return None
@@ -339,7 +339,7 @@ def _lengths(segments: tuple[Segment, ...], n_batch: int) -> Tensor | None:
 
 
 def _rows(segment: Segment, view: KVView, n_batch: int, n_kv_heads: int) -> tuple[int, int]:
-    """Rows per sequence of K's and of V's planes; checked against what is to be read."""
+    """Count the rows per sequence of K's and of V's planes; checked against what is to be read."""
     heads = (n_batch, n_kv_heads)
     k_rows = capacity(segment.format_k, segment.k, view.head_dim_k, heads)
     v_rows = capacity(segment.format_v, segment.v, view.head_dim_v, heads)

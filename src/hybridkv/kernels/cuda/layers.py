@@ -51,7 +51,7 @@ def add_norm(
     offset: float = 0.0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`x += delta` in place, if there is one, and RMSNorm of the sum.
+    """Add `delta` to `x` in place, if there is one, and return RMSNorm of the sum.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ def _swiglu(both, out, both_stride, width, factor, OVERLAPS: tl.constexpr, BLOCK
 
 
 def swiglu(both: Tensor, *, factor: float = 1.0) -> Tensor:
-    """`silu(gate) * up * factor` of joined rows `[N, gate | up]`; `[N, width]` in their dtype."""
+    """Compute `silu(gate) * up * factor` of joined rows `[N, gate | up]`; `[N, width]` in their dtype."""
     n_rows, width = both.shape[0], both.shape[1] // 2
     out = torch.empty((n_rows, width), dtype=both.dtype, device=both.device)
     _swiglu[(n_rows, triton.cdiv(width, ELEMENTS))](
@@ -133,7 +133,7 @@ def norm_rope(
     offset: float,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """RMSNorm of every head, and RoPE (halves, not pairs) of its first `2 * len(frequencies)` dims.
+    """Apply RMSNorm to every head, and RoPE (halves, not pairs) to its first `2 * len(frequencies)` dims.
 
     Parameters
     ----------
@@ -177,7 +177,7 @@ def _gate(x, gate, out, x_row, x_head, gate_row, gate_head, n_heads, head_dim,
 
 
 def gate_heads(x: Tensor, gate: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-    """`x * sigmoid(gate)`, both `[N, heads, D]` with the last dim contiguous.
+    """Compute `x * sigmoid(gate)`, both `[N, heads, D]` with the last dim contiguous.
 
     The result is `[N, heads * D]` in the gate's dtype, or in another if one is given.
     """
@@ -205,7 +205,7 @@ def _regroup(x, out, x_row, out_row, n_heads, WIDTHS: tl.constexpr, STARTS: tl.c
 
 
 def regroup_heads(x: Tensor, n_heads: int, groups: Sequence[Sequence[int]]) -> Tensor:
-    """From rows that go head by head to rows that go part by part.
+    """Reorder rows that go head by head to rows that go part by part.
 
     Parameters
     ----------

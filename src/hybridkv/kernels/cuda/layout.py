@@ -98,7 +98,7 @@ def rejects_rows(fmt: KVFormat, head_dim: int) -> str | None:
 
 @lru_cache(maxsize=256)
 def side(type_name: str, head_dim: int) -> Side:
-    """A format's rows of `head_dim` values, for the compiler."""
+    """Describe a format's rows of `head_dim` values to the compiler."""
     fmt = get_format(type_name)
     kinds = {plane.kind: plane for plane in fmt.planes}
     main = next((code for kind, code in (_PLAIN | _MAIN).items() if kind in kinds), NONE)
@@ -132,7 +132,7 @@ def side(type_name: str, head_dim: int) -> Side:
 
 
 def _two_values(mask: int, magic: int, offset: int, factor: int, *, has_min: bool) -> str:
-    """`((x & mask) ^ magic) / factor - (1024 / factor + offset)) * d + m`: $0 and $1 of $2, $3 and $4."""
+    """Write `((x & mask) ^ magic) / factor - (1024 / factor + offset)) * d + m`: $0 and $1 of $2, $3 and $4."""
     steps = [
         ".reg .b32 x, d, m, a, b",
         f"mov.b32 a, {mask}",
@@ -148,7 +148,7 @@ def _two_values(mask: int, magic: int, offset: int, factor: int, *, has_min: boo
 
 
 def _twice(value: float) -> str:
-    """A float16 in both halves of a word."""
+    """Write a float16 in both halves of a word."""
     (bits,) = struct.unpack("<H", struct.pack("<e", value))
     return f"0x{bits:04x}{bits:04x}"
 
@@ -160,7 +160,7 @@ def _table(codebook: Sequence[int]) -> tuple[int, int, int, int]:
 
 
 def memory(fmt: KVFormat, planes: Sequence[Tensor]) -> Memory:
-    """The planes of a side, typed, in the order in which kernels take them."""
+    """Order and type the planes of a side as kernels take them."""
     by_kind = {plane.kind: data for plane, data in zip(fmt.planes, planes, strict=True)}
     plain = next((by_kind[kind] for kind in _PLAIN if kind in by_kind), None)
     main = plain if plain is not None else by_kind.get("bytes", by_kind.get("nibbles"))
@@ -195,5 +195,5 @@ def capacity(fmt: KVFormat, planes: Sequence[Tensor], head_dim: int, heads: tupl
 
 @lru_cache(maxsize=64)
 def codebook(type_name: str, device: torch.device) -> Tensor:
-    """The values of a format's codes in units of the scale, float16: they are small integers."""
+    """Return the values of a format's codes in units of the scale, float16: they are small integers."""
     return torch.tensor(get_format(type_name).codebook, dtype=torch.float16, device=device)

@@ -20,12 +20,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hybridkv.kernels.cuda.fragments import load_words, multiply
 from hybridkv.kernels.cuda.layers import swiglu
 from hybridkv.kernels.cuda.overlap import overlapping
 from hybridkv.kernels.cuda.packed_layout import UNIT, PackedWeight
 from hybridkv.kernels.cuda.packed_rows import decode_rows
 from hybridkv.kernels.cuda.packed_unit import decode_unit, load_unit
+from hybridkv.kernels.cuda.ptx import load_words, multiply
 
 FEW_ROWS = 32
 """Rows of activations up to which matrices are not decoded to memory."""
@@ -42,7 +42,7 @@ _UNROLLED = tl.constexpr(6)
 @triton.jit
 def _columns(x, x_row, n_cols, n_in, unit, n_units, group, place, COLUMN: tl.constexpr, I: tl.constexpr,
              FULL: tl.constexpr, T: tl.constexpr):  # fmt: skip
-    """Words of eight of a lane's inputs, of one of 8 columns: two operands of the tensor cores.
+    """Load eight of a lane's inputs, of one of 8 columns, as words: two operands of the tensor cores.
 
     Columns that there are not are others once more: nobody stores them. So is a unit that there is not, whose weights
     are zero.
@@ -61,7 +61,7 @@ def _columns(x, x_row, n_cols, n_in, unit, n_units, group, place, COLUMN: tl.con
 @triton.jit
 def add_unit(sums, upper, lower, x, x_row, n_cols, n_in, unit, n_units, group, place, factor, WARPS: tl.constexpr,
              TILES: tl.constexpr, FULL: tl.constexpr, T: tl.constexpr):  # fmt: skip
-    """`sums`, four float32 for each tile of 8 columns, plus the products of a unit of 16 rows, times a factor."""
+    """Add to `sums`, four float32 per tile of 8 columns, the products of a unit of 16 rows, times a factor."""
     a, scale_a = decode_unit(upper, place, T)
     b, scale_b = decode_unit(lower, place, T)
     out = ()
@@ -130,7 +130,7 @@ def add_unit(sums, upper, lower, x, x_row, n_cols, n_in, unit, n_units, group, p
 
 @triton.jit
 def zeros_of(TILES: tl.constexpr, WARPS: tl.constexpr):
-    """Sums that nothing was added to."""
+    """Return sums that nothing was added to."""
     out = ()
     for _ in tl.static_range(4 * TILES):
         out = out + (tl.zeros([WARPS * 32], tl.float32),)
@@ -139,7 +139,7 @@ def zeros_of(TILES: tl.constexpr, WARPS: tl.constexpr):
 
 @triton.jit
 def over_warps(sums, TILE: tl.constexpr, WARPS: tl.constexpr):
-    """Sums of all warps: float32 `[32 lanes, 2 columns, 2 rows]`."""
+    """Sum over all warps: float32 `[32 lanes, 2 columns, 2 rows]`."""
     first = tl.join(sums[4 * TILE], sums[4 * TILE + 1])
     second = tl.join(sums[4 * TILE + 2], sums[4 * TILE + 3])
     return tl.sum(tl.reshape(tl.join(first, second), [WARPS, 32, 2, 2]), axis=0)
@@ -147,7 +147,7 @@ def over_warps(sums, TILE: tl.constexpr, WARPS: tl.constexpr):
 
 @triton.jit
 def places_of(first_row):
-    """Rows and columns of what `over_warps` gives: int32 `[32, 1, 2]` and `[32, 2, 1]`."""
+    """Return the rows and columns of what `over_warps` gives: int32 `[32, 1, 2]` and `[32, 2, 1]`."""
     lane = tl.arange(0, 32)[:, None, None]
     rows = first_row + lane // 4 + 8 * tl.arange(0, 2)[None, None, :]
     columns = lane % 4 * 2 + tl.arange(0, 2)[None, :, None]
@@ -158,7 +158,7 @@ def places_of(first_row):
 def rows_times(x, x_row, n_cols, n_in, main, more, scales, last, upper, lower, warp, group, place, TILES: tl.constexpr,
                WARPS: tl.constexpr, UNITS: tl.constexpr, WAITS: tl.constexpr, FULL: tl.constexpr,
                T: tl.constexpr):  # fmt: skip
-    """Sums of 16 rows, those of `upper` and `lower`, of every warp's own units: some of them are always under way."""
+    """Sum 16 rows, those of `upper` and `lower`, over every warp's own units: some of them are always under way."""
     pieces: tl.constexpr = (UNITS + WARPS - 1) // WARPS
     held: tl.constexpr = min(pieces, _HELD)
     unrolled: tl.constexpr = min(pieces, _UNROLLED)
@@ -201,7 +201,7 @@ def _store(sums, out, out_row, n_cols, first, n_rows, factor, TILES: tl.constexp
 def _tile(x, out, main, more, scales, last, x_row, out_row, n_cols, n_in, tile, n_rows, factor, warp, group, place,
           TILES: tl.constexpr, WARPS: tl.constexpr, UNITS: tl.constexpr, FULL: tl.constexpr, OVERLAPS: tl.constexpr,
           T: tl.constexpr):  # fmt: skip
-    """16 outputs of a matrix."""
+    """Compute 16 outputs of a matrix."""
     upper = tl.minimum(tile * 16 + group, n_rows - 1).to(tl.int64)
     lower = tl.minimum(tile * 16 + group + 8, n_rows - 1).to(tl.int64)
     sums = rows_times(
@@ -214,7 +214,7 @@ def _tile(x, out, main, more, scales, last, x_row, out_row, n_cols, n_in, tile, 
 @triton.jit
 def _plain_tile(x, out, plain, x_row, out_row, n_cols, n_in, tile, n_rows, factor, IN: tl.constexpr,
                 OVERLAPS: tl.constexpr):  # fmt: skip
-    """Four outputs of a matrix that is held as its numbers."""
+    """Compute four outputs of a matrix that is not packed."""
     outs = tile * 4 + tl.arange(0, 4)
     cols = tl.arange(0, IN)
     if OVERLAPS:
@@ -263,7 +263,7 @@ def _products(
     PLAIN: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Rows times one or two packed matrices of types of their own and a plain one, whose outputs lie side by side."""
+    """Multiply rows by one or two packed matrices of types of their own and a plain one; outputs lie side by side."""
     if OVERLAPS:
         gdc_launch_dependents()
     tile = tl.program_id(0)
@@ -296,7 +296,7 @@ def _products(
 
 @triton.jit
 def silu_times(gate, up):
-    """`silu(gate) * up`."""
+    """Compute `silu(gate) * up`."""
     return gate * tl.sigmoid(gate) * up
 
 
@@ -304,7 +304,7 @@ def silu_times(gate, up):
 def gated_tile(x, x_row, n_cols, n_in, main, more, scales, last, tile, width, skip, warp, group, place,
                TILES: tl.constexpr, WARPS: tl.constexpr, UNITS: tl.constexpr, WAITS: tl.constexpr, FULL: tl.constexpr,
                T: tl.constexpr):  # fmt: skip
-    """Sums of 8 gates and of the 8 rows that they gate, which lie `width` rows behind; `skip` rows come before."""
+    """Sum 8 gates and the 8 rows that they gate, which lie `width` rows behind; `skip` rows come before."""
     row = tl.minimum(tile * 8 + group, width - 1).to(tl.int64) + skip
     return rows_times(
         x, x_row, n_cols, n_in, main, more, scales, last, row, row + width, warp, group, place, TILES, WARPS, UNITS,
@@ -314,7 +314,7 @@ def gated_tile(x, x_row, n_cols, n_in, main, more, scales, last, tile, width, sk
 
 @triton.jit
 def gated_of(sums, TILE: tl.constexpr, WARPS: tl.constexpr):
-    """`silu(gate) * up` of all warps: float32 `[32 lanes, 2 columns]`."""
+    """Compute `silu(gate) * up` of all warps: float32 `[32 lanes, 2 columns]`."""
     gate, up = tl.split(over_warps(sums, TILE, WARPS))
     return silu_times(gate, up)
 
@@ -323,7 +323,7 @@ def gated_of(sums, TILE: tl.constexpr, WARPS: tl.constexpr):
 def _gated(x, out, main, more, scales, last, x_row, out_row, n_cols, n_in, width, factor,
            TILES: tl.constexpr, WARPS: tl.constexpr, UNITS: tl.constexpr, FULL: tl.constexpr, T: tl.constexpr,
            OVERLAPS: tl.constexpr):  # fmt: skip
-    """A SwiGLU of rows: gates and what they gate are rows of one matrix."""
+    """Compute a SwiGLU of rows: gates and what they gate are rows of one matrix."""
     if OVERLAPS:
         gdc_launch_dependents()
     tile = tl.program_id(0)
@@ -343,7 +343,7 @@ def _gated(x, out, main, more, scales, last, x_row, out_row, n_cols, n_in, width
 
 
 def _launch(n_cols: int, weight: PackedWeight) -> dict[str, Any]:
-    """Warps and columns of a program."""
+    """Choose the warps and columns of a program."""
     warps = warps_of(weight.n_units)
     tiles = triton.next_power_of_2(-(-n_cols // 8))
     full = weight.n_in % UNIT == 0
@@ -351,7 +351,7 @@ def _launch(n_cols: int, weight: PackedWeight) -> dict[str, Any]:
 
 
 def warps_of(n_units: int) -> int:
-    """Warps among which the units of a row are dealt."""
+    """Choose the warps among which the units of a row are dealt."""
     return 2 if n_units <= 8 else 4 if n_units <= 12 else 8
 
 
@@ -368,7 +368,7 @@ def multiply_packed(
     dtype: torch.dtype = torch.float32,
     factor: float = 1.0,
 ) -> Tensor:
-    """Rows times one or two packed matrices and perhaps a plain one, which read the same, side by side.
+    """Multiply rows by one or two packed matrices and perhaps a plain one, which read the same, side by side.
 
     Parameters
     ----------
@@ -416,7 +416,7 @@ def multiply_packed(
 
 
 def multiply_gated(x: Tensor, weight: PackedWeight, *, factor: float = 1.0) -> Tensor:
-    """`silu(gate) * up * factor` of rows `[N, in]` times the joined matrices `[gate | up, in]`; float16 `[N, out]`."""
+    """Compute `silu(gate) * up * factor` of rows `[N, in]` times joined matrices `[gate | up, in]`: float16."""
     _check(x, weight)
     n, width = len(x), weight.n_out // 2
     if n > FEW_ROWS:
@@ -430,7 +430,7 @@ def multiply_gated(x: Tensor, weight: PackedWeight, *, factor: float = 1.0) -> T
 
 
 def _many_rows(x: Tensor, weight: PackedWeight, out: Tensor, factor: float) -> None:
-    """A product window by window, in float32 sums."""
+    """Multiply window by window, in float32 sums."""
     rows = max(OUTPUTS, WINDOW_BYTES // (2 * weight.n_in) // OUTPUTS * OUTPUTS)
     scaled = x if factor == 1.0 else x * factor
     for begin_ in range(0, weight.n_out, rows):

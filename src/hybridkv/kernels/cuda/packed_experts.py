@@ -131,7 +131,7 @@ def run_packed_experts(
     *,
     factor: float,
 ) -> Tensor:
-    """The weighted sum of SwiGLU experts' answers, for a few tokens.
+    """Sum the weighted answers of SwiGLU experts, for a few tokens.
 
     Parameters
     ----------
@@ -175,7 +175,7 @@ def run_packed_experts(
 @triton.jit
 def _grouped(x, source, window, ends, tiles, out, n_in, n_out, top, first, GATHERS: tl.constexpr, ROWS: tl.constexpr,
              COLS: tl.constexpr, IN: tl.constexpr):  # fmt: skip
-    """Rows sorted by expert times their experts' matrices in a window: a program takes rows of one expert."""
+    """Multiply rows sorted by expert by their experts' matrices in a window: a program takes rows of one expert."""
     tile = tl.program_id(1)
     expert = tl.load(tiles + 2 * tile)
     if expert < 0:
@@ -257,7 +257,7 @@ def _gather_sum(answers, places, weights, out, hidden, top, OVERLAPS: tl.constex
 
 
 def _tiles(counts: Tensor, ends: Tensor, n_rows: int, n_experts: int) -> Tensor:
-    """Expert and first row of every tile of rows, int32 `[tiles, 2]`; -1 for those that are not needed."""
+    """List expert and first row of every tile of rows, int32 `[tiles, 2]`; -1 for those that are not needed."""
     n_tiles = min(n_experts, n_rows) + n_rows // PROMPT_TILE
     each = (counts + PROMPT_TILE - 1) // PROMPT_TILE
     before = each.cumsum(0)
@@ -271,7 +271,7 @@ def _tiles(counts: Tensor, ends: Tensor, n_rows: int, n_experts: int) -> Tensor:
 def _by_expert(
     x: Tensor, order: Tensor | None, stack: PackedWeight, ends: Tensor, table: Tensor, out: Tensor, top: int
 ) -> None:
-    """Every row times its expert's matrix, as many experts at a time as a window holds."""
+    """Multiply every row by its expert's matrix, as many experts at a time as a window holds."""
     per_window = max(1, WINDOW_BYTES // (2 * stack.n_out * stack.n_in))
     for first in range(0, stack.n_stack, per_window):
         n = min(per_window, stack.n_stack - first)

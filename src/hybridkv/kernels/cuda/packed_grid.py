@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridkv.kernels.cuda.fragments import load_half, load_words, two_values, unpack
+from hybridkv.kernels.cuda.ptx import load_half, load_words, two_values, unpack
 
 _ONE = tl.constexpr(0x3C003C00)
 _SIGNS = tl.constexpr(0x80008000 - (1 << 32))
@@ -18,7 +18,7 @@ _SIGNS = tl.constexpr(0x80008000 - (1 << 32))
 
 @triton.jit
 def load_grid_unit(main, side, table, last, row, unit, n_units, place, T: tl.constexpr):
-    """The words of a lane's share of a unit, and the table: zeros beyond the last unit.
+    """Load the words of a lane's share of a unit, and the table: zeros beyond the last unit.
 
     Indices (2 or 4 words), signs (2), then scales (4, 2 or 1), high bits (1) and d (1) as far as there are.
     """
@@ -56,14 +56,14 @@ def load_grid_unit(main, side, table, last, row, unit, n_units, place, T: tl.con
 
 @triton.jit
 def _half(x):
-    """The lower half as float32."""
+    """Return the lower half as float32."""
     low, _ = unpack(x)
     return low.to(tl.float32)
 
 
 @triton.jit
 def _integer_words(scale):
-    """Twice a scale and one, as two float16."""
+    """Compute twice a scale and one, as two float16."""
     odd = scale * 2 + 1
     both = odd | (odd << 16)
     one = tl.full(scale.shape, _ONE, tl.int32)
@@ -72,7 +72,7 @@ def _integer_words(scale):
 
 @triton.jit
 def _four(entry, factor, summand, T: tl.constexpr):
-    """Four bytes of an entry as two words."""
+    """Decode four bytes of an entry to two words."""
     grid: tl.constexpr = T.grid
     minus: tl.constexpr = 1024 if grid.signed else 1024 + 16
     a = two_values(entry, entry, factor, summand, 0x00FF00FF, 0, 0x64006400, minus, not grid.signed)
@@ -83,13 +83,13 @@ def _four(entry, factor, summand, T: tl.constexpr):
 
 @triton.jit
 def _signed(word, signs, I: tl.constexpr):
-    """A word with the signs of its two values: bit I of the lower half, bit I of the upper."""
+    """Apply the signs of a word's two values: bit I of the lower half, bit I of the upper."""
     return word ^ ((signs << (15 - I)) & _SIGNS)
 
 
 @triton.jit
 def _signed_run(raw, table, factor, place, W: tl.constexpr, T: tl.constexpr):
-    """A lane's eight values of run W: four words."""
+    """Decode a lane's eight values of run W: four words."""
     grid: tl.constexpr = T.grid
     n: tl.constexpr = 16 // grid.values  # words of indices
     high: tl.constexpr = n + 2 + 32 // grid.group
@@ -118,7 +118,7 @@ def _signed_run(raw, table, factor, place, W: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def _scale_of(raw, place, W: tl.constexpr, T: tl.constexpr):
-    """The integer scale of a lane's values of run W."""
+    """Read the integer scale of a lane's values of run W."""
     grid: tl.constexpr = T.grid
     n: tl.constexpr = 16 // grid.values + 2
     if not grid.signed:
@@ -135,7 +135,7 @@ def _scale_of(raw, place, W: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def _shifted_run(raw, table, factor, place, W: tl.constexpr, T: tl.constexpr):
-    """A lane's eight values of run W, an eighth more or less: four words."""
+    """Decode a lane's eight values of run W, an eighth more or less: four words."""
     grid: tl.constexpr = T.grid
     index = (raw[W // 4] >> (W % 4 * 8)) & 0xFF
     if grid.group == 32:
@@ -153,7 +153,7 @@ def _shifted_run(raw, table, factor, place, W: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def decode_grid_unit(raw, place, T: tl.constexpr):
-    """What `load_grid_unit` gave as values: 32 words, and the float32 scale of their products for each run."""
+    """Decode what `load_grid_unit` gave: 32 words, and the float32 scale of their products for each run."""
     grid: tl.constexpr = T.grid
     table = raw[len(raw) - 1]
     if grid.signed or grid.group == 32:

@@ -179,7 +179,7 @@ def upload(weights: Sequence[Weight], device: torch.device) -> PackedWeight:
 
 
 def _convert(rows: Tensor, type_: PackedType, n_in: int) -> list[Tensor]:
-    """The planes of rows `[n, row_bytes]` as they lie in a file."""
+    """Convert rows `[n, row_bytes]` as they lie in a file to planes."""
     fmt = WEIGHTS[type_.name]
     n_blocks = n_in // fmt.block
     blocks = rows.view(len(rows), n_blocks, fmt.block_bytes)
@@ -207,7 +207,7 @@ def _convert(rows: Tensor, type_: PackedType, n_in: int) -> list[Tensor]:
 
 
 def _order(order: Order) -> Tensor:
-    """Inputs of a unit by thread, word, half of a word (lower and upper nibbles) and byte, flat.
+    """Order the inputs of a unit by thread, word, half of a word (lower and upper nibbles) and byte, flat.
 
     Bytes are in the order 0, 2, 1, 3: two that lie 16 bits apart, and become a word, are neighbours.
     """
@@ -224,7 +224,7 @@ def _nibbles(codes: Tensor) -> Tensor:
 
 
 def _fields(values: Tensor, bits: int) -> Tensor:
-    """Values of one or two bits as words: those of bytes 2 and 3 lie 16 bits above those of bytes 0 and 1."""
+    """Pack values of one or two bits to words: those of bytes 2 and 3 lie 16 bits above those of bytes 0 and 1."""
     words = 4 // bits
     # [units, threads, words of fields, words of codes in each, halves, upper pair of bytes, odd byte]
     parts = values.view(-1, 4, 8 // words, words, 2, 2, 2).to(torch.int32)
@@ -237,12 +237,12 @@ _Parts = tuple[Tensor, Tensor, Tensor | None]
 
 
 def _low_high(qs: Tensor) -> Tensor:
-    """Codes of 32 from 16 bytes: all lower nibbles, then the upper ones."""
+    """Split 16 bytes into 32 codes: all lower nibbles, then the upper ones."""
     return torch.cat([qs & 15, qs >> 4], -1)
 
 
 def _bits(words: Tensor) -> Tensor:
-    """The bits of bytes `[n, 4]`, one number each."""
+    """Split bytes `[n, 4]` into bits, one number each."""
     shifts = torch.arange(8, dtype=torch.uint8, device=words.device)
     return (words[:, :, None] >> shifts & 1).flatten(1)
 
@@ -272,13 +272,13 @@ def _mxfp4(b: Tensor) -> _Parts:
 
 
 def _pairs(qs: Tensor) -> Tensor:
-    """Codes of 2 bits from 64 bytes: four runs of 32 in the bits of 32 bytes."""
+    """Split 64 bytes into codes of 2 bits: four runs of 32 in the bits of 32 bytes."""
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=qs.device)[:, None]
     return (qs.reshape(-1, qs.shape[1] // 32, 1, 32) >> shifts & 3).flatten(1)
 
 
 def _runs_of_bits(mask: Tensor) -> Tensor:
-    """Bit j of 32 bytes for each input of run j."""
+    """Read bit j of 32 bytes for each input of run j."""
     shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)[:, None]
     return (mask[:, None, :] >> shifts & 1).flatten(1)
 
@@ -296,7 +296,7 @@ def _q3_k(b: Tensor) -> _Parts:
 
 
 def _six(b: Tensor) -> Tensor:
-    """d, dmin, and for each quarter of a block its two scales and its two minima, six bits each."""
+    """Read d, dmin, and for each quarter of a block its two scales and its two minima, six bits each."""
     s = b[:, 4:16]
     scales = torch.cat([s[:, :4] & 63, s[:, 8:] & 15 | s[:, :4] >> 6 << 4], 1).to(torch.int32)
     minima = torch.cat([s[:, 4:8] & 63, s[:, 8:] >> 4 | s[:, 4:8] >> 6 << 4], 1).to(torch.int32)
@@ -306,7 +306,7 @@ def _six(b: Tensor) -> Tensor:
 
 
 def _four_runs(qs: Tensor) -> Tensor:
-    """Codes of 4 bits from 128 bytes: run after run of 32, two in the nibbles of 32 bytes."""
+    """Split 128 bytes into codes of 4 bits: run after run of 32, two in the nibbles of 32 bytes."""
     return _low_high(qs.reshape(-1, 4, 32)).flatten(1)
 
 

@@ -7,15 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hybridkv.kernels.cuda.fragments import pack, store_four, unpack
 from hybridkv.kernels.cuda.overlap import begin, overlapping
 from hybridkv.kernels.cuda.packed_layout import PackedWeight
 from hybridkv.kernels.cuda.packed_unit import decode_unit, load_unit
+from hybridkv.kernels.cuda.ptx import pack, store_four, unpack
 
 
 @triton.jit
 def _decoded(raw, place, T: tl.constexpr):
-    """A lane's words of a unit, times their scales."""
+    """Decode a lane's words of a unit, times their scales."""
     words, scales = decode_unit(raw, place, T)
     out = ()
     for w in tl.static_range(8):
@@ -36,7 +36,7 @@ def _times(word, scale):
 @triton.jit(do_not_specialize=["n", "n_in", "n_units"])
 def _decode(main, more, scales, last, ids, out, n, first, n_in, n_units, out_row, WARPS: tl.constexpr,
             GATHERS: tl.constexpr, T: tl.constexpr, OVERLAPS: tl.constexpr):  # fmt: skip
-    """Rows as float16: those of `ids`, or from `first` on. Eight rows of a unit a warp."""
+    """Decode rows to float16: those of `ids`, or from `first` on. A warp takes eight rows of a unit."""
     begin(OVERLAPS)
     thread = tl.arange(0, WARPS * 32)
     place = thread % 4
@@ -70,7 +70,7 @@ def _decode(main, more, scales, last, ids, out, n, first, n_in, n_units, out_row
 
 @triton.jit
 def _side_by_side(x):
-    """A tuple of 32 tensors as one, `[n, 32]`."""
+    """Join a tuple of 32 tensors to one, `[n, 32]`."""
     a, b = _pairs(x), ()
     for i in tl.static_range(8):
         b = b + (tl.join(a[2 * i], a[2 * i + 1]),)
@@ -93,7 +93,7 @@ def _pairs(x):
 
 
 def decode_rows(weight: PackedWeight, first: int, n: int) -> Tensor:
-    """Rows of a matrix, or of a stack's matrices one after the other: float16 `[n, in]`."""
+    """Decode rows of a matrix, or of a stack's matrices one after the other: float16 `[n, in]`."""
     out = torch.empty((n, weight.n_in), dtype=torch.float16, device=weight.device)
     _decode[(triton.cdiv(n, 32), weight.n_units)](
         *weight.planes, out, out, n, first, weight.n_in, weight.n_units, weight.n_in, WARPS=4, GATHERS=False,
@@ -103,7 +103,7 @@ def decode_rows(weight: PackedWeight, first: int, n: int) -> Tensor:
 
 
 def gather_rows(weight: PackedWeight, ids: Tensor) -> Tensor:
-    """Rows of a matrix by their numbers, int64 `[n]`: float16 `[n, in]`."""
+    """Decode rows of a matrix by their indices, int64 `[n]`: float16 `[n, in]`."""
     n = len(ids)
     out = torch.empty((n, weight.n_in), dtype=torch.float16, device=weight.device)
     _decode[(triton.cdiv(n, 32), weight.n_units)](

@@ -14,8 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridkv.kernels.cuda.fragments import load_half, load_words, pack, two_values, unpack
 from hybridkv.kernels.cuda.packed_grid import decode_grid_unit, load_grid_unit
+from hybridkv.kernels.cuda.ptx import load_half, load_words, pack, two_values, unpack
 from hybridkv.kernels.cuda.tiles import INTERPRETED, LOOK_UP_NIBBLES
 
 ONE = tl.constexpr(0x3C003C00)
@@ -41,7 +41,7 @@ def _entry(T, i):
 
 @triton.jit
 def _entries(codes, T: tl.constexpr):
-    """Bytes of the table for the lowest nibbles of both halves; for the interpreter."""
+    """Look up the table's bytes for the lowest nibbles of both halves; for the interpreter."""
     low, high = codes & 15, (codes >> 16) & 15
     out = codes * 0
     for i in tl.static_range(16):
@@ -51,13 +51,13 @@ def _entries(codes, T: tl.constexpr):
 
 @triton.constexpr_function
 def _word_of_book(T, i):
-    """As a signed number."""
+    """Return the word as a signed number."""
     return T.book[i] - (1 << 32) if T.book[i] >= 1 << 31 else T.book[i]
 
 
 @triton.jit
 def _look_up(x, T: tl.constexpr):
-    """The bytes that the eight nibbles of x index, two to a word, in the order of a word's values."""
+    """Look up the bytes that the eight nibbles of x index, two to a word, in the order of a word's values."""
     if INTERPRETED:
         a, b = _entries(x, T), _entries(x >> 8, T)
         c, d = _entries(x >> 4, T), _entries(x >> 12, T)
@@ -82,7 +82,7 @@ def _look_up(x, T: tl.constexpr):
 
 @triton.jit
 def load_unit(main, more, scales, last, row, unit, n_units, place, T: tl.constexpr):
-    """The words of a lane's share of a unit of its row: zeros beyond the last unit."""
+    """Load the words of a lane's share of a unit of its row: zeros beyond the last unit."""
     if T.grid is not None:
         raw = load_grid_unit(main, more, scales, last, row, unit, n_units, place, T)
     else:
@@ -121,21 +121,21 @@ def _load_coded(main, more, scales, last, row, unit, n_units, place, T: tl.const
 
 @triton.jit
 def _half_of(x, UPPER: tl.constexpr):
-    """One of a word's two float16, as float32."""
+    """Return one of a word's two float16, as float32."""
     low, high = unpack(x)
     return high.to(tl.float32) if UPPER else low.to(tl.float32)
 
 
 @triton.jit
 def _byte(x, I: tl.constexpr):
-    """Byte I of a word in both halves."""
+    """Return byte I of a word in both halves."""
     y = (x >> (8 * I)) & 0xFF
     return y | (y << 16)
 
 
 @triton.jit
 def _integer(x, MINUS: tl.constexpr):
-    """A number below 1024 in both halves, less a constant, as float16."""
+    """Convert a number below 1024 in both halves, less a constant, to float16."""
     return two_values(x, x, tl.full(x.shape, ONE, tl.int32), x, 0x03FF03FF, 0, 0x64006400, 1024 + MINUS, False)
 
 
@@ -150,7 +150,7 @@ def _scaled_pair(d, m):
 
 @triton.jit
 def _scales_of(raw, place, T: tl.constexpr):
-    """Scales of a lane's codes: words of factors and of summands, by group; and float32 scales of their products."""
+    """Decode a lane's scales: words of factors and of summands, by group; and float32 scales of their products."""
     first: tl.constexpr = 2 * T.bits + 2 * T.more
     factors = ()
     summands = ()
@@ -230,7 +230,7 @@ def _moved(x, FROM: tl.constexpr, TO: tl.constexpr):
 
 @triton.jit
 def _two(raw, factor, summand, W: tl.constexpr, I: tl.constexpr, T: tl.constexpr):
-    """Values I of a word of codes: a word of two."""
+    """Decode values I of a word of codes: a word of two."""
     scaled: tl.constexpr = T.has_min
     if T.bits == 8:
         x = raw[2 * W + I // 2]

@@ -36,7 +36,7 @@ class Tiling(NamedTuple):
 
 
 def tiling_of(n_in: int) -> Tiling:
-    """The fastest on an H100 of some ten, at the widths of 4B and 35B-A3B models."""
+    """Choose the fastest on an H100 of some ten tilings, at the widths of 4B and 35B-A3B models."""
     outs, most = (2, 512) if n_in <= SHORT_ROW else (1, 1024)
     inputs = min(most, triton.next_power_of_2(n_in))
     return Tiling(outs, inputs, triton.cdiv(n_in, inputs))
@@ -78,7 +78,7 @@ def _product(x, weight, out, n_in, n_out, SWIGLU: tl.constexpr, PIECES: tl.const
 
 
 def multiply(x: Tensor, weight: Tensor) -> Tensor:
-    """Rows times a matrix.
+    """Multiply rows by a matrix.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def multiply(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def multiply_swiglu(x: Tensor, weight: Tensor) -> Tensor:
-    """`silu(gate) * up` of rows `[N, in]` times the joined matrices `[gate | up, in]`; `[N, out]` in x's dtype."""
+    """Compute `silu(gate) * up` of rows `[N, in]` times joined matrices `[gate | up, in]`; `[N, out]` in x's dtype."""
     return one_row(x, weight, gated=True) if _takes(x, weight) else swiglu(F.linear(x, weight))
 
 

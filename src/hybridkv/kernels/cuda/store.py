@@ -148,7 +148,7 @@ def store(
 
 
 def _warps(n_values: int, enc: Encoding) -> int:
-    """Of a program that encodes so many values: with `starts` a value takes a hundred instructions and more."""
+    """Choose the warps of a program by its values: with `starts` one takes a hundred instructions and more."""
     if n_values <= 256:
         return max(1, n_values // 64) if enc.refit == "starts" else 1
     return 4
@@ -156,6 +156,6 @@ def _warps(n_values: int, enc: Encoding) -> int:
 
 @lru_cache(maxsize=64)
 def entries(type_name: str, device: torch.device) -> Tensor:
-    """The codebook in float32, as the encoder compares with it, and behind it what `refit_starts` begins with."""
+    """Return the codebook in float32, as the encoder compares with it, and then what `refit_starts` begins with."""
     fmt = get_format(type_name)
     return torch.tensor((*(fmt.codebook or ()), *fmt.starts), dtype=torch.float32, device=device)

@@ -68,7 +68,7 @@ def find_slots(rows, head, n_kv_heads, sequence, n_rows):
 
 @triton.jit
 def load_raw(main, pairs, bits, d, m, slots, ok, S: tl.constexpr):
-    """Words and numbers of the rows at `slots` int64 `[N]`, zeros where not `ok`: what `decode_raw` takes.
+    """Load words and numbers of the rows at `slots` int64 `[N]`, zeros where not `ok`: what `decode_raw` takes.
 
     Codes are int32 words of four bytes, `[N, blocks, 4]` for 16 lanes: as bytes, each would take a register.
     """
@@ -128,7 +128,7 @@ def load_raw(main, pairs, bits, d, m, slots, ok, S: tl.constexpr):
 
 @triton.jit
 def _load_words(plane, slots, ok, columns, WIDTH: tl.constexpr):
-    """Some int32 words of rows, `[N, columns]`: in three dimensions, Triton 3.6 gives neighbours to distant threads."""
+    """Load int32 words of rows, `[N, columns]`: in three dimensions, Triton 3.6 gives neighbours to distant threads."""
     here = ok[:, None] & (columns < WIDTH)[None, :]
     at = slots[:, None] * WIDTH + columns[None, :]
     return tl.load(plane.to(tl.pointer_type(tl.int32)) + at, mask=here, other=0)
@@ -136,7 +136,7 @@ def _load_words(plane, slots, ok, columns, WIDTH: tl.constexpr):
 
 @triton.jit
 def _load_pairs(pairs, slots, ok, S: tl.constexpr):
-    """A block's two words of pairs, twice: int32 `[N, blocks, 4]`. Lanes 8..15 have the same bytes as lanes 0..7."""
+    """Load a block's two words of pairs, twice: int32 `[N, blocks, 4]`. Lanes 8..15 have the bytes of lanes 0..7."""
     words = _load_words(pairs, slots, ok, tl.arange(0, S.blocks_padded * 2), S.n_blocks * 2)
     n: tl.constexpr = words.shape[0]
     twice = tl.broadcast_to(tl.reshape(words, [n, S.blocks_padded, 1, 2]), [n, S.blocks_padded, 2, 2])
@@ -145,7 +145,7 @@ def _load_pairs(pairs, slots, ok, S: tl.constexpr):
 
 @triton.jit
 def lanes(half: tl.constexpr, S: tl.constexpr):
-    """The row's value that each column of a decoded tile stands for, int32 `[blocks * 16]`.
+    """Return the row's value that each column of a decoded tile stands for, int32 `[blocks * 16]`.
 
     Codes are taken out of words two at a time, bytes 0 and 2, then 1 and 3: so they come in that order.
     """
@@ -159,7 +159,7 @@ def lanes(half: tl.constexpr, S: tl.constexpr):
 @triton.jit
 def decode_raw(low, high, pair, bit, scale, low_end, book, FOR_WGMMA: tl.constexpr, S: tl.constexpr,
                IN_ORDER: tl.constexpr = False):  # fmt: skip
-    """Values of a tile: two tensors `[N, blocks * 16]`, float16 for codes, else in their own dtype.
+    """Decode a tile: two tensors `[N, blocks * 16]`, float16 for codes, else in their own dtype.
 
     They come as `lanes` has it, or IN_ORDER.
     """
@@ -179,7 +179,7 @@ def decode_raw(low, high, pair, bit, scale, low_end, book, FOR_WGMMA: tl.constex
 
 @triton.jit
 def _as_they_are(x):
-    """A border: for a wgmma, Triton 3.6 would move the reshape behind the store to shared memory, and fail."""
+    """Copy x as a border: for a wgmma, Triton 3.6 would move the reshape behind the shared-memory store, and fail."""
     if INTERPRETED:
         y = x
     elif x.dtype == tl.float32:
@@ -191,7 +191,7 @@ def _as_they_are(x):
 
 @triton.jit
 def _codes(low, high, pair, bit, S: tl.constexpr):
-    """Codes, two to a word, under the masks of `Side`: int32 `[N, blocks, 4]`.
+    """Return the codes, two to a word, under the masks of `Side`: int32 `[N, blocks, 4]`.
 
     Of lanes 0..15 those of bytes 0 and 2, and of bytes 1 and 3; then the same of lanes 16..31.
     """
@@ -224,7 +224,7 @@ def _codes(low, high, pair, bit, S: tl.constexpr):
 
 @triton.jit
 def _values(even, odd, half: tl.constexpr, scale, low_end, IN_ORDER: tl.constexpr, S: tl.constexpr):
-    """`(code / factor - offset) * scale + minimum` of 16 lanes a block: float16 `[N, blocks * 16]`."""
+    """Compute `(code / factor - offset) * scale + minimum` of 16 lanes a block: float16 `[N, blocks * 16]`."""
     n: tl.constexpr = even.shape[0]
     a, b = _two_values(even, half, scale, low_end, S)
     c, d = _two_values(odd, half, scale, low_end, S)
@@ -234,7 +234,7 @@ def _values(even, odd, half: tl.constexpr, scale, low_end, IN_ORDER: tl.constexp
 
 @triton.jit
 def _two_values(words, half: tl.constexpr, scale, low_end, S: tl.constexpr):
-    """Values of the codes in the lower and in the upper halves of words.
+    """Decode the codes in the lower and in the upper halves of words.
 
     0x6400 is the float16 1024, whose last bit counts 1: no conversion of integers. The compiler takes the halves of a
     word apart before it computes; the instructions keep two in a register.
@@ -298,7 +298,7 @@ def entries(a, b, c, d, words, book, S: tl.constexpr):
 
 @triton.jit
 def _entries_from_memory(codes, book):
-    """As the instructions give it, where there are none."""
+    """Look the codes up in memory, as the instructions give them where there are any."""
     even = tl.load(book + (codes & 0xFF)).to(tl.int32) + 128
     odd = tl.load(book + ((codes >> 16) & 0xFF)).to(tl.int32) + 128
     return even | (odd << 16)

@@ -33,7 +33,7 @@ class _InitParams(ctypes.Structure):
 def flash_attention(
     shape: Shape, kv_type: str, q: Tensor, k_rows: Tensor, v_rows: Tensor, n_threads: int
 ) -> Iterator[Callable[[], Tensor]]:
-    """A call that computes the graph and gives its output, float32 `[1, Hq, T, D]`, which the next call overwrites.
+    """Build a call that computes the graph into its output, float32 `[1, Hq, T, D]`, which the next call overwrites.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ def flash_attention(
 
 
 def _signatures(lib: ctypes.CDLL) -> ctypes.CDLL:
-    """The functions used here, with their argument types. Source: ik_llama.cpp, ggml/include/ggml.h."""
+    """Declare the functions used here, with their argument types. Source: ik_llama.cpp, ggml/include/ggml.h."""
     pointer, size, i64 = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64
     signatures: dict[str, tuple[list[type], type | None]] = {
         "ggml_init": ([_InitParams], pointer),

@@ -57,7 +57,7 @@ def find() -> Found:
 
 @cache
 def ggml() -> ctypes.CDLL:
-    """Its libggml. Loaded for all, since libllama of a build from source does not find it by itself."""
+    """Load its libggml, for all, since libllama of a build from source does not find it by itself."""
     folder = library_folder()
     assert folder is not None
     return ctypes.CDLL(str(folder / "libggml.so"), mode=ctypes.RTLD_GLOBAL)
@@ -65,7 +65,7 @@ def ggml() -> ctypes.CDLL:
 
 @cache
 def llama() -> tuple[Any, Any]:
-    """The package's ctypes API with its log turned off, and the log's callback, which must live as long."""
+    """Load the package's ctypes API with its log turned off, and the log's callback, which must live as long."""
     ggml()
     api = importlib.import_module("ik_llama_cpp._ctypes_api")
     log_type = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
@@ -75,9 +75,9 @@ def llama() -> tuple[Any, Any]:
 
 
 def _compiled_for() -> tuple[str, ...]:
-    """Names of `_FLAGS` that `llama_print_system_info` (compile-time constants) says 1 to."""
+    """List the names of `_FLAGS` that `llama_print_system_info` (compile-time constants) says 1 to."""
     info = llama()[0]._lib.llama_print_system_info
     info.restype = ctypes.c_char_p
     pairs = (item.split("=") for item in info().decode().split("|") if "=" in item)
-    said = {name.strip(): value.strip() for name, value in pairs}
-    return tuple(name for name in _FLAGS if said.get(name) == "1")
+    flags = {name.strip(): value.strip() for name, value in pairs}
+    return tuple(name for name in _FLAGS if flags.get(name) == "1")

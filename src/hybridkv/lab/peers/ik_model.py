@@ -25,7 +25,7 @@ Logits = npt.NDArray[np.float32]
 
 @contextmanager
 def ik_model(path: Path) -> Iterator[int]:
-    """Its handle of a model file.
+    """Load a model file and yield its handle.
 
     Raises
     ------
@@ -45,7 +45,7 @@ def ik_model(path: Path) -> Iterator[int]:
 
 @contextmanager
 def ik_context(model: int, kv_type: str, *, n_ctx: int, n_threads: int, rotated: str = "") -> Iterator[IkContext]:
-    """A context with K and V of `kv_type`; batches as its own tools take them by default; `rotated` sides: k, v, kv."""
+    """Open a context with K and V of `kv_type`; batches as its own tools take them; `rotated` sides: k, v, kv."""
     context = IkContext(model, kv_type, n_ctx=n_ctx, n_threads=n_threads, rotated=rotated)
     try:
         yield context
@@ -136,7 +136,7 @@ class IkContext:
 
 
 def repeat_rows(state: bytes, n_tokens: int) -> bytes:
-    """A sequence's saved state with its K and V rows repeated to `n_tokens`.
+    """Repeat the K and V rows of a sequence's saved state to `n_tokens`.
 
     Source: ik_llama.cpp, src/llama.cpp, `llama_data_write`: the count of cells, each cell's position and 0; whether V
     is transposed, the count of layers; per layer K's type, bytes per row and rows; then V's; then the
@@ -149,7 +149,7 @@ def repeat_rows(state: bytes, n_tokens: int) -> bytes:
 
 
 def repeat_layers(state: bytes, at: int, n_cells: int, n_tokens: int) -> tuple[list[bytes], int]:
-    """All layers' K and V rows of a saved state, from `at` on, repeated from `n_cells` to `n_tokens`; where they end.
+    """Repeat all layers' K and V rows of a saved state, from `at` on, to `n_tokens`; give where they end.
 
     Whether V is transposed, the count of layers; per layer K's type, bytes per row and rows; then V's: as in
     llama.cpp.

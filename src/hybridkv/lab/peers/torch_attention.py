@@ -12,13 +12,13 @@ from hybridkv.lab.shape import Shape
 
 
 def find() -> Found:
-    """Torch is always here."""
+    """Find torch, which is always here."""
     about = f"torch {torch.__version__}, scaled_dot_product_attention in float32"
     return Found("torch", about, torch.__file__, torch.__version__, "float32")
 
 
 def attention(shape: Shape, q: Tensor) -> Callable[[], Tensor]:
-    """A call of it over random rows."""
+    """Build a call of it over random rows."""
     k, v = (torch.randn(1, shape.n_kv_heads, shape.n_stored, shape.head_dim) for _ in range(2))
     mask = None
     if shape.n_new > 1:

@@ -17,7 +17,7 @@ FAMILIES: dict[str, Family] = {**qwen.FAMILIES, **lfm2.FAMILIES, **mamba.FAMILIE
 
 
 def graph_of(config: Config) -> ModelGraph:
-    """The graph of a Transformers config's text model; `rejects` must have said None."""
+    """Build the graph of a Transformers config's text model; `rejects` must have said None."""
     text = config.get_text_config(decoder=True)
     return FAMILIES[text.model_type].graph(text)
 

@@ -43,7 +43,7 @@ def _llama_parts(c: Any, scale: float | None = None) -> tuple[Attention, Gated]:
 
 
 def granite(c: Any, layers: Iterable[tuple[Mixer, FeedForward]]) -> ModelGraph:
-    """Granite's layers, dense or hybrid: factors on the embedding, on what each part adds, and on the logits."""
+    """Build Granite's graph, dense or hybrid: factors on the embedding, on what each part adds, and on the logits."""
     norms, scale = (norm(c, "attn_norm.weight"), norm(c, "ffn_norm.weight")), float(c.residual_multiplier)
     blocks = (block(mixer, ffn, norms, scale=scale) for mixer, ffn in layers)
     return graph(c, blocks, embed_scale=float(c.embedding_multiplier), logit_scale=1 / c.logits_scaling)
@@ -78,7 +78,7 @@ def _gemma3_rejects(c: Any) -> str | None:
 
 
 def _gemma3(c: Any) -> ModelGraph:
-    """Gemma 3: norms on both sides, a RoPE for each kind of layer; the window is the cache's."""
+    """Build Gemma 3's graph: norms on both sides, a RoPE for each kind of layer; the window is the cache's."""
     ffn = Branch(norm(c, "ffn_norm.weight"), (gated(c, act="gelu"),), norm(c, "post_ffw_norm.weight"))
     norms = norm(c, "attn_q_norm.weight"), norm(c, "attn_k_norm.weight")
     mixers = {

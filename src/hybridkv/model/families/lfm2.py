@@ -27,7 +27,7 @@ def _sparse_rejects(c: Any) -> str | None:
 
 
 def _width(c: Any) -> int:
-    """The dense models' feed-forward width. Source: transformers, modeling_lfm2.py (Lfm2MLP)."""
+    """Compute the dense models' feed-forward width. Source: transformers, modeling_lfm2.py (Lfm2MLP)."""
     width: int = c.intermediate_size
     if not c.block_auto_adjust_ff_dim:
         return width

@@ -57,7 +57,7 @@ def _granite_rejects(c: Any) -> str | None:
 
 
 def _granite(c: Any) -> ModelGraph:
-    """Granite 4: the four multipliers; a feed-forward that all tokens take, in some models beside experts."""
+    """Build Granite 4's graph: four multipliers; a feed-forward that all tokens take, in some models beside experts."""
     pairs: Any = "neighbours" if c.position_embedding_type == "rope" else None
     mixers: dict[str, Mixer] = {
         "full_attention": attention(c, pairs=pairs, scale=c.attention_multiplier),
@@ -107,7 +107,7 @@ def _nemotron_experts(c: Any) -> Experts:
 
 
 def _nemotron(c: Any) -> ModelGraph:
-    """Nemotron-H: one part in each layer. Time steps have no bounds, as in llama.cpp and the original code."""
+    """Build Nemotron-H's graph: one part per layer, time steps without bounds, as in llama.cpp and the original."""
     eps = c.layer_norm_epsilon
     mamba = Mamba2(
         n_heads=c.mamba_num_heads,
@@ -143,7 +143,7 @@ def _falcon_rejects(c: Any) -> str | None:
 
 
 def _falcon(c: Any) -> ModelGraph:
-    """Falcon-H1: attention beside Mamba-2 in every layer. The file's weights hold the muP multipliers."""
+    """Build Falcon-H1's graph: attention beside Mamba-2 in every layer. The file's weights hold the muP multipliers."""
     mixers = mamba2(c, norm(c, "ssm_norm.weight") if c.mamba_rms_norm else None), attention(c)
     each = block(mixers, gated(c), (norm(c, "attn_norm.weight"), norm(c, "ffn_norm.weight")))
     return graph(c, [each] * c.num_hidden_layers)
@@ -160,7 +160,7 @@ def _jamba_rejects(c: Any) -> str | None:
 
 
 def _jamba(c: Any) -> ModelGraph:
-    """Jamba: Mamba-1, attention without positions, experts in every few layers."""
+    """Build Jamba's graph: Mamba-1, attention without positions, experts in every few layers."""
     mamba = Mamba1(
         inner=c.mamba_expand * c.hidden_size,
         state_dim=c.mamba_d_state,
@@ -193,7 +193,7 @@ def _bamba_rejects(c: Any) -> str | None:
 
 
 def _bamba(c: Any) -> ModelGraph:
-    """Bamba: Mamba-2 and attention layers, whose RoPE turns a part of each head."""
+    """Build Bamba's graph: Mamba-2 and attention layers, whose RoPE turns a part of each head."""
     mixers: dict[str, Mixer] = {
         "full_attention": attention(c),
         "linear_attention": mamba2(c, norm(c, "ssm_norm.weight")),

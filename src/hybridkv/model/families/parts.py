@@ -51,7 +51,7 @@ class Family:
 
 
 def norm(c: Any, weight: str) -> Norm:
-    """An RMSNorm with the epsilon that most configs have."""
+    """Describe an RMSNorm with the epsilon that most configs have."""
     return Norm(weight, c.rms_norm_eps)
 
 
@@ -63,7 +63,7 @@ def graph(
     embed_scale: float = 1.0,
     logit_scale: float = 1.0,
 ) -> ModelGraph:
-    """A whole model; `last` is the norm before the head."""
+    """Assemble a whole model; `last` is the norm before the head."""
     return ModelGraph(
         hidden=c.hidden_size,
         n_vocab=c.vocab_size,
@@ -75,13 +75,13 @@ def graph(
 
 
 def block(mixer: Part | tuple[Part, ...], ffn: FeedForward, norms: tuple[Norm, Norm], *, scale: float = 1.0) -> Block:
-    """The usual layer: a mixer or several side by side, then a feed-forward, each behind a norm of its own."""
+    """Assemble the usual layer: a mixer or several side by side, then a feed-forward, each behind a norm of its own."""
     mixers = mixer if isinstance(mixer, tuple) else (mixer,)
     return Block((Branch(norms[0], mixers, scale=scale), Branch(norms[1], (ffn,), scale=scale)))
 
 
 def head_dim(c: Any) -> int:
-    """Values of an attention head."""
+    """Return the values of an attention head."""
     return int(getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
 
 
@@ -94,7 +94,7 @@ def attention(
     kind: str | None = None,
     **how: Any,
 ) -> Attention:
-    """Attention of a config's heads.
+    """Describe the attention of a config's heads.
 
     Parameters
     ----------
@@ -118,12 +118,12 @@ def attention(
 
 
 def n_rotated(c: Any) -> int:
-    """Values of a head that RoPE turns."""
+    """Count the values of a head that RoPE turns."""
     return int(head_dim(c) * c.rope_parameters.get("partial_rotary_factor", 1.0))
 
 
 def mamba2(c: Any, mixer_norm: Norm | None) -> Mamba2:
-    """Mamba-2 under the names that most configs give its sizes."""
+    """Describe Mamba-2 under the names that most configs give its sizes."""
     return Mamba2(
         n_heads=c.mamba_n_heads,
         n_groups=c.mamba_n_groups,
@@ -135,22 +135,22 @@ def mamba2(c: Any, mixer_norm: Norm | None) -> Mamba2:
 
 
 def gated(c: Any, width: int | None = None, **how: Any) -> Gated:
-    """A gated feed-forward, of the config's width if none is given."""
+    """Describe a gated feed-forward, of the config's width if none is given."""
     return Gated(c.intermediate_size if width is None else width, **how)
 
 
 def shared_expert(width: int) -> Gated | None:
-    """A gated expert that every token takes; None for a width of 0."""
+    """Describe a gated expert that every token takes; None for a width of 0."""
     return Gated(width, "ffn_gate_shexp.weight", "ffn_up_shexp.weight", "ffn_down_shexp.weight") if width else None
 
 
 def experts(c: Any, *, n_experts: int, width: int, normalised: bool = True, **how: Any) -> Experts:
-    """Gated experts chosen by softmax."""
+    """Describe gated experts that are chosen by softmax."""
     return Experts(n_experts, width, Choice(c.num_experts_per_tok, normalised=normalised), **how)
 
 
 def by_kind(c: Any, mixers: dict[str, Mixer], norms: tuple[Norm, Norm], ffn: FeedForward) -> ModelGraph:
-    """A model whose layers differ in their mixers alone, which `layer_types` name."""
+    """Build a model whose layers differ in their mixers alone, which `layer_types` name."""
     return graph(c, (block(mixers[kind], ffn, norms) for kind in c.layer_types))
 
 
@@ -165,7 +165,7 @@ def kinds_reject(c: Any, kinds: tuple[str, ...] | None) -> str | None:
 
 
 def first(*reasons: str | None) -> str | None:
-    """The first reason that there is."""
+    """Return the first reason that there is."""
     return next((reason for reason in reasons if reason is not None), None)
 
 

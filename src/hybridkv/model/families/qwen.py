@@ -64,7 +64,7 @@ def _sparse_rejects(c: Any) -> str | None:
 
 
 def sparse(c: Any, *, shared: bool) -> Experts:
-    """Qwen's experts; the shared one is weighed by a gate of its own."""
+    """Describe Qwen's experts; the shared one is weighed by a gate of its own."""
     return experts(
         c,
         n_experts=c.num_experts,
@@ -111,7 +111,7 @@ def _olmo_turns(c: Any) -> bool:
 
 
 def _olmo_hybrid(c: Any) -> ModelGraph:
-    """OLMo-Hybrid: norms before the parts of a delta net's layer, and behind those of an attention layer."""
+    """Build OLMo-Hybrid's graph: norms before a delta net layer's parts, and behind an attention layer's."""
     delta = _delta_net(
         c,
         values="grouped",

@@ -36,7 +36,7 @@ def _rejects(c: Any) -> str | None:
 
 
 def shared_owners(c: Any) -> dict[int, int]:
-    """Of each layer with a shared block, the layer that holds the block's weights: the first that uses it."""
+    """Map each layer with a shared block to the layer that holds the block's weights: the first that uses it."""
     layers = [layer for layer, kind in enumerate(c.layer_types) if kind == "hybrid"]
     return {layer: layers[use % c.num_mem_blocks] for use, layer in enumerate(layers)}
 
@@ -46,7 +46,7 @@ def _inner(c: Any) -> int:
 
 
 def _zamba2(c: Any) -> ModelGraph:
-    """Zamba2: use i of a shared block is of block `i % num_mem_blocks`, with adapters of its own.
+    """Build Zamba2's graph: use i of a shared block is of block `i % num_mem_blocks`, with adapters of its own.
 
     Time steps have no bounds, as in the original code.
     """

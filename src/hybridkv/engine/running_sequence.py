@@ -13,18 +13,18 @@ from hybridkv.cache import KVSpec
 from hybridkv.engine.drafts import Drafts
 from hybridkv.engine.filters import Tokens
 from hybridkv.engine.prefixes import Checkpoint, Key
-from hybridkv.engine.requests import Event, Finish, Ticket
+from hybridkv.engine.requests import Event, Finish, RequestHandle
 from hybridkv.engine.sampling import Sampler
 from hybridkv.runtime import ModelCache
 
 
 @dataclass(eq=False, slots=True)
-class Running:
+class RunningSequence:
     """A sequence's tokens, and how far its cache has come with them.
 
     Attributes
     ----------
-    ticket
+    handle
         Who waits for it.
     key
         How it was asked to be stored.
@@ -46,7 +46,7 @@ class Running:
         What is guessed of it, and computed already.
     """
 
-    ticket: Ticket
+    handle: RequestHandle
     key: Key
     specs: tuple[KVSpec, ...]
     planned_bytes: int
@@ -61,8 +61,8 @@ class Running:
     _seen: npt.NDArray[np.int64] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self.sampler = Sampler(self.ticket.request.params, self.ticket.request.steering)
-        self.history = list(self.ticket.request.prompt_ids)
+        self.sampler = Sampler(self.handle.request.params, self.handle.request.steering)
+        self.history = list(self.handle.request.prompt_ids)
         self.n_prefill = len(self.history)
         if self.sampler.params.looks_back:
             self._seen = np.empty(self.n_ctx, np.int64)
@@ -81,7 +81,7 @@ class Running:
     @property
     def n_ctx(self) -> int:
         """Tokens at its full length."""
-        request = self.ticket.request
+        request = self.handle.request
         return len(request.prompt_ids) + request.max_tokens
 
     def chunk_end(self, chunk: int | None) -> int:
@@ -100,14 +100,14 @@ class Running:
         self.specs, self.planned_bytes, self.reuses = specs, planned_bytes, False
         self.position, self.n_prefill = 0, len(self.history)
 
-    def settle(self) -> None:
+    def undo_guesses(self) -> None:
         """Undo guesses that were not drawn: the cache then holds `position` tokens."""
         if self.cache is not None:
             self.drafts.close(self.cache, ended=False)
 
     def take(self, token: int, logits: Tensor) -> Event:
         """Append the next token, drawn from `logits` float32 `[V]`; its event, which may be the last."""
-        request = self.ticket.request
+        request = self.handle.request
         if self._seen is not None:
             self._seen[len(self.history)] = token
         self.history.append(token)
@@ -122,9 +122,9 @@ class Running:
 
     def score(self, rows: Tensor, begin: int) -> None:
         """Score the prompt's tokens that follow those from `begin` on, from the logits `[T, V]` after each of these."""
-        scores = self.ticket.prompt_scores
+        scores = self.handle.prompt_scores
         for place, row in enumerate(rows[: len(scores) - 1 - begin], begin + 1):
-            scores[place] = _logprobs(row, self.history[place], self.ticket.request.logprobs or 0)
+            scores[place] = _logprobs(row, self.history[place], self.handle.request.logprobs or 0)
 
 
 def _logprobs(logits: Tensor, token: int, n: int) -> tuple[float, tuple[tuple[int, float], ...]]:

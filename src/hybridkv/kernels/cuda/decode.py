@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hybridkv.kernels.cuda.attention import LOG2_E, WEIGHT_BITS
-from hybridkv.kernels.cuda.fragments import (
+from hybridkv.kernels.cuda.generic import LOG2_E, WEIGHT_BITS
+from hybridkv.kernels.cuda.layout import BYTES
+from hybridkv.kernels.cuda.ptx import (
     get_four,
     keep_order,
     load_words,
@@ -36,9 +37,15 @@ from hybridkv.kernels.cuda.fragments import (
     turn,
     unpack,
 )
-from hybridkv.kernels.cuda.layout import BYTES
+from hybridkv.kernels.cuda.register_codes import (
+    add_values,
+    load_rows,
+    n_words_of,
+    rows_of_keys,
+    rows_of_values,
+    scores_of,
+)
 from hybridkv.kernels.cuda.tiles import INTERPRETED, find_slots
-from hybridkv.kernels.cuda.words import add_values, load_rows, n_words_of, rows_of_keys, rows_of_values, scores_of
 
 _BYTES = tl.constexpr(BYTES)
 
@@ -46,7 +53,7 @@ _BYTES = tl.constexpr(BYTES)
 @triton.jit
 def _queries(q, stride_h, scale, center, group, place, GROUP: tl.constexpr, HAS_CENTER: tl.constexpr,
              WARPS: tl.constexpr, K: tl.constexpr):  # fmt: skip
-    """Words of the queries as `scores_of` takes them; per column of the scores a factor and the center's score."""
+    """Load the queries as `scores_of` takes them; per column of the scores a factor and the center's score."""
     n: tl.constexpr = n_words_of(K, 4)
     of_bytes: tl.constexpr = K.main == _BYTES
     per_word: tl.constexpr = 1 if of_bytes else 2
@@ -83,7 +90,7 @@ def _four(x, factor, i: tl.constexpr):
 
 @triton.jit
 def _load_eight(at, row, end):
-    """Eight numbers at pointers to where 16 bytes may be read at once, float32; zeros unless `row < end`."""
+    """Load eight numbers at pointers to where 16 bytes may be read at once, float32; zeros unless `row < end`."""
     kind: tl.constexpr = at.dtype.element_ty
     words = at.to(tl.pointer_type(tl.int32))
     if kind == tl.float32:
@@ -105,7 +112,7 @@ def _load_eight(at, row, end):
 
 @triton.jit
 def _of_warps(acc, top0, top1, sum0, sum1, warp, lane, WARPS: tl.constexpr, V: tl.constexpr):
-    """Sums over the warps, which differ in what their numbers are relative to.
+    """Sum over the warps, which differ in what their numbers are relative to.
 
     Every warp returns its share of the accumulators: of four dims after each other, the numbers of a lane's two
     columns, eight after eight; their tops, and the sums of weights.
@@ -161,7 +168,7 @@ def _of_warps(acc, top0, top1, sum0, sum1, warp, lane, WARPS: tl.constexpr, V: t
 
 @triton.constexpr_function
 def _runs_of_warp(side, warps):
-    """Of a lane's runs of four dims, how many a warp stores."""
+    """Count how many of a lane's runs of four dims a warp stores."""
     return max(1, side.head_dim // 32 // warps)
 
 
@@ -232,7 +239,7 @@ def attend_one_token(
     SEGMENT: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """One part of the attention of a KV head's group of query heads, at most 8, as `attend_segment` leaves it.
+    """Attend one part of the rows, for a KV head's group of at most 8 query heads, as `attend_segment` leaves it.
 
     Grid: shares, Hkv, B. A warp takes 16 * SUBTILES rows at a time.
     """
@@ -374,7 +381,7 @@ def attend_one_token(
 
 @triton.jit
 def _finish(score, factor, offset, softcap, here, HAS_SOFTCAP: tl.constexpr, HAS_CENTER: tl.constexpr):
-    """A score in powers of 2, or -inf where no row is."""
+    """Finish a score: in powers of 2, or -inf where no row is."""
     score = score * factor
     if HAS_CENTER:
         score += offset

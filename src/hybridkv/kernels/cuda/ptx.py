@@ -14,7 +14,7 @@ from hybridkv.kernels.cuda.tiles import INTERPRETED
 
 
 def _target_arch() -> int:
-    """The compute capability that a kernel is compiled for: 75, 90."""
+    """Return the compute capability that a kernel is compiled for: 75, 90."""
     from triton.runtime import driver
 
     target = driver.active.get_current_target()
@@ -27,7 +27,7 @@ _target_arch.__triton_builtin__ = True  # type: ignore[attr-defined]
 
 @triton.constexpr_function
 def _is_turing():
-    """Whether the target is older than Ampere: products of 8 inputs, and no conversion of two numbers at once."""
+    """Check whether the target is older than Ampere: products of 8 inputs, and no conversion of two numbers at once."""
     return _target_arch() < 80
 
 
@@ -45,7 +45,7 @@ _TURN = tl.constexpr("{ .reg .b32 t; cvt.rn.f16x2.f32 t, $2, $1; movmatrix.sync.
 
 @triton.constexpr_function
 def _load_text(n_words, offset, once):
-    """Words at `offset` bytes behind an address, or zeros unless one number is below another."""
+    """Write the load of words at `offset` bytes behind an address, or zeros unless one number is below another."""
     names = [f"${i}" for i in range(n_words)]
     vector = f".v{n_words}" if n_words > 1 else ""
     where = ".L1::no_allocate" if once else ""
@@ -67,14 +67,14 @@ def _load_half_text(offset):
 
 @triton.constexpr_function
 def _reduce_text(operation, distances):
-    """A reduction over the lanes whose numbers differ in some bits."""
+    """Write a reduction over the lanes whose numbers differ in some bits."""
     steps = "".join(f"shfl.sync.bfly.b32 t, $0, {n}, 31, -1; {operation} $0, $0, t; " for n in distances)
     return f"{{ .reg .b32 t; mov.b32 $0, $1; {steps}}}"
 
 
 @triton.constexpr_function
 def _values_text(mask, other_mask, magic, minus, has_min):
-    """`((x & mask) ^ magic | y & other_mask) - minus) * d + m` in both halves: $0 of x, d, and y and m if there are."""
+    """Write `((x & mask) ^ magic | y & other_mask) - minus) * d + m` for both halves: $0 of x, d, and any y and m."""
     y, m = 3, 4 if other_mask else 3
     exponent = minus.bit_length() - 1
     negative = 0x8000 | (exponent + 15) << 10 | (minus << (10 - exponent)) & 0x3FF  # as float16
@@ -92,7 +92,7 @@ def _values_text(mask, other_mask, magic, minus, has_min):
 
 @triton.jit
 def load_words(at, row, end, N: tl.constexpr, OFFSET: tl.constexpr, ONCE: tl.constexpr = False):
-    """N words (1, 2, or some fours) at OFFSET words behind the pointers `at`; zeros unless `row < end`.
+    """Load N words (1, 2, or some fours) at OFFSET words behind the pointers `at`; zeros unless `row < end`.
 
     ONCE: nobody will want their neighbourhood in the first cache.
     """
@@ -133,7 +133,7 @@ def load_words(at, row, end, N: tl.constexpr, OFFSET: tl.constexpr, ONCE: tl.con
 
 @triton.jit
 def load_half(at, row, end, OFFSET: tl.constexpr):
-    """16 bits at OFFSET halves behind the pointers, as int32; zero unless `row < end`."""
+    """Load 16 bits at OFFSET halves behind the pointers, as int32; zero unless `row < end`."""
     if INTERPRETED:
         x = tl.load(at + OFFSET, mask=row < end, other=0).to(tl.int32) & 0xFFFF
     else:
@@ -145,7 +145,7 @@ def load_half(at, row, end, OFFSET: tl.constexpr):
 
 @triton.jit
 def store_four(at, a, b, c, d, here):
-    """Four float32 at pointers to where 16 bytes may be written at once."""
+    """Store four float32 at pointers to where 16 bytes may be written at once."""
     if INTERPRETED:
         tl.store(at, a, mask=here)
         tl.store(at + 1, b, mask=here)
@@ -188,7 +188,7 @@ def _get_text(offset):
 
 @triton.jit
 def shared_memory(offset, N_BYTES: tl.constexpr):
-    """Addresses `offset` bytes into shared memory of this call's own; not for the interpreter."""
+    """Return addresses `offset` bytes into shared memory of this call's own; not for the interpreter."""
     return tl.inline_asm_elementwise(_shared_text(N_BYTES), "=r,r", [offset], tl.int32, is_pure=False, pack=1)
 
 
@@ -215,13 +215,13 @@ def get_four(at, OFFSET: tl.constexpr):
 
 @triton.jit
 def unpack(x):
-    """The halves of a word, float16; for the interpreter."""
+    """Split a word into its halves, float16; for the interpreter."""
     return x.to(tl.int16).to(tl.float16, bitcast=True), (x >> 16).to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
 def pack(low, high):
-    """Two float32, rounded, in one word."""
+    """Round two float32 into one word."""
     if INTERPRETED:
         a = low.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
         x = a | (high.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16)
@@ -236,7 +236,7 @@ def pack(low, high):
 
 @triton.jit
 def choose(x, y, SELECTOR: tl.constexpr, TEXT: tl.constexpr):
-    """Four of the eight bytes of x and y: halves 0 of both (0x5410), or halves 1 (0x7632)."""
+    """Choose four of the eight bytes of x and y: halves 0 of both (0x5410), or halves 1 (0x7632)."""
     if INTERPRETED:
         z = (x & 0xFFFF) | (y << 16) if SELECTOR == 0x5410 else ((x >> 16) & 0xFFFF) | (y & -65536)
     else:
@@ -246,20 +246,20 @@ def choose(x, y, SELECTOR: tl.constexpr, TEXT: tl.constexpr):
 
 @triton.jit
 def low_halves(x, y):
-    """The lower half of x, and of y above it."""
+    """Join the lower half of x, and of y above it."""
     return choose(x, y, 0x5410, "prmt.b32 $0, $1, $2, 0x5410;")
 
 
 @triton.jit
 def high_halves(x, y):
-    """The upper half of x, and of y above it."""
+    """Join the upper half of x, and of y above it."""
     return choose(x, y, 0x7632, "prmt.b32 $0, $1, $2, 0x7632;")
 
 
 @triton.jit
 def two_values(x, other, d, m, MASK: tl.constexpr, OTHER_MASK: tl.constexpr, MAGIC: tl.constexpr, MINUS: tl.constexpr,
                HAS_MIN: tl.constexpr):  # fmt: skip
-    """Two codes, put together from the bits of x and of `other` under masks, as values: a word.
+    """Decode two codes, put together from the bits of x and of `other` under masks: a word of values.
 
     MAGIC makes a float16 of a code: 0x6400 is 1024, whose last bit counts 1, and 0x5400 is 64, whose fifth bit does.
     """
@@ -289,7 +289,7 @@ def two_values(x, other, d, m, MASK: tl.constexpr, OTHER_MASK: tl.constexpr, MAG
 
 @triton.jit
 def _rows_by_columns(a, b, WARPS: tl.constexpr):
-    """Sums over places of the products of words: float32 `[WARPS, 8 groups of a, 8 groups of b]`."""
+    """Sum the products of words over places: float32 `[WARPS, 8 groups of a, 8 groups of b]`."""
     a0, a1 = unpack(a)
     b0, b1 = unpack(b)
     a0 = tl.reshape(a0.to(tl.float32), [WARPS, 8, 1, 4])
@@ -301,7 +301,7 @@ def _rows_by_columns(a, b, WARPS: tl.constexpr):
 
 @triton.jit
 def multiply(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, WARPS: tl.constexpr):
-    """`c + a @ b` of one fragment: a float16 [16, 16], b float16 [16, 8], c float32 [16, 8]."""
+    """Compute `c + a @ b` of one fragment: a float16 [16, 16], b float16 [16, 8], c float32 [16, 8]."""
     if INTERPRETED:
         upper = _rows_by_columns(a0, b0, WARPS) + _rows_by_columns(a2, b1, WARPS)
         lower = _rows_by_columns(a1, b0, WARPS) + _rows_by_columns(a3, b1, WARPS)
@@ -332,7 +332,7 @@ def multiply(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, WARPS: tl.constexpr):
 
 @triton.jit
 def turn(low, high, WARPS: tl.constexpr):
-    """Two neighbouring columns of an 8 x 8 matrix of float32, in float16 and transposed: a word."""
+    """Transpose an 8 x 8 matrix of float32 to float16: two neighbouring columns in, a word out."""
     if INTERPRETED:
         matrix = tl.reshape(tl.join(low, high), [WARPS, 8, 8])
         matrix = tl.trans(matrix, 0, 2, 1)
@@ -345,7 +345,7 @@ def turn(low, high, WARPS: tl.constexpr):
 
 @triton.jit
 def max_of_groups(x, WARPS: tl.constexpr):
-    """The largest of the lanes of the same place."""
+    """Find the largest among the lanes of the same place."""
     if INTERPRETED:
         y = tl.max(tl.reshape(x, [WARPS, 8, 4]), axis=1)[:, None, :]
         y = tl.reshape(tl.broadcast_to(y, [WARPS, 8, 4]), [WARPS * 32])
@@ -358,7 +358,7 @@ def max_of_groups(x, WARPS: tl.constexpr):
 
 @triton.jit
 def sum_of_groups(x, WARPS: tl.constexpr):
-    """The sum over the lanes of the same place."""
+    """Sum over the lanes of the same place."""
     if INTERPRETED:
         y = tl.sum(tl.reshape(x, [WARPS, 8, 4]), axis=1)[:, None, :]
         y = tl.reshape(tl.broadcast_to(y, [WARPS, 8, 4]), [WARPS * 32])
@@ -371,7 +371,7 @@ def sum_of_groups(x, WARPS: tl.constexpr):
 
 @triton.jit
 def max_of_places(x, WARPS: tl.constexpr):
-    """The largest of the lanes of the same group."""
+    """Find the largest among the lanes of the same group."""
     if INTERPRETED:
         y = tl.max(tl.reshape(x, [WARPS * 8, 4]), axis=1)[:, None]
         y = tl.reshape(tl.broadcast_to(y, [WARPS * 8, 4]), [WARPS * 32])
@@ -382,7 +382,7 @@ def max_of_places(x, WARPS: tl.constexpr):
 
 @triton.jit
 def sum_of_places(x, WARPS: tl.constexpr):
-    """The sum over the lanes of the same group."""
+    """Sum over the lanes of the same group."""
     if INTERPRETED:
         y = tl.sum(tl.reshape(x, [WARPS * 8, 4]), axis=1)[:, None]
         y = tl.reshape(tl.broadcast_to(y, [WARPS * 8, 4]), [WARPS * 32])
@@ -393,7 +393,7 @@ def sum_of_places(x, WARPS: tl.constexpr):
 
 @triton.jit
 def of_columns(x, WARPS: tl.constexpr):
-    """Of a number per group, those of groups 2p and 2p + 1, p a lane's place: its columns of an accumulator."""
+    """Select, of a number per group, those of groups 2p and 2p + 1, p a lane's place: its columns of an accumulator."""
     if INTERPRETED:
         each = tl.reshape(tl.max(tl.reshape(x, [WARPS, 8, 4]), axis=2), [WARPS, 4, 2])
         a, b = tl.split(each)

@@ -24,7 +24,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _product(a, b, acc, KIND: tl.constexpr):
-    """`acc + a @ b`, b as decoded: in float16, or where b's range is larger, without losing the precision of a."""
+    """Compute `acc + a @ b`, b as decoded: in float16, or where b's range is larger, at a's full precision."""
     if KIND == _F32:
         total = tl.dot(a, b, acc, input_precision="tf32x3")
     elif KIND == _BF16:
@@ -42,7 +42,7 @@ def _product(a, b, acc, KIND: tl.constexpr):
 
 @triton.jit
 def _not_finite(low, high, scale, low_end, S: tl.constexpr):
-    """Bool `[N]`: rows of V that decode to something that is not finite."""
+    """Find the rows of V that decode to something that is not finite: bool `[N]`."""
     if S.main >= _F16:
         size = tl.maximum(tl.abs(low.to(tl.float32)), tl.abs(high.to(tl.float32)), propagate_nan=tl.PropagateNan.ALL)
     else:
@@ -54,7 +54,7 @@ def _not_finite(low, high, scale, low_end, S: tl.constexpr):
 
 @triton.jit
 def _query_half(q, rows, stride_t, stride_h, row_ok, half: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr):
-    """Lanes 0..15 or 16..31 of each block of the query rows: float32 `[M, blocks * 16]`, zeros behind the head dim."""
+    """Load lanes 0..15 or 16..31 of the query rows' blocks: float32 `[M, blocks * 16]`, zeros behind the head dim."""
     column = lanes(half, K)
     at = (rows // GROUP).to(tl.int64) * stride_t + (rows % GROUP) * stride_h
     here = row_ok[:, None] & (column < K.head_dim)[None, :]
@@ -336,7 +336,7 @@ def combine_parts(
     N_KV_HEADS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """The sum of the parts of some values of one query row. Grid: T * group, B * Hkv, runs of COLUMNS values."""
+    """Combine the parts of some values of one query row. Grid: T * group, B * Hkv, runs of COLUMNS values."""
     row = tl.program_id(0)
     pair = tl.program_id(1)
     n_rows = n_new * GROUP

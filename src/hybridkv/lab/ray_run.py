@@ -24,10 +24,10 @@ from hybridkv.lab.corpus import Corpus
 from hybridkv.lab.evaluate import PIECE, Evaluator, Mode, Speeds
 from hybridkv.lab.journal import Journal
 from hybridkv.lab.measure import Trace
-from hybridkv.lab.run import N_PROMPTS, Extras, Run, Tick
+from hybridkv.lab.run import N_PROMPTS, Evaluation, Extras, Tick
 
 
-class Recipe(Hashable, Protocol):
+class ModelLoader(Hashable, Protocol):
     """How a task comes to its model; hashable, pickled, carried out where the task is."""
 
     def __call__(self) -> Evaluator:
@@ -43,17 +43,17 @@ class Found:
     speeds: Speeds
 
 
-class SpreadRun(Run):
+class RayEvaluation(Evaluation):
     """An evaluation whose candidates are tasks.
 
     Parameters
     ----------
-    recipe
+    loader
         Loads a task's model.
     resources
         What Ray reserves for a task: `num_cpus`, `num_gpus`.
     others
-        As of `Run`.
+        As of `Evaluation`.
     """
 
     def __init__(
@@ -64,12 +64,12 @@ class SpreadRun(Run):
         mode: Mode,
         journal: Journal,
         *,
-        recipe: Recipe,
+        loader: ModelLoader,
         resources: dict[str, Any],
         n_greedy: int = 0,
     ) -> None:
         super().__init__(evaluator, corpus, candidates, mode, journal, n_greedy=n_greedy)
-        self._recipe, self._resources = recipe, resources
+        self._loader, self._resources = loader, resources
 
     @property
     def n_ticks(self) -> int:
@@ -87,7 +87,7 @@ class SpreadRun(Run):
         start: Callable[..., Any] = ray.remote(**self._resources)(_measure).remote
         corpus = ray.put(self._corpus)
         running = {
-            start(self._recipe, corpus, self._beside(c), self._mode, self._lacks(c), self._n_greedy): c
+            start(self._loader, corpus, self._beside(c), self._mode, self._lacks(c), self._n_greedy): c
             for c in self._candidates
         }
         try:
@@ -107,12 +107,12 @@ class SpreadRun(Run):
         return True
 
     def _beside(self, candidate: Candidate) -> tuple[Candidate, ...]:
-        """A candidate behind the reference."""
+        """Put a candidate behind the reference."""
         reference = self._candidates[0]
         return (reference,) if candidate is reference else (reference, candidate)
 
     def _lacks(self, candidate: Candidate) -> tuple[int, ...]:
-        """Windows that nobody has measured."""
+        """List the windows that nobody has measured."""
         windows = range(len(self._corpus.windows))
         return tuple(i for i in windows if not self._journal.holds(candidate.label, i, self._corpus.n_ctx))
 
@@ -129,27 +129,27 @@ class SpreadRun(Run):
 
 
 def _measure(
-    recipe: Recipe,
+    loader: ModelLoader,
     corpus: Corpus,
     candidates: Sequence[Candidate],
     mode: Mode,
     windows: Sequence[int],
     n_greedy: int,
 ) -> Found:
-    """The task: what `Run` does, of one candidate."""
-    evaluator = _evaluator(recipe)
+    """Run the task: what `Evaluation` does, of one candidate."""
+    evaluator = _evaluator(loader)
     evaluator.speeds.clear()  # of the candidate that this process had before
     own = candidates[-1]
     journal = _Unwritten(own.label, windows)
-    run = Run(evaluator, corpus, candidates, mode, journal, n_greedy=n_greedy)
+    run = Evaluation(evaluator, corpus, candidates, mode, journal, n_greedy=n_greedy)
     run.windows(lambda _: None)
     return Found(journal.found, run.extras(own), evaluator.speeds.get(own.label, Speeds()))
 
 
 @lru_cache(maxsize=1)
-def _evaluator(recipe: Recipe) -> Evaluator:
-    """A process of Ray's runs one task after the other: it loads a model once."""
-    return recipe()
+def _evaluator(loader: ModelLoader) -> Evaluator:
+    """Load a model once per process: Ray's run one task after the other."""
+    return loader()
 
 
 class _Unwritten(Journal):
@@ -171,4 +171,4 @@ class _Unwritten(Journal):
             self.found[window] = trace
 
     def save(self) -> None:
-        """Nothing: the run that started the task writes."""
+        """Do nothing: the run that started the task writes."""

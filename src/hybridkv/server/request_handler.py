@@ -1,7 +1,7 @@
-"""Takes requests to the scheduler: from a body to prompts, sequences and how their answers are read.
+"""Take requests to the scheduler: turn a body into prompts and sequences, and choose how their answers are read.
 
-Owns what is served and what a request becomes. Knows no HTTP beyond refusals; `hybridkv.server.runs` brings back what
-the scheduler says, `hybridkv.server.respond` writes replies.
+Owns what is served and what a request becomes. Knows no HTTP beyond refusals: `hybridkv.server.pending` brings back the
+scheduler's events, and `hybridkv.server.respond` writes replies.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any, Protocol
 
 from hybridkv.cache import KVTypes
 from hybridkv.engine.embed import Embedder
-from hybridkv.engine.requests import Event, Request, SchedulerStats, Ticket
+from hybridkv.engine.requests import Event, Request, RequestHandle, SchedulerStats
 from hybridkv.engine.sampling import SamplingParams
 from hybridkv.errors import HybridKVError
-from hybridkv.server.answer import Answer
+from hybridkv.server.answer import TextAssembler
 from hybridkv.server.channels import Reading
 from hybridkv.server.forms import Forms
 from hybridkv.server.metrics import Metrics, Rate
+from hybridkv.server.pending import Part, PendingReply
 from hybridkv.server.prompts import Prompts, Rendered
 from hybridkv.server.refusals import RefusalError
 from hybridkv.server.replies import Status
-from hybridkv.server.runs import Part, Run
 from hybridkv.server.schema import ChatRequest, CompletionRequest, ReasoningFormat
 from hybridkv.server.sessions import Keeper, Sessions
 from hybridkv.text.breakers import breaker_ids
@@ -37,11 +37,11 @@ DEFAULT_MAX_TOKENS = 16
 class Runner(Keeper, Protocol):
     """The scheduler, as far as the server needs it."""
 
-    def submit(self, request: Request, listener: Callable[[Event], None] | None = None) -> Ticket:
+    def submit(self, request: Request, listener: Callable[[Event], None] | None = None) -> RequestHandle:
         """Take a request; events go to the listener, on another thread."""
 
     def stats(self) -> SchedulerStats:
-        """Counts up to now."""
+        """Count what was done up to now."""
 
 
 def _say_nothing(_: str) -> None:
@@ -123,7 +123,7 @@ class Asked:
     echo: str | None = None
 
 
-class Desk:
+class RequestHandler:
     """Takes requests in.
 
     Parameters
@@ -144,7 +144,7 @@ class Desk:
         self._rate = Rate()
         self._breakers: dict[tuple[str, ...], frozenset[int]] = {}
 
-    async def complete(self, body: CompletionRequest) -> Run:
+    async def complete(self, body: CompletionRequest) -> PendingReply:
         """Start the answers to prompts.
 
         Raises
@@ -166,7 +166,7 @@ class Desk:
             asked.append(Asked(ids, self._most(body, most, ids), body.logprobs, echo=echo))
         return await self._start(body, asked, started)
 
-    async def chat(self, body: ChatRequest) -> Run:
+    async def chat(self, body: ChatRequest) -> PendingReply:
         """Start the answer to a conversation.
 
         Raises
@@ -197,7 +197,7 @@ class Desk:
         return run
 
     def _variables(self, body: ChatRequest) -> dict[str, Any]:
-        """The chat template's variables: the server's, and over them the request's."""
+        """Merge the chat template's variables: the server's, and over them the request's."""
         variables = {**self.served.variables, **(body.chat_template_kwargs or {})}
         if body.preserve_thinking is not None:
             variables.setdefault("preserve_thinking", body.preserve_thinking)
@@ -220,7 +220,7 @@ class Desk:
         return None if budget < 0 else budget
 
     def _most(self, body: CompletionRequest | ChatRequest, asked: int | None, ids: Sequence[int]) -> int:
-        """Tokens to generate at most: what was asked for, as far as the context goes."""
+        """Bound the tokens to generate: what was asked for, as far as the context goes."""
         room = max(1, self.served.n_ctx - len(ids))
         if asked is None and self.served.max_tokens is not None and self.served.max_tokens >= 0:
             return min(self.served.max_tokens, room)
@@ -253,11 +253,13 @@ class Desk:
             return await asyncio.to_thread(body.params, breakers)
         return body.params(breakers)
 
-    async def _start(self, body: CompletionRequest | ChatRequest, asked: Sequence[Asked], started: float) -> Run:
+    async def _start(
+        self, body: CompletionRequest | ChatRequest, asked: Sequence[Asked], started: float
+    ) -> PendingReply:
         """Submit every sequence of a request, or none."""
         self.sessions.check(body.session)
         params = await self._params(body)
-        run = Run(self.metrics, started)
+        run = PendingReply(self.metrics, started)
         try:
             for prompt in asked:
                 for sample in range(body.n or 1):
@@ -269,7 +271,13 @@ class Desk:
         return run
 
     async def _submit(
-        self, run: Run, body: CompletionRequest | ChatRequest, asked: Asked, params: SamplingParams, *, first: bool
+        self,
+        run: PendingReply,
+        body: CompletionRequest | ChatRequest,
+        asked: Asked,
+        params: SamplingParams,
+        *,
+        first: bool,
     ) -> None:
         steering = await self.forms.steering(body, asked.rendered, self._budget(body))
         # A grammar that is at its end lets nothing but an end through.
@@ -287,7 +295,7 @@ class Desk:
             steering=steering,
         )
         most = asked.max_tokens if asked.max_tokens == 0 else None
-        answer = Answer(self.served.tokenizer, asked.ids, body.stop or (), asked.reading, most=most)
+        answer = TextAssembler(self.served.tokenizer, asked.ids, body.stop or (), asked.reading, most=most)
         run.submit(Part(answer, echo=asked.echo, first=first), request, self.served.runner.submit)
 
     def status(self) -> Status:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hybridkv.kernels.cuda.fragments import (
+from hybridkv.kernels.cuda.layout import BYTES, NIBBLES, NONE
+from hybridkv.kernels.cuda.ptx import (
     high_halves,
     load_half,
     load_words,
@@ -17,7 +18,6 @@ from hybridkv.kernels.cuda.fragments import (
     multiply,
     two_values,
 )
-from hybridkv.kernels.cuda.layout import BYTES, NIBBLES, NONE
 from hybridkv.kernels.cuda.tiles import entries
 
 _BYTES, _NIBBLES, _NONE = tl.constexpr(BYTES), tl.constexpr(NIBBLES), tl.constexpr(NONE)
@@ -25,7 +25,7 @@ _BYTES, _NIBBLES, _NONE = tl.constexpr(BYTES), tl.constexpr(NIBBLES), tl.constex
 
 @triton.constexpr_function
 def n_words_of(side, parts):
-    """Words of a row's main plane that one of so many lanes takes; of a plane of nibbles, if there is none."""
+    """Count the words of a row's main plane that one of `parts` lanes takes; nibbles, if there is none."""
     return side.head_dim // parts // (4 if side.main == BYTES else 8)
 
 
@@ -36,27 +36,27 @@ def _n_blocks(side, parts):
 
 @triton.constexpr_function
 def _n_pairs(side, parts):
-    """Words of its pairs: two of a block, which serve a half of it each, or one if it takes a quarter."""
+    """Count the words of its pairs: two of a block, which serve a half of it each, or one if it takes a quarter."""
     n_values = side.head_dim // parts
     return 1 if n_values == 8 else 2 * max(1, n_values // 32)
 
 
 @triton.constexpr_function
 def rows_of_keys(subtiles):
-    """Rows of a lane, counted from its first: where fragments of 16 x 16 have them."""
+    """List a lane's rows, counted from its first: where fragments of 16 x 16 have them."""
     return tuple(8 * i for i in range(2 * subtiles))
 
 
 @triton.constexpr_function
 def rows_of_values(subtiles):
-    """The same for values: pairs that follow each other."""
+    """List a lane's rows of values: pairs that follow each other."""
     return tuple(8 * (i // 2) + i % 2 for i in range(4 * subtiles))
 
 
 @triton.jit
 def load_rows(main, pairs, bits, d, m, slot, rows, end, part, DELTAS: tl.constexpr, PARTS: tl.constexpr,
               S: tl.constexpr):  # fmt: skip
-    """Words of the rows `rows + DELTAS`, of one of PARTS of each; per plane a tuple, row after row.
+    """Load words of the rows `rows + DELTAS`, of one of PARTS of each; per plane a tuple, row after row.
 
     `slot` is where `rows` lie; the others follow them as they are counted.
     """
@@ -100,7 +100,7 @@ def _load_row(main, pairs, bits, d, m, slot, row, end, part, DELTA: tl.constexpr
 
 @triton.jit
 def _load_numbers(plane, at, row, end, N: tl.constexpr, OFFSET: tl.constexpr):
-    """N float16 (1 or 2), each in the lower half of a word, or both in one."""
+    """Load N float16 (1 or 2), each in the lower half of a word, or both in one."""
     if N == 1:
         x = (load_half(plane.to(tl.pointer_type(tl.int16)) + at, row, end, OFFSET),)
     else:
@@ -110,7 +110,7 @@ def _load_numbers(plane, at, row, end, N: tl.constexpr, OFFSET: tl.constexpr):
 
 @triton.jit
 def _values_of(x, pair, bit, d, m, book, S: tl.constexpr):
-    """Values of the codes in a word, two to a word, in a tuple.
+    """Decode the codes in a word to values, two to a word, in a tuple.
 
     Of bytes: those of bytes 0 and 2, and of 1 and 3. Of nibbles: the same of the lower nibbles, then of the upper.
     `pair` and `bit` have their fields where the word's are: of byte i at bits 8i, and at bits i and 16 + i.
@@ -152,7 +152,7 @@ def _values_of(x, pair, bit, d, m, book, S: tl.constexpr):
 
 @triton.jit
 def _codes(x, pair, bit, S: tl.constexpr):
-    """Codes of formats with a codebook, two to a word, in the order of `_values_of`."""
+    """Look up the codes of formats with a codebook, two to a word, in the order of `_values_of`."""
     if S.main == _NIBBLES:
         a, b, c, e = x & 0x000F000F, (x >> 8) & 0x000F000F, (x >> 4) & 0x000F000F, (x >> 12) & 0x000F000F
     else:
@@ -171,7 +171,7 @@ def _codes(x, pair, bit, S: tl.constexpr):
 
 @triton.jit
 def _fields(p, b, i, w, part, N_WORDS: tl.constexpr, PARTS: tl.constexpr, S: tl.constexpr):
-    """Of row i, the pairs and the bits that belong to its word w, shifted to where `_values_of` takes them."""
+    """Select, of row i, the pairs and the bits that belong to its word w, shifted to where `_values_of` takes them."""
     pair, bit = 0, 0
     if S.pairs >= 0:
         n: tl.constexpr = _n_pairs(S, PARTS)
@@ -190,7 +190,7 @@ def _fields(p, b, i, w, part, N_WORDS: tl.constexpr, PARTS: tl.constexpr, S: tl.
 
 @triton.jit
 def _both(x, UPPER: tl.constexpr):
-    """One half of a word, twice."""
+    """Repeat one half of a word."""
     if UPPER:
         y = high_halves(x, x)
     else:
@@ -200,7 +200,7 @@ def _both(x, UPPER: tl.constexpr):
 
 @triton.jit
 def scores_of(zero, k, sub: tl.constexpr, q, part, book, WARPS: tl.constexpr, S: tl.constexpr):
-    """Scores of 16 rows, four float32: the products of rows `2 * sub` and `2 * sub + 1` of k with the queries."""
+    """Compute scores of 16 rows, four float32: products of rows `2 * sub` and `2 * sub + 1` of k with the queries."""
     x, p, b, s, low = k
     n: tl.constexpr = n_words_of(S, 4)
     n_blocks: tl.constexpr = _n_blocks(S, 4)
@@ -228,7 +228,7 @@ def scores_of(zero, k, sub: tl.constexpr, q, part, book, WARPS: tl.constexpr, S:
 
 @triton.jit
 def add_values(acc, v, sub: tl.constexpr, p0, p1, part, book, WARPS: tl.constexpr, S: tl.constexpr):
-    """`acc`, four float32 for two dims, dims after dims, plus the products of four of v's rows with the weights."""
+    """Add to `acc`, four float32 for two dims, dims after dims, the products of four of v's rows with the weights."""
     x, p, b, s, low = v
     n: tl.constexpr = n_words_of(S, 8)
     of_bytes: tl.constexpr = S.main == _BYTES
@@ -270,7 +270,7 @@ def _into(acc, a0, a1, a2, a3, p0, p1, i: tl.constexpr, WARPS: tl.constexpr):
 
 @triton.jit
 def _two_rows(x, y, half: tl.constexpr):
-    """Bytes 0 and 1, or 2 and 3, of two words: the first word's in the lower half."""
+    """Join bytes 0 and 1, or 2 and 3, of two words: the first word's in the lower half."""
     if half == 0:
         z = low_halves(x, y)
     else:

@@ -9,12 +9,12 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from hybridkv.engine.requests import Event, Request, Ticket
-from hybridkv.server.answer import Answer, Delta
+from hybridkv.engine.requests import Event, Request, RequestHandle
+from hybridkv.server.answer import Delta, TextAssembler
 from hybridkv.server.metrics import Metrics
 from hybridkv.server.replies import CompletionDetails, PromptDetails, Usage
 
-Submit = Callable[[Request, Callable[[Event], None]], Ticket]
+Submit = Callable[[Request, Callable[[Event], None]], RequestHandle]
 
 
 @dataclass(slots=True)
@@ -31,21 +31,21 @@ class Part:
         Whether it is the first of its prompt, whose tokens are counted once.
     """
 
-    answer: Answer
+    answer: TextAssembler
     echo: str | None = None
     first: bool = True
-    ticket: Ticket | None = None
+    handle: RequestHandle | None = None
     last: float = field(default=0.0)
     done: bool = False
 
     @property
-    def submitted(self) -> Ticket:
-        """Its ticket."""
-        assert self.ticket is not None
-        return self.ticket
+    def submitted(self) -> RequestHandle:
+        """Its handle."""
+        assert self.handle is not None
+        return self.handle
 
 
-class Run:
+class PendingReply:
     """Deltas of all sequences as they come, and their counts.
 
     Parameters
@@ -72,7 +72,7 @@ class Run:
     def submit(self, part: Part, request: Request, submit: Submit) -> None:
         """Start a sequence."""
         part.last = self._started
-        part.ticket = submit(request, partial(self._listen, len(self.parts)))
+        part.handle = submit(request, partial(self._listen, len(self.parts)))
         self.parts.append(part)
 
     def _listen(self, index: int, event: Event) -> None:
@@ -123,7 +123,7 @@ class Run:
         part.last = now
 
     def cancel(self) -> None:
-        """Nobody wants the rest. No effect on sequences that have ended."""
+        """Cancel all sequences: nobody wants the rest. No effect on those that have ended."""
         for part in self.parts:
             _cancel(part)
 
@@ -145,5 +145,5 @@ class Run:
 
 
 def _cancel(part: Part) -> None:
-    if part.ticket is not None and not part.ticket.finished:
-        part.ticket.cancel()
+    if part.handle is not None and not part.handle.finished:
+        part.handle.cancel()

@@ -13,7 +13,7 @@ NEWEST_STEPS = 512
 
 
 @dataclass(slots=True)
-class Tally:
+class SchedulerCounters:
     """What `SchedulerStats` says of the past; written by the scheduler's thread alone."""
 
     prompt_tokens: int = 0
@@ -34,7 +34,7 @@ class Tally:
         self._times.append(seconds)
 
     def stats(self, **present: Any) -> SchedulerStats:
-        """These counts, with what is there at this moment."""
+        """Combine these counts with what is present at this moment."""
         return SchedulerStats(
             **present,
             prompt_tokens=self.prompt_tokens,

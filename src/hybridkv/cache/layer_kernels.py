@@ -23,7 +23,7 @@ class LayerKernels:
     exact_v: Encoder
 
     def attend_for(self, phase: Phase) -> Kernel:
-        """The kernel of a phase."""
+        """Return the kernel of a phase."""
         return self.prefill if phase == "prefill" else self.decode
 
     @property

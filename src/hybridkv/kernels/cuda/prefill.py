@@ -78,7 +78,7 @@ def unpack_rows(
     BLOCK_N: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """Rows `[start, start + n_rows)` as float16, into rows `[to_row, ...)` of `[B, Hkv, to_rows, D]` each.
+    """Unpack rows `[start, start + n_rows)` to float16, into rows `[to_row, ...)` of `[B, Hkv, to_rows, D]` each.
 
     Grid: tiles of rows, B * Hkv, K and V.
     """
@@ -98,7 +98,7 @@ def unpack_rows(
 
 @triton.jit
 def round_rows(x, out, n, OVERLAPS: tl.constexpr, BLOCK: tl.constexpr):
-    """`n` numbers in the dtype of `out`, 16 bytes at a time, which torch does one by one. Grid: runs of numbers."""
+    """Round `n` values to the dtype of `out`, 16 bytes at a time, where torch takes one. Grid: runs of values."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     begin(OVERLAPS)
     tl.store(out + at, tl.load(x + at, mask=at < n, other=0.0).to(out.dtype.element_ty), mask=at < n)
@@ -106,7 +106,7 @@ def round_rows(x, out, n, OVERLAPS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def add_part(total, weight, part, part_weight, out, out_weight, width, n, BLOCK: tl.constexpr):
-    """`out`, the sum of two attentions over different rows, and the logarithm of its weight. Grid: runs of numbers.
+    """Add two attentions over different rows to `out`, and give the logarithm of its weight. Grid: runs of numbers.
 
     `total` and `part` are `[queries, width]`, `n` numbers in all.
     """
@@ -142,7 +142,7 @@ def takes(q: Tensor, view: KVView, params: AttentionParams) -> bool:
 
 
 def attend(q: Tensor, view: KVView, params: AttentionParams) -> Tensor:
-    """Attention of q `[B, Hq, T, D]`; float16, of the same shape."""
+    """Attend q `[B, Hq, T, D]`; float16, of the same shape."""
     n_batch, _, n_new, head_dim = q.shape
     n_kv_heads = int(view.segments[0].k[0].shape[1])
     q = _as_float16(q)
@@ -166,7 +166,7 @@ def attend(q: Tensor, view: KVView, params: AttentionParams) -> Tensor:
 
 
 def _unpack_window(view: KVView, first: int, end: int, k: Tensor, v: Tensor) -> None:
-    """The view's rows `[first, end)` as k and v, float16 `[B, Hkv, end - first, D]`."""
+    """Unpack the view's rows `[first, end)` to k and v, float16 `[B, Hkv, end - first, D]`."""
     n_batch, n_kv_heads, _, head_dim = k.shape
     for segment, row, to_row, n_rows in _runs(view, first, end):
         unpack_rows[(-(-n_rows // ROWS), n_batch * n_kv_heads, 2)](
@@ -200,7 +200,7 @@ def _as_float16(q: Tensor) -> Tensor:
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """Attention by torch in float16, `[B, Hq, T, D]`, and per query the logarithm of its weight, float32 `[B, Hq, T]`.
+    """Attend by torch in float16, `[B, Hq, T, D]`; give the logarithm of each query's weight, float32 `[B, Hq, T]`.
 
     cuDNN's kernel is the faster one where its tiles of 128 queries fill half of the multiprocessors. The operators are
     those behind scaled_dot_product_attention, which keeps the weights to itself.
@@ -217,7 +217,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tup
 
 
 def _runs(view: KVView, first: int, end: int) -> Iterator[tuple[Segment, int, int, int]]:
-    """Rows of segments that make up the view's rows `[first, end)`: from where, to where, and how many."""
+    """Yield rows of segments that make up the view's rows `[first, end)`: from where, to where, and how many."""
     before = 0
     for segment in view.segments:
         a, b = max(first, before), min(end, before + segment.length)
@@ -227,7 +227,7 @@ def _runs(view: KVView, first: int, end: int) -> Iterator[tuple[Segment, int, in
 
 
 def _sum(total: Tensor, weight: Tensor, part: Tensor, part_weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Two parts as one of this dtype, and its weight."""
+    """Add two parts to one of this dtype, and give its weight."""
     out = torch.empty(total.shape, dtype=dtype, device=total.device)
     out_weight = torch.empty_like(weight)
     add_part[(-(-out.numel() // ELEMENTS),)](

@@ -42,12 +42,12 @@ Picks = tuple[int, ...]
 
 
 def cost_of(groups: Groups, picks: Picks) -> int:
-    """Cost of a combination."""
+    """Sum the cost of a combination."""
     return sum(group[i].cost for group, i in zip(groups, picks, strict=True))
 
 
 def loss_of(groups: Groups, picks: Picks) -> float:
-    """Loss of a combination, if losses add up."""
+    """Sum the loss of a combination, if losses add up."""
     return sum(group[i].loss for group, i in zip(groups, picks, strict=True))
 
 
@@ -71,11 +71,11 @@ class Frontier:
         return len(self.costs)
 
     def within_cost(self, most: int) -> Picks | None:
-        """The combination of least loss that costs at most so much; None if there is none."""
+        """Find the combination of least loss whose cost is at most `most`; None if there is none."""
         return self._picks(int(np.searchsorted(self.costs, most, side="right")) - 1)
 
     def within_loss(self, most: float) -> Picks | None:
-        """The combination of least cost that loses at most so much; None if there is none."""
+        """Find the combination of least cost whose loss is at most `most`; None if there is none."""
         fits = np.flatnonzero(self.losses <= most)
         return self._picks(int(fits[0]) if len(fits) else -1)
 
@@ -101,7 +101,7 @@ class Frontier:
 
 
 def _thinned(costs: NDArray[np.int64]) -> NDArray[np.int64]:
-    """At most `MAX_POINTS` indices into ascending costs: the first, and the last of each equal part of the range."""
+    """Choose at most `MAX_POINTS` indices into ascending costs: the first, and the last of each equal part."""
     if len(costs) <= MAX_POINTS:
         return np.arange(len(costs))
     part = (costs - costs[0]) * (MAX_POINTS - 2) // max(1, int(costs[-1] - costs[0]))
@@ -110,7 +110,7 @@ def _thinned(costs: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def neighbours(groups: Groups, picks: Picks, most: int, count: int) -> list[Picks]:
-    """The combinations that differ from `picks` in one or two layers and cost at most `most`, least loss first."""
+    """List the combinations that differ from `picks` in one or two layers and cost at most `most`, least loss first."""
     moves = [(layer, i) for layer, group in enumerate(groups) for i in range(len(group)) if i != picks[layer]]
     moves = [(layer, i) for layer, i in moves if np.isfinite(groups[layer][i].loss)]
     spare, here = most - cost_of(groups, picks), loss_of(groups, picks)
@@ -134,7 +134,7 @@ def _moved(picks: Picks, moves: Sequence[tuple[int, int]]) -> Picks:
 
 
 def tightened(frontier: Frontier, limit: float, n_tries: int = 6) -> Generator[Picks, float, None]:
-    """Combinations to measure, so that the smallest whose *measured* loss is within `limit` is found.
+    """Yield combinations to measure, so that the smallest whose *measured* loss is within `limit` is found.
 
     A generator: `send` it the measured loss of each. Predictions are scaled by what the last measurement showed them to
     be off by; it ends when it would ask for the same once more.

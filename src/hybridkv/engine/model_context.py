@@ -11,13 +11,13 @@ from hybridkv.engine.caches import new_cache
 from hybridkv.engine.requests import Request
 from hybridkv.errors import UsageError
 from hybridkv.kernels import ENCODERS, KERNELS
-from hybridkv.model import is_hybrid, kv_facts, layer_facts, vocabulary_rows
+from hybridkv.model import is_hybrid, kv_facts, layer_facts, vocab_size_of
 from hybridkv.model.protocols import LanguageModel
 from hybridkv.policy import Guard, NonFiniteError, Policy
 from hybridkv.runtime import ModelCache
 
 
-class Host:
+class ModelContext:
     """Checks requests against a model and makes its caches.
 
     Parameters
@@ -49,7 +49,7 @@ class Host:
         UsageError
             Naming the first.
         """
-        n_vocab = vocabulary_rows(self.model.config)
+        n_vocab = vocab_size_of(self.model.config)
         bad = next((i for i in request.prompt_ids if not 0 <= i < n_vocab), None)
         if bad is not None:
             raise UsageError(f"token id {bad}; allowed: 0 to {n_vocab - 1}")
@@ -75,11 +75,11 @@ class Host:
         return specs
 
     def new_cache(self, specs: Sequence[KVSpec], n_ctx: int) -> ModelCache:
-        """An empty cache for one sequence."""
+        """Build an empty cache for one sequence."""
         return new_cache(self.model, specs, n_ctx=n_ctx, guard=self.guard, notify=self.notify)
 
 
-def settle() -> None:
+def freeze_gc() -> None:
     """Freeze the loaded model's objects, so that the garbage collector skips them.
 
     They live as long as the process; walking them again and again took a tenth of a decode step. For a process that
