@@ -35,9 +35,9 @@ from hybridkv.errors import GuardError
 from hybridkv.formats import FORMATS
 from hybridkv.hf import ModelCache
 from hybridkv.kernels import KERNELS, AttentionParams, Kernel, KVView
-from hybridkv.lab.machine import cpu_model
 from hybridkv.model import kv_facts
 from hybridkv.policy import Guard, GuardMode, Policy
+from hybridkv_lab.machine import cpu_model
 
 PROMPT = "Hello world"
 N_PREDICT = 64

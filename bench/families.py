@@ -43,10 +43,10 @@ from hybridkv.engine.load import load  # noqa: E402
 from hybridkv.engine.steps import resolve_step  # noqa: E402
 from hybridkv.hf import EagerStep, ModelCache  # noqa: E402
 from hybridkv.kernels import cpu_native  # noqa: E402
-from hybridkv.lab.decode_bench import OurRunner, Plan  # noqa: E402
-from hybridkv.lab.timing import spread  # noqa: E402
 from hybridkv.model import kv_facts  # noqa: E402
 from hybridkv.policy import Guard, Policy  # noqa: E402
+from hybridkv_lab.decode_bench import OurRunner, Plan  # noqa: E402
+from hybridkv_lab.timing import spread  # noqa: E402
 
 N_TEXT, N_GREEDY, N_PROMPT = 48, 16, 512
 PAUSE_S = 0.02  # idle threads of another library go on spinning for a while

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridkv.formats import FORMATS
-from hybridkv.lab.peers.ik_model import repeat_layers
+from hybridkv_lab.peers.ik_model import repeat_layers
 
 Logits = npt.NDArray[np.float32]
 _LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)

@@ -20,8 +20,8 @@ from rich.console import Console
 
 from hybridkv.cli.show import simple_table
 from hybridkv.engine.load import bundled_model, describe, load
-from hybridkv.lab.peers import ik_library
-from hybridkv.lab.peers.ik_model import ik_context, ik_model
+from hybridkv_lab.peers import ik_library
+from hybridkv_lab.peers.ik_model import ik_context, ik_model
 from perplexity import CHUNK, TEXT, Score, commit, cpu_name, log_probs, parse
 
 LABELS = ("f16", "q8_0", "q8_0+kv", "q6_0", "q6_0+kv", "q4_0", "q4_0+k", "q4_0+kv")

@@ -203,7 +203,7 @@ def ours(path: Path, ids: list[int], n_threads: int) -> Floats:
 
 def ik(path: Path, ids: list[int], n_threads: int) -> Floats:
     """Return ik_llama.cpp's."""
-    from hybridkv.lab.peers.ik_model import ik_context, ik_model
+    from hybridkv_lab.peers.ik_model import ik_context, ik_model
 
     with ik_model(path) as handle, ik_context(handle, "f16", n_ctx=len(ids), n_threads=n_threads) as context:
         return np.concatenate([rows.copy() for rows in context.scores(ids, len(ids))]).astype(np.float64)

@@ -34,10 +34,10 @@ import transformers
 from hybridkv.cache import KVTypes
 from hybridkv.engine import Engine, Request, SamplingParams, Scheduler
 from hybridkv.engine.load import bundled_model, bundled_text, describe, load
-from hybridkv.lab.machine import load as machine_load
-from hybridkv.lab.machine import machine
 from hybridkv.model import kv_facts
 from hybridkv.policy import Guard, Policy
+from hybridkv_lab.machine import load as machine_load
+from hybridkv_lab.machine import machine
 from perplexity import commit
 
 TYPE = "q4_0"

@@ -22,7 +22,7 @@ from importlib.metadata import version
 
 import openai
 
-from hybridkv.lab.machine import cpu_model
+from hybridkv_lab.machine import cpu_model
 
 TURNS = 3
 

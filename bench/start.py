@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from hybridkv.lab.machine import machine
+from hybridkv_lab.machine import machine
 
 CHILD = """
 import json, sys, time

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = ROOT / "src/hybridkv"
+PACKAGE, LAB = ROOT / "src/hybridkv", ROOT / "lab/src/hybridkv_lab"
 START = """# Architecture
 
 Written by `docs/generate.py` from the first line of every source file.
@@ -17,7 +17,8 @@ the **registry** picks the first kernel that does not reject the case, and knows
 rows for that kernel; the **guard** compares what the kernel computed with float attention. A model is data: a **family** is a
 function from a config to a graph of records, and a backend lowers each record to operations.
 
-Imports go down only (`tests/test_layers.py`), and rooms on one floor do not import each other:
+Imports go down only (`tests/test_layers.py`), and rooms on one floor do not import each other. `lab` is `hybridkv-lab`, which
+measures: a distribution of its own in `lab/`, whose commands the command line finds through entry points.
 
 """
 
@@ -27,7 +28,7 @@ def architecture_page() -> str:
     floors = _floors()
     lines = [START + "```text", *(" | ".join(floor) for floor in floors), "```", ""]
     for name in [room for floor in floors for room in floor]:
-        room = PACKAGE / name
+        room = _room(name)
         lines += [f"## {name}", ""]
         if room.is_dir():
             lines += [f"{_docstring(room / '__init__.py')}", ""]
@@ -36,6 +37,12 @@ def architecture_page() -> str:
             lines.append(_docstring(room.with_suffix(".py")))
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _room(name: str) -> Path:
+    """Find a room's folder, or the room without its suffix where it is one file; `lab` is what measures."""
+    first, _, rest = name.partition("/")
+    return LAB / rest if first == "lab" else PACKAGE / name
 
 
 def _floors() -> tuple[tuple[str, ...], ...]:
@@ -50,6 +57,8 @@ def _floors() -> tuple[tuple[str, ...], ...]:
 def _files(room: Path) -> list[tuple[Path, str]]:
     """List a room's files, C++ included, with their first lines."""
     python = [(p, _docstring(p)) for p in sorted(room.rglob("*.py")) if p.parent != room or p.name != "__init__.py"]
+    if room == LAB:
+        python = [(path, line) for path, line in python if path.parent != LAB / "cli"]
     native = sorted([*room.rglob("*.h"), *room.rglob("*.cpp")])
     return python + [(path, _comment(path)) for path in native]
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from hybridkv.lab.plots import positions_svg, quality_svg
-from hybridkv.lab.results import Conditions, Result, read_jsonl
+from hybridkv_lab.plots import positions_svg, quality_svg
+from hybridkv_lab.results import Conditions, Result, read_jsonl
 
 MEASUREMENTS = Path(__file__).resolve().parent / "measurements"
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import hybridkv.kernels.cuda as kernels
 from tests.on_device import INTERPRETED
+from tests.with_lab import WHERE, WITH_LAB
 
 if INTERPRETED:
     # Triton decides on its import whether its interpreter runs kernels, and so do these modules. Afterwards nothing
@@ -56,6 +57,14 @@ def patch_language_once() -> None:
 
 if INTERPRETED:
     patch_language_once()
+
+
+collect_ignore = [] if WITH_LAB else ["lab"]
+
+
+def pytest_report_header() -> str:
+    """Say what is not collected."""
+    return "" if WITH_LAB else f"tests/lab is left out: {WHERE}"
 
 
 @pytest.fixture

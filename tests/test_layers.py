@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 
 import hybridkv
+from tests.with_lab import needs_lab
 
 ROOT = Path(hybridkv.__file__).parent
+LAB = Path(__file__).parent.parent / "lab/src/hybridkv_lab"
+"""What measures: a distribution of its own, above all of the package but for its command line."""
 FLOORS = (
+    ("lab/cli",),
     ("cli",),
-    ("server",),
-    ("lab",),
+    ("server", "lab"),
     ("engine",),
     ("native",),
     ("hf", "gguf"),
@@ -28,10 +31,10 @@ FLOORS = (
 )
 LEVEL = {room: len(FLOORS) - i for i, floor in enumerate(FLOORS) for room in floor}
 ONLY_IN = {
-    "transformers": ("hf", "gguf", "cli"),
+    "transformers": ("hf", "gguf", "cli", "lab/cli"),
     "triton": ("kernels/cuda",),
     "gguf": ("gguf", "kernels/grids"),
-    "rich": ("cli",),
+    "rich": ("cli", "lab/cli"),
     "prompt_toolkit": ("cli",),
     "huggingface_hub": ("engine", "gguf", "hf"),
     "fastapi": ("server",),
@@ -40,7 +43,26 @@ ONLY_IN = {
     "prometheus_client": ("server",),
     "ray": ("server", "lab", "cli"),
 }
-FILES = sorted(ROOT.rglob("*.py"))
+FILES = sorted([*ROOT.rglob("*.py"), *LAB.rglob("*.py")])
+
+
+def place(path: Path) -> str:
+    """A file's path inside the package, and behind `lab/` inside what measures."""
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else f"lab/{path.relative_to(LAB).as_posix()}"
+
+
+def module(path: Path) -> str:
+    """A file's module name."""
+    root = ROOT if path.is_relative_to(ROOT) else LAB
+    return ".".join((root.name, *path.relative_to(root).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def room(name: str) -> str | None:
+    """The room of a module by its name; None for the package itself and for those of others."""
+    first, *parts = name.split(".")
+    if first == "hybridkv_lab":
+        return "lab/cli" if parts[:1] == ["cli"] else "lab"
+    return parts[0] if first == "hybridkv" and parts and parts[0] in LEVEL else None
 
 
 def imports(path: Path) -> set[str]:
@@ -54,39 +76,35 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def room(module_parts: tuple[str, ...]) -> str | None:
-    """The top-level room of a module inside the package, None for the package itself."""
-    return module_parts[0] if module_parts else None
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", FILES, ids=place)
 def test_imports_go_down(path: Path) -> None:
-    here = room(path.relative_to(ROOT).with_suffix("").parts)
-    if here in ("__init__", None):
+    if path == ROOT / "__init__.py":
         return
-    assert here in LEVEL, f"{here} has no floor"
+    here = room(module(path))
+    assert here is not None, f"{place(path)} has no floor"
     for name in imports(path):
-        parts = name.split(".")
-        if parts[0] == "hybridkv" and len(parts) > 1 and parts[1] in LEVEL and parts[1] != here:
-            assert LEVEL[parts[1]] < LEVEL[here], f"{here} may not import {name}"
+        there = room(name)
+        if there not in (here, None):
+            assert LEVEL[there] < LEVEL[here], f"{place(path)} may not import {name}"
         for library, rooms in ONLY_IN.items():
-            if parts[0] == library:
-                place = path.relative_to(ROOT).as_posix()
-                assert place.startswith(tuple(f"{r}/" for r in rooms)) or place[:-3] in rooms, (
-                    f"{library} may be imported in {rooms} only"
-                )
+            if name.split(".")[0] == library:
+                allowed = place(path).startswith(tuple(f"{r}/" for r in rooms)) or place(path)[:-3] in rooms
+                assert allowed, f"{library} may be imported in {rooms} only"
 
 
+def test_the_package_does_not_know_what_measures_it() -> None:
+    """`hybridkv-lab` is found through its entry points alone."""
+    found = [place(path) for path in ROOT.rglob("*.py") if any(n.startswith("hybridkv_lab") for n in imports(path))]
+    assert found == []
+
+
+@needs_lab
 def test_every_floor_is_met() -> None:
     """The test above checks something: the package imports across floors."""
-    crossings = {
-        (room(p.relative_to(ROOT).with_suffix("").parts), n.split(".")[1])
-        for p in FILES
-        for n in imports(p)
-        if n.startswith("hybridkv.")
-    }
+    crossings = {(room(module(path)), room(name)) for path in FILES for name in imports(path)}
     assert {
-        ("cli", "lab"),
+        ("lab/cli", "cli"),
+        ("lab/cli", "lab"),
         ("cli", "server"),
         ("server", "engine"),
         ("lab", "engine"),
@@ -118,10 +136,6 @@ def imports_at_run_time(path: Path) -> set[str]:
             whole = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {name if name in MODULES else node.module for name in whole}
     return found & set(MODULES)
-
-
-def module(path: Path) -> str:
-    return ".".join(("hybridkv", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
 
 
 MODULES = {module(path): path for path in FILES}

@@ -13,19 +13,22 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 import hybridkv
-from tests.test_layers import imports
+from hybridkv.cli.added import GROUP
+from hybridkv.cli.added import LAB as LAB_COMMANDS
+from tests.test_layers import LAB, imports
+from tests.with_lab import needs_lab
 
 SOURCES = Path(hybridkv.__file__).parent
 TESTS = Path(__file__).parent
 PROJECT = tomllib.loads((TESTS.parent / "pyproject.toml").read_text())["project"]
+LAB_PROJECT = LAB.parents[1] / "pyproject.toml"
 DISTRIBUTIONS: Mapping[str, str] = {"llama_cpp": "llama-cpp-python", "jsonschema_rs": "schemathesis"}
 """Where they come from, of those that are not installed wherever tests run, or come with another."""
 
 OPTIONAL = {
-    "report": ("lab/plots.py",),
     "serve": ("server/",),
     "structured": ("server/grammar.py", "server/vet_grammar.py"),
-    "ray": ("server/", "lab/ray_run.py", "cli/ray_options.py", "cli/serve_ray.py"),
+    "ray": ("server/", "cli/ray_options.py", "cli/serve_ray.py"),
 }
 """The files that may import what an extra brings."""
 WITH_TORCH = ("triton",)
@@ -62,7 +65,9 @@ def distribution(module: str) -> str:
 def foreign(path: Path) -> set[str]:
     """The top-level modules of others that a file imports."""
     tops = {name.partition(".")[0] for name in imports(path)}
-    return {top for top in tops if top not in sys.stdlib_module_names and top not in ("hybridkv", "tests")}
+    return {
+        top for top in tops if top not in sys.stdlib_module_names and top not in ("hybridkv", "hybridkv_lab", "tests")
+    }
 
 
 def test_imports_are_declared() -> None:
@@ -74,7 +79,7 @@ def test_imports_are_declared() -> None:
 
 
 def test_what_tests_import_is_declared() -> None:
-    allowed = brought() | brought("test-all")
+    allowed = brought() | brought("test-all") | {"matplotlib"}  # of hybridkv-lab
     found = {top for path in TESTS.rglob("*.py") for top in foreign(path) if top not in SELECTED}
     ours = {path.stem for path in (TESTS.parent / "docs").glob("*.py")}
     assert {top for top in found - ours if distribution(top) not in allowed} <= {"packaging"}  # pytest's
@@ -83,6 +88,21 @@ def test_what_tests_import_is_declared() -> None:
 def test_no_dependency_is_declared_in_vain() -> None:
     used = {distribution(top) for path in SOURCES.rglob("*.py") for top in foreign(path)}
     assert brought() - used == set()
+
+
+@needs_lab
+def test_what_measures_is_released_with_the_package() -> None:
+    """Both have one version and name each other's exactly; what measures declares what it imports."""
+    lab = tomllib.loads(LAB_PROJECT.read_text())["project"]
+    version = hybridkv.__version__
+    assert PROJECT["version"] == lab["version"] == metadata.version("hybridkv-lab") == version
+    assert PROJECT["optional-dependencies"]["lab"] == [f"hybridkv-lab=={version}"]
+    assert f"hybridkv=={version}" in lab["dependencies"]
+    declared = {canonical(line.name) for line in map(Requirement, lab["dependencies"])} - {"hybridkv"}
+    used = {distribution(top) for path in LAB.rglob("*.py") for top in foreign(path)}
+    assert declared == used - {"ray", "transformers"}  # with `--ray`; as a version to name
+    points = {point.name: point.value for point in metadata.entry_points(group=GROUP)}
+    assert points == lab["entry-points"][GROUP] == {name: f"hybridkv_lab.cli.{name}" for name in LAB_COMMANDS}
 
 
 def test_the_quick_tests_need_neither_ray_nor_a_browser() -> None:

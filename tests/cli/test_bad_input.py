@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,12 +16,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from hybridkv.cli.added import GROUP, LAB
+from hybridkv.cli.main import main
 from hybridkv.formats import FORMATS
 from tests.cli.conftest import Cli, Outcome
 from tests.cli.models import ModelStore, with_config, with_weights
 from tests.gguf.raw import gguf as gguf_bytes
 from tests.gguf.raw import tensor
 from tests.gguf.write_qwen35 import Draft
+from tests.with_lab import WITH_LAB
 
 
 def one_error(done: Outcome) -> str:
@@ -33,7 +39,7 @@ def one_error(done: Outcome) -> str:
     return message
 
 
-COMMANDS = "run, chat, serve, classify, plan, eval, tune, report, bench, convert, models, doctor"
+COMMANDS = "run, chat, serve, classify, plan, convert, models, doctor" + ", eval, tune, report, bench" * WITH_LAB
 USAGE: dict[str, tuple[list[object], str]] = {
     "no command": (
         [],
@@ -114,35 +120,6 @@ USAGE: dict[str, tuple[list[object], str]] = {
     "plan: sequences": (["plan", "-np", 0], "-np 0; allowed: 1 to"),
     "plan: dtype": (["plan", "--dtype", "q4"], "--dtype: invalid choice: 'q4'"),
     "doctor: head dim": (["doctor", "--head-dim", 0], "--head-dim 0; allowed: 1 or more"),
-    "no bench": (["bench"], "no bench was given; allowed: attention, decode\nhint: try hybridkv bench attention"),
-    "mistyped bench": (
-        ["bench", "attentoin"],
-        "unknown bench 'attentoin'; allowed: attention, decode\nhint: did you mean 'bench attention'",
-    ),
-    "option before the bench": (["bench", "--quick"], "unknown bench '--quick'; allowed: attention, decode"),
-    "bench: mistyped option": (
-        ["bench", "attention", "--quik"],
-        "unknown option '--quik'\nhint: did you mean '--quick'",
-    ),
-    "bench: option of the other": (["bench", "attention", "--depths", "0"], "unknown option '--depths'"),
-    "bench: peer": (["bench", "attention", "--against", "ik,lc"], "unknown peer 'lc'; allowed: ik, torch\nhint: try"),
-    "bench: peer of the other": (["bench", "decode", "--against", "torch"], "unknown peer 'torch'; allowed: ik"),
-    "bench: type": (["bench", "attention", "--types", "q9"], "unknown KV cache type 'q9'"),
-    "bench: no types": (["bench", "decode", "--types", ","], "--types is empty; allowed: "),
-    "bench: threads": (["bench", "decode", "-t", 0], "-t 0; allowed: 1 to 1024"),
-    "bench: shape of words": (["bench", "attention", "--shape", "a,b"], "--shape 'a,b'; allowed: five numbers"),
-    "bench: no tokens": (["bench", "attention", "--shape", "64,4,2,0,9"], "T 0; allowed: 1 to "),
-    "bench: more new than stored": (
-        ["bench", "attention", "--shape", "64,4,2,9,8"],
-        "T 9; allowed: at most the 8 stored tokens",
-    ),
-    "bench: group": (["bench", "attention", "--shape", "64,5,2,1,8"], "5 heads; allowed: multiples of the 2 KV heads"),
-    "bench: head dim": (["bench", "attention", "--shape", "40,4,2,1,8"], "head dim 40; allowed: multiples of 32"),
-    "bench: depths": (["bench", "decode", "--depths", "0,x"], "--depths '0,x'; allowed: token counts"),
-    "bench: depth": (["bench", "decode", "--depths", "99999999"], "--depths 99999999; allowed: 0 to"),
-    "bench: prompt": (["bench", "decode", "--prompt", 0], "--prompt 0; allowed: 1 to"),
-    "bench: steps": (["bench", "decode", "-n", 0], "-n 0; allowed: 1 to"),
-    "bench: engine": (["bench", "decode", "--engine", "fast"], "--engine 'fast'; allowed: auto, native, eager"),
     "doctor: device": (["doctor", "--device", "tpu"], "--device 'tpu'; allowed: cpu, cuda"),
 }
 
@@ -427,3 +404,35 @@ def test_damaged_tokenizers(cli: Cli, hybrid: Path, tmp_path: Path, content: str
     model = with_config(hybrid, tmp_path / "model")
     (model / "tokenizer.json").write_text(content)
     assert "the tokenizer in " in one_error(cli("run", "-m", model, "-p", "x"))
+
+
+@pytest.mark.parametrize("command", LAB)
+def test_what_measures_says_what_to_install(cli: Cli, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: ())
+    said = one_error(cli(command, "-o", "x"))
+    assert said == (
+        f'error: `hybridkv {command}` is in hybridkv-lab, which is not installed\nhint: pip install "hybridkv[lab]"\n'
+    )
+
+
+def test_help_names_what_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: ())
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert capsys.readouterr().out.endswith('\neval, tune, report, bench: pip install "hybridkv[lab]"\n')
+
+
+def test_commands_of_another_release_are_one_error(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = EntryPoint("eval", "hybridkv.cli.no_longer_there", GROUP)
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: (old,))
+    said = one_error(cli("eval"))
+    assert "commands of another release are installed: No module named 'hybridkv.cli.no_longer_there'" in said
+    assert cli("plan", "-c", 32).code == 0
+
+
+def test_other_distributions_add_commands(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    added = ModuleType("added")
+    added.__dict__.update(NAME="hello", HELP="say hello", add_arguments=lambda _: None, main=lambda _: 7)
+    monkeypatch.setitem(sys.modules, "added", added)
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda **_: (EntryPoint("hello", "added", GROUP),))
+    assert cli("hello").code == 7

@@ -11,6 +11,7 @@ import pytest
 from hybridkv.memory import Available
 from tests.cli.conftest import Cli
 from tests.cli.models import ModelStore
+from tests.with_lab import needs_lab
 
 MIB = 2**20
 
@@ -37,7 +38,10 @@ def refused(cli: Cli, *options: object) -> str:
 
 
 @pytest.mark.usefixtures("_nothing_is_loaded")
-@pytest.mark.parametrize("command", ["run", "serve", "eval", "classify", "tune"])
+@pytest.mark.parametrize(
+    "command",
+    ["run", "serve", pytest.param("eval", marks=needs_lab), "classify", pytest.param("tune", marks=needs_lab)],
+)
 def test_every_command_that_loads_a_model_refuses(cli: Cli, command: str, rows: Path, tmp_path: Path) -> None:
     options = {
         "run": ("--ids", "1"),
@@ -177,6 +181,7 @@ def test_a_server_within_its_budget_goes_on(cli: Cli, monkeypatch: pytest.Monkey
         cli("serve", "--port", 0, "-c", 32768, "-np", 8, "--total-memory", "600MiB", "--memory", "200MiB")
 
 
+@needs_lab
 def test_eval_counts_every_cache(cli: Cli, tmp_path: Path) -> None:
     line = ("eval", "-o", tmp_path / "x.jsonl", "-c", 32768, "--types", "q8_0,q4_0", "--memory", "200MiB")
     said = refused(cli, *line)

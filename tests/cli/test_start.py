@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests.with_lab import needs_lab
+
 HEAVY = ("transformers", "torch._dynamo", "triton", "sympy", "huggingface_hub", "safetensors", "matplotlib", "ray")
 
 
@@ -48,6 +50,7 @@ def test_serving_needs_no_transformers() -> None:
     assert imported(f"import {modules}", "transformers") == {"transformers": False}
 
 
+@needs_lab
 def test_evaluating_needs_no_transformers() -> None:
-    modules = "hybridkv.engine.load, hybridkv.lab.evaluate, hybridkv.lab.run"
+    modules = "hybridkv.engine.load, hybridkv_lab.evaluate, hybridkv_lab.run"
     assert imported(f"import {modules}", "transformers") == {"transformers": False}

@@ -6,7 +6,7 @@ import math
 import random
 from dataclasses import replace
 
-from hybridkv.lab.results import Conditions, Result, Role
+from hybridkv_lab.results import Conditions, Result, Role
 
 CONDITIONS = Conditions(
     model="reference-hybrid-29m",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hybridkv.lab.measure import Trace, by_position, compare, histogram, join, summarize, worst
+from hybridkv_lab.measure import Trace, by_position, compare, histogram, join, summarize, worst
 
 
 def logits(n: int, vocabulary: int = 11, seed: int = 0) -> torch.Tensor:

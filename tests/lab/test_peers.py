@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from hybridkv.formats import FORMATS
-from hybridkv.lab.peers import ik_library
-from hybridkv.lab.peers.ik_attention import flash_attention, runs
-from hybridkv.lab.peers.ik_model import repeat_rows
-from hybridkv.lab.shape import Shape
+from hybridkv_lab.peers import ik_library
+from hybridkv_lab.peers.ik_attention import flash_attention, runs
+from hybridkv_lab.peers.ik_model import repeat_rows
+from hybridkv_lab.shape import Shape
 from tests.oracles.attention import exact_attention, relative_rmse
 
 HERE = util.find_spec("ik_llama_cpp") is not None

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from hybridkv.errors import UsageError
-from hybridkv.lab.results import front, read_jsonl, write_jsonl
+from hybridkv_lab.results import front, read_jsonl, write_jsonl
 from tests.lab.evaluation import CONDITIONS, FLOOR, REFERENCE, RESULTS, result
 
 ODD = replace(

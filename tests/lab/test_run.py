@@ -13,11 +13,11 @@ from transformers import DynamicCache
 
 from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import UsageError
-from hybridkv.lab.candidates import Candidate, expand
-from hybridkv.lab.corpus import Corpus, cut, read_text, snippet
-from hybridkv.lab.evaluate import Evaluator, Mode, agreement
-from hybridkv.lab.journal import Journal
-from hybridkv.lab.run import Evaluation
+from hybridkv_lab.candidates import Candidate, expand
+from hybridkv_lab.corpus import Corpus, cut, read_text, snippet
+from hybridkv_lab.evaluate import Evaluator, Mode, agreement
+from hybridkv_lab.journal import Journal
+from hybridkv_lab.run import Evaluation
 from hybridkv.model import kv_facts, layer_facts
 from tests.families import build, remembering
 

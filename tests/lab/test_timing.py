@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from hybridkv.lab.timing import ROUNDS, interleaved, spread
+from hybridkv_lab.timing import ROUNDS, interleaved, spread
 
 
 def test_spread_is_in_milliseconds() -> None:

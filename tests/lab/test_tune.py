@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from hybridkv.errors import UsageError
-from hybridkv.lab import knapsack
-from hybridkv.lab.corpus import split
-from hybridkv.lab.knapsack import Choice, Frontier, Picks, cost_of, loss_of, neighbours, tightened
-from hybridkv.lab.measure import Trace
-from hybridkv.lab.sensitivity import derive
-from hybridkv.lab.tuner import paired
+from hybridkv_lab import knapsack
+from hybridkv_lab.corpus import split
+from hybridkv_lab.knapsack import Choice, Frontier, Picks, cost_of, loss_of, neighbours, tightened
+from hybridkv_lab.measure import Trace
+from hybridkv_lab.sensitivity import derive
+from hybridkv_lab.tuner import paired
 
 SEEDS = range(25)
 

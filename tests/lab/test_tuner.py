@@ -11,10 +11,10 @@ import pytest
 
 from hybridkv.cache import AttentionFacts, KVTypes
 from hybridkv.errors import UsageError
-from hybridkv.lab.measure import Trace
-from hybridkv.lab.sensitivity import Meter, Pair, Part, Sensitivities, Storage, measure_sensitivities
-from hybridkv.lab.tuner import Goal, Outcome, Tuner
 from hybridkv.policy import AnyPolicy
+from hybridkv_lab.measure import Trace
+from hybridkv_lab.sensitivity import Meter, Pair, Part, Sensitivities, Storage, measure_sensitivities
+from hybridkv_lab.tuner import Goal, Outcome, Tuner
 
 FACTS = [AttentionFacts(layer=2 * n + 1, n_heads=4, n_kv_heads=2, head_dim_k=64, head_dim_v=64) for n in range(4)]
 TYPES = ("f16", "q8_0", "q5_0", "hq4_nl", "hq3_nl", "hq2_nl")

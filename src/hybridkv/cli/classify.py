@@ -130,7 +130,7 @@ def main(arguments: argparse.Namespace) -> int:
     prompts, continuations = encode(template, rows, labels, loaded.tokenizer, chat=a.chat)
 
     from hybridkv.engine.classify import Classifier
-    from hybridkv.lab.candidates import label
+    from hybridkv.policy.labels import label
 
     lengths = [len(ids) if a.normalize == "length" else 1 for ids in continuations]
     scored = []
@@ -169,8 +169,8 @@ def _check(a: argparse.Namespace) -> None:
 def _policies(a: argparse.Namespace) -> list[AnyPolicy]:
     """List what each run stores: what the cache options say, or each of the types to compare."""
     from hybridkv.cache import KVTypes
-    from hybridkv.lab.candidates import expand
     from hybridkv.policy import Policy
+    from hybridkv.policy.labels import expand_types
 
     asked, reference = policy_from(a), Policy(types=KVTypes(REFERENCE, REFERENCE))
     if a.compare_types is None:
@@ -183,7 +183,7 @@ def _policies(a: argparse.Namespace) -> list[AnyPolicy]:
     named = [part.strip() for part in a.compare_types.split(",") if part.strip()]
     if not named:
         raise UsageError("--compare-types is empty; allowed: types or pairs K/V, separated by commas")
-    return [reference, *(one.policy for one in expand(named) if one.policy != reference)]
+    return [reference, *(Policy(types) for types in expand_types(named) if Policy(types) != reference)]
 
 
 def _resolve(opened: Opened, policies: Sequence[AnyPolicy], guard: Guard) -> list[tuple[KVSpec, ...]]:

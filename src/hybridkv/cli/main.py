@@ -16,8 +16,8 @@ from types import ModuleType
 from typing import NoReturn
 
 from hybridkv import __version__
-from hybridkv.cli import bench, chat, classify, convert, doctor, models, plan, report, run, serve, tune
-from hybridkv.cli import eval as evaluate
+from hybridkv.cli import chat, classify, convert, doctor, models, plan, run, serve
+from hybridkv.cli.added import added_commands, check_lab, epilog
 from hybridkv.cli.collector import pause_collector
 from hybridkv.cli.llama_cpp import accept_options, accepted_names, options_from_variables, row_of, say_accepted
 from hybridkv.cli.show import notice, warning
@@ -29,7 +29,7 @@ EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141
 
-_COMMANDS = (run, chat, serve, classify, plan, evaluate, tune, report, bench, convert, models, doctor)
+_COMMANDS = (run, chat, serve, classify, plan, convert, models, doctor)
 _LLAMA_CPP = (run, chat, serve, plan)
 """Commands that take llama.cpp's command lines."""
 
@@ -85,16 +85,24 @@ def _hint(message: str) -> str | None:
     return None
 
 
-def build_parser() -> tuple[Parser, dict[str, Parser]]:
-    """Build the whole command line, and each command's own parser: `run`, ..., `bench`, `bench attention`, ..."""
+def build_parser(added: Sequence[ModuleType] | None = None) -> tuple[Parser, dict[str, Parser]]:
+    """Build the whole command line, and each command's own parser: `run`, ..., `bench`, `bench attention`, ...
+
+    Parameters
+    ----------
+    added
+        Commands of other distributions; None for those that are installed.
+    """
+    modules = (*_COMMANDS, *(added_commands() if added is None else added))
     parser = Parser(
         prog="hybridkv",
         description="Run hybrid recurrent/attention language models with a quantized KV cache.",
+        epilog=epilog([module.NAME for module in modules]),
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=_VERSION)
     commands: dict[str, Parser] = {}
-    _add_commands(parser, _COMMANDS, "", commands)
+    _add_commands(parser, modules, "", commands)
     return parser, commands
 
 
@@ -117,7 +125,8 @@ def _add_commands(parser: Parser, modules: Sequence[ModuleType], above: str, com
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser, commands = build_parser()
+    own = bool(argv) and argv[0] in [module.NAME for module in _COMMANDS]
+    parser, commands = build_parser(() if own else None)
     name, chosen, rest = "", parser, list(argv)
     while names := [full for full in commands if full.rpartition(" ")[0] == name]:
         kind, allowed = name or "command", ", ".join(full.rpartition(" ")[2] for full in names)
@@ -129,6 +138,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             return parser.parse_args(argv)  # --help, --version
         full = f"{name} {word}".strip()
         if full not in commands:
+            check_lab(full, names)
             near = get_close_matches(full, names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else example
             raise UsageError(f"unknown {kind} {word!r}; allowed: {allowed}", hint=hint)

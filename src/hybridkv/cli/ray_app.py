@@ -30,7 +30,7 @@ def app(args: Mapping[str, str]) -> Any:
     """
     if unknown := sorted(set(args) - {"options"}):
         raise UsageError(f"argument {unknown[0]!r}; allowed: options", hint='for example options="-ctk q8_0"')
-    _, commands = build_parser()
+    _, commands = build_parser(())
     words = shlex.split(args.get("options", ""))
     commands["serve"].check_options(words)
     a = commands["serve"].parse_args(words)

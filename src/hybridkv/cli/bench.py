@@ -1,9 +1,0 @@
-"""`hybridkv bench`: how fast this machine runs it, beside the machine's ceilings and beside its peers."""
-
-from __future__ import annotations
-
-from hybridkv.cli import bench_attention, bench_decode
-
-NAME = "bench"
-HELP = "time attention or a whole model, beside the machine's ceilings and other engines"
-COMMANDS = (bench_attention, bench_decode)
