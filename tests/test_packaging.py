@@ -22,6 +22,7 @@ SOURCES = Path(hybridkv.__file__).parent
 TESTS = Path(__file__).parent
 PROJECT = tomllib.loads((TESTS.parent / "pyproject.toml").read_text())["project"]
 LAB_PROJECT = LAB.parents[1] / "pyproject.toml"
+OURS = ("hybridkv", "hybridkv_lab", "tests")
 DISTRIBUTIONS: Mapping[str, str] = {"llama_cpp": "llama-cpp-python", "jsonschema_rs": "schemathesis"}
 """Where they come from, of those that are not installed wherever tests run, or come with another."""
 
@@ -65,9 +66,7 @@ def distribution(module: str) -> str:
 def foreign(path: Path) -> set[str]:
     """The top-level modules of others that a file imports."""
     tops = {name.partition(".")[0] for name in imports(path)}
-    return {
-        top for top in tops if top not in sys.stdlib_module_names and top not in ("hybridkv", "hybridkv_lab", "tests")
-    }
+    return {top for top in tops if top not in sys.stdlib_module_names and top not in OURS}
 
 
 def test_imports_are_declared() -> None:
@@ -100,7 +99,7 @@ def test_what_measures_is_released_with_the_package() -> None:
     assert f"hybridkv=={version}" in lab["dependencies"]
     declared = {canonical(line.name) for line in map(Requirement, lab["dependencies"])} - {"hybridkv"}
     used = {distribution(top) for path in LAB.rglob("*.py") for top in foreign(path)}
-    assert declared == used - {"ray", "transformers"}  # with `--ray`; as a version to name
+    assert declared == used - {"ray"}  # which `--ray` asks for
     points = {point.name: point.value for point in metadata.entry_points(group=GROUP)}
     assert points == lab["entry-points"][GROUP] == {name: f"hybridkv_lab.cli.{name}" for name in LAB_COMMANDS}
 
