@@ -10,7 +10,7 @@ from hybridkv.errors import UsageError
 from hybridkv_lab.cli.outputs import output_path
 from tests.cli.conftest import Cli
 
-TEXT = Path(__file__).parent.parent / "data" / "heldout_excerpt.txt"
+TEXT = Path(__file__).parents[2] / "data" / "heldout_excerpt.txt"
 SMALL = ("-f", TEXT, "-c", 64, "--windows", 1, "-n", 0, "-t", 1, "--types", "q8_0")
 
 

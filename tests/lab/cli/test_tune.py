@@ -20,7 +20,7 @@ from tests.cli.models import ModelStore
 from tests.cli.test_bad_input import one_error
 from tests.families import build, remembering
 
-TEXT = Path(__file__).parent.parent / "data" / "heldout_excerpt.txt"
+TEXT = Path(__file__).parents[2] / "data" / "heldout_excerpt.txt"
 SMALL = ("-f", TEXT, "--window", 64, "--calibrate", 1, "--verify", 2, "-t", 1)
 
 
