@@ -27,7 +27,7 @@ def added_commands() -> tuple[ModuleType, ...]:
     try:
         return tuple(points[name].load() for name in names)
     except ImportError as error:
-        raise HybridKVError(f"commands of another release are installed: {error}", hint=INSTALL) from error
+        raise HybridKVError(f"an installed command does not load: {error}", hint=INSTALL) from error
 
 
 def check_lab(word: str, allowed: list[str]) -> None:
