@@ -28,9 +28,9 @@ from hybridkv.engine.load import Loaded, bundled_model, describe, load
 from hybridkv.engine.speculation import Speculation
 from hybridkv.engine.steps import resolve_step
 from hybridkv.kernels import cpu_native
-from hybridkv_lab.machine import machine
 from hybridkv.model import kv_facts, vocab_size_of
 from hybridkv.policy import Guard, Policy
+from hybridkv_lab.machine import machine
 
 HERE = Path(__file__).parent
 GREEDY = SamplingParams(temp=0)

@@ -13,12 +13,12 @@ from transformers import DynamicCache
 
 from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import UsageError
+from hybridkv.model import kv_facts, layer_facts
 from hybridkv_lab.candidates import Candidate, expand
 from hybridkv_lab.corpus import Corpus, cut, read_text, snippet
 from hybridkv_lab.evaluate import Evaluator, Mode, agreement
 from hybridkv_lab.journal import Journal
 from hybridkv_lab.run import Evaluation
-from hybridkv.model import kv_facts, layer_facts
 from tests.families import build, remembering
 
 N_CTX = 37

@@ -44,6 +44,14 @@ def _inference() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
 def cache_of(config: Any, types: KVTypes, n_ctx: int | None = 160) -> ModelCache:
     """A cache that is guarded as by default."""
     specs = Policy(types).resolve(kv_facts(layer_facts(config)))
@@ -145,17 +153,15 @@ def test_every_kind_of_rows_keeps_what_single_tokens_leave(family: str, kind: st
 
 
 @pytest.mark.parametrize("isa", ["best", "avx2", "portable"])
-@pytest.mark.parametrize("n_threads", [1, 3])
+@pytest.mark.parametrize("_threads", [1, 3], indirect=True)
 @pytest.mark.parametrize("types", [("q8_0", "q8_0"), ("f16", "f16"), ("q4_1", "iq4_nl"), ("q5_0", "bf16")])
-def test_long_caches_are_read_together(
-    types: tuple[str, str], n_threads: int, isa: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("_threads")
+def test_long_caches_are_read_together(types: tuple[str, str], isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over the ends of tiles and of parts of the cache, with several threads too."""
     if isa not in ("best", *cpu_native._native().isas()):
         pytest.skip(f"this processor has no {isa}")
     if isa != "best":
         monkeypatch.setenv("HYBRIDKV_ISA", isa)
-    monkeypatch.setattr("hybridkv.kernels.step.native_threads", lambda: n_threads)
     model = build("qwen3_5_text", attention="hybridkv")
     step = NativeStep(model)
     for n_prompt in (90, 500, 1000):

@@ -15,6 +15,7 @@ import numpy as np
 
 from hybridkv.cache import AttentionFacts, KVSpec, KVTypes
 from hybridkv.formats import get_format
+from hybridkv.policy import AnyPolicy, KVConfig, Policy, config_of, with_types
 from hybridkv.policy.labels import Rotation
 from hybridkv_lab.candidates import Candidate
 from hybridkv_lab.corpus import Corpus
@@ -22,7 +23,6 @@ from hybridkv_lab.evaluate import Evaluator, Mode
 from hybridkv_lab.journal import Journal
 from hybridkv_lab.measure import Trace, summarize
 from hybridkv_lab.run import Evaluation, Tick
-from hybridkv.policy import AnyPolicy, KVConfig, Policy, config_of, with_types
 
 REFERENCE = "f16"
 """What divergences are measured from."""

@@ -16,11 +16,11 @@ import numpy as np
 
 from hybridkv.cache import AttentionFacts, KVSpec
 from hybridkv.errors import UsageError
+from hybridkv.policy import KVConfig
 from hybridkv.policy.labels import label
 from hybridkv_lab.knapsack import Choice, Frontier, Picks, neighbours, tightened
 from hybridkv_lab.measure import Summary, Trace, summarize
 from hybridkv_lab.sensitivity import Meter, Pair, Sensitivities, Storage, mean_loss
-from hybridkv.policy import KVConfig
 
 GoalKind = Literal["bits", "memory", "kld"]
 

@@ -7,6 +7,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from hybridkv.cli.model_options import limit_spinning, quiet_transformers
+from hybridkv.cli.show import model_path, simple_table
+from hybridkv.errors import UsageError
 from hybridkv_lab.cli.bench_options import (
     EXIT_WRONG,
     add_bench_arguments,
@@ -22,9 +25,6 @@ from hybridkv_lab.cli.bench_options import (
     types_from,
     words,
 )
-from hybridkv.cli.model_options import limit_spinning, quiet_transformers
-from hybridkv.cli.show import model_path, simple_table
-from hybridkv.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,23 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybridkv import __version__
-from hybridkv_lab.cli.bench_options import check_range, words
-from hybridkv_lab.cli.eval_ray import prepare, spread
 from hybridkv.cli.fits import Demand, check_memory
 from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, limit_spinning, open_model
-from hybridkv_lab.cli.outputs import output_path
 from hybridkv.cli.ray_options import LOCAL
 from hybridkv.cli.show import notice, simple_table, stdout_console, summary
 from hybridkv.errors import UsageError, one_of
+from hybridkv_lab.cli.bench_options import check_range, words
+from hybridkv_lab.cli.eval_ray import prepare, spread
+from hybridkv_lab.cli.outputs import output_path
 
 if TYPE_CHECKING:
     from hybridkv.cache import AttentionFacts
     from hybridkv.engine.load import Loaded
+    from hybridkv.runtime import Step
     from hybridkv_lab.candidates import Candidate
     from hybridkv_lab.corpus import Corpus
     from hybridkv_lab.results import Conditions, Result
     from hybridkv_lab.run import Evaluation
-    from hybridkv.runtime import Step
 
 NAME = "eval"
 DEFAULT_OUTPUT = "hybridkv-eval.jsonl"
@@ -158,9 +158,9 @@ def _check(a: argparse.Namespace) -> Path:
 def _candidates(a: argparse.Namespace) -> list[Candidate]:
     """List the reference, the reference once more, and all that was asked for."""
     from hybridkv.cache import KVTypes
+    from hybridkv.policy import Policy, read_config
     from hybridkv.policy.labels import label
     from hybridkv_lab.candidates import Candidate, expand
-    from hybridkv.policy import Policy, read_config
 
     asked = expand(
         words(a.types),
@@ -217,8 +217,8 @@ def _resolve(opened: Opened, candidates: Sequence[Candidate]) -> Sequence[Attent
 
 def _demand(opened: Opened, candidates: Sequence[Candidate]) -> Demand:
     """Estimate the memory: all caches are alive at once, beside a chunk's logits and their distributions."""
-    from hybridkv_lab.evaluate import LOGITS_BYTES, PIECE
     from hybridkv.model import kv_facts, vocab_size_of
+    from hybridkv_lab.evaluate import LOGITS_BYTES, PIECE
 
     specs = [spec for c in candidates for spec in c.policy.resolve(kv_facts(opened.description.facts))]
     logits = 8 * min(LOGITS_BYTES, 4 * PIECE * vocab_size_of(opened.description.config))

@@ -31,8 +31,8 @@ class ModelLoader:
 
     def __call__(self) -> Evaluator:
         """Load the model."""
-        from hybridkv_lab.evaluate import Evaluator
         from hybridkv.model import kv_facts
+        from hybridkv_lab.evaluate import Evaluator
 
         opened = open_model(argparse.Namespace(**dict(self.options)))
         loaded, step = opened.load()

@@ -12,27 +12,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybridkv import __version__
-from hybridkv_lab.cli.bench_options import types_from
 from hybridkv.cli.cache_options import add_exact_arguments
 from hybridkv.cli.fits import Demand, check_memory
 from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, limit_spinning, open_model
-from hybridkv_lab.cli.outputs import output_path
 from hybridkv.cli.show import notice, summary
-from hybridkv_lab.cli.tune_report import Report
 from hybridkv.errors import UsageError, one_of
+from hybridkv_lab.cli.bench_options import types_from
+from hybridkv_lab.cli.outputs import output_path
+from hybridkv_lab.cli.tune_report import Report
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from hybridkv.cache import AttentionFacts
     from hybridkv.engine.load import Loaded
+    from hybridkv.runtime import Step
     from hybridkv_lab.corpus import Corpus
     from hybridkv_lab.evaluate import Evaluator
     from hybridkv_lab.journal import Journal
     from hybridkv_lab.run import Tick
     from hybridkv_lab.sensitivity import Part, Storage
     from hybridkv_lab.tuner import Goal, Outcome, Tuner
-    from hybridkv.runtime import Step
 
 NAME = "tune"
 DEFAULT_OUTPUT = "kv.toml"
@@ -167,9 +167,9 @@ def _check(a: argparse.Namespace) -> Path:
 def _candidates(a: argparse.Namespace) -> tuple[list[str], list[str], Storage]:
     """Choose the ladder, what of it is measured layer by layer, and what holds for all layers."""
     from hybridkv.cache import KVTypes
+    from hybridkv.policy import check_exact, parse_scale
     from hybridkv.policy.labels import ROTATIONS
     from hybridkv_lab.sensitivity import REFERENCE, Storage
-    from hybridkv.policy import check_exact, parse_scale
 
     types = types_from(a.types)
     measured = types if a.measure is None else types_from(a.measure, "--measure")
@@ -189,8 +189,8 @@ def _candidates(a: argparse.Namespace) -> tuple[list[str], list[str], Storage]:
 
 
 def _goal(a: argparse.Namespace, n_ctx: int) -> Goal:
-    from hybridkv_lab.tuner import Goal
     from hybridkv.planner import parse_bytes
+    from hybridkv_lab.tuner import Goal
 
     if a.max_kld is not None:
         return Goal("kld", a.max_kld, n_ctx)
@@ -291,8 +291,8 @@ def _begin(progress: Progress, what: str, n_ticks: int) -> Tick:
 
 def _guard_errors(evaluator: Evaluator, tuner: Tuner, outcome: Outcome, parts: dict[Part, Corpus]) -> dict[int, float]:
     """Measure each layer's attention error as the guard would; print what the guard would raise."""
-    from hybridkv_lab.candidates import Candidate
     from hybridkv.policy import Guard
+    from hybridkv_lab.candidates import Candidate
 
     policy = tuner.config(outcome.chosen.pairs, "tuning", "")
     errors = evaluator.layer_errors(Candidate("chosen", policy), parts["calibration"].windows[0])

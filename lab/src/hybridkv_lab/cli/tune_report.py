@@ -94,8 +94,8 @@ class Report:
 
     def write(self, output: Path) -> None:
         """Write kv.toml, and the figures beside it."""
-        from hybridkv_lab.results import write_text
         from hybridkv.policy import format_config
+        from hybridkv_lab.results import write_text
 
         config = self.storage.config(output.name, str(self.conditions["model"]), self.facts, self.outcome.chosen.pairs)
         write_text(output, format_config(config, list(self._comment())))
