@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,7 +22,6 @@ from tests.hf import recorded
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from hybridkv.native import cuda as lowering
 from hybridkv.native import hosted
 from hybridkv.native.cuda_step import PackedStep
 from tests.on_device import DEVICE
@@ -91,3 +90,32 @@ def test_logits() -> None:
     assert [pair.error(n) < LIMIT for n in (5, 3, 1, 1, 1)] == [True] * 5
     assert pair.recorder.recorded == 1
     assert "experts of 1 layers on " in pair.card.name
+
+
+@pytest.mark.slow
+def test_sequences() -> None:
+    """Three of them, a row each in a step; all experts are in main memory, and the embedding is on the card."""
+    pair = Pair(hosted_names(0, 1, embedding=False), n_seqs=3)
+    assert [pair.error(n) < LIMIT for n in (3, 1, 1)] == [True] * 3
+
+
+@pytest.mark.slow
+def test_experts_of_a_prompt_are_sent() -> None:
+    """Matrices of layer 0 reach the card window by window; the CPU computes those of layer 1."""
+    pair = Pair(hosted_names(0, 1))
+    assert pair.card.pinned is not None
+    computed: list[tuple[int, int]] = []
+    compute = pair.card.pinned._compute
+    pair.card.pinned._compute = lambda *call: (computed.append(call), compute(*call))[1]  # type: ignore[method-assign]
+    pair.card.pinned.least[:] = [4, 1 << 20]
+    assert pair.error(5) < LIMIT
+    assert computed == [(1, 5)]
+    assert pair.error(1) < LIMIT
+    assert computed == [(1, 5), (0, 1), (1, 1)]
+
+
+def test_rows_from_which_experts_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where sending a layer takes as long as its rows on the CPU: 1 s of bytes, 10 ms a row."""
+    monkeypatch.setattr(hosted, "PCIE_BYTES_S", 1e9)
+    monkeypatch.setattr(hosted, "HOST_ROW_S", 1e-2)
+    assert [hosted.stream_rows(n) for n in (10**9, 10**8, 1)] == [100, 10, 1]

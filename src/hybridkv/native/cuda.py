@@ -30,7 +30,7 @@ from hybridkv.kernels.weights import Weight
 from hybridkv.model import Attention, DeltaNet, Experts, Gated, ModelGraph, Norm
 from hybridkv.model.protocols import Config
 from hybridkv.model.rope import rope_frequencies
-from hybridkv.native.hosted import Pinned, stream_rows
+from hybridkv.native.hosted import Pinned
 from hybridkv.native.sources import Typed
 
 BETWEEN = 1 / 32
@@ -310,11 +310,11 @@ def _host_experts(card: Card, e: Experts, scores: Product) -> Mix:
         gate, up = stacked = (card.weight(e.gate), card.weight(e.up))
     layer = card.pinned.add_layer(gate, up, down, Routing(top_k, normalised=normalised, scale=e.choice.scale))
     each = tuple(StreamedStack(part, card.staging, card.device) for part in (stacked, (down,)))
-    least, pinned = stream_rows(sum(stack.nbytes for stack in each)), card.pinned
+    pinned = card.pinned
 
     def mix(normed: Tensor, run: FusedRun) -> Tensor:
         raw = scores.whole(normed)
-        if run.n_tokens > 1 and len(normed) >= least:
+        if run.n_tokens > 1 and len(normed) >= pinned.least[layer]:
             chosen = route(raw, top_k, normalize=normalised)
             return prompt_experts(normed, chosen, (each[0], each[1]), shared, factor=BETWEEN)
 

@@ -30,7 +30,7 @@ class PackedStep(LayersStep):
         card = lowering.Card(source, torch.device(model.device), hosted=hosted, n_rows=PROMPT_ROWS)
         embed, layers, head = lowering.build(graph_of(model.config), model.config, card)
         source.verify()
-        self.n_bytes = card.n_bytes
+        self.n_bytes, self.pinned = card.n_bytes, card.pinned if hosted else None
         name = f"native-triton, weights {types_held(source)}"
         if n_layers := card.n_host_layers:
             name += f", experts of {n_layers} layers on {cpu_native.isa()}"

@@ -22,10 +22,10 @@ from hybridkv.kernels.weights import Weight
 from hybridkv.kernels.weights import rows as gather
 
 PCIE_BYTES_S: Final = 12e9
-"""Bytes of mapped weights that reach a card in a second, through pinned memory; of PCIe 4 x16 half, measured nowhere."""
+"""Bytes of mapped weights that reach a card in a second through pinned memory: half of PCIe 4 x16, not measured yet."""
 
 HOST_ROW_S: Final = 25e-6
-"""Seconds in which the CPU computes a row's routed experts of a layer, of many rows; of 16 cores, measured nowhere."""
+"""Seconds in which 16 cores compute a row's routed experts of a layer, of many rows; not measured yet."""
 
 
 def stream_rows(layer_bytes: int) -> int:
@@ -55,18 +55,24 @@ class Pinned:
         self._answers = torch.zeros(n_rows, hidden, pin_memory=pinned)
         self._tokens = torch.zeros(n_rows, dtype=torch.long, pin_memory=pinned)
         self._program = StepProgram()
-        self.n_layers = 0
+        self.least: list[int] = []
+        """By layer, rows from which on its experts' matrices go to the device."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of main memory."""
         return self._asked.nbytes + self._answers.nbytes + self._tokens.nbytes
 
+    @property
+    def n_layers(self) -> int:
+        """Layers whose experts are here."""
+        return len(self.least)
+
     def add_layer(self, gate: Weight, up: Weight, down: Weight, routing: Routing) -> int:
         """Add a layer's experts, and return the number by which `experts` knows it."""
         x, scores = self._asked[:, : self.hidden], self._asked[:, self.hidden :]
         self._program.experts(x, scores, gate, up, down, self._answers, routing, add=False)
-        self.n_layers += 1
+        self.least.append(stream_rows(gate.nbytes + up.nbytes + down.nbytes))
         return self.n_layers - 1
 
     def experts(self, layer: int, x: Tensor, scores: Tensor, meanwhile: Callable[[], Tensor]) -> Tensor:

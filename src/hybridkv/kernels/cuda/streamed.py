@@ -59,7 +59,6 @@ class StreamedStack:
         self._weights, self._staging, self._device = tuple(weights), staging, device
         self.n_stack, self.n_in = first.n_stack, first.n_in
         self.n_out = sum(weight.n_out for weight in weights)
-        self.nbytes = sum(weight.nbytes for weight in weights)
 
     def window(self, first: int, n: int) -> PackedWeight:
         """Send matrices [first, first + n) to the device."""
