@@ -153,7 +153,7 @@ class Placement:
                 [n for n, on in zip(each, self.layers, strict=True) if on is place] for place in (True, False)
             )
             found.append(Row(name, sum(card), sum(host), sum(map(bool, card)), sum(map(bool, host))))
-        beside = self.needs.beside_bytes + (0 if self.whole else SPLIT_BYTES) if any(self.on_card) else 0
+        beside = self.needs.beside_bytes + (SPLIT_BYTES if self.n_cpu_moe else 0) if any(self.on_card) else 0
         return [row for row in found if row.card_bytes or row.host_bytes] + [Row("beside them", beside, 0)]
 
 

@@ -92,7 +92,7 @@ def split_on(split: Split, description: Description, device: str, kind: WeightKi
     given = (*split.given, *(("--device-memory",) if split.device_memory is not None else ()))
     if device != "cuda":
         if given:
-            notice(f"no effect on {device}: {', '.join(given)}")
+            notice(f"{', '.join(given)}: no effect on {device}")
         return None
     reason = description.rejects_packed("cuda", kind, engine)
     if reason is None:
