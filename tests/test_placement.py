@@ -7,15 +7,18 @@ import pytest
 from hybridkv.errors import UsageError
 from hybridkv.placement import (
     BESIDE_BYTES,
+    SPLIT_BYTES,
     Needs,
     Placement,
     Portion,
     expert_overrides,
     fit,
     group_of,
+    least,
     parse_gpu_layers,
     parse_overrides,
     place,
+    whole_experts,
 )
 
 GIB, MIB = 2**30, 2**20
@@ -88,7 +91,7 @@ def test_a_card_of_8_gib(n_ctx: int) -> None:
     assert one_more.card_bytes > 8 * GIB
     kept = {p.layer for p, on in zip(needs.portions, found.on_card, strict=True) if p.group == "routed experts" and on}
     assert kept == set(range(found.n_cpu_moe, LAYERS))
-    assert found.card_bytes + found.host_bytes == place(needs).card_bytes
+    assert found.card_bytes + found.host_bytes == place(needs).card_bytes + SPLIT_BYTES
 
 
 def test_longer_contexts_and_smaller_cards_keep_fewer_experts() -> None:
@@ -158,6 +161,33 @@ def test_experts_by_layers() -> None:
     assert found.n_cpu_moe == 11
     assert {p.layer for p, on in zip(needs.portions, found.on_card, strict=True) if not on} == set(range(11))
     assert bytes_of(found, "shared experts")[1] == 0
+
+
+def test_experts_of_a_layer_lie_in_one_place() -> None:
+    """A pattern that finds a part of them moves all: they are computed where they lie."""
+    found = place(qwen35_35b(4096), None, parse_overrides(r"blk\.7\.ffn_up_exps=CPU"))
+    assert {p.name for p, on in zip(found.needs.portions, found.on_card, strict=True) if not on} == {
+        "blk.7.ffn_up_exps.weight"
+    }
+    whole = whole_experts(found)
+    parts = ("down", "gate", "up")
+    assert sorted(p.name for p, on in zip(whole.needs.portions, whole.on_card, strict=True) if not on) == [
+        f"blk.7.ffn_{part}_exps.weight" for part in parts
+    ]
+    assert whole_experts(place(qwen35_35b(4096))).whole
+
+
+def test_the_least() -> None:
+    """What `fit` falls back on: no routed expert, and an embedding only if it is the head."""
+    needs = qwen35_35b(4096)
+    small = least(needs)
+    assert small.n_cpu_moe == LAYERS
+    assert bytes_of(small, "embedding")[0] == 0
+    tied = least(Needs(needs.portions, needs.kv_bytes, needs.state_bytes, tied=True))
+    assert bytes_of(tied, "embedding")[1] == 0
+    found = fit(needs, small.card_bytes)
+    assert found is not None
+    assert found.on_card == small.on_card
 
 
 @pytest.mark.parametrize("text", ["exps", "=CPU", "exps=", "exps=CUDA1", "exps=CPU,", "exps=GPU", ""])

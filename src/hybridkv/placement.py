@@ -2,14 +2,14 @@
 
 Arithmetic over bytes; reads no files and asks no device. The options are llama.cpp's: whole layers (`-ngl N`: the
 last ones), tensors by name (`-ot REGEX=CPU`), routed experts (`--cpu-moe`, `--n-cpu-moe N`: those of the first layers).
-`fit` chooses without them. Does not own what runs such a split.
+`fit` chooses without them. Does not own what runs such a split (`hybridkv.native.cuda`), or which splits run.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from hybridkv.errors import UsageError
@@ -27,6 +27,9 @@ GROUPS: Final[tuple[Group, ...]] = (
 
 BESIDE_BYTES: Final = 400 << 20
 """What a step takes on a card beside weights, KV and states: windows of decoded weights, activations, recordings."""
+
+SPLIT_BYTES: Final = 256 << 20
+"""What it takes more where experts of a prompt are sent to a card: a window of theirs, and what converts it."""
 
 EXPERTS_PATTERN: Final = r"\.ffn_(up|down|gate|gate_up)_(ch|)exps"
 """llama.cpp's, of what `--cpu-moe` keeps in main memory."""
@@ -77,6 +80,11 @@ class Needs:
     def n_layers(self) -> int:
         """Layers of the model."""
         return len(self.kv_bytes)
+
+    @property
+    def has_no_experts(self) -> bool:
+        """Whether no tensor is of routed experts."""
+        return all(portion.group != "routed experts" for portion in self.portions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +153,7 @@ class Placement:
                 [n for n, on in zip(each, self.layers, strict=True) if on is place] for place in (True, False)
             )
             found.append(Row(name, sum(card), sum(host), sum(map(bool, card)), sum(map(bool, host))))
-        beside = self.needs.beside_bytes if any(self.on_card) else 0
+        beside = self.needs.beside_bytes + (SPLIT_BYTES if self.n_cpu_moe else 0) if any(self.on_card) else 0
         return [row for row in found if row.card_bytes or row.host_bytes] + [Row("beside them", beside, 0)]
 
 
@@ -238,12 +246,12 @@ def fit(needs: Needs, free_bytes: int) -> Placement | None:
     everything = place(needs)
     if everything.card_bytes <= free_bytes:
         return everything
-    kept = [p.group != "routed experts" and (p.group != "embedding" or needs.tied) for p in needs.portions]
+    kept = least(needs).on_card
     experts: dict[int, int] = {}
     for portion in needs.portions:
         if portion.group == "routed experts" and portion.layer is not None:
             experts[portion.layer] = experts.get(portion.layer, 0) + portion.card_bytes
-    taken = Placement(needs, tuple(kept), everything.layers).card_bytes
+    taken = least(needs).card_bytes
     if taken > free_bytes:
         return None
     last: set[int | None] = set()
@@ -256,6 +264,21 @@ def fit(needs: Needs, free_bytes: int) -> Placement | None:
         on or (p.group == "routed experts" and p.layer in last) for p, on in zip(needs.portions, kept, strict=True)
     ]
     return Placement(needs, tuple(on_card), everything.layers)
+
+
+def least(needs: Needs) -> Placement:
+    """Keep in main memory what can lie there: routed experts, and an embedding that is no head."""
+    moved = {"routed experts"} if needs.tied else {"routed experts", "embedding"}
+    return Placement(needs, tuple(p.group not in moved for p in needs.portions), (True,) * needs.n_layers)
+
+
+def whole_experts(placement: Placement) -> Placement:
+    """Move all routed experts of a layer to main memory where a part of them lies there: they are computed there."""
+    portions = placement.needs.portions
+    placed = list(zip(portions, placement.on_card, strict=True))
+    moved = {p.layer for p, on in placed if p.group == "routed experts" and not on}
+    on_card = tuple(on and not (p.group == "routed experts" and p.layer in moved) for p, on in placed)
+    return replace(placement, on_card=on_card)
 
 
 def group_of(name: str, has_kv: bool) -> Group:

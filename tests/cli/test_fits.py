@@ -201,5 +201,6 @@ def test_other_devices_have_memory_of_their_own(cli: Cli, monkeypatch: pytest.Mo
 
     opened = object.__new__(Opened)
     object.__setattr__(opened, "device", "cuda:0")
+    object.__setattr__(opened, "split", None)
     monkeypatch.setattr("hybridkv.memory.available_memory", lambda: Available(0, "free on this machine"))
     check_memory(opened, Demand((), 10))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from gguf import GGMLQuantizationType
 
 from hybridkv.cli import model_options, run
 from hybridkv.cli.show import size
+from hybridkv.engine.placed import CONTEXT_BYTES
+from hybridkv.errors import UsageError
 from hybridkv.formats import FORMATS
 from hybridkv.model import facts
 from hybridkv.placement import BESIDE_BYTES
@@ -129,7 +132,7 @@ def test_the_default_is_what_run_holds(cli: Cli, monkeypatch: pytest.MonkeyPatch
         (True, "cuda", "auto", "36.8 MiB q8_0"),
     ):
         monkeypatch.setattr("torch.cuda.is_available", lambda has_gpu=has_gpu: has_gpu)
-        monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (24 << 30, 24 << 30))
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (24 << 30, 24 << 30))
         planned = cli("plan", "--types", "q8_0").out
         assert f"weights on {device}: {held}" in planned
         assert cli("plan", "--types", "q8_0", "--dtype", dtype, "--device", device).out == planned
@@ -373,25 +376,27 @@ def test_all_of_a_model_on_a_card(cli: Cli) -> None:
     assert "on the card" not in cli("plan", "--device", "cuda", "--types", "q8_0").out  # nobody says how large it is
 
 
-def test_a_part_on_a_card_as_llama_cpp_says_it(cli: Cli) -> None:
-    """12 layers, of which -ngl 5 puts the last four and the head there; patterns come before that."""
-    base = ("plan", "--device", "cuda", "--types", "q8_0", "-c", 1000)
-    done = cli(*base, "-ngl", 5, "-ot", r"blk\.11\.ffn_=CPU")
-    assert "\non the card with KV q8_0: as -ngl, -ot say\n" in done.out
-    table = sections(done.out)
-    assert table["feed-forward"][1::2] == ["3", "9"]
-    assert (table["embedding"][0], table["embedding"][2]) == ("4.2 MiB", "-")  # it is the head too
-    assert done.err == (
-        "note: a split between card and main memory is planned, not run: `hybridkv run` holds a model on one device\n"
-    )
-    parts = json.loads(cli(*base, "-ngl", 5, "--json").out)["plans"][0]["placement"]["parts"]
-    assert parts["feed-forward"]["host_layers"] == 8
+def test_an_embedding_in_main_memory(cli: Cli, tmp_path: Path) -> None:
+    """As a pattern says; the first one decides."""
+    model = copied("qwen35moe").write(tmp_path / "experts.gguf", lambda _: GGMLQuantizationType.Q8_0)
+    base = ("plan", "-m", model, "--device", "cuda", "--types", "q8_0", "-c", 100)
+    done = cli(*base, "-ot", "token_embd=CPU")
+    assert "\non the card with KV q8_0: as -ot say\n" in done.out
+    assert sections(done.out)["embedding"][:2] == ["-", "-"]
+    parts = json.loads(cli(*base, "-ot", "token_embd=CUDA0,token=CPU", "--json").out)["plans"][0]["placement"]["parts"]
+    assert parts["embedding"]["host_bytes"] == 0
+    assert done.err == ""
     assert cli(*base, "-ngl", "all").err == ""
 
 
 def test_splits_that_are_refused(cli: Cli) -> None:
     for options, said in (
         (("-ngl", "few"), "-ngl 'few'; allowed: 0 or more layers, all, auto\nhint: this model has 12"),
+        (("-ngl", 5), "-ngl 5: 8 whole layers would be in main memory, with their KV rows and states; allowed on a"),
+        (("-ngl", 0), "-ngl 0: 12 whole layers would be in main memory"),
+        (("-ot", "nothing=CPU"), "-ot 'nothing': no tensor of this model has such a name\nhint: names are like blk.0."),
+        (("-ot", "attn_q.weight=CPU"), "-ot: blk.11.attn_q.weight would be in main memory, and 2 more tensors"),
+        (("-ot", "token_embd=CPU"), "-ot: token_embd.weight would be in main memory; allowed there: routed"),
         (("-ot", "exps"), "-ot 'exps'; allowed: REGEX=CPU or REGEX=CUDA0"),
         (("-ncmoe", -1), "-ncmoe -1; allowed: 0 or more layers"),
         (("-cmoe", "--weights", "bf16"), "-cmoe: packed weights are those of a GGUF file"),
@@ -399,43 +404,90 @@ def test_splits_that_are_refused(cli: Cli) -> None:
         done = cli("plan", "--device", "cuda", "--types", "q8_0", *options)
         assert (done.code, done.out) == (2, "")
         assert said in done.err
-    done = cli("plan", "--device", "cpu", "-ngl", 3, "-cmoe", "--types", "q8_0")
-    assert done.err == "note: no effect on a plan for cpu: -ngl, -cmoe\n"
+    done = cli("plan", "--device", "cpu", "-ngl", 3, "-cmoe", "--types", "q8_0", "--device-memory", "1GiB")
+    assert done.err == "note: -ngl, -cmoe, --device-memory: no effect on cpu\n"
+    assert "--device-memory 'some'" in cli("plan", "--device", "cpu", "--device-memory", "some").err
 
 
-@pytest.mark.parametrize(
-    ("options", "asked"),
-    [
-        (("-ngl", "5"), "-ngl 5"),
-        (("--cpu-moe",), "--cpu-moe"),
-        (("--n-cpu-moe", "3"), "--n-cpu-moe 3"),
-        (("-ot", "_exps=CPU"), "-ot _exps=CPU"),
-    ],
-)
-def test_run_refuses_a_split(cli: Cli, options: tuple[str, ...], asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before anything is loaded; what asks for the whole card, or for nothing, passes."""
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """A card of 24 GiB that is never reached, and the share of it that torch is kept within."""
+    found: dict[str, float] = {}
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    done = cli("run", "--ids", 3, "-n", 1, "--device", "cuda", *options)
-    assert done.code == 2
-    assert f"error: {asked} on cuda: a split between card and main memory is planned, not run; allowed: " in done.err
-    assert "hint: `hybridkv plan` with the same options prints the split" in done.err
-    done = cli("run", "--ids", 3, "-n", 1, "--device", "cuda", "--no-kv-offload")
-    assert "error: --no-kv-offload on cuda: KV rows lie where their layer does" in done.err
-    whole = ("-ngl", "99", "-ot", "_exps=CUDA0", "--n-cpu-moe", "0", "--weights", "int8")  # which needs torchao
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (20 << 30, 24 << 30))
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=24 << 30))
+    monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", lambda share, _: found.setdefault("share", share))
+    return found
+
+
+def test_run_refuses_what_does_not_run(cli: Cli, card: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is loaded; what asks for the whole card, or for nothing, passes."""
+    base = ("run", "--ids", 3, "-n", 1, "--device", "cuda")
+    for options, said in (
+        (("-ngl", 5), "-ngl 5: 8 whole layers would be in main memory"),
+        (("-ot", "attn=CPU"), "-ot: blk.0.attn_norm.weight would be in main memory"),
+        (("-ot", "_exps=CPU"), "-ot '_exps': no tensor of this model has such a name"),
+        (("--n-cpu-moe", -1), "-ncmoe -1; allowed: 0 or more layers"),
+        (("--no-kv-offload",), "--no-kv-offload on cuda: KV rows lie where their layer does"),
+        (("--cpu-moe", "--weights", "bf16"), "-cmoe: packed weights are those of a GGUF file, as they are"),
+        (("--device-memory", "700MiB"), "not enough memory on the card: the least that a run needs there takes"),
+    ):
+        done = cli(*base, *options)
+        assert done.code == 2, options
+        assert f"error: {said}" in done.err
+    assert "recurrent" in done.err
+    assert "GiB, and 0.18 GiB are free" in done.err
+    assert "hint: --device cpu keeps everything in main memory" in done.err
+    whole = ("-ngl", "99", "--n-cpu-moe", "0", "--weights", "int8")  # which needs torchao
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    assert "need torchao" in cli("run", "--ids", 3, "-n", 1, "--device", "cuda", *whole).err
-    assert cli("run", "--ids", 3, "-n", 1, "--device", "cpu", *options).code == 0
+    assert "need torchao" in cli(*base, *whole).err
+    assert cli("run", "--ids", 3, "-n", 1, "--device", "cpu", "-ngl", 5).code == 0
+    assert card == {}
 
 
-def test_routed_experts_of_a_file(cli: Cli, tmp_path: Path) -> None:
+def test_what_a_run_keeps_in_main_memory(
+    cli: Cli, card: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As options say, or as fits; the table is printed, torch kept within the cap, and the loader told."""
+    told: list[frozenset[str]] = []
+
+    def load(*_: object, hosted: frozenset[str], **__: object) -> None:
+        told.append(hosted)
+        raise UsageError("loading")
+
+    monkeypatch.setattr("hybridkv.engine.load.load", load)
+    model = copied("qwen35moe").write(tmp_path / "experts.gguf", lambda _: GGMLQuantizationType.Q8_0)
+    base = ("run", "-m", model, "--ids", 3, "-n", 1, "--device", "cuda", "-c", 100)
+    done = cli(*base, "--n-cpu-moe", 2)
+    assert "loading" in done.err
+    assert sections(done.err)["routed experts"][1::2] == ["2", "2"]
+    assert told.pop() == {f"blk.{i}.ffn_{part}_exps.weight" for i in (0, 1) for part in ("gate", "up", "down")}
+    assert "on the card" not in cli(*base).err
+    assert told.pop() == frozenset()
+    assert card == {}
+    monkeypatch.setattr("hybridkv.placement.SPLIT_BYTES", 0)  # a model this small is not worth them
+    plan = json.loads(cli("plan", *base[1:], "--types", "f16", "--cpu-moe", "--json").out)["plans"][0]["placement"]
+    cap = plan["card_bytes"] + CONTEXT_BYTES
+    done = cli(*base, "--device-memory", cap)
+    assert "as with --n-cpu-moe 4" in done.err
+    assert len(told.pop()) == 13  # experts of four layers, and the embedding
+    assert card == {"share": pytest.approx((cap - CONTEXT_BYTES) / (24 << 30))}
+    done = cli(*base, "--device-memory", cap, "--n-cpu-moe", 1)
+    assert done.code == 2
+    assert "what -ncmoe put there takes" in done.err
+    assert "hint: --n-cpu-moe 4 fits, and is what is chosen without these options" in done.err
+
+
+def test_routed_experts_of_a_file(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = copied("qwen35moe").write(tmp_path / "experts.gguf", lambda _: GGMLQuantizationType.Q8_0)
     base = ("plan", "-m", model, "--device", "cuda", "--types", "f16", "-c", 100)
     parts = json.loads(cli(*base, "--n-cpu-moe", 3, "--json").out)["plans"][0]["placement"]["parts"]
     assert parts["routed experts"]["host_layers"] == 3
     assert parts["shared experts"]["host_bytes"] == 0
-    whole = json.loads(cli(*base, "--memory", "1GiB", "--json").out)["plans"][0]["placement"]
-    less = whole["card_bytes"] - parts["routed experts"]["card_bytes"] // 2 - 1
-    found = json.loads(cli(*base, "--memory", less, "--json").out)["plans"][0]["placement"]
-    assert 1 <= found["n_cpu_moe"] < 4
-    assert found["card_bytes"] <= less
+    monkeypatch.setattr("hybridkv.placement.SPLIT_BYTES", 0)  # a model this small is not worth them
+    moved = json.loads(cli(*base, "--n-cpu-moe", 3, "--json").out)["plans"][0]["placement"]
+    found = json.loads(cli(*base, "--memory", moved["card_bytes"], "--json").out)["plans"][0]["placement"]
+    assert found["n_cpu_moe"] in (2, 3)  # the embedding gives way first
+    assert found["card_bytes"] <= moved["card_bytes"]
+    assert "does not fit; " in cli(*base, "--memory", "300MiB").out

@@ -123,7 +123,7 @@ def test_stacks_are_joined_expert_by_expert(monkeypatch: pytest.MonkeyPatch) -> 
         parts.append(weight(fmt, rows.reshape(3, n_out, -1), 512))
         exact.append(torch.from_numpy(decoded(fmt, rows)).double().view(3, n_out, 512))
     for n_bytes in (fmt.row_bytes(512) * 3, fmt.row_bytes(512) * 14, 1 << 23):
-        monkeypatch.setattr(packed_layout, "_CHUNK_BYTES", n_bytes)
+        monkeypatch.setattr(packed_layout, "CHUNK_BYTES", n_bytes)
         held = upload(parts, torch.device(DEVICE))
         assert (held.n_stack, held.n_out, held.nbytes) == (3, 11, sum(part.nbytes for part in parts))
         got = decode_rows(held, 0, 33).view(3, 11, 512)

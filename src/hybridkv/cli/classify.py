@@ -124,7 +124,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     opened = open_model(a)
     specs = _resolve(opened, policies, guard)
-    check_memory(opened, Demand((), opened.n_ctx, a.batch, guarded=False))  # rows are as long as their texts
+    opened = check_memory(opened, Demand((), opened.n_ctx, a.batch, guarded=False))  # rows are as long as their texts
     loaded, step = opened.load()
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
     prompts, continuations = encode(template, rows, labels, loaded.tokenizer, chat=a.chat)

@@ -1,7 +1,7 @@
 """Compare a run with the memory there is before weights are read; refuse it with the numbers and what would fit.
 
-A run that does not fit swaps, and takes the machine with it. For main memory alone: a CUDA allocation that fails is an
-error of its own, at once.
+A run that does not fit swaps, and takes the machine with it. On a card the plan counts what packed weights take there
+(`split_options.py`); of other weights an allocation that fails is an error of its own, at once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from hybridkv.cli.show import notice, size, weights_words
+from hybridkv.cli.split_options import place_run
 from hybridkv.errors import ContextError
 
 if TYPE_CHECKING:
@@ -56,18 +57,23 @@ class Demand:
     guarded: bool = True
 
 
-def check_memory(opened: Opened, demand: Demand) -> None:
-    """Refuse what does not fit; nothing is compared for other devices than the CPU.
+def check_memory(opened: Opened, demand: Demand) -> Opened:
+    """Refuse what does not fit; on a card that does not hold a whole model, choose what lies there.
 
     Raises
     ------
     ContextError
         With the numbers, and what would fit.
     """
+    if opened.device_type != "cpu":
+        return place_run(opened, demand)
+    _check_main_memory(opened, demand)
+    return opened
+
+
+def _check_main_memory(opened: Opened, demand: Demand) -> None:
     from hybridkv.memory import Available, available_memory
 
-    if opened.device_type != "cpu":
-        return
     limit, option = opened.memory_limit, opened.limit_option
     available = available_memory() if limit is None else Available(limit, f"allowed by {option}")
     if available is None:

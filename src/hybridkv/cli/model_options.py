@@ -15,7 +15,7 @@ from hybridkv.cli.context import context_of, refuse_shift
 from hybridkv.cli.model_source import add_source_arguments, model_of
 from hybridkv.cli.rope_options import add_rope_arguments, changes_of
 from hybridkv.cli.show import MAX_CONTEXT, expanded_words, notice, size, weights_words
-from hybridkv.cli.split_options import refuse_split
+from hybridkv.cli.split_options import add_split_arguments, refuse_cache_in_memory, split_from, split_on
 from hybridkv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from hybridkv.engine.describe import PoolingAsked
     from hybridkv.engine.load import Description, Loaded
+    from hybridkv.engine.placed import Split
     from hybridkv.engine.steps import StepKind
     from hybridkv.held import Held, WeightKind
     from hybridkv.native import Memory
@@ -107,6 +108,7 @@ def add_model_arguments(
         help="limit of main memory for weights, cache and everything else, such as 24GiB; a larger plan is refused "
         "before weights are read (default: what this machine and its container have free)",
     )
+    add_split_arguments(parser.add_argument_group("card"))
     add_rope_arguments(parser)
     parser.set_defaults(limit_option=limit_option)
 
@@ -181,6 +183,10 @@ class Opened:
         Whether the weights of a GGUF file stay in the mapped file.
     lock
         Whether they are kept from being paged out.
+    split
+        What is asked of packed weights on a card; None for other weights.
+    hosted
+        Names of the tensors that stay in main memory beside a card.
     """
 
     description: Description
@@ -195,6 +201,8 @@ class Opened:
     asked: StepKind = "auto"
     memory: Memory = "mapped"
     lock: bool = False
+    split: Split | None = None
+    hosted: frozenset[str] = frozenset()
 
     @property
     def device_type(self) -> str:
@@ -227,6 +235,7 @@ class Opened:
             weights=self.weights,
             engine=self.engine,
             memory=self.memory,
+            hosted=self.hosted,
         )
         for line in loaded.notices:
             notice(line)
@@ -293,7 +302,7 @@ def open_model(
         pooling=pooling,
     )
     refuse_shift(a, description)
-    refuse_split(a, description, device.partition(":")[0])
+    refuse_cache_in_memory(a, device.partition(":")[0])
     if a.trust_remote_code and path.is_file():
         notice("--trust-remote-code has no effect: this model has no Python code")
     n_ctx = context_of(a.ctx_size, description.n_ctx_train, default_ctx, changes.rope)
@@ -312,7 +321,10 @@ def open_model(
         check_torchao()
     memory: Memory = "copied" if getattr(a, "no_mmap", False) else "mapped"
     lock = bool(getattr(a, "mlock", False))
-    return Opened(description, device, n_ctx, weights, dtype, make_step, limit, option, kind, asked_kind, memory, lock)
+    split = split_on(split_from(a), description, device_type, asked, kind)
+    return Opened(
+        description, device, n_ctx, weights, dtype, make_step, limit, option, kind, asked_kind, memory, lock, split
+    )
 
 
 def _check_ranks(a: argparse.Namespace, n: int, ranks: Literal["one", "many"]) -> None:

@@ -28,12 +28,13 @@ from hybridkv.cli.show import (
     warning,
     weights_words,
 )
-from hybridkv.cli.split_options import Placed, Split, add_split_arguments, free_on_card, placed, print_placed, split_of
+from hybridkv.cli.split_options import Placed, add_split_arguments, placed, print_placed, split_from, split_on
 from hybridkv.errors import NoKernelError, UsageError, one_of
 
 if TYPE_CHECKING:
     from hybridkv.cache import KVSpec
     from hybridkv.engine.describe import Description
+    from hybridkv.engine.placed import Split
     from hybridkv.held import Expanded, Held, WeightKind
     from hybridkv.native.choice import EngineKind
     from hybridkv.policy import AnyPolicy, Guard
@@ -122,6 +123,7 @@ def main(arguments: argparse.Namespace) -> int:
     kind, device = _check(a)
     import_torch()
     from hybridkv.engine.describe import describe
+    from hybridkv.engine.placed import free_on_card
     from hybridkv.model.ranks import shards_heads
     from hybridkv.planner import parse_bytes, unknown_states
     from hybridkv.policy import Guard, parse_mode
@@ -147,8 +149,8 @@ def main(arguments: argparse.Namespace) -> int:
         of = "of training" if n_ctx == trained else "that RoPE is scaled for"
         notice(f"counted for the {n_ctx} tokens {of}; `run` without -c takes {DEFAULT_CTX}")
     weights = _held(description, kind, device, a.engine)
-    split = split_of(a, description, device, kind, cast("EngineKind", a.engine))
-    free = free_on_card(budget) if split is not None else None
+    split = split_on(split_from(a), description, device, kind, cast("EngineKind", a.engine))
+    free = None if split is None else budget if budget is not None else free_on_card(device, split.device_memory)
     question = _Question(description, guard, n_ctx, a.parallel, weights, budget, split, free)
     rows = _rows(question, policies)
     if _says_types(a) or a.kv_tail or a.kv_sink or a.kv_center or a.kv_config:

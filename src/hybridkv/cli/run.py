@@ -111,7 +111,7 @@ def main(arguments: argparse.Namespace) -> int:
     notify = silence_other_ranks(opened.description.n_ranks)
     n_ctx = opened.n_ctx
     specs = resolve_types(opened, policy, guard)
-    check_memory(opened, Demand(specs, n_ctx, a.parallel, guarded=guard.measures))
+    opened = check_memory(opened, Demand(specs, n_ctx, a.parallel, guarded=guard.measures))
     with loading(opened.description.name):
         loaded, step = opened.load()
     talk = open_conversation(a, prompt, loaded.model, loaded.tokenizer, choice)

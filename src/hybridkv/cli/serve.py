@@ -160,7 +160,7 @@ def main(arguments: argparse.Namespace) -> int:
             return _serve(a, *load_embedder(a, opened), listener, keys)
         opened = fit_context(opened, a.ctx_size, policy, guard, n_seqs=a.parallel, more=a.prefix_memory)
         specs = resolve_types(opened, policy, guard)
-        check_memory(opened, demand(a, opened, specs, guard))
+        opened = check_memory(opened, demand(a, opened, specs, guard))
         served, scheduler = load_served(a, opened, specs, guard)
         return _serve(a, served, scheduler, listener, keys)
     finally:

@@ -45,7 +45,7 @@ class ModelLoader:
     def __call__(self) -> tuple[Served, Scheduler]:
         """Load it; what is worth knowing goes to the replica's stderr, which Ray keeps and passes on."""
         opened = open_model(self.options)
-        check_memory(opened, demand(self.options, opened, self.specs, self.guard))
+        opened = check_memory(opened, demand(self.options, opened, self.specs, self.guard))
         return load_served(self.options, opened, self.specs, self.guard)
 
 

@@ -1,34 +1,37 @@
-"""llama.cpp's options that divide a model between a card and main memory: `plan` prints the split, `run` refuses it."""
+"""Options that divide a model between a card and main memory, llama.cpp's: read, planned, and chosen for a run."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hybridkv.cli.llama_cpp import given_values
-from hybridkv.cli.show import notice, simple_table, size, stdout_console
-from hybridkv.errors import UsageError
+from hybridkv.cli.show import notice, simple_table, size, stderr_console, stdout_console
+from hybridkv.errors import ContextError, UsageError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from hybridkv.cache import KVSpec
+    from hybridkv.cli.fits import Demand
+    from hybridkv.cli.model_options import Opened
     from hybridkv.engine.describe import Description
+    from hybridkv.engine.placed import Split
     from hybridkv.held import WeightKind
     from hybridkv.native.choice import EngineKind
-    from hybridkv.placement import Needs, Override, Placement
-
-_NOT_RUN = "a split between card and main memory is planned, not run"
+    from hybridkv.placement import Needs, Placement, Row
 
 
-def add_split_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options to the parser of `plan`."""
+def add_split_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add the options of a model on a card."""
     parser.add_argument(
         "-ngl",
         "--gpu-layers",
         "--n-gpu-layers",
         metavar="N",
-        help="on a CUDA device: layers on the card, the last ones and the head, or all (default: what fits)",
+        help="on a CUDA device: layers on the card, the head being one, or all (default auto: what fits)",
     )
     parser.add_argument(
         "-ot",
@@ -36,44 +39,45 @@ def add_split_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="REGEX=CPU|CUDA0,...",
-        help="where tensors lie whose name the pattern finds; the first pattern decides",
+        help="where tensors lie whose name the pattern finds; the first pattern decides. Routed experts, and an "
+        "embedding that is not the head, can lie in main memory",
     )
     parser.add_argument("-cmoe", "--cpu-moe", action="store_true", help="keep routed experts in main memory")
     parser.add_argument(
         "-ncmoe", "--n-cpu-moe", type=int, metavar="N", help="keep those of the first N layers in main memory"
     )
+    parser.add_argument(
+        "--device-memory",
+        metavar="SIZE",
+        help="limit of a CUDA device's memory, such as 8GiB, CUDA's own part included (default: what is free)",
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
-    """What the options of `plan` ask for.
+def split_from(a: argparse.Namespace) -> Split:
+    """Read the options.
 
-    Attributes
-    ----------
-    given
-        Their names; none if the planner is to choose.
+    Raises
+    ------
+    UsageError
+        For values that are out of range.
     """
+    from hybridkv.engine.placed import Split
+    from hybridkv.planner import parse_bytes
 
-    given: tuple[str, ...]
-    n_gpu_layers: str | None
-    patterns: tuple[Override, ...]
-    n_cpu_moe: int | None
-
-    def placed(self, needs: Needs, free_bytes: int | None) -> Placement | None:
-        """Place a model; None if it does not fit, or nobody says what there is to fit in."""
-        from hybridkv.placement import expert_overrides, fit, parse_gpu_layers, place
-
-        if not self.given:
-            return None if free_bytes is None else fit(needs, free_bytes)
-        n = None if self.n_gpu_layers is None else parse_gpu_layers(self.n_gpu_layers, needs.n_layers)
-        experts = expert_overrides(needs.n_layers if self.n_cpu_moe is None else min(self.n_cpu_moe, needs.n_layers))
-        return place(needs, n, (*self.patterns, *experts))
+    cap = None if getattr(a, "device_memory", None) is None else parse_bytes(a.device_memory, "--device-memory")
+    found = Split(
+        getattr(a, "gpu_layers", None),
+        tuple(getattr(a, "override_tensor", ())),
+        bool(getattr(a, "cpu_moe", False)),
+        getattr(a, "n_cpu_moe", None),
+        cap,
+    )
+    found.check()
+    return found
 
 
-def split_of(
-    a: argparse.Namespace, description: Description, device: str, kind: WeightKind, engine: EngineKind
-) -> Split | None:
-    """Read the options; None if a plan has no split: for another device, or weights that do not stay packed.
+def split_on(split: Split, description: Description, device: str, kind: WeightKind, engine: EngineKind) -> Split | None:
+    """Return what is to be divided; None for another device, or for weights that do not stay packed.
 
     Parameters
     ----------
@@ -83,35 +87,28 @@ def split_of(
     Raises
     ------
     UsageError
-        For values that are out of range, or a model that is not divided.
+        If a division is asked for of a model that is not divided.
     """
-    from hybridkv.placement import parse_overrides
-
-    asked = {"-ngl": a.gpu_layers, "-ot": a.override_tensor, "-cmoe": a.cpu_moe, "-ncmoe": a.n_cpu_moe}
-    given = tuple(name for name, value in asked.items() if value not in (None, [], False))
-    if a.n_cpu_moe is not None and a.n_cpu_moe < 0:
-        raise UsageError(f"-ncmoe {a.n_cpu_moe}; allowed: 0 or more layers")
-    patterns = tuple(override for text in a.override_tensor for override in parse_overrides(text))
+    given = (*split.given, *(("--device-memory",) if split.device_memory is not None else ()))
     if device != "cuda":
         if given:
-            notice(f"no effect on a plan for {device}: {', '.join(given)}")
+            notice(f"{', '.join(given)}: no effect on {device}")
         return None
     reason = description.rejects_packed("cuda", kind, engine)
-    if reason is not None and given:
+    if reason is None:
+        return split
+    if given and _divides(split, len(description.facts)):
         raise UsageError(f"{', '.join(given)}: {reason}; allowed: models whose weights stay packed on the card")
-    if reason is not None:
-        return None
-    n_cpu_moe = None if a.cpu_moe else a.n_cpu_moe or 0
-    return Split(given, a.gpu_layers, patterns, n_cpu_moe)
+    return None
 
 
-def free_on_card(budget: int | None) -> int | None:
-    """Count the bytes that a plan may use: those of --memory, or those free on the card; None if there is none."""
-    import torch
+def _divides(split: Split, n_layers: int) -> bool:
+    """Check whether options ask for anything but all of a model on the card."""
+    from hybridkv.placement import parse_gpu_layers
 
-    if budget is not None or not torch.cuda.is_available():
-        return budget
-    return int(torch.cuda.mem_get_info()[0])
+    whole = split.n_gpu_layers is None or parse_gpu_layers(split.n_gpu_layers, n_layers) > n_layers
+    moves = any(not override.on_card for override in split.check())
+    return not whole or moves or split.cpu_moe or bool(split.n_cpu_moe) or split.device_memory is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,24 +142,30 @@ def placed(
     split: Split, description: Description, specs: Sequence[KVSpec], n_ctx: int, n_seqs: int, free_bytes: int | None
 ) -> Placed | None:
     """Place a model with these cache types; None if nothing is asked and no card is known."""
-    from hybridkv.engine.placed import needs_of
+    from hybridkv.engine.placed import checked, needs_of
 
     if not split.given and free_bytes is None:
         return None
     needs = needs_of(description, specs, n_ctx=n_ctx, n_seqs=n_seqs)
-    types = ", ".join(dict.fromkeys(spec.types.label for spec in specs))
-    return Placed(needs, split.placed(needs, free_bytes), free_bytes, types, split.given)
+    found = split.placed(needs, free_bytes)
+    if found is not None:
+        found = checked(found, needs, None, split)
+    return Placed(needs, found, free_bytes, _types(specs), split.given)
 
 
-def print_placed(found: Placed) -> None:
-    """Print the table of a placement, or what is missing."""
-    from hybridkv.placement import expert_overrides, place
+def _types(specs: Sequence[KVSpec]) -> str:
+    return ", ".join(dict.fromkeys(spec.types.label for spec in specs))
 
-    console = stdout_console()
+
+def print_placed(found: Placed, console: Console | None = None) -> None:
+    """Print the table of a placement, or what is missing; on stdout by default."""
+    from hybridkv.placement import least
+
+    console = stdout_console() if console is None else console
     free = "" if found.free_bytes is None else f", {size(found.free_bytes)} free"
     if found.placement is None:
-        least = place(found.needs, None, expert_overrides(found.needs.n_layers)).card_bytes
-        console.print(f"on the card with KV {found.types}{free}: does not fit; {size(least)} beside routed experts")
+        needed = least(found.needs).card_bytes
+        console.print(f"on the card with KV {found.types}{free}: does not fit; {size(needed)} beside routed experts")
         return
     p = found.placement
     over = found.free_bytes is not None and p.card_bytes > found.free_bytes
@@ -175,45 +178,74 @@ def print_placed(found: Placed) -> None:
         table.add_row(row.name, *cells[0], *cells[1])
     table.add_row("total", size(p.card_bytes), "", size(p.host_bytes), "")
     console.print(table)
-    if not p.whole:
-        notice(f"{_NOT_RUN}: `hybridkv run` holds a model on one device")
 
 
-def _halves(row: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+def _halves(row: Row) -> tuple[tuple[int, int], tuple[int, int]]:
     return (row.card_bytes, row.card_layers), (row.host_bytes, row.host_layers)
 
 
-def refuse_split(a: argparse.Namespace, description: Description, device_type: str) -> None:
-    """Refuse a split on a CUDA device, for commands that run a model.
+def place_run(opened: Opened, demand: Demand) -> Opened:
+    """Choose what lies on the card for a run; print the table if something does not.
+
+    Raises
+    ------
+    UsageError, ContextError
+        For a split that does not run, or does not fit.
+    """
+    from hybridkv.engine.placed import free_on_card, hosted_names, place_on_card
+
+    split = opened.split
+    if split is None:
+        return opened
+    free = free_on_card(opened.device, split.device_memory)
+    kv = sum(spec.bytes_at(demand.n_ctx, demand.n_seqs) for spec in demand.specs)
+    found = place_on_card(
+        opened.description,
+        demand.specs,
+        split,
+        opened.device,
+        n_ctx=demand.n_ctx,
+        n_seqs=demand.n_seqs,
+        n_caches=demand.n_caches,
+        more=sum(demand.more.values()) - max(0, kv - (kv if demand.budget_bytes is None else demand.budget_bytes)),
+    )
+    if found.needs.has_no_experts and (split.cpu_moe or split.n_cpu_moe):
+        notice(f"{', '.join(split.given)}: no effect, this model has no routed experts")
+    if found.whole:
+        return opened
+    print_placed(Placed(found.needs, found, free, _types(demand.specs), split.given), stderr_console())
+    _check_host(opened, found)
+    return replace(opened, hosted=hosted_names(found))
+
+
+def _check_host(opened: Opened, found: Placement) -> None:
+    """Refuse what main memory does not hold: what stays there is read again and again."""
+    from hybridkv.memory import Available, available_memory
+
+    limit = opened.memory_limit
+    available = available_memory() if limit is None else Available(limit, f"allowed by {opened.limit_option}")
+    if available is None or found.host_bytes <= available.n_bytes:
+        return
+    raise ContextError(
+        f"not enough memory: {size(found.host_bytes)} stay in main memory, and {size(available.n_bytes)} are "
+        f"{available.source}",
+        hint=f"take a smaller model, or a card that holds more; {opened.limit_option} SIZE replaces what is free",
+    )
+
+
+def refuse_cache_in_memory(a: argparse.Namespace, device_type: str) -> None:
+    """Refuse `--no-kv-offload` on a CUDA device.
 
     Raises
     ------
     UsageError
-        If options ask for a part of the model, or for its cache, in main memory.
+        With the reason.
     """
-    from hybridkv.placement import parse_gpu_layers, parse_overrides
-
     if device_type != "cuda":
         return
-    n_layers = len(description.facts)
-    for first, option, value in given_values(a, ("-ngl", "-ot", "-cmoe", "-ncmoe", "-kvo")):
-        if first == "-ngl":
-            divides = parse_gpu_layers(value, n_layers, option) <= n_layers
-        elif first == "-ot":
-            divides = any(not override.on_card for override in parse_overrides(value, option))
-        elif first == "-ncmoe":
-            divides = value != "0"
-        else:
-            divides = first == "-cmoe" or option in ("-nkvo", "--no-kv-offload")
-        if not divides:
-            continue
-        if first == "-kvo":
+    for _, option, _ in given_values(a, ("-kvo",)):
+        if option in ("-nkvo", "--no-kv-offload"):
             raise UsageError(
                 f"{option} on cuda: KV rows lie where their layer does; allowed: on the card",
                 hint="-ctk q4_0 -ctv q4_0 takes a quarter of f16, and --device cpu keeps all in main memory",
             )
-        asked = " ".join(filter(None, (option, value)))
-        raise UsageError(
-            f"{asked} on cuda: {_NOT_RUN}; allowed: all of a model on the card, -ngl all",
-            hint="`hybridkv plan` with the same options prints the split; --device cpu runs it in main memory",
-        )

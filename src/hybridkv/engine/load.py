@@ -48,6 +48,7 @@ def load(
     weights: WeightKind = "plain",
     engine: EngineKind = "auto",
     memory: Memory = "mapped",
+    hosted: frozenset[str] = frozenset(),
 ) -> Loaded:
     """Load the model and its tokenizer.
 
@@ -61,6 +62,8 @@ def load(
         What will run it: the native step takes a model without Transformers' classes.
     memory
         Whether the weights of a GGUF file stay in the mapped file, or are read into this process's memory.
+    hosted
+        Names of the tensors that stay in main memory while a card runs the rest; see `hybridkv.engine.placed`.
 
     Raises
     ------
@@ -73,7 +76,7 @@ def load(
     if on_cpu and description.n_ranks == 1 and runs_natively(description.config, device, engine):
         return _load_native(description, weights, memory)
     if torch.device(device).type == "cuda" and description.rejects_packed("cuda", weights, engine) is None:
-        return _load_native(description, weights, memory, device)
+        return _load_native(description, weights, memory, device, hosted)
     from hybridkv.hf import Holder
     from hybridkv.hf.step import save_unpacked
     from hybridkv.hf.torchao_weights import quantize_weights
@@ -117,7 +120,13 @@ def _load_eager(
     return loaded
 
 
-def _load_native(description: Description, weights: WeightKind, memory: Memory, device: str = "cpu") -> Loaded:
+def _load_native(
+    description: Description,
+    weights: WeightKind,
+    memory: Memory,
+    device: str = "cpu",
+    hosted: frozenset[str] = frozenset(),
+) -> Loaded:
     path, config = description.path, description.config
     if path.is_dir():
         from hybridkv.hf.load import load_tokenizer
@@ -131,7 +140,7 @@ def _load_native(description: Description, weights: WeightKind, memory: Memory, 
     free = available_memory()
     if memory == "mapped" and (free is None or mapped.source.n_bytes < free.n_bytes):
         mapped.source.populate_after_use()
-    model = native_model(mapped.config, mapped.source, weights, mapped.end_ids, device)
+    model = native_model(mapped.config, mapped.source, weights, mapped.end_ids, device, hosted)
     return Loaded(description, model, mapped.tokenizer, mapped.notices)
 
 

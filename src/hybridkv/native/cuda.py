@@ -24,10 +24,14 @@ from hybridkv.kernels.cuda.packed_experts import prompt_experts, run_packed_expe
 from hybridkv.kernels.cuda.packed_layout import PACKED, PackedWeight, upload
 from hybridkv.kernels.cuda.packed_rows import gather_rows
 from hybridkv.kernels.cuda.products import MOST_INPUTS, one_row
+from hybridkv.kernels.cuda.streamed import Staging, StreamedStack
+from hybridkv.kernels.step import Routing
 from hybridkv.kernels.weights import Weight
-from hybridkv.model import Attention, DeltaNet, Experts, Gated, ModelGraph, Norm, Source
+from hybridkv.model import Attention, DeltaNet, Experts, Gated, ModelGraph, Norm
 from hybridkv.model.protocols import Config
 from hybridkv.model.rope import rope_frequencies
+from hybridkv.native.hosted import Pinned
+from hybridkv.native.sources import Typed
 
 BETWEEN = 1 / 32
 """Factor on what lies between the products of a gated feed-forward."""
@@ -45,18 +49,54 @@ class Card:
     ----------
     source
         Holds the weights in the file's order.
+    hosted
+        Names of tensors that stay in main memory: routed experts, and an embedding that is no head.
+    n_rows
+        Most rows of a run.
     """
 
-    def __init__(self, source: Source, device: torch.device) -> None:
-        self.source, self.device = source, device
+    def __init__(
+        self, source: Typed, device: torch.device, *, hosted: frozenset[str] = frozenset(), n_rows: int = 1
+    ) -> None:
+        self.source, self.device, self.hosted, self.n_rows = source, device, hosted, n_rows
         self.prefix = ""
         """Of the block that is lowered: `blk.3.`."""
         self.n_bytes = 0
         self._matrices: dict[tuple[str, ...], PackedWeight | Tensor] = {}
+        self._pinned: Pinned | None = None
+        self._staging: Staging | None = None
 
     def has(self, name: str) -> bool:
         """Check whether the block has a tensor of this name."""
         return self.source.has(self.prefix + name)
+
+    def hosts(self, name: str) -> bool:
+        """Check whether a tensor of the block stays in main memory."""
+        return self.prefix + name in self.hosted
+
+    @property
+    def pinned(self) -> Pinned:
+        """Memory through which rows reach what stays in main memory."""
+        assert self._pinned is not None
+        return self._pinned
+
+    @property
+    def n_host_layers(self) -> int:
+        """Layers whose routed experts stay in main memory."""
+        return 0 if self._pinned is None else self._pinned.n_layers
+
+    @property
+    def staging(self) -> Staging:
+        """Memory through which matrices reach the device for a prompt."""
+        if self._staging is None:
+            self._staging = Staging(self.device)
+        return self._staging
+
+    def share_rows(self, graph: ModelGraph) -> None:
+        """Take the memory for what of a model stays in main memory."""
+        if self.hosted:
+            n_experts = max((part.n_experts for part in graph.parts if isinstance(part, Experts)), default=0)
+            self._pinned = Pinned(self.n_rows, graph.hidden, n_experts, self.device, self.source.verify)
 
     def weight(self, name: str) -> Weight:
         """Return a matrix or a stack of the block, where it lies."""
@@ -241,6 +281,8 @@ def _experts(card: Card, config: Config, index: int, e: Experts) -> Mix:
     del config, index
     assert isinstance(e.shared, Gated)
     scores = card.product(e.router, e.shared_gate)
+    if card.hosts(e.down):
+        return _host_experts(card, e, scores)
     stacked = card.packed(e.gate_up) if card.has(e.gate_up) else card.packed(e.gate, e.up)
     each = (stacked, card.packed(e.down))
     shared = (card.packed(e.shared.gate, e.shared.up), card.packed(e.shared.down))
@@ -255,6 +297,38 @@ def _experts(card: Card, config: Config, index: int, e: Experts) -> Mix:
     return mix
 
 
+def _host_experts(card: Card, e: Experts, scores: Product) -> Mix:
+    """Routed experts that stay in main memory; what they share is computed on the card meanwhile."""
+    assert isinstance(e.shared, Gated)
+    shared = (card.packed(e.shared.gate, e.shared.up), card.packed(e.shared.down))
+    down, top_k, normalised = card.weight(e.down), e.choice.n_used, e.choice.normalised
+    if card.has(e.gate_up):
+        both = card.weight(e.gate_up)
+        gate, up = both.part(0, e.width), both.part(e.width, 2 * e.width)
+        stacked: tuple[Weight, ...] = (both,)
+    else:
+        gate, up = stacked = (card.weight(e.gate), card.weight(e.up))
+    layer = card.pinned.add_layer(gate, up, down, Routing(top_k, normalised=normalised, scale=e.choice.scale))
+    each = tuple(StreamedStack(part, card.staging, card.device) for part in (stacked, (down,)))
+    pinned = card.pinned
+
+    def mix(normed: Tensor, run: FusedRun) -> Tensor:
+        raw = scores.whole(normed)
+        if run.n_tokens > 1 and len(normed) >= pinned.least[layer]:
+            chosen = route(raw, top_k, normalize=normalised)
+            return prompt_experts(normed, chosen, (each[0], each[1]), shared, factor=BETWEEN)
+
+        def shared_expert() -> Tensor:
+            weight = torch.sigmoid(raw[:, -1:])
+            return weight * multiply_packed(
+                multiply_gated(normed, shared[0], factor=BETWEEN), (shared[1],), factor=1 / BETWEEN
+            )
+
+        return pinned.experts(layer, normed, raw[:, :-1], shared_expert)
+
+    return mix
+
+
 LOWER: Mapping[type, Callable[[Card, Any, int, Any], Mix]] = {
     Attention: _attention,
     DeltaNet: _delta_net,
@@ -263,8 +337,22 @@ LOWER: Mapping[type, Callable[[Card, Any, int, Any], Mix]] = {
 }
 
 
+def _embed(card: Card, graph: ModelGraph) -> Embed:
+    if card.hosts(graph.embed):
+        weight, pinned = card.weight(graph.embed), card.pinned
+        return lambda tokens: pinned.embed(weight, tokens, graph.embed_scale)
+    table = card.joined(graph.embed)
+
+    def embed(tokens: Tensor) -> Tensor:
+        rows = gather_rows(table, tokens) if isinstance(table, PackedWeight) else F.embedding(tokens, table)
+        return rows.to(torch.float32) if graph.embed_scale == 1 else rows.to(torch.float32) * graph.embed_scale
+
+    return embed
+
+
 def build(graph: ModelGraph, config: Config, card: Card) -> tuple[Embed, Layers, Head]:
     """Upload a model, and write it down; `choice.rejects_packed` must have said None."""
+    card.share_rows(graph)
     branches: list[tuple[Tensor, float, Mix]] = []
     for index, block in enumerate(graph.blocks):
         card.prefix = f"blk.{index}."
@@ -273,13 +361,9 @@ def build(graph: ModelGraph, config: Config, card: Card) -> tuple[Embed, Layers,
             (part,) = branch.parts
             branches.append((card.norm(branch.norm), branch.norm.eps, LOWER[type(part)](card, config, index, part)))
     card.prefix = ""
-    table = card.joined(graph.embed)
+    embed = _embed(card, graph)
     head_product = card.product(graph.head if card.has(graph.head) else graph.embed)
     last = card.norm(graph.norm)
-
-    def embed(tokens: Tensor) -> Tensor:
-        rows = gather_rows(table, tokens) if isinstance(table, PackedWeight) else F.embedding(tokens, table)
-        return rows.to(torch.float32) if graph.embed_scale == 1 else rows.to(torch.float32) * graph.embed_scale
 
     def layers(x: Tensor, run: FusedRun) -> Tensor:
         added: Tensor | None = None

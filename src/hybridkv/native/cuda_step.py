@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hybridkv.hf.step.fused_layers import LayersStep
+from hybridkv.kernels import cpu_native
 from hybridkv.model import graph_of
 from hybridkv.model.protocols import LanguageModel
 from hybridkv.native import cuda as lowering
@@ -25,9 +26,12 @@ class PackedStep(LayersStep):
 
     def __init__(self, model: LanguageModel) -> None:
         source = source_of(model)
-        card = lowering.Card(source, torch.device(model.device))
+        hosted: frozenset[str] = getattr(model, "hosted", frozenset())
+        card = lowering.Card(source, torch.device(model.device), hosted=hosted, n_rows=PROMPT_ROWS)
         embed, layers, head = lowering.build(graph_of(model.config), model.config, card)
         source.verify()
-        self.n_bytes = card.n_bytes
+        self.n_bytes, self.pinned = card.n_bytes, card.pinned if hosted else None
         name = f"native-triton, weights {types_held(source)}"
+        if n_layers := card.n_host_layers:
+            name += f", experts of {n_layers} layers on {cpu_native.isa()}"
         super().__init__(embed, layers, head, card.device, name, PROMPT_ROWS)

@@ -33,24 +33,39 @@ class NativeModel:
         Tokens that end a text; the config's own if empty.
     device
         Where it is to run.
+    hosted
+        Names of tensors that stay in main memory while a card runs the rest.
     """
 
-    def __init__(self, config: Config, source: Typed, end_ids: Sequence[int] = (), device: str = "cpu") -> None:
+    def __init__(
+        self,
+        config: Config,
+        source: Typed,
+        end_ids: Sequence[int] = (),
+        device: str = "cpu",
+        hosted: frozenset[str] = frozenset(),
+    ) -> None:
         self.config = config
         self.source = source
         self.device = torch.device(device)
+        self.hosted = hosted
         self.dtype = torch.float32
         self.generation_config = SimpleNamespace(eos_token_id=list(end_ids) or None)
 
 
 def native_model(
-    config: Config, source: Typed, weights: WeightKind, end_ids: Sequence[int] = (), device: str = "cpu"
+    config: Config,
+    source: Typed,
+    weights: WeightKind,
+    end_ids: Sequence[int] = (),
+    device: str = "cpu",
+    hosted: frozenset[str] = frozenset(),
 ) -> NativeModel:
     """Build a model with its matrices held as asked."""
     if weights != "auto":
         graph = graph_of(config)
         source = EncodedSource(source, weights, (graph.embed, graph.head))
-    return NativeModel(config, source, end_ids, device)
+    return NativeModel(config, source, end_ids, device, hosted)
 
 
 def directory_source(directory: Path, config: Config) -> ParameterSource:

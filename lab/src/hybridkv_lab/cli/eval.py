@@ -117,7 +117,7 @@ def main(arguments: argparse.Namespace) -> int:
         prepare(a)
     opened = open_model(a, default_ctx=DEFAULT_CTX)
     facts = _resolve(opened, candidates)
-    check_memory(opened, _demand(opened, candidates))
+    opened = check_memory(opened, _demand(opened, candidates))
     loaded, step = opened.load()
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
     corpus = _corpus(a, loaded, opened.n_ctx)

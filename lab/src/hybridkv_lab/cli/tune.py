@@ -116,7 +116,7 @@ def main(arguments: argparse.Namespace) -> int:
     goal = _goal(a, opened.n_ctx)
     facts = _resolve(opened, types, storage)
     goal.check(facts, storage, types)
-    check_memory(opened, Demand((), opened.n_ctx, guarded=False))
+    opened = check_memory(opened, Demand((), opened.n_ctx, guarded=False))
     loaded, step = opened.load()
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
     parts = _parts(a, loaded)

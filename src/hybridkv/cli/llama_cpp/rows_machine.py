@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hybridkv.cli.llama_cpp.record import Row, note, refused, same
 
-_DEVICE = "--device says what runs the model, all of it: cpu, cuda or cuda:N"
-_EXPERTS = "on the CPU experts lie in main memory anyway, and a CUDA device holds all of a model"
+_DEVICE = "what fits lies on the card; -ngl, -ot, --cpu-moe and --n-cpu-moe say otherwise"
+_EXPERTS = "-ot, --cpu-moe and --n-cpu-moe say where experts lie, and only those that a token chooses are read"
 _GPUS = "one device holds the model; torchrun shards a model directory over several"
 _THREADS = "threads are -t's alone, and the operating system places them (taskset, numactl, nice)"
 _GRAPH = "kernels are chosen from the model and the machine; `hybridkv doctor` lists them"
@@ -26,17 +26,34 @@ MACHINE: tuple[Row, ...] = (
     note("--numa", _THREADS, env="LLAMA_ARG_NUMA"),
     same("-dev --device", "none is cpu, CUDA0 is cuda:0; one device", env="LLAMA_ARG_DEVICE"),
     note("--list-devices", "`hybridkv doctor` lists devices and kernels; this continues", takes=""),
-    note("-ngl --gpu-layers --n-gpu-layers", _DEVICE, env="LLAMA_ARG_N_GPU_LAYERS"),
+    same(
+        "-ngl --gpu-layers --n-gpu-layers",
+        "on CUDA all layers; their routed experts can lie in main memory",
+        env="LLAMA_ARG_N_GPU_LAYERS",
+    ),
     note("-sm --split-mode", _GPUS, env="LLAMA_ARG_SPLIT_MODE"),
     note("-ts --tensor-split", _GPUS, env="LLAMA_ARG_TENSOR_SPLIT"),
     note("-mg --main-gpu", "--device cuda:N says which", env="LLAMA_ARG_MAIN_GPU"),
     note("--max-gpu", _GPUS),
-    note("-ot --override-tensor", _EXPERTS, env="LLAMA_ARG_OVERRIDE_TENSOR"),
-    note("-cmoe --cpu-moe", _EXPERTS, takes="", env="LLAMA_ARG_CPU_MOE"),
-    note("-ncmoe --n-cpu-moe", _EXPERTS, env="LLAMA_ARG_N_CPU_MOE"),
+    same(
+        "-ot --override-tensor",
+        "CPU for routed experts and an embedding that is not the head; CUDA0",
+        env="LLAMA_ARG_OVERRIDE_TENSOR",
+    ),
+    same("-cmoe --cpu-moe", takes="", env="LLAMA_ARG_CPU_MOE"),
+    same("-ncmoe --n-cpu-moe", env="LLAMA_ARG_N_CPU_MOE"),
     note("-ncffn --n-cpu-ffn", _DEVICE, env="LLAMA_ARG_N_CPU_FFN"),
-    note("-fit --fit", "what does not fit is refused before weights are read", takes="[N]", env="LLAMA_ARG_FIT"),
-    note("-fitt --fit-target --fit-margin", "--memory says what a run may take", env="LLAMA_ARG_FIT_TARGET"),
+    note(
+        "-fit --fit",
+        "experts that a card does not hold lie in main memory; what does not fit is refused before weights are read",
+        takes="[N]",
+        env="LLAMA_ARG_FIT",
+    ),
+    note(
+        "-fitt --fit-target --fit-margin",
+        "--memory says what a run may take, --device-memory what it may take of a card",
+        env="LLAMA_ARG_FIT_TARGET",
+    ),
     note("-gfm --gpu-fit-margin", _DEVICE),
     note("-fitc --fit-ctx", "-c 0 takes the largest context that fits", env="LLAMA_ARG_FIT_CTX"),
     note(

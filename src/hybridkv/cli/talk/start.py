@@ -69,7 +69,8 @@ def talk_about(
     specs = resolve_types(opened, policy, guard, show="kinds")
     one = sum(spec.bytes_at(opened.n_ctx) for spec in specs)
     prefixes = max(_LEAST_PREFIXES, 2 * one)
-    check_memory(opened, Demand(specs, opened.n_ctx, guarded=guard.measures))
+    more = {} if opened.device_type == "cpu" else {"stored prefixes": prefixes}
+    opened = check_memory(opened, Demand(specs, opened.n_ctx, guarded=guard.measures, more=more))
     with loading(opened.description.name):
         loaded, step = opened.load()
     tokenizer = loaded.tokenizer

@@ -11,6 +11,7 @@ can run neither on another sequence's state nor on memory that has moved.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
 import warnings
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from hybridkv.cache.device_rows import N_COUNTERS, counters_of
 from hybridkv.errors import ModelError
+from hybridkv.hf.step.host_work import Waits, Work, sent_to
 from hybridkv.model.facts import layer_facts
 from hybridkv.model.protocols import Config
 from hybridkv.runtime import ModelCache, Step, StepResult, one_by_one
@@ -94,7 +96,10 @@ def set_sync_debug_mode(mode: int | str) -> None:
 
 
 class CudaRecorder:
-    """Records CUDA graphs, each with memory of its own: a pool is gone with the last graph that used it."""
+    """Records CUDA graphs, each step's with memory of its own: a pool is gone with the last graph that used it."""
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
 
     def trial(self, body: Callable[[], None]) -> str | None:
         """Run once, run again with host syncs as errors, then capture and discard."""
@@ -102,7 +107,8 @@ class CudaRecorder:
         mode = torch.cuda.get_sync_debug_mode()
         set_sync_debug_mode("error")
         try:
-            body()
+            with sent_to(_Allowed(mode)):
+                body()
         except (RuntimeError, ModelError) as error:
             return str(error).partition("\n")[0]
         finally:
@@ -114,12 +120,74 @@ class CudaRecorder:
         return None
 
     def record(self, body: Callable[[], None]) -> Callable[[], object]:
-        """Capture the body."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            body()
-        replay: Callable[[], object] = graph.replay
-        return replay
+        """Capture the body: as one graph, or as several with its work on the CPU between them."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        parts = _Parts()
+        torch.cuda.synchronize()
+        gc.collect()
+        torch.cuda.empty_cache()
+        with torch.cuda.stream(self._stream):
+            parts.begin()
+            try:
+                with sent_to(parts):
+                    body()
+            finally:
+                parts.end()
+        torch.cuda.synchronize()
+        return parts.replay
+
+
+class _Allowed(Waits):
+    """Does work on the CPU, which waits for the device, while other waiting is an error."""
+
+    def __init__(self, mode: int) -> None:
+        super().__init__(torch.device("cuda"))
+        self._mode = mode
+
+    def run(self, work: Work, meanwhile: Work | None = None) -> None:
+        """Wait and work."""
+        set_sync_debug_mode(self._mode)
+        try:
+            super().run(work, meanwhile)
+        finally:
+            set_sync_debug_mode("error")
+
+
+class _Parts:
+    """Captures a step as graphs in one pool of memory, and keeps what the CPU does between them."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graph = torch.cuda.CUDAGraph()
+        self._steps: list[Callable[[], object]] = []
+
+    def begin(self) -> None:
+        """Capture what the device is asked from now on."""
+        self._graph = torch.cuda.CUDAGraph()
+        self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+
+    def end(self) -> None:
+        """End a graph."""
+        self._graph.capture_end()
+        self._steps.append(self._graph.replay)
+
+    def run(self, work: Work, meanwhile: Work | None = None) -> None:
+        """End a graph here, and begin another behind the work, which is done at each replay and not now."""
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.end()
+        self._steps.append(event.record)
+        if meanwhile is not None:
+            self.begin()
+            meanwhile()
+            self.end()
+        self._steps += [event.synchronize, work]
+        self.begin()
+
+    def replay(self) -> None:
+        """Run all parts in order."""
+        for step in self._steps:
+            step()
 
 
 @dataclass(slots=True)

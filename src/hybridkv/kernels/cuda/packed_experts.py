@@ -30,6 +30,7 @@ from hybridkv.kernels.cuda.packed import (
 from hybridkv.kernels.cuda.packed_layout import UNIT, PackedWeight
 from hybridkv.kernels.cuda.packed_rows import decode_rows
 from hybridkv.kernels.cuda.packed_unit import load_unit
+from hybridkv.kernels.cuda.streamed import StreamedStack
 
 DOWN_WARPS = 8
 """Warps among which the units of all chosen experts are dealt."""
@@ -207,10 +208,13 @@ def _grouped(x, source, window, ends, tiles, out, n_in, n_out, top, first, GATHE
     tl.store(place, total.to(out.dtype.element_ty), mask=here[:, None] & (cols < n_out)[None, :])
 
 
+Stack = PackedWeight | StreamedStack
+
+
 def prompt_experts(
     x: Tensor,
     chosen: tuple[Tensor, Tensor],
-    each: tuple[PackedWeight, PackedWeight],
+    each: tuple[Stack, Stack],
     shared: tuple[PackedWeight, PackedWeight],
     *,
     factor: float,
@@ -269,13 +273,14 @@ def _tiles(counts: Tensor, ends: Tensor, n_rows: int, n_experts: int) -> Tensor:
 
 
 def _by_expert(
-    x: Tensor, order: Tensor | None, stack: PackedWeight, ends: Tensor, table: Tensor, out: Tensor, top: int
+    x: Tensor, order: Tensor | None, stack: Stack, ends: Tensor, table: Tensor, out: Tensor, top: int
 ) -> None:
     """Multiply every row by its expert's matrix, as many experts at a time as a window holds."""
     per_window = max(1, WINDOW_BYTES // (2 * stack.n_out * stack.n_in))
     for first in range(0, stack.n_stack, per_window):
         n = min(per_window, stack.n_stack - first)
-        window = decode_rows(stack, first * stack.n_out, n * stack.n_out)
+        held, start = (stack, first) if isinstance(stack, PackedWeight) else (stack.window(first, n), 0)
+        window = decode_rows(held, start * stack.n_out, n * stack.n_out)
         own = torch.where((table[:, :1] >= first) & (table[:, :1] < first + n), table, -1)
         _grouped[(triton.cdiv(stack.n_out, 128), len(table))](
             x, x if order is None else order, window, ends, own, out, stack.n_in, stack.n_out, top, first,

@@ -24,7 +24,7 @@ from hybridkv.kernels.weights import Weight
 UNIT: Final = 256
 """Inputs of a unit."""
 
-_CHUNK_BYTES: Final = 1 << 23
+CHUNK_BYTES: Final = 1 << 23
 """Of the file's bytes that are converted at a time; the conversion needs some ten times as much."""
 
 Order = Literal["quarters", "runs"]
@@ -141,13 +141,17 @@ def rejects(name: str) -> str | None:
     return None if name in PACKED else f"{name} is not multiplied packed on cuda; it knows {', '.join(PACKED)}"
 
 
-def upload(weights: Sequence[Weight], device: torch.device) -> PackedWeight:
+def upload(
+    weights: Sequence[Weight], device: torch.device, *, send: Callable[[Tensor], Tensor] | None = None
+) -> PackedWeight:
     """Convert matrices of one type and one width, joined row by row, a chunk at a time.
 
     Parameters
     ----------
     weights
         With as many matrices in their stacks; the outputs of the first come first in every matrix.
+    send
+        Copies a chunk to the device; torch's copy by default.
     """
     first = weights[0]
     type_, n_in, n_stack = PACKED[first.format.name], first.n_in, first.n_stack
@@ -160,11 +164,12 @@ def upload(weights: Sequence[Weight], device: torch.device) -> PackedWeight:
     stacks = [plane.view(n_stack, n_out, *plane.shape[1:]) for plane in planes]
     row_bytes, at = first.format.row_bytes(n_in), 0
     for weight in weights:
-        rows = max(1, _CHUNK_BYTES // row_bytes)
+        rows = max(1, CHUNK_BYTES // row_bytes)
         experts = max(1, rows // weight.n_out)
         for expert in range(0, n_stack, experts):
             for row in range(0, weight.n_out, rows):
-                part = weight.data[expert : expert + experts, row : row + rows].to(device)
+                chunk = weight.data[expert : expert + experts, row : row + rows]
+                part = chunk.to(device) if send is None else send(chunk)
                 converted = _convert(part.reshape(-1, row_bytes), type_, n_in)
                 for stack, plane in zip(stacks, converted, strict=True):
                     own = stack[expert : expert + experts, at + row : at + row + part.shape[1]]

@@ -1,0 +1,109 @@
+"""Parts of a model that stay in main memory while a card runs the rest: routed experts, and the embedding.
+
+Owns the pinned memory through which rows go there and back, and the operations on the CPU. The router and the expert
+that all tokens share are on the card: it computes the latter while the CPU computes the chosen ones. Rows of a long
+prompt need most experts several times: from `stream_rows` on, an expert's matrices go to the card instead.
+
+Does not own what lies where (`hybridkv.placement`), or how such a step is recorded (`hf/step/host_work.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from hybridkv.hf.step.host_work import host_work
+from hybridkv.kernels.step import Routing, StepProgram
+from hybridkv.kernels.weights import Weight
+from hybridkv.kernels.weights import rows as gather
+
+PCIE_BYTES_S: Final = 12e9
+"""Bytes of mapped weights that reach a card in a second through pinned memory: half of PCIe 4 x16, not measured yet."""
+
+HOST_ROW_S: Final = 25e-6
+"""Seconds in which 16 cores compute a row's routed experts of a layer, of many rows; not measured yet."""
+
+
+def stream_rows(layer_bytes: int) -> int:
+    """Return the rows from which on a layer's routed experts go to the card: `bytes / PCIe rate / seconds of a row`."""
+    return max(1, round(layer_bytes / PCIE_BYTES_S / HOST_ROW_S))
+
+
+class Pinned:
+    """Memory through which a step's rows go to the CPU and back, and the operations there; all layers share it.
+
+    Parameters
+    ----------
+    n_rows
+        Most rows of a run.
+    hidden, n_experts
+        Width of a row, and scores of a router; 0 experts if none stay in main memory.
+    verify
+        Raises an error if what was read is no longer what it was; called once a run.
+    """
+
+    def __init__(
+        self, n_rows: int, hidden: int, n_experts: int, device: torch.device, verify: Callable[[], None]
+    ) -> None:
+        pinned = device.type == "cuda"
+        self.n_rows, self.hidden, self.device, self._verify = n_rows, hidden, device, verify
+        self._asked = torch.zeros(n_rows, hidden + n_experts, pin_memory=pinned)
+        self._answers = torch.zeros(n_rows, hidden, pin_memory=pinned)
+        self._tokens = torch.zeros(n_rows, dtype=torch.long, pin_memory=pinned)
+        self._program = StepProgram()
+        self.least: list[int] = []
+        """By layer, rows from which on its experts' matrices go to the device."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of main memory."""
+        return self._asked.nbytes + self._answers.nbytes + self._tokens.nbytes
+
+    @property
+    def n_layers(self) -> int:
+        """Layers whose experts are here."""
+        return len(self.least)
+
+    def add_layer(self, gate: Weight, up: Weight, down: Weight, routing: Routing) -> int:
+        """Add a layer's experts, and return the number by which `experts` knows it."""
+        x, scores = self._asked[:, : self.hidden], self._asked[:, self.hidden :]
+        self._program.experts(x, scores, gate, up, down, self._answers, routing, add=False)
+        self.least.append(stream_rows(gate.nbytes + up.nbytes + down.nbytes))
+        return self.n_layers - 1
+
+    def experts(self, layer: int, x: Tensor, scores: Tensor, meanwhile: Callable[[], Tensor]) -> Tensor:
+        """Compute a layer's routed experts on the CPU, and something else on the device meanwhile.
+
+        Parameters
+        ----------
+        x, scores
+            `[N, hidden]` and `[N, experts]` on the device.
+
+        Returns
+        -------
+        Tensor
+            The sums of the experts' answers and what `meanwhile` returns, float32 `[N, hidden]` on the device.
+        """
+        n, others = len(x), list[Tensor]()
+        self._asked[:n].copy_(torch.cat([x.to(scores.dtype), scores], 1), non_blocking=True)
+        host_work(self.device).run(partial(self._compute, layer, n), lambda: others.append(meanwhile()))
+        return self._answers[:n].to(self.device, non_blocking=True, copy=True).add_(others[0])
+
+    def embed(self, weight: Weight, tokens: Tensor, scale: float) -> Tensor:
+        """Gather rows of a matrix in main memory, times a scale: float32 `[N, hidden]` on the device."""
+        n = len(tokens)
+        self._tokens[:n].copy_(tokens, non_blocking=True)
+        host_work(self.device).run(partial(self._gather, weight, n))
+        return self._answers[:n].to(self.device, non_blocking=True, copy=True) * scale
+
+    def _compute(self, layer: int, n: int) -> None:
+        self._program.run(layer, layer + 1, 1, n)
+        if layer == self.n_layers - 1:
+            self._verify()
+
+    def _gather(self, weight: Weight, n: int) -> None:
+        gather(weight, self._tokens[:n], out=self._answers[:n])

@@ -1,0 +1,121 @@
+"""Routed experts and the embedding in main memory while a card runs the rest: against the CPU's native step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from hybridkv.cache import KVTypes
+from hybridkv.hf.step.graph import GraphStep
+from hybridkv.kernels import cpu_native
+from hybridkv.model import kv_facts, layer_facts
+from hybridkv.native import NativeStep
+from hybridkv.native.model import native_model
+from hybridkv.native.parameters import ParameterSource
+from hybridkv.policy import Guard, Policy
+from hybridkv.runtime import ModelCache, Step
+from tests.families import build
+from tests.hf import recorded
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from hybridkv.native import hosted
+from hybridkv.native.cuda_step import PackedStep
+from tests.on_device import DEVICE
+
+LIMIT = 1e-2
+"""float16 activations, which the interpreter cuts where the card rounds."""
+
+EXPERTS = ("ffn_gate_exps.weight", "ffn_up_exps.weight", "ffn_down_exps.weight")
+
+pytestmark = pytest.mark.skipif(cpu_native.available() is not None, reason="the extension is not built")
+
+
+@pytest.fixture(autouse=True)
+def inference(interpreter: None) -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def hosted_names(*layers: int, embedding: bool = True) -> frozenset[str]:
+    return frozenset(f"blk.{i}.{name}" for i in layers for name in EXPERTS) | (
+        {"token_embd.weight"} if embedding else frozenset[str]()
+    )
+
+
+class Pair:
+    """The same model on the CPU, and with a part of it in main memory beside a card."""
+
+    def __init__(self, names: frozenset[str], n_seqs: int = 1) -> None:
+        model = build("qwen3_5_moe_text", num_hidden_layers=2, layer_types=["full_attention"] * 2)
+        config = model.config
+
+        def source() -> ParameterSource:
+            return ParameterSource(model, model.get_parameter_or_buffer)
+
+        self.recorder = recorded.Again()
+        self.card = PackedStep(native_model(config, source(), "int8", device=DEVICE, hosted=names))
+        steps: list[Step] = [
+            NativeStep(native_model(config, source(), "int8")),
+            GraphStep(self.card, recorder=self.recorder, notify=pytest.fail),
+        ]
+        specs = Policy(KVTypes("f32", "f32")).resolve(kv_facts(layer_facts(config)))
+        own = {"kernels": recorded.KERNELS, "encoders": recorded.ENCODERS}
+        caches = [
+            ModelCache(config, specs, device="cpu", n_ctx=60, guard=Guard()),
+            ModelCache(config, specs, device=DEVICE, n_ctx=60, guard=Guard(), **own),
+        ]
+        self.both = list(zip(steps, caches, strict=True))
+        self.position = 0
+        self.n_seqs = n_seqs
+
+    def error(self, length: int) -> float:
+        """How far the logits after the next tokens are from the CPU's."""
+        seeded = torch.Generator().manual_seed(self.position)
+        piece: Tensor = torch.randint(3, 97, (self.n_seqs, length), generator=seeded)
+        exact, got = (step.forward(piece, cache, self.position).cpu() for step, cache in self.both)
+        self.position += length
+        assert got.dtype == torch.float32
+        assert torch.isfinite(got).all()
+        return float((got - exact).norm() / exact.norm())
+
+
+@pytest.mark.slow
+def test_logits() -> None:
+    """A prompt in two chunks, and single tokens as a recording; one layer's experts on each side."""
+    pair = Pair(hosted_names(0))
+    assert [pair.error(n) < LIMIT for n in (5, 3, 1, 1, 1)] == [True] * 5
+    assert pair.recorder.recorded == 1
+    assert "experts of 1 layers on " in pair.card.name
+
+
+@pytest.mark.slow
+def test_sequences() -> None:
+    """Three of them, a row each in a step; all experts are in main memory, and the embedding is on the card."""
+    pair = Pair(hosted_names(0, 1, embedding=False), n_seqs=3)
+    assert [pair.error(n) < LIMIT for n in (3, 1, 1)] == [True] * 3
+
+
+@pytest.mark.slow
+def test_experts_of_a_prompt_are_sent() -> None:
+    """Matrices of layer 0 reach the card window by window; the CPU computes those of layer 1."""
+    pair = Pair(hosted_names(0, 1))
+    assert pair.card.pinned is not None
+    computed: list[tuple[int, int]] = []
+    compute = pair.card.pinned._compute
+    pair.card.pinned._compute = lambda *call: (computed.append(call), compute(*call))[1]  # type: ignore[method-assign]
+    pair.card.pinned.least[:] = [4, 1 << 20]
+    assert pair.error(5) < LIMIT
+    assert computed == [(1, 5)]
+    assert pair.error(1) < LIMIT
+    assert computed == [(1, 5), (0, 1), (1, 1)]
+
+
+def test_rows_from_which_experts_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where sending a layer takes as long as its rows on the CPU: 1 s of bytes, 10 ms a row."""
+    monkeypatch.setattr(hosted, "PCIE_BYTES_S", 1e9)
+    monkeypatch.setattr(hosted, "HOST_ROW_S", 1e-2)
+    assert [hosted.stream_rows(n) for n in (10**9, 10**8, 1)] == [100, 10, 1]
