@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -31,7 +31,8 @@ from hybridkv.hf import EagerStep
 from hybridkv.hf import ModelCache as HfCache
 from hybridkv.hf.step.graph import GraphStep
 from hybridkv.kernels.weights import Weight
-from hybridkv.model import kv_facts, layer_facts
+from hybridkv.model import graph_of, kv_facts, layer_facts
+from hybridkv.model.tensors import graph_tensors
 from hybridkv.native.cuda_step import PackedStep
 from hybridkv.native.model import NativeModel
 from hybridkv.policy import Guard, Policy
@@ -50,6 +51,8 @@ SCALES = {
     "q4_K": (8e-5, 6e-4), "q5_K": (4e-5, 6.2e-4), "q6_K": (1.5e-5,), "q8_0": (2.7e-4,), "q4_0": (4.3e-3,),
 }  # fmt: skip
 """Of random codes, so that values have a deviation of some 0.02."""
+VECTORS = ("norm.weight", "conv1d.weight", ".bias", "ssm_a")
+"""Ends of the names of what is no matrix of a product."""
 PLACES = {"q4_K": (0, 2), "q5_K": (0, 2), "q6_K": (208,), "q8_0": (0,), "q4_0": (0,)}
 
 
@@ -72,7 +75,8 @@ class RandomSource:
 
     def __init__(self, config: Any, mix: str) -> None:
         self.config, self.mix = config, MIXES[mix]
-        self.shapes = dict(_shapes(config))
+        tensors = graph_tensors(graph_of(config), ().__contains__)
+        self.shapes = {t.names[0]: t.shape for t in tensors if not (t.optional and config.tie_word_embeddings)}
         self.taken: dict[str, Weight] = {}
         self.generator = torch.Generator().manual_seed(7)
 
@@ -83,7 +87,7 @@ class RandomSource:
     def weight(self, name: str) -> Weight:
         """Random blocks; the same each time."""
         if name not in self.taken:
-            stack, n_out, n_in = self.shapes[name]
+            stack, n_out, n_in = (1, 1, *self.shapes[name])[-3:]
             own = name.split(".")[-2]
             if own in ("ssm_alpha", "ssm_beta", "ffn_gate_inp", "ffn_gate_inp_shexp"):
                 values = 0.02 * torch.randn(n_out, n_in, generator=self.generator)
@@ -128,40 +132,6 @@ class RandomSource:
             values = scale * (0.5 + torch.rand(n, 1, generator=self.generator))
             blocks[:, place : place + 2] = values.to(torch.float16).view(torch.uint8)
         return blocks.view(1, n_out, -1)
-
-
-def _shapes(c: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    key, value = c.linear_num_key_heads * c.linear_key_head_dim, c.linear_num_value_heads * c.linear_value_head_dim
-    q, kv, hidden = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.hidden_size
-    yield "token_embd.weight", (1, c.vocab_size, hidden)
-    if not c.tie_word_embeddings:
-        yield "output.weight", (1, c.vocab_size, hidden)
-    yield "output_norm.weight", (hidden,)
-    for i, kind in enumerate(c.layer_types):
-        layer: dict[str, tuple[int, ...]] = {"attn_norm.weight": (hidden,), "post_attention_norm.weight": (hidden,)}
-        if kind == "full_attention":
-            layer |= {"attn_q_norm.weight": (c.head_dim,), "attn_k_norm.weight": (c.head_dim,)}
-            layer |= {"attn_q.weight": (1, 2 * q, hidden), "attn_k.weight": (1, kv, hidden)}
-            layer |= {"attn_v.weight": (1, kv, hidden), "attn_output.weight": (1, hidden, q)}
-        else:
-            heads = c.linear_num_value_heads
-            layer |= {"ssm_norm.weight": (c.linear_value_head_dim,), "ssm_a": (heads,), "ssm_dt.bias": (heads,)}
-            layer |= {"ssm_conv1d.weight": (2 * key + value, c.linear_conv_kernel_dim)}
-            layer |= {"ssm_alpha.weight": (1, heads, hidden), "ssm_beta.weight": (1, heads, hidden)}
-            layer |= {"attn_qkv.weight": (1, 2 * key + value, hidden), "attn_gate.weight": (1, value, hidden)}
-            layer |= {"ssm_out.weight": (1, hidden, value)}
-        if getattr(c, "num_experts", 0):
-            n, width, shared = c.num_experts, c.moe_intermediate_size, c.shared_expert_intermediate_size
-            layer |= {"ffn_gate_inp.weight": (1, n, hidden), "ffn_gate_inp_shexp.weight": (1, 1, hidden)}
-            for part in ("gate", "up"):
-                layer |= {f"ffn_{part}_exps.weight": (n, width, hidden)}
-                layer |= {f"ffn_{part}_shexp.weight": (1, shared, hidden)}
-            layer |= {"ffn_down_exps.weight": (n, hidden, width), "ffn_down_shexp.weight": (1, hidden, shared)}
-        else:
-            wide = c.intermediate_size
-            layer |= {"ffn_gate.weight": (1, wide, hidden), "ffn_up.weight": (1, wide, hidden)}
-            layer |= {"ffn_down.weight": (1, hidden, wide)}
-        yield from ((f"blk.{i}.{name}", shape) for name, shape in layer.items())
 
 
 class PackedBench(Bench):
@@ -214,8 +184,7 @@ def check(options: argparse.Namespace) -> None:
         geometry, mix = name.split(":")
         config = config_of(geometry)
         source = RandomSource(config, mix)
-        vectors = {n: source.vector(n) for n, shape in source.shapes.items() if len(shape) < 3 and "." in n}
-        vectors |= {n: source.vector(n) for n in source.shapes if n.endswith("ssm_a")}
+        vectors = {n: source.vector(n) for n in source.shapes if n.endswith(VECTORS)}
         source.vector = vectors.__getitem__  # type: ignore[method-assign]
         packed = GraphStep(PackedStep(NativeModel(config, source, device=options.device)), notify=say)  # type: ignore[arg-type]
         model = transformers_model(config, source, vectors)

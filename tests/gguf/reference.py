@@ -7,7 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 import hybridkv.gguf.reader
+from hybridkv.gguf.load import class_config
+from hybridkv.gguf.split import metadata_of
 
 REFERENCE = Path(hybridkv.gguf.reader.__file__).parents[1] / "data" / "reference-hybrid-q8_0.gguf"
 
@@ -25,3 +29,8 @@ def original_config() -> dict[str, Any]:
 
 def original_tokenizer_json() -> str:
     return gzip.decompress((_DATA / "reference_tokenizer.json.gz").read_bytes()).decode()
+
+
+def config_from_gguf(path: str | Path) -> PreTrainedConfig:
+    """A file's config as Transformers' class, from the header alone."""
+    return class_config(metadata_of(path))

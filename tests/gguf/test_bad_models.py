@@ -12,10 +12,11 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from hybridkv.errors import ModelFileError
-from hybridkv.gguf.load import config_from_gguf, load_gguf
+from hybridkv.gguf.load import load_gguf
 from hybridkv.hf import Holder
 from hybridkv.kernels.weights import Weight
 from tests.gguf import raw
+from tests.gguf.reference import config_from_gguf
 from tests.gguf.write_qwen35 import Draft, Key, add_key, draft, tiny_model
 
 MODEL = tiny_model()

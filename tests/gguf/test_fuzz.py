@@ -18,10 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hybridkv.errors import ModelFileError
-from hybridkv.gguf.load import config_from_gguf, load_gguf
+from hybridkv.gguf.load import load_gguf
 from hybridkv.gguf.reader import read_header
 from hybridkv.gguf.rows import open_model
 from tests.gguf import raw
+from tests.gguf.reference import config_from_gguf
 from tests.gguf.write_qwen35 import draft, tiny_model
 
 DETERMINED = settings(

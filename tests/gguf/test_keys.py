@@ -17,12 +17,12 @@ from hybridkv.errors import ModelError, ModelFileError
 from hybridkv.gguf.architectures import ARCHITECTURES
 from hybridkv.gguf.convert import find_architecture
 from hybridkv.gguf.keys import NEUTRAL
-from hybridkv.gguf.load import config_from_gguf, load_gguf
+from hybridkv.gguf.load import load_gguf
 from hybridkv.gguf.mapped import map_gguf
 from hybridkv.gguf.reader import read_header
 from tests.families import build
 from tests.gguf.key_cases import draft, names, written
-from tests.gguf.reference import REFERENCE
+from tests.gguf.reference import REFERENCE, config_from_gguf
 from tests.gguf.write_qwen35 import Key
 from tests.models import gemma3, smollm2
 

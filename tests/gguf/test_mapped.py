@@ -14,7 +14,6 @@ from hybridkv.engine.convert import convert
 from hybridkv.errors import ModelError, ModelFileError
 from hybridkv.gguf.architectures import ARCHITECTURES
 from hybridkv.gguf.describe import describe_gguf
-from hybridkv.gguf.load import config_from_gguf
 from hybridkv.gguf.mapped import map_gguf
 from hybridkv.gguf.pairing import build_skeleton, pair, same_shape
 from hybridkv.gguf.reader import read_header
@@ -23,6 +22,7 @@ from hybridkv.model import graph_of, layer_facts, rejects, takes_chunks, vocab_s
 from hybridkv.model.rope import rope_angles
 from hybridkv.model.tensors import graph_tensors
 from hybridkv.native import NativeModel, NativeStep, runs_natively
+from tests.gguf.reference import config_from_gguf
 from tests.gguf.test_architectures import CASES, saved, stirred
 from tests.gguf.test_bad_metadata import copied
 from tests.gguf.test_bad_models import BAD_KEYS, BAD_TENSORS, MODEL, spoiled

@@ -7,8 +7,8 @@ from functools import cache
 import pytest
 import torch
 
-from hybridkv.gguf.load import LoadedModel, config_from_gguf, load_gguf
-from tests.gguf.reference import REFERENCE, heldout_text, original_config
+from hybridkv.gguf.load import LoadedModel, load_gguf
+from tests.gguf.reference import REFERENCE, config_from_gguf, heldout_text, original_config
 from tests.oracles import ik_llama
 
 # A greedy choice that two implementations round differently ends the agreement; these prompts meet none.

@@ -10,8 +10,9 @@ import torch
 from gguf import GGUFWriter
 
 from hybridkv.errors import ModelFileError
-from hybridkv.gguf.load import config_from_gguf, load_gguf
+from hybridkv.gguf.load import load_gguf
 from hybridkv.gguf.split import read_model
+from tests.gguf.reference import config_from_gguf
 from tests.gguf.write_qwen35 import Draft, add_key, draft, tiny_model
 
 

@@ -8,7 +8,6 @@ and what was made. Triton's interpreter must be off.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -29,7 +28,8 @@ from hybridkv.kernels import cuda as kernels
 from hybridkv.kernels.cuda import launch, packed, packed_rows, prefill
 from hybridkv.kernels.cuda.packed_layout import PACKED, PackedWeight
 from hybridkv.kernels.weights import Weight
-from hybridkv.model import kv_facts, layer_facts
+from hybridkv.model import graph_of, kv_facts, layer_facts
+from hybridkv.model.tensors import graph_tensors
 from hybridkv.native import cuda as lowering
 from hybridkv.native.cuda_step import PackedStep
 from hybridkv.native.model import NativeModel
@@ -111,7 +111,8 @@ class Source:
     """Weights of a graph without values."""
 
     def __init__(self, config: Any) -> None:
-        self.shapes = dict(_shapes(config))
+        tensors = graph_tensors(graph_of(config), ().__contains__)
+        self.shapes = {t.names[0]: t.shape for t in tensors if not (t.optional and config.tie_word_embeddings)}
 
     def has(self, name: str) -> bool:
         """Whether there is such a tensor."""
@@ -119,7 +120,7 @@ class Source:
 
     def weight(self, name: str) -> Weight:
         """A matrix or a stack, of which no byte is read."""
-        stack, n_out, n_in = self.shapes[name]
+        stack, n_out, n_in = (1, 1, *self.shapes[name])[-3:]
         own = name.split(".")[-2]
         fmt = WEIGHTS["f32" if own in FLOATS else MIX.get(own, "q4_K")]
         rows = torch.zeros((1, n_out, fmt.row_bytes(n_in)), dtype=torch.uint8)
@@ -139,35 +140,6 @@ class Source:
 
     def verify(self) -> None:
         """Nothing is read."""
-
-
-def _shapes(c: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
-    key, value = c.linear_num_key_heads * c.linear_key_head_dim, c.linear_num_value_heads * c.linear_value_head_dim
-    q, kv, hidden = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.hidden_size
-    heads = c.linear_num_value_heads
-    yield from (("token_embd.weight", (1, c.vocab_size, hidden)), ("output_norm.weight", (hidden,)))
-    for i, kind in enumerate(c.layer_types):
-        layer: dict[str, tuple[int, ...]] = {"attn_norm.weight": (hidden,), "post_attention_norm.weight": (hidden,)}
-        if kind == "full_attention":
-            layer |= {"attn_q_norm.weight": (c.head_dim,), "attn_k_norm.weight": (c.head_dim,)}
-            layer |= {"attn_q.weight": (1, 2 * q, hidden), "attn_k.weight": (1, kv, hidden)}
-            layer |= {"attn_v.weight": (1, kv, hidden), "attn_output.weight": (1, hidden, q)}
-        else:
-            layer |= {"ssm_norm.weight": (c.linear_value_head_dim,), "ssm_a": (heads,), "ssm_dt.bias": (heads,)}
-            layer |= {"ssm_conv1d.weight": (2 * key + value, c.linear_conv_kernel_dim)}
-            layer |= {"ssm_alpha.weight": (1, heads, hidden), "ssm_beta.weight": (1, heads, hidden)}
-            layer |= {"attn_qkv.weight": (1, 2 * key + value, hidden), "attn_gate.weight": (1, value, hidden)}
-            layer |= {"ssm_out.weight": (1, hidden, value)}
-        if n := getattr(c, "num_experts", 0):
-            shapes = {"exps": (n, c.moe_intermediate_size), "shexp": (1, c.shared_expert_intermediate_size)}
-            layer |= {"ffn_gate_inp.weight": (1, n, hidden), "ffn_gate_inp_shexp.weight": (1, 1, hidden)}
-            for suffix, (stack, width) in shapes.items():
-                layer |= {f"ffn_{part}_{suffix}.weight": (stack, width, hidden) for part in ("gate", "up")}
-                layer[f"ffn_down_{suffix}.weight"] = (stack, hidden, width)
-        else:
-            layer |= {f"ffn_{part}.weight": (1, c.intermediate_size, hidden) for part in ("gate", "up")}
-            layer["ffn_down.weight"] = (1, hidden, c.intermediate_size)
-        yield from ((f"blk.{i}.{name}", shape) for name, shape in layer.items())
 
 
 def held(name: str, n_stack: int, n_out: int, n_in: int) -> PackedWeight:

@@ -30,9 +30,9 @@ from hybridkv.held import WeightKind, parse_weights
 from hybridkv.hf import EagerStep, GraphStep, Holder, ModelCache, pack_model
 from hybridkv.hf.step import eager
 from hybridkv.hf.step.fused import FAMILY_NAMES
-from hybridkv.hf.step.weights import packed_of
+from hybridkv.hf.step.weights import PackedTensor
 from hybridkv.kernels import KERNELS, AttentionParams, cpu_native
-from hybridkv.kernels.weights import decode
+from hybridkv.kernels.weights import Weight, decode
 from hybridkv.model import kv_facts, layer_facts, takes_chunks
 from hybridkv.native import NativeStep, map_gguf, native_model, source_of
 from hybridkv.native import step as native
@@ -71,6 +71,12 @@ DIRECTORIES = ("bamba", "olmo_hybrid", "zamba2", "mistral", "phi3")
 ROUNDED = {"lfm2_moe": 5e-3, "qwen3_5_moe_text": 5e-3}
 """Errors with integer products. A token of lfm2_moe falls to another expert, whose score differs by less than that; one
 of qwen3_5_moe_text is ill-conditioned: activations rounded to 15 bits, in float64, alone change it by up to 3.3e-3."""
+
+
+def packed_of(parameter: Tensor) -> Weight | None:
+    """A parameter's packed weight; None if it is a plain tensor."""
+    return parameter.packed if isinstance(parameter, PackedTensor) else None
+
 
 needs_native = pytest.mark.skipif(cpu_native.available() is not None, reason="the native extension is not built")
 pytestmark = [needs_native, pytest.mark.usefixtures("_inference")]

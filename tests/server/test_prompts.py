@@ -8,11 +8,16 @@ from typing import Any
 
 import pytest
 
-from hybridkv.server.messages import Message, turns_of
+from hybridkv.server.messages import Message
 from hybridkv.server.prompts import LONG_CHARACTERS, Prompts
 from hybridkv.server.refusals import RefusalError
 from tests.chat_models import CHATML, QWEN, byte_level, sentencepiece
 from tests.server.conftest import TEMPLATE
+
+
+def turns_of(messages: list[Message]) -> list[dict[str, Any]]:
+    """Messages as chat templates take them."""
+    return [message.for_template() for message in messages]
 
 
 def chat(prompts: Prompts, messages: list[Message], **variables: Any) -> tuple[int, ...]:

@@ -61,18 +61,6 @@ class Hold(Protocol):
         ...
 
 
-def config_from_gguf(path: str | Path) -> PreTrainedConfig:
-    """Return a file's config as Transformers' class, from the header alone.
-
-    Raises
-    ------
-    ModelFileError
-        As `describe_gguf`, and for what that class refuses.
-    """
-    meta = metadata_of(path)
-    return _config(meta, get_architecture(meta.header))
-
-
 def load_gguf(
     path: str | Path | Header,
     dtype: torch.dtype | None = None,
@@ -134,16 +122,24 @@ def _open(path: str | Path | Header, dtype: torch.dtype, attn_implementation: st
     """Read and check all that comes before weights."""
     meta = metadata_of(path)
     architecture = get_architecture(meta.header)
-    config = _config(meta, architecture)
+    config = class_config(meta)
     model = _skeleton(meta, config, dtype, attn_implementation)
     pairings = pair(architecture, config, model, {info.name for info in meta.header.tensors})
     _check(meta, architecture, pairings)
     return _Opened(meta, config, model, pairings)
 
 
-def _config(meta: Metadata, architecture: Architecture) -> PreTrainedConfig:
+def class_config(meta: Metadata) -> PreTrainedConfig:
+    """Build a file's config as Transformers' class.
+
+    Raises
+    ------
+    ModelFileError
+        For metadata that describes no model.
+    """
     import transformers
 
+    architecture = get_architecture(meta.header)
     config_class = getattr(transformers, architecture.config_class)
     fields = fields_of(meta, architecture)
     check_unread(meta)

@@ -7,7 +7,7 @@ weights are packed instead (`step/weights.py`): torchao has no int4 there, and i
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import nn
 
@@ -16,7 +16,6 @@ from hybridkv.errors import UsageError
 TorchaoKind = Literal["int8", "int4"]
 """`int8`: a scale per output; `int4`: scale and minimum per 64 inputs, the output head as int8."""
 
-TORCHAO_KINDS: tuple[TorchaoKind, ...] = get_args(TorchaoKind)
 
 _GROUP = 64
 

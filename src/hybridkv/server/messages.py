@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -183,8 +182,3 @@ class ResponseFormat(Strict):
         """The schema that was given."""
         named = None if self.json_schema is None else self.json_schema.schema_
         return self.schema_ if named is None else named
-
-
-def turns_of(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Convert messages for chat templates."""
-    return [message.for_template() for message in messages]

@@ -140,11 +140,6 @@ class Holder:
         return nn.Parameter(held, requires_grad=False)
 
 
-def packed_of(parameter: Tensor) -> Weight | None:
-    """Return a parameter's packed weight; None if it is a plain tensor."""
-    return parameter.packed if isinstance(parameter, PackedTensor) else None
-
-
 def pack_model(model: Any, kind: WeightKind = "auto") -> None:
     """Pack a Transformers model's matrices in place, one after the other; tied ones stay tied.
 
