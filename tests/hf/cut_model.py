@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from hybridkv.cache import KVTypes
 from hybridkv.hf import EagerStep, ModelCache, quantized_cache
 from hybridkv.hf.load import count_parameters, load_config, load_weights
-from hybridkv.hf.ranks import leave, local_rank, n_ranks, rank, same_everywhere
+from hybridkv.hf.ranks import exit_rank, local_rank, n_ranks, rank, same_everywhere
 from hybridkv.model import kv_facts, layer_facts
 from hybridkv.planner import plan
 from hybridkv.policy import Policy
@@ -77,7 +77,7 @@ def main() -> None:
     out, *directories = sys.argv[1:]
     results = {Path(d).name: compare(Path(d)) for d in directories}
     Path(f"{out}-{rank()}.json").write_text(json.dumps(results))
-    leave()
+    exit_rank()
 
 
 if __name__ == "__main__":

@@ -140,8 +140,8 @@ def test_what_transformers_cannot_cut_is_refused(tmp_path: Path, monkeypatch: py
 def test_a_rank_that_is_done_does_not_take_the_interpreter_down() -> None:
     """Threads of gloo's still run then, and one that asks for the interpreter too late aborts the process."""
     program = (
-        "import atexit; from hybridkv.hf.ranks import leave; "
-        "atexit.register(print, 'taken down'); print('said', end=''); leave(3)"
+        "import atexit; from hybridkv.hf.ranks import exit_rank; "
+        "atexit.register(print, 'taken down'); print('said', end=''); exit_rank(3)"
     )
     for ranks, said in (("1", "saidtaken down\n"), ("2", "said")):
         environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": ranks}
