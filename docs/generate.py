@@ -241,7 +241,9 @@ def performance() -> str:
             "step-cuda": step_cuda_table(),
             "step-cuda-35b": step_cuda_35b_table(),
             "families": speed_table(),
-            "decode-29m-avx2": steps_table("decode-29m-avx2", "HYBRIDKV_ISA=avx2 hybridkv bench decode --against ik -t 2"),
+            "decode-29m-avx2": steps_table(
+                "decode-29m-avx2", "HYBRIDKV_ISA=avx2 hybridkv bench decode --against ik -t 2"
+            ),
             "decode-29m": steps_table("decode-29m", "hybridkv bench decode --against ik -t 2"),
             "decode-0.8b": steps_table(
                 "decode-0.8b", "hybridkv bench decode -m random-0.8b-q8_0.gguf --against ik -t 2"

@@ -21,7 +21,7 @@ MIN_BLOCK = 16
 
 
 def rotation_block(head_dim: int) -> int:
-    """Size of the blocks that are mixed: the largest power of two that divides `head_dim`.
+    """Return the size of the blocks that are mixed: the largest power of two that divides `head_dim`.
 
     Raises
     ------
@@ -59,7 +59,7 @@ def rotate(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=32)
 def _hadamard(size: int, device: torch.device) -> Tensor:
-    """Sylvester's Hadamard matrix of `size` rows over sqrt(size), float32: symmetric and orthonormal."""
+    """Build Sylvester's Hadamard matrix of `size` rows over sqrt(size), float32: symmetric and orthonormal."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while matrix.shape[0] < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)

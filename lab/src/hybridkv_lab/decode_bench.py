@@ -326,7 +326,7 @@ def _random_ids(n: int, n_vocab: int) -> list[int]:
 
 
 def _order(plan: Plan) -> list[int]:
-    """Order the depths: the prompt's length and up continue after it; shallower ones come last, from the start."""
+    """Order depths: those from the prompt's length up continue after it; shallower ones come last, from the start."""
     depths = sorted(set(plan.depths))
     return [d for d in depths if d >= plan.n_prompt] + [d for d in depths if d < plan.n_prompt]
 

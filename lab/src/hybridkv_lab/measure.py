@@ -173,7 +173,7 @@ def histogram(trace: Trace) -> tuple[tuple[float, int], ...]:
 
 
 def worst(trace: Trace, n: int = 5) -> list[tuple[int, float]]:
-    """Index into the trace and divergence of the tokens that differ most; what is not finite comes first."""
+    """Find the tokens that differ most: index into the trace and divergence; what is not finite comes first."""
     kld = np.where(np.isfinite(trace.kld), trace.kld, np.inf)
     return [(int(i), float(trace.kld[i])) for i in np.argsort(-kld, kind="stable")[:n]]
 

@@ -143,7 +143,7 @@ def needs_of(
 
 
 def free_on_card(device: str, cap: int | None = None) -> int | None:
-    """Bytes that a run may use on a card, within a cap on its memory; None if there is neither card nor cap."""
+    """Return the bytes that a run may use on a card, within a cap on its memory; None if there is neither card nor cap."""
     allowed = None if cap is None else max(0, cap - CONTEXT_BYTES)
     if not torch.cuda.is_available():
         return allowed
@@ -223,7 +223,7 @@ def _gib(n_bytes: int) -> str:
 
 
 def hosted_names(placement: Placement) -> frozenset[str]:
-    """Names of the tensors that stay in main memory."""
+    """List the tensors that stay in main memory."""
     placed = zip(placement.needs.portions, placement.on_card, strict=True)
     return frozenset(portion.name for portion, on_card in placed if not on_card)
 

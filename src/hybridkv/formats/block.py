@@ -195,7 +195,7 @@ class KVFormat:
         return x.flatten(-2)[..., :head_dim]
 
     def to_ggml(self, planes: Sequence[Tensor], head_dim: int) -> Tensor:
-        """Block bytes in ggml's order, uint8 [..., row_bytes], from planes."""
+        """Join planes to block bytes in ggml's order, uint8 [..., row_bytes]."""
         n_blocks = self.n_blocks(head_dim)
         return torch.cat([_split_blocks(data, n_blocks) for data in planes], dim=-1).flatten(-2)
 

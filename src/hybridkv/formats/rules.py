@@ -86,7 +86,7 @@ def to_codes(y: Tensor, rounding: Rounding, zero: int, lowest: int, highest: int
 
 
 def to_nearest(y: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the nearest entry of a codebook (ascending, float32), uint8; the upper of two equally near."""
+    """Find the nearest entry of a codebook (ascending, float32): its index, uint8; the upper of two equally near."""
     middles = (codebook[1:] + codebook[:-1]) / 2
     return torch.bucketize(y, middles, out_int32=True, right=True).to(torch.uint8)
 

@@ -431,12 +431,12 @@ class StepProgram:
                 assert x.dtype == torch.float32 and x.is_contiguous() and x.shape == (n_angles, n_rotated // 2), x
 
     def native_calls(self, rows: Sequence[Rows], n_seqs: int, n_sets: int = 1) -> list[tuple[object, ...]]:
-        """Rows of every attention, by set, as the native code takes them; none if there are none."""
+        """Convert the rows of every attention for the native code, by set; none if there are none."""
         shapes = [shape for shape in self._calls for _ in range(n_sets)]
         return [r.native(n_seqs // n_sets, *shape) for r, shape in zip(rows, shapes, strict=True)] if rows else []
 
     def _matrices(self, weight: Weight) -> tuple[tuple[str, int, int, int], int, int]:
-        """Type, sizes and address of the first matrix, how many there are, and the bytes between them; kept."""
+        """Describe a stack: type, sizes, address of the first matrix, their number, the bytes between; it is kept."""
         self._keep.append(weight.data)
         first = (weight.format.name, weight.n_out, weight.n_in, weight.data.data_ptr())
         return first, weight.n_stack, weight.data.stride(0)

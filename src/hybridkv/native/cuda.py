@@ -298,7 +298,7 @@ def _experts(card: Card, config: Config, index: int, e: Experts) -> Mix:
 
 
 def _host_experts(card: Card, e: Experts, scores: Product) -> Mix:
-    """Routed experts that stay in main memory; what they share is computed on the card meanwhile."""
+    """Run routed experts in main memory; what they share is computed on the card meanwhile."""
     assert isinstance(e.shared, Gated)
     shared = (card.packed(e.shared.gate, e.shared.up), card.packed(e.shared.down))
     down, top_k, normalised = card.weight(e.down), e.choice.n_used, e.choice.normalised

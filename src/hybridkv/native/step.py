@@ -111,7 +111,7 @@ class NativeStep:
         return logits
 
     def _hold(self, cache: ModelCache, n_seqs: int, position: int) -> HeldRun | None:
-        """Work out the next steps of a cache, if they are all alike."""
+        """Prepare the next steps of a cache, if they are all alike."""
         layers = [_rows_of(cache, call.layer) for call in self._layers.calls]
         if not all(map(_direct, layers)):
             return None
@@ -190,7 +190,7 @@ class NativeStep:
         return next((n for n in range(1, most) if any(_due(layer, n) for layer in watched)), most)
 
     def keep(self, cache: ModelCache, n_kept: int) -> None:
-        """Cut a cache back to the first tokens of its last run; see `DraftStep.keep`."""
+        """Truncate a cache to the first tokens of its last run; see `DraftStep.keep`."""
         first_row, span = self._drafted.pop(id(cache), (0, 1))
         assert 1 <= n_kept <= span, (n_kept, span)
         if span == 1:
@@ -463,7 +463,7 @@ def _new_rows(layer: WatchedRows, n_seqs: int, n_tokens: int = 1) -> Rows:
 
 
 def _rows_now(layer: WatchedRows) -> Rows:
-    """Describe the newest token's rows as it attended them."""
+    """Describe the rows of the newest token as it attended."""
     return _rows_of_view(layer, layer.store.view())
 
 

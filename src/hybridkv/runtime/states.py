@@ -83,7 +83,7 @@ class States:
         return self._next
 
     def take_next(self) -> None:
-        """Go on from what was written to `next_states`."""
+        """Continue from what was written to `next_states`."""
         wide, *rest = self._next
         conv, recurrent = self.conv_states[0], self.recurrent_states[0]
         assert conv is not None

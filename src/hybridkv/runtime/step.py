@@ -109,7 +109,7 @@ class DraftStep(Step, Protocol):
         ...
 
     def keep(self, cache: ModelCache, n_kept: int) -> None:
-        """Cut a cache back to the first `n_kept` tokens, one or more, that the last `forward_drafts` took of it."""
+        """Truncate a cache to the first `n_kept` tokens, one or more, that the last `forward_drafts` took of it."""
         ...
 
 
