@@ -39,7 +39,7 @@ PARTS = ("check", "decode", "prompts", "memory")
 CHECK = (24, 8, 1, 1, 1)
 """Tokens of each call whose logits are compared: two chunks of a prompt, and single tokens, the last two replayed."""
 WARM_STEPS = 30
-FILL_ROWS = 16384
+FILL_ROWS = 2048  # as many as a prompt stores at once: more would take more of the card
 NEVER = 1 << 30
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 
 import hybridkv
 from hybridkv import errors
@@ -18,7 +19,7 @@ from hybridkv.engine.describe import bundled_model, describe
 from hybridkv.engine.engine import Engine
 from hybridkv.engine.load import load as load_described
 from hybridkv.engine.sampling import SamplingParams
-from hybridkv.errors import ContextError, ModelFileError, UsageError
+from hybridkv.errors import ContextError, ModelError, ModelFileError, UsageError
 from hybridkv.gguf.load import load_gguf
 from hybridkv.text.breakers import breaker_ids
 from tests.gguf.write_qwen35 import draft, tiny_model
@@ -226,3 +227,34 @@ def test_what_is_wrong(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         hybridkv.load(model, n_ctx=8).generate("the first question of all")
     with pytest.raises(ModelFileError, match="no network is to be used"):
         hybridkv.load("owner/name:Q8_0")
+
+
+def test_what_lies_beside_a_card(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `run` has it: the loader is told which tensors stay in main memory; elsewhere the options are errors."""
+    from tests.gguf.test_bad_metadata import copied
+
+    experts = copied("qwen35moe").write(tmp_path / "experts.gguf", lambda _: GGMLQuantizationType.Q8_0)
+    told: list[frozenset[str]] = []
+
+    def load(*_: object, hosted: frozenset[str], **__: object) -> None:
+        told.append(hosted)
+        raise ModelError("stop")
+
+    asked: Any
+    for asked in ({"n_cpu_moe": 1}, {"cpu_moe": True}, {"device_memory": "8GiB"}, {"n_gpu_layers": 99}):
+        with pytest.raises(UsageError, match="a model that is divided: "):
+            hybridkv.load(model, device="cpu", **asked)
+    with pytest.raises(UsageError, match="-ncmoe -1; allowed: 0 or more layers"):
+        hybridkv.load(experts, device="cuda", n_cpu_moe=-1)
+    monkeypatch.setattr("hybridkv.engine.api.load_described", load)
+    for asked, n_hosted in (
+        ({}, 0),
+        ({"n_cpu_moe": 3}, 9),
+        ({"cpu_moe": True, "override_tensor": "token_embd=CPU"}, 13),
+        ({"override_tensor": ["blk.0.ffn_up_exps=CPU"], "n_gpu_layers": "all"}, 3),
+    ):
+        with pytest.raises(ModelError, match="stop"):
+            hybridkv.load(experts, device="cuda", device_memory="8GiB", n_ctx=100, **asked)
+        assert len(told.pop()) == n_hosted, asked
+    with pytest.raises(ContextError, match="not enough memory on the card"):
+        hybridkv.load(experts, device="cuda", device_memory=1 << 29, n_ctx=100)

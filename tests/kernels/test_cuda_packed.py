@@ -13,10 +13,11 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from hybridkv.formats.weights import WEIGHTS
-from hybridkv.kernels.cuda import grid_layout, packed, packed_layout
+from hybridkv.kernels.cuda import grid_layout, packed, packed_layout, streamed
 from hybridkv.kernels.cuda.packed import multiply_gated, multiply_packed
 from hybridkv.kernels.cuda.packed_layout import PACKED, PackedWeight, upload
 from hybridkv.kernels.cuda.packed_rows import decode_rows, gather_rows
+from hybridkv.kernels.cuda.streamed import Staging, StreamedStack
 from hybridkv.kernels.grids import grid_bytes
 from tests.kernels.weight_rows import coded, decoded, weight, with_scales
 from tests.on_device import DEVICE, random
@@ -128,6 +129,24 @@ def test_stacks_are_joined_expert_by_expert(monkeypatch: pytest.MonkeyPatch) -> 
         assert (held.n_stack, held.n_out, held.nbytes) == (3, 11, sum(part.nbytes for part in parts))
         got = decode_rows(held, 0, 33).view(3, 11, 512)
         assert error(got, torch.cat(exact, 1).to(DEVICE)) < VALUES
+
+
+@pytest.mark.parametrize("name", ["q6_K", "q4_K", "q8_0"])
+def test_windows_of_a_stack_in_main_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit what the whole stack is on the card, through slots that are used again."""
+    fmt = WEIGHTS[name]
+    parts = [weight(fmt, coded(fmt, 5 * n, 512, n).reshape(5, n, -1), 512) for n in (7, 4)]
+    whole = upload(parts, torch.device(DEVICE))
+    for n_bytes in (fmt.row_bytes(512) * 3, fmt.row_bytes(512) * 14, fmt.row_bytes(512) - 1):
+        for module in (packed_layout, streamed):
+            monkeypatch.setattr(module, "CHUNK_BYTES", n_bytes)
+        stack = StreamedStack(parts, Staging(torch.device(DEVICE)), torch.device(DEVICE))
+        assert (stack.n_stack, stack.n_out, stack.n_in) == (5, 11, 512)
+        for first, n in ((0, 2), (2, 3), (4, 1)):
+            window = stack.window(first, n)
+            assert window.n_stack == n
+            for got, expected in zip(window.planes, whole.planes, strict=True):
+                assert torch.equal(got, expected[first * 11 : (first + n) * 11])
 
 
 @pytest.mark.parametrize("name", PACKED)

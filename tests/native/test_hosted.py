@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from hybridkv.cache import KVTypes
 from hybridkv.hf.step.graph import GraphStep
 from hybridkv.kernels import cpu_native
+from hybridkv.kernels.step import Routing
+from hybridkv.kernels.weights import decode, encode
 from hybridkv.model import kv_facts, layer_facts
 from hybridkv.native import NativeStep
 from hybridkv.native.model import native_model
@@ -24,7 +27,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from hybridkv.native import hosted
 from hybridkv.native.cuda_step import PackedStep
-from tests.on_device import DEVICE
+from tests.on_device import DEVICE, random
 
 LIMIT = 1e-2
 """float16 activations, which the interpreter cuts where the card rounds."""
@@ -49,7 +52,7 @@ def hosted_names(*layers: int, embedding: bool = True) -> frozenset[str]:
 class Pair:
     """The same model on the CPU, and with a part of it in main memory beside a card."""
 
-    def __init__(self, names: frozenset[str], n_seqs: int = 1) -> None:
+    def __init__(self, names: frozenset[str], n_seqs: int = 1, least: int = 1 << 20) -> None:
         model = build("qwen3_5_moe_text", num_hidden_layers=2, layer_types=["full_attention"] * 2)
         config = model.config
 
@@ -58,6 +61,8 @@ class Pair:
 
         self.recorder = recorded.Again()
         self.card = PackedStep(native_model(config, source(), "int8", device=DEVICE, hosted=names))
+        if self.card.pinned is not None:
+            self.card.pinned.least[:] = [least] * self.card.pinned.n_layers
         steps: list[Step] = [
             NativeStep(native_model(config, source(), "int8")),
             GraphStep(self.card, recorder=self.recorder, notify=pytest.fail),
@@ -81,6 +86,47 @@ class Pair:
         assert got.dtype == torch.float32
         assert torch.isfinite(got).all()
         return float((got - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize(("n_rows", "hidden", "width"), [(1, 64, 32), (3, 96, 32), (33, 32, 160)])
+def test_rows_there_and_back(n_rows: int, hidden: int, width: int) -> None:
+    """The experts' sum in float64, by scores that the device gave; what it computed meanwhile is added."""
+    shapes = ((5, width, hidden), (5, width, hidden), (5, hidden, width))
+    gate, up, down = (encode(random(*shape, seed=i).cpu() / 8, "q8_0") for i, shape in enumerate(shapes))
+    pinned = hosted.Pinned(40, hidden, 5, torch.device(DEVICE), lambda: verified.append(1))
+    verified: list[int] = []
+    layers = [pinned.add_layer(gate, up, down, Routing(2)), pinned.add_layer(gate, gate, down, Routing(3))]
+    x, scores = random(n_rows, hidden, dtype=torch.float16), random(n_rows, 5)
+    for layer, top_k, second in zip(layers, (2, 3), (up, gate), strict=True):
+        got = pinned.experts(layer, x, scores, x.float)
+        best, chosen = scores.cpu().double().topk(top_k)
+        weights, rows = torch.softmax(best, 1), x.cpu().double()
+        exact = rows.clone()
+        for row, slot in product(range(n_rows), range(top_k)):
+            first, other, last = (decode(w, expert=int(chosen[row, slot])).double() for w in (gate, second, down))
+            between = torch.nn.functional.silu(first @ rows[row]) * (other @ rows[row])
+            exact[row] += weights[row, slot] * (last @ between)
+        assert got.dtype == torch.float32
+        assert float((got.cpu() - exact).norm() / exact.norm()) < 1e-3
+    assert verified == [1]  # once a run
+
+
+def test_an_embedding_in_main_memory() -> None:
+    table = encode(random(50, 64).cpu(), "q8_0")
+    pinned = hosted.Pinned(8, 64, 0, torch.device(DEVICE), lambda: None)
+    tokens = torch.tensor([49, 0, 7], device=DEVICE)
+    assert torch.equal(pinned.embed(table, tokens, 2.0).cpu(), 2 * decode(table)[tokens.cpu()])
+
+
+def test_numbers_that_are_none_come_back() -> None:
+    """A row with a NaN gives NaN in its own row, whoever computes its experts."""
+    gate, up, down = (encode(random(4, 32, 32, seed=i).cpu(), "q8_0") for i in range(3))
+    pinned = hosted.Pinned(8, 32, 4, torch.device(DEVICE), lambda: None)
+    layer = pinned.add_layer(gate, up, down, Routing(2))
+    x, scores = random(3, 32, dtype=torch.float16), random(3, 4)
+    x[1, 5] = torch.nan
+    got = pinned.experts(layer, x, scores, lambda: torch.zeros(3, 32, device=DEVICE)).cpu()
+    assert got.isnan().any(1).tolist() == [False, True, False]
 
 
 @pytest.mark.slow

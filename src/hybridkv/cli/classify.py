@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,7 +125,9 @@ def main(arguments: argparse.Namespace) -> int:
 
     opened = open_model(a)
     specs = _resolve(opened, policies, guard)
-    opened = check_memory(opened, Demand((), opened.n_ctx, a.batch, guarded=False))  # rows are as long as their texts
+    # Rows are as long as their texts. A card is divided before those are read: for the most that they may take.
+    on_card = () if opened.device_type == "cpu" else max(specs, key=partial(_kv_bytes, opened.n_ctx, a.batch))
+    opened = check_memory(opened, Demand(on_card, opened.n_ctx, a.batch, guarded=False))
     loaded, step = opened.load()
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
     prompts, continuations = encode(template, rows, labels, loaded.tokenizer, chat=a.chat)
@@ -184,6 +187,10 @@ def _policies(a: argparse.Namespace) -> list[AnyPolicy]:
     if not named:
         raise UsageError("--compare-types is empty; allowed: types or pairs K/V, separated by commas")
     return [reference, *(Policy(types) for types in expand_types(named) if Policy(types) != reference)]
+
+
+def _kv_bytes(n_ctx: int, n_seqs: int, specs: Sequence[KVSpec]) -> int:
+    return sum(spec.bytes_at(n_ctx, n_seqs) for spec in specs)
 
 
 def _resolve(opened: Opened, policies: Sequence[AnyPolicy], guard: Guard) -> list[tuple[KVSpec, ...]]:

@@ -20,13 +20,14 @@ from hybridkv.engine.classify import Classifier
 from hybridkv.engine.describe import Description, bundled_model, describe
 from hybridkv.engine.engine import Engine
 from hybridkv.engine.load import load as load_described
+from hybridkv.engine.placed import Split, hosted_names, place_on_card
 from hybridkv.engine.sampling import SamplingParams
 from hybridkv.engine.steps import resolve_step
 from hybridkv.engine.weights import weights_on
 from hybridkv.errors import UsageError
 from hybridkv.held import WeightKind
 from hybridkv.model import LanguageModel, is_hybrid, kv_facts
-from hybridkv.planner import Plan
+from hybridkv.planner import Plan, parse_bytes
 from hybridkv.planner import plan as count
 from hybridkv.policy import Guard, Policy, parse_mode
 from hybridkv.runtime import Step
@@ -47,6 +48,11 @@ def load(
     device: str = "auto",
     guard: str = "check",
     trust_remote_code: bool = False,
+    n_gpu_layers: int | str | None = None,
+    override_tensor: str | Sequence[str] = (),
+    cpu_moe: bool = False,
+    n_cpu_moe: int | None = None,
+    device_memory: int | str | None = None,
 ) -> Model:
     """Load a model and its tokenizer.
 
@@ -64,24 +70,51 @@ def load(
         `check`, `upgrade`, `warn`, `strict` or `off`.
     trust_remote_code
         Whether Python code in a model's directory may run.
+    n_gpu_layers, override_tensor, cpu_moe, n_cpu_moe
+        What lies in main memory beside a CUDA device, as llama.cpp's options say it; by default what does not fit.
+    device_memory
+        Limit of a CUDA device's memory: bytes, or a size such as `8GiB`; None for what is free.
 
     Raises
     ------
-    UsageError, ModelFileError, ModelError, NoKernelError
+    UsageError, ModelFileError, ModelError, NoKernelError, ContextError
         For what is wrong, before weights are read where it can be known.
     """
+    cap = device_memory if device_memory is None or isinstance(device_memory, int) else parse_bytes(device_memory)
+    patterns = (override_tensor,) if isinstance(override_tensor, str) else tuple(override_tensor)
+    layers = None if n_gpu_layers is None else str(n_gpu_layers)
+    split = Split(layers, patterns, cpu_moe, n_cpu_moe, cap)
+    split.check()
     description, place, weights, dtype = _settled(model, device, trust_remote_code=trust_remote_code)
     size = n_ctx or _default_ctx(description)
     watch = Guard(mode=parse_mode(guard))
     asked = Policy(KVTypes(type_k, type_v)).resolve(kv_facts(description.facts))
     specs, messages = watch.before(asked, hybrid=is_hybrid(description.facts), n_ctx=size)
-    loaded = load_described(description, dtype=dtype, device=place, weights=weights)
+    hosted = _hosted(description, specs, split, place, size)
+    loaded = load_described(description, dtype=dtype, device=place, weights=weights, hosted=hosted)
     for line in (*messages, *loaded.notices):
         warnings.warn(line, stacklevel=2)
     if loaded.tokenizer is None:
         raise UsageError("this model has no tokenizer, and text needs one", hint="hybridkv.Engine takes token ids")
     step = resolve_step(description.config, place.partition(":")[0])(loaded.model)
     return Model(loaded.model, loaded.tokenizer, loaded.end_ids, specs, step, watch, size)
+
+
+def _hosted(description: Description, specs: Sequence[KVSpec], split: Split, device: str, n_ctx: int) -> frozenset[str]:
+    """Choose what stays in main memory beside a card.
+
+    Raises
+    ------
+    UsageError
+        If something is asked for that has no effect.
+    """
+    kind = device.partition(":")[0]
+    reason = description.rejects_packed(kind, "auto", "auto")
+    if reason is None:
+        return hosted_names(place_on_card(description, specs, split, device, n_ctx=n_ctx))
+    if split != Split():
+        raise UsageError(f"a model that is divided: {reason}; allowed: GGUF files whose weights stay packed on cuda")
+    return frozenset()
 
 
 def plan(

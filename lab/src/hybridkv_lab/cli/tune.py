@@ -116,7 +116,7 @@ def main(arguments: argparse.Namespace) -> int:
     goal = _goal(a, opened.n_ctx)
     facts = _resolve(opened, types, storage)
     goal.check(facts, storage, types)
-    opened = check_memory(opened, Demand((), opened.n_ctx, guarded=False))
+    opened = check_memory(opened, _demand(opened, facts, a.window))
     loaded, step = opened.load()
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
     parts = _parts(a, loaded)
@@ -202,6 +202,16 @@ def _goal(a: argparse.Namespace, n_ctx: int) -> Goal:
             f"--budget {a.budget!r}; allowed: bits per value, up to 32", hint="for example --budget 5.0bpv"
         )
     return Goal("bits", float(match[1]), n_ctx)
+
+
+def _demand(opened: Opened, facts: Sequence[AttentionFacts], n_window: int) -> Demand:
+    """Count nothing in main memory but the model; on a card, two caches of a window that are not quantized."""
+    if opened.device_type == "cpu":
+        return Demand((), opened.n_ctx, guarded=False)
+    from hybridkv.cache import KVTypes
+    from hybridkv.policy import Policy
+
+    return Demand(2 * Policy(KVTypes("f32", "f32")).resolve(facts), n_window, n_caches=2, guarded=False)
 
 
 def _resolve(opened: Opened, types: Sequence[str], storage: Storage) -> Sequence[AttentionFacts]:
