@@ -143,7 +143,7 @@ def needs_of(
 
 
 def free_on_card(device: str, cap: int | None = None) -> int | None:
-    """Return the bytes that a run may use on a card, within a cap on its memory; None if there is neither card nor cap."""
+    """Return the bytes that a run may use on a card, within a cap on its memory; None without a card and a cap."""
     allowed = None if cap is None else max(0, cap - CONTEXT_BYTES)
     if not torch.cuda.is_available():
         return allowed
