@@ -61,7 +61,10 @@ def _columns(x, x_row, n_cols, n_in, unit, n_units, group, place, COLUMN: tl.con
 @triton.jit
 def add_unit(sums, upper, lower, x, x_row, n_cols, n_in, unit, n_units, group, place, factor, WARPS: tl.constexpr,
              TILES: tl.constexpr, FULL: tl.constexpr, T: tl.constexpr):  # fmt: skip
-    """Add to `sums`, four float32 per tile of 8 columns, the products of a unit of 16 rows, times a factor."""
+    """Add to `sums`, four float32 per tile of 8 columns, the products of a unit of 16 rows, times a factor.
+
+    They lack their type's gain.
+    """
     a, scale_a = decode_unit(upper, place, T)
     b, scale_b = decode_unit(lower, place, T)
     out = ()
@@ -184,7 +187,10 @@ def rows_times(x, x_row, n_cols, n_in, main, more, scales, last, upper, lower, w
         a = load_unit(main, more, scales, last, upper, unit, UNITS, place, T)
         b = load_unit(main, more, scales, last, lower, unit, UNITS, place, T)
         sums = add_unit(sums, a, b, x, x_row, n_cols, n_in, unit, UNITS, group, place, 1.0, WARPS, TILES, FULL, T)
-    return sums
+    whole = ()
+    for i in tl.static_range(4 * TILES):
+        whole = whole + (sums[i] * T.gain,)
+    return whole
 
 
 @triton.jit

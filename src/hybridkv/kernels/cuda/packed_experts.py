@@ -100,12 +100,12 @@ def _down(x, index, weights, out, main, more, scales, last, main_s, more_s, scal
             at = (start + i) * WARPS + warp
             slot = tl.minimum(at // UNITS, TOP - 1)
             unit = tl.where(at < TOP * UNITS, at % UNITS, UNITS)
-            weight = tl.load(weights + row * (TOP + 1) + slot) * factor
+            weight = tl.load(weights + row * (TOP + 1) + slot) * factor * T.gain
             sums = add_unit(
                 sums, raw[2 * i], raw[2 * i + 1], values + slot.to(tl.int64) * most, most, 1, width, unit, UNITS,
                 group, place, weight, WARPS, 1, FULL, T,
             )  # fmt: skip
-    weight = tl.load(weights + row * (TOP + 1) + TOP) * factor
+    weight = tl.load(weights + row * (TOP + 1) + TOP) * factor * SHARED.gain
     sums = add_unit(
         sums, a, b, values + TOP * most, most, 1, shared_width, warp, SHARED_UNITS, group, place, weight, WARPS, 1,
         FULL, SHARED,

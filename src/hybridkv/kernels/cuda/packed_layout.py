@@ -24,6 +24,15 @@ from hybridkv.kernels.weights import Weight
 UNIT: Final = 256
 """Inputs of a unit."""
 
+GAIN_BITS: Final = 19
+"""In registers values are float16 and so much smaller (`codes.py`), where a type has integer scales."""
+
+PLAIN_GAIN_BITS: Final = 9
+"""The same of the other types."""
+
+_LEAST_OF_DMIN: Final = 2.0**24
+"""How many times d dmin may be."""
+
 CHUNK_BYTES: Final = 1 << 23
 """Of the file's bytes that are converted at a time; the conversion needs some ten times as much."""
 
@@ -31,8 +40,8 @@ Order = Literal["quarters", "runs"]
 """Which inputs of a unit a thread has: 64 that follow each other, or 8 of every 32 (types with a scale per 32)."""
 
 Scales = Literal["six", "bytes16", "bytes32", "nibbles", "half", "exponent", "grid"]
-"""`six`: d, dmin, and 24 bits for each quarter: two scales, two minima. `bytes16`, `bytes32`: int8 per so many inputs
-and d. `nibbles`: scale and minimum per 16, d and dmin. `half`: float16 per 32. `exponent`: a power of two per 32.
+"""`six`: d, dmin, and 24 bits for each quarter: two scales, two minima. `bytes16`, `bytes32`: int8 plus 128 per so many
+inputs and d. `nibbles`: scale and minimum per 16, d and dmin. `half`: float16 per 32. `exponent`: a power of two per 32.
 `grid`: as `grid_layout.py` says."""
 
 
@@ -61,6 +70,13 @@ class PackedType:
     has_min: bool = False
     book: tuple[int, int, int, int] | None = None
     grid: Grid | None = None
+
+    @property
+    def gain(self) -> float:
+        """What values in registers are multiplied by beside their scales (`codes.py`)."""
+        if self.grid is not None:
+            return 1.0
+        return 2.0 ** (PLAIN_GAIN_BITS if self.order == "runs" else GAIN_BITS)
 
     @property
     def plane_bytes(self) -> tuple[int, int, int, int]:
@@ -234,7 +250,8 @@ def _fields(values: Tensor, bits: int) -> Tensor:
     # [units, threads, words of fields, words of codes in each, halves, upper pair of bytes, odd byte]
     parts = values.view(-1, 4, 8 // words, words, 2, 2, 2).to(torch.int32)
     word, half, upper, odd = torch.meshgrid(*map(torch.arange, (words, 2, 2, 2)), indexing="ij")
-    shifts = (bits * (4 * word + 2 * half + odd) + 16 * upper).to(values.device)
+    at = 4 * half + odd + 2 * (word % 2) + 8 * (word // 2) if bits == 1 else 2 * (4 * word + 2 * half + odd)
+    shifts = (at + 16 * upper).to(values.device)
     return (parts << shifts).sum((3, 4, 5, 6), dtype=torch.int32)
 
 
@@ -289,7 +306,9 @@ def _runs_of_bits(mask: Tensor) -> Tensor:
 
 
 def _q2_k(b: Tensor) -> _Parts:
-    return _pairs(b[:, 16:80]), b[:, :16].contiguous(), b[:, 80:].contiguous()
+    both, scaled = _in_units_of_d(b[:, 80:])
+    scales = b[:, :16] & 0xF0 | (b[:, :16] & 15) * scaled.to(torch.uint8)
+    return _pairs(b[:, 16:80]), scales, both
 
 
 def _q3_k(b: Tensor) -> _Parts:
@@ -297,17 +316,32 @@ def _q3_k(b: Tensor) -> _Parts:
     low, high = b[:, 96:104], b[:, 104:108]
     scales = torch.cat([low & 15, low >> 4], 1)
     scales = scales | torch.cat([high >> shift & 3 for shift in (0, 2, 4, 6)], 1) << 4
-    return codes, scales - 32, b[:, 108:].contiguous()  # modulo 256, as int8 is read
+    return codes, scales + 96, b[:, 108:].contiguous()
 
 
 def _six(b: Tensor) -> Tensor:
     """Read d, dmin, and for each quarter of a block its two scales and its two minima, six bits each."""
+    both, scaled = _in_units_of_d(b[:, :4])
     s = b[:, 4:16]
     scales = torch.cat([s[:, :4] & 63, s[:, 8:] & 15 | s[:, :4] >> 6 << 4], 1).to(torch.int32)
     minima = torch.cat([s[:, 4:8] & 63, s[:, 8:] >> 4 | s[:, 4:8] >> 6 << 4], 1).to(torch.int32)
+    scales = scales * scaled
     bits = scales[:, 0::2] | scales[:, 1::2] << 6 | minima[:, 0::2] << 12 | minima[:, 1::2] << 18
     three = torch.stack([bits >> shift & 255 for shift in (0, 8, 16)], 2).to(torch.uint8)
-    return torch.cat([b[:, :4], three.flatten(1)], 1)
+    return torch.cat([both, three.flatten(1)], 1)
+
+
+def _in_units_of_d(both: Tensor) -> tuple[Tensor, Tensor]:
+    """d and dmin of blocks, `[n, 4]`, such that minima can be counted in d; and 0 for blocks without scales.
+
+    Where d is zero, or so small beside dmin that no float16 shows it, scales become zero, and d is dmin or one.
+    """
+    d, dmin = both.contiguous().view(torch.float16).unbind(1)
+    tiny = d.float().abs() * _LEAST_OF_DMIN < dmin.float().abs()
+    other = torch.where(dmin == 0, torch.ones_like(d), dmin)
+    missing = tiny | (d == 0)
+    held = torch.stack([torch.where(missing, other, d), dmin], 1).view(torch.uint8)
+    return held, (~missing).to(torch.int32)[:, None]
 
 
 def _four_runs(qs: Tensor) -> Tensor:
@@ -325,14 +359,14 @@ def _q5_k(b: Tensor) -> _Parts:
 
 def _q6_k(b: Tensor) -> _Parts:
     low = _low_high(b[:, :128].reshape(-1, 2, 64)).flatten(1)
-    return low | _pairs(b[:, 128:192]) << 4, b[:, 192:208].contiguous(), b[:, 208:].contiguous()
+    return low | _pairs(b[:, 128:192]) << 4, b[:, 192:208] ^ 0x80, b[:, 208:].contiguous()
 
 
 def _iq4_xs(b: Tensor) -> _Parts:
     codes = _low_high(b[:, 8:].reshape(-1, 8, 16)).flatten(1)
     low = torch.stack([b[:, 4:8] & 15, b[:, 4:8] >> 4], 2).flatten(1)
     high = torch.stack([b[:, 2:4] >> shift & 3 for shift in (0, 2, 4, 6)], 2).flatten(1)
-    return codes, (low | high << 4) - 32, b[:, :2].contiguous()
+    return codes, (low | high << 4) + 96, b[:, :2].contiguous()
 
 
 _READ: Final[Mapping[str, Callable[[Tensor], _Parts]]] = {

@@ -20,7 +20,7 @@ def _decoded(raw, place, T: tl.constexpr):
     out = ()
     for w in tl.static_range(8):
         for half in tl.static_range(2):
-            scale = scales[0] if T.order == "quarters" else scales[w]
+            scale = (scales[0] if T.order == "quarters" else scales[w]) * T.gain
             a, b = _times(words[4 * w + 2 * half], scale)
             c, d = _times(words[4 * w + 2 * half + 1], scale)
             out = out + (pack(a, b), pack(c, d))

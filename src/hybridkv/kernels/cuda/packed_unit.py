@@ -14,12 +14,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hybridkv.kernels.cuda.codes import (
+    code_values,
+    factor_of_bits,
+    factor_of_byte,
+    half_of,
+    minimum_of_bits,
+    quarter_of,
+    ratio_of,
+    times_half,
+)
 from hybridkv.kernels.cuda.packed_grid import decode_grid_unit, load_grid_unit
-from hybridkv.kernels.cuda.ptx import load_half, load_words, pack, two_values, unpack
+from hybridkv.kernels.cuda.ptx import load_half, load_words, pack
 from hybridkv.kernels.cuda.tiles import INTERPRETED, LOOK_UP_NIBBLES
-
-ONE = tl.constexpr(0x3C003C00)
-"""1.0 as float16, twice."""
 
 # Entries spread so that a word has two bytes, 16 bits apart.
 _LOOK_UP = tl.constexpr(
@@ -120,32 +127,36 @@ def _load_coded(main, more, scales, last, row, unit, n_units, place, T: tl.const
 
 
 @triton.jit
-def _half_of(x, UPPER: tl.constexpr):
-    """Return one of a word's two float16, as float32."""
-    low, high = unpack(x)
-    return high.to(tl.float32) if UPPER else low.to(tl.float32)
-
-
-@triton.jit
-def _byte(x, I: tl.constexpr):
-    """Return byte I of a word in both halves."""
-    y = (x >> (8 * I)) & 0xFF
-    return y | (y << 16)
-
-
-@triton.jit
-def _integer(x, MINUS: tl.constexpr):
-    """Convert a number below 1024 in both halves, less a constant, to float16."""
-    return two_values(x, x, tl.full(x.shape, ONE, tl.int32), x, 0x03FF03FF, 0, 0x64006400, 1024 + MINUS, False)
-
-
-@triton.jit
 def _scaled_pair(d, m):
     """Return the common unit of a scale and a minimum, and each in that unit: float32."""
     counts = tl.abs(d) * 512.0 >= tl.abs(m)
     unit = tl.where(counts, d, m)
     inverse = tl.where(unit == 0.0, 0.0, 1.0 / unit)
     return unit, tl.where(counts, tl.where(d == 0.0, 0.0, 1.0), d * inverse), m * inverse
+
+
+@triton.constexpr_function
+def _minus_of(T, upper):
+    """Less a code's zero, as it lies in a half: subnormal bits."""
+    return 0x8000 | T.minus << (4 if upper else 0)
+
+
+@triton.constexpr_function
+def _is_upper(group, groups, T):
+    """Whether the codes of a scale are upper nibbles."""
+    return T.bits == 4 and T.book is None and group >= groups // 2
+
+
+@triton.constexpr_function
+def _plain_factor(upper):
+    """Of a type whose codes have no scale within a run: two halves."""
+    return (0x6800 if upper else 0x7800) * 0x10001
+
+
+@triton.constexpr_function
+def _plain_summand(T):
+    """Less the power of two that a code's zero is, times its gain; as a signed word."""
+    return ((0x8000 | (T.minus.bit_length() + 5) << 10) * 0x10001) - (1 << 32) if T.minus else 0
 
 
 @triton.jit
@@ -156,48 +167,48 @@ def _scales_of(raw, place, T: tl.constexpr):
     summands = ()
     units = ()
     if T.scales == "six":
-        # A quarter's 24 bits begin at bit 0, 24, 48 or 72.
-        a, b, c = raw[first + 1], raw[first + 2], raw[first + 3]
-        bits = tl.where(place == 0, a, tl.where(place == 3, (c >> 8) & 0xFFFFFF, 0))
-        bits = tl.where(place == 1, (a >> 24) & 0xFF | b << 8, bits)
-        bits = tl.where(place == 2, (b >> 16) & 0xFFFF | c << 16, bits)
-        unit, factor, minimum = _scaled_pair(_half_of(raw[first], False), _half_of(raw[first], True))
-        for i in tl.static_range(2):
-            scale = ((bits >> (6 * i)) & 63).to(tl.float32) * factor
-            low = ((bits >> (12 + 6 * i)) & 63).to(tl.float32) * -minimum
-            factors = factors + (pack(scale, scale),)
-            summands = summands + (pack(low, low),)
-        units = (unit,)
+        bits = quarter_of(raw[first + 1], raw[first + 2], raw[first + 3], place)
+        ratio = ratio_of(raw[first])
+        factors = (factor_of_bits(bits, 0, 63, False), factor_of_bits(bits, 6, 63, True))
+        summands = (minimum_of_bits(bits, ratio, 12, 63), minimum_of_bits(bits, ratio, 18, 63))
+        units = (half_of(raw[first], False),)
     elif T.scales == "nibbles":
-        d, m = _half_of(raw[first + 1], False), _half_of(raw[first + 1], True)
-        unit, factor, minimum = _scaled_pair(d, m)
+        ratio = ratio_of(raw[first + 1])
         for i in tl.static_range(4):
-            scale = ((raw[first] >> (8 * i)) & 15).to(tl.float32) * factor
-            low = ((raw[first] >> (8 * i + 4)) & 15).to(tl.float32) * -minimum
-            factors = factors + (pack(scale, scale),)
-            summands = summands + (pack(low, low),)
-        units = (unit,)
+            factors = factors + (factor_of_bits(raw[first], 8 * i, 15, False),)
+            summands = summands + (minimum_of_bits(raw[first], ratio, 8 * i + 4, 15),)
+        units = (half_of(raw[first + 1], False),)
     elif T.scales == "bytes16" or T.scales == "bytes32":
         groups: tl.constexpr = 4 if T.scales == "bytes16" else 2
         for i in tl.static_range(groups):
-            factors = factors + (_integer(_byte(raw[first] ^ -2139062144, i), 128),)  # 0x80 in every byte
-        units = (_half_of(raw[first + 1], False),)
-    elif T.scales == "exponent":
+            factor = factor_of_byte(raw[first], i, _is_upper(i, groups, T))
+            factors = factors + (factor,)
+            summands = summands + (times_half(factor, _minus_of(T, _is_upper(i, groups, T))),)
+        units = (half_of(raw[first + 1], False),)
+    elif T.has_min:
+        of_lower = ()
+        of_upper = ()
         for i in tl.static_range(8):
-            e = (raw[first + i // 4] >> (i % 4 * 8)) & 0xFF
-            bits = tl.where(e < 2, 0x00200000 << e, (e - 1) << 23)
-            units = units + (bits.to(tl.float32, bitcast=True),)
+            d, m = half_of(raw[first + i // 2], i % 2 == 1), half_of(raw[first + 4 + i // 2], i % 2 == 1)
+            unit, factor, minimum = _scaled_pair(d, m)
+            of_lower = of_lower + (pack(factor * 32768.0, factor * 32768.0),)
+            of_upper = of_upper + (pack(factor * 2048.0, factor * 2048.0),)
+            minimum = minimum * 0.001953125
+            summands = summands + (pack(minimum, minimum),)
+            units = units + (unit,)
+        factors = of_lower + of_upper
+        summands = summands + summands
     else:
+        for nibble in tl.static_range(2):
+            factors = factors + (tl.full(place.shape, _plain_factor(nibble == 1), tl.int32),)
+            summands = summands + (tl.full(place.shape, _plain_summand(T), tl.int32),)
         for i in tl.static_range(8):
-            d = _half_of(raw[first + i // 2], i % 2 == 1)
-            if T.has_min:
-                m = _half_of(raw[first + 4 + i // 2], i % 2 == 1)
-                unit, factor, minimum = _scaled_pair(d, m)
-                factors = factors + (pack(factor, factor),)
-                summands = summands + (pack(minimum, minimum),)
-                units = units + (unit,)
+            if T.scales == "exponent":
+                e = (raw[first + i // 4] >> (i % 4 * 8)) & 0xFF
+                bits = tl.where(e < 2, 0x00200000 << e, (e - 1) << 23)
+                units = units + (bits.to(tl.float32, bitcast=True),)
             else:
-                units = units + (d,)
+                units = units + (half_of(raw[first + i // 2], i % 2 == 1),)
     return factors, summands, units
 
 
@@ -208,14 +219,20 @@ def _group_of(word, half, T):
         return 2 * half + word // 4
     if T.scales == "six" or T.scales == "bytes32":
         return half
-    return word
+    if T.has_min:
+        return word + 8 * half
+    return half if T.bits == 4 and T.book is None else 0
 
 
 @triton.constexpr_function
 def _field_text(word, index, bits):
-    """Locate the further bits of a word's values: the word, and the lowest bit."""
-    words = 4 // bits
-    return word // words, bits * (word % words * 4 + index)
+    """Locate the further bits of a word's values: the word, and the lowest bit.
+
+    Those of values I and I + 2 are 4 bits apart, as the nibbles are: one shift moves both.
+    """
+    if bits == 1:
+        return word // 4, index // 2 * 4 + index % 2 + word % 2 * 2 + word % 4 // 2 * 8
+    return word // 2, 2 * (word % 2 * 4 + index)
 
 
 @triton.jit
@@ -231,35 +248,29 @@ def _moved(x, FROM: tl.constexpr, TO: tl.constexpr):
 @triton.jit
 def _two(raw, factor, summand, W: tl.constexpr, I: tl.constexpr, T: tl.constexpr):
     """Decode values I of a word of codes: a word of two."""
-    scaled: tl.constexpr = T.has_min
     if T.bits == 8:
         x = raw[2 * W + I // 2]
-        y = x if I % 2 == 0 else x >> 8
-        out = two_values(y, y, factor, summand, 0x00FF00FF, 0, 0x64006400, 1024 + T.minus, scaled)
+        out = code_values(x, x, factor, summand, 0x00FF00FF if I % 2 == 0 else 0xFF00FF00, 0)
     elif T.bits == 2:
         place: tl.constexpr = _field_text(W, I, 2)
         x = _moved(raw[place[0]], place[1], 0)
         if T.more == 1:
             bit: tl.constexpr = _field_text(W, I, 1)
             other = _moved(raw[4 + bit[0]], bit[1], 2)
-            out = two_values(
-                x, other, factor, summand, 0x00030003, 0x00040004, 0x64006400, 1024 + T.minus, scaled
-            )  # fmt: skip
+            out = code_values(x, other, factor, summand, 0x00030003, 0x00040004)
         else:
-            out = two_values(x, x, factor, summand, 0x00030003, 0, 0x64006400, 1024 + T.minus, scaled)
+            out = code_values(x, x, factor, summand, 0x00030003, 0)
     else:
+        # Upper nibbles stay where they are: what they are 16 times too large by is in their factor.
         x = raw[W] if I % 2 == 0 else raw[W] >> 8
-        # Upper nibbles stay where they are: 0x5400 is 64, whose fifth bit counts 1.
         mask: tl.constexpr = 0x000F000F if I < 2 else 0x00F000F0
-        magic: tl.constexpr = 0x64006400 if I < 2 else 0x54005400
-        minus: tl.constexpr = (1024 if I < 2 else 64) + T.minus
         if T.more > 0:
             field: tl.constexpr = _field_text(W, I, T.more)
             more_mask: tl.constexpr = (0x00010001 if T.more == 1 else 0x00030003) << (4 if I < 2 else 8)
             other = _moved(raw[8 + field[0]], field[1], 4 if I < 2 else 8)
-            out = two_values(x, other, factor, summand, mask, more_mask, magic, minus, scaled)
+            out = code_values(x, other, factor, summand, mask, more_mask)
         else:
-            out = two_values(x, x, factor, summand, mask, 0, magic, minus, scaled)
+            out = code_values(x, x, factor, summand, mask, 0)
     return out
 
 
@@ -276,25 +287,15 @@ def decode_unit(raw, place, T: tl.constexpr):
 @triton.jit
 def _decode_coded(raw, place, T: tl.constexpr):
     factors, summands, units = _scales_of(raw, place, T)
-    one = tl.full(place.shape, ONE, tl.int32)
     words = ()
     for w in tl.static_range(8):
         if T.book is not None:
             entries = _look_up(raw[w], T)
             for i in tl.static_range(4):
-                factor = one
-                if T.scales == "bytes32":
-                    factor = factors[i // 2]
-                words = words + (
-                    two_values(entries[i], one, factor, one, 0x00FF00FF, 0, 0x64006400, 1024 + T.minus, False),
-                )
+                x, f, s = entries[i], factors[_group_of(w, i // 2, T)], summands[_group_of(w, i // 2, T)]
+                words = words + (code_values(x, x, f, s, 0x00FF00FF, 0),)
         else:
             for i in tl.static_range(4):
-                factor = one
-                summand = one
-                if len(factors) > 0:
-                    factor = factors[_group_of(w, i // 2, T)]
-                if T.has_min:
-                    summand = summands[_group_of(w, i // 2, T)]
-                words = words + (_two(raw, factor, summand, w, i, T),)
+                f, s = factors[_group_of(w, i // 2, T)], summands[_group_of(w, i // 2, T)]
+                words = words + (_two(raw, f, s, w, i, T),)
     return words, units
