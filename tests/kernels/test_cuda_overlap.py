@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from hybridkv.kernels import cuda
 from hybridkv.kernels.cuda.overlap import begin, overlapping
-from hybridkv.kernels.cuda.packed import rows_times
+from hybridkv.kernels.cuda.packed_tiles import rows_times
 
 LAUNCHED = 23
 """Kernels that are launched so; those that only call `begin` for them are none."""

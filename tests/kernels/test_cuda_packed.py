@@ -27,8 +27,8 @@ pytestmark = pytest.mark.usefixtures("interpreter")
 
 VALUES = 4e-4
 """A value is a float16: half a unit in its last place, and as much for a minimum or a scale."""
-QUICK = ("q8_0", "q4_K", "q6_K")
-"""What runs in the interpreter by default: no minima, minima, and codes of two planes."""
+QUICK = ("q8_0", "q2_K", "q4_K", "q6_K")
+"""What runs in the interpreter by default: no minima, minima, minima beside small codes, and codes of two planes."""
 SUMS = 5e-4  # the interpreter cuts where the card rounds
 
 

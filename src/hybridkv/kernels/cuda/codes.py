@@ -1,9 +1,9 @@
 """Codes of packed weights as float16, two to a word, without an offset to take away.
 
-Bits under a mask that are read as float16 are a code times 2**-24 (or 2**-20, where its lowest bit is the half's fifth):
+Bits under a mask that are read as float16 are a code times 2**-24, or 2**-20 where its lowest bit is the half's fifth:
 subnormal, exact, and as fast as any other number. One fused multiply-add then scales it and adds what a code of zero
-stands for. What it gives is a value times 2**-GAIN_BITS (`packed_layout.py`): nothing overflows, and where codes times
-scales are below 2048 nothing is rounded.
+stands for. It gives a value times 2**-GAIN_BITS (`packed_layout.py`): nothing overflows, and where codes times scales
+are below 2048 nothing is rounded.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import triton.language as tl
 from hybridkv.kernels.cuda.ptx import pack, unpack
 from hybridkv.kernels.cuda.tiles import INTERPRETED
 
-_RATIO = tl.constexpr(-(2.0**-9))
-"""Makes minima of 2**-10 units, of which one is 2**-GAIN_BITS."""
+_LESS = tl.constexpr(-(2.0**-12))
+"""Of a minimum in units of d, in a type of small codes."""
+_LESS_OF_1024TH = tl.constexpr(-(2.0**-9))
+"""The same where minima are counted in 1024ths."""
 
 
 @triton.constexpr_function
 def _value_text(mask, other_mask):
     """`(x & mask | y & other_mask) * f + s` in both halves: $0 of x, f, s, and y."""
-    if mask == 0xFF00FF00:
-        first = "prmt.b32 x, $1, 0, 0x4341"  # bytes 1 and 3, without a shift
-    else:
-        first = f"and.b32 x, $1, {mask}"
+    # Bytes 1 and 3 without a shift.
+    first = "prmt.b32 x, $1, 0, 0x4341" if mask == 0xFF00FF00 else f"and.b32 x, $1, {mask}"
     second = f"mov.b32 a, {other_mask}; lop3.b32 x, $4, a, x, 0xea; " if other_mask else ""
     return f"{{ .reg .b32 x, a; {first}; {second}fma.rn.f16x2 $0, x, $2, $3; }}"
 
@@ -49,9 +49,7 @@ def code_values(x, other, f, s, MASK: tl.constexpr, OTHER_MASK: tl.constexpr):
             _value_text(MASK, OTHER_MASK), "=r,r,r,r,r", [x, f, s, other], tl.int32, is_pure=True, pack=1
         )
     else:
-        word = tl.inline_asm_elementwise(
-            _value_text(MASK, 0), "=r,r,r,r", [x, f, s], tl.int32, is_pure=True, pack=1
-        )
+        word = tl.inline_asm_elementwise(_value_text(MASK, 0), "=r,r,r,r", [x, f, s], tl.int32, is_pure=True, pack=1)
     return word
 
 
@@ -131,7 +129,7 @@ def half_of(x, UPPER: tl.constexpr):
 
 @triton.jit
 def ratio_of(d_and_min):
-    """From a word of d and dmin to what makes a minimum one of d's: both halves. Zeros give zero."""
+    """From a word of d and dmin to dmin in units of d, float32. Zeros give zero."""
     d, m = half_of(d_and_min, False), half_of(d_and_min, True)
     if INTERPRETED:
         inverse = tl.where(d == 0.0, 0.0, 1.0 / d)
@@ -139,25 +137,41 @@ def ratio_of(d_and_min):
         inverse = tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1; min.f32 $0, $0, 0f4E800000;", "=&f,f", [d], tl.float32, is_pure=True, pack=1
         )
-    r = m * inverse * _RATIO
+    return m * inverse
+
+
+@triton.jit
+def less_of_1024th(ratio):
+    """A word for `minimum_of_bits`."""
+    r = ratio * _LESS_OF_1024TH
     return pack(r, r)
 
 
 @triton.jit
-def minimum_of_bits(bits, ratio, SHIFT: tl.constexpr, MASK: tl.constexpr):
-    """Less an integer minimum among some bits, in units of d: a word."""
-    word = ((bits >> SHIFT) & MASK) * 0x10001 + 0x3C003C00  # 1 and some 1024ths
-    minus = ratio ^ -2147450880  # 0x80008000
+def minimum_of_bits(bits, word, SHIFT: tl.constexpr, MASK: tl.constexpr):
+    """Take away an integer minimum among some bits, in units of d: a word. The ratio is rounded, and then the product.
+
+    `word` is what `less_of_1024th` gives.
+    """
+    count = ((bits >> SHIFT) & MASK) * 0x10001 + 0x3C003C00  # 1 and some 1024ths
+    minus = word ^ -2147450880  # 0x80008000
     if INTERPRETED:
-        a, b = unpack(word)
-        c, d = unpack(ratio)
+        a, b = unpack(count)
+        c, d = unpack(word)
         c, d = c.to(tl.float32), d.to(tl.float32)
         out = pack((a.to(tl.float32) - 1.0) * c, (b.to(tl.float32) - 1.0) * d)
     else:
         out = tl.inline_asm_elementwise(
-            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [word, ratio, minus], tl.int32, is_pure=True, pack=1
+            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [count, word, minus], tl.int32, is_pure=True, pack=1
         )
     return out
+
+
+@triton.jit
+def exact_minimum_of_bits(bits, ratio, SHIFT: tl.constexpr, MASK: tl.constexpr):
+    """Take away a minimum as `minimum_of_bits` does, rounded once: for q2_K, whose values are mostly minima."""
+    m = ((bits >> SHIFT) & MASK).to(tl.float32) * (ratio * _LESS)
+    return pack(m, m)
 
 
 @triton.jit

@@ -22,15 +22,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from hybridkv.kernels.cuda.generic import LOG2_E, WEIGHT_BITS
 from hybridkv.kernels.cuda.layout import BYTES
 from hybridkv.kernels.cuda.ptx import (
-    get_four,
     keep_order,
     load_words,
     max_of_groups,
     max_of_places,
     of_columns,
     pack,
-    put_four,
-    shared_memory,
     store_four,
     sum_of_groups,
     sum_of_places,
@@ -45,6 +42,7 @@ from hybridkv.kernels.cuda.register_codes import (
     rows_of_values,
     scores_of,
 )
+from hybridkv.kernels.cuda.shared import get_four, put_four, shared_memory
 from hybridkv.kernels.cuda.tiles import INTERPRETED, find_slots
 
 _BYTES = tl.constexpr(BYTES)

@@ -14,21 +14,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from hybridkv.kernels.cuda.layers import swiglu
 from hybridkv.kernels.cuda.overlap import begin, overlapping
-from hybridkv.kernels.cuda.packed import (
-    OUTPUTS,
-    WINDOW_BYTES,
-    add_unit,
-    gated_of,
-    gated_tile,
-    multiply_gated,
-    multiply_packed,
-    over_warps,
-    places_of,
-    warps_of,
-    zeros_of,
-)
+from hybridkv.kernels.cuda.packed import OUTPUTS, WINDOW_BYTES, multiply_gated, multiply_packed, warps_of
 from hybridkv.kernels.cuda.packed_layout import UNIT, PackedWeight
 from hybridkv.kernels.cuda.packed_rows import decode_rows
+from hybridkv.kernels.cuda.packed_tiles import add_unit, gated_of, gated_tile, over_warps, places_of, zeros_of
 from hybridkv.kernels.cuda.packed_unit import load_unit
 from hybridkv.kernels.cuda.streamed import StreamedStack
 

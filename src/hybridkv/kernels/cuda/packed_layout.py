@@ -27,8 +27,11 @@ UNIT: Final = 256
 GAIN_BITS: Final = 19
 """In registers values are float16 and so much smaller (`codes.py`), where a type has integer scales."""
 
+SMALL_GAIN_BITS: Final = 12
+"""The same of q2_K, whose codes and scales are small."""
+
 PLAIN_GAIN_BITS: Final = 9
-"""The same of the other types."""
+"""The same of types whose runs have no integer scales."""
 
 _LEAST_OF_DMIN: Final = 2.0**24
 """How many times d dmin may be."""
@@ -41,8 +44,8 @@ Order = Literal["quarters", "runs"]
 
 Scales = Literal["six", "bytes16", "bytes32", "nibbles", "half", "exponent", "grid"]
 """`six`: d, dmin, and 24 bits for each quarter: two scales, two minima. `bytes16`, `bytes32`: int8 plus 128 per so many
-inputs and d. `nibbles`: scale and minimum per 16, d and dmin. `half`: float16 per 32. `exponent`: a power of two per 32.
-`grid`: as `grid_layout.py` says."""
+inputs and d. `nibbles`: scale and minimum per 16, d and dmin. `half`: float16 per 32. `exponent`: a power of two per
+32. `grid`: as `grid_layout.py` says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +75,20 @@ class PackedType:
     grid: Grid | None = None
 
     @property
+    def keeps_order(self) -> bool:
+        """Whether loads of the next unit stay in front of this one's arithmetic.
+
+        Measured on an H200: 4 to 12 % faster with q4_K, q6_K and q8_0, and 30 % slower with q5_K.
+        """
+        return self.more != 1
+
+    @property
     def gain(self) -> float:
         """What values in registers are multiplied by beside their scales (`codes.py`)."""
         if self.grid is not None:
             return 1.0
+        if self.scales == "nibbles":
+            return 2.0**SMALL_GAIN_BITS
         return 2.0 ** (PLAIN_GAIN_BITS if self.order == "runs" else GAIN_BITS)
 
     @property
@@ -332,7 +345,7 @@ def _six(b: Tensor) -> Tensor:
 
 
 def _in_units_of_d(both: Tensor) -> tuple[Tensor, Tensor]:
-    """d and dmin of blocks, `[n, 4]`, such that minima can be counted in d; and 0 for blocks without scales.
+    """D and dmin of blocks, `[n, 4]`, such that minima can be counted in d; and 0 for blocks without scales.
 
     Where d is zero, or so small beside dmin that no float16 shows it, scales become zero, and d is dmin or one.
     """

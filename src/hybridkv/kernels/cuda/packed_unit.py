@@ -16,9 +16,11 @@ import triton.language as tl
 
 from hybridkv.kernels.cuda.codes import (
     code_values,
+    exact_minimum_of_bits,
     factor_of_bits,
     factor_of_byte,
     half_of,
+    less_of_1024th,
     minimum_of_bits,
     quarter_of,
     ratio_of,
@@ -168,15 +170,16 @@ def _scales_of(raw, place, T: tl.constexpr):
     units = ()
     if T.scales == "six":
         bits = quarter_of(raw[first + 1], raw[first + 2], raw[first + 3], place)
-        ratio = ratio_of(raw[first])
+        less = less_of_1024th(ratio_of(raw[first]))
         factors = (factor_of_bits(bits, 0, 63, False), factor_of_bits(bits, 6, 63, True))
-        summands = (minimum_of_bits(bits, ratio, 12, 63), minimum_of_bits(bits, ratio, 18, 63))
+        summands = (minimum_of_bits(bits, less, 12, 63), minimum_of_bits(bits, less, 18, 63))
         units = (half_of(raw[first], False),)
     elif T.scales == "nibbles":
         ratio = ratio_of(raw[first + 1])
         for i in tl.static_range(4):
-            factors = factors + (factor_of_bits(raw[first], 8 * i, 15, False),)
-            summands = summands + (minimum_of_bits(raw[first], ratio, 8 * i + 4, 15),)
+            # Small codes times small scales: 128 times larger, so that minima between integers are not cut.
+            factors = factors + (times_half(factor_of_bits(raw[first], 8 * i, 15, False), 0x5800),)
+            summands = summands + (exact_minimum_of_bits(raw[first], ratio, 8 * i + 4, 15),)
         units = (half_of(raw[first + 1], False),)
     elif T.scales == "bytes16" or T.scales == "bytes32":
         groups: tl.constexpr = 4 if T.scales == "bytes16" else 2

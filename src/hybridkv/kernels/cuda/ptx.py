@@ -39,6 +39,20 @@ _MMA_OF_8 = tl.constexpr(
     "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$4, $5}, {$8}, {$10, $11, $12, $13}; "
     "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$6, $7}, {$9}, {$0, $1, $2, $3};"
 )
+
+
+@triton.constexpr_function
+def _multiply_text():
+    return _MMA_OF_8.value if _is_turing() else _MMA.value
+
+
+@triton.constexpr_function
+def _multiply_registers():
+    """Of two instructions the first writes what the second still reads: outputs of their own."""
+    out = "=&f" if _is_turing() else "=f"
+    return ",".join([out] * 4 + ["r"] * 6 + ["f"] * 4)
+
+
 _PACK_ONE_BY_ONE = tl.constexpr("{ .reg .b16 a, b; cvt.rn.f16.f32 a, $1; cvt.rn.f16.f32 b, $2; mov.b32 $0, {a, b}; }")
 _TURN = tl.constexpr("{ .reg .b32 t; cvt.rn.f16x2.f32 t, $2, $1; movmatrix.sync.aligned.m8n8.trans.b16 $0, t; }")
 
@@ -171,48 +185,6 @@ def keep_order(thread):
         )
 
 
-@triton.constexpr_function
-def _shared_text(n_bytes):
-    return f"{{ .shared .align 16 .b8 warps_meet_here[{n_bytes}]; mov.u32 $0, warps_meet_here; add.u32 $0, $0, $1; }}"
-
-
-@triton.constexpr_function
-def _put_text(offset):
-    return f"st.shared.v4.f32 [$1+{offset}], {{$2, $3, $4, $5}}; mov.b32 $0, 0;"
-
-
-@triton.constexpr_function
-def _get_text(offset):
-    return f"ld.shared.v4.f32 {{$0, $1, $2, $3}}, [$4+{offset}];"
-
-
-@triton.jit
-def shared_memory(offset, N_BYTES: tl.constexpr):
-    """Return addresses `offset` bytes into shared memory of this call's own; not for the interpreter."""
-    return tl.inline_asm_elementwise(_shared_text(N_BYTES), "=r,r", [offset], tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def put_four(at, a, b, c, d, OFFSET: tl.constexpr):
-    """Write four float32 to shared memory, OFFSET bytes behind addresses of 16 bytes each."""
-    tl.inline_asm_elementwise(
-        _put_text(OFFSET), "=r,r,f,f,f,f,~{memory}", [at, a, b, c, d], tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
-def get_four(at, OFFSET: tl.constexpr):
-    """Read what `put_four` wrote."""
-    return tl.inline_asm_elementwise(
-        _get_text(OFFSET),
-        "=f,=f,=f,=f,r,~{memory}",
-        [at],
-        (tl.float32, tl.float32, tl.float32, tl.float32),
-        is_pure=False,
-        pack=1,
-    )
-
-
 @triton.jit
 def unpack(x):
     """Split a word into its halves, float16; for the interpreter."""
@@ -308,20 +280,10 @@ def multiply(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, WARPS: tl.constexpr):
         d0, d1 = tl.split(tl.reshape(upper, [WARPS * 32, 2]))
         d2, d3 = tl.split(tl.reshape(lower, [WARPS * 32, 2]))
         d0, d1, d2, d3 = c0 + d0, c1 + d1, c2 + d2, c3 + d3
-    elif _is_turing():
-        # The first of two instructions writes what the second still reads: outputs of their own.
-        d0, d1, d2, d3 = tl.inline_asm_elementwise(
-            _MMA_OF_8,
-            "=&f,=&f,=&f,=&f,r,r,r,r,r,r,f,f,f,f",
-            [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
-            (tl.float32, tl.float32, tl.float32, tl.float32),
-            is_pure=True,
-            pack=1,
-        )
     else:
         d0, d1, d2, d3 = tl.inline_asm_elementwise(
-            _MMA,
-            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+            _multiply_text(),
+            _multiply_registers(),
             [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
             (tl.float32, tl.float32, tl.float32, tl.float32),
             is_pure=True,
