@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from hybridkv.model.protocols import LanguageModel
 from hybridkv.model.ranks import ranks_of
 from hybridkv.policy import Guard, MismatchError, NonFiniteError
 from hybridkv.runtime import ModelCache, Step, is_finite
+from hybridkv.runtime.stored import StoredCache
 
 
 @dataclass(slots=True)
@@ -92,6 +94,8 @@ class Engine:
         Tokens of all sequences up to now, int64 `[B, T]`.
     n_held
         How many of each the cache holds: the last that was drawn is processed with the next.
+    kept
+        The earlier place that `generate` was asked to keep: how many tokens, and their cache.
     """
 
     def __init__(
@@ -117,6 +121,7 @@ class Engine:
         self._drafts = None if speculation is None else speculation.begin(self.step)
         self.history = torch.empty(1, 0, dtype=torch.long)
         self.n_held = self._adopted = 0
+        self.kept: tuple[int, StoredCache] | None = None
         self.timings = Timings()
 
     @property
@@ -135,6 +140,7 @@ class Engine:
         n_predict: int,
         n_seqs: int = 1,
         steering: Steering | None = None,
+        keep_at: int = 0,
     ) -> Iterator[tuple[int, ...]]:
         """Process a prompt, then yield one token id per sequence and step, until `n_predict` or a full context.
 
@@ -142,6 +148,8 @@ class Engine:
         ----------
         steering
             Which tokens may come, of one sequence; None for all.
+        keep_at
+            Tokens of the prompt behind which `kept` is a copy of the cache; 0 for none.
 
         Raises
         ------
@@ -158,7 +166,7 @@ class Engine:
         sampler = Sampler(params, steering)
         start = time.perf_counter()
         n_held, self._adopted = self._adopted, 0
-        logits = self.prefill(prompt, n_held)
+        logits = self.prefill(prompt, n_held, keep_at)
         self.timings.n_prompt = len(prompt) - n_held
         self.timings.prompt_s = time.perf_counter() - start
         if n_seqs > 1:
@@ -194,15 +202,18 @@ class Engine:
         """Resume from a cache of one sequence that holds `n_held` tokens; the next prompt must begin with them."""
         self._cache, self.n_held, self._adopted = cache, n_held, n_held
 
-    def prefill(self, prompt: Sequence[int], n_held: int = 0) -> Tensor:
+    def prefill(self, prompt: Sequence[int], n_held: int = 0, keep_at: int = 0) -> Tensor:
         """Process a prompt, of which the cache holds the first tokens; the logits after it, `[1, V]`, finite."""
-        begin, pieces = n_held, 1
-        if begin and not self.step.takes_chunks:
-            pieces = len(prompt) - begin  # this model's code continues a state by single tokens only
-        for piece in torch.tensor(list(prompt[begin:]), dtype=torch.long).tensor_split(pieces):
-            begin += len(piece)
-            self.history = torch.tensor([list(prompt[:begin])], dtype=torch.long)
-            logits = self._advance(piece.unsqueeze(0))
+        ends = [len(prompt)]
+        if self.step.takes_chunks:
+            ends = [keep_at, *ends] if n_held < keep_at < len(prompt) else ends
+        elif n_held:  # this model's code continues a state by single tokens only
+            ends = list(range(n_held + 1, len(prompt) + 1))
+        for begin, end in pairwise([n_held, *ends]):
+            self.history = torch.tensor([list(prompt[:end])], dtype=torch.long)
+            logits = self._advance(self.history[:, begin:])
+            if end == keep_at:
+                self.kept = end, self._cache.stored()
         return logits
 
     def advance(self, tokens: Tensor) -> Tensor:
