@@ -72,8 +72,9 @@ class Conversation:
         A state cannot go back further, so a template that writes older turns another way has everything start over.
         """
         for session in () if self.session is None else (self.session, self.session.rewound()):
-            n_held = 0 if session is None else session.n_cached
-            if 0 < n_held < len(self.ids) and tuple(self.ids[:n_held]) == self.session.tokens[:n_held]:
+            if session is None or session.n_cached >= len(self.ids):
+                continue
+            if tuple(self.ids[: session.n_cached]) == session.tokens[: session.n_cached]:
                 return session
         return None
 
