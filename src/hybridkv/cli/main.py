@@ -197,6 +197,8 @@ def _main(argv: Sequence[str]) -> int:
         sys.stdout.flush()
     except HybridKVError as error:
         sys.stdout.flush()
+        if isinstance(error, UsageError) and error.hint is None:
+            error.hint = f"`{' '.join(['hybridkv', *argv[:1]])} --help` lists all options"
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:

@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from hybridkv.cache import KVSpec
+from hybridkv.cache import KVSpec, KVTypes
 from hybridkv.engine.admission import Admission, is_out_of_memory
 from hybridkv.engine.counters import SchedulerCounters
 from hybridkv.engine.drafts import Drafts
@@ -199,10 +199,15 @@ class Scheduler:
         save_session(path, replace(session, messages=messages), self._context.model)
         return session.n_cached
 
-    def restore(self, path: Path) -> tuple[int, ...]:
+    def restore(self, path: Path, types: KVTypes | None = None) -> tuple[int, ...]:
         """Read a session file into the stored prefixes; its tokens, with which a prompt has to begin.
 
         For any thread but the scheduler's own. Rows of other types are converted, and `notify` says so.
+
+        Parameters
+        ----------
+        types
+            Of the requests that resume from it; None for those that do not say.
 
         Raises
         ------
@@ -210,7 +215,7 @@ class Scheduler:
             If the file is not a session of this model, or has no room among the stored prefixes.
         """
         session = load_session(path, self._context.model)
-        self.call(lambda: self._reuse.import_session(session, path)).result()
+        self.call(lambda: self._reuse.import_session(session, path, types)).result()
         return session.tokens
 
     def shutdown(self, *, drain: bool) -> None:
