@@ -101,6 +101,7 @@ def test_a_server_from_start_to_end() -> None:
         assert text.endswith("data: [DONE]\n\n")
         assert '"completion_tokens":500' in text
         assert server.end() == 0
+        assert "note: finishing what is being answered (1); Ctrl-C again ends at once" in "\n".join(server.lines)
         assert not any("Traceback" in line for line in server.lines)
 
 

@@ -376,6 +376,7 @@ def _serve(
                 listener,
                 state,
                 ready=ready,
+                draining=lambda n: notice(f"finishing what is being answered ({n}); Ctrl-C again ends at once"),
                 stop_now=lambda: scheduler.shutdown(drain=False),
                 alive=lambda: not running.done(),
             )
