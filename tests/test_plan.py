@@ -101,6 +101,8 @@ def test_windows_alone_stop_growing() -> None:
         ("24 gib", 24 * 2**30),
         ("1.5MiB", 3 * 2**19),
         ("8GB", 8 * 10**9),
+        ("1048576", 2**20),
+        ("0.001KB", 1),
         ("12345678901234567", 12345678901234567),  # more digits than a float holds
         ("0.1KB", 100),
         (" 2TiB ", 2**41),
@@ -117,3 +119,12 @@ def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(UsageError, match="allowed: a positive number and one of KB MB GB KiB MiB GiB TiB") as caught:
         parse_bytes(text, "--memory")
     assert caught.value.hint == "for example --memory 24GiB"
+
+
+@pytest.mark.parametrize("text", ["3", "24", "8192", "1048575", "0.5"])
+def test_a_number_that_lacks_its_unit(text: str) -> None:
+    with pytest.raises(
+        UsageError, match=f"--total-memory {text}: that is bytes; allowed: a number and one of"
+    ) as caught:
+        parse_bytes(text, "--total-memory")
+    assert caught.value.hint == f"did you mean --total-memory {text}GiB?"

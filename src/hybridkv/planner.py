@@ -28,6 +28,8 @@ _UNITS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
+_LEAST_PLAIN = 2**20
+"""Bytes from which a number without a unit is taken for bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ def largest_context(specs: Sequence[KVSpec], free_bytes: int, *, n_seqs: int = 1
 
 
 def parse_bytes(text: str, option: str = "--memory") -> int:
-    """Parse a size: `24GiB`, `512MiB`, `8GB` or plain bytes.
+    """Parse a size: `24GiB`, `512MiB`, `8GB`, or plain bytes from 1 MiB on.
 
     Raises
     ------
@@ -120,7 +122,14 @@ def parse_bytes(text: str, option: str = "--memory") -> int:
             f"{option} {text!r}; allowed: a positive number and one of KB MB GB KiB MiB GiB TiB",
             hint=f"for example {option} 24GiB",
         )
-    return int(Decimal(match[1]) * _UNITS[match[2].upper()])
+    n_bytes = int(Decimal(match[1]) * _UNITS[match[2].upper()])
+    if not match[2] and n_bytes < _LEAST_PLAIN:
+        raise UsageError(
+            f"{option} {text}: that is bytes; allowed: a number and one of KB MB GB KiB MiB GiB TiB, or bytes from "
+            f"{_LEAST_PLAIN} on",
+            hint=f"did you mean {option} {match[1]}GiB?",
+        )
+    return n_bytes
 
 
 def work_bytes(config: Any, n_rows: int = CHUNK_ROWS) -> int:

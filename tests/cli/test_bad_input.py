@@ -49,6 +49,7 @@ USAGE: dict[str, tuple[list[object], str]] = {
         ["rnu", "-p", "x"],
         f"unknown command 'rnu'; allowed: {COMMANDS}\nhint: did you mean 'run'",
     ),
+    "command of ollama's": (["pull", "qwen3"], "unknown command 'pull'; allowed: .*\nhint: -hf OWNER/NAME downloads"),
     "prompt without command": (["-p", "x"], "unknown command .-p.*\nhint: try hybridkv run -p"),
     "prompt without option": (
         ["run", "Hello"],

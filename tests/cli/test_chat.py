@@ -20,6 +20,7 @@ import torch
 from hybridkv.cache import KVTypes
 from hybridkv.cli.main import main
 from hybridkv.cli.talk.commands import COMMANDS, Leave, command
+from hybridkv.cli.talk.loop import read_message
 from hybridkv.cli.talk.screen import Screen
 from hybridkv.cli.talk.talk import Habits, Talk
 from hybridkv.cli.talk.thoughts import Thoughts
@@ -151,6 +152,49 @@ def test_a_conversation_is_saved_and_loaded_with_its_cache(loaded: Loaded, tmp_p
     said(other.ask("and the second"))
     assert other.last is not None
     assert other.last.n_cached == n_saved
+
+
+def test_a_conversation_keeps_its_types_when_another_is_loaded(loaded: Loaded, tmp_path: Path) -> None:
+    talk = talk_with(loaded)
+    said(talk.ask("the first question"))
+    talk.set_types("q6_0")
+    said(talk.ask("and the second"))
+    n_saved = talk.save(tmp_path / "talk")
+    talk.forget()
+    talk.load(tmp_path / "talk")
+    assert talk.types == KVTypes("q6_0", "q6_0")
+    said(talk.ask("and the third"))
+    assert talk.last is not None
+    assert talk.last.n_cached == n_saved
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["plain"], "plain"),
+        (['"""one', 'two"""'], "one\ntwo"),
+        (['"""', "one", "", "two", '"""'], "one\n\ntwo"),
+        (['"""one line"""'], "one line"),
+        (['say """x"""'], 'say """x"""'),
+    ],
+)
+def test_triple_quotes_hold_several_lines(lines: list[str], message: str) -> None:
+    typed = iter(lines)
+    assert read_message(lambda _: next(typed)) == message
+    assert next(typed, None) is None
+
+
+def test_words_of_other_programs_are_known(loaded: Loaded) -> None:
+    talk, screen = talk_with(loaded), Screen()
+    for word in ("/bye", "/exit", "/quit"):
+        with pytest.raises(Leave):
+            command(word, talk, screen)
+    said(talk.ask("the first question"))
+    assert command("/clear", talk, screen) is None
+    assert talk.messages == []
+    assert command("/?", talk, screen) is None
+    words = [word for c in COMMANDS for word in (c.name, *c.others)]
+    assert len(set(words)) == len(words)
 
 
 def test_a_session_of_run_goes_on_in_a_chat_and_the_other_way_round(

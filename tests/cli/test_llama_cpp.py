@@ -87,6 +87,13 @@ def test_no_option_of_theirs_is_unknown(command: str) -> None:
             "note: --temp 0 always takes the most likely token; without effect: --top-k, --min-p",
         ),
         (["-rtr", "-no-fmoe", "--merge-qkv"], "note: -rtr: --no-mmap reads"),
+        (["--mmap"], ""),
+        (["--samplers", "penalties;dry;top_n_sigma;top_k;typ_p;top_p;min_p;xtc;temperature"], ""),
+        (["--reasoning", "on"], "note: -rea: no effect on a plain prompt; --chat puts it"),
+        (
+            ["-okv", "qwen3moe.expert_used_count=int:4"],
+            "note: --override-kv qwen3moe.expert_used_count: no effect, for",
+        ),
     ],
 )
 def test_accepted(cli: Cli, gguf: Path, argv: list[str], said: str) -> None:
@@ -173,6 +180,13 @@ def test_a_bias_bans_a_token_and_asks_for_one(cli: Cli, gguf: Path) -> None:
     ("argv", "said"),
     [
         (["-l", "5+x"], "error: --logit-bias '5+x'; allowed: a token id, + or -, and a number\nhint: --logit-bias"),
+        (["--samplers", "top_k;mirostat"], "error: --samplers: 'mirostat'; allowed: penalties, dry, top_n_sigma"),
+        (["--sampler-seq", "kq"], "error: --sampler-seq 'kq': 'q'; allowed: e (penalties), d (dry), "),
+        (["--samplers", "top_k", "--sampler-seq", "k"], "error: --samplers and --sampler-seq were given together"),
+        (
+            ["--samplers", "top_k;penalties", "--repeat-penalty", "1.2"],
+            "error: --samplers: penalties behind top_k; allowed: penalties and dry before the others\nhint: put",
+        ),
         (["--logit-bias", "99999+1"], "error: logit_bias 99999; allowed: 0 to "),
         (["--xtc-probability", "2"], "error: --xtc-probability 2.0; allowed: 0 (off) to 1"),
         (["--dry-base", "0.5"], "error: --dry-base 0.5; allowed: 1 to 100"),
@@ -183,6 +197,18 @@ def test_bad_values_of_samplers(cli: Cli, gguf: Path, argv: list[str], said: str
     done = cli("run", "-m", gguf, "-p", "the", "-n", 3, *argv)
     assert (done.code, done.out) == (2, "")
     assert said in done.err
+
+
+def test_filters_that_an_order_leaves_out_are_off(cli: Cli, gguf: Path) -> None:
+    line = ("run", "-m", gguf, "-p", "the", "-n", 8, "-s", 5, "--ignore-eos")
+    free = cli(*line, "--top-k", 0, "--top-p", 1, "--min-p", 0, "--temp", 1).out
+    assert cli(*line, "--samplers", "").out == cli(*line, "--sampler-seq", "").out == free
+    done = cli(*line, "--samplers", "top-k;temp", "--top-k", 1, "--top-p", 0.3)
+    assert done.out == cli(*line, "--temp", 0).out
+    assert "note: --samplers leaves their filter out; without effect: --top-p" in done.err
+    assert "--samplers" not in cli("serve", "-m", gguf, "--samplers", "top_k;top_p", "--port", 70000).err
+    said = cli("serve", "-m", gguf, "--samplers", "top_p;top_k").err
+    assert "error: --samplers in another order than penalties, dry" in said
 
 
 def test_a_plan_takes_the_line_and_names_what_changes_nothing(cli: Cli, gguf: Path) -> None:
@@ -315,6 +341,8 @@ def test_options_of_a_chat(cli: Cli, tmp_path: Path) -> None:
     assert chat(cli, model, "--chat", "--chat-template", "{{ messages[0].content }}!") == "the!"
     said.write_text("<{{ messages[0].content }}>")
     assert chat(cli, model, "--chat", "--chat-template-file", said) == "<the>"
+    assert chat(cli, model, "--chat-template-file", said) == "<the>"
+    assert chat(cli, model, "--chat-template-file", said, "-no-cnv") == "the"
     done = cli("run", "-m", model, "-p", "the", "-n", 1, "--chat", "--reasoning-effort", "low")
     assert "note: the chat template does not read reasoning_effort: no effect" in done.err
     assert done.out.count("the") == 0  # the answer alone

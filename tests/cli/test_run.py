@@ -17,6 +17,7 @@ import torch
 from hybridkv.cache import KVTypes
 from hybridkv.cli import cache_options
 from hybridkv.cli.main import main
+from hybridkv.cli.show import layers_words
 from hybridkv.cli.stream import Streams
 from hybridkv.engine import Engine, SamplingParams
 from hybridkv.engine.load import Loaded, bundled_model, describe, load
@@ -30,6 +31,7 @@ from hybridkv.runtime import Step
 from tests.cli.conftest import Cli
 from tests.cli.models import ModelStore, with_weights
 from tests.gguf.write_qwen35 import draft, tiny_model
+from tests.models import smollm2
 from tests.thin import each_side
 
 PROMPT = "Hello world"
@@ -519,3 +521,26 @@ def test_weights_on_cuda_need_torchao(cli: Cli, asked: str, monkeypatch: pytest.
     assert done.code == 2
     assert "int8 and int4 weights on this device need torchao" in done.err
     assert 'hint: pip install "hybridkv[torchao]"' in done.err
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ([3], "3"),
+        ([3, 7, 11], "3, 7, 11"),
+        (list(range(30)), "0-29"),
+        (list(range(3, 40, 4)), "3, 7, ... 39"),
+        ([0, 1, 2, 9], "0, 1, 2, 9"),
+    ],
+)
+def test_layers_are_named_shortly(numbers: list[int], words: str) -> None:
+    assert layers_words(numbers) == words
+
+
+def test_many_layers_that_are_alike_share_a_line(cli: Cli) -> None:
+    done = cli("run", "-m", smollm2(), "-p", "the", "-n", 1, "-ctk-last", "f16,2", "-ctk", "q8_0", "-ctv", "q8_0")
+    lines = [line.split() for line in done.err.splitlines() if " q8_0 " in line and "cpu-" in line]
+    assert [(line[0], line[1:3], line[-3:]) for line in lines] == [
+        ("0-27", ["q8_0", "q8_0"], ["28", "x", "408"]),
+        ("28,", ["29", "f16"], ["2", "x", "588"]),
+    ]

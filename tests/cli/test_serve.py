@@ -101,6 +101,7 @@ def test_a_server_from_start_to_end() -> None:
         assert text.endswith("data: [DONE]\n\n")
         assert '"completion_tokens":500' in text
         assert server.end() == 0
+        assert "note: finishing what is being answered (1); Ctrl-C again ends at once" in "\n".join(server.lines)
         assert not any("Traceback" in line for line in server.lines)
 
 
@@ -168,7 +169,7 @@ def test_missing_packages_are_named(cli: Cli, monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_cannot_be_served(cli: Cli, hybrid: Path) -> None:
     assert "no tokenizer" in refused(cli, "-m", hybrid, "--port", 0)
-    assert "not a single token fits" in refused(cli, "--port", 0, "--memory", 1000)
+    assert "--memory 1.0 KiB: not a single token fits" in refused(cli, "--port", 0, "--memory", "1KiB")
 
 
 @pytest.mark.parametrize("n_ctx", [32768, 131072])

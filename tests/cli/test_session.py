@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.cli.conftest import Cli
 from tests.gguf.write_qwen35 import draft, tiny_model
 
@@ -70,6 +72,29 @@ def test_a_chat_goes_on_behind_its_own_tokens(cli: Cli, tmp_path: Path) -> None:
     ids = ",".join(map(str, after["prompt_ids"]))
     alone = cli("run", "-m", model, "--ids", ids, *options[:-1])
     assert json.loads(alone.out)["sequences"][0]["ids"] == after["sequences"][0]["ids"]
+
+
+@pytest.mark.parametrize("types", [("f16", "f16"), ("q4_0", "q8_0")])
+def test_a_template_that_rewrites_answers_has_the_questions_resumed(
+    cli: Cli, tmp_path: Path, types: tuple[str, str]
+) -> None:
+    """As templates do that leave out earlier thoughts: what lies before the last answer is not processed again."""
+    content = "{{ m.content | upper if m.role == 'assistant' else m.content }}"
+    model = chat_model(tmp_path, "{% for m in messages %}<{{ m.role }}>" + content + "{% endfor %}<assistant>")
+    options = ("--temp", "0", "--json", "-c", "512", "-n", "4", "--ignore-eos", "-ctk", types[0], "-ctv", types[1])
+    path, shared = tmp_path / "talk", 0
+    for question in ("what is the first?", "and the second?", "then the third?"):
+        done = cli("run", "-m", model, "-p", question, "--chat", "--session", path, *options)
+        assert done.code == 0, done.err
+        result = json.loads(done.out)
+        ids = result["prompt_ids"]
+        if shared:
+            said = f"{shared} of {len(ids)} prompt tokens reused; the chat template rewrites the last answer"
+            assert said in " ".join(done.err.split())
+            assert result["prompt_tokens"] == len(ids) - shared
+            alone = cli("run", "-m", model, "--ids", ",".join(map(str, ids)), *options)
+            assert json.loads(alone.out)["sequences"][0]["ids"] == result["sequences"][0]["ids"]
+        shared = len(ids) - len("<assistant>")  # a token for each byte
 
 
 def test_a_chat_whose_template_rewrites_earlier_turns_starts_over_and_says_so(cli: Cli, tmp_path: Path) -> None:

@@ -144,3 +144,6 @@ def test_models_of_other_programs_are_listed_by_the_name_that_opens_them(
     }
     assert model_named("qwen3:0.6b") == ollama / "blobs/sha256-abc"
     assert model_named("qwen3") is None
+    manifest.with_name("latest").write_text(manifest.read_text())
+    assert model_named("qwen3") == ollama / "blobs/sha256-abc"
+    assert model_named("qwen") is None

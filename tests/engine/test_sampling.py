@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from hybridkv.engine import filters
+from hybridkv.engine import filters, sampling
+from hybridkv.engine.sampler_order import NAMES, in_order, order_from
 from hybridkv.engine.sampling import Sampler, SamplingParams, draw_each
 from hybridkv.errors import UsageError
 
@@ -43,6 +44,57 @@ def ours(logits: torch.Tensor) -> dict[int, float]:
 
 def same(mine: torch.Tensor, theirs: dict[int, float]) -> None:
     assert ours(mine) == pytest.approx(theirs, rel=1e-5, abs=1e-5)
+
+
+def chain(lib: Any, samplers: Sequence[Any]) -> Any:
+    """Samplers of llama.cpp behind one another."""
+    whole = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+    for sampler in samplers:
+        lib.llama_sampler_chain_add(whole, sampler)
+    return whole
+
+
+PEERS: dict[str, Callable[[Any], Any]] = {
+    "top_k": lambda lib: lib.llama_sampler_init_top_k(20),
+    "top_p": lambda lib: lib.llama_sampler_init_top_p(0.7, 0),
+    "min_p": lambda lib: lib.llama_sampler_init_min_p(0.1, 0),
+    "typ_p": lambda lib: lib.llama_sampler_init_typical(0.9, 0),
+    "temperature": lambda lib: lib.llama_sampler_init_temp(2.0),
+    "top_n_sigma": lambda lib: lib.llama_sampler_init_top_n_sigma(1.5),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "names",
+    [
+        "top_k;top_p;min_p;temperature",
+        "temperature;top_p;top_k",
+        "min_p;temperature;top_k;top_n_sigma",
+        "temperature;typ_p;min_p",
+        "top_p;temp",
+        "temperature",
+    ],
+)
+def test_filters_in_another_order_are_llama_cpps(names: str, seed: int) -> None:
+    order = order_from(names, None)
+    assert order is not None
+    logits = some_logits(seed, 2.0)
+    params = SamplingParams(temp=2.0, top_k=20, top_p=0.7, min_p=0.1, typical_p=0.9, top_n_sigma=1.5)
+    kept, ids = sampling._kept([], in_order(params, order), logits[None])
+    mine = torch.full_like(logits, filters.OUT)
+    mine[slice(None) if ids is None else ids[0]] = kept[0]
+    same(mine, peer(lambda lib: chain(lib, [PEERS[name](lib) for name in order]), logits))
+
+
+def test_orders_are_read_as_llama_cpp_writes_them() -> None:
+    assert order_from(None, None) is None
+    assert order_from("Top-K; temp;top_k", None) == ("top_k", "temperature")
+    assert order_from(None, "edskypmxt") == NAMES
+    assert in_order(SamplingParams(), NAMES) == SamplingParams()
+    assert in_order(SamplingParams(), None) == SamplingParams()
+    last = in_order(SamplingParams(top_k=0, top_p=1.0, min_p=0.0, repeat_penalty=1.1), ("top_k", "penalties"))
+    assert last.repeat_penalty == 1.1  # behind a filter that is off, as before it
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -293,6 +293,15 @@ def test_bad_settings() -> None:
         scheduler(n_parallel=0)
     with pytest.raises(UsageError, match="prefill_chunk 0"):
         scheduler(prefill_chunk=0)
+    with pytest.raises(UsageError, match="prefill_chunk 100; allowed: 1 to 64"):
+        scheduler(n_ctx=64, prefill_chunk=100)
+
+
+def test_a_short_context_has_a_chunk_that_fits_it() -> None:
+    run = scheduler(n_ctx=64, prefill_chunk=None)
+    ticket = run.submit(Request(prompt(50), max_tokens=4))
+    drain(run)
+    assert len(tokens(ticket)) == 4
 
 
 class Faulty:

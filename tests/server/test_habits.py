@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +140,73 @@ def test_a_limit_beyond_the_context_is_the_context(scripted: Scripter) -> None:
         request = server.served.runner.handles[-1].request  # type: ignore[attr-defined]
         assert len(request.prompt_ids) + request.max_tokens == server.served.n_ctx, body
         assert reply["choices"][0]["finish_reason"] == "stop"
+
+
+ODD: list[Any] = [
+    {},
+    [],
+    1,
+    -1.5,
+    "x",
+    "",
+    True,
+    False,
+    [{}],
+    [[]],
+    [None],
+    {"type": {}},
+    {"type": []},
+    {"a": None},
+    2**70,
+]
+EVERYTHING: dict[str, Any] = {
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "thinking", "thinking": "z"}]},
+        {
+            "role": "assistant",
+            "reasoning": "r",
+            "function_call": {"name": "f", "arguments": "{}"},
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+        },
+        {"role": "tool", "tool_call_id": "1", "content": {"a": 1}},
+    ],
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
+    "functions": [{"name": "f"}],
+    "function_call": "auto",
+    "tool_choice": {"type": "function", "function": {"name": "f"}},
+    "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}},
+    "structured_outputs": {"json": {"a": 1}, "choice": ["a"]},
+    "guided_choice": ["a"],
+    "stop": ["a", ""],
+    "logit_bias": [[1, False], ["a", 2]],
+    "chat_template_kwargs": {"enable_thinking": True},
+    "thinking": {"type": "enabled", "budget_tokens": 3},
+    "reasoning": {"effort": "low", "enabled": True, "max_tokens": 3},
+    "stream_options": {"include_usage": True},
+    **dict.fromkeys(RENAMED, 1),
+    **{"stream": True, "logprobs": True, "top_logprobs": 2, "max_completion_tokens": 4, "seed": -1, "top_k": -1},
+}
+
+
+def with_each_part_odd(body: Any) -> Iterator[Any]:
+    """The body with one of its parts, however deep, another one."""
+    for place in body if isinstance(body, dict) else range(len(body)):
+        for value in ODD:
+            yield body | {place: value} if isinstance(body, dict) else [*body[:place], value, *body[place + 1 :]]
+        if isinstance(body[place], (dict, list)):
+            for part in with_each_part_odd(body[place]):
+                yield body | {place: part} if isinstance(body, dict) else [*body[:place], part, *body[place + 1 :]]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_no_body_is_too_odd_to_be_put_into_our_words(chat: bool) -> None:
+    n_bodies = 0
+    for body in with_each_part_odd(EVERYTHING):
+        assert isinstance(Relaxed(body, chat=chat, model="m").body, dict)
+        n_bodies += 1
+    assert n_bodies > 1000
+
+
+def test_a_part_of_no_kind_is_refused(server: Running) -> None:
+    reply = ask(server, "/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": {}, "text": ""}]}]})
+    assert (reply.status_code, reply.json()["error"]["type"]) == (400, "invalid_request_error")

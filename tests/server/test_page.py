@@ -112,3 +112,34 @@ def test_a_key_and_an_error(scripted: Scripter, page: Any) -> None:
     page.keyboard.press("Enter")
     expect(page.locator(".turn.wrong")).to_contain_text("the script has ended")
     expect(page.locator("#send")).to_be_visible()
+
+
+def test_thoughts_are_folded_and_not_sent_back(scripted: Scripter, page: Any) -> None:
+    server = scripted(says="<think>Rain, I think.</think>It rains.", chat=True, n_ctx=512)
+    page.goto(server.url)
+    expect = playwright.expect
+    for question in ("weather?", "and now?"):
+        page.locator("#text").fill(question)
+        page.keyboard.press("Enter")
+        expect(page.locator(".turn").last.locator(".who")).to_contain_text(" tokens in ")
+        expect(page.locator("#send")).to_be_visible()
+    thoughts = page.locator(".turn").nth(1).locator("details")
+    expect(thoughts.locator("div")).to_be_hidden()
+    thoughts.locator("summary").click()
+    expect(thoughts.locator("div")).to_have_text("Rain, I think.")
+    expect(page.locator(".turn").nth(1).locator("span").nth(1)).to_have_text("It rains.")
+    asked = server.served.tokenizer.decode(server.served.runner.handles[-1].request.prompt_ids)
+    assert "It rains." in asked
+    assert "I think" not in asked
+
+
+def test_an_answer_that_is_all_thoughts_says_so(scripted: Scripter, page: Any) -> None:
+    server = scripted(says="<think>Rain, I think, and then", chat=True, n_ctx=512)
+    page.goto(server.url)
+    expect = playwright.expect
+    page.locator("details summary", has_text="Options").click()
+    page.locator("#max_tokens").fill("6")
+    page.locator("#text").fill("weather?")
+    page.keyboard.press("Enter")
+    expect(page.locator(".turn").last.locator(".who")).to_contain_text("cut at most tokens while thinking")
+    expect(page.locator(".turn").last.locator("details div")).to_contain_text("Rain")

@@ -110,6 +110,18 @@ def is_chat(a: argparse.Namespace) -> bool:
     ]
     if asked and a.no_conversation:
         raise UsageError(f"-no-cnv and {asked[0]} were given together", hint="one of them will do")
+    of_chats = (
+        ("--chat-template", a.chat_template),
+        ("--chat-template-file", a.chat_template_file),
+        ("--chat-template-kwargs", a.chat_template_kwargs),
+        ("-rea", a.reasoning),
+        ("--reasoning-effort", a.reasoning_effort),
+    )
+    given = [option for option, value in of_chats if value is not None]
+    if not asked and not a.no_conversation and {"--chat-template", "--chat-template-file"} & set(given):
+        return True
+    if given and not asked:
+        notice(f"{', '.join(given)}: no effect on a plain prompt; --chat puts it into the template")
     return bool(asked)
 
 

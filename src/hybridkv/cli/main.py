@@ -33,6 +33,13 @@ _COMMANDS = (run, chat, serve, classify, plan, convert, models, doctor)
 _LLAMA_CPP = (run, chat, serve, plan)
 """Commands that take llama.cpp's command lines."""
 
+_ELSEWHERE = {
+    **dict.fromkeys(("list", "ls"), "`hybridkv models` lists the models on this machine"),
+    **dict.fromkeys(("pull", "download"), "-hf OWNER/NAME downloads a model and runs it"),
+    "show": "`hybridkv plan -m MODEL` describes a model",
+}
+"""What to do instead of other programs' commands."""
+
 _OPTION = re.compile(r"--?[A-Za-z][\w-]*")
 
 
@@ -77,7 +84,7 @@ class Parser(argparse.ArgumentParser):
 def _hint(message: str) -> str | None:
     """Suggest a remedy for one of argparse's complaints, where it is more than the list of options."""
     if match := re.search(r"unrecognized arguments: (.*)", message):
-        return f'a prompt needs its option: -p "{match[1]}"'
+        return f'a prompt needs its option: -p "{match[1]}"; a model needs -m'
     if "expected one argument" in message:
         return 'a value that begins with a dash takes an equals sign: -p="-like this"'
     if match := re.search(r"invalid (int|float) value", message):
@@ -140,7 +147,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         if full not in commands:
             check_lab(full, names)
             near = get_close_matches(full, names, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else example
+            hint = _ELSEWHERE.get(word) or (f"did you mean {near[0]!r}?" if near else example)
             raise UsageError(f"unknown {kind} {word!r}; allowed: {allowed}", hint=hint)
         name, chosen = full, commands[full]
     rest = [_with_dashes(word, chosen) for word in rest]
@@ -197,6 +204,8 @@ def _main(argv: Sequence[str]) -> int:
         sys.stdout.flush()
     except HybridKVError as error:
         sys.stdout.flush()
+        if isinstance(error, UsageError) and error.hint is None:
+            error.hint = f"`{' '.join(['hybridkv', *argv[:1]])} --help` lists all options"
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hybridkv.cli.collector import import_torch, resume_collector
 from hybridkv.cli.context import context_of, refuse_shift
 from hybridkv.cli.model_source import add_source_arguments, model_of
-from hybridkv.cli.rope_options import add_rope_arguments, changes_of
+from hybridkv.cli.rope_options import add_rope_arguments, changes_of, say_idle_keys
 from hybridkv.cli.show import MAX_CONTEXT, expanded_words, notice, size, weights_words
 from hybridkv.cli.split_options import add_split_arguments, refuse_cache_in_memory, split_from, split_on
 from hybridkv.errors import UsageError
@@ -95,9 +95,10 @@ def add_model_arguments(
         help="for compatibility: a context is never shifted",
     )
     group.add_argument(
-        "--no-mmap",
-        action="store_true",
-        help="read a GGUF file into memory once, instead of mapping it",
+        "--mmap",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="map a GGUF file (default), or read it into memory once",
     )
     group.add_argument("--mlock", action="store_true", help="lock the weights of a GGUF file in memory")
     group.add_argument("--trust-remote-code", action="store_true", help="run Python code from the model directory")
@@ -154,7 +155,7 @@ def check_limits(a: argparse.Namespace, *more: tuple[str, str, int, int]) -> Non
         if value is not None and not least <= value <= most:
             raise UsageError(f"{option} {value}; allowed: {least} to {most}")
     if a.threads is not None and a.threads > (os.cpu_count() or 1):
-        notice(f"-t {a.threads} is more than this machine's {os.cpu_count()} cores")
+        notice(f"-t {a.threads} is more than this machine's {os.cpu_count()} cores, and slower")
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +302,8 @@ def open_model(
         changes=changes,
         pooling=pooling,
     )
+    if description.header is not None:
+        say_idle_keys(changes, description.header.architecture)
     refuse_shift(a, description)
     refuse_cache_in_memory(a, device.partition(":")[0])
     if a.trust_remote_code and path.is_file():
@@ -319,7 +322,7 @@ def open_model(
         from hybridkv.hf.torchao_weights import check_torchao
 
         check_torchao()
-    memory: Memory = "copied" if getattr(a, "no_mmap", False) else "mapped"
+    memory: Memory = "mapped" if getattr(a, "mmap", True) else "copied"
     lock = bool(getattr(a, "mlock", False))
     split = split_on(split_from(a), description, device_type, asked, kind)
     return Opened(
@@ -364,7 +367,7 @@ def _device(name: str) -> str:
     kind, _, index = name.partition(":")
     known = kind in ("cpu", "cuda") and (not index or (kind == "cuda" and index.isdigit()))
     if not known:
-        raise UsageError(f"--device {name!r}; allowed: auto, cpu, cuda, cuda:N")
+        raise UsageError(f"--device {name!r}; allowed: auto, cpu, cuda, cuda:N", hint="try --device cpu")
     if kind == "cuda" and (not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count()):
         raise UsageError(
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices that torch can use",

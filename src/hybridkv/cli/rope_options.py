@@ -6,6 +6,7 @@ import argparse
 import math
 from typing import TYPE_CHECKING
 
+from hybridkv.cli.show import notice
 from hybridkv.errors import UsageError
 
 if TYPE_CHECKING:
@@ -80,6 +81,14 @@ def changes_of(a: argparse.Namespace) -> ModelChanges:
         beta_slow=given.get("yarn_beta_slow"),
     )
     return ModelChanges(rope, _keys(a.override_kv))
+
+
+def say_idle_keys(changes: ModelChanges, architecture: str) -> None:
+    """Name the keys of --override-kv that are another architecture's."""
+    own = (f"{architecture}.", "general.", "tokenizer.")
+    idle = [key for key in changes.keys if not key.startswith(own)]
+    if idle:
+        notice(f"--override-kv {', '.join(idle)}: no effect, for this file's architecture is {architecture}")
 
 
 def _keys(texts: list[str]) -> dict[str, int | float | bool | str]:

@@ -198,7 +198,9 @@ def _generate(
     stopped = "n"
     with watch_compilation(loaded.model.device.type) as compiled, reading(len(ids), engine.read_share) as end_reading:
         try:
-            for tokens in engine.generate(ids, sampling, n_predict=a.n_predict, n_seqs=a.parallel, steering=steering):
+            for tokens in engine.generate(
+                ids, sampling, n_predict=a.n_predict, n_seqs=a.parallel, steering=steering, keep_at=talk.n_shared
+            ):
                 end_reading()
                 streams.push(tokens)
                 if streams.all_ended:

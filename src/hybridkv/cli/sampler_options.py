@@ -42,6 +42,7 @@ _FILTERS: tuple[tuple[tuple[str, ...], str, type, str, str], ...] = (
 )  # fmt: skip
 _IDLE_WHEN_GREEDY = ("top_k", "top_p", "min_p")
 
+_TEMP = 0.8
 _OFF = {"top_k": "0", "top_p": "1", "min_p": "0"}
 """Defaults of a server's requests, which are OpenAI's, where they are not llama-cli's."""
 _IN_REQUESTS = {"temp": "temperature", "dry_last_n": "dry_penalty_last_n"}
@@ -52,7 +53,12 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
     group.add_argument("-s", "--seed", type=int, metavar="N", help="random seed; -1: a new one each time (default -1)")
     group.add_argument(
-        "--temp", "--temperature", type=float, default=0.8, metavar="X", help="temperature; 0 is greedy (default 0.8)"
+        "--temp",
+        "--temperature",
+        type=float,
+        default=_TEMP,
+        metavar="X",
+        help=f"temperature; 0 is greedy (default {_TEMP})",
     )
     _add_filters(group)
 
@@ -82,6 +88,15 @@ def _add_filters(group: argparse._ActionsContainer, defaults: Mapping[str, str] 
         help="DRY: text that ends a repetition, instead of llama.cpp's four defaults; none: no breakers; repeatable",
     )
     group.add_argument(
+        "--samplers",
+        metavar="A;B;...",
+        help="filters in this order, the others off, by llama.cpp's names (default: "
+        "penalties;dry;top_n_sigma;top_k;typ_p;top_p;min_p;xtc;temperature)",
+    )
+    group.add_argument(
+        "--sampler-seq", "--sampling-seq", metavar="LETTERS", help="the same by letters (default edskypmxt)"
+    )
+    group.add_argument(
         "-l",
         "--logit-bias",
         action="append",
@@ -99,12 +114,17 @@ def sampling_from(a: argparse.Namespace) -> SamplingParams:
         For a value that is not allowed.
     """
     from hybridkv.engine import SamplingParams
+    from hybridkv.engine.sampler_order import in_order, order_from
 
     _check_seed(a)
     given = _given(a)
     seed = secrets.randbits(32) if a.seed in (None, -1) else a.seed
     bias = tuple(_bias(text) for text in a.logit_bias or ())
     params = SamplingParams(temp=a.temp, seed=seed, logit_bias=bias, **given)
+    order = order_from(a.samplers, a.sampler_seq)
+    params = in_order(params, order)
+    if order is not None:
+        _say_left_out(given | ({"temp": a.temp} if a.temp != _TEMP else {}), params)
     if a.temp == 0:
         idle = [f"--{name.replace('_', '-')}" for name in _IDLE_WHEN_GREEDY if name in given]
         idle += ["--seed"] * (a.seed is not None)
@@ -124,8 +144,15 @@ def sampling_defaults(a: argparse.Namespace) -> dict[str, Any]:
         For a value that is not allowed.
     """
     from hybridkv.engine import SamplingParams
+    from hybridkv.engine.sampler_order import NAMES, order_from
 
     _check_seed(a)
+    order = order_from(a.samplers, a.sampler_seq)
+    if order is not None and order != tuple(name for name in NAMES if name in order):
+        raise UsageError(
+            f"--samplers in another order than {', '.join(NAMES)}: requests keep that one",
+            hint="leave --samplers out; `run` and `chat` take any order",
+        )
     given = _given(a) | ({} if a.temp is None else {"temp": a.temp})
     biases = dict(_bias(text) for text in a.logit_bias or ())
     SamplingParams(**given, logit_bias=tuple(biases.items()))  # says what is wrong
@@ -138,6 +165,13 @@ def sampling_defaults(a: argparse.Namespace) -> dict[str, Any]:
         words = a.dry_sequence_breaker
         fields["dry_sequence_breakers"] = [] if words == ["none"] else words
     return fields
+
+
+def _say_left_out(given: Mapping[str, Any], params: SamplingParams) -> None:
+    """Name the options whose filter an order leaves out."""
+    idle = [f"--{name.replace('_', '-')}" for name, value in given.items() if getattr(params, name) != value]
+    if idle:
+        notice(f"--samplers leaves their filter out; without effect: {', '.join(idle)}")
 
 
 def _check_seed(a: argparse.Namespace) -> None:

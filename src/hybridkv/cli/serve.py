@@ -297,7 +297,7 @@ def _scheduler(
     if a.memory is not None and one > a.memory:
         most = scheduler.admission.most_tokens(specs)
         if not most:
-            raise UsageError(f"--memory {a.memory}: not a single token fits", hint=f"try --memory {one}")
+            raise UsageError(f"--memory {size(a.memory)}: not a single token fits", hint=f"try --memory {one}")
         notice(f"--memory holds {most} tokens of one sequence, not the {opened.n_ctx} of -c; longer ones are refused")
     return scheduler
 
@@ -376,6 +376,7 @@ def _serve(
                 listener,
                 state,
                 ready=ready,
+                draining=lambda n: notice(f"finishing what is being answered ({n}); Ctrl-C again ends at once"),
                 stop_now=lambda: scheduler.shutdown(drain=False),
                 alive=lambda: not running.done(),
             )

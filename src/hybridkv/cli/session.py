@@ -52,6 +52,9 @@ class Conversation:
         The user's message, in a chat.
     before
         The messages before it, the system's among them.
+    n_shared
+        Tokens up to the question's end, which the next turn's prompt has too, whatever its template makes of the
+        answer; 0 if it is no chat.
     """
 
     path: Path | None
@@ -60,18 +63,20 @@ class Conversation:
     ids: list[int]
     question: str | None
     before: tuple[Mapping[str, str], ...] = ()
+    n_shared: int = 0
 
     @property
-    def n_held(self) -> int:
-        """Number of tokens that need not be processed again: all that the session holds, or none.
+    def held(self) -> Session | None:
+        """The session where its tokens begin the prompt: at its end, else behind its last question, else nowhere.
 
-        A state cannot go back, so a template that writes earlier turns another way has everything start over.
+        A state cannot go back further, so a template that writes older turns another way has everything start over.
         """
-        session = self.session
-        if session is None:
-            return 0
-        held = session.n_cached
-        return held if held < len(self.ids) and tuple(self.ids[:held]) == session.tokens[:held] else 0
+        for session in () if self.session is None else (self.session, self.session.rewound()):
+            if session is None or session.n_cached >= len(self.ids):
+                continue
+            if tuple(self.ids[: session.n_cached]) == session.tokens[: session.n_cached]:
+                return session
+        return None
 
     def hand_over(self, engine: Engine) -> None:
         """Resume the engine from the session, and report what was reused."""
@@ -79,17 +84,19 @@ class Conversation:
             return
         from hybridkv.engine.session import resume
 
-        if not self.n_held:
+        held = self.held
+        if held is None:
             notice(
                 f"--session: the prompt does not begin with the session's {self.session.n_cached} tokens (the chat "
                 "template rewrites earlier turns), so the whole prompt is processed again"
             )
             return
-        cache, converted = resume(self.session, engine.cache.specs, engine.new_cache)
+        cache, converted = resume(held, engine.cache.specs, engine.new_cache)
         if converted is not None:
             notice(f"--session: {converted}")
-        engine.adopt(cache, self.n_held)
-        notice(f"--session: {self.n_held} of {len(self.ids)} prompt tokens reused")
+        engine.adopt(cache, held.n_cached)
+        rewritten = "" if held is self.session else "; the chat template rewrites the last answer"
+        notice(f"--session: {held.n_cached} of {len(self.ids)} prompt tokens reused{rewritten}")
 
     def keep(self, engine: Engine, model: LanguageModel, *, answer: str, ended: bool) -> None:
         """Write the session, if there is one to write and anything was processed.
@@ -106,7 +113,10 @@ class Conversation:
             messages = (*messages, asked, {"role": "assistant", "content": answer})
         tokens = tuple(engine.history[0].tolist())
         tokens = tokens[: engine.n_held] if ended else tokens
-        save_session(self.path, Session(tokens, engine.n_held, engine.cache.stored(), messages), model)
+        kept, cache = engine.kept, engine.cache.stored()
+        if kept is not None and (kept[1].specs != cache.specs or kept[0] >= engine.n_held):
+            kept = None  # the guard has raised types since
+        save_session(self.path, Session(tokens, engine.n_held, cache, messages, kept), model)
 
 
 def open_conversation(
@@ -151,7 +161,12 @@ def open_conversation(
     ids = new.ids
     if session is not None:
         ids = _behind(session, new, tokenizer)
-    return Conversation(path, session, new.text, ids, prompt if a.chat and isinstance(prompt, str) else None, before)
+    question = prompt if a.chat and isinstance(prompt, str) else None
+    n_shared = 0
+    if path is not None and new.chat is not None and question is not None:
+        opening = new.chat.after_last(question)
+        n_shared = len(ids) - len(opening) if opening and ids[-len(opening) :] == opening else 0
+    return Conversation(path, session, new.text, ids, question, before, n_shared)
 
 
 def _before(session: Session | None, choice: ChatChoice) -> tuple[Mapping[str, str], ...]:

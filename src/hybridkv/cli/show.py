@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,17 +102,38 @@ def simple_table(*columns: str, left: Sequence[str] = ()) -> Table:
     return table
 
 
+_MOST_LINES = 12
+"""KV layers that have a line each; of more, neighbours that are stored alike share one."""
+
+
 def layer_table(layers: Sequence[tuple[KVSpec, LayerKernels]]) -> Table:
-    """Build a table with one line per KV layer: what it is stored as and what runs it."""
+    """Build a table of the KV layers: what each is stored as and what runs it."""
     columns = ["layer", "K", "V", "rotation", "kernel", "bytes/token"]
     exact = any(spec.exact_label for spec, _ in layers)
     if exact:
         columns.insert(4, "kept exact")
     table = simple_table(*columns, left=("K", "V", "rotation", "kept exact", "kernel"))
-    for spec, kernels in layers:
-        types = spec.types
-        rotated = " ".join(side for side, on in (("K", types.rotate_k), ("V", types.rotate_v)) if on)
-        cells = [str(spec.facts.layer), types.type_k, types.type_v, rotated or "-"]
-        cells += [spec.exact_label or "-"] * exact
-        table.add_row(*cells, kernels.label, str(spec.bytes_per_token))
+    rows = [(spec.facts.layer, _cells(spec, kernels, exact), spec.bytes_per_token) for spec, kernels in layers]
+    alike = (row[1:] if len(rows) > _MOST_LINES else row[0] for row in rows)
+    for _, group in groupby(zip(alike, rows, strict=True), key=itemgetter(0)):
+        lines = [row for _, row in group]
+        _, cells, n_bytes = lines[0]
+        many = f"{len(lines)} x " if len(lines) > 1 else ""
+        table.add_row(layers_words([number for number, *_ in lines]), *cells, f"{many}{n_bytes}")
     return table
+
+
+def _cells(spec: KVSpec, kernels: LayerKernels, exact: bool) -> tuple[str, ...]:
+    types = spec.types
+    rotated = " ".join(side for side, on in (("K", types.rotate_k), ("V", types.rotate_v)) if on)
+    return (types.type_k, types.type_v, rotated or "-", *[spec.exact_label or "-"] * exact, kernels.label)
+
+
+def layers_words(numbers: Sequence[int]) -> str:
+    """Name layers shortly: `0-29`, `3, 7, ... 39`, `3, 5, 11`."""
+    steps = {after - before for before, after in pairwise(numbers)}
+    if len(numbers) < 4 or len(steps) > 1:
+        return ", ".join(map(str, numbers))
+    if steps == {1}:
+        return f"{numbers[0]}-{numbers[-1]}"
+    return f"{numbers[0]}, {numbers[1]}, ... {numbers[-1]}"

@@ -192,7 +192,9 @@ def describe(
         If its layers cannot be cached, or it cannot be sharded so.
     """
     if not path.exists():
-        raise ModelFileError(f"no model at {path}", hint="leave -m out to run the bundled model")
+        raise ModelFileError(
+            f"no model at {path}", hint="`hybridkv models` lists names; without -m the bundled model runs"
+        )
     if path.suffix == ".safetensors":
         raise ModelFileError(f"{path} is a part of a model", hint=f"give its directory: -m {path.parent}")
     header, pooled = None, None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from hybridkv.cache import KVSpec
 from hybridkv.engine.caches import new_cache
 from hybridkv.engine.drafts import Drafts
+from hybridkv.engine.history import History
 from hybridkv.engine.ladder import check_weights, labels_of, raised_specs
 from hybridkv.engine.model_context import bad_logits
 from hybridkv.engine.sampling import Sampler, SamplingParams, Steering
@@ -29,6 +31,7 @@ from hybridkv.model.protocols import LanguageModel
 from hybridkv.model.ranks import ranks_of
 from hybridkv.policy import Guard, MismatchError, NonFiniteError
 from hybridkv.runtime import ModelCache, Step, is_finite
+from hybridkv.runtime.stored import StoredCache
 
 
 @dataclass(slots=True)
@@ -88,10 +91,10 @@ class Engine:
 
     Attributes
     ----------
-    history
-        Tokens of all sequences up to now, int64 `[B, T]`.
     n_held
         How many of each the cache holds: the last that was drawn is processed with the next.
+    kept
+        The earlier place that `generate` was asked to keep: how many tokens, and their cache.
     """
 
     def __init__(
@@ -115,9 +118,20 @@ class Engine:
         self.step = resolve_step(model.config, self._device.type)(model) if step is None else step
         self._cache = self._make_cache(specs)
         self._drafts = None if speculation is None else speculation.begin(self.step)
-        self.history = torch.empty(1, 0, dtype=torch.long)
+        self._tokens = History(n_ctx)
         self.n_held = self._adopted = 0
+        self.kept: tuple[int, StoredCache] | None = None
         self.timings = Timings()
+
+    @property
+    def history(self) -> Tensor:
+        """Tokens of all sequences up to now, int64 `[B, T]`."""
+        return self._tokens.tokens
+
+    @history.setter
+    def history(self, tokens: Tensor) -> None:
+        """Say which tokens the cache holds, of one sequence, where something else than `prefill` has put them there."""
+        self._tokens.begin(tokens[0].tolist())
 
     @property
     def cache(self) -> ModelCache:
@@ -135,6 +149,7 @@ class Engine:
         n_predict: int,
         n_seqs: int = 1,
         steering: Steering | None = None,
+        keep_at: int = 0,
     ) -> Iterator[tuple[int, ...]]:
         """Process a prompt, then yield one token id per sequence and step, until `n_predict` or a full context.
 
@@ -142,6 +157,8 @@ class Engine:
         ----------
         steering
             Which tokens may come, of one sequence; None for all.
+        keep_at
+            Tokens of the prompt behind which `kept` is a copy of the cache; 0 for none.
 
         Raises
         ------
@@ -158,32 +175,30 @@ class Engine:
         sampler = Sampler(params, steering)
         start = time.perf_counter()
         n_held, self._adopted = self._adopted, 0
-        logits = self.prefill(prompt, n_held)
+        logits = self.prefill(prompt, n_held, keep_at)
         self.timings.n_prompt = len(prompt) - n_held
         self.timings.prompt_s = time.perf_counter() - start
         if n_seqs > 1:
             self._cache.batch_repeat_interleave(n_seqs)
-            self.history = self.history.repeat(n_seqs, 1)
+            self._tokens.branch(n_seqs)
             logits = logits.repeat(n_seqs, 1)
         room = self._n_ctx - len(prompt)
         n_steps = room if n_predict < 0 else min(n_predict, room)
-        text = list(prompt) if self._drafts is not None and n_seqs == 1 else None
+        looks_ahead = self._drafts is not None and n_seqs == 1
         for step in range(n_steps):
             start = time.perf_counter()
             if step > 0:
-                logits = self._advance(self.history[:, -1:]) if text is None else self._look_ahead(text, n_steps - step)
+                logits = self._look_ahead(n_steps - step) if looks_ahead else self._advance(self.history[:, -1:])
             histories = self.history.numpy() if params.looks_back else ()  # a view
             tokens = same_everywhere(sampler.draw(logits, histories), self._model)
-            self.history = torch.cat([self.history, tokens.unsqueeze(1)], dim=1)
-            if text is not None:
-                text.append(int(tokens))
+            self._tokens.append(tokens)
             self.timings.n_generated += n_seqs
             self.timings.generation_s += time.perf_counter() - start
             yield tuple(tokens.tolist())
 
     def read_share(self) -> float:
         """Tell how much of the prompt the KV layers hold, from 0 to 1; for any thread, while the model runs."""
-        layers, n_tokens = self._cache.kv_layers, self.history.shape[1]
+        layers, n_tokens = self._cache.kv_layers, self._tokens.length
         return sum(layer.n_seen for layer in layers) / max(1, n_tokens * len(layers))
 
     def new_cache(self, specs: Sequence[KVSpec]) -> ModelCache:
@@ -194,20 +209,23 @@ class Engine:
         """Resume from a cache of one sequence that holds `n_held` tokens; the next prompt must begin with them."""
         self._cache, self.n_held, self._adopted = cache, n_held, n_held
 
-    def prefill(self, prompt: Sequence[int], n_held: int = 0) -> Tensor:
+    def prefill(self, prompt: Sequence[int], n_held: int = 0, keep_at: int = 0) -> Tensor:
         """Process a prompt, of which the cache holds the first tokens; the logits after it, `[1, V]`, finite."""
-        begin, pieces = n_held, 1
-        if begin and not self.step.takes_chunks:
-            pieces = len(prompt) - begin  # this model's code continues a state by single tokens only
-        for piece in torch.tensor(list(prompt[begin:]), dtype=torch.long).tensor_split(pieces):
-            begin += len(piece)
-            self.history = torch.tensor([list(prompt[:begin])], dtype=torch.long)
-            logits = self._advance(piece.unsqueeze(0))
+        ends = [len(prompt)]
+        if self.step.takes_chunks:
+            ends = [keep_at, *ends] if n_held < keep_at < len(prompt) else ends
+        elif n_held:  # this model's code continues a state by single tokens only
+            ends = list(range(n_held + 1, len(prompt) + 1))
+        for begin, end in pairwise([n_held, *ends]):
+            self._tokens.begin(prompt[:end])
+            logits = self._advance(self.history[:, begin:])
+            if end == keep_at:
+                self.kept = end, self._cache.stored()
         return logits
 
     def advance(self, tokens: Tensor) -> Tensor:
         """Append one token per sequence, int64 `[B]`; the logits after them, float32 `[B, V]`, finite."""
-        self.history = torch.cat([self.history, tokens.unsqueeze(1)], dim=1)
+        self._tokens.append(tokens)
         return self._advance(self.history[:, -1:])
 
     def _check(self, prompt: Sequence[int], n_predict: int, n_seqs: int) -> None:
@@ -244,7 +262,7 @@ class Engine:
         check_weights(self._model)
         while True:
             specs = raised_specs(self._cache.specs, self._guard, error)
-            self._notify(f"{error.message}; rebuilding {self.history.shape[1]} tokens at {labels_of(specs)}")
+            self._notify(f"{error.message}; rebuilding {self._tokens.length} tokens at {labels_of(specs)}")
             self.timings.n_rebuilds += 1
             self._cache = self._make_cache(specs)
             try:
@@ -261,14 +279,14 @@ class Engine:
         NonFiniteError
             From the layer where it arose, or for the logits.
         """
-        logits = self.step.forward(tokens, self._cache, self.history.shape[1] - tokens.shape[1])
-        self.n_held = self.history.shape[1]
+        logits = self.step.forward(tokens, self._cache, self._tokens.length - tokens.shape[1])
+        self.n_held = self._tokens.length
         if not is_finite(logits):
-            raise bad_logits(self._cache, self.history.shape[1])
+            raise bad_logits(self._cache, self.n_held)
         return logits
 
-    def _look_ahead(self, text: list[int], n_left: int) -> Tensor:
-        """Return the logits `[1, V]` after a text, the history's: computed with those before them if they were guessed.
+    def _look_ahead(self, n_left: int) -> Tensor:
+        """Return the logits `[1, V]` after the history: computed with those before them if they were guessed.
 
         Parameters
         ----------
@@ -278,20 +296,21 @@ class Engine:
         drafts = self._drafts
         assert drafts is not None
         try:
-            logits = drafts.take(text[-1])
+            logits = drafts.take(self._tokens.text[-1])
             if logits is None:
-                logits = self._run_ahead(drafts, text, n_left - 1)
+                logits = self._run_ahead(drafts, n_left - 1)
             if drafts.tokens:
-                self.n_held = len(text)
+                self.n_held = self._tokens.length
                 if not is_finite(logits):
-                    raise bad_logits(self._cache, len(text))
+                    raise bad_logits(self._cache, self.n_held)
         except (NonFiniteError, MismatchError) as error:
             drafts.drop()
             return self._rebuild(error)
         return logits
 
-    def _run_ahead(self, drafts: Drafts, text: list[int], n_most: int) -> Tensor:
-        """Run the text's last token, and guesses behind it; the logits after that token, `[1, V]`."""
+    def _run_ahead(self, drafts: Drafts, n_most: int) -> Tensor:
+        """Run the history's last token, and guesses behind it; return the logits after that token, `[1, V]`."""
+        text = self._tokens.text
         start = time.perf_counter()
         drafts.close(self._cache, ended=True)
         begin = time.perf_counter()

@@ -42,8 +42,9 @@ def local_models() -> list[LocalModel]:
 
 
 def model_named(name: str) -> Path | None:
-    """Return the model of that name, None if there is none."""
-    return next((model.path for model in local_models() if model.name == name), None)
+    """Return the model of that name, None if there is none; ollama's newest needs no tag."""
+    paths = {model.name: model.path for model in local_models()}
+    return paths.get(name) or paths.get(f"{name}:latest")
 
 
 def _huggingface() -> Iterator[LocalModel]:

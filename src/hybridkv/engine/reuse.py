@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from hybridkv.cache import KVTypes
 from hybridkv.engine.model_context import ModelContext
 from hybridkv.engine.prefixes import Checkpoint, PrefixStore
 from hybridkv.engine.requests import Request
@@ -102,8 +103,8 @@ class Reuse:
         cache.load(self._store.copies(checkpoint))
         return cache.stored()
 
-    def import_session(self, session: Session, path: Path) -> None:
-        """Take a file's session into the stored prefixes.
+    def import_session(self, session: Session, path: Path, types: KVTypes | None = None) -> None:
+        """Take a file's session into the stored prefixes, for requests of these types.
 
         Raises
         ------
@@ -111,19 +112,23 @@ class Reuse:
             If there is no room for it, or the model cannot resume from it.
         """
         if self._chunk is None:
-            raise SessionError("this model's code takes a prompt at once and cannot resume from a session")
+            raise SessionError(
+                "this model's code takes a prompt at once and cannot resume from a session",
+                hint="`hybridkv run --session` resumes its own sessions",
+            )
         end: Checkpoint | None = None
         notice = None
         for part in (session.rewound(), session):
             if part is not None:
-                held, specs = part.tokens[: part.n_cached], self._context.specs
+                held, specs = part.tokens[: part.n_cached], self._context.specs_of(types)
                 cache, notice = resume(part, specs, partial(self._context.new_cache, n_ctx=len(held)))
                 # Rows that are encoded again are not sure to be those of the earlier place: each has its own then.
                 end = self._store.add(specs, held, cache, end if notice is None else None)
         if end is None or end.end < session.n_cached:
             raise SessionError(
                 f"no room for the {session.n_cached} tokens of {path}: stored prefixes may take "
-                f"{self._store.budget_bytes} bytes"
+                f"{self._store.budget_bytes} bytes",
+                hint="give stored prefixes more memory",
             )
         if notice is not None:
             self._context.notify(notice)

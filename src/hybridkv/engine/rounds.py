@@ -1,7 +1,7 @@
 """What several sequences decode together: one run of the model, and the tokens that it gives each of them.
 
 Owns the order: guesses are made, everything runs at once, and then every sequence draws as long as what it drew was
-guessed. `hybridkv.engine.scheduler` draws and hands out.
+guessed. A prompt goes in alone, a chunk at a time. `hybridkv.engine.scheduler` draws and hands out.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from hybridkv.engine.model_context import bad_logits
 from hybridkv.engine.pace import Costs
 from hybridkv.engine.running_sequence import RunningSequence
+from hybridkv.errors import HybridKVError
 from hybridkv.policy import MismatchError, NonFiniteError
 from hybridkv.runtime import DraftStep, Fault, Step, finite_rows
 
@@ -60,6 +61,33 @@ def run_next(step: Step, batch: Sequence[RunningSequence], costs: Costs) -> None
         sequence.drafts.open(own, answers, first_row)
         first_row += len(own)
     costs.note(n_rows, time.perf_counter() - start)
+
+
+def run_prompt(step: Step, sequence: RunningSequence, end: int) -> Tensor:
+    """Run a prompt's next tokens, up to `end`; return the logits after them, `[1, V]`."""
+    assert sequence.cache is not None
+    begin = sequence.position
+    tokens = torch.tensor([sequence.history[begin:end]])
+    if not sequence.handle.request.score_prompt:
+        return step.forward(tokens, sequence.cache, begin)
+    rows = step.logits(tokens, sequence.cache, begin)[0]
+    sequence.score(rows, begin)
+    return rows[-1:]
+
+
+def ask_steering(
+    batch: Sequence[RunningSequence], logits: Tensor
+) -> tuple[list[RunningSequence], Tensor, list[tuple[RunningSequence, HybridKVError]]]:
+    """Ask each sequence's steering which tokens may come: those that may draw, their logits, those that cannot say."""
+    kept, lost = [], []
+    for index, sequence in enumerate(batch):
+        try:
+            sequence.sampler.steer()
+        except HybridKVError as error:
+            lost.append((sequence, error))
+        else:
+            kept.append(index)
+    return [batch[i] for i in kept], logits if not lost else logits[kept], lost
 
 
 def take_next(batch: Sequence[RunningSequence]) -> Taken:

@@ -1,7 +1,7 @@
 """From logits to the next token: llama.cpp's filters in its order, and a seeded draw.
 
 The order: what a grammar or a budget allows, logit bias, penalties, DRY, top-n-sigma, top-k, typical, top-p, min-p,
-XTC, temperature. `hybridkv.engine.filters` holds each.
+XTC, temperature. `hybridkv.engine.filters` holds each; `hybridkv.engine.sampler_order` reads other orders.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from hybridkv.engine import filters
 from hybridkv.engine.filters import Tokens
 from hybridkv.errors import UsageError
 from hybridkv.kernels.threads import torch_on_one_thread
+
+FILTERS = ("top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")
+"""What comes behind the penalties, by llama.cpp's names and in its order."""
 
 Histories = Sequence[Tokens] | npt.NDArray[np.int64]
 
@@ -70,6 +73,8 @@ class SamplingParams:
         Tokens that no repetition reaches across.
     xtc_probability, xtc_threshold
         How often all tokens above the threshold but the least likely of them are taken out.
+    order
+        Of the filters behind the penalties, and of the temperature.
     """
 
     temp: float = 0.8
@@ -91,6 +96,7 @@ class SamplingParams:
     dry_breakers: frozenset[int] = frozenset()
     xtc_probability: float = 0.0
     xtc_threshold: float = 0.1
+    order: tuple[str, ...] = FILTERS
 
     def __post_init__(self) -> None:
         # Beyond these temperatures logits / temp leaves float32.
@@ -286,15 +292,11 @@ def _draw_alike(samplers: Sequence[Sampler], p: SamplingParams, logits: Tensor) 
     """Draw one token for each of several samplers of the same parameters."""
     if p.temp == 0 and not p.moves_the_likeliest:
         return _largest(logits)
-    kept, ids = _kept(logits.float().cpu(), p)
-    if p._excludes:
-        rows = [i for i, sampler in enumerate(samplers) if sampler.excludes()]
-        if rows:
-            kept[rows] = filters.xtc(kept[rows], p.xtc_threshold)
+    kept, ids = _kept(samplers, p, logits.float().cpu())
     if p.temp == 0:
         places = kept.argmax(-1).tolist()
     else:
-        probabilities = torch.softmax(kept / p.temp, -1)
+        probabilities = torch.softmax(kept, -1)
         places = [sampler.pick(probabilities[i]) for i, sampler in enumerate(samplers)]
     return places if ids is None else [int(ids[i, place]) for i, place in enumerate(places)]
 
@@ -306,19 +308,27 @@ def _largest(logits: Tensor) -> list[int]:
     return [int(token) for token in np.argmax(logits.float().numpy(), -1)]
 
 
-def _kept(logits: Tensor, p: SamplingParams) -> tuple[Tensor, Tensor | None]:
-    """Filter logits `[B, N]`: set tokens that may not be drawn to -inf; also give the ids where N is less than all."""
+def _kept(samplers: Sequence[Sampler], p: SamplingParams, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Logits `[B, N]` with the tokens that may not be drawn at -inf, and their ids where N is less than all."""
     ids = None
-    if p.top_n_sigma > 0:
-        logits = filters.top_n_sigma(logits, p.top_n_sigma)
-    if 0 < p.top_k < logits.shape[-1]:
-        logits, ids = logits.topk(p.top_k)
-    if p.typical_p < 1:
-        logits = filters.typical(logits, p.typical_p)
-    if p.top_p < 1:
-        logits = filters.top_p(logits, p.top_p)
-    if p.min_p > 0:
-        logits = filters.min_p(logits, p.min_p)
+    for name in p.order:
+        if name == "top_n_sigma" and p.top_n_sigma > 0:
+            logits = filters.top_n_sigma(logits, p.top_n_sigma)
+        elif name == "top_k" and 0 < p.top_k < logits.shape[-1]:
+            logits, ids = logits.topk(p.top_k)
+        elif name == "typ_p" and p.typical_p < 1:
+            logits = filters.typical(logits, p.typical_p)
+        elif name == "top_p" and p.top_p < 1:
+            logits = filters.top_p(logits, p.top_p)
+        elif name == "min_p" and p.min_p > 0:
+            logits = filters.min_p(logits, p.min_p)
+        elif name == "xtc" and p._excludes:
+            rows = [i for i, sampler in enumerate(samplers) if sampler.excludes()]
+            if rows:
+                logits = logits.clone()
+                logits[rows] = filters.xtc(logits[rows], p.xtc_threshold)
+        elif name == "temperature" and p.temp > 0:
+            logits = logits / p.temp
     return logits, ids
 
 

@@ -7,29 +7,28 @@ sees another's state; the step brings them together only where weights are read.
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from hybridkv.cache import KVSpec
+from hybridkv.cache import KVSpec, KVTypes
 from hybridkv.engine.admission import Admission, is_out_of_memory
 from hybridkv.engine.counters import SchedulerCounters
 from hybridkv.engine.drafts import Drafts
+from hybridkv.engine.intake import Intake
 from hybridkv.engine.ladder import check_weights, labels_of, raised_specs
 from hybridkv.engine.model_context import ModelContext, bad_logits
 from hybridkv.engine.pace import Costs
 from hybridkv.engine.prefixes import PrefixStore
 from hybridkv.engine.requests import Event, Request, RequestHandle, SchedulerStats
 from hybridkv.engine.reuse import Reuse
-from hybridkv.engine.rounds import run_next, take_next
+from hybridkv.engine.rounds import ask_steering, run_next, run_prompt, take_next
 from hybridkv.engine.running_sequence import RunningSequence
 from hybridkv.engine.sampling import draw_each
 from hybridkv.engine.session import Message, load_session, save_session
@@ -43,6 +42,9 @@ from hybridkv.runtime import ModelCache, Step, is_finite
 
 MAX_PARALLEL = 256
 """Sequences that may run at once; the native step's buffers hold a row for each."""
+
+PREFILL_CHUNK = 256
+"""Most prompt tokens in one iteration, unless a scheduler is told otherwise."""
 
 T = TypeVar("T")
 
@@ -71,7 +73,8 @@ class Scheduler:
     prefix_bytes
         What stored prefixes may take beside that; 0 stores none.
     prefill_chunk
-        Most prompt tokens in one iteration, while which the others wait.
+        Most prompt tokens in one iteration, while which the others wait; None for `PREFILL_CHUNK`, or `n_ctx` if
+        less.
     max_waiting
         Requests that may wait to begin.
     speculation
@@ -90,15 +93,16 @@ class Scheduler:
         step: Step | None = None,
         memory_bytes: int | None = None,
         prefix_bytes: int = 0,
-        prefill_chunk: int = 256,
+        prefill_chunk: int | None = None,
         max_waiting: int = 64,
         speculation: Speculation | None = None,
     ) -> None:
+        prefill_chunk = min(PREFILL_CHUNK, n_ctx) if prefill_chunk is None else prefill_chunk
         for name, value, most in (("n_parallel", n_parallel, MAX_PARALLEL), ("prefill_chunk", prefill_chunk, n_ctx)):
             if not 1 <= value <= most:
                 raise UsageError(f"{name} {value}; allowed: 1 to {most}")
         self._context = ModelContext(model, specs, n_ctx=n_ctx, guard=guard, notify=notify)
-        self._n_parallel, self._max_waiting = n_parallel, max_waiting
+        self._n_parallel = n_parallel
         self.step_of_model = resolve_step(model.config, self._context.device)(model) if step is None else step
         self._chunk = prefill_chunk if self.step_of_model.takes_chunks else None
         self._speculation = None if speculation is None or rejects_drafts(self.step_of_model) else speculation
@@ -114,13 +118,9 @@ class Scheduler:
         )
         self.prefixes = PrefixStore(prefix_bytes)
         self._reuse = Reuse(self._context, self.prefixes, self._chunk)
-        self._waiting: deque[RunningSequence] = deque()
+        self._intake = Intake(max_waiting)
         self._running: tuple[RunningSequence, ...] = ()
         self._turn = 0
-        self._commands: deque[tuple[Future[Any], Callable[[], None]]] = deque()
-        self._changed = threading.Condition()
-        self._n_submitted = 0
-        self._open, self._stopped = True, False
         self._counters = SchedulerCounters()
 
     # ---- From any thread.
@@ -143,24 +143,23 @@ class Scheduler:
         self._context.check_ids(request)
         specs = self._context.specs_of(request.types)
         planned = self.admission.check(specs, len(request.prompt_ids), request.max_tokens)
-        with self._changed:
-            if not self._open:
-                raise AdmissionError("the scheduler is shutting down and takes no more requests", reason="closed")
-            if len(self._waiting) >= self._max_waiting:
-                raise AdmissionError(
-                    f"{len(self._waiting)} requests wait already, as many as may",
-                    reason="queue_full",
-                    planned_bytes=planned,
-                    budget_bytes=self.admission.budget_bytes,
-                    n_tokens=len(request.prompt_ids) + request.max_tokens,
-                    most_tokens=self.admission.most_tokens(specs),
-                    hint="try again later",
-                )
-            self._n_submitted += 1
-            handle = RequestHandle(self._n_submitted, request, listener)
-            self._waiting.append(RunningSequence(handle, specs, specs, planned, self._reuse.wanted(request)))
-            self._changed.notify()
-        return handle
+
+        def make(number: int) -> RunningSequence:
+            handle = RequestHandle(number, request, listener)
+            return RunningSequence(handle, specs, specs, planned, self._reuse.wanted(request))
+
+        def refusal(n_waiting: int) -> AdmissionError:
+            return AdmissionError(
+                f"{n_waiting} requests wait already, as many as may",
+                reason="queue_full",
+                planned_bytes=planned,
+                budget_bytes=self.admission.budget_bytes,
+                n_tokens=len(request.prompt_ids) + request.max_tokens,
+                most_tokens=self.admission.most_tokens(specs),
+                hint="try again later",
+            )
+
+        return self._intake.take(make, refusal)
 
     def stats(self) -> SchedulerStats:
         """Count what was done up to now, and what runs at this moment."""
@@ -168,7 +167,7 @@ class Scheduler:
         caches = [s.cache for s in running if s.cache is not None]
         return self._counters.stats(
             running=len(running),
-            waiting=len(self._waiting),
+            waiting=len(self._intake),
             kv_bytes=sum(cache.kv_bytes for cache in caches),
             kv_bytes_used=sum(cache.kv_bytes_used for cache in caches),
             state_bytes=sum(cache.state_bytes for cache in caches),
@@ -200,10 +199,15 @@ class Scheduler:
         save_session(path, replace(session, messages=messages), self._context.model)
         return session.n_cached
 
-    def restore(self, path: Path) -> tuple[int, ...]:
+    def restore(self, path: Path, types: KVTypes | None = None) -> tuple[int, ...]:
         """Read a session file into the stored prefixes; its tokens, with which a prompt has to begin.
 
         For any thread but the scheduler's own. Rows of other types are converted, and `notify` says so.
+
+        Parameters
+        ----------
+        types
+            Of the requests that resume from it; None for those that do not say.
 
         Raises
         ------
@@ -211,16 +215,12 @@ class Scheduler:
             If the file is not a session of this model, or has no room among the stored prefixes.
         """
         session = load_session(path, self._context.model)
-        self.call(lambda: self._reuse.import_session(session, path)).result()
+        self.call(lambda: self._reuse.import_session(session, path, types)).result()
         return session.tokens
 
     def shutdown(self, *, drain: bool) -> None:
         """Take no more requests; finish those that are there, or cancel them. `run_forever` then returns."""
-        with self._changed:
-            self._open = False
-            for sequence in () if drain else (*self._running, *self._waiting):
-                sequence.handle.cancel()
-            self._changed.notify()
+        self._intake.close(None if drain else lambda: self._running)
 
     def call(self, work: Callable[[], T]) -> Future[T]:
         """Have something done between two iterations, on the scheduler's thread.
@@ -230,24 +230,7 @@ class Scheduler:
         AdmissionError
             If the scheduler has stopped.
         """
-        future: Future[T] = Future()
-
-        def run() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(work())
-                except HybridKVError as error:
-                    future.set_exception(error)
-                except BaseException as error:
-                    future.set_exception(error)
-                    raise
-
-        with self._changed:
-            if self._stopped:
-                raise AdmissionError("the scheduler has stopped", reason="closed")
-            self._commands.append((future, run))
-            self._changed.notify()
-        return future
+        return self._intake.call(work)
 
     # ---- On the scheduler's thread.
 
@@ -257,29 +240,17 @@ class Scheduler:
         Whatever goes wrong here ends all sequences with an error event before it is raised.
         """
         try:
-            while True:
-                if self.step():
-                    continue
-                with self._changed:
-                    if not (self._open or self._waiting or self._running or self._commands):
-                        return
-                    self._changed.wait_for(lambda: self._waiting or self._commands or not self._open)
+            while self.step() or self._intake.wait():
+                pass
         finally:
-            with self._changed:
-                self._open, self._stopped = False, True
-                left = (*self._running, *self._waiting)
-                self._waiting.clear()
-            for future, _ in self._commands:
-                future.cancel()
-            for sequence in left:
+            for sequence in (*self._running, *self._intake.stop()):
                 sequence.reuses = False
                 self._end(sequence, Event(finished="error", message="the scheduler has stopped"))
 
     @torch.inference_mode()
     def step(self) -> bool:
         """Run one iteration; return False if there was nothing to run."""
-        while self._commands:
-            self._commands.popleft()[1]()
+        self._intake.run_commands()
         self._drop_cancelled()
         self._admit()
         if not self._running:
@@ -301,20 +272,15 @@ class Scheduler:
         return chosen
 
     def _drop_cancelled(self) -> None:
-        with self._changed:
-            gone = [s for s in self._waiting if s.handle.cancelled]
-            self._waiting = deque(s for s in self._waiting if not s.handle.cancelled)
-        for sequence in (*gone, *(s for s in self._running if s.handle.cancelled)):
+        for sequence in (*self._intake.drop_cancelled(), *(s for s in self._running if s.handle.cancelled)):
             self._end(sequence, Event(finished="cancelled"))
 
     def _admit(self) -> None:
         """Let waiting sequences begin in their order, as far as there are places and bytes."""
         while len(self._running) < self._n_parallel:
-            with self._changed:
-                if not self._waiting or not self._fits(self._waiting[0]):
-                    return
-                sequence = self._waiting.popleft()
-                self._running = (*self._running, sequence)
+            sequence = self._intake.pop(self._fits, self._enter)
+            if sequence is None:
+                return
             try:
                 self._begin(sequence)
             except (HybridKVError, MemoryError, RuntimeError) as error:
@@ -323,6 +289,12 @@ class Scheduler:
     def _fits(self, sequence: RunningSequence) -> bool:
         budget = self.admission.budget_bytes
         return budget is None or sum(s.planned_bytes for s in self._running) + sequence.planned_bytes <= budget
+
+    def _enter(self, sequence: RunningSequence) -> None:
+        self._running = (*self._running, sequence)
+
+    def _leave(self, sequence: RunningSequence) -> None:
+        self._running = tuple(s for s in self._running if s is not sequence)
 
     def _begin(self, sequence: RunningSequence) -> None:
         """Give a sequence its cache."""
@@ -357,13 +329,7 @@ class Scheduler:
         cache, begin, end = sequence.cache, sequence.position, sequence.chunk_end(self._chunk)
         assert cache is not None
         try:
-            tokens = torch.tensor([sequence.history[begin:end]])
-            if sequence.handle.request.score_prompt:
-                rows = self.step_of_model.logits(tokens, cache, begin)[0]
-                sequence.score(rows, begin)
-                logits = rows[-1:]
-            else:
-                logits = self.step_of_model.forward(tokens, cache, begin)
+            logits = run_prompt(self.step_of_model, sequence, end)
             if not is_finite(logits):
                 sequence.position = end
                 raise bad_logits(cache, end)
@@ -385,7 +351,9 @@ class Scheduler:
 
     def _draw(self, batch: Sequence[RunningSequence], logits: Tensor) -> list[RunningSequence]:
         """Draw and hand out the next token of each, from finite logits `[N, V]`; the sequences that drew."""
-        batch, logits = self._steered(batch, logits)
+        batch, logits, lost = ask_steering(batch, logits)
+        for sequence, error in lost:
+            self._fail(sequence, error)
         drawn = draw_each([s.sampler for s in batch], logits, [s.seen for s in batch])
         for index, (sequence, token) in enumerate(zip(batch, drawn, strict=True)):
             self._counters.generated_tokens += 1
@@ -395,18 +363,6 @@ class Scheduler:
                 self._retire(sequence)
             sequence.handle.put(event)
         return batch
-
-    def _steered(self, batch: Sequence[RunningSequence], logits: Tensor) -> tuple[list[RunningSequence], Tensor]:
-        """Ask each sequence's steering which tokens may come; one that cannot say ends alone."""
-        kept = []
-        for index, sequence in enumerate(batch):
-            try:
-                sequence.sampler.steer()
-            except HybridKVError as error:
-                self._fail(sequence, error)
-            else:
-                kept.append(index)
-        return [batch[i] for i in kept], logits if len(kept) == len(batch) else logits[kept]
 
     # ---- Ends.
 
@@ -440,9 +396,8 @@ class Scheduler:
 
     def _requeue(self, sequence: RunningSequence, specs: tuple[KVSpec, ...], planned_bytes: int) -> None:
         sequence.start_over(specs, planned_bytes)
-        with self._changed:
-            self._running = tuple(s for s in self._running if s is not sequence)
-            self._waiting.appendleft(sequence)
+        self._intake.put_back(sequence)
+        self._leave(sequence)
 
     def _fail(self, sequence: RunningSequence, error: Exception) -> None:
         """End one sequence with an error; what is not an error of its own ends them all.
@@ -474,5 +429,4 @@ class Scheduler:
         if sequence.reuses and sequence.cache is not None and not sequence.prefills:
             self._reuse.leave(sequence)
         sequence.cache = None
-        with self._changed:
-            self._running = tuple(s for s in self._running if s is not sequence)
+        self._leave(sequence)

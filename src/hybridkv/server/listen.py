@@ -76,11 +76,16 @@ class _Server(uvicorn.Server):
     """uvicorn's server, which drains before it closes."""
 
     def __init__(
-        self, config: uvicorn.Config, state: GateState, stop_now: Callable[[], None], alive: Callable[[], bool]
+        self,
+        config: uvicorn.Config,
+        state: GateState,
+        draining: Callable[[int], None],
+        stop_now: Callable[[], None],
+        alive: Callable[[], bool],
     ) -> None:
         super().__init__(config)
-        self._state, self._stop_now, self._alive = state, stop_now, alive
-        self.stopped_at_once = False
+        self._state, self._draining, self._stop_now, self._alive = state, draining, stop_now, alive
+        self._said = self.stopped_at_once = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's own signature
         """Handle signals: the first drains, the second ends."""
@@ -93,6 +98,9 @@ class _Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Decide whether to close: nothing is being answered and nothing more shall be, or nobody is left to answer."""
         drained = self._state.stopping and not self._state.in_flight
+        if self._state.stopping and not (drained or self._said):
+            self._said = True  # here, since a signal may come in the middle of a line that is being written
+            self._draining(self._state.in_flight)
         return await super().on_tick(counter) or drained or not self._alive()
 
 
@@ -102,6 +110,7 @@ def run(
     state: GateState,
     *,
     ready: Callable[[], None],
+    draining: Callable[[int], None],
     stop_now: Callable[[], None],
     alive: Callable[[], bool],
 ) -> bool:
@@ -117,6 +126,8 @@ def run(
         Of the gate in `app`.
     ready
         Called once the socket listens.
+    draining
+        Called after the first signal with the number of requests that are still answered, if there are any.
     stop_now
         Called if what runs shall not finish.
     alive
@@ -143,7 +154,7 @@ def run(
         server_header=False,
         timeout_keep_alive=75,
     )
-    server = _Server(config, state, stop_now, alive)
+    server = _Server(config, state, draining, stop_now, alive)
     ready()
     server.run(sockets=[listener])
     return not server.stopped_at_once

@@ -72,6 +72,18 @@ def _one_of(*names: str) -> Fragment:
 
 _FORMATS = ("response_format", "grammar", "regex", "json_schema")
 _TOGETHER: Fragment = {"allOf": [_either(absent="stream_options", given="stream")]}
+_COMPLETION_TOGETHER: Fragment = {
+    "allOf": [
+        *_TOGETHER["allOf"],
+        _one_of(*_FORMATS),  # not of chats too: schemathesis gives up on so many at once
+        {
+            "anyOf": [
+                {"properties": {"echo": {"enum": [None, False]}}},
+                {"properties": {"suffix": {"enum": [None, ""]}}},
+            ]
+        },
+    ]
+}
 _CHAT_TOGETHER: Fragment = {
     "allOf": [
         *_TOGETHER["allOf"],
@@ -173,7 +185,7 @@ Prompt = str | list[TokenId]
 class CompletionRequest(Common):
     """The body of `/v1/completions`."""
 
-    model_config = Strict.model_config | {"json_schema_extra": _TOGETHER}
+    model_config = Strict.model_config | {"json_schema_extra": _COMPLETION_TOGETHER}
 
     prompt: Annotated[
         list[Prompt],

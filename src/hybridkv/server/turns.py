@@ -48,6 +48,7 @@ def _content(turn: dict[str, Any]) -> Iterator[str]:
     parts: list[Any] = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
+        kind = kind if isinstance(kind, str) else None
         if isinstance(part, str):
             parts.append({"type": "text", "text": part})
         elif kind in _TEXTS and isinstance(part.get(_TEXTS[kind]), str):

@@ -304,6 +304,11 @@ class Covered:
         at = self.covered.rfind(self.cover.cover(text)) if text else -1
         return None if at < 0 else at
 
+    def after_last(self, text: str) -> list[int]:
+        """Token ids of what the template writes behind the last place of a text that somebody wrote."""
+        at = self.find_last(text)
+        return [] if at is None else self.ids(at + len(self.cover.cover(text)))
+
     def followed_by(self, text: str) -> Covered:
         """Put text that somebody wrote behind the prompt; it holds no stand-in."""
         return Covered(self.covered + self.cover.cover(text), self.cover)

@@ -70,7 +70,7 @@ MACHINE: tuple[Row, ...] = (
     note("-lm --load-mode", "GGUF files are mapped; --no-mmap and --mlock change that", env="LLAMA_ARG_LOAD_MODE"),
     note("-lzm --lazy-mode", "mapped weights are read when they are used", env="LLAMA_ARG_LAZY_MODE"),
     same("--no-mmap", takes="", env="LLAMA_ARG_NO_MMAP"),
-    note("--mmap", "GGUF files are mapped unless --no-mmap is given", takes="", env="LLAMA_ARG_MMAP"),
+    same("--mmap", takes="", env="LLAMA_ARG_MMAP"),
     same("--mlock", takes="", env="LLAMA_ARG_MLOCK"),
     note("-dio --direct-io -ndio --no-direct-io", "GGUF files are mapped", takes="", env="LLAMA_ARG_DIO"),
     note("-thp --transparent-huge-pages", "the operating system decides on pages", takes=""),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from hybridkv.cli.llama_cpp.record import Row, note, refused, same
 
 _SAMPLER = "this sampler is not here; --temp, --top-k, --top-p, --min-p, penalties, DRY, XTC and typical are"
-_ORDER = "the order is llama.cpp's own: penalties, DRY, top-n-sigma, top-k, typical, top-p, min-p, XTC, temperature"
 _OF_SAMPLER = "of a sampler that is not here"
 _CHAT = "in a chat the model's template does this"
 _WORDS = "words are neither banned nor listed here"
@@ -92,14 +91,8 @@ TEXT: tuple[Row, ...] = (
     note("--adaptive-decay", _OF_SAMPLER),
     note("--adaptive-updt-w-cur", _OF_SAMPLER, takes=""),
     same("-l --logit-bias"),
-    refused(
-        "--samplers",
-        _ORDER,
-    ),
-    refused(
-        "--sampler-seq --sampling-seq",
-        _ORDER,
-    ),
+    same("--samplers"),
+    same("--sampler-seq --sampling-seq"),
     note("-bs --backend-sampling", "tokens are drawn on the CPU", takes="", env="LLAMA_ARG_BACKEND_SAMPLING"),
     same("--grammar", "GBNF, or Lark"),
     same("--grammar-file"),

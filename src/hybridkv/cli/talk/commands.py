@@ -29,12 +29,15 @@ class Command:
         What it takes, for the help; "" for nothing.
     run
         Does it; gives the pieces of an answer, if it makes one.
+    others
+        What other programs call it.
     """
 
     name: str
     value: str
     text: str
     run: Callable[[Talk, Screen, str], Pieces | None]
+    others: tuple[str, ...] = ()
 
 
 def _help(talk: Talk, screen: Screen, value: str) -> None:
@@ -42,7 +45,8 @@ def _help(talk: Talk, screen: Screen, value: str) -> None:
     width = max(len(f"{c.name} {c.value}") for c in COMMANDS)
     for c in COMMANDS:
         screen.say(f"{f'{c.name} {c.value}':{width}}  {c.text}")
-    screen.say("Enter sends, Alt-Enter begins a new line, Ctrl-C stops an answer, Ctrl-D leaves.")
+    screen.say('Enter sends, Alt-Enter begins a new line, Ctrl-C stops an answer, Ctrl-D leaves; """ begins and ends')
+    screen.say("a message of several lines.")
 
 
 def _system(talk: Talk, screen: Screen, value: str) -> None:
@@ -125,9 +129,9 @@ def _quit(talk: Talk, screen: Screen, value: str) -> None:
 
 
 COMMANDS: tuple[Command, ...] = (
-    Command("/help", "", "show this", _help),
+    Command("/help", "", "show this", _help, ("/?",)),
     Command("/system", "[TEXT]", "set the system message, or show it; - takes it away", _system),
-    Command("/regen", "", "answer the last question anew", _regenerate),
+    Command("/regen", "", "answer the last question anew", _regenerate, ("/regenerate", "/retry")),
     Command("/tool", "TEXT", "say what a tool has answered to the last answer's call", _tool),
     Command("/type", "[TYPE]", "store the cache as q4_0, or q8_0/q4_0 for K and V", _type),
     Command("/stats", "", "show what the last answer took", _stats),
@@ -135,8 +139,8 @@ COMMANDS: tuple[Command, ...] = (
     Command("/think", "", "show the last thoughts", _think),
     Command("/save", "FILE", "write the conversation and its cache", _save),
     Command("/load", "FILE", "resume a saved conversation", _load),
-    Command("/reset", "", "forget all turns", _reset),
-    Command("/quit", "", "leave, as Ctrl-D does", _quit),
+    Command("/reset", "", "forget all turns", _reset, ("/clear", "/new")),
+    Command("/quit", "", "leave, as Ctrl-D does", _quit, ("/exit", "/bye")),
 )
 
 
@@ -150,7 +154,7 @@ def command(line: str, talk: Talk, screen: Screen) -> Pieces | None:
     """
     word, _, value = line.partition(" ")
     for c in COMMANDS:
-        if c.name == word:
+        if word == c.name or word in c.others:
             return c.run(talk, screen, value.strip())
     raise UsageError(
         f"no command {word}", hint="/help lists them; a message that begins with / takes a space before it"

@@ -18,6 +18,8 @@ from hybridkv.errors import HybridKVError
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
 
+_QUOTES = '"""'
+
 
 def converse(talk: Talk, screen: Screen, first: str | None, *, after: Callable[[], None] = lambda: None) -> int:
     """Answer a first message, if there is one, and then what is typed; the exit code.
@@ -37,7 +39,7 @@ def converse(talk: Talk, screen: Screen, first: str | None, *, after: Callable[[
     screen.say("/help lists commands; Ctrl-D leaves")
     while True:
         try:
-            line = session.prompt("> ")
+            line = read_message(session.prompt)
         except KeyboardInterrupt:  # clears the line, as a shell does
             continue
         except EOFError:
@@ -53,6 +55,18 @@ def converse(talk: Talk, screen: Screen, first: str | None, *, after: Callable[[
             return 0
         except HybridKVError as error:
             print(f"error: {error}", file=sys.stderr)
+
+
+def read_message(prompt: Callable[[str], str]) -> str:
+    """Read a line, or the lines between two triple quotes, as ollama has them."""
+    line = prompt("> ")
+    if not line.lstrip().startswith(_QUOTES):
+        return line
+    lines = [line.lstrip().removeprefix(_QUOTES)]
+    while _QUOTES not in lines[-1]:
+        lines.append(prompt("  "))
+    lines[-1] = lines[-1].partition(_QUOTES)[0]
+    return "\n".join(lines).strip("\n")
 
 
 def _show(talk: Talk, screen: Screen, pieces: Pieces) -> bool:

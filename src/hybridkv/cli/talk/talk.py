@@ -113,7 +113,7 @@ class Talk:
         self.model, self.tokenizer = model, tokenizer
         self._words = ControlWords(tokenizer)
         self.messages: list[dict[str, str]] = []
-        self.types = self._own_types = types
+        self.types = types
         self._asked_types: KVTypes | None = None
         self.last: Answered | None = None
         self.handle: RequestHandle | None = None
@@ -191,7 +191,7 @@ class Talk:
         if self.messages and self.messages[-1]["role"] == "assistant":
             self.messages.pop()
         if not self.messages or self.messages[-1]["role"] not in ("user", "tool"):
-            raise UsageError("nothing was asked yet")
+            raise UsageError("nothing was asked yet", hint="ask something first")
         return self._answer(regenerates=True)
 
     def stop(self) -> None:
@@ -315,7 +315,7 @@ class Talk:
         """
         handle = self.handle
         if handle is None:
-            raise UsageError("nothing was answered yet: there is nothing to save")
+            raise UsageError("nothing was answered yet: there is nothing to save", hint="ask something first")
         messages = tuple(self.messages)
         return self._aside(lambda: self.scheduler.save(handle, path, messages))
 
@@ -329,11 +329,12 @@ class Talk:
         """
         session = load_session(path, self.model)
         if not session.messages:
-            raise UsageError(f"{path} holds plain text, not a conversation")
-        self._aside(lambda: self.scheduler.restore(path))
+            raise UsageError(
+                f"{path} holds plain text, not a conversation", hint="`hybridkv run --session` continues it"
+            )
+        self._aside(lambda: self.scheduler.restore(path, self._asked_types))
         self.messages = [dict(message) for message in session.messages]
         self.last, self.handle = None, None
-        self.types, self._asked_types = self._own_types, None  # its rows are stored so now
         self._asked, self._held = None, session.tokens[: session.n_cached]
 
     def _aside(self, work: Callable[[], T]) -> T:
