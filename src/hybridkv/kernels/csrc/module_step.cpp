@@ -97,7 +97,7 @@ Gate gate_named(const std::string& kind) {
 
 class Program {
 public:
-    Program() = default;
+    explicit Program(bool int8) : activations_(int8 ? Activations::int8 : Activations::int16) {}
     Program(const Program&) = delete;
     Program& operator=(const Program&) = delete;
 
@@ -189,7 +189,7 @@ public:
         }
         Journal* journal = before.empty() ? nullptr : &journal_;
         StepRun run{isa_named(isa), !separate.empty(), separate.empty() ? n_tokens : 1, std::move(spans), n_rows, {},
-                    pointers(states), pointers(before), attended, journal, n_threads};
+                    pointers(states), pointers(before), attended, journal, n_threads, activations_};
         for (const auto& [cos, sin] : angles) {
             run.angles.push_back({reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin)});
         }
@@ -224,6 +224,7 @@ private:
     // Runs all operations.
     void run_all(const StepRun& run) { run_step(ops_, 0, ops_.size(), run, seconds_.empty() ? nullptr : seconds_.data()); }
 
+    Activations activations_;
     std::vector<Op> ops_;
     Journal journal_;
     std::vector<double> seconds_;  // while operations are timed
@@ -312,7 +313,7 @@ private:
 
 void bind_step(nb::module_& m) {
     nb::class_<Program>(m, "Program")
-        .def(nb::init<>())
+        .def(nb::init<bool>())
         .def("linear", &Program::linear)
         .def("experts", &Program::experts)
         .def("norm", &Program::norm)
