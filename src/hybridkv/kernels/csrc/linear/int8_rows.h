@@ -167,37 +167,19 @@ inline __attribute__((always_inline)) void lanes_of_nibbles(const I (&row)[4], I
     out[3] = _mm256_unpackhi_epi64(b, d);
 }
 
-// 32 bytes are the low nibbles of a group and the high ones of the next: the lower half of a result is its vector `v` of
-// the even, or odd, groups, the upper half `v` + 4.
-inline __attribute__((always_inline)) void levels_of_pairs(const uint8_t* p, I (&out)[kVectors]) {
-    const I rows[4] = {load_bytes(p), load_bytes(p + 32), load_bytes(p + 64), load_bytes(p + 96)};
-    I both[4];
-    lanes_of_nibbles(rows, both);
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) {
-        const I low = mask(both[v], 15), high = mask(shift<-4>(both[v]), 15);
-        out[v] = _mm256_permute2x128_si256(low, high, 0x20);
-        out[v + 4] = _mm256_permute2x128_si256(low, high, 0x31);
-    }
-}
-
+// 32 bytes are the low nibbles of a group and the high ones of the next.
 template <>
 struct Levels<Q4_K> {
     static inline __attribute__((always_inline)) void get(const uint8_t* b, I (&out)[kVectors], int = kSteps) {
-        levels_of_pairs(b + 16, out);
-    }
-};
-
-// Bit g of a byte is the fifth of group g.
-template <>
-struct Levels<Q5_K> {
-    static inline __attribute__((always_inline)) void get(const uint8_t* b, I (&out)[kVectors], int = kSteps) {
-        levels_of_pairs(b + 48, out);
-        const I groups = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) {
-            const I fifth = mask(_mm256_srlv_epi32(Simd::set1i(b + 16 + 4 * v), groups), 1);
-            out[v] = _mm256_or_si256(out[v], shift<4>(fifth));
+        const uint8_t* p = b + 16;
+        const I rows[4] = {load_bytes(p), load_bytes(p + 32), load_bytes(p + 64), load_bytes(p + 96)};
+        I both[4];  // halves: vector `v` of four groups, and `v` + 4
+        lanes_of_nibbles(rows, both);
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) {
+            const I low = mask(both[v], 15), high = mask(shift<-4>(both[v]), 15);
+            out[v] = _mm256_permute2x128_si256(low, high, 0x20);
+            out[v + 4] = _mm256_permute2x128_si256(low, high, 0x31);
         }
     }
 };
