@@ -189,7 +189,7 @@ public:
         }
         Journal* journal = before.empty() ? nullptr : &journal_;
         StepRun run{isa_named(isa), !separate.empty(), separate.empty() ? n_tokens : 1, std::move(spans), n_rows, {},
-                    pointers(states), pointers(before), attended, journal, n_threads, activations_};
+                    pointers(states), pointers(before), attended, journal, activations_, n_threads};
         for (const auto& [cos, sin] : angles) {
             run.angles.push_back({reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin)});
         }
@@ -213,7 +213,7 @@ public:
             n_rows += n_tokens;
         }
         std::vector<AttendCall> none;
-        const StepRun run{isa_named(isa), true, 1, std::move(spans), n_rows, {}, pointers(states), {}, none, nullptr, n_threads};
+        const StepRun run{isa_named(isa), true, 1, std::move(spans), n_rows, {}, pointers(states), {}, none, nullptr, activations_, n_threads};
         nb::gil_scoped_release unlocked;
         replay_states(journal_, run);
     }
@@ -242,8 +242,8 @@ public:
         : layers_(layers), head_(head), embedding_(matrix(embedding)), embed_scale_(embed_scale),
           x_(reinterpret_cast<float*>(x)), head_x_(reinterpret_cast<float*>(head_x)),
           logits_(reinterpret_cast<const float*>(logits)), n_vocab_(n_vocab), calls_(attend_calls(calls)),
-          run_{isa_named(isa), false, 1, spans(n_seqs), n_seqs, {}, pointers(states), {}, calls_, nullptr, n_threads},
-          head_run_{run_.isa, false, 1, spans(n_seqs), n_seqs, {}, {}, {}, none_, nullptr, n_threads} {
+          run_{isa_named(isa), false, 1, spans(n_seqs), n_seqs, {}, pointers(states), {}, calls_, nullptr, layers.activations_, n_threads},
+          head_run_{run_.isa, false, 1, spans(n_seqs), n_seqs, {}, {}, {}, none_, nullptr, head.activations_, n_threads} {
         for (const auto& [cos, sin, n] : angles) {
             run_.angles.push_back({reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin)});
             n_angles_.push_back(n);

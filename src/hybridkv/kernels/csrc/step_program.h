@@ -64,8 +64,8 @@ struct StepRun {
     std::vector<float*> before;  // where a state lies before the run, if elsewhere than after it; as `states`, or empty
     std::vector<AttendCall>& calls;  // by layer, and by row if separate
     Journal* journal;  // keeps what is needed to advance `before` by fewer tokens; or null
+    Activations activations;  // that products with quantized weights wish for
     int n_threads;
-    Activations activations = Activations::int16;  // that products with quantized weights wish for
 
     // A state of one sequence, of `floats` values.
     float* state(int64_t index, int64_t seq, int64_t floats) const { return of(states, index, seq, floats); }
