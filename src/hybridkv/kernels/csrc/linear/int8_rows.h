@@ -208,6 +208,32 @@ struct Levels<Q4_0> : LevelsOfHalves<Q4_0, 2> {};
 template <>
 struct Levels<Q4_1> : LevelsOfHalves<Q4_1, 4> {};
 
+// With the fifth bits of a group in 32 bits before its nibbles.
+template <class T, int At>
+struct LevelsOfFifths {
+    static inline __attribute__((always_inline)) void get(const uint8_t* b, I (&out)[kVectors], int n_steps = kSteps) {
+        LevelsOfHalves<T, At + 4>::get(b, out, n_steps);
+        const auto of = [&](int lane) {  // into registers one by one: what is stored in pieces is not loaded whole at once
+            const int g = kLaneGroup[lane];
+            return g < n_steps ? load_as<int32_t>(b + g * T::bytes + At) : 0;
+        };
+        constexpr int32_t k4 = 0x04040404;
+        const I dwords = _mm256_setr_epi32(0, k4, 2 * k4, 3 * k4, 0, k4, 2 * k4, 3 * k4);
+        const I bits = _mm256_setr_epi32(of(0), of(1), of(2), of(3), of(4), of(5), of(6), of(7));
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) {
+            const I byte = _mm256_shuffle_epi8(bits, _mm256_add_epi8(dwords, _mm256_set1_epi8(static_cast<char>(v / 2))));
+            const I bit = _mm256_set1_epi32(static_cast<int32_t>(v % 2 ? 0x80402010u : 0x08040201u));
+            const I set = _mm256_cmpeq_epi8(_mm256_and_si256(byte, bit), bit);
+            out[v] = _mm256_or_si256(out[v], mask(set, 16));
+        }
+    }
+};
+template <>
+struct Levels<Q5_0> : LevelsOfFifths<Q5_0, 2> {};
+template <>
+struct Levels<Q5_1> : LevelsOfFifths<Q5_1, 4> {};
+
 // Scales of a byte as words of a lane: eight, of 32 inputs each, or the first (`Second` = 0) or second of sixteen.
 template <bool Sixteen, int Second>
 inline I lane_scales(__m128i bytes) {
@@ -330,6 +356,7 @@ HYBRIDKV_PHASE void int8_few(const Matrix& w, const Int8Taken<NQ>& x, int64_t q0
             __attribute__((always_inline)) { int8_unit<T, NQ>(b, x, u, acc); },
         [&](const uint8_t* row, F(&acc)[NQ]) __attribute__((always_inline)) {
             if (left % kStep) int8_unit<T, NQ>(LastUnit<T>(row, w.n_in).bytes, x, whole, acc);
+            else if (left == kUnit / 2) int8_unit<T, NQ>(row + whole * kUnitOf<T>, x, whole, acc, kSteps / 2);
             else if (left) int8_unit<T, NQ>(row + whole * kUnitOf<T>, x, whole, acc, left / kStep);
         });
 }
