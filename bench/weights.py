@@ -2,7 +2,7 @@
 
     python bench/weights.py --speed random-0.8b-q8_0.gguf                     # of bench/random_model.py
     python bench/weights.py -m FILE.gguf --kinds auto,f32 --cache f32 --rounds 0    # a file's own types, no timing
-    python bench/weights.py -m FILE.gguf --kinds auto,auto/int8,ik --rounds 0    # 8-bit activations, and ik_llama.cpp's
+    python bench/weights.py -m FILE.gguf --kinds auto,auto/int8    # 8-bit activations beside 15-bit ones
 
 Divergence: the model's own next-token distributions on held-out text, prefill in chunks of 512, against `plain`, which
 is Transformers' layers with torch's float32 products of the decoded weights. Speed: rounds over all kinds, one token
@@ -18,8 +18,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +37,9 @@ from hybridkv.kernels.weights import Activations
 from hybridkv.model import kv_facts
 from hybridkv.native import NativeStep, bytes_by_type
 from hybridkv.policy import Guard, Policy
-from hybridkv_lab.peers.ik_model import ik_context, ik_model
 from perplexity import CHUNK, TEXT, Score, commit, cpu_name, log_probs, parse
 
 KINDS = ("f32", "bf16", "int8", "int4")
-IK = "ik"
-"""ik_llama.cpp's products, with an f16 cache."""
 N_TOKENS = 32
 
 
@@ -54,13 +50,6 @@ def model_of(path: Path, kind: WeightKind) -> Loaded:
 def held_bytes(loaded: Loaded) -> int:
     """Of all weights."""
     return sum(bytes_by_type(loaded.model.source).values())
-
-
-def ik_log_probs(ik: Any, ids: torch.Tensor, chunk: int) -> Iterator[torch.Tensor]:
-    """The same of ik_llama.cpp, from its own context."""
-    ik.reset()
-    for logits in ik.scores(ids[0].tolist(), chunk):
-        yield torch.log_softmax(torch.from_numpy(logits), -1)
 
 
 def parse_kind(label: str) -> tuple[WeightKind, Activations]:
@@ -76,25 +65,15 @@ def scores(path: Path, kinds: Sequence[str], n_ctx: int, n_windows: int, *, cach
     ids = torch.tensor([plain.tokenizer.encode(TEXT.read_text()[: 8 * n_ctx * n_windows])])
     assert ids.shape[1] > n_ctx * n_windows, ids.shape
     done = {kind: Score() for kind in ("plain", *kinds)}
-    asked = {kind: parse_kind(kind) for kind in done if kind != IK}
+    asked = {kind: parse_kind(kind) for kind in done}
     models = {kind: plain if kind == "plain" else model_of(path, own[0]) for kind, own in asked.items()}
-    with ExitStack() as stack:
-        ik = None
-        if IK in done:
-            handle = stack.enter_context(ik_model(path))
-            ik = stack.enter_context(ik_context(handle, "f16", n_ctx=n_ctx, n_threads=torch.get_num_threads()))
-        for window in range(n_windows):
-            part = ids[:, window * n_ctx : (window + 1) * n_ctx]
-            targets = ids[0, window * n_ctx + 1 : (window + 1) * n_ctx + 1]
-            outputs = (
-                ik_log_probs(ik, part, chunk)
-                if kind == IK
-                else log_probs(models[kind], parse(cache), part, n_ctx, chunk, asked[kind][1])
-                for kind in done
-            )
-            for index, (reference, *others) in enumerate(zip(*outputs, strict=True)):
-                for score, output in zip(done.values(), (reference, *others), strict=True):
-                    score.add(output, reference, targets[index * chunk :][: len(output)])
+    for window in range(n_windows):
+        part = ids[:, window * n_ctx : (window + 1) * n_ctx]
+        targets = ids[0, window * n_ctx + 1 : (window + 1) * n_ctx + 1]
+        outputs = (log_probs(models[kind], parse(cache), part, n_ctx, chunk, asked[kind][1]) for kind in done)
+        for index, (reference, *others) in enumerate(zip(*outputs, strict=True)):
+            for score, output in zip(done.values(), (reference, *others), strict=True):
+                score.add(output, reference, targets[index * chunk :][: len(output)])
     return done
 
 
@@ -142,8 +121,7 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     kinds = arguments.kinds.split(",")
     for kind in kinds:
-        if kind != IK:
-            parse_kind(kind)
+        parse_kind(kind)
     speed = speeds(arguments.speed or arguments.model, kinds, arguments.rounds) if arguments.rounds else {}
     with torch.inference_mode():
         how = {"cache": arguments.cache, "chunk": arguments.chunk}

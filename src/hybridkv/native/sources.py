@@ -127,7 +127,7 @@ def types_held(source: Typed) -> str:
 
 
 def activations_used(source: Typed) -> str:
-    """What 8-bit activations were asked for and come to, as in `activations int8 (int16 with q8_0)`."""
+    """Say what asking for 8-bit activations comes to, as in `activations int8 (int16 with q8_0)`."""
     names = {weight.format.name for weight in source.matrices() if weight.format.is_quantized}
     rest = [name for name in bytes_by_type(source) if name in names and not takes_int8(name)]
     if len(rest) == len(names):
