@@ -33,6 +33,7 @@ from hybridkv.cli.show import simple_table
 from hybridkv.engine.load import Loaded, bundled_model, bundled_text, describe, load
 from hybridkv.hf import EagerStep, ModelCache
 from hybridkv.kernels import KERNELS
+from hybridkv.kernels.weights import Activations
 from hybridkv.model import kv_facts
 from hybridkv.native import NativeModel, NativeStep
 from hybridkv.policy import Guard, Policy, parse_scale
@@ -72,11 +73,14 @@ def parse(label: str) -> KVTypes:
 
 
 @torch.inference_mode()
-def log_probs(loaded: Loaded, types: KVTypes, ids: Tensor, n_ctx: int, chunk: int = CHUNK) -> Any:
+def log_probs(
+    loaded: Loaded, types: KVTypes, ids: Tensor, n_ctx: int, chunk: int = CHUNK, activations: Activations = "int16"
+) -> Any:
     """Yield log probabilities `[chunk, V]` after each position of ids `[1, n_ctx]`, chunk by chunk."""
     specs = Policy(types).resolve(kv_facts(loaded.description.facts))
     cache = ModelCache(loaded.model.config, specs, n_ctx=n_ctx, guard=Guard(mode="off"))
-    step = NativeStep(loaded.model) if isinstance(loaded.model, NativeModel) else EagerStep(loaded.model)
+    native = isinstance(loaded.model, NativeModel)
+    step = NativeStep(loaded.model, activations) if native else EagerStep(loaded.model)
     for index, part in enumerate(torch.split(ids, chunk, dim=1)):
         yield torch.log_softmax(step.logits(part, cache, index * chunk)[0], -1)
 

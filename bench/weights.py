@@ -2,6 +2,7 @@
 
     python bench/weights.py --speed random-0.8b-q8_0.gguf                     # of bench/random_model.py
     python bench/weights.py -m FILE.gguf --kinds auto,f32 --cache f32 --rounds 0    # a file's own types, no timing
+    python bench/weights.py -m FILE.gguf --kinds auto,auto/int8    # 8-bit activations beside 15-bit ones
 
 Divergence: the model's own next-token distributions on held-out text, prefill in chunks of 512, against `plain`, which
 is Transformers' layers with torch's float32 products of the decoded weights. Speed: rounds over all kinds, one token
@@ -29,14 +30,16 @@ from hybridkv.cache import KVTypes
 from hybridkv.cli.show import simple_table
 from hybridkv.engine import Engine, SamplingParams
 from hybridkv.engine.load import Loaded, bundled_model, describe, load
+from hybridkv.engine.steps import parse_activations
 from hybridkv.held import WeightKind, parse_weights
 from hybridkv.kernels import cpu_native
+from hybridkv.kernels.weights import Activations
 from hybridkv.model import kv_facts
 from hybridkv.native import NativeStep, bytes_by_type
 from hybridkv.policy import Guard, Policy
 from perplexity import CHUNK, TEXT, Score, commit, cpu_name, log_probs, parse
 
-KINDS: tuple[WeightKind, ...] = ("f32", "bf16", "int8", "int4")
+KINDS = ("f32", "bf16", "int8", "int4")
 N_TOKENS = 32
 
 
@@ -49,33 +52,38 @@ def held_bytes(loaded: Loaded) -> int:
     return sum(bytes_by_type(loaded.model.source).values())
 
 
-def scores(
-    path: Path, kinds: Sequence[WeightKind], n_ctx: int, n_windows: int, *, cache: str, chunk: int
-) -> dict[WeightKind, Score]:
+def parse_kind(label: str) -> tuple[WeightKind, Activations]:
+    """Read weights, and activations where they are not int16, of `auto` or `auto/int8`."""
+    kind, _, activations = label.partition("/")
+    return parse_weights(kind), parse_activations(activations or "int16")
+
+
+def scores(path: Path, kinds: Sequence[str], n_ctx: int, n_windows: int, *, cache: str, chunk: int) -> dict[str, Score]:
     """Every kind and `plain` itself on the same windows, chunk by chunk."""
     plain = model_of(path, "plain")
     assert plain.tokenizer is not None
     ids = torch.tensor([plain.tokenizer.encode(TEXT.read_text()[: 8 * n_ctx * n_windows])])
     assert ids.shape[1] > n_ctx * n_windows, ids.shape
-    done: dict[WeightKind, Score] = {kind: Score() for kind in ("plain", *kinds)}
-    models = {kind: plain if kind == "plain" else model_of(path, kind) for kind in done}
+    done = {kind: Score() for kind in ("plain", *kinds)}
+    asked = {kind: parse_kind(kind) for kind in done}
+    models = {kind: plain if kind == "plain" else model_of(path, own[0]) for kind, own in asked.items()}
     for window in range(n_windows):
         part = ids[:, window * n_ctx : (window + 1) * n_ctx]
         targets = ids[0, window * n_ctx + 1 : (window + 1) * n_ctx + 1]
-        outputs = (log_probs(models[kind], parse(cache), part, n_ctx, chunk) for kind in done)
+        outputs = (log_probs(models[kind], parse(cache), part, n_ctx, chunk, asked[kind][1]) for kind in done)
         for index, (reference, *others) in enumerate(zip(*outputs, strict=True)):
             for score, output in zip(done.values(), (reference, *others), strict=True):
                 score.add(output, reference, targets[index * chunk :][: len(output)])
     return done
 
 
-def speeds(path: Path, kinds: Sequence[WeightKind], rounds: int) -> dict[WeightKind, dict[str, float]]:
+def speeds(path: Path, kinds: Sequence[str], rounds: int) -> dict[str, dict[str, float]]:
     """Bytes, tokens/s, and milliseconds of CPU time a token."""
-    models = {kind: model_of(path, kind) for kind in kinds}
+    models = {kind: model_of(path, parse_kind(kind)[0]) for kind in kinds}
     specs = Policy(KVTypes("f16", "f16")).resolve(kv_facts(describe(path).facts))
-    steps = {kind: NativeStep(loaded.model) for kind, loaded in models.items()}
-    rates: dict[WeightKind, list[float]] = {kind: [] for kind in kinds}
-    cpu_ms: dict[WeightKind, list[float]] = {kind: [] for kind in kinds}
+    steps = {kind: NativeStep(loaded.model, parse_kind(kind)[1]) for kind, loaded in models.items()}
+    rates: dict[str, list[float]] = {kind: [] for kind in kinds}
+    cpu_ms: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(rounds):
         for kind, loaded in models.items():
             engine = Engine(loaded.model, specs, n_ctx=256, guard=Guard(), notify=print, step=steps[kind])
@@ -111,7 +119,9 @@ def main() -> int:
     measured = commit()
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(arguments.threads)
-    kinds = [parse_weights(kind) for kind in arguments.kinds.split(",")]
+    kinds = arguments.kinds.split(",")
+    for kind in kinds:
+        parse_kind(kind)
     speed = speeds(arguments.speed or arguments.model, kinds, arguments.rounds) if arguments.rounds else {}
     with torch.inference_mode():
         how = {"cache": arguments.cache, "chunk": arguments.chunk}

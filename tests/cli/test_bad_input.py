@@ -97,6 +97,14 @@ USAGE: dict[str, tuple[list[object], str]] = {
     ),
     "device": (["run", "-p", "x", "--device", "tpu"], "--device 'tpu'; allowed: auto, cpu, cuda, cuda:N"),
     "device that is not there": (["run", "-p", "x", "--device", "cuda:97"], "--device cuda:97: this machine has"),
+    "activations": (
+        ["run", "-p", "x", "--activations", "int4"],
+        "--activations 'int4'; allowed: int16, int8\nhint: int16",
+    ),
+    "activations of eager": (
+        ["run", "-p", "x", "--activations", "int8", "--engine", "eager"],
+        "--activations int8(: .* no products with 8-bit activations| is for the native engine on the CPU)",
+    ),
     "seed that is a word": (["run", "-p", "x", "--seed", "x"], "-s/--seed: invalid int value: 'x'"),
     "seed beyond 64 bits": (["run", "-p", "x", "--seed", 2**64], "--seed 18446744073709551616; allowed: 0 to"),
     "negative seed": (["run", "-p", "x", "--seed", -2], "--seed -2; allowed: 0 to .*, or -1"),

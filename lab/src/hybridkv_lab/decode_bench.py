@@ -23,6 +23,7 @@ from hybridkv.engine.load import Description, Loaded, load
 from hybridkv.engine.steps import StepKind, resolve_step
 from hybridkv.held import WeightKind
 from hybridkv.hf import packing_rejects
+from hybridkv.kernels.weights import Activations
 from hybridkv.model import kv_facts
 from hybridkv.native import NativeStep
 from hybridkv.policy import Guard, Policy
@@ -90,6 +91,7 @@ class Plan:
     n_steps: int
     n_threads: int
     kind: StepKind = "auto"
+    activations: Activations = "int16"
     profile: bool = False
     difference_limit: float = DIFFERENCE_LIMIT
     rotated: str = ""
@@ -264,7 +266,7 @@ def run_decode_bench(
     """
     torch.set_num_threads(plan.n_threads)
     found = tuple(_find(name, description) for name in peers)
-    make_step = resolve_step(description.config, "cpu", plan.kind)
+    make_step = resolve_step(description.config, "cpu", plan.kind, activations=plan.activations)
     progress(f"load {description.name}")
     # As `hybridkv run` does: an engine that is asked to be Transformers' own has its plain weights.
     weights: WeightKind = "plain" if plan.kind == "eager" or packing_rejects("cpu") else "auto"

@@ -8,9 +8,11 @@ whoever asks for it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from hybridkv.errors import UsageError, one_of
+from hybridkv.kernels.weights import Activations, int8_rejects
 from hybridkv.model.protocols import Config, LanguageModel
 from hybridkv.native import NativeModel, NativeStep
 from hybridkv.native.choice import EngineKind
@@ -49,8 +51,29 @@ def parse_graphs(text: str) -> GraphMode:
     return one_of(text, modes, "--graph", hint="on records decode steps on CUDA, where it can")
 
 
+def parse_activations(text: str) -> Activations:
+    """Check what quantized weights are to be multiplied with.
+
+    Raises
+    ------
+    UsageError
+        Listing the kinds, or if this processor has no products with 8 bits.
+    """
+    kinds: tuple[Activations, ...] = get_args(Activations)
+    found = one_of(text, kinds, "--activations", hint="int16 is the more exact one, and the default")
+    if found == "int8" and (reason := int8_rejects()) is not None:
+        raise UsageError(f"--activations int8: {reason}; allowed: int16", hint="leave --activations out")
+    return found
+
+
 def resolve_step(
-    config: Config, device: str, kind: StepKind = "auto", *, graphs: GraphMode = "on", notify: Notify | None = None
+    config: Config,
+    device: str,
+    kind: StepKind = "auto",
+    *,
+    graphs: GraphMode = "on",
+    activations: Activations = "int16",
+    notify: Notify | None = None,
 ) -> Callable[[Any], Step]:
     """Choose how a model of this config runs, before its weights are touched; return the maker of its step.
 
@@ -60,20 +83,27 @@ def resolve_step(
         torch's device type.
     graphs
         Whether decode steps on CUDA are recorded as graphs.
+    activations
+        What the native step on the CPU multiplies quantized weights with.
     notify
         Where it is reported that they are not, though they should; a logger's warning by default.
 
     Raises
     ------
     UsageError
-        If the native step is asked for and cannot run it, with the reason.
+        If the native step is asked for and cannot run it, with the reason; if 8-bit activations are asked of another.
     """
     if device != "cuda" and kind != "eager":
         reason = native_rejects(config, device)
         if reason is None:
-            return NativeStep
+            return partial(NativeStep, activations=activations)
         if kind == "native":
             raise _no_native(reason)
+    if activations == "int8":
+        raise UsageError(
+            "--activations int8 is for the native engine on the CPU, which does not run this model here",
+            hint="leave --activations out",
+        )
     return _transformers_step(config, device, kind, graphs, notify)
 
 

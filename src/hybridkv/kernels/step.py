@@ -18,7 +18,7 @@ from torch import Tensor
 from hybridkv.kernels import cpu_native
 from hybridkv.kernels.case import KVView
 from hybridkv.kernels.threads import native_threads
-from hybridkv.kernels.weights import Weight
+from hybridkv.kernels.weights import Activations, Weight
 from hybridkv.rotation import rotation_block
 
 Columns = tuple[int, int, int, int, int]
@@ -115,10 +115,15 @@ class StepProgram:
     A run works on the first B * T rows; row `b * T + t` is token t of sequence b. All buffers have the same number
     of rows, the most that a run may have. Sequences of one cache run together; those of separate caches too, one token
     of each or several, and every token is batch-invariant: it has the same bits alone.
+
+    Parameters
+    ----------
+    activations
+        What quantized weights are multiplied with; int16 for types that have no products with 8 bits.
     """
 
-    def __init__(self) -> None:
-        self.native: Any = cpu_native._native().Program()
+    def __init__(self, activations: Activations = "int16") -> None:
+        self.native: Any = cpu_native._native().Program(activations == "int8")
         self._keep: list[Any] = []
         self._rows: int | None = None
         self._states: dict[int, tuple[int, ...]] = {}

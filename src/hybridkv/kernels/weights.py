@@ -23,6 +23,9 @@ from hybridkv.kernels.cpu_native import _native, allocate, available, encode_int
 from hybridkv.kernels.grids import set_grid
 from hybridkv.kernels.threads import native_threads
 
+Activations = Literal["int16", "int8"]
+"""What quantized weights are multiplied with: 15 bits with a scale per 256 inputs, or 8 with a scale per 32."""
+
 _CHUNK_VALUES = 1 << 21
 # Types that floats are rounded to, with the rule of their scales.
 _SCALES: Final[Mapping[str, Scale]] = {
@@ -100,6 +103,19 @@ def rejects(fmt: WeightFormat, n_in: int) -> str | None:
     return available() or fmt.rejects(n_in)
 
 
+def takes_int8(name: str) -> bool:
+    """Check whether a weight type has products with 8-bit activations on this processor."""
+    return get_weight_format(name).grid is None and bool(_native().weight_takes_int8(isa(), name))
+
+
+def int8_rejects() -> str | None:
+    """Explain why no weight type has products with 8-bit activations here; None if some do."""
+    reason = available()
+    if reason is None and not takes_int8("q4_K"):
+        return f"{isa()} has no products with 8-bit activations"
+    return reason
+
+
 def matmul(
     x: Tensor,
     weight: Weight,
@@ -108,11 +124,13 @@ def matmul(
     x_rows: Tensor | None = None,
     out: Tensor | None = None,
     into: Literal["write", "add"] = "write",
+    activations: Activations = "int16",
     n_threads: int | None = None,
 ) -> Tensor:
     """Multiply: X W^T in float32, with one matrix of the stack.
 
-    Activations meet quantized weights as integers of 15 bits with a scale per 256 inputs, float weights as float32.
+    Activations meet quantized weights as integers of 15 bits with a scale per 256 inputs, float weights as float32. Of
+    8 bits, with a scale per 32, where that is asked for and the type `takes_int8`.
 
     Parameters
     ----------
@@ -147,7 +165,7 @@ def matmul(
     _native().weight_linear(
         isa(), weight.format.name, weight.n_out, weight.n_in, weight.address(expert), x.data_ptr(), x.stride(0),
         x.shape[0], 0 if x_rows is None else x_rows.data_ptr(), n_rows, out.data_ptr(), out.stride(0), into == "add",
-        n_threads or native_threads(),
+        activations == "int8", n_threads or native_threads(),
     )  # fmt: skip
     return out
 

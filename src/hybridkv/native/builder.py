@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hybridkv.kernels.step import StepProgram, Target
-from hybridkv.kernels.weights import Weight
+from hybridkv.kernels.weights import Activations, Weight
 from hybridkv.model import Norm, Rope, Source
 
 
@@ -50,10 +50,12 @@ class Builder:
         Rows of every buffer.
     source
         Holds the weights.
+    activations
+        What quantized weights are multiplied with.
     """
 
-    def __init__(self, rows: int, source: Source) -> None:
-        self.program = StepProgram()
+    def __init__(self, rows: int, source: Source, activations: Activations = "int16") -> None:
+        self.program = StepProgram(activations)
         self.calls: list[AttentionCall] = []
         self.state_layers: list[int] = []
         self.state_shapes: list[tuple[tuple[int, int], tuple[int, ...]]] = []

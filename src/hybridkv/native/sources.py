@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from hybridkv.held import WeightKind, weight_type
-from hybridkv.kernels.weights import Weight, find_bad_block, reencoded
+from hybridkv.kernels.weights import Weight, find_bad_block, reencoded, takes_int8
 from hybridkv.model import Source
 
 
@@ -124,6 +124,15 @@ def bytes_by_type(source: Typed) -> dict[str, int]:
 def types_held(source: Typed) -> str:
     """Name the types of the matrices that were taken, as in `q4_K + q6_K`."""
     return " + ".join(name for name in bytes_by_type(source) if "(vectors)" not in name)
+
+
+def activations_used(source: Typed) -> str:
+    """Say what asking for 8-bit activations comes to, as in `activations int8 (int16 with q8_0)`."""
+    names = {weight.format.name for weight in source.matrices() if weight.format.is_quantized}
+    rest = [name for name in bytes_by_type(source) if name in names and not takes_int8(name)]
+    if len(rest) == len(names):
+        return f"activations int16 (no int8 with {', '.join(rest) or 'these types'})"
+    return f"activations int8 (int16 with {', '.join(rest)})" if rest else "activations int8"
 
 
 def source_of(model: Any) -> Typed:

@@ -19,6 +19,7 @@ from hybridkv.kernels import AttentionParams, KVView, cpu, cpu_native
 from hybridkv.kernels.held import HeldStep
 from hybridkv.kernels.step import Angles, Caches, Health, Rows
 from hybridkv.kernels.threads import torch_on_one_thread
+from hybridkv.kernels.weights import Activations
 from hybridkv.kernels.weights import rows as gather
 from hybridkv.model import ModelGraph, graph_of
 from hybridkv.model.protocols import LanguageModel
@@ -26,7 +27,7 @@ from hybridkv.model.rope import rope_angles
 from hybridkv.native import cpu as lowering
 from hybridkv.native.builder import Builder
 from hybridkv.native.held import HeldRun, HeldState, n_tokens_ahead
-from hybridkv.native.sources import Typed, source_of, types_held
+from hybridkv.native.sources import Typed, activations_used, source_of, types_held
 from hybridkv.policy import MismatchError, NonFiniteError
 from hybridkv.runtime import Fault, LayerView, ModelCache, StepResult, WatchedRows, one_by_one
 from hybridkv.runtime.attend import attend_new, non_finite, verify_call
@@ -46,12 +47,15 @@ class NativeStep:
     model
         A `NativeModel`, or a Transformers causal language model on the CPU, whose parameters are then brought into the
         file's order once.
+    activations
+        What quantized weights are multiplied with; int16 for types that have no products with 8 bits.
     """
 
     takes_chunks = True
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, activations: Activations = "int16") -> None:
         self._config = model.config
+        self._activations: Activations = activations
         self._graph: ModelGraph = graph_of(model.config)
         self._source: Typed = source_of(model)
         self._angles: list[Angles] = []
@@ -64,8 +68,9 @@ class NativeStep:
 
     @property
     def name(self) -> str:
-        """With the instruction set and the weights' types."""
-        return f"native-{cpu_native.isa()}, weights {types_held(self._source)}"
+        """With the instruction set, the weights' types, and what activations are rounded to if it was asked for."""
+        used = f", {activations_used(self._source)}" if self._activations == "int8" else ""
+        return f"native-{cpu_native.isa()}, weights {types_held(self._source)}{used}"
 
     def start_timing(self) -> None:
         """Time every operation from now on; without this, nothing is timed and nothing costs."""
@@ -424,7 +429,7 @@ class NativeStep:
 
     def _write(self, build: Callable[[ModelGraph, Builder], None], n_rows: int) -> Builder:
         """Write operations for buffers of `n_rows` rows."""
-        builder = Builder(n_rows, self._source)
+        builder = Builder(n_rows, self._source, self._activations)
         build(self._graph, builder)
         return builder
 

@@ -38,6 +38,7 @@ USAGE: dict[str, tuple[list[object], str]] = {
     "bench: depth": (["bench", "decode", "--depths", "99999999"], "--depths 99999999; allowed: 0 to"),
     "bench: prompt": (["bench", "decode", "--prompt", 0], "--prompt 0; allowed: 1 to"),
     "bench: steps": (["bench", "decode", "-n", 0], "-n 0; allowed: 1 to"),
+    "bench: activations": (["bench", "decode", "--activations", "int4"], "--activations 'int4'; allowed: int16, int8"),
     "bench: engine": (["bench", "decode", "--engine", "fast"], "--engine 'fast'; allowed: auto, native, eager"),
 }
 

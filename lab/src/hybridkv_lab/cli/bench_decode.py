@@ -78,6 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="as in `run` (default auto)",
     )
     parser.add_argument(
+        "--activations", default="int16", metavar="int16|int8", help="of our products, as in `run` (default int16)"
+    )
+    parser.add_argument(
         "--difference-limit",
         metavar="X",
         help="largest difference from the other engine's logits, relative to their spread (default 0.1)",
@@ -107,7 +110,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _plan(a: argparse.Namespace) -> Plan:
-    from hybridkv.engine.steps import parse_step
+    from hybridkv.engine.steps import parse_activations, parse_step
     from hybridkv_lab.decode_bench import Plan
 
     usual = _QUICK if a.quick else _FULL
@@ -122,6 +125,7 @@ def _plan(a: argparse.Namespace) -> Plan:
         n_steps=n_steps,
         n_threads=threads_from(a.threads),
         kind=parse_step(a.engine),
+        activations=parse_activations(a.activations),
         profile=a.profile,
         difference_limit=_limit(a.difference_limit),
         rotated="k" * a.k_cache_hadamard + "v" * a.v_cache_hadamard,

@@ -166,10 +166,10 @@ private:
 
 }  // namespace
 
-void run_experts(const ExpertsOp& op, const Isa& isa, int64_t n_rows, int n_threads) {
+void run_experts(const ExpertsOp& op, const Isa& isa, Activations wished, int64_t n_rows, int n_threads) {
     const LinearKernels& kernels = *isa.linear;
     const int64_t width = op.up.first.n_out, hidden = op.down.first.n_out, k = op.routing.n_used, n_places = n_rows * k;
-    const auto operand_of = [&](const Stack& stack) { return kernels.operand(*stack.first.type, n_rows); };
+    const auto operand_of = [&](const Stack& stack) { return kernels.operand(*stack.first.type, n_rows, wished); };
     const Operand for_up = operand_of(op.up), for_gate = op.has_gate ? operand_of(op.gate) : for_up;
     const Operand for_down = operand_of(op.down);
     const int64_t n_in = op.up.first.n_in;
@@ -202,7 +202,7 @@ void run_experts(const ExpertsOp& op, const Isa& isa, int64_t n_rows, int n_thre
         const int64_t p0 = chosen.starts[static_cast<size_t>(part.expert)];
         const int64_t n = chosen.starts[static_cast<size_t>(part.expert) + 1] - p0;
         const Matrix w = part.stack->at(part.expert);
-        void* scratch = thread_scratch(kernels.scratch_bytes(*w.type, w.n_in, n));
+        void* scratch = thread_scratch(kernels.scratch_bytes(*w.type, operand, n));
         const size_t row = kernels.prepared_bytes(operand, w.n_in, 1);
         const char* from = x_rows ? x : x + static_cast<size_t>(p0) * row;
         kernels.linear(w, operand, from, x_rows ? x_rows + p0 : nullptr, n, part.row0, part.row1, y + p0 * w.n_out, w.n_out, false,

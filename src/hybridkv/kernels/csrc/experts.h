@@ -48,6 +48,6 @@ struct ExpertsOp {
     bool add;
 };
 
-void run_experts(const ExpertsOp& op, const Isa& isa, int64_t n_rows, int n_threads);
+void run_experts(const ExpertsOp& op, const Isa& isa, Activations wished, int64_t n_rows, int n_threads);
 
 }  // namespace hybridkv

@@ -97,7 +97,7 @@ Gate gate_named(const std::string& kind) {
 
 class Program {
 public:
-    Program() = default;
+    explicit Program(bool int8) : activations_(int8 ? Activations::int8 : Activations::int16) {}
     Program(const Program&) = delete;
     Program& operator=(const Program&) = delete;
 
@@ -189,7 +189,7 @@ public:
         }
         Journal* journal = before.empty() ? nullptr : &journal_;
         StepRun run{isa_named(isa), !separate.empty(), separate.empty() ? n_tokens : 1, std::move(spans), n_rows, {},
-                    pointers(states), pointers(before), attended, journal, n_threads};
+                    pointers(states), pointers(before), attended, journal, activations_, n_threads};
         for (const auto& [cos, sin] : angles) {
             run.angles.push_back({reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin)});
         }
@@ -213,7 +213,7 @@ public:
             n_rows += n_tokens;
         }
         std::vector<AttendCall> none;
-        const StepRun run{isa_named(isa), true, 1, std::move(spans), n_rows, {}, pointers(states), {}, none, nullptr, n_threads};
+        const StepRun run{isa_named(isa), true, 1, std::move(spans), n_rows, {}, pointers(states), {}, none, nullptr, activations_, n_threads};
         nb::gil_scoped_release unlocked;
         replay_states(journal_, run);
     }
@@ -224,6 +224,7 @@ private:
     // Runs all operations.
     void run_all(const StepRun& run) { run_step(ops_, 0, ops_.size(), run, seconds_.empty() ? nullptr : seconds_.data()); }
 
+    Activations activations_;
     std::vector<Op> ops_;
     Journal journal_;
     std::vector<double> seconds_;  // while operations are timed
@@ -241,8 +242,8 @@ public:
         : layers_(layers), head_(head), embedding_(matrix(embedding)), embed_scale_(embed_scale),
           x_(reinterpret_cast<float*>(x)), head_x_(reinterpret_cast<float*>(head_x)),
           logits_(reinterpret_cast<const float*>(logits)), n_vocab_(n_vocab), calls_(attend_calls(calls)),
-          run_{isa_named(isa), false, 1, spans(n_seqs), n_seqs, {}, pointers(states), {}, calls_, nullptr, n_threads},
-          head_run_{run_.isa, false, 1, spans(n_seqs), n_seqs, {}, {}, {}, none_, nullptr, n_threads} {
+          run_{isa_named(isa), false, 1, spans(n_seqs), n_seqs, {}, pointers(states), {}, calls_, nullptr, layers.activations_, n_threads},
+          head_run_{run_.isa, false, 1, spans(n_seqs), n_seqs, {}, {}, {}, none_, nullptr, head.activations_, n_threads} {
         for (const auto& [cos, sin, n] : angles) {
             run_.angles.push_back({reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin)});
             n_angles_.push_back(n);
@@ -312,7 +313,7 @@ private:
 
 void bind_step(nb::module_& m) {
     nb::class_<Program>(m, "Program")
-        .def(nb::init<>())
+        .def(nb::init<bool>())
         .def("linear", &Program::linear)
         .def("experts", &Program::experts)
         .def("norm", &Program::norm)

@@ -118,7 +118,7 @@ public:
         size_t starts[kOperands] = {}, total = 0;
         bool takes[kOperands] = {};
         for (const LinearOp::Target& t : op.targets) {
-            const Operand operand = kernels.operand(*t.weight.type, rows_);
+            const Operand operand = kernels.operand(*t.weight.type, rows_, run_.activations);
             const size_t form = static_cast<size_t>(operand);
             if (takes[form]) continue;
             takes[form] = true;
@@ -127,7 +127,7 @@ public:
         }
         char* prepared = static_cast<char*>(call_memory(total));
         by_rows(rows_, n_in, run_.n_threads, [&](int64_t a, int64_t b) {
-            for (const Operand form : {Operand::ints, Operand::bytes, Operand::floats}) {
+            for (const Operand form : {Operand::ints, Operand::bytes, Operand::floats, Operand::int8}) {
                 if (!takes[static_cast<size_t>(form)]) continue;
                 kernels.prepare(form, op.x.data, op.x.row_stride, n_in, a, b, prepared + starts[static_cast<size_t>(form)]);
             }
@@ -145,14 +145,14 @@ public:
         parallel_for(static_cast<int64_t>(parts.size()), run_.n_threads, [&](int64_t i, int) {
             const Part& part = parts[static_cast<size_t>(i)];
             const LinearOp::Target& t = *part.target;
-            const Operand operand = kernels.operand(*t.weight.type, rows_);
+            const Operand operand = kernels.operand(*t.weight.type, rows_, run_.activations);
             kernels.linear(t.weight, operand, prepared + starts[static_cast<size_t>(operand)], nullptr, rows_,
                            part.row0, part.row1, t.dst, t.dst_stride, t.add,
-                           thread_scratch(kernels.scratch_bytes(*t.weight.type, n_in, rows_)));
+                           thread_scratch(kernels.scratch_bytes(*t.weight.type, operand, rows_)));
         });
     }
 
-    void operator()(const ExpertsOp& op) const { run_experts(op, run_.isa, rows_, run_.n_threads); }
+    void operator()(const ExpertsOp& op) const { run_experts(op, run_.isa, run_.activations, rows_, run_.n_threads); }
 
 private:
     int64_t n_seqs() const { return static_cast<int64_t>(run_.spans.size()); }

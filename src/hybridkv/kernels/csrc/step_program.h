@@ -64,6 +64,7 @@ struct StepRun {
     std::vector<float*> before;  // where a state lies before the run, if elsewhere than after it; as `states`, or empty
     std::vector<AttendCall>& calls;  // by layer, and by row if separate
     Journal* journal;  // keeps what is needed to advance `before` by fewer tokens; or null
+    Activations activations;  // that products with quantized weights wish for
     int n_threads;
 
     // A state of one sequence, of `floats` values.

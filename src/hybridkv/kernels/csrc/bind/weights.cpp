@@ -39,10 +39,10 @@ struct Free {
 // x_rows: address of n_rows int32, or 0; n_x: rows of x
 void weight_linear(const std::string& isa, const std::string& type, int64_t n_out, int64_t n_in, Address data, Address x,
                    int64_t x_stride, int64_t n_x, Address x_rows, int64_t n_rows, Address y, int64_t y_stride, bool add,
-                   int n_threads) {
+                   bool int8, int n_threads) {
     const LinearKernels& kernels = *isa_named(isa).linear;
     const Matrix w = matrix(type, n_out, n_in, data);
-    const Operand operand = kernels.operand(*w.type, n_rows);
+    const Operand operand = kernels.operand(*w.type, n_rows, int8 ? Activations::int8 : Activations::int16);
     nb::gil_scoped_release unlocked;
     const std::unique_ptr<void, Free> prepared(
         ::operator new(kernels.prepared_bytes(operand, n_in, n_x), std::align_val_t{64}));
@@ -52,7 +52,7 @@ void weight_linear(const std::string& isa, const std::string& type, int64_t n_ou
     std::vector<std::pair<int64_t, int64_t>> parts;
     int64_t left = n_out * w.row_bytes;
     cut_rows(w, left, n_threads, [&](int64_t r0, int64_t r1) { parts.emplace_back(r0, r1); });
-    const size_t scratch = kernels.scratch_bytes(*w.type, n_in, n_rows);
+    const size_t scratch = kernels.scratch_bytes(*w.type, operand, n_rows);
     parallel_for(static_cast<int64_t>(parts.size()), n_threads, [&](int64_t i, int) {
         const auto [r0, r1] = parts[static_cast<size_t>(i)];
         kernels.linear(w, operand, prepared.get(), reinterpret_cast<const int32_t*>(x_rows), n_rows, r0, r1,
@@ -97,6 +97,9 @@ void bind_weights(nb::module_& m) {
         set_grid(type.c_str(), reinterpret_cast<const void*>(bytes), size);
     });
     m.def("weight_linear", &weight_linear);
+    m.def("weight_takes_int8", [](const std::string& isa, const std::string& type) {
+        return isa_named(isa).linear->operand(weight_type(type.c_str()), 1, Activations::int8) == Operand::int8;
+    });
     m.def("weight_rows", &weight_rows);
     m.def("weight_bad_block", &weight_bad_block);
 }

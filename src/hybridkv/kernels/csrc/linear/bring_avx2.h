@@ -136,12 +136,14 @@ struct SixBitMins {
     static void mins(const uint8_t* b, F* out) {
         out[0] = Simd::mul(Simd::set1(-half_in(b + 2)), floats_of_bytes(SixBits(b + 4).mins));
     }
-    static const float* sums(const Meta& meta) { return meta.sums; }
+    template <class M>
+    static const float* sums(const M& meta) { return meta.sums; }
 };
 
 struct NoMins {
     static constexpr int min_vectors = 0;
-    static const float* sums(const Meta& meta) { return meta.sums; }
+    template <class M>
+    static const float* sums(const M& meta) { return meta.sums; }
 };
 
 // The words of a type of codes and scales of a byte: `zero_log2` says how far codes stand above their value, if they do.
@@ -226,7 +228,8 @@ struct Bring<Q2_K> : ScaledCodes<Bring<Q2_K>> {
         out[0] = Simd::mul(dmin, floats_of_bytes(low & 0x0f0f0f0f0f0f0f0fu));
         out[1] = Simd::mul(dmin, floats_of_bytes(high & 0x0f0f0f0f0f0f0f0fu));
     }
-    static const float* sums(const Meta& meta) { return meta.half_sums; }
+    template <class M>
+    static const float* sums(const M& meta) { return meta.half_sums; }
     static Scales16 scales(const uint8_t* b) { return Scales16(_mm_and_si128(load_half(b), _mm_set1_epi8(15))); }
     template <class Use>
     static __attribute__((always_inline)) void codes(const uint8_t* b, Use&& use) {
@@ -336,7 +339,8 @@ struct HalfMins {
     static constexpr int min_vectors = 1;
     static F scales(const uint8_t* b, int n_steps = kSteps) { return half_scales<T>(b, n_steps); }
     static void mins(const uint8_t* b, F, F* out, int n_steps = kSteps) { out[0] = half_scales<T>(b + 2, n_steps); }
-    static const float* sums(const Meta& meta) { return meta.sums; }
+    template <class M>
+    static const float* sums(const M& meta) { return meta.sums; }
 };
 
 // Codes that stand `Zero` above their value: a minimum of -Zero scales.
@@ -347,7 +351,17 @@ struct Above {
     static void mins(const uint8_t*, F scales, F* out, int = kSteps) {
         out[0] = Simd::mul(scales, Simd::set1(static_cast<float>(-Zero)));
     }
-    static const float* sums(const Meta& meta) { return meta.sums; }
+    template <class M>
+    static const float* sums(const M& meta) { return meta.sums; }
+};
+
+// The words of a type of codes that are not below zero.
+template <class B>
+struct UnsignedCodes {
+    template <class Use>
+    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use, int n_steps = kSteps) {
+        B::codes(b, [&](int g, I codes) __attribute__((always_inline)) { unsigned_words(g, codes, use); }, n_steps);
+    }
 };
 
 template <>
@@ -360,20 +374,20 @@ struct Bring<Q8_0> : HalfScales<Q8_0> {
 };
 
 template <>
-struct Bring<Q4_0> : Above<Q4_0, 8> {
+struct Bring<Q4_0> : Above<Q4_0, 8>, UnsignedCodes<Bring<Q4_0>> {
     template <class Use>
-    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use, int n_steps = kSteps) {
+    static __attribute__((always_inline)) void codes(const uint8_t* b, Use&& use, int n_steps) {
 #pragma GCC unroll 8
-        for (int g = 0; g < n_steps; ++g) unsigned_words(g, nibbles_32(b + g * Q4_0::bytes + 2), use);
+        for (int g = 0; g < n_steps; ++g) use(g, nibbles_32(b + g * Q4_0::bytes + 2));
     }
 };
 
 template <>
-struct Bring<Q4_1> : HalfMins<Q4_1> {
+struct Bring<Q4_1> : HalfMins<Q4_1>, UnsignedCodes<Bring<Q4_1>> {
     template <class Use>
-    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use, int n_steps = kSteps) {
+    static __attribute__((always_inline)) void codes(const uint8_t* b, Use&& use, int n_steps) {
 #pragma GCC unroll 8
-        for (int g = 0; g < n_steps; ++g) unsigned_words(g, nibbles_32(b + g * Q4_1::bytes + 4), use);
+        for (int g = 0; g < n_steps; ++g) use(g, nibbles_32(b + g * Q4_1::bytes + 4));
     }
 };
 
@@ -381,20 +395,24 @@ template <class T, int At, class Use>
 inline __attribute__((always_inline)) void five_bits(const uint8_t* b, Use&& use, int n_steps) {
 #pragma GCC unroll 8
     for (int g = 0; g < n_steps; ++g, b += T::bytes) {
-        unsigned_words(g, _mm256_or_si256(nibbles_32(b + At + 4), Unpack::bits(b + At, 16)), use);
+        use(g, _mm256_or_si256(nibbles_32(b + At + 4), Unpack::bits(b + At, 16)));
     }
 }
 
 template <>
-struct Bring<Q5_0> : Above<Q5_0, 16> {
+struct Bring<Q5_0> : Above<Q5_0, 16>, UnsignedCodes<Bring<Q5_0>> {
     template <class Use>
-    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use, int n_steps = kSteps) { five_bits<Q5_0, 2>(b, use, n_steps); }
+    static __attribute__((always_inline)) void codes(const uint8_t* b, Use&& use, int n_steps) {
+        five_bits<Q5_0, 2>(b, use, n_steps);
+    }
 };
 
 template <>
-struct Bring<Q5_1> : HalfMins<Q5_1> {
+struct Bring<Q5_1> : HalfMins<Q5_1>, UnsignedCodes<Bring<Q5_1>> {
     template <class Use>
-    static __attribute__((always_inline)) void words(const uint8_t* b, Use&& use, int n_steps = kSteps) { five_bits<Q5_1, 4>(b, use, n_steps); }
+    static __attribute__((always_inline)) void codes(const uint8_t* b, Use&& use, int n_steps) {
+        five_bits<Q5_1, 4>(b, use, n_steps);
+    }
 };
 
 template <>

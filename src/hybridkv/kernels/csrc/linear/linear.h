@@ -11,11 +11,18 @@
 
 #include "plain.h"
 
+#if defined(__AVX512VNNI__)
+namespace hybridkv {
+extern const LinearKernels kLinearAvx2;  // its products with activations of 8 bits are these processors' too
+}
+#endif
+
 #if defined(__AVX2__) || defined(HYBRIDKV_NEON)
 #include "floats.h"
 #if defined(HYBRIDKV_NEON)
 #include "rows_neon.h"
 #elif !defined(__AVX512VNNI__)
+#include "int8_rows.h"
 #include "one_row.h"
 #define HYBRIDKV_ONE_ROW 1
 #endif
@@ -38,6 +45,21 @@ constexpr auto few_ints = few_rows<T, NQ>;
 #if !defined(HYBRIDKV_ONE_ROW)
 template <class T>
 constexpr bool kOneRow = false;
+template <class T>
+constexpr int kSummed = 0;
+#endif
+
+#if defined(HYBRIDKV_ONE_ROW)
+template <class T>
+void linear_int8(const Matrix& w, const uint8_t* x, const int32_t* x_rows, int64_t n_rows, int64_t row0, int64_t row1,
+                 const Output& out, void* scratch) {
+    if (n_rows > kFewRows) return ManyInt8::linear<T>(w, x, x_rows, n_rows, row0, row1, out, scratch);
+    const int64_t stride = int8_stride(w.n_in), units = units_of(w.n_in);
+    Many::for_rows<kFewRows>(n_rows, [&](auto group, int64_t q) {
+        constexpr int n = decltype(group)::count;
+        int8_few<T, n>(w, Int8Taken<n>(x, stride, x_rows, q, units), q, row0, row1, out);
+    });
+}
 #endif
 
 template <class T>
@@ -50,6 +72,9 @@ void linear_ints(const Matrix& w, Operand operand, const uint8_t* x, const int32
             return one_row<T>(w, x + (x_rows ? *x_rows : 0) * stride, row0, row1, out);
         }
     }
+    if constexpr (kSummed<T> > 0) {
+        if (operand == Operand::int8) return linear_int8<T>(w, x, x_rows, n_rows, row0, row1, out, scratch);
+    }
 #endif
     (void)operand;
     if (n_rows > kFewRows) return ManyInts::linear<T>(w, x, x_rows, n_rows, row0, row1, out, scratch);
@@ -60,12 +85,27 @@ void linear_ints(const Matrix& w, Operand operand, const uint8_t* x, const int32
     });
 }
 
+template <class T>
+size_t many_scratch(bool int8) {
+#if defined(HYBRIDKV_ONE_ROW)
+    if constexpr (kSummed<T> > 0) {
+        if (int8) return sizeof(ManyInt8::Scratch<T>);
+    }
+#endif
+    (void)int8;
+    return sizeof(ManyInts::Scratch<T>);
+}
+
 struct Vectors {
     // One row of few inputs a byte is all that is streamed: there the form that costs less work to meet pays.
-    static Operand operand(const hybridkv::WeightType& type, int64_t n_rows) {
+    static Operand operand(const hybridkv::WeightType& type, int64_t n_rows, hybridkv::Activations wished) {
+        const bool int8 = wished == hybridkv::Activations::int8;
+#if defined(__AVX512VNNI__)
+        if (int8 && hybridkv::kLinearAvx2.operand(type, n_rows, wished) == Operand::int8) return Operand::int8;
+#endif
         switch (static_cast<TypeId>(type.id)) {
 #define HYBRIDKV_CASE(T, name) \
-    case TypeId::T: return kOneRow<T> && n_rows == 1 ? Operand::bytes : Operand::ints;
+    case TypeId::T: return int8 && kSummed<T> > 0 ? Operand::int8 : kOneRow<T> && n_rows == 1 ? Operand::bytes : Operand::ints;
             HYBRIDKV_GROUP_WEIGHTS(HYBRIDKV_CASE)
             HYBRIDKV_SCALED_WEIGHTS(HYBRIDKV_CASE)
             HYBRIDKV_GRID_WEIGHTS(HYBRIDKV_CASE)
@@ -74,12 +114,35 @@ struct Vectors {
         }
     }
 
-    static size_t scratch_bytes(const hybridkv::WeightType& type, int64_t, int64_t n_rows) {
+    static size_t prepared_bytes(Operand operand, int64_t n_in, int64_t n_rows) {
+#if defined(__AVX512VNNI__)
+        if (operand == Operand::int8) return hybridkv::kLinearAvx2.prepared_bytes(operand, n_in, n_rows);
+#elif defined(HYBRIDKV_ONE_ROW)
+        if (operand == Operand::int8) return static_cast<size_t>(n_rows * int8_stride(n_in));
+#endif
+        return weights::prepared_bytes<Order>(operand, n_in, n_rows);
+    }
+
+    static void prepare(Operand operand, const float* x, int64_t x_stride, int64_t n_in, int64_t r0, int64_t r1,
+                        void* prepared) {
+#if defined(__AVX512VNNI__)
+        if (operand == Operand::int8) return hybridkv::kLinearAvx2.prepare(operand, x, x_stride, n_in, r0, r1, prepared);
+#elif defined(HYBRIDKV_ONE_ROW)
+        if (operand == Operand::int8) return prepare_int8(x, x_stride, n_in, r0, r1, static_cast<uint8_t*>(prepared));
+#endif
+        weights::prepare<Order>(operand, x, x_stride, n_in, r0, r1, prepared);
+    }
+
+    static size_t scratch_bytes(const hybridkv::WeightType& type, Operand operand, int64_t n_rows) {
         if (type.floats) return sizeof(Floats::Scratch);
         if (n_rows <= kFewRows) return 0;
+        const bool int8 = operand == Operand::int8;
+#if defined(__AVX512VNNI__)
+        if (int8) return hybridkv::kLinearAvx2.scratch_bytes(type, operand, n_rows);
+#endif
         switch (static_cast<TypeId>(type.id)) {
 #define HYBRIDKV_CASE(T, name) \
-    case TypeId::T: return sizeof(ManyInts::Scratch<T>);
+    case TypeId::T: return many_scratch<T>(int8);
             HYBRIDKV_GROUP_WEIGHTS(HYBRIDKV_CASE)
             HYBRIDKV_SCALED_WEIGHTS(HYBRIDKV_CASE)
             HYBRIDKV_GRID_WEIGHTS(HYBRIDKV_CASE)
@@ -92,6 +155,11 @@ struct Vectors {
                        int64_t row0, int64_t row1, float* y, int64_t y_stride, bool add, void* scratch) {
         const uint8_t* x = static_cast<const uint8_t*>(prepared);
         const Output out{y, y_stride, add};
+#if defined(__AVX512VNNI__)
+        if (operand == Operand::int8) {
+            return hybridkv::kLinearAvx2.linear(w, operand, prepared, x_rows, n_rows, row0, row1, y, y_stride, add, scratch);
+        }
+#endif
         switch (static_cast<TypeId>(w.type->id)) {
 #define HYBRIDKV_CASE(T, name) \
     case TypeId::T: return linear_ints<T>(w, operand, x, x_rows, n_rows, row0, row1, out, scratch);
@@ -122,7 +190,7 @@ using Products = Plain;
 
 namespace hybridkv {
 extern const LinearKernels HYBRIDKV_LINEAR_RECORD;
-const LinearKernels HYBRIDKV_LINEAR_RECORD = {weights::Products::operand, weights::prepared_bytes<weights::Order>,
-                                              weights::prepare<weights::Order>,
-                                              weights::Products::scratch_bytes, weights::Products::linear};
+const LinearKernels HYBRIDKV_LINEAR_RECORD = {weights::Products::operand, weights::Products::prepared_bytes,
+                                              weights::Products::prepare, weights::Products::scratch_bytes,
+                                              weights::Products::linear};
 }  // namespace hybridkv

@@ -99,11 +99,14 @@ HYBRIDKV_PHASE void plain_floats(const Matrix& w, const uint8_t* x, const int32_
 }
 
 struct Plain {
-    static size_t scratch_bytes(const hybridkv::WeightType&, int64_t, int64_t n_rows) {
+    static constexpr auto prepared_bytes = weights::prepared_bytes<PlainOrder>;
+    static constexpr auto prepare = weights::prepare<PlainOrder>;
+
+    static size_t scratch_bytes(const hybridkv::WeightType&, Operand, int64_t n_rows) {
         return static_cast<size_t>(n_rows) * kGroups * 4;
     }
 
-    static Operand operand(const hybridkv::WeightType& type, int64_t) {
+    static Operand operand(const hybridkv::WeightType& type, int64_t, hybridkv::Activations) {
         return type.floats ? Operand::floats : Operand::ints;
     }
 

@@ -1,9 +1,10 @@
 // Weights as they lie in a GGUF file, and products with them: y = W x. Knows no SIMD.
 //
 // A matrix is n_out rows of ggml blocks, read where they are; no alignment is asked for. Activations are brought once
-// into one of three forms (an operand), whatever the types of the weights that they meet: integers of 15 bits with a
-// scale per 256 inputs, the same integers cut into two bytes, or floats. Sums of integers are exact and units of 256 inputs are added in order, floats are
-// summed along fixed lanes: a row's result has the same bits whatever the number of rows beside it.
+// into one of four forms (an operand), whatever the types of the weights that they meet: integers of 15 bits with a
+// scale per 256 inputs, the same integers cut into two bytes, integers of 8 bits with a scale per 32, or floats. Sums of
+// integers are exact and units of 256 inputs are added in order, floats are summed along fixed lanes: a row's result has
+// the same bits whatever the number of rows beside it.
 #pragma once
 
 #include <cstddef>
@@ -11,8 +12,11 @@
 
 namespace hybridkv {
 
-enum class Operand : uint8_t { ints, bytes, floats };
-constexpr int kOperands = 3;
+// What quantized weights meet where there is a choice.
+enum class Activations : uint8_t { int16, int8 };
+
+enum class Operand : uint8_t { ints, bytes, floats, int8 };
+constexpr int kOperands = 4;
 
 struct WeightType {
     const char* name;  // ggml's spelling, as in formats/weights.py
@@ -41,17 +45,19 @@ struct Matrix {
 
 // What one instruction set does with matrices.
 struct LinearKernels {
-    // What a type meets in products of at most `n_rows` rows each.
-    Operand (*operand)(const WeightType& type, int64_t n_rows);
+    // What a type meets in products of at most `n_rows` rows each; a type that has no product with what is wished for
+    // meets int16.
+    Operand (*operand)(const WeightType& type, int64_t n_rows, Activations wished);
     // Bytes of `n_rows` rows of activations, 64-byte aligned. Rows lie `prepared_bytes(operand, n_in, 1)` apart.
     size_t (*prepared_bytes)(Operand operand, int64_t n_in, int64_t n_rows);
     // Rows [r0, r1) of x, which lie x_stride floats apart.
     void (*prepare)(Operand operand, const float* x, int64_t x_stride, int64_t n_in, int64_t r0, int64_t r1,
                     void* prepared);
     // Bytes of memory, 64-byte aligned, that a thread needs for a product with `n_rows` rows.
-    size_t (*scratch_bytes)(const WeightType& type, int64_t n_in, int64_t n_rows);
-    // With activations in the form `operand`: y[i][row0 .. row1) = W[row0 .. row1) x[x_rows[i]] for i in 0..n_rows-1, added to what is there if `add`. Without
-    // x_rows, i is the prepared row. Rows of y lie y_stride floats apart; y is that of output row 0.
+    size_t (*scratch_bytes)(const WeightType& type, Operand operand, int64_t n_rows);
+    // With activations in the form `operand`: y[i][row0 .. row1) = W[row0 .. row1) x[x_rows[i]] for i in 0..n_rows-1,
+    // added to what is there if `add`. Without x_rows, i is the prepared row. Rows of y lie y_stride floats apart; y is
+    // that of output row 0.
     void (*linear)(const Matrix& w, Operand operand, const void* prepared, const int32_t* x_rows, int64_t n_rows, int64_t row0,
                    int64_t row1, float* y, int64_t y_stride, bool add, void* scratch);
 };
