@@ -154,8 +154,9 @@ def free_on_card(device: str, cap: int | None = None) -> int | None:
 def limit_card(device: str, cap: int) -> None:
     """Have torch refuse what goes beyond a cap on the card's memory, CUDA's own part of it included."""
     place = torch.device(device)
-    total = torch.cuda.get_device_properties(place).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, cap - CONTEXT_BYTES) / total), place)
+    index = torch.cuda.current_device() if place.index is None else place.index  # torch takes no plain `cuda` here
+    total = torch.cuda.get_device_properties(index).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, cap - CONTEXT_BYTES) / total), index)
 
 
 def checked(placement: Placement | None, needs: Needs, free_bytes: int | None, split: Split) -> Placement:
