@@ -19,6 +19,7 @@ from hybridkv.native import NativeModel, NativeStep, bytes_by_type
 from hybridkv.native.choice import multiplies
 from tests.families import FAMILIES, build
 from tests.native.test_step import NATIVE
+from tests.thin import every_other
 
 KINDS: tuple[WeightKind, ...] = ("auto", "plain", "f32", "bf16", "int8", "int4")
 
@@ -100,8 +101,7 @@ def test_files_of_every_family(family: str, type_: str, tmp_path: Path) -> None:
             assert held.parts[name] == pytest.approx(n_bytes, rel=0.1, abs=20_000), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", NATIVE)
+@pytest.mark.parametrize(("family", "kind"), every_other(NATIVE, KINDS))
 def test_files_of_native_families_held_otherwise(family: str, kind: WeightKind, tmp_path: Path) -> None:
     build(family).save_pretrained(tmp_path)
     description = file_of(tmp_path, "q8_0")

@@ -171,6 +171,7 @@ def nginx(text: str, reader: Reader, folder: Path) -> None:
     end, server.end = server.end, lambda: (started.terminate(), started.wait(30), end())  # type: ignore[method-assign]
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     """Every page is in a table of contents, every link and anchor leads somewhere, the API's docstrings are sound."""
     for package in ("sphinx", "myst_parser", "furo"):

@@ -18,6 +18,7 @@ from hybridkv.native import NativeStep
 from hybridkv.planner import largest_context, parse_bytes, plan, unknown_states
 from hybridkv.policy import Guard, Policy
 from tests.families import FAMILIES, build
+from tests.thin import every_other
 
 TYPES = [
     KVTypes("q8_0", "q4_0", tail=64, sink=4, center=True),
@@ -27,8 +28,7 @@ TYPES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "dtype"), every_other(FAMILIES, (torch.float32, torch.bfloat16)))
 def test_planned_bytes_are_the_bytes_of_a_real_cache(family: str, dtype: torch.dtype) -> None:
     model = build(family, dtype=dtype, attention=IMPLEMENTATION)
     facts = layer_facts(model.config)

@@ -7,7 +7,7 @@ from itertools import combinations, product
 import pytest
 
 from hybridkv.formats import FORMATS
-from tests.thin import covering, each_side, pairwise
+from tests.thin import covering, each_side, every_other, pairwise
 
 AXES = [(range(3), "ab", (True, False)), (range(7), range(5), range(4), range(2)), ("abc",), ((1,), (2, 3))]
 
@@ -40,3 +40,10 @@ def test_each_type_is_on_each_side() -> None:
     assert len(quick) == 2 * len(FORMATS)
     for side in (0, 1):
         assert {pair[side] for pair in quick} == set(FORMATS)
+
+
+def test_every_other_leaves_no_value_out() -> None:
+    quick = [param.values for param in every_other(range(4), "abc") if not param.marks]
+    assert len(quick) == 6
+    assert {row[0] for row in quick} == set(range(4))
+    assert {row[1] for row in quick} == set("abc")

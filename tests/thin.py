@@ -40,9 +40,20 @@ def each_side(names: Iterable[str]) -> list[Any]:
     K and V of an attention meet in its softmax alone, where neither has a type any more.
     """
     names = tuple(names)
-    n = len(names)
-    quick = [(names[i], names[(i + shift) % n]) for shift in (1, n // 2) for i in range(n)]
-    return slow_but(product(names, names), quick)
+    return slow_but(product(names, names), [*pairs_in_turn(names), *pairs_in_turn(names, len(names) // 2)])
+
+
+def pairs_in_turn(names: Iterable[str], shift: int = 1) -> list[tuple[str, str]]:
+    """Pair each name with the one that stands `shift` behind it: each is once on either side."""
+    names = tuple(names)
+    return [(name, names[(i + shift) % len(names)]) for i, name in enumerate(names)]
+
+
+def every_other(one: Iterable[Any], other: Iterable[Any]) -> list[Any]:
+    """Parametrize by a product of two axes: half of it by default, as a chessboard has it, the other half as slow."""
+    one, other = list(one), list(other)
+    quick = [(a, b) for i, a in enumerate(one) for j, b in enumerate(other) if (i + j) % 2 == 0]
+    return slow_but(product(one, other), quick)
 
 
 def slow_but(values: Iterable[Any], quick: Iterable[Any]) -> list[Any]:
@@ -54,4 +65,4 @@ def slow_but(values: Iterable[Any], quick: Iterable[Any]) -> list[Any]:
 
 def _param(value: Any, marks: Any) -> Any:
     row = value if isinstance(value, tuple) else (value,)
-    return pytest.param(*row, marks=marks, id="-".join(map(str, row)))
+    return pytest.param(*row, marks=marks, id="-".join(str(getattr(each, "name", each)) for each in row))

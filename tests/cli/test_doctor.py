@@ -74,7 +74,7 @@ def test_full_prints_a_line_per_case(cli: Cli) -> None:
     assert "…" not in done.out
 
 
-@pytest.mark.parametrize("option", ["--json", "--full"])
+@pytest.mark.parametrize("option", ["--full", pytest.param("--json", marks=pytest.mark.slow)])
 def test_a_reader_that_has_enough_ends_it_calmly(option: str) -> None:
     """`hybridkv doctor --full | head -1`."""
     command = [sys.executable, "-m", "hybridkv.cli", "doctor", option]

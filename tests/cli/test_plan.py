@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -294,17 +293,6 @@ def test_the_native_engine_takes_no_plain_weights(cli: Cli, command: str) -> Non
     done = cli(command, "--weights", "plain", "--engine", "native", "--device", "cpu", *ids)
     assert done.code == 2
     assert "error: --weights plain with --engine native; allowed: auto, f32, bf16, int8, int4\nhint: " in done.err
-
-
-def test_a_plan_of_a_file_imports_no_model(gguf: Path) -> None:
-    """Transformers' models take longer to import than all that a plan does."""
-    code = (
-        "import sys; from hybridkv.cli.main import main; main(sys.argv[1:]); "
-        "assert 'torch' in sys.modules; assert 'transformers.modeling_utils' not in sys.modules"
-    )
-    done = subprocess.run([sys.executable, "-c", code, "plan", "-m", gguf], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "weights on" in done.stdout
 
 
 def test_states_of_unknown_shape_are_said(cli: Cli, models: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from tests.cli.conftest import Cli
 from tests.cli.models import ModelStore, with_weights
 from tests.gguf.write_qwen35 import draft, tiny_model
 from tests.models import smollm2
-from tests.thin import each_side
+from tests.thin import pairs_in_turn, slow_but
 
 PROMPT = "Hello world"
 SEED_COMMAND = ["run", "-np", "1", "-fa", "on", "-t", "2", "-ctk", "q4_0", "-ctv", "q4_0", "-khad", "-vhad"]
@@ -94,7 +95,7 @@ def exact(reference: Loaded, step: Step) -> list[int]:
     return answer(reference, step, "f32", "f32")
 
 
-@pytest.mark.parametrize(("k", "v"), each_side(FORMATS))
+@pytest.mark.parametrize(("k", "v"), slow_but(product(FORMATS, FORMATS), pairs_in_turn(FORMATS)))
 def test_every_pair_of_types_answers(reference: Loaded, step: Step, exact: list[int], k: str, v: str) -> None:
     """As asked for to the end; with 8 bits and up as with f32."""
     tokens = answer(reference, step, k, v)

@@ -2,55 +2,47 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-
-import pytest
 
 from tests.with_lab import needs_lab
 
 HEAVY = ("transformers", "torch._dynamo", "triton", "sympy", "huggingface_hub", "safetensors", "matplotlib", "ray")
 
 
-def imported(code: str, *modules: str) -> dict[str, bool]:
-    """Which modules a fresh process has imported after some code."""
-    probe = f"import json, sys\n{code}\nprint(json.dumps({{m: m in sys.modules for m in {list(modules)!r}}}))"
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
+def imported_after(*codes: str) -> list[list[str]]:
+    """Which of `HEAVY` a fresh process has imported after each piece of code; they are run in turn."""
+    probe = f"print('heavy', *(m for m in {HEAVY!r} if m in sys.modules))"
+    program = "\n".join(["import sys", *(f"{code}\n{probe}" for code in codes)])
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found: dict[str, bool] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return [line.split()[1:] for line in done.stdout.splitlines() if line.split()[:1] == ["heavy"]]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["-p", "Hello world", "-ctk", "q4_0", "-ctv", "q4_0", "-khad", "-vhad"],
-        ["-p", "Hello world", "--temp", "0", "-np", "2", "--kv-tail", "32"],
-        ["--ids", "5,6,7", "--weights", "int8", "--json"],
-    ],
-)
-def test_a_native_run_needs_no_transformers(options: list[str]) -> None:
-    run = f"from hybridkv.cli.main import main\nassert main(['run', '-n', '2', *{options!r}]) == 0"
-    assert imported(run, *HEAVY) == dict.fromkeys(HEAVY, False)
-
-
-def test_a_plan_needs_no_transformers() -> None:
-    plan = "from hybridkv.cli.main import main\nassert main(['plan', '-ctk', 'q4_0']) == 0"
-    assert imported(plan, *HEAVY) == dict.fromkeys(HEAVY, False)
-
-
-def test_help_needs_nothing() -> None:
-    light = ("torch", "numpy", "gguf", "tokenizers", "jinja2", *HEAVY)
-    assert imported("from hybridkv.cli.main import build_parser\nbuild_parser()", *light) == dict.fromkeys(light, False)
-
-
-def test_serving_needs_no_transformers() -> None:
-    modules = "hybridkv.engine.load, hybridkv.engine.scheduler, hybridkv.server.app, hybridkv.server.request_handler"
-    assert imported(f"import {modules}", "transformers") == {"transformers": False}
+def test_what_runs_natively_needs_no_transformers() -> None:
+    runs = (
+        ["plan", "-ctk", "q4_0"],
+        ["run", "-n", "2", "-p", "Hello world", "-ctk", "q4_0", "-ctv", "q4_0", "-khad", "-vhad"],
+        ["run", "-n", "2", "-p", "Hello world", "--temp", "0", "-np", "2", "--kv-tail", "32"],
+        ["run", "-n", "2", "--ids", "5,6,7", "--weights", "int8", "--json"],
+    )
+    found = imported_after(
+        *(f"from hybridkv.cli.main import main\nassert main({words!r}) == 0\nprint()" for words in runs),
+        "import hybridkv.engine.scheduler, hybridkv.server.app, hybridkv.server.request_handler",
+    )
+    assert found[:-1] == [[]] * len(runs)
+    assert "transformers" not in found[-1]
 
 
 @needs_lab
 def test_evaluating_needs_no_transformers() -> None:
-    modules = "hybridkv.engine.load, hybridkv_lab.evaluate, hybridkv_lab.run"
-    assert imported(f"import {modules}", "transformers") == {"transformers": False}
+    (found,) = imported_after("import hybridkv.engine.load, hybridkv_lab.evaluate, hybridkv_lab.run")
+    assert "transformers" not in found
+
+
+def test_help_needs_nothing() -> None:
+    light = {"torch", "numpy", "gguf", "tokenizers", "jinja2", *HEAVY}
+    help_ = "import sys; from hybridkv.cli.main import build_parser; build_parser(); "
+    words = [sys.executable, "-c", f"{help_} print(*({light!r} & sys.modules.keys()))"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from hybridkv.model import kv_facts, layer_facts
 from hybridkv.policy import Guard, Policy
 from hybridkv.runtime import Step
 from tests.families import HYBRIDS, build
+from tests.thin import slow_but
 
 SHARED = (5, 71, 8, 8, 40)
 PROMPTS = tuple(SHARED + own for own in ((1, 2, 3), (9,), (1, 2, 4), (60, 61, 62, 63), (17,), (3, 2, 1)))
@@ -79,8 +81,13 @@ def exact_scores(family: str, prompts: tuple[tuple[int, ...], ...]) -> Tensor:
     return torch.tensor([[from_scratch(model, p, label) for label in LABELS] for p in prompts])
 
 
-@pytest.mark.parametrize("batch", [1, 2, 8])
-@pytest.mark.parametrize("family", [*HYBRIDS, "qwen3", "gemma3_text", "gpt_oss"])
+SCORED = (*HYBRIDS, "qwen3", "gemma3_text", "gpt_oss")
+BATCHES = (1, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("family", "batch"), slow_but(product(SCORED, BATCHES), zip(SCORED, cycle(BATCHES), strict=False))
+)
 def test_as_from_scratch(family: str, batch: int) -> None:
     model = build(family, attention="hybridkv")
     got = classifier(model, batch=batch).score(PROMPTS)

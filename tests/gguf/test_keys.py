@@ -25,6 +25,7 @@ from tests.gguf.key_cases import draft, names, written
 from tests.gguf.reference import REFERENCE, config_from_gguf
 from tests.gguf.write_qwen35 import Key
 from tests.models import gemma3, smollm2
+from tests.thin import every_other
 
 ROTATING = [name for name in ARCHITECTURES if name not in ("nemotron_h", "nemotron_h_moe", "jamba")]
 WITH_EXPERTS = [
@@ -86,8 +87,7 @@ def rotary(model: Any, kind: str = "") -> tuple[npt.NDArray[np.float64], float]:
     return frequencies.double().numpy(), float(getattr(embedding, f"{kind}attention_scaling"))
 
 
-@pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("architecture", ROTATING)
+@pytest.mark.parametrize(("architecture", "scaling"), every_other(ROTATING, SCALINGS))
 @pytest.mark.filterwarnings("ignore")
 def test_scaled_rope_is_what_llama_cpp_computes(tmp_path: Path, architecture: str, scaling: str) -> None:
     keys, expected = SCALINGS[scaling]

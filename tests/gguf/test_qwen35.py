@@ -226,7 +226,6 @@ PEAK = """
 import re, resource, sys, torch
 from pathlib import Path
 from hybridkv.gguf.load import load_gguf
-from tests.gguf.reference import config_from_gguf
 tiny, big, slack, weight_bytes = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 load_gguf(tiny, dtype=torch.bfloat16)  # whatever is imported, started and cached, is now
 used = 1024 * int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

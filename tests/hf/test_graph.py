@@ -98,8 +98,12 @@ def test_a_recording_holds_no_number_of_the_step_it_was_made_in(family: str) -> 
 
 @pytest.mark.parametrize(
     ("options", "n_recorded"),
-    [({"tail": 32}, 2), ({"tail": 32, "sink": 4, "center": True}, 2), ({"sink": 4}, 1), ({"sink": 30}, 2)],
-    ids=["tail", "all", "sinks", "sinks that fill while decoding"],
+    [
+        pytest.param({"tail": 32}, 2, id="tail", marks=pytest.mark.slow),
+        pytest.param({"tail": 32, "sink": 4, "center": True}, 2, id="all"),
+        pytest.param({"sink": 4}, 1, id="sinks", marks=pytest.mark.slow),
+        pytest.param({"sink": 30}, 2, id="sinks that fill while decoding"),
+    ],
 )
 def test_exact_rows_are_recorded_until_the_first_are_packed_and_from_then_on(
     options: dict[str, Any], n_recorded: int

@@ -338,7 +338,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bo
     return (scores.softmax(-1) @ v).half(), scores.logsumexp(-1).float()
 
 
-@pytest.mark.parametrize("type_name", ["q8_0", "q6_0", "q5_1", "hq3_nl"])
+@pytest.mark.parametrize("type_name", slow_but(("q8_0", "q6_0", "q5_1", "hq3_nl"), ("q8_0", "hq3_nl")))
 def test_a_prompt_over_unpacked_windows(type_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A history of several windows, whose borders lie within segments; and none."""
     if not ON_CUDA:

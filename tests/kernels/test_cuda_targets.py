@@ -32,7 +32,11 @@ def compiled(cache: Path, target: str, what: str, *options: str) -> list[tuple[s
 
 
 @pytest.mark.parametrize(
-    ("target", "names"), [("75", "_gated"), ("89", "_delta_step,attend_one_token")], ids=["turing", "ada"]
+    ("target", "names"),
+    [
+        pytest.param("75", "_gated", id="turing"),
+        pytest.param("89", "_delta_step,attend_one_token", id="ada", marks=pytest.mark.slow),
+    ],
 )
 def test_what_a_decode_step_spends_its_time_in(target: str, names: str, tmp_path: Path) -> None:
     """A few variants; the rest takes minutes."""

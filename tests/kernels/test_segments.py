@@ -14,6 +14,7 @@ from hybridkv.formats import FORMATS
 from hybridkv.kernels import AttentionParams, Kernel, KVView, Segment, attend, cpu, cpu_native, reference
 from tests.kernels.stored import Part, Stored, store_parts
 from tests.oracles.attention import exact_attention, relative_rmse
+from tests.thin import pairwise
 
 NATIVE = tuple(cpu_native._native().isas()) if cpu_native.available() is None else ()
 
@@ -102,9 +103,7 @@ def check(kernel: Kernel, case: Case) -> None:
     assert relative_rmse(got, exact) <= kernel.tolerance
 
 
-@pytest.mark.parametrize("n_new", [1, 3, 63])
-@pytest.mark.parametrize("group", [1, 3, 8])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "group", "n_new"), pairwise(LAYOUTS, (1, 3, 8), (1, 3, 63)))
 def test_layouts(kernel: Kernel, layout: str, group: int, n_new: int) -> None:
     check(kernel, Case(LAYOUTS[layout], n_new, group))
 

@@ -20,6 +20,7 @@ from hybridkv.policy import Guard, Policy
 from hybridkv.runtime import DraftStep
 from tests.families import build
 from tests.native.test_step import NATIVE, native_step, tokens
+from tests.thin import pairwise
 
 needs_native = pytest.mark.skipif(cpu_native.available() is not None, reason="the native extension is not built")
 pytestmark = [needs_native, pytest.mark.usefixtures("_inference")]
@@ -122,9 +123,7 @@ def take_drafts(pairs: list[Pair], n_tokens: int, seed: int) -> int:
     return n_accepted
 
 
-@pytest.mark.parametrize("isa", ["best", "portable"])
-@pytest.mark.parametrize("rounded", [False, True])
-@pytest.mark.parametrize("family", NATIVE)
+@pytest.mark.parametrize(("family", "rounded", "isa"), pairwise(NATIVE, (False, True), ("best", "portable")))
 def test_every_family_keeps_what_single_tokens_leave(
     family: str, rounded: bool, isa: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,11 +151,13 @@ def test_every_kind_of_rows_keeps_what_single_tokens_leave(family: str, kind: st
     assert take_drafts(several, 60, seed=8) >= (10 if family != "mistral" else 0)
 
 
-@pytest.mark.parametrize("isa", ["best", "avx2", "portable"])
-@pytest.mark.parametrize("_threads", [1, 3], indirect=True)
-@pytest.mark.parametrize("types", [("q8_0", "q8_0"), ("f16", "f16"), ("q4_1", "iq4_nl"), ("q5_0", "bf16")])
+@pytest.mark.parametrize(
+    ("types", "_threads", "isa"),
+    pairwise(("q8_0/q8_0", "f16/f16", "q4_1/iq4_nl", "q5_0/bf16"), (1, 3), ("best", "avx2", "portable")),
+    indirect=["_threads"],
+)
 @pytest.mark.usefixtures("_threads")
-def test_long_caches_are_read_together(types: tuple[str, str], isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_caches_are_read_together(types: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over the ends of tiles and of parts of the cache, with several threads too."""
     if isa not in ("best", *cpu_native._native().isas()):
         pytest.skip(f"this processor has no {isa}")
@@ -165,5 +166,5 @@ def test_long_caches_are_read_together(types: tuple[str, str], isa: str, monkeyp
     model = build("qwen3_5_text", attention="hybridkv")
     step = NativeStep(model)
     for n_prompt in (90, 500, 1000):
-        pair = Pair(step, model.config, KVTypes(*types), n_prompt, n_prompt, n_ctx=1200)
+        pair = Pair(step, model.config, KVTypes(*types.split("/")), n_prompt, n_prompt, n_ctx=1200)
         assert take_drafts([pair], 70, seed=n_prompt) >= 10

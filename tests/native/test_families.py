@@ -21,6 +21,7 @@ from hybridkv.native import NativeStep, source_of
 from hybridkv.native.choice import rejects
 from hybridkv.policy import Guard, Policy
 from tests.families import BASE, FAMILIES, build
+from tests.thin import every_other
 
 pytestmark = [
     pytest.mark.skipif(cpu_native.available() is not None, reason="the native extension is not built"),
@@ -121,8 +122,7 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("isa", ["best", "portable"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "isa"), every_other(VARIANTS, ("best", "portable")))
 def test_variants(variant: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Biases and experts' corrections are random here: Transformers begins with zeros, which would hide them."""
     if isa != "best":

@@ -70,7 +70,7 @@ def test_copied_weights_do_not_need_the_file(copy: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "truncate") or sys.platform == "win32", reason="files in use do not shrink there")
-@pytest.mark.parametrize("engine", ["native", "eager"])
+@pytest.mark.parametrize("engine", ["native", pytest.param("eager", marks=pytest.mark.slow)])
 def test_a_file_that_shrinks_ends_in_an_error_and_not_a_signal(copy: Path, engine: str) -> None:
     command = [sys.executable, "-c", SHRINKING, str(copy), engine]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -48,6 +48,7 @@ def test_table_and_files(cli: Cli, tmp_path: Path, mode: str) -> None:
     assert "| q8_0 |" in output.with_suffix(".md").read_text()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_resume_adds_a_type_and_keeps_the_others(cli: Cli, tmp_path: Path) -> None:
     output = tmp_path / "run.jsonl"
     assert cli("eval", *SMALL, "--types", "q8_0", "-o", output).code == 0
@@ -63,6 +64,7 @@ def test_resume_adds_a_type_and_keeps_the_others(cli: Cli, tmp_path: Path) -> No
     assert "is of another run: mode 'prefill' then, 'decode' now" in one_error(other)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_ctrl_c_keeps_what_is_done(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "run.jsonl"
 
@@ -139,6 +141,7 @@ def test_bad_input(cli: Cli, tmp_path: Path, case: str) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_results_are_json_without_nan(cli: Cli, tmp_path: Path) -> None:
     output = tmp_path / "run.jsonl"
     assert cli("eval", *SMALL, "-m", bundled_model(), "--types", "q8_0", "-o", output).code == 0

@@ -14,6 +14,7 @@ TEXT = Path(__file__).parents[2] / "data" / "heldout_excerpt.txt"
 SMALL = ("-f", TEXT, "-c", 64, "--windows", 1, "-n", 0, "-t", 1, "--types", "q8_0")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_second_measurement_has_a_name_of_its_own(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert "note: hybridkv-eval" not in cli("eval", *SMALL).err

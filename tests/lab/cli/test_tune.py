@@ -216,6 +216,7 @@ def test_run_prints_the_types_of_each_layer(cli: Cli, hybrid: Path, tmp_path: Pa
     ],
     ids=" ".join,
 )
+@pytest.mark.usefixtures("no_pictures")
 def test_what_the_file_says_itself_is_not_said_twice(
     cli: Cli, hybrid: Path, tmp_path: Path, options: list[str]
 ) -> None:
@@ -249,6 +250,7 @@ def test_plan_counts_it(cli: Cli, hybrid: Path, tmp_path: Path) -> None:
     assert "kv.toml" in cli("plan", "-m", hybrid, "-c", 4096, "--kv-config", config).out
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_eval_takes_it_as_a_candidate(cli: Cli, gguf: Path, tmp_path: Path) -> None:
     tuned = tmp_path / "kv.toml"
     assert cli("tune", "-m", gguf, *SMALL, "--types", "q8_0,q4_0", "--budget", 9, "-o", tuned).code == 0
