@@ -37,6 +37,8 @@ class SamplerOption:
         Least value in requests, where it is another one.
     greedy_ignores
         Whether it changes nothing at temperature 0.
+    is_theirs
+        Whether llama.cpp has it.
     variable
         llama.cpp's environment variable.
     """
@@ -55,6 +57,7 @@ class SamplerOption:
     request_name: str = ""
     for_requests: float | None = None
     greedy_ignores: bool = False
+    is_theirs: bool = True
     variable: str = ""
 
     @property

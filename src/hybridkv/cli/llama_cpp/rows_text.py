@@ -65,7 +65,7 @@ TEXT: tuple[Row, ...] = (
     note("-ptcall --parallel-tool-calls", "tools come in requests", takes=""),
     same("-s --seed"),
     same("--temp --temperature", env="LLAMA_ARG_TEMPERATURE"),
-    *(same(" ".join(option.flags), env=option.variable) for option in SAMPLERS),
+    *(same(" ".join(option.flags), env=option.variable) for option in SAMPLERS if option.is_theirs),
     same("--ignore-eos", takes=""),
     note("--penalize-nl", _OF_SAMPLER, takes=""),
     same("--dry-sequence-breaker"),
