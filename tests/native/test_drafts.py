@@ -122,15 +122,11 @@ def take_drafts(pairs: list[Pair], n_tokens: int, seed: int) -> int:
     return n_accepted
 
 
-@pytest.mark.parametrize("isa", ["best", "portable"])
+@pytest.mark.parametrize("isa", ["best", "portable"], indirect=True)
 @pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("family", NATIVE)
-def test_every_family_keeps_what_single_tokens_leave(
-    family: str, rounded: bool, isa: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_family_keeps_what_single_tokens_leave(family: str, rounded: bool, isa: str) -> None:
     """Two sequences in one run, of two types."""
-    if isa != "best":
-        monkeypatch.setenv("HYBRIDKV_ISA", isa)
     model = build(family, attention="hybridkv")
     step = native_step(model, "int8" if rounded else "auto")
     pairs = [Pair(step, model.config, types, n, n) for types, n in ((KINDS["q8_0"], 29), (TAIL, 70))]
@@ -152,16 +148,12 @@ def test_every_kind_of_rows_keeps_what_single_tokens_leave(family: str, kind: st
     assert take_drafts(several, 60, seed=8) >= (10 if family != "mistral" else 0)
 
 
-@pytest.mark.parametrize("isa", ["best", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["best", "avx2", "portable"], indirect=True)
 @pytest.mark.parametrize("_threads", [1, 3], indirect=True)
 @pytest.mark.parametrize("types", [("q8_0", "q8_0"), ("f16", "f16"), ("q4_1", "iq4_nl"), ("q5_0", "bf16")])
 @pytest.mark.usefixtures("_threads")
-def test_long_caches_are_read_together(types: tuple[str, str], isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_caches_are_read_together(types: tuple[str, str], isa: str) -> None:
     """Over the ends of tiles and of parts of the cache, with several threads too."""
-    if isa not in ("best", *cpu_native._native().isas()):
-        pytest.skip(f"this processor has no {isa}")
-    if isa != "best":
-        monkeypatch.setenv("HYBRIDKV_ISA", isa)
     model = build("qwen3_5_text", attention="hybridkv")
     step = NativeStep(model)
     for n_prompt in (90, 500, 1000):

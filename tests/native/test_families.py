@@ -121,12 +121,10 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("isa", ["best", "portable"])
+@pytest.mark.parametrize("isa", ["best", "portable"], indirect=True)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_variants(variant: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variants(variant: str, isa: str) -> None:
     """Biases and experts' corrections are random here: Transformers begins with zeros, which would hide them."""
-    if isa != "best":
-        monkeypatch.setenv("HYBRIDKV_ISA", isa)
     family, changes = VARIANTS[variant]
     model = build(family, attention="hybridkv", **changes)
     noise = torch.Generator().manual_seed(3)
