@@ -89,7 +89,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="another name of --weights: q8_0 is int8, q4_0 is int4",
     )
     parser.add_argument(
-        "--engine", default="auto", metavar="auto|native|eager", help="as in `run`; eager stores plain weights"
+        "--backend",
+        "--engine",
+        dest="engine",
+        default="auto",
+        metavar="auto|native|eager",
+        help="as in `run`; eager stores plain weights",
     )
     parser.add_argument(
         "--tp",
