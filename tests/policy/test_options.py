@@ -49,7 +49,7 @@ def test_counts_that_are_none(name: str) -> None:
 
 
 def test_samplers_are_the_fields_of_the_parameters() -> None:
-    others = {"temp", "seed", "logit_bias", "dry_breakers"}
+    others = {"temp", "seed", "logit_bias", "dry_breakers", "order"}
     defaults = {f.name: f.default for f in dataclasses.fields(SamplingParams) if f.name not in others}
     assert {option.name: option.default for option in SAMPLERS} == defaults
 
