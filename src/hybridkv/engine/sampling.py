@@ -295,7 +295,7 @@ def _largest(logits: Tensor) -> list[int]:
 
 
 def _kept(samplers: Sequence[Sampler], p: SamplingParams, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Logits `[B, N]` with the tokens that may not be drawn at -inf, and their ids where N is less than all."""
+    """Filter logits `[B, N]`: set tokens that may not be drawn to -inf; also give the ids where N is less than all."""
     ids = None
     for name in p.order:
         if name == "top_n_sigma" and p.top_n_sigma > 0:
