@@ -30,6 +30,7 @@ if INTERPRETED:
 from transformers.utils import logging
 
 from hybridkv.cache import planes
+from hybridkv.kernels import cpu_native
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -93,3 +94,17 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         return torch.full(shape, 0xFF, dtype=torch.uint8, device=device)
 
     monkeypatch.setattr(planes, "allocate", allocate)
+
+
+def _isas() -> tuple[str, ...]:
+    return tuple(cpu_native._native().isas()) if cpu_native.available() is None else ()
+
+
+@pytest.fixture(params=_isas())
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Ask for an instruction set: for each that this processor runs, or for those of a test; `best` asks for none."""
+    if request.param != "best":
+        if request.param not in _isas():
+            pytest.skip(f"this processor does not run {request.param}")
+        monkeypatch.setenv("HYBRIDKV_ISA", request.param)
+    return str(request.param)

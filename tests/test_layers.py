@@ -28,7 +28,7 @@ FLOORS = (
     ("cache",),
     ("kernels",),
     ("rotation", "formats"),
-    ("errors",),
+    ("errors", "options"),
 )
 LEVEL = {room: len(FLOORS) - i for i, floor in enumerate(FLOORS) for room in floor}
 ONLY_IN = {

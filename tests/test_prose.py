@@ -29,7 +29,7 @@ VERBS = frozenset(
     Reject Release Reload Relock Remember Remove Rename Render Reorder Repack Repeat Replace Replay Reply Report
     Require Reserve Reset Reshape Resolve Restore Restrict Resume Return Reuse Reverse Rewrite Rotate Round Run
     Sample Sanitize Save Say Scale Scan Schedule Score Search See Select Send Serve Set Shard Share Shift
-    Shorten Show Shrink Shut Sign Silence Simulate Skip Slice Slide Smooth Solve Sort Spell Split Spread Stack
+    Shorten Show Shrink Shut Sign Silence Simulate Skip Sleep Slice Slide Smooth Solve Sort Spell Split Spread Stack
     Start Step Stop Store Stream Stretch Strip Submit Subtract Suggest Sum Summarize Suspend Swap Switch
     Synchronize Tabulate Tag Take Tell Test Tile Time Tokenize Trace Track Train Transfer Transform Translate
     Transpose Trim Truncate Try Tune Turn Type Undo Unify Unpack Unregister Unwrap Update Upload Use Validate

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from hybridkv.cache import KVTypes
-from hybridkv.cli import cache_options
 from hybridkv.cli.main import main
 from hybridkv.cli.show import layers_words
 from hybridkv.cli.stream import Streams
@@ -27,6 +26,7 @@ from hybridkv.formats import FORMATS, get_format
 from hybridkv.gguf.load import load_gguf
 from hybridkv.kernels.cuda import compiling
 from hybridkv.model import kv_facts
+from hybridkv.options import TYPES
 from hybridkv.policy import Guard, Policy
 from hybridkv.runtime import Step
 from tests.cli.conftest import Cli
@@ -162,7 +162,7 @@ def test_types_change_the_numbers(run: Run) -> None:
 
 
 def test_help_names_every_type() -> None:
-    assert cache_options.TYPES.split() == list(FORMATS)
+    assert TYPES.split() == list(FORMATS)
 
 
 @pytest.mark.parametrize("option", ["-khad", "-vhad", "--k-cache-hadamard", "--v-cache-hadamard"])

@@ -19,7 +19,9 @@ def test_a_cap_reaches_torch_as_it_takes_it(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=16 * GIB))
     # As torch's own, which takes an index and no plain `cuda`.
     monkeypatch.setattr(
-        torch.cuda, "set_per_process_memory_fraction", lambda share, device: limits.append((share, operator.index(device)))
+        torch.cuda,
+        "set_per_process_memory_fraction",
+        lambda share, device: limits.append((share, operator.index(device))),
     )
     limit_card("cuda", 8 * GIB + CONTEXT_BYTES)
     limit_card("cuda:1", 64 * GIB)

@@ -164,10 +164,9 @@ def test_where_rows_are_cut_changes_nothing(kernel: Kernel, lengths: tuple[int, 
 
 
 @pytest.mark.parametrize("n_new", [1, 63])
-@pytest.mark.parametrize("isa", NATIVE)
-def test_padding_and_threads(monkeypatch: pytest.MonkeyPatch, isa: str, n_new: int) -> None:
+@pytest.mark.parametrize("isa", NATIVE, indirect=True)
+def test_padding_and_threads(isa: str, n_new: int) -> None:
     """Left padding that ends within a segment, on one thread and on three."""
-    monkeypatch.setenv("HYBRIDKV_ISA", isa)
     stored = store_parts(LAYOUTS["cut in parts"])
     n_rows = stored.view.length
     first_row = torch.tensor([2, 640])
@@ -206,9 +205,8 @@ def test_a_nan_shows_where_it_is_attended_and_nowhere_else(kernel: Kernel, index
         assert relative_rmse(got[batch, head], exact[batch, head]) <= 2 * kernel.tolerance
 
 
-@pytest.mark.parametrize("isa", NATIVE)
-def test_what_no_cache_hands_out_is_refused(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
-    monkeypatch.setenv("HYBRIDKV_ISA", isa)
+@pytest.mark.parametrize("isa", NATIVE, indirect=True)
+def test_what_no_cache_hands_out_is_refused(isa: str) -> None:
     view = store_parts(LAYOUTS["sink, centered, tail"]).view
     sink, packed, tail = view.segments
     assert packed.center is not None

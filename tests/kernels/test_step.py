@@ -25,8 +25,8 @@ TOLERANCE = 3e-6
 
 
 @pytest.fixture(autouse=True)
-def _isa(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HYBRIDKV_ISA", isa)
+def _isa(isa: str) -> None:
+    """Run every test on each instruction set."""
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -123,13 +123,11 @@ def take_drafts(pairs: list[Pair], n_tokens: int, seed: int) -> int:
     return n_accepted
 
 
-@pytest.mark.parametrize(("family", "rounded", "isa"), pairwise(NATIVE, (False, True), ("best", "portable")))
-def test_every_family_keeps_what_single_tokens_leave(
-    family: str, rounded: bool, isa: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    ("family", "rounded", "isa"), pairwise(NATIVE, (False, True), ("best", "portable")), indirect=["isa"]
+)
+def test_every_family_keeps_what_single_tokens_leave(family: str, rounded: bool, isa: str) -> None:
     """Two sequences in one run, of two types."""
-    if isa != "best":
-        monkeypatch.setenv("HYBRIDKV_ISA", isa)
     model = build(family, attention="hybridkv")
     step = native_step(model, "int8" if rounded else "auto")
     pairs = [Pair(step, model.config, types, n, n) for types, n in ((KINDS["q8_0"], 29), (TAIL, 70))]
@@ -154,15 +152,11 @@ def test_every_kind_of_rows_keeps_what_single_tokens_leave(family: str, kind: st
 @pytest.mark.parametrize(
     ("types", "_threads", "isa"),
     pairwise(("q8_0/q8_0", "f16/f16", "q4_1/iq4_nl", "q5_0/bf16"), (1, 3), ("best", "avx2", "portable")),
-    indirect=["_threads"],
+    indirect=["_threads", "isa"],
 )
 @pytest.mark.usefixtures("_threads")
-def test_long_caches_are_read_together(types: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_caches_are_read_together(types: str, isa: str) -> None:
     """Over the ends of tiles and of parts of the cache, with several threads too."""
-    if isa not in ("best", *cpu_native._native().isas()):
-        pytest.skip(f"this processor has no {isa}")
-    if isa != "best":
-        monkeypatch.setenv("HYBRIDKV_ISA", isa)
     model = build("qwen3_5_text", attention="hybridkv")
     step = NativeStep(model)
     for n_prompt in (90, 500, 1000):

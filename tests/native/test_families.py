@@ -122,11 +122,9 @@ def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(("variant", "isa"), every_other(VARIANTS, ("best", "portable")))
-def test_variants(variant: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("variant", "isa"), every_other(VARIANTS, ("best", "portable")), indirect=["isa"])
+def test_variants(variant: str, isa: str) -> None:
     """Biases and experts' corrections are random here: Transformers begins with zeros, which would hide them."""
-    if isa != "best":
-        monkeypatch.setenv("HYBRIDKV_ISA", isa)
     family, changes = VARIANTS[variant]
     model = build(family, attention="hybridkv", **changes)
     noise = torch.Generator().manual_seed(3)

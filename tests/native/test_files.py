@@ -47,15 +47,6 @@ def _inference() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def _isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = request.node.callspec.params.get("isa", "best") if hasattr(request.node, "callspec") else "best"
-    if name != "best":
-        if name not in cpu_native._native().isas():
-            pytest.skip(f"this processor does not run {name}")
-        monkeypatch.setenv("HYBRIDKV_ISA", name)
-
-
 def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
 
@@ -134,7 +125,7 @@ QUICK = [(tuple(SIZES)[i % len(SIZES)], mix, isa) for i, (mix, isa) in enumerate
 """Every mix on every instruction set, the families by turns: each file and its exact answer cost a second."""
 
 
-@pytest.mark.parametrize(("family", "mix", "isa"), slow_but(ALL, QUICK))
+@pytest.mark.parametrize(("family", "mix", "isa"), slow_but(ALL, QUICK), indirect=["isa"])
 def test_logits_of_prompt_and_decode(family: str, mix: str, isa: str) -> None:
     """Each type is what the file says: nothing was rounded again on the way."""
     step = native(family, mix, isa)
@@ -152,7 +143,7 @@ def test_logits_of_prompt_and_decode(family: str, mix: str, isa: str) -> None:
     assert n_compared >= 20
 
 
-@pytest.mark.parametrize(("family", "mix", "isa"), pairwise(SIZES, ["q4_k_m", "q3_k"], ISAS))
+@pytest.mark.parametrize(("family", "mix", "isa"), pairwise(SIZES, ["q4_k_m", "q3_k"], ISAS), indirect=["isa"])
 def test_sequences_with_caches_of_their_own_get_the_bits_that_they_get_alone(family: str, mix: str, isa: str) -> None:
     """Of prompts of different lengths, decoded together; and those in one cache the same numbers up to rounding."""
     step = native(family, mix, isa)

@@ -171,15 +171,14 @@ def error(got: Tensor, exact: Tensor) -> float:
         [1, 3],
         ["best", "portable"],
     ),
+    indirect=["isa"],
 )
-def test_logits(origin: str, lengths: tuple[int, ...], batch: int, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits(origin: str, lengths: tuple[int, ...], batch: int, isa: str) -> None:
     """Float32 weights stay float32; q8_0 ones are multiplied as integers.
 
     Float rows are attended within 2e-5 of exact, in each layer.
     """
     family, source = origin.split()
-    if isa != "best":
-        monkeypatch.setenv("HYBRIDKV_ISA", isa)
     pieces = [tokens(batch, n, seed) for seed, n in enumerate(lengths)]
     model = build(family, attention="hybridkv")
     step = NativeStep(model) if source == "model" else from_file(family, source)
@@ -363,11 +362,9 @@ def unpack_model(model: PreTrainedModel) -> None:
                 setattr(module, name, torch.nn.Parameter(decode(held), requires_grad=False))
 
 
-@pytest.mark.parametrize("isa", ["best", "portable"])
+@pytest.mark.parametrize("isa", ["best", "portable"], indirect=True)
 @pytest.mark.parametrize("length", [1, 7, 70])
-def test_int4_is_transformers_on_the_unpacked_values(length: int, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if isa != "best":
-        monkeypatch.setenv("HYBRIDKV_ISA", isa)
+def test_int4_is_transformers_on_the_unpacked_values(length: int, isa: str) -> None:
     model, plain = build("qwen3_5_text", attention="hybridkv"), build("qwen3_5_text")
     pack_model(plain, "int4")
     unpack_model(plain)
@@ -538,13 +535,11 @@ def test_a_model_that_takes_no_cache_is_refused() -> None:
         EagerStep(Encoder())
 
 
-@pytest.mark.parametrize(("family", "rounded", "isa"), pairwise(NATIVE, [False, True], ["best", "portable"]))
-def test_separate_caches_get_the_bits_that_they_get_alone(
-    family: str, rounded: bool, isa: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    ("family", "rounded", "isa"), pairwise(NATIVE, [False, True], ["best", "portable"]), indirect=["isa"]
+)
+def test_separate_caches_get_the_bits_that_they_get_alone(family: str, rounded: bool, isa: str) -> None:
     """Eleven sequences of all lengths and several types in one run, weights of f32 and of q8_0."""
-    if isa != "best":
-        monkeypatch.setenv("HYBRIDKV_ISA", isa)
     model = build(family, attention="hybridkv")
     step = native_step(model, "int8" if rounded else "auto")
     kinds = (KVTypes("q8_0", "q8_0"), KVTypes("q4_0", "q4_0", rotate_k=True, tail=32, sink=2, center=True))

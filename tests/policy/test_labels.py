@@ -39,7 +39,7 @@ def test_unknown_types(text: str) -> None:
 
 
 def test_options_multiply() -> None:
-    found = expand_types(["q4_0", "q8_0/q4_0"], rotations=("none", "kv"), tails=(0, 128))
+    found = expand_types(["q4_0", "q8_0/q4_0"], rotations=("none", "kv"), common={"tail": (0, 128)})
     assert [label(types) for types in found] == [
         "q4_0",
         "q4_0+tail128",
@@ -53,10 +53,9 @@ def test_options_multiply() -> None:
 
 
 def test_what_changes_nothing_appears_once() -> None:
-    labels = [
-        label(types)
-        for types in expand_types(["f16", "q4_1", "q4_0"], scales=("absmax", "refit"), rotations=("none", "k"))
-    ]
+    scales = {"scale": ("absmax", "refit")}
+    found = expand_types(["f16", "q4_1", "q4_0"], common=scales, rotations=("none", "k"))
+    labels = [label(types) for types in found]
     assert labels.count("f16") == 1
     assert [name for name in labels if name.startswith("f16")] == ["f16"]
     assert len(set(labels)) == len(labels)

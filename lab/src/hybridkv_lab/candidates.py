@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 from hybridkv.policy import AnyPolicy, Policy
 from hybridkv.policy.labels import expand_types, label
@@ -36,11 +38,8 @@ def expand(
     types: Iterable[str],
     *,
     rotations: Sequence[str] = (),
-    scales: Sequence[str] = (),
-    tails: Sequence[int] = (),
-    sinks: Sequence[int] = (),
-    centers: Sequence[bool] = (),
+    common: Mapping[str, Sequence[Any]] = MappingProxyType({}),
 ) -> list[Candidate]:
     """Make a candidate of every type with every option, as `expand_types` does."""
-    every = expand_types(types, rotations=rotations, scales=scales, tails=tails, sinks=sinks, centers=centers)
+    every = expand_types(types, rotations=rotations, common=common)
     return [Candidate(label(one), Policy(one)) for one in every]

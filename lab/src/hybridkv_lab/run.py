@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 from hybridkv.cache import AttentionFacts
+from hybridkv.options import COMMON
 from hybridkv.policy.labels import rotation
 from hybridkv_lab import measure
 from hybridkv_lab.candidates import Candidate
@@ -174,10 +175,7 @@ class Evaluation:
             type_k=types.type_k,
             type_v=types.type_v,
             rotate=rotation(specs[0].types),  # a type may ask for its rotation itself
-            scale=types.scale,
-            tail=types.tail,
-            sink=types.sink,
-            center=types.center,
+            **{option.name: getattr(types, option.name) for option in COMMON},
             config=candidate.config,
             role=candidate.role,
             bytes_per_token=float(per_token),

@@ -61,7 +61,9 @@ def add_model_arguments(
         help="auto, cpu, cuda or cuda:N (default auto)",
     )
     group.add_argument(
+        "--backend",
         "--engine",
+        dest="engine",
         default="auto",
         metavar="auto|native|eager",
         help="what computes the layers outside of attention: native (C++ on the CPU, Triton on CUDA) or eager "

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from hybridkv.cli import run
-from hybridkv.cli.cache_options import add_cache_arguments, given_types, policy_from
+from hybridkv.cli.cache_options import add_cache_arguments, given_options, given_types, policy_from
 from hybridkv.cli.collector import import_torch
 from hybridkv.cli.context import context_of, reach_of
 from hybridkv.cli.llama_cpp import accepted_options
@@ -30,6 +30,7 @@ from hybridkv.cli.show import (
 )
 from hybridkv.cli.split_options import Placed, add_split_arguments, placed, print_placed, split_from, split_on
 from hybridkv.errors import NoKernelError, UsageError, one_of
+from hybridkv.options import EXACT, kv_option
 
 if TYPE_CHECKING:
     from hybridkv.cache import KVSpec
@@ -88,7 +89,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="another name of --weights: q8_0 is int8, q4_0 is int4",
     )
     parser.add_argument(
-        "--engine", default="auto", metavar="auto|native|eager", help="as in `run`; eager stores plain weights"
+        "--backend",
+        "--engine",
+        dest="engine",
+        default="auto",
+        metavar="auto|native|eager",
+        help="as in `run`; eager stores plain weights",
     )
     parser.add_argument(
         "--tp",
@@ -153,7 +159,7 @@ def main(arguments: argparse.Namespace) -> int:
     free = None if split is None else budget if budget is not None else free_on_card(device, split.device_memory)
     question = _Question(description, guard, n_ctx, a.parallel, weights, budget, split, free)
     rows = _rows(question, policies)
-    if _says_types(a) or a.kv_tail or a.kv_sink or a.kv_center or a.kv_config:
+    if _says_types(a) or any(given_options(a, EXACT).values()) or a.kv_config:
         for line in _notices(description, policies, n_ctx):
             notice(line)
     for reason in dict.fromkeys(row["refused"] for row in rows if row["refused"]):
@@ -193,7 +199,7 @@ def _policies(a: argparse.Namespace) -> list[AnyPolicy]:
     if _says_types(a):
         policies.append(policy_from(a))  # refuses them together with a file
     if not policies or a.types is not None:
-        exact = {"tail": a.kv_tail or 0, "sink": a.kv_sink or 0, "center": a.kv_center}
+        exact = given_options(a, EXACT)
         policies += [Policy(KVTypes(k, v, **exact)) for k, v in _pairs(_DEFAULT_TYPES if a.types is None else a.types)]
     if a.kv_config is not None:
         policies.append(read_config(Path(a.kv_config)))
@@ -213,7 +219,7 @@ def _check(a: argparse.Namespace) -> tuple[WeightKind, str]:
         )
     idle = [name.removeprefix(_IDLE) for name in vars(a) if name.startswith(_IDLE)]
     idle += accepted_options(a)
-    idle += [f"-{side}had" for side in "kv" if getattr(a, f"{side}_cache_hadamard")]
+    idle += [kv_option(name).flag for name in given_options(a) if kv_option(name).kind == "rotation"]
     if idle := [name for name in idle if name != "--trust-remote-code"]:
         notice(f"no effect on a plan: {', '.join(idle)}")
     import torch

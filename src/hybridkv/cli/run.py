@@ -27,6 +27,7 @@ from hybridkv.cli.show import notice, size
 from hybridkv.cli.spec_options import add_spec_arguments, check_spec, speculation_from
 from hybridkv.cli.talk.start import check_talk, talk_about
 from hybridkv.errors import ContextError, HybridKVError, UsageError
+from hybridkv.options import EXACT, OWN
 
 if TYPE_CHECKING:
     from hybridkv.cli.stream import Streams
@@ -287,13 +288,8 @@ def _result(
         "layers": [
             {
                 "layer": layer.spec.facts.layer,
-                "type_k": layer.types.type_k,
-                "type_v": layer.types.type_v,
-                "rotate_k": layer.types.rotate_k,
-                "rotate_v": layer.types.rotate_v,
-                "tail": layer.spec.tail,
-                "sink": layer.spec.sink,
-                "center": layer.spec.center,
+                **{option.name: getattr(layer.types, option.name) for option in OWN},
+                **{option.name: getattr(layer.spec, option.name) for option in EXACT},
                 "kernel_prefill": layer.kernels.prefill.name,
                 "kernel_decode": layer.kernels.decode.name,
                 "bytes_per_token": layer.spec.bytes_per_token,

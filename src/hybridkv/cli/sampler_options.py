@@ -6,46 +6,17 @@ import argparse
 import secrets
 from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from hybridkv.cli.show import notice
 from hybridkv.errors import UsageError
+from hybridkv.options import SAMPLERS
 
 if TYPE_CHECKING:
     from hybridkv.engine import SamplingParams
     from hybridkv.engine.load import Loaded
 
-# Flags, field of `SamplingParams`, type, metavar, help.
-_FILTERS: tuple[tuple[tuple[str, ...], str, type, str, str], ...] = (
-    (("--top-k",), "top_k", int, "N", "keep the N most likely tokens; 0 keeps all (default 40)"),
-    (("--top-p",), "top_p", float, "X", "keep the likeliest tokens that sum to X; 1 keeps all (default 0.95)"),
-    (("--min-p",), "min_p", float, "X", "keep tokens with at least X times the best one's probability (default 0.05)"),
-    (("--typical", "--typical-p"), "typical_p", float, "X", "locally typical sampling; 1 keeps all (default 1)"),
-    (("--top-nsigma", "--top-n-sigma"), "top_n_sigma", float, "X",
-     "keep tokens within X standard deviations of the best logit; -1 keeps all (default -1)"),
-    (("--repeat-penalty",), "repeat_penalty", float, "X", "divide logits of recent tokens by X; 1: off (default 1)"),
-    (("--repeat-last-n",), "repeat_last_n", int, "N",
-     "tokens that the penalties look back on; 0: none, -1: all (default 64)"),
-    (("--presence-penalty",), "presence_penalty", float, "X", "subtract X from recent tokens' logits (default 0)"),
-    (("--frequency-penalty",), "frequency_penalty", float, "X",
-     "subtract X from a recent token's logit for each occurrence (default 0)"),
-    (("--dry-multiplier",), "dry_multiplier", float, "X",
-     "DRY: penalty of extending a repetition, times base^length; 0: off (default 0)"),
-    (("--dry-base",), "dry_base", float, "X", "DRY: base of the penalty (default 1.75)"),
-    (("--dry-allowed-length",), "dry_allowed_length", int, "N", "DRY: longest free repetition (default 2)"),
-    (("--dry-penalty-last-n",), "dry_last_n", int, "N", "DRY: tokens to look back on; -1: all (default -1)"),
-    (("--xtc-probability",), "xtc_probability", float, "X",
-     "XTC: probability of removing the likeliest tokens; 0: off (default 0)"),
-    (("--xtc-threshold",), "xtc_threshold", float, "X",
-     "XTC: of the tokens above X, all but the least likely are removed (default 0.1)"),
-)  # fmt: skip
-_IDLE_WHEN_GREEDY = ("top_k", "top_p", "min_p")
-
 _TEMP = 0.8
-_OFF = {"top_k": "0", "top_p": "1", "min_p": "0"}
-"""Defaults of a server's requests, which are OpenAI's, where they are not llama-cli's."""
-_IN_REQUESTS = {"temp": "temperature", "dry_last_n": "dry_penalty_last_n"}
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +31,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help=f"temperature; 0 is greedy (default {_TEMP})",
     )
-    _add_filters(group)
+    _add_filters(group, in_requests=False)
 
 
 def add_sampling_defaults(group: argparse._ActionsContainer) -> None:
@@ -73,14 +44,15 @@ def add_sampling_defaults(group: argparse._ActionsContainer) -> None:
         metavar="X",
         help="temperature; 0 is greedy (default 1, as OpenAI's)",
     )
-    _add_filters(group, _OFF)
+    _add_filters(group, in_requests=True)
 
 
-def _add_filters(group: argparse._ActionsContainer, defaults: Mapping[str, str] = MappingProxyType({})) -> None:
-    for flags, field, kind, metavar, text in _FILTERS:
-        if field in defaults:
-            text = f"{text.partition(' (default')[0]} (default {defaults[field]})"
-        group.add_argument(*flags, dest=field, type=kind, metavar=metavar, help=text)
+def _add_filters(group: argparse._ActionsContainer, *, in_requests: bool) -> None:
+    for option in SAMPLERS:
+        default = option.default_in_requests if in_requests else option.default
+        metavar = "N" if option.kind is int else "X"
+        text = f"{option.help} (default {default:g})"
+        group.add_argument(*option.flags, dest=option.name, type=option.kind, metavar=metavar, help=text)
     group.add_argument(
         "--dry-sequence-breaker",
         action="append",
@@ -126,7 +98,7 @@ def sampling_from(a: argparse.Namespace) -> SamplingParams:
     if order is not None:
         _say_left_out(given | ({"temp": a.temp} if a.temp != _TEMP else {}), params)
     if a.temp == 0:
-        idle = [f"--{name.replace('_', '-')}" for name in _IDLE_WHEN_GREEDY if name in given]
+        idle = [option.flags[0] for option in SAMPLERS if option.greedy_ignores and option.name in given]
         idle += ["--seed"] * (a.seed is not None)
         if idle and not params.moves_the_likeliest:
             notice(f"--temp 0 always takes the most likely token; without effect: {', '.join(idle)}")
@@ -156,7 +128,8 @@ def sampling_defaults(a: argparse.Namespace) -> dict[str, Any]:
     given = _given(a) | ({} if a.temp is None else {"temp": a.temp})
     biases = dict(_bias(text) for text in a.logit_bias or ())
     SamplingParams(**given, logit_bias=tuple(biases.items()))  # says what is wrong
-    fields: dict[str, Any] = {_IN_REQUESTS.get(name, name): value for name, value in given.items()}
+    names = {option.name: option.in_requests for option in SAMPLERS} | {"temp": "temperature"}
+    fields: dict[str, Any] = {names[name]: value for name, value in given.items()}
     if a.seed not in (None, -1):
         fields["seed"] = a.seed % 2**63
     if biases:
@@ -181,7 +154,8 @@ def _check_seed(a: argparse.Namespace) -> None:
 
 def _given(a: argparse.Namespace) -> dict[str, Any]:
     """Collect the filters that were given."""
-    return {field: getattr(a, field) for _, field, *_ in _FILTERS if getattr(a, field) is not None}
+    values = ((option.name, getattr(a, option.name)) for option in SAMPLERS)
+    return {name: value for name, value in values if value is not None}
 
 
 def sampling_for(params: SamplingParams, a: argparse.Namespace, loaded: Loaded) -> SamplingParams:

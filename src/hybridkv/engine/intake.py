@@ -41,7 +41,7 @@ class Intake:
         self.is_open, self._stopped = True, False
 
     def __len__(self) -> int:
-        """Sequences that wait."""
+        """Count the sequences that wait."""
         return len(self._waiting)
 
     # ---- From any thread.

@@ -19,6 +19,7 @@ from hybridkv.engine import filters
 from hybridkv.engine.filters import Tokens
 from hybridkv.errors import UsageError
 from hybridkv.kernels.threads import torch_on_one_thread
+from hybridkv.options import SAMPLERS
 
 FILTERS = ("top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")
 """What comes behind the penalties, by llama.cpp's names and in its order."""
@@ -100,27 +101,12 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         # Beyond these temperatures logits / temp leaves float32.
-        checks = (
-            ("--temp", self.temp, self.temp == 0 or 1e-3 <= self.temp <= 1e3, "0 (greedy), or 0.001 to 1000"),
-            ("--top-k", self.top_k, self.top_k >= 0, "0 (keeps all) or more"),
-            ("--top-p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1 (keeps all)"),
-            ("--min-p", self.min_p, 0 <= self.min_p <= 1, "0 (keeps all) to 1"),
-            ("--typical", self.typical_p, 0 < self.typical_p <= 1, "more than 0, at most 1 (keeps all)"),
-            ("--top-nsigma", self.top_n_sigma, -1e3 <= self.top_n_sigma <= 1e3, "-1 (keeps all) to 1000"),
-            ("--repeat-penalty", self.repeat_penalty, 0 < self.repeat_penalty <= 100, "more than 0, at most 100"),
-            ("--repeat-last-n", self.repeat_last_n, self.repeat_last_n >= -1, "-1 (the context), 0 (off) or more"),
-            ("--presence-penalty", self.presence_penalty, abs(self.presence_penalty) <= 100, "-100 to 100"),
-            ("--frequency-penalty", self.frequency_penalty, abs(self.frequency_penalty) <= 100, "-100 to 100"),
-            ("--dry-multiplier", self.dry_multiplier, 0 <= self.dry_multiplier <= 100, "0 (off) to 100"),
-            ("--dry-base", self.dry_base, 1 <= self.dry_base <= 100, "1 to 100"),
-            ("--dry-allowed-length", self.dry_allowed_length, self.dry_allowed_length >= 1, "1 or more"),
-            ("--dry-penalty-last-n", self.dry_last_n, self.dry_last_n >= -1, "-1 (the context), 0 (off) or more"),
-            ("--xtc-probability", self.xtc_probability, 0 <= self.xtc_probability <= 1, "0 (off) to 1"),
-            ("--xtc-threshold", self.xtc_threshold, 0 <= self.xtc_threshold <= 1, "0 to 1; more than 0.5 is off"),
-        )
-        for option, value, fine, allowed in checks:
-            if not fine:
-                raise UsageError(f"{option} {value}; allowed: {allowed}")
+        if not (self.temp == 0 or 1e-3 <= self.temp <= 1e3):
+            raise UsageError(f"--temp {self.temp}; allowed: 0 (greedy), or 0.001 to 1000")
+        for option in SAMPLERS:
+            value = getattr(self, option.name)
+            if not option.allows(value):
+                raise UsageError(f"{option.flags[0]} {value}; allowed: {option.allowed}")
         bad = next((bias for bias in self.logit_bias if not abs(bias[1]) <= 1e9), None)
         if bad is not None:
             raise UsageError(f"--logit-bias {bad[0]}:{bad[1]}; allowed: -1e9 to 1e9")
@@ -309,7 +295,7 @@ def _largest(logits: Tensor) -> list[int]:
 
 
 def _kept(samplers: Sequence[Sampler], p: SamplingParams, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Logits `[B, N]` with the tokens that may not be drawn at -inf, and their ids where N is less than all."""
+    """Filter logits `[B, N]`: set tokens that may not be drawn to -inf; also give the ids where N is less than all."""
     ids = None
     for name in p.order:
         if name == "top_n_sigma" and p.top_n_sigma > 0:

@@ -15,7 +15,7 @@ from typing import Any, Self
 from transformers.cache_utils import Cache
 
 from hybridkv import runtime
-from hybridkv.cache import KVLayer, KVSpec, KVTypes, LayerFacts
+from hybridkv.cache import KVLayer, KVSpec, LayerFacts
 from hybridkv.errors import ContextError, ModelError, UsageError
 from hybridkv.formats import Scale
 from hybridkv.hf.attention import IMPLEMENTATION, filled_cache, register
@@ -24,11 +24,11 @@ from hybridkv.hf.states import StateLayer
 from hybridkv.kernels import ENCODERS, KERNELS, Encoder, Kernel
 from hybridkv.model.facts import is_hybrid, kv_facts, layer_facts, takes_chunks
 from hybridkv.model.protocols import Config
-from hybridkv.policy import Guard, GuardMode, KVConfig, Policy, parse_mode, parse_override, parse_scale, read_config
+from hybridkv.policy import Guard, GuardMode, KVConfig, parse_mode, policy_of, read_config
 from hybridkv.runtime import LayerWatch, Notify
 from hybridkv.runtime.cache import LOG, watched_parts
 
-_OVERRIDES = ("k_first", "k_last", "v_first", "v_last")
+_TYPE = "q8_0"  # of K and V, unless another is asked for
 _PLAN_CONTEXT = 4096  # what the guard's warnings count bytes at when no context was given
 
 
@@ -274,7 +274,9 @@ def quantized_cache(
         "center": center,
     }
     given = {name: value for name, value in asked_types.items() if value is not None}
-    policy = _policy(given) if config is None else _configured(Path(config), given)
+    policy = (
+        policy_of(given, default_type=_TYPE, in_python=True) if config is None else _configured(Path(config), given)
+    )
     watcher = Guard(mode=parse_mode(guard))
     asked = policy.resolve(kv_facts(facts))
     specs, warnings = watcher.before(asked, hybrid=is_hybrid(facts), n_ctx=n_ctx or _PLAN_CONTEXT)
@@ -304,14 +306,6 @@ def _device_of(model: Any) -> str:
             hint='load the model without device_map, or with device_map="auto" and an offload_folder',
         )
     return next(str(tensor.device.type) for _, tensor in held if not tensor.is_meta)
-
-
-def _policy(given: dict[str, Any]) -> Policy:
-    """Build the policy of the arguments that were given."""
-    overrides = {name: parse_override(given.pop(name), name) for name in _OVERRIDES if name in given}
-    if "scale" in given:
-        given["scale"] = parse_scale(given["scale"])
-    return Policy(types=KVTypes(**{"type_k": "q8_0", "type_v": "q8_0"} | given), **overrides)
 
 
 def _configured(path: Path, given: dict[str, Any]) -> KVConfig:

@@ -20,7 +20,16 @@ from hybridkv.policy.guard import (
     parse_mode,
     promised_error,
 )
-from hybridkv.policy.rules import Policy, TypeOverride, check_exact, parse_override, parse_scale, with_types
+from hybridkv.policy.rules import (
+    Policy,
+    TypeOverride,
+    check_exact,
+    common_types,
+    parse_override,
+    parse_scale,
+    policy_of,
+    with_types,
+)
 from hybridkv.policy.schedule import Schedule
 
 __all__ = [
@@ -45,12 +54,14 @@ __all__ = [
     "TypeOverride",
     "Verdict",
     "check_exact",
+    "common_types",
     "config_of",
     "format_config",
     "next_types",
     "parse_mode",
     "parse_override",
     "parse_scale",
+    "policy_of",
     "promised_error",
     "read_config",
     "with_types",

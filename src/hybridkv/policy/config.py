@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from hybridkv.cache import AttentionFacts, KVSpec, KVTypes
 from hybridkv.errors import UsageError
 from hybridkv.formats import get_format
+from hybridkv.options import COMMON, KVOption
 from hybridkv.policy.rules import Policy, check_exact, exact_notices, parse_scale, with_types
 
 T = TypeVar("T")
@@ -154,10 +155,7 @@ def format_config(config: KVConfig, comment: Sequence[str] = ()) -> str:
         ("format", FORMAT),
         ("version", VERSION),
         ("model", config.model),
-        ("scale", c.scale or AUTO_SCALE),
-        ("tail", c.tail),
-        ("sink", c.sink),
-        ("center", c.center),
+        *((o.name, AUTO_SCALE if (value := getattr(c, o.name)) is None else value) for o in COMMON),
     ]
     lines = [*head, *[""] * bool(head), *(f"{key} = {json.dumps(value)}" for key, value in entries), "layers = ["]
     names = LayerConfig.__dataclass_fields__
@@ -198,17 +196,11 @@ class _Reader:
         self._path = path
 
     def config(self, found: dict[str, Any]) -> KVConfig:
-        self._keys(found, ("format", "version", "model", "scale", "tail", "sink", "center", "layers"), "")
+        self._keys(found, ("format", "version", "model", *(option.name for option in COMMON), "layers"), "")
         for key, value in (("format", FORMAT), ("version", VERSION)):
             if found[key] != value or type(found[key]) is not type(value):
                 raise self._wrong(key, found[key], json.dumps(value))
-        scale = self._value(found, "scale", str, "")
-        common = KVTypes(
-            scale=None if scale == AUTO_SCALE else self._asked("scale", lambda: parse_scale(scale)),
-            tail=self._count(found, "tail", ""),
-            sink=self._count(found, "sink", ""),
-            center=self._value(found, "center", bool, ""),
-        )
+        common = KVTypes(**{option.name: self._common(found, option) for option in COMMON})
         rows = self._value(found, "layers", list, "")
         if not rows:
             raise self._error("layers is empty")
@@ -216,6 +208,15 @@ class _Reader:
         self._asked("tail, sink and center", lambda: check_exact(common))
         model = "".join(c if c.isprintable() else "?" for c in self._value(found, "model", str, "")[:100])
         return KVConfig(self._path.name, model, layers, common)
+
+    def _common(self, found: dict[str, Any], option: KVOption) -> Any:
+        """Read an option that holds for all layers."""
+        if option.kind == "count":
+            return self._count(found, option.name, "")
+        if option.kind == "switch":
+            return self._value(found, option.name, bool, "")
+        name = self._value(found, option.name, str, "")
+        return None if name == AUTO_SCALE else self._asked(option.name, lambda: parse_scale(name))
 
     def _layer(self, row: Any, where: str) -> LayerConfig:
         if not isinstance(row, dict):

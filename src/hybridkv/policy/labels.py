@@ -7,14 +7,16 @@ Options on the command line multiply: every type with every rotation, scale rule
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Literal, get_args
+from types import MappingProxyType
+from typing import Any, Literal, get_args
 
 from hybridkv.cache import KVTypes
 from hybridkv.errors import UsageError
-from hybridkv.formats import get_format
+from hybridkv.formats import Scale, get_format
+from hybridkv.options import EXACT
 from hybridkv.policy.rules import parse_scale
 
 Rotation = Literal["none", "k", "v", "kv"]
@@ -31,8 +33,9 @@ def label(types: KVTypes) -> str:
     """Write types as a label, which `parse` reads back."""
     options: list[str] = [rotation(types)] if rotation(types) != "none" else []
     options += [types.scale] if types.scale else []
-    options += [f"{name}{count}" for name, count in (("tail", types.tail), ("sink", types.sink)) if count]
-    return "+".join([types.label, *options, *(["center"] if types.center else [])])
+    exact = ((option, getattr(types, option.name)) for option in EXACT)
+    options += [option.name if option.is_switch else f"{option.name}{value}" for option, value in exact if value]
+    return "+".join([types.label, *options])
 
 
 def parse(text: str) -> KVTypes:
@@ -51,19 +54,19 @@ def parse(text: str) -> KVTypes:
     return types
 
 
-def _with(types: KVTypes, option: str, text: str) -> KVTypes:
-    if option in ROTATIONS:
-        return replace(types, rotate_k="k" in option, rotate_v="v" in option)
-    if option in ("absmax", "refit"):
-        return replace(types, scale=parse_scale(option))
-    if option == "center":
-        return replace(types, center=True)
-    if match := re.fullmatch(r"tail(\d{1,7})", option):
-        return replace(types, tail=int(match[1]))
-    if match := re.fullmatch(r"sink(\d{1,7})", option):
-        return replace(types, sink=int(match[1]))
+def _with(types: KVTypes, word: str, text: str) -> KVTypes:
+    if word in ROTATIONS:
+        return replace(types, rotate_k="k" in word, rotate_v="v" in word)
+    if word in get_args(Scale):
+        return replace(types, scale=parse_scale(word))
+    for option in EXACT:
+        match = re.fullmatch(option.name if option.is_switch else rf"{option.name}(\d{{1,7}})", word)
+        if match is not None:
+            given: dict[str, Any] = {option.name: True if option.is_switch else int(match[1])}
+            return replace(types, **given)
+    allowed = [*ROTATIONS[1:], *get_args(Scale), *(o.name if o.is_switch else f"{o.name}N" for o in EXACT)]
     raise UsageError(
-        f"{text!r}: unknown option {option!r} of a cache type; allowed: k, v, kv, absmax, refit, tailN, sinkN, center",
+        f"{text!r}: unknown option {word!r} of a cache type; allowed: {', '.join(allowed)}",
         hint="for example q4_0+kv+tail128+sink4",
     )
 
@@ -72,12 +75,18 @@ def expand_types(
     types: Iterable[str],
     *,
     rotations: Sequence[str] = (),
-    scales: Sequence[str] = (),
-    tails: Sequence[int] = (),
-    sinks: Sequence[int] = (),
-    centers: Sequence[bool] = (),
+    common: Mapping[str, Sequence[Any]] = MappingProxyType({}),
 ) -> list[KVTypes]:
     """Combine every type with every option; what an option cannot change appears once.
+
+    Parameters
+    ----------
+    types
+        Labels.
+    rotations
+        Sides to rotate.
+    common
+        Values of options that hold for all layers, by their names; without values a label's own stays.
 
     Raises
     ------
@@ -88,20 +97,15 @@ def expand_types(
         if name not in ROTATIONS:
             raise UsageError(f"--rotate {name!r}; allowed: {', '.join(ROTATIONS)}")
     made: dict[str, KVTypes] = {}
-    for text, rotate, scale, tail, sink, center in product(
-        types, rotations or (None,), scales or (None,), tails or (None,), sinks or (None,), centers or (None,)
-    ):
-        asked = parse(text)
-        chosen = replace(
-            asked,
-            rotate_k=asked.rotate_k if rotate is None else "k" in rotate,
-            rotate_v=asked.rotate_v if rotate is None else "v" in rotate,
-            scale=asked.scale if scale is None else parse_scale(scale),
-            tail=asked.tail if tail is None else tail,
-            sink=asked.sink if sink is None else sink,
-            center=asked.center if center is None else center,
-        )
-        chosen = _effective(chosen)
+    named = {name: values for name, values in common.items() if values}
+    for text, rotate, *values in product(types, rotations or (None,), *named.values()):
+        chosen = parse(text)
+        if rotate is not None:
+            chosen = replace(chosen, rotate_k="k" in rotate, rotate_v="v" in rotate)
+        given = dict(zip(named, values, strict=True))
+        if "scale" in given:
+            given["scale"] = parse_scale(given["scale"])
+        chosen = _effective(replace(chosen, **given))
         made.setdefault(label(chosen), chosen)
     return list(made.values())
 

@@ -6,14 +6,15 @@ wherever they stand in the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import get_args
+from typing import Any, get_args
 
 from hybridkv.cache import AttentionFacts, KVSpec, KVTypes
 from hybridkv.cache.spec import EXACT_TYPE, LEAVING_ROWS
 from hybridkv.errors import UsageError, one_of
 from hybridkv.formats import Scale, get_format
+from hybridkv.options import COMMON, EXACT, kv_option
 
 MAX_EXACT = 2**40
 """Tokens; more are a slip of the finger."""
@@ -100,6 +101,49 @@ class Policy:
         return messages + exact_notices(self.types, specs, n_ctx)
 
 
+def policy_of(given: Mapping[str, Any], *, default_type: str, in_python: bool = False) -> Policy:
+    """Build the policy of options by their names; those that are not given have their defaults.
+
+    Parameters
+    ----------
+    given
+        Values by the options' names, as they are written: texts, counts, true or false.
+    default_type
+        The type of K and V if none is given.
+    in_python
+        Whether messages name options as arguments, and not as on the command line.
+
+    Raises
+    ------
+    UsageError
+        For an unknown type or rule, or a count that is none.
+    """
+    types: dict[str, Any] = {"type_k": default_type, "type_v": default_type}
+    overrides: dict[str, TypeOverride] = {}
+    for name, value in given.items():
+        option = kv_option(name)
+        if option.kind == "override":
+            overrides[name] = parse_override(value, name if in_python else option.flag)
+        else:
+            types[name] = parse_scale(value) if option.kind == "rule" else value
+    types |= {name: get_format(types[name]).name for name in ("type_k", "type_v")}
+    return Policy(types=KVTypes(**types), **overrides)
+
+
+def common_types(given: Mapping[str, Any]) -> KVTypes:
+    """Build what holds for all layers, whatever their types, from options by their names.
+
+    Raises
+    ------
+    UsageError
+        For a rule or a count that is none.
+    """
+    named = {option.name: given[option.name] for option in COMMON if option.name in given}
+    types = policy_of(named, default_type=KVTypes().type_k).types
+    check_exact(types)
+    return types
+
+
 def check_exact(types: KVTypes) -> None:
     """Refuse counts that are none, and a center without rows to take it from.
 
@@ -108,9 +152,11 @@ def check_exact(types: KVTypes) -> None:
     UsageError
         Naming the option.
     """
-    for option, count in (("--kv-tail", types.tail), ("--kv-sink", types.sink)):
-        if type(count) is not int or not 0 <= count <= MAX_EXACT:
-            raise UsageError(f"{option} {count!r}; allowed: 0 to {MAX_EXACT} tokens")
+    for option in COMMON:
+        if option.kind == "count":
+            count = getattr(types, option.name)
+            if type(count) is not int or not 0 <= count <= MAX_EXACT:
+                raise UsageError(f"{option.flag} {count!r}; allowed: 0 to {MAX_EXACT} tokens")
     if types.center and types.tail < LEAVING_ROWS:
         raise UsageError(
             f"--kv-center with --kv-tail {types.tail}; allowed: a tail of at least {LEAVING_ROWS} tokens",
@@ -120,8 +166,8 @@ def check_exact(types: KVTypes) -> None:
 
 def exact_notices(types: KVTypes, specs: Sequence[KVSpec], n_ctx: int | None) -> list[str]:
     """List where exact rows and the center change nothing, or less than asked."""
-    tail, sink, center = f"--kv-tail {types.tail}", f"--kv-sink {types.sink}", "--kv-center"
-    asked = " ".join(text for text, given in ((tail, types.tail), (sink, types.sink), (center, types.center)) if given)
+    texts = {o.name: o.flag if o.is_switch else f"{o.flag} {getattr(types, o.name)}" for o in EXACT}
+    asked = " ".join(text for name, text in texts.items() if getattr(types, name))
     quantized = [spec for spec in specs if spec.is_quantized]
     if not asked or not specs:
         return []
@@ -129,11 +175,11 @@ def exact_notices(types: KVTypes, specs: Sequence[KVSpec], n_ctx: int | None) ->
         return [f"{asked} has no effect: no layer's K or V is quantized"]
     messages = []
     if types.sink and (windowed := [s for s in quantized if s.facts.window is not None]):
-        messages.append(f"{sink}: none in {_layers(windowed)}, whose window moves on from the first tokens")
+        messages.append(f"{texts['sink']}: none in {_layers(windowed)}, whose window moves on from the first tokens")
     if shorter := [s for s in quantized if s.tail < types.tail]:
-        messages.append(f"{tail}: no more than the window in {_layers(shorter)}")
+        messages.append(f"{texts['tail']}: no more than the window in {_layers(shorter)}")
     if types.center and (plain := [s for s in quantized if not s.center]):
-        messages.append(f"{center} has no effect in {_layers(plain)}: K is not quantized")
+        messages.append(f"{texts['center']} has no effect in {_layers(plain)}: K is not quantized")
     if n_ctx is not None and all(s.rows_at(n_ctx) == 0 for s in quantized):
         messages.append(
             f"the types of K and V have no effect: with {asked}, all {n_ctx} tokens of the context stay "

@@ -305,7 +305,7 @@ class Covered:
         return None if at < 0 else at
 
     def after_last(self, text: str) -> list[int]:
-        """Token ids of what the template writes behind the last place of a text that somebody wrote."""
+        """Tokenize what the template writes behind the last place of a text that somebody wrote."""
         at = self.find_last(text)
         return [] if at is None else self.ids(at + len(self.cover.cover(text)))
 

@@ -72,7 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-vhad", "--v-cache-hadamard", action="store_true", help="rotate V, as in `run`")
     parser.add_argument("-n", "--steps", type=int, metavar="N", help=f"steps at each depth (default {_FULL.n_steps})")
     parser.add_argument(
+        "--backend",
         "--engine",
+        dest="engine",
         default="auto",
         metavar="auto|native|eager",
         help="as in `run` (default auto)",

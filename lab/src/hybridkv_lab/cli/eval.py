@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hybridkv import __version__
 from hybridkv.cli.fits import Demand, check_memory
@@ -16,6 +16,7 @@ from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits
 from hybridkv.cli.ray_options import LOCAL
 from hybridkv.cli.show import notice, simple_table, stdout_console, summary
 from hybridkv.errors import UsageError, one_of
+from hybridkv.options import COMMON, KVOption
 from hybridkv_lab.cli.bench_options import check_range, words
 from hybridkv_lab.cli.eval_ray import prepare, spread
 from hybridkv_lab.cli.outputs import output_path
@@ -93,12 +94,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="per-layer types from a `hybridkv tune` file, as one more candidate; repeatable",
     )
     group.add_argument("--rotate", metavar="none,k,v,kv", help="sides to rotate")
-    group.add_argument("--scale", metavar="absmax,refit", help="scale rules")
-    group.add_argument("--tail", metavar="N,...", help="newest tokens kept as f16")
-    group.add_argument("--sink", metavar="N,...", help="first tokens kept as f16")
-    group.add_argument(
-        "--center", action="store_true", help="subtract the mean of early tokens from K; only with a tail"
-    )
+    for option in COMMON:
+        if option.is_switch:
+            group.add_argument(f"--{option.name}", action="store_true", help=option.help)
+        else:
+            group.add_argument(f"--{option.name}", metavar=f"{option.metavar},...", help=option.help)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -165,10 +165,7 @@ def _candidates(a: argparse.Namespace) -> list[Candidate]:
     asked = expand(
         words(a.types),
         rotations=words(a.rotate or ""),
-        scales=words(a.scale or ""),
-        tails=_counts("--tail", a.tail),
-        sinks=_counts("--sink", a.sink),
-        centers=(True,) if a.center else (),
+        common={option.name: _values(option, getattr(a, option.name)) for option in COMMON},
     )
     configs = [read_config(Path(path)) for path in a.kv_config]
     asked += [Candidate(config.name, config, config=config.name) for config in configs]
@@ -183,6 +180,13 @@ def _candidates(a: argparse.Namespace) -> list[Candidate]:
         Candidate(f"{name} (again)", reference, "floor"),
         *(candidate for candidate in asked if candidate.label != name),
     ]
+
+
+def _values(option: KVOption, given: Any) -> list[Any]:
+    """Read the values of an option that combine with all types."""
+    if option.kind == "count":
+        return _counts(f"--{option.name}", given)
+    return [True] * bool(given) if option.is_switch else words(given or "")
 
 
 def _counts(option: str, text: str | None) -> list[int]:

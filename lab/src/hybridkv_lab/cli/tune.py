@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hybridkv import __version__
-from hybridkv.cli.cache_options import add_exact_arguments
+from hybridkv.cli.cache_options import add_options, given_options
 from hybridkv.cli.fits import Demand, check_memory
 from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, limit_spinning, open_model
 from hybridkv.cli.show import notice, summary
 from hybridkv.errors import UsageError, one_of
+from hybridkv.options import COMMON, kv_option
 from hybridkv_lab.cli.bench_options import types_from
 from hybridkv_lab.cli.outputs import output_path
 from hybridkv_lab.cli.tune_report import Report
@@ -77,8 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--rotate", default="kv", metavar="none|k|v|kv", help="sides to rotate; hq types always rotate (default kv)"
     )
-    group.add_argument("--kv-scale", metavar="RULE", help="absmax or refit (default: the better one for each type)")
-    add_exact_arguments(group)
+    add_options(group, COMMON)
     text = parser.add_argument_group("measuring")
     text.add_argument("-f", "--file", metavar="TEXT", help="a UTF-8 text (default: the bundled held-out text)")
     text.add_argument("--window", type=int, default=1024, metavar="N", help="tokens per window (default 1024)")
@@ -155,7 +155,7 @@ def _check(a: argparse.Namespace) -> Path:
     )
     if a.max_kld is not None and not 0 < a.max_kld < 100:
         raise UsageError(f"--max-kld {a.max_kld}; allowed: more than 0, less than 100 nats", hint="try --max-kld 0.003")
-    exact = (a.kv_tail or 0) + (a.kv_sink or 0)
+    exact = sum(value for name, value in given_options(a, COMMON).items() if kv_option(name).kind == "count")
     if exact and a.window <= exact + 2 * _PIECE:
         raise UsageError(
             f"--window {a.window} with {exact} exact tokens; allowed: more than {exact + 2 * _PIECE}",
@@ -166,8 +166,7 @@ def _check(a: argparse.Namespace) -> Path:
 
 def _candidates(a: argparse.Namespace) -> tuple[list[str], list[str], Storage]:
     """Choose the ladder, what of it is measured layer by layer, and what holds for all layers."""
-    from hybridkv.cache import KVTypes
-    from hybridkv.policy import check_exact, parse_scale
+    from hybridkv.policy import common_types
     from hybridkv.policy.labels import ROTATIONS
     from hybridkv_lab.sensitivity import REFERENCE, Storage
 
@@ -177,13 +176,7 @@ def _candidates(a: argparse.Namespace) -> tuple[list[str], list[str], Storage]:
         one_of(name, types, "--measure: not among --types:", hint="measure some of --types")
     if not [name for name in measured if name != REFERENCE]:
         raise UsageError(f"nothing to measure beside {REFERENCE}", hint="leave --types and --measure out")
-    common = KVTypes(
-        scale=None if a.kv_scale is None else parse_scale(a.kv_scale),
-        tail=a.kv_tail or 0,
-        sink=a.kv_sink or 0,
-        center=a.kv_center,
-    )
-    check_exact(common)
+    common = common_types(given_options(a, COMMON))
     rotate = one_of(a.rotate, ROTATIONS, "--rotate", hint="kv measures better for nearly every type below 8 bits")
     return types, measured, Storage(rotate, common)
 

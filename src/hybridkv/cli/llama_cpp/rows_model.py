@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hybridkv.cli.llama_cpp.record import Row, note, refused, same
+from hybridkv.options import KV_OPTIONS
 
 _DRAFT = "guesses come from the text itself (--spec); the same text comes without a draft"
 _URL = "a model comes from a path or by -hf; download the file first"
@@ -45,14 +46,11 @@ MODEL: tuple[Row, ...] = (
     same("--yarn-beta-slow", env="LLAMA_ARG_YARN_BETA_SLOW"),
     same("--yarn-beta-fast", env="LLAMA_ARG_YARN_BETA_FAST"),
     same("-okv --override-kv", "of GGUF files"),
-    same("-ctk --cache-type-k", env="LLAMA_ARG_CACHE_TYPE_K"),
-    same("-ctv --cache-type-v", env="LLAMA_ARG_CACHE_TYPE_V"),
-    same("-khad --k-cache-hadamard", takes=""),
-    same("-vhad --v-cache-hadamard", takes=""),
-    same("-ctk-first --cache-type-k-first"),
-    same("-ctk-last --cache-type-k-last"),
-    same("-ctv-first --cache-type-v-first"),
-    same("-ctv-last --cache-type-v-last"),
+    *(
+        same(" ".join(option.flags), takes="" if option.is_switch else "N", env=option.variable)
+        for option in KV_OPTIONS
+        if option.is_theirs
+    ),
     note("-dt --defrag-thold", "the cache has no holes", env="LLAMA_ARG_DEFRAG_THOLD"),
     note("-mea --max-extra-alloc", "attention needs no such buffer"),
     note("-dkvc --dump-kv-cache", "the table of layers at the start says what is stored", takes=""),

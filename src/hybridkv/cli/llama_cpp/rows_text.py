@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hybridkv.cli.llama_cpp.record import Row, note, refused, same
+from hybridkv.options import SAMPLERS
 
 _SAMPLER = "this sampler is not here; --temp, --top-k, --top-p, --min-p, penalties, DRY, XTC and typical are"
 _OF_SAMPLER = "of a sampler that is not here"
@@ -64,25 +65,11 @@ TEXT: tuple[Row, ...] = (
     note("-ptcall --parallel-tool-calls", "tools come in requests", takes=""),
     same("-s --seed"),
     same("--temp --temperature", env="LLAMA_ARG_TEMPERATURE"),
-    same("--top-k", env="LLAMA_ARG_TOP_K"),
-    same("--top-p", env="LLAMA_ARG_TOP_P"),
-    same("--min-p", env="LLAMA_ARG_MIN_P"),
+    *(same(" ".join(option.flags), env=option.variable) for option in SAMPLERS if option.is_theirs),
     same("--ignore-eos", takes=""),
-    same("--repeat-penalty", env="LLAMA_ARG_REPEAT_PENALTY"),
-    same("--repeat-last-n"),
     note("--penalize-nl", _OF_SAMPLER, takes=""),
-    same("--presence-penalty", env="LLAMA_ARG_PRESENCE_PENALTY"),
-    same("--frequency-penalty", env="LLAMA_ARG_FREQUENCY_PENALTY"),
-    same("--dry-multiplier"),
-    same("--dry-base"),
-    same("--dry-allowed-length"),
-    same("--dry-penalty-last-n"),
     same("--dry-sequence-breaker"),
-    same("--xtc-probability"),
-    same("--xtc-threshold"),
-    same("--typical --typical-p"),
     refused("--tfs", _SAMPLER, off="1"),
-    same("--top-nsigma --top-n-sigma"),
     refused("--dynatemp-range", _SAMPLER, off="0"),
     note("--dynatemp-exp", _OF_SAMPLER),
     refused("--mirostat", _SAMPLER, off="0"),

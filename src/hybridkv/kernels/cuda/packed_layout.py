@@ -345,7 +345,7 @@ def _six(b: Tensor) -> Tensor:
 
 
 def _in_units_of_d(both: Tensor) -> tuple[Tensor, Tensor]:
-    """D and dmin of blocks, `[n, 4]`, such that minima can be counted in d; and 0 for blocks without scales.
+    """Scale d and dmin of blocks, `[n, 4]`, such that minima can be counted in d; 0 for blocks without scales.
 
     Where d is zero, or so small beside dmin that no float16 shows it, scales become zero, and d is dmin or one.
     """
