@@ -139,25 +139,25 @@ def _scaled_pair(d, m):
 
 @triton.constexpr_function
 def _minus_of(T, upper):
-    """Less a code's zero, as it lies in a half: subnormal bits."""
+    """Return minus a code's zero, as it lies in a half: subnormal bits."""
     return 0x8000 | T.minus << (4 if upper else 0)
 
 
 @triton.constexpr_function
 def _is_upper(group, groups, T):
-    """Whether the codes of a scale are upper nibbles."""
+    """Check whether the codes of a scale are upper nibbles."""
     return T.bits == 4 and T.book is None and group >= groups // 2
 
 
 @triton.constexpr_function
 def _plain_factor(upper):
-    """Of a type whose codes have no scale within a run: two halves."""
+    """Return the factor of a type whose codes have no scale within a run: two halves."""
     return (0x6800 if upper else 0x7800) * 0x10001
 
 
 @triton.constexpr_function
 def _plain_summand(T):
-    """Less the power of two that a code's zero is, times its gain; as a signed word."""
+    """Return minus the power of two that a code's zero is, times its gain; as a signed word."""
     return ((0x8000 | (T.minus.bit_length() + 5) << 10) * 0x10001) - (1 << 32) if T.minus else 0
 
 
