@@ -22,7 +22,7 @@ _LESS_OF_1024TH = tl.constexpr(-(2.0**-9))
 
 @triton.constexpr_function
 def _value_text(mask, other_mask):
-    """Write `(x & mask | y & other_mask) * f + s` for both halves: $0 of x, f, s, and y."""
+    """Write `(x & mask | y & other_mask) * f + s` in both halves: $0 of x, f, s, and y."""
     # Bytes 1 and 3 without a shift.
     first = "prmt.b32 x, $1, 0, 0x4341" if mask == 0xFF00FF00 else f"and.b32 x, $1, {mask}"
     second = f"mov.b32 a, {other_mask}; lop3.b32 x, $4, a, x, 0xea; " if other_mask else ""
@@ -31,7 +31,7 @@ def _value_text(mask, other_mask):
 
 @triton.jit
 def code_values(x, other, f, s, MASK: tl.constexpr, OTHER_MASK: tl.constexpr):
-    """Decode two codes, put together from the bits of x and of `other` under masks, times `f` plus `s`: a word.
+    """Put two codes together from the bits of x and of `other` under masks, times `f` plus `s`: a word.
 
     MASK 0xFF00FF00 takes its bytes as if they lay 8 bits lower.
     """
@@ -55,7 +55,7 @@ def code_values(x, other, f, s, MASK: tl.constexpr, OTHER_MASK: tl.constexpr):
 
 @triton.constexpr_function
 def _magic(upper):
-    """Return a half whose lowest bits count 32, or for codes of upper nibbles, which are 16 times as large, 2."""
+    """Choose a half whose lowest bits count 32, or for codes of upper nibbles, which are 16 times as large, 2."""
     return 0x6800 if upper else 0x7800
 
 
@@ -68,7 +68,7 @@ def _signed(half):
 
 @triton.constexpr_function
 def _factor_text(upper, zero, byte):
-    """Write the way from a magic word with a number in it to the number's factor; from byte `byte` of a word if any."""
+    """Write the way from a magic word with a number in it to its factor, or from byte `byte` of a word."""
     first = "mov.b32 x, $1" if byte is None else f"mov.b32 a, {_magic(upper) >> 8}; prmt.b32 x, $1, a, 0x4{byte}4{byte}"
     minus = (0x8000 | _magic(upper) | zero) * 0x10001
     return f"{{ .reg .b32 x, a; {first}; mov.b32 a, {minus}; add.rn.f16x2 $0, x, a; }}"
@@ -84,7 +84,7 @@ def _without(word, HALF: tl.constexpr):
 
 @triton.jit
 def factor_of_bits(bits, SHIFT: tl.constexpr, MASK: tl.constexpr, UPPER: tl.constexpr):
-    """Compute the factor of an integer scale among some bits: scale * 2**(24 - GAIN_BITS), a 16th of it if UPPER."""
+    """Return the factor of an integer scale among some bits: scale * 2**(24 - GAIN_BITS), a 16th of it if UPPER."""
     word = ((bits >> SHIFT) & MASK) * 0x10001 + _signed(_magic(UPPER))
     if INTERPRETED:
         f = _without(word, _magic(UPPER))
@@ -95,7 +95,7 @@ def factor_of_bits(bits, SHIFT: tl.constexpr, MASK: tl.constexpr, UPPER: tl.cons
 
 @triton.jit
 def factor_of_byte(x, I: tl.constexpr, UPPER: tl.constexpr):
-    """Compute the same of byte I of a word, which holds a scale plus 128."""
+    """Return the same of byte I of a word, which holds a scale plus 128."""
     if INTERPRETED:
         word = ((x >> (8 * I)) & 0xFF) * 0x10001 + _signed(_magic(UPPER))
         f = _without(word, _magic(UPPER) | 0x80)
@@ -129,7 +129,7 @@ def half_of(x, UPPER: tl.constexpr):
 
 @triton.jit
 def ratio_of(d_and_min):
-    """Divide a word's dmin by its d, float32. Zeros give zero."""
+    """Compute dmin in units of d, float32, from a word of both. Zeros give zero."""
     d, m = half_of(d_and_min, False), half_of(d_and_min, True)
     if INTERPRETED:
         inverse = tl.where(d == 0.0, 0.0, 1.0 / d)
@@ -176,7 +176,7 @@ def exact_minimum_of_bits(bits, ratio, SHIFT: tl.constexpr, MASK: tl.constexpr):
 
 @triton.jit
 def quarter_of(a, b, c, place):
-    """Select 24 bits of three words: those that begin at bit 0, 24, 48 or 72."""
+    """Return 24 bits of three words: those that begin at bit 0, 24, 48 or 72."""
     low = tl.where(place < 2, a, tl.where(place == 2, b, c))
     if INTERPRETED:
         bits = tl.where(place == 1, (a >> 24) & 0xFF | b << 8, low)

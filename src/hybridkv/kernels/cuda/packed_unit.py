@@ -151,7 +151,7 @@ def _is_upper(group, groups, T):
 
 @triton.constexpr_function
 def _plain_factor(upper):
-    """Return two halves, for a type whose codes have no scale within a run."""
+    """Return the factor of a type whose codes have no scale within a run: two halves."""
     return (0x6800 if upper else 0x7800) * 0x10001
 
 

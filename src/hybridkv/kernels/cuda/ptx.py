@@ -48,7 +48,7 @@ def _multiply_text():
 
 @triton.constexpr_function
 def _multiply_registers():
-    """Give the first of two instructions outputs of its own, since the second still reads its inputs."""
+    """Name the operands: of two instructions the first writes what the second still reads, so outputs are their own."""
     out = "=&f" if _is_turing() else "=f"
     return ",".join([out] * 4 + ["r"] * 6 + ["f"] * 4)
 
