@@ -118,7 +118,7 @@ def speculation_from(
 
 
 def head_guesser(step: Step, spec: str) -> Callable[[], Guesser] | None:
-    """What makes guessers of the model's own head; None for a model without one, unless that was asked for.
+    """Return what makes guessers of the model's own head; None for a model without one, unless that was asked for.
 
     Raises
     ------

@@ -58,11 +58,11 @@ class Costs:
             self.seconds[n_rows] = moved(known, seconds)
 
     def knows(self, n_rows: int) -> bool:
-        """Whether runs of so many rows have been measured often enough to be compared with."""
+        """Check whether steps of `n_rows` rows have been measured often enough to be compared with."""
         return n_rows in self.seconds and self._counts.get(n_rows, _FIRST) >= _FIRST
 
     def of(self, n_rows: int) -> float:
-        """Seconds to expect: between rows that are known in a line, beyond them a quarter of a single row each.
+        """Estimate a step's seconds: linear between measured row counts, a quarter of a single row for each beyond.
 
         What was never tried looks cheap, so that it is tried.
         """
@@ -199,7 +199,7 @@ class Pace:
         return prod(shares) * self._later.share * alone / (1 + n_others) > seconds_each + row
 
     def choose(self, kinds: Sequence[int], n_others: int, seconds_each: float = 0.0) -> int:
-        """How many of guesses of such kinds, one behind the other, to run; 0 for none.
+        """Choose how many of guesses of such kinds, one behind the other, to run; 0 for none.
 
         Parameters
         ----------

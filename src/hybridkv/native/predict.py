@@ -72,7 +72,7 @@ class Predictor:
         lowering.build_prediction_head(graph, self._one, self._head.weight)
 
     def new_rows(self) -> WatchedRows:
-        """An empty cache of one sequence: exact rows, which nothing guards."""
+        """Create an empty cache of one sequence: exact rows, which nothing guards."""
         a = self._attention
         facts = AttentionFacts(0, a.n_heads, a.n_kv_heads, a.head_dim, a.head_dim, window=WINDOW)
         store = KVLayer(KVSpec(facts, KVTypes("f16", "f16")), lambda spec: resolve(spec, "cpu", KERNELS, ENCODERS))
@@ -101,13 +101,13 @@ class Predictor:
         one.program.run(self._head_begins, len(one.program), 1, 1, angles=self._angles([0]))
 
     def guess(self) -> tuple[int, float]:
-        """The likeliest token after what was read or added last, and its share."""
+        """Return the likeliest token after what was read or added last, and its share."""
         logits = self._one.buffer("logits")[0]
         best, token = logits.max(0)
         return self._head.token(int(token)), float(1 / (logits - best).exp_().sum())
 
     def add(self, rows: WatchedRows, token: int, position: int) -> None:
-        """Go on as if a guessed token were the text's."""
+        """Continue as if a guessed token were the text's."""
         one = self._one
         gather(self._embedding, torch.tensor([token]), out=one.buffer("embedding"))
         one.program.run(
@@ -122,7 +122,7 @@ class Predictor:
         )
 
     def _run(self, rows: WatchedRows, tokens: Sequence[int], hidden: Tensor, position: int, *, native: bool) -> Tensor:
-        """The block over some tokens; the last one's hidden state `[1, hidden]`."""
+        """Run the block over some tokens; the last one's hidden state `[1, hidden]`."""
         n = len(tokens)
         if self._many.n_rows < n:
             self._many = self._write(n)

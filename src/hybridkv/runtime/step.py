@@ -113,7 +113,7 @@ class DraftStep(Step, Protocol):
         ...
 
     def take_hidden(self, cache: ModelCache) -> Tensor | None:
-        """Final hidden states of the newest tokens that the last run took of a cache, `[n, hidden]`; given once.
+        """Take the final hidden states of the tokens that the last run took of a cache, `[n, hidden]`; given once.
 
         None where nobody has asked for them to be kept.
         """
