@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hybridkv.cache import AttentionFacts, KVLayer, KVSpec, KVTypes, resolve
 from hybridkv.kernels import ENCODERS, KERNELS, AttentionParams
-from hybridkv.kernels.step import Activations, Angles, Rows
+from hybridkv.kernels.step import Angles, Rows
+from hybridkv.kernels.weights import Activations
 from hybridkv.kernels.weights import rows as gather
 from hybridkv.model import Attention, ModelGraph
 from hybridkv.native import cpu as lowering
