@@ -31,6 +31,7 @@ def families_page() -> str:
     from hybridkv.hf.step.fused import FAMILY_NAMES
     from hybridkv.model import FAMILIES, Experts
     from hybridkv.model.facts import STATE_SHAPES
+    from hybridkv.model.families.qwen import PREDICTING
 
     skipped = _read("nextn_predict_layers")
     files: dict[str, list[str]] = {}
@@ -49,8 +50,8 @@ def families_page() -> str:
         "RoPE) it refuses by name, and `--engine auto` then takes *eager*, Transformers' own code with our cache. Families",
         "without a GGUF name run from Hugging Face directories alone. Other models that Transformers runs are eager too.",
         "",
-        "Multi-token prediction (MTP) is run for no family. *Left out*: a file that says how many such blocks it has is loaded",
-        "without them, with a notice; of the other architectures such a file is refused.",
+        "A head of multi-token prediction (MTP) guesses tokens ahead where a GGUF file has it whole (`--spec`). *Left out*: a file",
+        "that says how many such blocks it has is loaded without them, with a notice; of other architectures it is refused.",
         "",
         "| family | layers | experts | native on the CPU | native on CUDA | GGUF | MTP |",
         "|---|---|---|---|---|---|---|",
@@ -65,7 +66,7 @@ def families_page() -> str:
             "yes" if native else "eager",
             "yes" if family in FAMILY_NAMES else "eager",
             ", ".join(f"`{name}`" for name in files.get(family, ())) or "-",
-            "left out" if skipped & {*files.get(family, ())} else "-",
+            "yes" if family in PREDICTING else "left out" if skipped & {*files.get(family, ())} else "-",
         )
         lines.append(f"| {family} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -31,8 +31,9 @@ def test_the_text_is_the_same(cli: Cli, more: tuple[object, ...]) -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--spec", "mtp"], "error: --spec mtp: heads of several tokens are skipped"),
-        (["--spec", "eagle"], "error: --spec 'eagle'; allowed: auto, ngram, draft, off"),
+        (["--spec", "mtp"], "error: --spec mtp: the model has no head of multi-token prediction; allowed: auto, ngram"),
+        (["--spec", "mtp", "-md", "small.gguf"], "error: -md with --spec mtp, which needs no other model"),
+        (["--spec", "eagle"], "error: --spec 'eagle'; allowed: auto, ngram, mtp, draft, off"),
         (["--spec", "draft"], "error: --spec draft without a draft model"),
         (["--spec", "ngram", "-md", "small.gguf"], "error: -md with --spec ngram"),
         (["-md", "small.gguf"], "error: -md small.gguf: there is no such file"),

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from hybridkv.cache import KVTypes
 from hybridkv.engine import Engine, Request, SamplingParams
 from hybridkv.engine.draft_model import DraftModel
-from hybridkv.engine.drafts import Guess
+from hybridkv.engine.drafts import GoesOn, Guess
 from hybridkv.engine.ngrams import NGrams
 from hybridkv.engine.pace import Costs, Pace
 from hybridkv.engine.speculation import Speculation, parse_spec, rejects_drafts
@@ -57,15 +57,16 @@ class Knowing:
 
     name = "knowing"
     seconds_each = None
+    plans = False
 
     def __init__(self, text: Sequence[int], seed: int = 0) -> None:
         self._text, self._draw = list(text), random.Random(seed)
         self.n_asked = 0
 
-    def guess(self, text: Sequence[int], n: int) -> Guess:
+    def guess(self, text: Sequence[int], n: int, goes_on: GoesOn) -> Guess:
         self.n_asked += 1
         known = self._text[len(text) : len(text) + n] or [3] * n
-        return Guess([token if self._draw.random() < 0.8 else 96 - token for token in known], 1)
+        return Guess([token if self._draw.random() < 0.8 else 96 - token for token in known], [1] * len(known))
 
 
 def knowing(text: Sequence[int]) -> Speculation:
@@ -163,12 +164,13 @@ class Fixed:
 
     name = "fixed"
     seconds_each = None
+    plans = False
 
     def __init__(self, guesses: list[int]) -> None:
         self._guesses = guesses
 
-    def guess(self, text: Sequence[int], n: int) -> Guess:
-        return Guess(self._guesses[:n], 1)
+    def guess(self, text: Sequence[int], n: int, goes_on: GoesOn) -> Guess:
+        return Guess(self._guesses[:n], [1] * len(self._guesses[:n]))
 
 
 class FaultAt(NativeStep):
@@ -215,13 +217,15 @@ class Exactly:
 
     name = "exactly"
     seconds_each = None
+    plans = False
 
     def __init__(self, text: list[int]) -> None:
         self._text = text
 
-    def guess(self, text: Sequence[int], n: int) -> Guess:
+    def guess(self, text: Sequence[int], n: int, goes_on: GoesOn) -> Guess:
         # A run that begins at the token that the fault waits for would be the text's own.
-        return Guess([] if len(text) in (50, 51) else self._text[len(text) : len(text) + n], 1)
+        known = [] if len(text) in (50, 51) else self._text[len(text) : len(text) + n]
+        return Guess(known, [1] * len(known))
 
 
 @pytest.mark.parametrize("types", [Q8, Q8_TAILED], ids=["q8_0", "tail"])
@@ -289,40 +293,40 @@ def test_sequences_in_step_are_not_guessed() -> None:
 def test_ngrams_find_what_followed_before() -> None:
     text = [1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3]
     guesser = NGrams()
-    assert guesser.guess(text, 4) == Guess([4, 5, 6, 7], 3)
-    assert guesser.guess([*text, 9], 4) == Guess([], 0)
+    assert guesser.guess(text, 4) == Guess([4, 5, 6, 7], [3] * 4)
+    assert guesser.guess([*text, 9], 4) == Guess([], [])
     loop = [5, 6, 7] * 3
-    assert NGrams().guess(loop, 7) == Guess([5, 6, 7, 5, 6, 7, 5], 6)  # it goes on beyond its own end
-    assert NGrams().guess([1, 2], 3) == Guess([], 0)
+    assert NGrams().guess(loop, 7) == Guess([5, 6, 7, 5, 6, 7, 5], [6] * 7)  # it goes on beyond its own end
+    assert NGrams().guess([1, 2], 3) == Guess([], [])
     newest = [1, 2, 3, 4, 0, 1, 2, 3, 5, 0, 1, 2, 3]
     assert NGrams().guess(newest, 1).tokens == [5]
 
 
 def test_a_longer_match_wins() -> None:
     text = [*range(20), 50, 17, 18, 19, 51, *range(20)]
-    assert NGrams().guess(text, 1) == Guess([50], 12)
+    assert NGrams().guess(text, 1) == Guess([50], [12])
 
 
 def test_guesses_are_made_where_they_pay() -> None:
     costs = Costs({1: 1.0, 2: 1.1, 4: 1.4, 8: 2.4})
     pace = Pace(costs, 7)
     for _ in range(20):
-        pace.note(1, 3, 3, ended=False)
-    assert pace.choose(1, 7, 0) == 7  # all of them hold: eight tokens in 2.4 seconds
-    assert pace.choose(1, 2, 0) == 2
+        pace.note([1] * 3, 3, ended=False)
+    assert pace.choose([1] * 7, 0) == 7  # all of them hold: eight tokens in 2.4 seconds
+    assert pace.choose([1] * 2, 0) == 2
     for _ in range(20):
-        pace.note(1, 3, 1, ended=True)
-    assert pace.choose(1, 7, 0) in (1, 2, 3)
+        pace.note([1] * 3, 1, ended=True)
+    assert pace.choose([1] * 7, 0) in (1, 2, 3)
 
 
 def test_where_none_pay_none_are_made_for_longer_and_longer() -> None:
     said: list[tuple[int, int]] = []
     pace = Pace(Costs({1: 1.0, 2: 1.9, 8: 7.0}), 7, on_pause=lambda right, of: said.append((right, of)))
-    pace.note(3, 4, 0, ended=True)
-    assert [pace.choose(3, 7, 0) for _ in range(4000)] == [0] * 4000
+    pace.note([3] * 4, 0, ended=True)
+    assert [pace.choose([3] * 7, 0) for _ in range(4000)] == [0] * 4000
     assert said[0] == (0, 4)
     assert 5 <= len(said) <= 9
-    assert pace.choose(9, 7, 0) >= 0  # another kind has odds of its own
+    assert pace.choose([9] * 7, 0) >= 0  # another kind has odds of its own
 
 
 def test_a_time_that_another_program_has_drawn_out_counts_little() -> None:
@@ -340,10 +344,10 @@ def test_a_time_that_another_program_has_drawn_out_counts_little() -> None:
 
 def test_nothing_is_guessed_before_single_tokens_have_been_measured() -> None:
     pace = Pace(Costs(), 7)
-    assert pace.choose(3, 7, 0) == 0
+    assert pace.choose([3] * 7, 0) == 0
     for _ in range(4):
         pace.costs.note(1, 1.0)
-    assert pace.choose(3, 7, 0) > 1  # what was never tried looks cheap
+    assert pace.choose([3] * 7, 0) > 1  # what was never tried looks cheap
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from hybridkv.errors import UsageError
 
 if TYPE_CHECKING:
     from hybridkv.engine.draft_model import DraftModel
+    from hybridkv.engine.drafts import Guesser
     from hybridkv.engine.load import Loaded
     from hybridkv.engine.speculation import Speculation
     from hybridkv.runtime import Notify, Step
@@ -25,9 +27,10 @@ def add_spec_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--spec",
         default="auto",
-        metavar="auto|ngram|draft|off",
+        metavar="auto|ngram|mtp|draft|off",
         help="what guesses tokens ahead, so that one run of the model gives several; the text is the same. ngram: what "
-        "followed the same words before; draft: the model of -md; auto: draft with -md, else ngram (default auto)",
+        "followed the same words before; mtp: the model's own head; draft: the model of -md; auto: with -md draft, "
+        "without it ngram and the head, if there is one (default auto)",
     )
     group.add_argument(
         "-md",
@@ -65,18 +68,13 @@ def check_spec(a: argparse.Namespace) -> None:
     """
     from hybridkv.engine.speculation import Speculation, parse_spec
 
-    if a.spec == "mtp":
-        raise UsageError(
-            "--spec mtp: heads of several tokens are skipped when a file is read; allowed: auto, ngram, draft, off",
-            hint="--spec ngram guesses from the text itself",
-        )
     parse_spec(a.spec)
     options = (("-md", a.model_draft), ("--draft-max", a.draft_max), ("--draft-min", a.draft_min))
     given = [option for option, value in options if value is not None]
     if a.spec == "draft" and a.model_draft is None:
         raise UsageError("--spec draft without a draft model", hint="-md FILE names one of the same vocabulary")
-    if a.spec == "ngram" and a.model_draft is not None:
-        raise UsageError("-md with --spec ngram, which needs no model", hint="leave one of them out")
+    if a.spec in ("ngram", "mtp") and a.model_draft is not None:
+        raise UsageError(f"-md with --spec {a.spec}, which needs no other model", hint="leave one of them out")
     if a.model_draft is not None and not Path(a.model_draft).exists():
         raise UsageError(f"-md {a.model_draft}: there is no such file")
     if a.spec == "off":
@@ -111,9 +109,34 @@ def speculation_from(
         made = Speculation(n_max=_most(a), n_min=_least(a), notify=notify)
         if a.model_draft is not None:
             made.make_guesser = _draft_model(a.model_draft, loaded, n_ctx).guesser
+        elif a.spec != "ngram":
+            made.make_guesser = head_guesser(step, a.spec) or made.make_guesser
         return made
     if a.spec != "auto" or a.draft_max is not None or a.model_draft is not None:
         notice(f"--spec {a.spec}: nothing is guessed: {reason}")
+    return None
+
+
+def head_guesser(step: Step, spec: str) -> Callable[[], Guesser] | None:
+    """Return what makes guessers of the model's own head; None for a model without one, unless that was asked for.
+
+    Raises
+    ------
+    UsageError
+        If it was.
+    """
+    from hybridkv.engine.heads import HeadGuesser
+    from hybridkv.engine.ngrams import NGrams
+    from hybridkv.native import NativeStep
+
+    predictor = step.predictor if isinstance(step, NativeStep) else None
+    if predictor is not None:
+        return lambda: HeadGuesser(predictor, NGrams() if spec == "auto" else None)
+    if spec == "mtp":
+        raise UsageError(
+            "--spec mtp: the model has no head of multi-token prediction; allowed: auto, ngram, draft, off",
+            hint="take a file that has its blocks (nextn_predict_layers), or --spec ngram",
+        )
     return None
 
 

@@ -14,7 +14,7 @@ import torch
 
 from hybridkv.cache import KVTypes
 from hybridkv.engine.caches import new_cache
-from hybridkv.engine.drafts import Guess
+from hybridkv.engine.drafts import GoesOn, Guess
 from hybridkv.engine.pace import moved
 from hybridkv.errors import ModelError
 from hybridkv.model import kv_facts, layer_facts, vocab_size_of
@@ -87,6 +87,7 @@ class DraftGuesser:
     """One sequence's guesses by a draft model."""
 
     name = "draft"
+    plans = True
 
     def __init__(self, owner: DraftModel, cache: Any) -> None:
         self._owner, self._cache, self._n_held = owner, cache, 0
@@ -97,8 +98,9 @@ class DraftGuesser:
         return self._owner.seconds_each
 
     @torch.inference_mode()
-    def guess(self, text: Sequence[int], n: int) -> Guess:
+    def guess(self, text: Sequence[int], n: int, goes_on: GoesOn | None = None) -> Guess:
         """Guess `n` tokens after the text, which only ever grows."""
+        del goes_on  # their number was chosen before
         step, cache, start = self._owner.step, self._cache, time.perf_counter()
         n_new = len(text) - self._n_held
         new = torch.tensor([list(text[self._n_held :])])
@@ -112,7 +114,7 @@ class DraftGuesser:
         self._go_back(len(guesses) - 1, held)
         if n_new <= _CAUGHT_UP:
             self._note((time.perf_counter() - start) / n)
-        return Guess(guesses, 0)
+        return Guess(guesses, [0] * n)
 
     def _go_back(self, n_tokens: int, states: Sequence[Any]) -> None:
         """Forget the guesses."""

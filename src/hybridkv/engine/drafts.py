@@ -10,16 +10,20 @@ Source: Fast Inference from Transformers via Speculative Decoding, arXiv 2211.17
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from functools import partial
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from hybridkv.engine.pace import Pace
 from hybridkv.runtime import DraftStep, Fault, ModelCache, StepResult
 
-SpecKind = Literal["auto", "ngram", "draft", "off"]
+SpecKind = Literal["auto", "ngram", "mtp", "draft", "off"]
+
+GoesOn = Callable[[list[int]], bool]
+"""Whether one more guess behind those of such kinds promises to pay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +34,15 @@ class Guess:
     ----------
     tokens
         As far as anything was found; they follow one another.
-    kind
-        Guesses of one kind are as good as each other: how long a match they come from.
+    kinds
+        Of each: those of one kind are as good as each other, such as those that a match of one length gave.
+    seconds
+        What it took to make them.
     """
 
     tokens: list[int]
-    kind: int
+    kinds: list[int]
+    seconds: float = 0.0
 
 
 class Guesser(Protocol):
@@ -51,8 +58,26 @@ class Guesser(Protocol):
         """What it takes to make one, which is then asked for only where it pays; None for next to nothing."""
         ...
 
-    def guess(self, text: Sequence[int], n: int) -> Guess:
+    @property
+    def plans(self) -> bool:
+        """Whether the number of guesses is to be chosen before they are made, all being of kind 0."""
+        ...
+
+    def guess(self, text: Sequence[int], n: int, goes_on: GoesOn) -> Guess:
         """Guess up to `n` tokens after a text, which begins with the text of the guess before."""
+        ...
+
+
+@runtime_checkable
+class SeesHidden(Protocol):
+    """A guesser that reads the model's hidden states."""
+
+    def see(self, hidden: Tensor, end: int) -> None:
+        """Take the final hidden states `[n, hidden]` of a text's newest tokens, up to token `end` of it."""
+        ...
+
+    def forget(self) -> None:
+        """Begin again: the text is to be processed once more."""
         ...
 
 
@@ -68,6 +93,8 @@ class Drafts:
         Of the open run: the next token and the guesses behind it, what came after each, and faults by their place.
     n_taken
         How many of its tokens are the text's.
+    single
+        Whether the run had to be of one token, because the guard looks at it or rows move: it takes longer than others.
     """
 
     step: DraftStep | None = None
@@ -77,7 +104,14 @@ class Drafts:
     logits: Tensor | None = None
     failed: dict[int, Fault] = field(default_factory=dict)
     n_taken: int = 0
-    _kind: int = 0
+    single: bool = False
+    _kinds: list[int] = field(default_factory=list)
+    _seconds: float = 0.0
+    _n_others: int = 0
+    _seeing: SeesHidden | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self._seeing = self.guesser if isinstance(self.guesser, SeesHidden) else None
 
     def propose(self, text: Sequence[int], cache: ModelCache, n_most: int, n_others: int = 0) -> list[int]:
         """Return the tokens to run: the text's last, which no step has processed, and guesses behind it.
@@ -89,15 +123,23 @@ class Drafts:
         n_others
             Rows of other sequences in the same run.
         """
+        self.single = False
         if self.step is None or self.guesser is None or self.pace is None:
             return [text[-1]]
-        n, each = min(n_most, self.pace.n_max), self.guesser.seconds_each
-        if each is not None and n > 0:
-            n = self.pace.choose(0, self._room(cache, n), n_others, each)
-        guess = self.guesser.guess(text, n) if n > 0 else Guess([], 0)
-        self._kind, n = guess.kind, len(guess.tokens)
-        if each is None and n:
-            n = self.pace.choose(guess.kind, self._room(cache, n), n_others)
+        n, pace, each = min(n_most, self.pace.n_max), self.pace, self.guesser.seconds_each or 0.0
+        room = self._room(cache, n) if n > 0 else 0
+        self.single = n > 0 and room == 0
+        if self.guesser.plans:
+            n = room = pace.choose([0] * room, n_others, each)
+        guess = Guess([], [])
+        if room > 0:
+            guess = self.guesser.guess(text, room, partial(pace.goes_on, n_others=n_others, seconds_each=each))
+        n = len(guess.tokens)
+        if n and not self.guesser.plans:
+            n = pace.choose(guess.kinds, n_others)
+        if not n:
+            pace.note_seconds(guess.seconds)
+        self._kinds, self._seconds, self._n_others = guess.kinds[:n], guess.seconds, n_others
         return [text[-1], *guess.tokens[:n]]
 
     def _room(self, cache: ModelCache, n: int) -> int:
@@ -129,11 +171,13 @@ class Drafts:
             raise self.failed[place]
         return self.logits[place : place + 1]
 
-    def close(self, cache: ModelCache, *, ended: bool) -> None:
+    def close(self, cache: ModelCache, end: int, *, ended: bool) -> None:
         """Undo in the cache what the text did not take; without an open run there is nothing to do.
 
         Parameters
         ----------
+        end
+            Tokens that the cache is to hold.
         ended
             Whether the text went on another way than was guessed, and did not merely stop.
         """
@@ -143,9 +187,32 @@ class Drafts:
         if n_guessed and self.step is not None and self.pace is not None:
             self.step.keep(cache, self.n_taken)
             wrong = ended and self.n_taken <= n_guessed
-            self.pace.note(self._kind, n_guessed, self.n_taken - 1, ended=wrong)
-        self.drop()
+            self.pace.note(self._kinds, self.n_taken - 1, ended=wrong, seconds=self._seconds, n_others=self._n_others)
+        self.read(cache, end, self.n_taken)
+        self._close()
+
+    def read(self, cache: ModelCache, end: int, n_taken: int | None = None) -> None:
+        """Show the guesser what the last run knew of a cache's newest tokens.
+
+        Parameters
+        ----------
+        end
+            Tokens that the cache holds.
+        n_taken
+            How many of the run's tokens are the text's; all by default.
+        """
+        guesser = self._seeing
+        if guesser is None or self.step is None:
+            return
+        hidden = self.step.take_hidden(cache)
+        if hidden is not None:
+            guesser.see(hidden[:n_taken], end)
 
     def drop(self) -> None:
-        """Forget the open run, whose cache is of no more use."""
+        """Forget the open run, and the text up to now: the cache is of no more use."""
+        self._close()
+        if self._seeing is not None:
+            self._seeing.forget()
+
+    def _close(self) -> None:
         self.tokens, self.logits, self.failed, self.n_taken = [], None, {}, 0

@@ -137,7 +137,7 @@ class Engine:
     def cache(self) -> ModelCache:
         """What is held of the sequences, guesses that were not drawn undone."""
         if self._drafts is not None:
-            self._drafts.close(self._cache, ended=False)
+            self._drafts.close(self._cache, self.n_held, ended=False)
             self._count(self._drafts, 0)
         return self._cache
 
@@ -281,6 +281,8 @@ class Engine:
         """
         logits = self.step.forward(tokens, self._cache, self._tokens.length - tokens.shape[1])
         self.n_held = self._tokens.length
+        if self._drafts is not None:
+            self._drafts.read(self._cache, self.n_held)
         if not is_finite(logits):
             raise bad_logits(self._cache, self.n_held)
         return logits
@@ -312,7 +314,7 @@ class Engine:
         """Run the history's last token, and guesses behind it; return the logits after that token, `[1, V]`."""
         text = self._tokens.text
         start = time.perf_counter()
-        drafts.close(self._cache, ended=True)
+        drafts.close(self._cache, len(text) - 1, ended=True)
         begin = time.perf_counter()
         tokens = drafts.propose(text, self._cache, n_most)
         start += time.perf_counter() - begin  # what guesses cost is counted by whoever makes them
@@ -327,7 +329,8 @@ class Engine:
             assert first is not None
             logits = first
         assert drafts.pace is not None
-        drafts.pace.costs.note(len(tokens), time.perf_counter() - start)
+        if not drafts.single:
+            drafts.pace.costs.note(len(tokens), time.perf_counter() - start)
         self._count(drafts, 1)
         return logits
 

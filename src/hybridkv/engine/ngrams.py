@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hybridkv.engine.drafts import Guess
+from hybridkv.engine.drafts import GoesOn, Guess
 
 SIZES = (12, 6, 3)
 """Tokens that must be alike, the longest match first."""
@@ -22,19 +22,21 @@ class NGrams:
 
     name = "ngram"
     seconds_each = None
+    plans = False
 
     def __init__(self) -> None:
         self._places: tuple[dict[tuple[int, ...], int], ...] = tuple({} for _ in SIZES)
         self._n_read = 0
 
-    def guess(self, text: Sequence[int], n: int) -> Guess:
+    def guess(self, text: Sequence[int], n: int, goes_on: GoesOn | None = None) -> Guess:
         """Guess up to `n` tokens after the text, which only ever grows."""
+        del goes_on  # they cost nothing
         self._read(text)
         for size, places in zip(SIZES, self._places, strict=True):
             place = places.get(tuple(text[-size:]))
             if place is not None:
-                return Guess(_after(text, place, n), size)
-        return Guess([], 0)
+                return Guess(_after(text, place, n), [size] * n)
+        return Guess([], [])
 
     def _read(self, text: Sequence[int]) -> None:
         """Note where each n-gram was last followed by a token."""

@@ -7,8 +7,9 @@ guesses pays, none are made for a while, and that while doubles as long as it st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 FIRST_PAUSE, LONGEST_PAUSE = 32, 1024
 """Tokens without a guess, after guesses did not pay."""
@@ -16,8 +17,11 @@ FIRST_PAUSE, LONGEST_PAUSE = 32, 1024
 GAIN = 1.02
 """What guesses must promise before they are made: more text in the same time."""
 
-_FORGET = 0.9
-"""What a count weighs after the next one."""
+_FORGET, _FORGET_SHARES = 0.9, 0.98
+"""What a count weighs after the next one; of guesses that say how likely they are, a kind changes slowly."""
+
+_TRIALS, _FORGET_TRIALS = 16, 0.97
+"""Steps with guesses that cost something, after which they are judged; and what a step weighs after the next one."""
 
 _FIRST = 4
 """Measurements of which the least counts: the guard checks the first token after a prompt, which takes a while."""
@@ -90,6 +94,7 @@ class Odds:
 
     right: float = 1.5
     wrong: float = 0.5
+    forget: float = _FORGET
     pause: int = 0
     next_pause: int = FIRST_PAUSE
     n_guessed: int = 0
@@ -100,15 +105,45 @@ class Odds:
         """Of guesses behind right ones, how many were right; as if two had been made before."""
         return self.right / (self.right + self.wrong)
 
-    def note(self, n_right: int, *, ended: bool) -> None:
-        """Take note of a run: how many guesses held, and whether the next one did not."""
-        self.right = _FORGET * self.right + n_right
-        self.wrong = _FORGET * self.wrong + ended
+    def note(self, n_right: int, n_wrong: int, n_guessed: int) -> None:
+        """Take note of a run: how many of its guesses held, and how many are known to have been wrong."""
+        self.right = self.forget * self.right + n_right
+        self.wrong = self.forget * self.wrong + n_wrong
+        self.n_guessed, self.n_right = self.n_guessed + n_guessed, self.n_right + n_right
 
-    def expected(self, n: int) -> float:
-        """Estimate the tokens that a step with `n` guesses gives, the one that is no guess included."""
-        share = self.share
-        return n + 1 if share > 0.999 else (1 - share ** (n + 1)) / (1 - share)
+
+@dataclass(slots=True)
+class Trial:
+    """Whether guesses pay that cost something to make, all kinds together.
+
+    Attributes
+    ----------
+    gained, spent
+        Seconds that right guesses saved, and those that guesses took, the newest counting most.
+    n_runs
+        Since the last pause.
+    pause, next_pause
+        Tokens without a guess, now and after the next loss.
+    """
+
+    gained: float = 0.0
+    spent: float = 0.0
+    n_runs: int = 0
+    pause: int = 0
+    next_pause: int = FIRST_PAUSE
+
+    def note(self, gained: float, spent: float) -> bool:
+        """Take note of a run; return whether a pause begins."""
+        self.gained = _FORGET_TRIALS * self.gained + gained
+        self.spent = _FORGET_TRIALS * self.spent + spent
+        self.n_runs += 1
+        if self.n_runs < _TRIALS or self.gained > self.spent:
+            if self.n_runs > 8 * _TRIALS:
+                self.next_pause = FIRST_PAUSE
+            return False
+        pause, longer = self.next_pause, min(2 * self.next_pause, LONGEST_PAUSE)
+        self.gained, self.spent, self.n_runs, self.pause, self.next_pause = 0.0, 0.0, 0, pause, longer
+        return True
 
 
 class Pace:
@@ -122,6 +157,10 @@ class Pace:
         Most guesses in a run, and fewest.
     on_pause
         Told how many guesses of a kind were right, and how many were made, where they stop to pay.
+    priors
+        How often guesses of some kinds hold, before any was tried; kinds below 0 are judged together.
+    trial
+        Whether guesses of such kinds pay; of all sequences.
 
     Attributes
     ----------
@@ -130,15 +169,37 @@ class Pace:
     """
 
     def __init__(
-        self, costs: Costs, n_max: int, n_min: int = 1, on_pause: Callable[[int, int], None] | None = None
+        self,
+        costs: Costs,
+        n_max: int,
+        n_min: int = 1,
+        on_pause: Callable[[int, int], None] | None = None,
+        priors: Mapping[int, float] | None = None,
+        trial: Trial | None = None,
     ) -> None:
         self.costs, self.n_max, self.n_min = costs, n_max, n_min
         self._on_pause = on_pause
         self.n_guessed = self.n_right = 0
-        self._odds: dict[int, Odds] = {}
+        self._odds = {kind: Odds(2 * share, 2 - 2 * share, _FORGET_SHARES) for kind, share in (priors or {}).items()}
+        self._trial = trial or Trial()
+        self._later = Odds(forget=_FORGET_SHARES)
+        """Of guesses behind right ones, of all kinds: they hold more often than the first."""
 
-    def choose(self, kind: int, n_most: int, n_others: int, seconds_each: float = 0.0) -> int:
-        """Choose how many of up to `n_most` guesses of a kind to run; 0 for none.
+    def goes_on(self, kinds: Sequence[int], n_others: int, seconds_each: float) -> bool:
+        """Tell whether one more guess behind those of such kinds promises to pay, at what it takes to make it."""
+        alone, n = self.costs.of(1 + n_others), len(kinds)
+        if not kinds:
+            if not (n_others or self.costs.knows(1)):
+                return False
+            self._trial.pause, paused = max(0, self._trial.pause - 1), self._trial.pause > 0
+            return not paused
+        shares = [self._of(kind).share for kind in kinds]
+        # Of two sizes, since a run of three rows may take longer than one of four.
+        row = min((self.costs.of(1 + n_others + more) - alone) / more for more in (n + 1, n + 2))
+        return prod(shares) * self._later.share * alone / (1 + n_others) > seconds_each + row
+
+    def choose(self, kinds: Sequence[int], n_others: int, seconds_each: float = 0.0) -> int:
+        """Choose how many of guesses of such kinds, one behind the other, to run; 0 for none.
 
         Parameters
         ----------
@@ -147,31 +208,61 @@ class Pace:
         seconds_each
             What it takes to make a guess.
         """
-        odds = self._odds.setdefault(kind, Odds())
-        if n_most < 1 or not (n_others or self.costs.knows(1)):
+        if not kinds or not (n_others or self.costs.knows(1)):
             return 0
+        odds, n_most = self._of(kinds[0]), len(kinds)
         if odds.pause > 0:
             odds.pause -= 1
             return 0
         alone = (1 + n_others) / self.costs.of(1 + n_others) * GAIN
-        best = 0
-        for n in range(self.n_min, min(n_most, self.n_max) + 1):
-            speed = (odds.expected(n) + n_others) / (self.costs.of(1 + n_others + n) + n * seconds_each)
-            if speed > alone:
+        best, tokens, likely = 0, 1.0 + n_others, 1.0
+        for n, kind in enumerate(kinds[: self.n_max], 1):
+            likely *= self._of(kind).share
+            tokens += likely
+            speed = tokens / (self.costs.of(1 + n_others + n) + n * seconds_each)
+            if n >= self.n_min and speed > alone:
                 best, alone = n, speed
-        if not best and n_most >= self.n_min:
+        if not best and n_most >= self.n_min and kinds[0] >= 0:
             odds.pause, odds.next_pause = odds.next_pause, min(2 * odds.next_pause, LONGEST_PAUSE)
             odds.right, odds.wrong = 1.5, 0.5  # another part of the text may be another matter
             if self._on_pause is not None and odds.n_guessed:
                 self._on_pause(odds.n_right, odds.n_guessed)
         return best
 
-    def note(self, kind: int, n_guessed: int, n_right: int, *, ended: bool) -> None:
-        """Take note of a run's guesses."""
-        self.n_guessed += n_guessed
+    def note(self, kinds: Sequence[int], n_right: int, *, ended: bool, seconds: float = 0.0, n_others: int = 0) -> None:
+        """Take note of a run's guesses.
+
+        Parameters
+        ----------
+        ended
+            Whether the one behind those that were right was wrong.
+        seconds
+            What it took to make them.
+        """
+        self.n_guessed += len(kinds)
         self.n_right += n_right
-        odds = self._odds.setdefault(kind, Odds())
-        odds.note(n_right, ended=ended)
-        odds.n_guessed, odds.n_right = odds.n_guessed + n_guessed, odds.n_right + n_right
+        for kind in dict.fromkeys(kinds):
+            right = kinds[:n_right].count(kind)
+            wrong = ended and n_right < len(kinds) and kinds[n_right] == kind
+            if right or wrong:
+                self._of(kind).note(right, int(wrong), kinds.count(kind))
+        if n_right:
+            self._later.note(n_right - 1, int(ended and n_right < len(kinds)), len(kinds) - 1)
         if n_right > 1:
-            odds.next_pause = FIRST_PAUSE
+            self._of(kinds[0]).next_pause = FIRST_PAUSE
+        if seconds:
+            alone = self.costs.of(1 + n_others)
+            more = self.costs.of(1 + n_others + len(kinds)) - alone
+            self._judge(n_right * alone / (1 + n_others), seconds + more)
+
+    def note_seconds(self, seconds: float) -> None:
+        """Take note of what guesses took of which none was worth a run."""
+        if seconds:
+            self._judge(0.0, seconds)
+
+    def _judge(self, gained: float, spent: float) -> None:
+        if self._trial.note(gained, spent) and self._on_pause is not None:
+            self._on_pause(self.n_right, self.n_guessed)
+
+    def _of(self, kind: int) -> Odds:
+        return self._odds.setdefault(kind, Odds())

@@ -44,7 +44,7 @@ def run_next(step: Step, batch: Sequence[RunningSequence], costs: Costs) -> None
     tokens = []
     for sequence in batch:
         assert sequence.cache is not None
-        sequence.drafts.close(sequence.cache, ended=True)
+        sequence.drafts.close(sequence.cache, sequence.position, ended=True)
         n_most = sequence.n_ctx - len(sequence.history) - 1
         tokens.append(sequence.drafts.propose(sequence.history, sequence.cache, n_most, len(batch) - 1))
     caches = [s.cache for s in batch if s.cache is not None]
@@ -60,7 +60,8 @@ def run_next(step: Step, batch: Sequence[RunningSequence], costs: Costs) -> None
     for sequence, own in zip(batch, tokens, strict=True):
         sequence.drafts.open(own, answers, first_row)
         first_row += len(own)
-    costs.note(n_rows, time.perf_counter() - start)
+    if not any(sequence.drafts.single for sequence in batch):
+        costs.note(n_rows, time.perf_counter() - start)
 
 
 def run_prompt(step: Step, sequence: RunningSequence, end: int) -> Tensor:

@@ -103,7 +103,7 @@ class RunningSequence:
     def undo_guesses(self) -> None:
         """Undo guesses that were not drawn: the cache then holds `position` tokens."""
         if self.cache is not None:
-            self.drafts.close(self.cache, ended=False)
+            self.drafts.close(self.cache, self.position, ended=False)
 
     def take(self, token: int, logits: Tensor) -> Event:
         """Append the next token, drawn from `logits` float32 `[V]`; its event, which may be the last."""

@@ -340,6 +340,7 @@ class Scheduler:
             self._fail(sequence, error)
             return
         sequence.position = end
+        sequence.drafts.read(cache, end)
         self._counters.prompt_tokens += end - begin
         self._counters.prefill_s += time.perf_counter() - start
         if cache.specs != sequence.specs and not self._keep_within(sequence, cache):

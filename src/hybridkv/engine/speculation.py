@@ -1,4 +1,4 @@
-"""What is to guess tokens: prompt lookup, a small draft model, or nothing.
+"""What is to guess tokens: prompt lookup, the model's own head, a small draft model, or nothing.
 
 Owns the choice, and what all sequences of a model share of it: the costs of runs. `hybridkv.engine.drafts` has a
 sequence's part.
@@ -12,7 +12,7 @@ from typing import get_args
 
 from hybridkv.engine.drafts import Drafts, Guesser, SpecKind
 from hybridkv.engine.ngrams import NGrams
-from hybridkv.engine.pace import Costs, Pace
+from hybridkv.engine.pace import Costs, Pace, Trial
 from hybridkv.errors import UsageError, one_of
 from hybridkv.runtime import DraftStep, Notify, Step
 
@@ -34,7 +34,7 @@ def parse_spec(text: str) -> SpecKind:
         Listing what there is.
     """
     kinds: tuple[SpecKind, ...] = get_args(SpecKind)
-    return one_of(text, kinds, "--spec", hint="auto is the draft model that -md names, else ngram")
+    return one_of(text, kinds, "--spec", hint="auto: the draft model that -md names, else the model's head and ngram")
 
 
 @dataclass(slots=True)
@@ -51,6 +51,8 @@ class Speculation:
         Told once where guesses do not pay.
     costs
         Of the model's runs, as measured.
+    trial
+        Whether guesses of its own head pay.
     """
 
     make_guesser: Callable[[], Guesser] = NGrams
@@ -58,6 +60,7 @@ class Speculation:
     n_min: int = 1
     notify: Notify | None = None
     costs: Costs = field(default_factory=Costs)
+    trial: Trial = field(default_factory=Trial)
 
     def __post_init__(self) -> None:
         if not 1 <= self.n_max <= MOST_DRAFTS:
@@ -70,7 +73,11 @@ class Speculation:
         if rejects_drafts(step) is not None:
             return None
         assert isinstance(step, DraftStep)
-        return Drafts(step, self.make_guesser(), Pace(self.costs, self.n_max, max(1, self.n_min), self._tell))
+        guesser = self.make_guesser()
+        pace = Pace(
+            self.costs, self.n_max, max(1, self.n_min), self._tell, getattr(guesser, "priors", None), self.trial
+        )
+        return Drafts(step, guesser, pace)
 
     def _tell(self, n_right: int, n_guessed: int) -> None:
         if self.notify is not None and n_guessed >= _TELLING:

@@ -20,6 +20,8 @@ from hybridkv.gguf.keys import check_unread, unknown_keys
 from hybridkv.gguf.metadata import Metadata
 from hybridkv.gguf.reader import Header
 from hybridkv.gguf.split import metadata_of
+from hybridkv.model import graph_of, rejects
+from hybridkv.model.tensors import prediction_tensors
 
 EMBEDDING = "token_embd.weight"
 OUTPUT = "output.weight"
@@ -27,6 +29,9 @@ OUTPUT = "output.weight"
 # Tensors beside the text model's in files that hold a whole multimodal model, as ollama writes them.
 _ENCODERS = ("v.", "a.", "mm.")
 _PREDICTION = "mtp."
+
+_DRAFT_TOKENS = "nextn_draft_tokens"
+"""This project's own key: tokens that are frequent, so that a head need not score all of the vocabulary."""
 
 
 class FileConfig(SimpleNamespace):
@@ -68,8 +73,39 @@ def describe_gguf(path: str | Path | Header) -> tuple[str, FileConfig]:
 def file_config(meta: Metadata, architecture: Architecture) -> FileConfig:
     """Return the config, once no key is left that asks for what is not computed."""
     fields = fields_of(meta, architecture)
+    meta.disregard(_DRAFT_TOKENS)
     check_unread(meta)
-    return FileConfig(**architecture.derived(fields) | fields, model_type=architecture.model_type)
+    config = FileConfig(**architecture.derived(fields) | fields, model_type=architecture.model_type)
+    if has_head(meta, config):
+        config.mtp_num_hidden_layers, config.mtp_tokens = 1, _draft_tokens(meta, config.vocab_size)
+    return config
+
+
+def _draft_tokens(meta: Metadata, n_vocab: int) -> list[int]:
+    """Return the tokens that a head is to guess among; none for all."""
+    if not meta.has(_DRAFT_TOKENS):
+        return []
+    tokens = meta.integers(_DRAFT_TOKENS, meta.length(_DRAFT_TOKENS))
+    if len(set(tokens)) != len(tokens) or max(tokens, default=0) >= n_vocab:
+        meta.expected(_DRAFT_TOKENS, f"different token ids below {n_vocab}")
+    return tokens
+
+
+def has_head(meta: Metadata, config: FileConfig) -> bool:
+    """Check whether the first block of multi-token prediction is there, whole, and of a kind that is run."""
+    _, layers = n_blocks(meta)
+    if not meta.has_tensor(f"blk.{layers}.nextn.eh_proj.weight"):
+        return False
+    try:
+        if rejects(config) is not None:
+            return False
+        graph = graph_of(FileConfig(**vars(config) | {"mtp_num_hidden_layers": 1}))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return False  # the metadata describes no model, which whoever loads it says
+    if graph.prediction is None:
+        return False
+    tensors = prediction_tensors(graph, graph.prediction, meta.has_tensor)
+    return all(each.optional or each.name_in(meta.has_tensor) is not None for each in tensors)
 
 
 def says_none(meta: Metadata) -> bool:
@@ -103,9 +139,16 @@ def fields_of(meta: Metadata, architecture: Architecture) -> Fields:
     }
 
 
-def skipped(meta: Metadata) -> dict[str, set[str]]:
-    """Return the tensors for which the model classes have no place, by what they are of."""
+def skipped(meta: Metadata, n_heads: int = 0) -> dict[str, set[str]]:
+    """Return the tensors for which the model classes have no place, by what they are of.
+
+    Parameters
+    ----------
+    n_heads
+        Blocks of multi-token prediction that are read.
+    """
     blocks, layers = n_blocks(meta)
+    layers += n_heads
     prefixes = {
         "multi-token prediction blocks": (_PREDICTION, *(f"blk.{block}." for block in range(layers, blocks))),
         "image and audio encoders": _ENCODERS,
@@ -114,14 +157,17 @@ def skipped(meta: Metadata) -> dict[str, set[str]]:
     return {what: {name for name in names if name.startswith(starts)} for what, starts in prefixes.items()}
 
 
-def notices(meta: Metadata, *, with_tokenizer: bool) -> tuple[str, ...]:
+def notices(meta: Metadata, *, with_tokenizer: bool, n_heads: int = 0) -> tuple[str, ...]:
     """Return what is worth knowing of a file: tensors that were left out, its tokenizer, and keys that nobody knows."""
-    left_out = [f"{len(names)} tensors of {what} were skipped" for what, names in skipped(meta).items() if names]
+    unread = skipped(meta, n_heads).items()
+    left_out = [f"{len(names)} tensors of {what} were skipped" for what, names in unread if names]
     assumed = assumption(meta) if with_tokenizer else None
     return (*left_out, *([assumed] if assumed else []), *unknown_keys(meta))
 
 
-def check_tensors(meta: Metadata, architecture: Architecture, needed: set[str], optional: Collection[str] = ()) -> None:
+def check_tensors(
+    meta: Metadata, architecture: Architecture, needed: set[str], optional: Collection[str] = (), n_heads: int = 0
+) -> None:
     """Check that a file has the tensors that a model needs, and no more.
 
     Raises
@@ -129,7 +175,7 @@ def check_tensors(meta: Metadata, architecture: Architecture, needed: set[str], 
     ModelFileError
         Naming some of those that are missing or unknown.
     """
-    left_out = {name for names in skipped(meta).values() for name in names}
+    left_out = {name for names in skipped(meta, n_heads).values() for name in names}
     present = {info.name for info in meta.header.tensors} - left_out - {name for name, _ in architecture.settings}
     for problem, names in (("missing", needed - present), ("unknown", present - needed - set(optional))):
         if names:

@@ -24,6 +24,8 @@ from hybridkv.model import graph_of, rejects
 from hybridkv.model.tensors import Named, graph_tensors
 from hybridkv.text.tokenizer import TextTokenizer
 
+HEADS = "mtp_num_hidden_layers"
+
 
 @dataclass(frozen=True, slots=True)
 class MappedModel:
@@ -63,7 +65,7 @@ def map_gguf(path: str | Path | Header, memory: Memory = "mapped") -> MappedMode
     names = _check(meta, architecture, config)
     check_multiplied(meta.header, names)
     tokenizer = None if says_none(meta) else read_tokenizer(meta)
-    messages = notices(meta, with_tokenizer=tokenizer is not None)
+    messages = notices(meta, with_tokenizer=tokenizer is not None, n_heads=getattr(config, HEADS, 0))
     source = GgufSource(meta.header, memory)
     return MappedModel(name_of(meta), config, source, tokenizer, tuple(end_ids(meta, config.vocab_size)), messages)
 
@@ -80,7 +82,7 @@ def _check(meta: Metadata, architecture: Architecture, config: FileConfig) -> se
     missing = {tensor.names[0] for tensor in tensors if tensor.name_in(meta.has_tensor) is None and not tensor.optional}
     found.pop(None, None)
     names = {name for name in found if name is not None}
-    check_tensors(meta, architecture, names | missing)
+    check_tensors(meta, architecture, names | missing, n_heads=getattr(config, HEADS, 0))
     for name, tensor in found.items():
         if name is not None:
             _check_shape(meta, name, tensor)

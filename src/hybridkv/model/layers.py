@@ -409,6 +409,41 @@ class Block:
 
 
 @dataclass(frozen=True, slots=True)
+class Prediction:
+    """A head of multi-token prediction: from a final hidden state and the token drawn there, the token behind that.
+
+    `x = project([embed_norm(embedding of the token) | hidden_norm(hidden state)])`, one block over `x`, then `norm`:
+    that is what the head's output matrix reads, and the hidden state from which the token after is predicted.
+
+    Attributes
+    ----------
+    layer
+        Number of its block in a file, behind the model's own.
+    block
+        Attends to a cache of its own.
+    tokens
+        Those that it guesses among, beside the text's newest; none for all.
+    embed, head
+        A head without one of these uses the model's.
+    """
+
+    layer: int
+    block: Block
+    embed_norm: Norm
+    hidden_norm: Norm
+    norm: Norm
+    tokens: tuple[int, ...] = ()
+    project: str = "nextn.eh_proj.weight"
+    embed: str = "nextn.embed_tokens.weight"
+    head: str = "nextn.shared_head_head.weight"
+
+    @property
+    def prefix(self) -> str:
+        """What its tensors' names begin with."""
+        return f"blk.{self.layer}."
+
+
+@dataclass(frozen=True, slots=True)
 class ModelGraph:
     """A whole model: an embedding, blocks, a norm, and a head.
 
@@ -422,6 +457,8 @@ class ModelGraph:
         Output matrix; a source without it uses the embedding (tied).
     logit_scale
         Factor on the logits.
+    prediction
+        What may guess tokens ahead; no part of the model.
     """
 
     hidden: int
@@ -432,6 +469,7 @@ class ModelGraph:
     logit_scale: float = 1.0
     embed: str = "token_embd.weight"
     head: str = "output.weight"
+    prediction: Prediction | None = None
 
     @property
     def parts(self) -> Iterator[Part]:

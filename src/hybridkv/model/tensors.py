@@ -12,6 +12,7 @@ from typing import Any
 
 from hybridkv.model.layers import (
     Attention,
+    Block,
     DeltaNet,
     Experts,
     Gated,
@@ -21,6 +22,7 @@ from hybridkv.model.layers import (
     Norm,
     Part,
     Plain,
+    Prediction,
     ShortConv,
 )
 
@@ -57,18 +59,37 @@ def graph_tensors(graph: ModelGraph, has: Has) -> Iterator[Named]:
     yield Named((graph.head,), (graph.n_vocab, graph.hidden), optional=True)
     yield _norm(graph.norm, graph.hidden)
     for index, block in enumerate(graph.blocks):
-        prefix = f"blk.{index}."
+        yield from _block(block, f"blk.{index}.", graph.hidden, has)
+    if graph.prediction is not None:
+        yield from prediction_tensors(graph, graph.prediction, has)
 
-        def in_block(name: str, prefix: str = prefix) -> bool:
-            return has(prefix + name)
 
-        for branch in block.branches:
-            norms = [norm for norm in (branch.norm, branch.after) if norm is not None]
-            found = [_norm(norm, graph.hidden) for norm in norms]
-            for part in branch.parts:
-                found += _PARTS[type(part)](part, graph.hidden, in_block)
-            for each in found:
-                yield Named(tuple(prefix + name for name in each.names), each.shape, each.optional)
+def prediction_tensors(graph: ModelGraph, head: Prediction, has: Has) -> Iterator[Named]:
+    """Yield every tensor of a head of multi-token prediction."""
+    yield from _block(head.block, head.prefix, graph.hidden, has)
+    own = (
+        _one(head.project, graph.hidden, 2 * graph.hidden),
+        *(_norm(norm, graph.hidden) for norm in (head.embed_norm, head.hidden_norm)),
+        Named((head.norm.weight,), (graph.hidden,), optional=True),
+        *(_one(name, graph.n_vocab, graph.hidden, optional=True) for name in (head.embed, head.head)),
+    )
+    yield from (_within(head.prefix, each) for each in own)
+
+
+def _block(block: Block, prefix: str, hidden: int, has: Has) -> Iterator[Named]:
+    def in_block(name: str) -> bool:
+        return has(prefix + name)
+
+    for branch in block.branches:
+        norms = [norm for norm in (branch.norm, branch.after) if norm is not None]
+        found = [_norm(norm, hidden) for norm in norms]
+        for part in branch.parts:
+            found += _PARTS[type(part)](part, hidden, in_block)
+        yield from (_within(prefix, each) for each in found)
+
+
+def _within(prefix: str, each: Named) -> Named:
+    return Named(tuple(prefix + name for name in each.names), each.shape, each.optional)
 
 
 def _one(name: str, *shape: int, optional: bool = False) -> Named:

@@ -60,6 +60,33 @@ def build_head(graph: ModelGraph, b: Builder) -> None:
     b.linear(x, (head, b.buffer("logits", graph.n_vocab)))
 
 
+def build_prediction(graph: ModelGraph, b: Builder) -> None:
+    """Write the block of a head of multi-token prediction.
+
+    Tokens come embedded in buffer `embedding`, normed hidden states in buffer `hidden`, where the head's are left.
+    """
+    p = graph.prediction
+    assert p is not None
+    embedding, hidden, x = (b.buffer(name, graph.hidden) for name in ("embedding", "hidden", "x"))
+    joined = b.buffer("joined", 2 * graph.hidden)
+    b.prefix = p.prefix
+    b.rms_norm(embedding, joined[:, : graph.hidden], p.embed_norm)
+    b.rms_norm(hidden, joined[:, graph.hidden :], p.hidden_norm)
+    b.linear(joined, (p.project, x))
+    for branch in p.block.branches:
+        _branch(b, 0, branch, x)
+    norm = p.norm
+    if not b.has(norm.weight):
+        b.prefix, norm = "", graph.norm
+    b.rms_norm(x, hidden, norm)
+    b.prefix = ""
+
+
+def build_prediction_head(graph: ModelGraph, b: Builder, head: Weight) -> None:
+    """Write a head's output matrix: from buffer `hidden` to buffer `logits`."""
+    b.linear(b.buffer("hidden", graph.hidden), (head, b.buffer("logits", head.n_out)))
+
+
 def _branch(b: Builder, index: int, branch: Branch, x: Tensor) -> None:
     normed = x
     if branch.norm is not None:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate
-from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from hybridkv.kernels import AttentionParams, KVView, cpu, cpu_native
+from hybridkv.kernels import AttentionParams, cpu_native
 from hybridkv.kernels.held import HeldStep
 from hybridkv.kernels.step import Angles, Caches, Health, Rows
 from hybridkv.kernels.threads import torch_on_one_thread
@@ -27,10 +26,22 @@ from hybridkv.model.rope import rope_angles
 from hybridkv.native import cpu as lowering
 from hybridkv.native.builder import Builder
 from hybridkv.native.held import HeldRun, HeldState, n_tokens_ahead
+from hybridkv.native.predict import Predictor
+from hybridkv.native.rows import (
+    fault_of,
+    heads_first,
+    is_direct,
+    is_due,
+    new_rows,
+    of_cache,
+    rows_now,
+    rows_of,
+    starts,
+)
 from hybridkv.native.sources import Typed, activations_used, source_of, types_held
-from hybridkv.policy import MismatchError, NonFiniteError
+from hybridkv.policy import MismatchError
 from hybridkv.runtime import Fault, LayerView, ModelCache, StepResult, WatchedRows, one_by_one
-from hybridkv.runtime.attend import attend_new, non_finite, verify_call
+from hybridkv.runtime.attend import attend_new, verify_call
 
 MAX_ROWS = 512
 """Tokens of all sequences in one run; more go in several. Bounds the buffers."""
@@ -62,6 +73,7 @@ class NativeStep:
         self._held_states: tuple[list[Tensor], int, list[int]] = [], 0, []
         self._drafted: dict[int, tuple[int, int]] = {}
         self._held: HeldRun | None = None
+        self._hidden: WeakKeyDictionary[ModelCache, Tensor] | None = None
         self._embedding = self._source.weight(self._graph.embed)
         self._layers = self._write(lowering.build_layers, 1)
         self._head = self._write(lowering.build_head, 1)
@@ -71,6 +83,30 @@ class NativeStep:
         """With the instruction set, the weights' types, and what activations are rounded to if it was asked for."""
         used = f", {activations_used(self._source)}" if self._activations == "int8" else ""
         return f"native-{cpu_native.isa()}, weights {types_held(self._source)}{used}"
+
+    @property
+    def predictor(self) -> Predictor | None:
+        """What guesses tokens ahead with the model's own head; None if it has none. Hidden states are kept for it."""
+        graph = self._graph
+        if graph.prediction is None or not self._source.has(graph.prediction.prefix + graph.prediction.project):
+            return None
+        if self._hidden is None:
+            self._hidden = WeakKeyDictionary()
+        return Predictor(graph, self._source, self._angles_of, self._activations)
+
+    def take_hidden(self, cache: ModelCache) -> Tensor | None:
+        """Take the final hidden states of the last run's tokens of a cache, `[n, hidden]`; they are given once."""
+        return None if self._hidden is None else self._hidden.pop(cache, None)
+
+    def _angles_of(self, kind: str | None, positions: Sequence[int]) -> Angles:
+        """Look up cosines and sines of some positions, of a kind of RoPE that the model has."""
+        cos, sin = self._rope_table(0, max(positions) + 1)[self._layers.ropes.index(kind)]
+        return cos[positions], sin[positions]
+
+    def _note_hidden(self, caches: Sequence[ModelCache], hidden: Tensor, spans: Sequence[int]) -> None:
+        """Keep what a run leaves in its buffers, of caches of one sequence each."""
+        if self._hidden is not None:
+            self._hidden |= dict(zip(caches, torch.split(hidden.clone(), list(spans)), strict=True))
 
     def start_timing(self) -> None:
         """Time every operation from now on; without this, nothing is timed and nothing costs."""
@@ -98,6 +134,7 @@ class NativeStep:
         for part in self._parts(tokens):
             hidden = self._run(part, cache, position)
             position += part.shape[1]
+        self._note_hidden([cache], hidden[0], [hidden.shape[1]])
         logits = self._logits(hidden[:, -1])
         if tokens.shape[1] == 1:
             self._held = self._hold(cache, len(tokens), position)
@@ -109,16 +146,17 @@ class NativeStep:
         logits, health = held.run(tokens)
         self._source.verify()
         for call, found in zip(self._layers.calls, health, strict=True):
-            layer = _rows_of(cache, call.layer)
+            layer = rows_of(cache, call.layer)
             if found != "finite" and layer.watch.guard.watches:
-                raise _found(layer, found)
+                raise fault_of(layer, found)
         self._held = held
+        self._note_hidden([cache], self._layers.buffer("x")[:1], [1])
         return logits
 
     def _hold(self, cache: ModelCache, n_seqs: int, position: int) -> HeldRun | None:
         """Prepare the next steps of a cache, if they are all alike."""
-        layers = [_rows_of(cache, call.layer) for call in self._layers.calls]
-        if not all(map(_direct, layers)):
+        layers = [rows_of(cache, call.layer) for call in self._layers.calls]
+        if not all(map(is_direct, layers)):
             return None
         n_left = n_tokens_ahead(layers)
         if self._angles:
@@ -143,7 +181,7 @@ class NativeStep:
             n_seqs=n_seqs,
             angles=self._rope_table(position, n_left),
             states=self._state_addresses(cache, n_seqs),
-            rows=[_rows_now(layer) for layer in layers],
+            rows=[rows_now(layer) for layer in layers],
         )
         return HeldRun(step, (self._layers, self._head), cache, states, n_seqs, position, n_left)
 
@@ -163,15 +201,16 @@ class NativeStep:
         spans = [len(own) for own in tokens]
         if spans == [1]:
             return one_by_one(self, torch.tensor(tokens[0]), caches, positions)
-        layers = [[_rows_of(cache, call.layer) for call in self._layers.calls] for cache in caches]
-        together = [i for i in range(len(caches)) if all(map(_direct, layers[i]))]
+        layers = [[rows_of(cache, call.layer) for call in self._layers.calls] for cache in caches]
+        together = [i for i in range(len(caches)) if all(map(is_direct, layers[i]))]
         flat = torch.tensor([token for own in tokens for token in own])
         if len(together) == len(caches):
             hidden, failed = self._decode_many(flat, caches, layers, positions, spans)
+            self._note_hidden(caches, hidden, spans)
             return StepResult(self._logits(hidden, "separate"), failed)
         alone = [i for i in range(len(caches)) if i not in together]
         assert all(spans[i] == 1 for i in alone), spans
-        first_rows = _starts(spans)
+        first_rows = starts(spans)
         logits = torch.full((len(flat), self._graph.n_vocab), torch.nan)
         failed = {}
         for group in filter(None, (alone, together)):
@@ -187,12 +226,12 @@ class NativeStep:
 
     def room(self, cache: ModelCache, n_tokens: int) -> int:
         """Count how many of the next tokens `forward_drafts` takes of this cache; see `DraftStep.room`."""
-        layers = [_rows_of(cache, call.layer) for call in self._layers.calls]
-        if n_tokens == 1 or not all(map(_direct, layers)):
+        layers = [rows_of(cache, call.layer) for call in self._layers.calls]
+        if n_tokens == 1 or not all(map(is_direct, layers)):
             return 1
         most = min((n_tokens, *(layer.store.room() for layer in layers)))
         watched = [layer for layer in layers if layer.watch.guard.measures]
-        return next((n for n in range(1, most) if any(_due(layer, n) for layer in watched)), most)
+        return next((n for n in range(1, most) if any(is_due(layer, n) for layer in watched)), most)
 
     def keep(self, cache: ModelCache, n_kept: int) -> None:
         """Truncate a cache to the first tokens of its last run; see `DraftStep.keep`."""
@@ -201,7 +240,7 @@ class NativeStep:
         if span == 1:
             return
         for call in self._layers.calls:
-            _rows_of(cache, call.layer).store.take_back(span - n_kept)
+            rows_of(cache, call.layer).store.take_back(span - n_kept)
         if n_kept < span:
             program, states = self._layers.program, self._cache_states(cache, 1)
             program.replay(first_row, n_kept, program.addresses(states, 1))
@@ -218,6 +257,7 @@ class NativeStep:
         for part in self._parts(tokens):
             hidden = self._run(part, cache, position)
             position += part.shape[1]
+            self._note_hidden([cache], hidden[0], [hidden.shape[1]])
             logits.append(self._logits(hidden.flatten(0, 1)).view(*part.shape, -1))
         return torch.cat(logits, dim=1)
 
@@ -246,16 +286,16 @@ class NativeStep:
         builder, program = self._layers, self._layers.program
         states = self._state_addresses(cache, n_seqs)
         angles = self._rope_table(position, n_tokens)
-        layers = [_rows_of(cache, call.layer) for call in builder.calls]
-        if n_tokens == 1 and all(_direct(layer) for layer in layers):
+        layers = [rows_of(cache, call.layer) for call in builder.calls]
+        if n_tokens == 1 and all(is_direct(layer) for layer in layers):
             self._decode(layers, n_seqs, angles, states)
             return x.view(n_seqs, n_tokens, -1)
         begin = 0
         for call, layer in zip(builder.calls, layers, strict=True):
             program.run(begin, call.index, n_seqs, n_tokens, angles=angles, states=states)
-            q, k, v = (_heads_first(x, n_seqs, n_tokens) for x in (call.q, call.k, call.v))
+            q, k, v = (heads_first(x, n_seqs, n_tokens) for x in (call.q, call.k, call.v))
             out = attend_new(layer, q, k, v, AttentionParams(scale=call.scale))
-            _heads_first(call.out, n_seqs, n_tokens).copy_(out)
+            heads_first(call.out, n_seqs, n_tokens).copy_(out)
             begin = call.index + 1
         program.run(begin, len(program), n_seqs, n_tokens, angles=angles, states=states)
         return x.view(n_seqs, n_tokens, -1)
@@ -278,7 +318,7 @@ class NativeStep:
     ) -> tuple[Tensor, dict[int, Fault]]:
         """Run all layers over the tokens of each cache at once; the hidden states `[rows, hidden]`, failures by row."""
         x = self._embedded(tokens)
-        program, first_rows = self._layers.program, _starts(spans)
+        program, first_rows = self._layers.program, starts(spans)
         self._drafted = {id(c): (row, n) for c, row, n in zip(caches, first_rows, spans, strict=True)}
         held = [self._cache_states(cache, 1) for cache in caches]
         states = program.separate_addresses(held)
@@ -294,7 +334,7 @@ class NativeStep:
         places = [position + i for position, n in zip(positions, spans, strict=True) for i in range(n)]
         angles = [(cos[places], sin[places]) for cos, sin in self._rope_table(0, max(places) + 1)]
         by_call = [layer for call in zip(*layers, strict=True) for layer in call]
-        rows = [_new_rows(layer, 1, spans[i % len(spans)]) for i, layer in enumerate(by_call)]
+        rows = [new_rows(layer, 1, spans[i % len(spans)]) for i, layer in enumerate(by_call)]
         run = partial(
             program.run,
             n_seqs=len(caches),
@@ -328,7 +368,7 @@ class NativeStep:
         MismatchError
             If the guard measures and a layer's rows or attention are not what its types mean.
         """
-        rows = [_new_rows(layer, n_seqs) for layer in layers]
+        rows = [new_rows(layer, n_seqs) for layer in layers]
         program = self._layers.program
         run = partial(program.run, n_seqs=n_seqs, n_tokens=1, angles=angles, states=states, rows=rows)
         for fault in self._run_checked(run, layers, rows, n_seqs).values():
@@ -360,7 +400,7 @@ class NativeStep:
         dict
             The first fault of each token that has one.
         """
-        n_caches, first_rows = len(spans), _starts(spans)
+        n_caches, first_rows = len(spans), starts(spans)
         owners = [cache for cache, n in enumerate(spans) for _ in range(n)]
         failed: dict[int, Fault] = {}
 
@@ -371,7 +411,7 @@ class NativeStep:
                 number, row = divmod(index, len(owners))
                 layer = layers[number * n_caches + owners[row]]
                 if found != "finite" and layer.watch.guard.watches:
-                    failed.setdefault(row, _found(layer, found))
+                    failed.setdefault(row, fault_of(layer, found))
 
         begin = 0
         for number, call in enumerate(self._layers.calls):
@@ -384,14 +424,14 @@ class NativeStep:
             begin = call.index + 1
             # The buffers are other layers' too, and the native code rotates in place.
             at = [first_rows[i] for i in due]
-            asked = [tuple(_of_cache(x, row, n_seqs).clone() for x in (call.q, call.k, call.v)) for row in at]
+            asked = [tuple(of_cache(x, row, n_seqs).clone() for x in (call.q, call.k, call.v)) for row in at]
             note(run(call.index, begin))
             for i, row, (q, k, v) in zip(due, at, asked, strict=True):
                 if row in failed:
                     continue
                 packed = LayerView(own[i].store, rows[first + i].view, own[i].watch, k, v)
                 try:
-                    verify_call(q, packed, AttentionParams(scale=call.scale), _of_cache(call.out, row, n_seqs))
+                    verify_call(q, packed, AttentionParams(scale=call.scale), of_cache(call.out, row, n_seqs))
                 except MismatchError as error:
                     failed[row] = error
         note(run(begin, len(self._layers.program)))
@@ -432,59 +472,3 @@ class NativeStep:
         builder = Builder(n_rows, self._source, self._activations)
         build(self._graph, builder)
         return builder
-
-
-def _rows_of(cache: ModelCache, index: int) -> WatchedRows:
-    rows = cache.rows[index]
-    assert rows is not None
-    return rows
-
-
-def _direct(layer: WatchedRows) -> bool:
-    """Check whether native code stores and attends one new token of this layer, with nothing to measure."""
-    kernels = layer.store.kernels
-    native = kernels.decode in cpu.KERNELS and kernels.write_k in cpu.ENCODERS and kernels.write_v in cpu.ENCODERS
-    return native and not layer.watch.awaits_first_check
-
-
-def _found(layer: WatchedRows, health: Health) -> NonFiniteError:
-    source: Literal["cache", "input"] = "cache" if health == "bad output" else "input"
-    return non_finite(layer.store, layer.store.kernels.decode, source)
-
-
-def _due(layer: WatchedRows, n_more: int) -> bool:
-    """Check whether the guard checks the token `n_more` after the next one, or the next, of several."""
-    n_seen = layer.store.n_seen + 1
-    return layer.watch.should_check(n_seen + n_more, 1) or (n_more == 1 and layer.watch.should_check(n_seen, 1))
-
-
-def _starts(spans: Sequence[int]) -> list[int]:
-    """Return the first row of each cache."""
-    return [0, *accumulate(spans)][:-1]
-
-
-def _new_rows(layer: WatchedRows, n_seqs: int, n_tokens: int = 1) -> Rows:
-    return _rows_of_view(layer, layer.store.reserve(n_seqs, n_tokens, torch.device("cpu")))
-
-
-def _rows_now(layer: WatchedRows) -> Rows:
-    """Describe the rows of the newest token as it attended."""
-    return _rows_of_view(layer, layer.store.view())
-
-
-def _rows_of_view(layer: WatchedRows, view: KVView) -> Rows:
-    types = layer.store.types
-    newest = view.segments[-1]
-    scale_k = types.scale_for(newest.format_k.name) or newest.format_k.default_scale
-    scale_v = types.scale_for(newest.format_v.name) or newest.format_v.default_scale
-    return Rows(view, refit_k=scale_k == "refit", refit_v=scale_v == "refit")
-
-
-def _heads_first(x: Tensor, n_seqs: int, n_tokens: int) -> Tensor:
-    """View a buffer's first rows `[B * T, heads, D]` as `[B, heads, T, D]`, without a copy."""
-    return x[: n_seqs * n_tokens].view(n_seqs, n_tokens, *x.shape[1:]).transpose(1, 2)
-
-
-def _of_cache(x: Tensor, row: int, n_seqs: int) -> Tensor:
-    """View the rows from `row` on of one cache of `n_seqs` sequences, one new token: `[n_seqs, heads, 1, D]`."""
-    return _heads_first(x[row:], n_seqs, 1)

@@ -112,6 +112,13 @@ class DraftStep(Step, Protocol):
         """Truncate a cache to the first `n_kept` tokens, one or more, that the last `forward_drafts` took of it."""
         ...
 
+    def take_hidden(self, cache: ModelCache) -> Tensor | None:
+        """Take the final hidden states of the tokens that the last run took of a cache, `[n, hidden]`; given once.
+
+        None where nobody has asked for them to be kept.
+        """
+        ...
+
 
 def one_by_one(step: Step, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> StepResult:
     """Run `Step.forward_many` as one call of `Step.forward` per sequence."""

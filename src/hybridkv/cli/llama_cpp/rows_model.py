@@ -5,7 +5,7 @@ from __future__ import annotations
 from hybridkv.cli.llama_cpp.record import Row, note, refused, same
 from hybridkv.options import KV_OPTIONS
 
-_DRAFT = "guesses come from the text itself (--spec); the same text comes without a draft"
+_DRAFT = "guesses come from the text or the model's own head (--spec); the same text comes without"
 _URL = "a model comes from a path or by -hf; download the file first"
 _PRESET = "name the model with -hf"
 _ADAPTER = "adapters are not applied: merge it into the model first"

@@ -34,6 +34,7 @@ from hybridkv.model.layers import (
     Mixer,
     ModelGraph,
     Norm,
+    Prediction,
 )
 
 
@@ -93,7 +94,20 @@ def _qwen3_5(c: Any, ffn: FeedForward, **delta: Any) -> ModelGraph:
         "full_attention": attention(c, norms=norms, gated=True),
         "linear_attention": _delta_net(c, **delta),
     }
-    return by_kind(c, mixers, (norm(c, "attn_norm.weight"), norm(c, "post_attention_norm.weight")), ffn)
+    before = norm(c, "attn_norm.weight"), norm(c, "post_attention_norm.weight")
+    model = by_kind(c, mixers, before, ffn)
+    if not getattr(c, "mtp_num_hidden_layers", 0):
+        return model
+    # Where there are several, each predicts one token further; the first one, fed with its own result, does that too.
+    head = Prediction(
+        layer=c.num_hidden_layers,
+        block=block(mixers["full_attention"], ffn, before),
+        embed_norm=norm(c, "nextn.enorm.weight"),
+        hidden_norm=norm(c, "nextn.hnorm.weight"),
+        norm=norm(c, "nextn.shared_head_norm.weight"),
+        tokens=tuple(getattr(c, "mtp_tokens", ())),
+    )
+    return replace(model, prediction=head)
 
 
 def _olmo_rejects(c: Any) -> str | None:
@@ -151,3 +165,6 @@ FAMILIES = {
     ),
     "olmo_hybrid": Family(_olmo_rejects, _olmo_hybrid, (DeltaNet, Attention, Gated), RECURS_OR_ATTENDS),
 }
+
+PREDICTING = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
+"""Families whose files may have a head of multi-token prediction that is run."""

@@ -1,0 +1,151 @@
+"""A model's head of multi-token prediction as native operations: guesses of the tokens behind the next one.
+
+Owns the head's operations and how rows come into its cache, a layer of its own that the model's caches know nothing of.
+The weights are the model's source's. What it guesses need not be exact, only likely: wrong guesses cost time and never
+change the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from hybridkv.cache import AttentionFacts, KVLayer, KVSpec, KVTypes, resolve
+from hybridkv.kernels import ENCODERS, KERNELS, AttentionParams
+from hybridkv.kernels.step import Angles, Rows
+from hybridkv.kernels.weights import Activations
+from hybridkv.kernels.weights import rows as gather
+from hybridkv.model import Attention, ModelGraph
+from hybridkv.native import cpu as lowering
+from hybridkv.native.builder import Builder
+from hybridkv.native.draft_rows import DraftRows
+from hybridkv.native.rows import heads_first, is_direct, new_rows
+from hybridkv.native.sources import Typed
+from hybridkv.policy import Guard
+from hybridkv.runtime import WatchedRows
+from hybridkv.runtime.attend import attend_new
+from hybridkv.runtime.view import LayerWatch
+
+WINDOW = 1024
+"""Tokens that a head attends to, itself included: of longer texts it guesses hardly better with more, and rows cost."""
+
+MOST_NEW = 64
+"""Tokens that are read at once before a guess; of a longer prompt only the last so many are."""
+
+_FEW = 16
+
+Turns = Callable[[str | None, Sequence[int]], Angles]
+
+
+class Predictor:
+    """The head; one for all sequences. Its calls are for a thread that keeps torch to itself (`torch_on_one_thread`).
+
+    Parameters
+    ----------
+    graph
+        Of a model that has one.
+    source
+        Holds its weights.
+    turns
+        Gives RoPE's angles of positions.
+    activations
+        What products round them to, as in the model.
+    """
+
+    def __init__(self, graph: ModelGraph, source: Typed, turns: Turns, activations: Activations = "int16") -> None:
+        assert graph.prediction is not None
+        self._graph, self._source, self._turns = graph, source, turns
+        self._activations: Activations = activations
+        own = graph.prediction.prefix + graph.prediction.embed
+        self._embedding = source.weight(own if source.has(own) else graph.embed)
+        self._norm = source.vector(graph.norm.weight).flatten()
+        p = graph.prediction
+        names = (p.prefix + p.head, graph.head, graph.embed)
+        self._head = DraftRows(source.weight(next(name for name in names if source.has(name))), p.tokens)
+        self._attention = next(
+            part for branch in graph.prediction.block.branches for part in branch.parts if isinstance(part, Attention)
+        )
+        self._many = self._write(1)
+        self._one = self._write(1)
+        self._head_begins = len(self._one.program)
+        lowering.build_prediction_head(graph, self._one, self._head.weight)
+
+    def new_rows(self) -> WatchedRows:
+        """Create an empty cache of one sequence: exact rows, which nothing guards."""
+        a = self._attention
+        facts = AttentionFacts(0, a.n_heads, a.n_kv_heads, a.head_dim, a.head_dim, window=WINDOW)
+        store = KVLayer(KVSpec(facts, KVTypes("f16", "f16")), lambda spec: resolve(spec, "cpu", KERNELS, ENCODERS))
+        watch = LayerWatch(Guard(mode="off"), lambda _: None)
+        watch.awaits_first_check = False
+        return WatchedRows(store, watch)
+
+    def read(self, rows: WatchedRows, tokens: Sequence[int], hidden: Tensor, position: int) -> None:
+        """Read tokens that the text now has, each with the model's final hidden state `[n, hidden]` before it."""
+        self._head.take(tokens)
+        one = self._one
+        normed = hidden * torch.rsqrt(hidden.square().mean(1, keepdim=True) + self._graph.norm.eps) * self._norm
+        if len(tokens) == 1 and is_direct(rows):
+            one.buffer("hidden").copy_(normed)
+            self.add(rows, tokens[0], position)
+            return
+        begin = 0
+        while begin < len(tokens):
+            # Many are attended as a prompt's are; few by the code that reads tiles of rows once.
+            native = is_direct(rows) and len(tokens) - begin <= _FEW
+            n = min(len(tokens) - begin, rows.store.room()) if native else len(tokens) - begin
+            end = begin + n
+            last = self._run(rows, tokens[begin:end], normed[begin:end], position + begin, native=native)
+            begin = end
+        one.buffer("hidden").copy_(last)
+        one.program.run(self._head_begins, len(one.program), 1, 1, angles=self._angles([0]))
+
+    def guess(self) -> tuple[int, float]:
+        """Return the likeliest token after what was read or added last, and its share."""
+        logits = self._one.buffer("logits")[0]
+        best, token = logits.max(0)
+        return self._head.token(int(token)), float(1 / (logits - best).exp_().sum())
+
+    def add(self, rows: WatchedRows, token: int, position: int) -> None:
+        """Continue as if a guessed token were the text's."""
+        one = self._one
+        gather(self._embedding, torch.tensor([token]), out=one.buffer("embedding"))
+        one.program.run(
+            0,
+            len(one.program),
+            1,
+            1,
+            angles=self._angles([position]),
+            rows=[new_rows(rows, 1)],
+            caches="separate",
+            spans=[1],
+        )
+
+    def _run(self, rows: WatchedRows, tokens: Sequence[int], hidden: Tensor, position: int, *, native: bool) -> Tensor:
+        """Run the block over some tokens; the last one's hidden state `[1, hidden]`."""
+        n = len(tokens)
+        if self._many.n_rows < n:
+            self._many = self._write(n)
+        many, program = self._many, self._many.program
+        gather(self._embedding, torch.tensor(tokens), out=many.buffer("embedding")[:n])
+        many.buffer("hidden")[:n] = hidden
+        angles = self._angles(range(position, position + n))
+        if native:
+            new: list[Rows] = [new_rows(rows, 1, n)]
+            program.run(0, len(program), 1, 1, angles=angles, rows=new, caches="separate", spans=[n])
+        else:
+            (call,) = many.calls
+            program.run(0, call.index, 1, n, angles=angles)
+            q, k, v = (heads_first(x, 1, n) for x in (call.q, call.k, call.v))
+            heads_first(call.out, 1, n).copy_(attend_new(rows, q, k, v, AttentionParams(scale=call.scale)))
+            program.run(call.index + 1, len(program), 1, n, angles=angles)
+        return many.buffer("hidden")[n - 1 : n]
+
+    def _angles(self, positions: Sequence[int]) -> list[Angles]:
+        return [self._turns(kind, list(positions)) for kind in self._one.ropes]
+
+    def _write(self, n_rows: int) -> Builder:
+        builder = Builder(n_rows, self._source, self._activations)
+        lowering.build_prediction(self._graph, builder)
+        return builder
