@@ -403,6 +403,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     found: dict[str, float] = {}
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (20 << 30, 24 << 30))
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=24 << 30))
     monkeypatch.setattr("torch.cuda.set_per_process_memory_fraction", lambda share, _: found.setdefault("share", share))

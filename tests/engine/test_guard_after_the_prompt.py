@@ -41,7 +41,7 @@ def generate(
 
 def misplaced(monkeypatch: pytest.MonkeyPatch, type_k: str) -> None:
     """The native step's single tokens of `type_k` layers: attention that does not see the oldest row."""
-    original = native._new_rows
+    original = native.new_rows
 
     def new_rows(layer: Any, n_seqs: int) -> Rows:
         rows = original(layer, n_seqs)
@@ -50,7 +50,7 @@ def misplaced(monkeypatch: pytest.MonkeyPatch, type_k: str) -> None:
         (only,) = rows.view.segments
         return replace(rows, view=replace(rows.view, segments=(replace(only, start=1, length=only.length - 1),)))
 
-    monkeypatch.setattr(native, "_new_rows", new_rows)
+    monkeypatch.setattr(native, "new_rows", new_rows)
 
 
 def test_the_native_step_looks_at_what_it_runs(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import copy
 from atexit import register
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import rmtree
@@ -488,7 +488,9 @@ def test_unknown_weights() -> None:
 def test_what_resolves_runs_and_what_does_not_says_why(family: str) -> None:
     config = build(family).config
     chosen = resolve_step(config, "cpu")
-    assert chosen is (NativeStep if family in NATIVE else EagerStep), family
+    assert (chosen.func if isinstance(chosen, partial) else chosen) is (
+        NativeStep if family in NATIVE else EagerStep
+    ), family
     assert resolve_step(config, "cpu", "eager") is EagerStep
     on_cuda = steps._on_card if family in FAMILY_NAMES and find_spec("triton") else EagerStep
     assert resolve_step(config, "cuda", graphs="off") is on_cuda

@@ -20,7 +20,8 @@ def test_a_server_ends_with_its_engine() -> None:
     def alive() -> bool:
         return time.monotonic() < started + 1
 
-    finished = run(app, listener, GateState(), ready=ready.set, stop_now=lambda: None, alive=alive)
+    ends = {"draining": lambda _: None, "stop_now": lambda: None}
+    finished = run(app, listener, GateState(), ready=ready.set, alive=alive, **ends)
     assert ready.is_set()
     assert finished
     assert time.monotonic() > started + 1
