@@ -1,7 +1,7 @@
 """What the guard costs: `check` against `off` in interleaved pairs, prefill and decode. The last line is JSON.
 
 python bench/guard_cost.py
-python bench/guard_cost.py -m SmolLM2.gguf --engine eager --pairs 9
+python bench/guard_cost.py -m SmolLM2.gguf --backend eager --pairs 9
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from perplexity import TEXT, commit, cpu_name  # noqa: E402
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("-m", "--model", type=Path, default=bundled_model())
-    parser.add_argument("--engine", default="auto")
+    parser.add_argument("--backend", default="auto")
     parser.add_argument("--tokens", default="64,512,2048")
     parser.add_argument(
         "--decode", type=int, default=256, help="tokens of an answer after the smallest prompt; 0: none"

@@ -174,7 +174,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default="check,baseline,decode,prefill,memory", type=lambda t: t.split(","))
     parser.add_argument("--geometry", default="4b", choices=GEOMETRIES)
-    parser.add_argument("--engine", default="auto", choices=("auto", "graph", "eager"))
+    parser.add_argument("--backend", default="auto", choices=("auto", "graph", "eager"))
     parser.add_argument("--types", default="q8_0,q4_0,f16", type=lambda t: t.split(","))
     parser.add_argument("--depths", default="4096,32768,131072", type=numbers)
     parser.add_argument("--batches", default="1,8", type=numbers)

@@ -47,7 +47,7 @@ def families_page() -> str:
         "",
         "*Native* is this package's own engine: C++ on the CPU, Triton on CUDA. It is tested against Transformers in float64",
         "(`tests/native`, `tests/hf/test_cuda_step.py`). What it cannot compute of a model (an activation, biases, a kind of",
-        "RoPE) it refuses by name, and `--engine auto` then takes *eager*, Transformers' own code with our cache. Families",
+        "RoPE) it refuses by name, and `--backend auto` then takes *eager*, Transformers' own code with our cache. Families",
         "without a GGUF name run from Hugging Face directories alone. Other models that Transformers runs are eager too.",
         "",
         "A head of multi-token prediction (MTP) guesses tokens ahead where a GGUF file has it whole (`--spec`). *Left out*: a file",

@@ -102,7 +102,7 @@ USAGE: dict[str, tuple[list[object], str]] = {
         "--activations 'int4'; allowed: int16, int8\nhint: int16",
     ),
     "activations of eager": (
-        ["run", "-p", "x", "--activations", "int8", "--engine", "eager"],
+        ["run", "-p", "x", "--activations", "int8", "--backend", "eager"],
         "--activations int8(: .* no products with 8-bit activations| is for the native engine on the CPU)",
     ),
     "seed that is a word": (["run", "-p", "x", "--seed", "x"], "-s/--seed: invalid int value: 'x'"),
@@ -369,7 +369,7 @@ def test_weights_that_do_not_fit_the_config(cli: Cli, hybrid: Path, tmp_path: Pa
     cut = with_weights(hybrid, tmp_path / "cut", cut_a_matrix)
     error = refused(cli, cut, message="model.layers.2.mlp.up_proj.weight has shape [7, 64] in ")
     assert "; the config asks for [96, 64]" in error
-    refused(cli, cut, "--engine", "eager", message="model.layers.2.mlp.up_proj.weight [7, 64] for [96, 64]")
+    refused(cli, cut, "--backend", "eager", message="model.layers.2.mlp.up_proj.weight [7, 64] for [96, 64]")
 
 
 def test_weights_that_are_no_floats(cli: Cli, hybrid: Path, tmp_path: Path) -> None:

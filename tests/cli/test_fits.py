@@ -118,7 +118,7 @@ def test_smaller_weights_are_proposed_where_they_fit(cli: Cli) -> None:
 
 def test_weights_as_they_are_are_proposed_first(cli: Cli) -> None:
     said = refused(cli, "run", "--ids", 1, "-n", 1, "--weights", "plain", "--memory", "100MiB")
-    assert "hint: without --weights and --engine they are held as they are, in 29.7 MiB, and fit; " in said
+    assert "hint: without --weights and --backend they are held as they are, in 29.7 MiB, and fit; " in said
     assert cli("run", "--ids", 1, "-n", 1, "--memory", "100MiB").code == 0
 
 
@@ -126,7 +126,7 @@ def test_weights_as_they_are_are_proposed_first(cli: Cli) -> None:
 def test_no_weights_help_experts(cli: Cli, models: ModelStore) -> None:
     """Of the eager engine, whose experts are float32."""
     line = ("-m", models.family("qwen3_5_moe_text"), "--ids", 1, "--memory", "100KB")
-    said = refused(cli, "run", *line, "--engine", "eager")
+    said = refused(cli, "run", *line, "--backend", "eager")
     assert "KiB f32 (experts) + " in said
     assert "(experts)" not in refused(cli, "run", *line)
     assert "hint: the weights do not fit: take a smaller model, or a machine with more memory; " in said
@@ -140,14 +140,14 @@ def test_what_is_proposed_is_counted_for_the_engine_that_will_run_it(cli: Cli, m
     done = cli(*line, "--weights", "int8")
     assert (held is not None, done.code) == (True, 0), said
     assert "KiB q8_0 + " in done.err
-    assert "--weights int8" not in refused(cli, *line, "--engine", "eager")
+    assert "--weights int8" not in refused(cli, *line, "--backend", "eager")
 
 
 @pytest.mark.usefixtures("_nothing_is_loaded")
 def test_a_directory_is_float32_first(cli: Cli, hybrid: Path) -> None:
     """Under the eager engine; the native one reads and encodes one matrix after the other."""
     line = ("-m", hybrid, "--ids", 1, "--weights", "int4", "--memory", "100KB")
-    said = refused(cli, "run", *line, "--engine", "eager")
+    said = refused(cli, "run", *line, "--backend", "eager")
     assert re.search(r"weights \d+\.\d KiB \(.* q8_0.*; \d+\.\d MiB while they are loaded\)", said)
     said = refused(cli, "run", *line)
     assert re.search(r"weights \d+\.\d KiB \(.* q8_0[^;]*; \d+\.\d KiB while they are loaded\)", said)

@@ -155,7 +155,7 @@ def test_what_a_card_expands_is_said(cli: Cli, tmp_path: Path) -> None:
     answer = json.loads(cli(*base, "--device", "cuda", "--json").out)
     assert answer["expanded"]["counts"] == {"q8_0": len(matrices)}
     assert (answer["expanded"]["file_bytes"], answer["expanded"]["held_bytes"]) == (n_values // 32 * 34, 2 * n_values)
-    for options in (("--device", "cpu"), ("--device", "cuda", "--weights", "bf16"), ("--engine", "eager")):
+    for options in (("--device", "cpu"), ("--device", "cuda", "--weights", "bf16"), ("--backend", "eager")):
         assert "expanded" not in cli(*base, *options).err
 
 
@@ -167,7 +167,7 @@ def test_run_says_it_before_it_loads(cli: Cli, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     arguments = argparse.ArgumentParser()
     run.add_arguments(arguments)
-    cli_options = arguments.parse_args(["-m", str(model), "--device", "cuda", "--engine", "auto"])
+    cli_options = arguments.parse_args(["-m", str(model), "--device", "cuda", "--backend", "auto"])
     said: list[str] = []
     monkeypatch.setattr(model_options, "notice", said.append)
     model_options.open_model(cli_options)
@@ -179,7 +179,7 @@ def test_experts_are_promised_what_run_holds(cli: Cli, models: ModelStore, engin
     """`--weights` reaches them under the native engine; under the eager one both commands say that they are float32."""
     model = models.family("qwen3_5_moe_text")
     for dtype, weights in (("auto", "auto"), ("q8_0", "int8"), ("q4_0", "int4"), ("bf16", "bf16")):
-        options = ("-m", model, "--engine", engine, "--device", "cpu")
+        options = ("-m", model, "--backend", engine, "--device", "cpu")
         planned = cli("plan", *options, "--dtype", dtype, "-c", 100)
         done = cli("run", *options, "--ids", 1, "-n", 1, "--weights", weights)
         (said,) = (line.removeprefix("weights: ") for line in done.err.splitlines() if line.startswith("weights: "))
@@ -273,7 +273,7 @@ def test_the_same_weights_by_two_names(cli: Cli) -> None:
     assert cli("plan", "--weights", "int4", "--dtype", "q4_0").code == 0
     done = cli("plan", "--weights", "int4", "--dtype", "q8_0")
     assert (done.code, "--dtype q8_0 and --weights int4 were given together" in done.err) == (2, True)
-    for wrong in (("--weights", "int3"), ("--device", "tpu"), ("--engine", "fast"), ("--tp", 2, "--dtype", "q8_0")):
+    for wrong in (("--weights", "int3"), ("--device", "tpu"), ("--backend", "fast"), ("--tp", 2, "--dtype", "q8_0")):
         assert cli("plan", *wrong).code == 2
 
 
@@ -284,15 +284,17 @@ def test_plain_weights_are_transformers_own(cli: Cli) -> None:
     assert "weights on cpu: 111.3 MiB f32\n" in planned
     assert "weights: 111.3 MiB f32\n" in done
     assert re.search(r"engine: +eager\n", done)
-    assert "weights on cpu: 111.3 MiB f32\n" in cli("plan", "--engine", "eager", "--device", "cpu").out
+    eager = cli("plan", "--backend", "eager", "--device", "cpu").out
+    assert "weights on cpu: 111.3 MiB f32\n" in eager
+    assert cli("plan", "--engine", "eager", "--device", "cpu").out == eager  # its older name
 
 
 @pytest.mark.parametrize("command", ["run", "plan"])
 def test_the_native_engine_takes_no_plain_weights(cli: Cli, command: str) -> None:
     ids = ("--ids", 1) if command == "run" else ()
-    done = cli(command, "--weights", "plain", "--engine", "native", "--device", "cpu", *ids)
+    done = cli(command, "--weights", "plain", "--backend", "native", "--device", "cpu", *ids)
     assert done.code == 2
-    assert "error: --weights plain with --engine native; allowed: auto, f32, bf16, int8, int4\nhint: " in done.err
+    assert "error: --weights plain with --backend native; allowed: auto, f32, bf16, int8, int4\nhint: " in done.err
 
 
 def test_states_of_unknown_shape_are_said(cli: Cli, models: ModelStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,9 +33,9 @@ def test_a_type_without_a_product_is_one_clear_error(cli: Cli, tmp_path: Path) -
             f"tensor '{NAME}' has type TQ1_0, which the native engine does not multiply; allowed: f32, f16" in done.err
         )
         n_values = sum(p.numel() for p in load_gguf(path).model.parameters())
-        assert f"--engine eager decodes all weights to float32 ({4 * n_values / 2**30:.2f} GiB)" in done.err
+        assert f"--backend eager decodes all weights to float32 ({4 * n_values / 2**30:.2f} GiB)" in done.err
         assert "Traceback" not in done.err
-    assert cli("run", "-m", path, "--ids", "5", "-n", "1", "--engine", "eager").code == 0
+    assert cli("run", "-m", path, "--ids", "5", "-n", "1", "--backend", "eager").code == 0
 
 
 @pytest.mark.parametrize(("mix", "at"), [("q4_k_m", 0), ("q6_k", 208), ("q2_k", 80), ("iq4_xs", 0)])

@@ -16,7 +16,7 @@ from tests.torchrun import needs_accelerate, torchrun
 def test_run_speaks_once_and_says_the_same(models: ModelStore, cli: Cli) -> None:
     options = ("--ids", "5,6,7,8,9,10,11,12", "-n", "12", "--ignore-eos", "-ctk", "q8_0", "-ctv", "q8_0", "-c", "64")
     model = ("-m", str(models.family("qwen3_5_text")))
-    alone = cli("run", *model, *options, "--temp", "0", "--engine", "eager", "--weights", "plain")
+    alone = cli("run", *model, *options, "--temp", "0", "--backend", "eager", "--weights", "plain")
     done = torchrun("hybridkv.cli", "run", *model, *options, "--temp", "0", "--json")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
@@ -32,7 +32,7 @@ def test_run_speaks_once_and_says_the_same(models: ModelStore, cli: Cli) -> None
     [
         (("serve",), "torchrun started 2 processes, but this command"),
         (("run", "--ids", "5", "--session", "talk"), "--session on several ranks"),
-        (("run", "--ids", "5", "--engine", "native"), "--engine native on 2 ranks"),
+        (("run", "--ids", "5", "--backend", "native"), "--backend native on 2 ranks"),
         (("run", "--ids", "5", "--weights", "int8"), "--weights int8 on 2 ranks"),
         (("run", "--ids", "5"), "a GGUF model runs in one process, not on 2 ranks"),
     ],

@@ -474,7 +474,7 @@ def test_a_terminal_without_the_character_gets_a_question_mark(gguf: Path, monke
 
 @pytest.mark.parametrize("engine", ["native", "eager"])
 def test_both_engines_say_the_same(cli: Cli, engine: str) -> None:
-    done = cli("run", "--ids", "83,260,7", "-n", 12, "--temp", 0, "--engine", engine, "--json")
+    done = cli("run", "--ids", "83,260,7", "-n", 12, "--temp", 0, "--backend", engine, "--json")
     answer = json.loads(done.out)
     assert answer["engine"].startswith(engine)
     assert f"engine: {answer['engine']}" in done.err
@@ -483,15 +483,15 @@ def test_both_engines_say_the_same(cli: Cli, engine: str) -> None:
 
 
 def test_the_native_engine_refuses_what_it_does_not_know(cli: Cli, models: ModelStore) -> None:
-    done = cli("run", "-m", models.family("gemma2"), "--ids", "3,4", "-n", 1, "--engine", "native")
+    done = cli("run", "-m", models.family("gemma2"), "--ids", "3,4", "-n", 1, "--backend", "native")
     assert done.code == 2
     assert "error: the native step cannot run this model: knows no gemma2 layers; it knows qwen3_5_text" in done.err
-    assert "hint: use --engine eager, or auto" in done.err
+    assert "hint: use --backend eager, or auto" in done.err
     assert cli("run", "-m", models.family("gemma2"), "--ids", "3,4", "-n", 1).code == 0
 
 
 def test_unknown_engine(cli: Cli) -> None:
-    done = cli("run", "--ids", "3", "-n", 1, "--engine", "fast")
+    done = cli("run", "--ids", "3", "-n", 1, "--backend", "fast")
     assert done.code == 2
     assert "allowed: auto, native, eager" in done.err
 
@@ -501,7 +501,7 @@ def test_unknown_engine(cli: Cli) -> None:
     [("auto", "bf16", "bf16"), ("eager", "int8", "q8_0"), ("auto", "int4", "q4_0 + q8_0")],
 )
 def test_weights_as_asked(cli: Cli, engine: str, weights: str, said: str) -> None:
-    done = cli("run", "--ids", "3,4", "-n", 1, "--engine", engine, "--weights", weights)
+    done = cli("run", "--ids", "3,4", "-n", 1, "--backend", engine, "--weights", weights)
     assert done.code == 0
     assert f"weights {said}" in done.err
 

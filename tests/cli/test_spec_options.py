@@ -55,11 +55,11 @@ def test_the_default_that_help_names_is_the_engine_s() -> None:
 
 
 def test_an_option_without_effect_says_so(cli: Cli, gguf: Path) -> None:
-    eager = cli("run", "-m", gguf, "-p", "the", "-n", 3, "--engine", "eager", "--spec", "ngram")
+    eager = cli("run", "-m", gguf, "-p", "the", "-n", 3, "--backend", "eager", "--spec", "ngram")
     assert "note: --spec ngram: nothing is guessed: " in eager.err
     assert "a recurrent state cannot go back there" in eager.err
     several = cli("run", "-m", gguf, "-p", "the", "-n", 3, "-np", 2, "--draft-max", 4)
     assert "nothing is guessed: -np 2 sequences of one prompt run in step" in several.err
     off = cli("run", "-m", gguf, "-p", "the", "-n", 3, "--spec", "off", "--draft", 4)
     assert "note: --draft-max: no effect with --spec off" in off.err
-    assert "nothing is guessed" not in cli("run", "-m", gguf, "-p", "the", "-n", 3, "--engine", "eager").err
+    assert "nothing is guessed" not in cli("run", "-m", gguf, "-p", "the", "-n", 3, "--backend", "eager").err

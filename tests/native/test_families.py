@@ -248,7 +248,7 @@ def test_what_cannot_be_computed_is_refused(case: str) -> None:
     family, changes, reason = REFUSED[case]
     class_name, options = FAMILIES[family]
     config = getattr(transformers, class_name).config_class(**{**BASE, **options, **changes})
-    with pytest.raises(UsageError, match=rf"{reason}.*\nhint: use --engine eager, or auto"):
+    with pytest.raises(UsageError, match=rf"{reason}.*\nhint: use --backend eager, or auto"):
         resolve_step(config, "cpu", "native")
     assert rejects(config, "cpu") is not None
     assert resolve_step(config, "cpu") is EagerStep

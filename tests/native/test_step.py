@@ -522,7 +522,7 @@ def test_configs_that_the_family_refuses() -> None:
 
 
 def test_unknown_step() -> None:
-    with pytest.raises(UsageError, match="--engine 'fast'; allowed: auto, native, eager"):
+    with pytest.raises(UsageError, match="--backend 'fast'; allowed: auto, native, eager"):
         parse_step("fast")
 
 

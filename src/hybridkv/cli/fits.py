@@ -175,7 +175,7 @@ def _hint(opened: Opened, demand: Demand, held: Held, parts: Mapping[str, int], 
     if held.peak_bytes > n_available or free < 0:
         own = opened.description.held("auto", "cpu", "f32")
         if opened.weights == "plain" and max(own.peak_bytes, own.n_bytes + rest + kv) <= n_available:
-            return f"without --weights and --engine they are held as they are, in {size(own.n_bytes)}, and fit"
+            return f"without --weights and --backend they are held as they are, in {size(own.n_bytes)}, and fit"
         for kind in ("int8", "int4"):
             smaller = opened.description.held(kind, "cpu", "f32", engine=opened.asked)
             if (

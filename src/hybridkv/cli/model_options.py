@@ -78,9 +78,9 @@ def add_model_arguments(
         "--weights",
         default="auto",
         metavar="auto|plain|f32|bf16|int8|int4",
-        help="weight storage: auto (as in the file), plain (Transformers' float32 tensors, for --engine eager), or "
+        help="weight storage: auto (as in the file), plain (Transformers' float32 tensors, for --backend eager), or "
         "converted to f32, bf16, int8 (q8_0) or int4 (q4_0, embedding and output head q8_0); on CUDA int8 and int4 are "
-        "torchao's (default auto; plain under --engine eager, and on CUDA for GGUF files that its kernels cannot read)",
+        "torchao's (default auto; plain under --backend eager, and on CUDA for GGUF files that its kernels lack)",
     )
     group.add_argument(
         "--activations",
@@ -352,7 +352,7 @@ def _check_ranks(a: argparse.Namespace, n: int, ranks: Literal["one", "many"]) -
         )
     if a.engine == "native":
         raise UsageError(
-            f"--engine native on {n} ranks; allowed: auto, eager", hint="Transformers shards only its own layers"
+            f"--backend native on {n} ranks; allowed: auto, eager", hint="Transformers shards only its own layers"
         )
     if a.graph == "on":
         raise UsageError(f"--graph on with {n} ranks: a decode step that waits for other ranks cannot be recorded")

@@ -228,7 +228,7 @@ def _check(a: argparse.Namespace) -> tuple[WeightKind, str]:
 
     device = a.device.partition(":")[0]
     one_of(device, ("auto", "cpu", "cuda"), "--device", hint="auto is cuda where there is one")
-    one_of(a.engine, ("auto", "native", "eager"), "--engine", hint="leave --engine out for auto")
+    one_of(a.engine, ("auto", "native", "eager"), "--backend", hint="leave --backend out for auto")
     asked = one_of(a.weights or _KINDS[a.dtype or "auto"], WEIGHT_KINDS, "--weights", hint="auto is what `run` takes")
     return asked, ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 

@@ -36,7 +36,7 @@ def parse_step(text: str) -> StepKind:
         Listing the names there are.
     """
     kinds: tuple[StepKind, ...] = get_args(StepKind)
-    return one_of(text, kinds, "--engine", hint="auto takes the native step where it runs the model")
+    return one_of(text, kinds, "--backend", hint="auto takes the native step where it runs the model")
 
 
 def parse_graphs(text: str) -> GraphMode:
@@ -145,4 +145,4 @@ def _on_card(model: LanguageModel) -> LayersStep:
 
 
 def _no_native(reason: str) -> UsageError:
-    return UsageError(f"the native step cannot run this model: {reason}", hint="use --engine eager, or auto")
+    return UsageError(f"the native step cannot run this model: {reason}", hint="use --backend eager, or auto")

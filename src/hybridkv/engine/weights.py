@@ -23,8 +23,8 @@ def engine_for(device_type: str, weights: WeightKind, engine: StepKind) -> StepK
         return engine
     if engine == "native":
         raise UsageError(
-            "--weights plain with --engine native; allowed: auto, f32, bf16, int8, int4",
-            hint="plain weights are Transformers' own tensors, for --engine eager; f32 keeps every value too",
+            "--weights plain with --backend native; allowed: auto, f32, bf16, int8, int4",
+            hint="plain weights are Transformers' own tensors, for --backend eager; f32 keeps every value too",
         )
     return "eager"
 

@@ -54,7 +54,7 @@ def check_multiplied(header: Header, names: Collection[str]) -> None:
         raise ModelFileError(
             f"{header.path}: tensor {bad.name!r} has type {bad.type.name}, which the native engine does not multiply; "
             f"allowed: {', '.join(WEIGHTS)}",
-            hint=f"--engine eager decodes all weights to float32 ({n_bytes / 2**30:.2f} GiB), or requantize the model",
+            hint=f"--backend eager decodes all weights to float32 ({n_bytes / 2**30:.2f} GiB), or requantize the model",
         )
 
 

@@ -144,7 +144,7 @@ def test_decode_prints_tokens_per_second(cli: Cli, gguf: Path) -> None:
 
 @pytest.mark.parametrize("engine", ["native", "eager"])
 def test_decode_json(cli: Cli, gguf: Path, engine: str) -> None:
-    found = last_line(cli("bench", "decode", "-m", gguf, *DECODE, "--against", "", "--engine", engine, "--json"))
+    found = last_line(cli("bench", "decode", "-m", gguf, *DECODE, "--against", "", "--backend", engine, "--json"))
     assert found["engine"].startswith(engine)
     assert [(step["kv_type"], step["depth"]) for step in found["steps"]] == [("q8_0", 0), ("q8_0", 40)]
     assert all(step["tok_s"]["hybridkv"] > 0 for step in (*found["steps"], *found["prompt"]))
@@ -160,7 +160,7 @@ def test_a_profile_says_where_a_token_s_time_goes(cli: Cli, gguf: Path) -> None:
         assert all(ms >= 0 for ms in step["profile"].values())
     (prompt,) = found["prompt"]
     assert {"product", "attention, and outside"} <= set(prompt["profile"])
-    done = cli("bench", "decode", "-m", gguf, *DECODE, "--against", "", "--profile", "--engine", "eager")
+    done = cli("bench", "decode", "-m", gguf, *DECODE, "--against", "", "--profile", "--backend", "eager")
     assert "no profile: operations are timed where the native step runs" in done.out
 
 
