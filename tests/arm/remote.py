@@ -123,8 +123,8 @@ class _Program:
 
     server: Server
 
-    def __init__(self) -> None:
-        self._number = self.server.call("Program")
+    def __init__(self, *arguments: object) -> None:
+        self._number = self.server.call("Program", *arguments)
 
     def __getattr__(self, name: str) -> Callable[..., object]:
         return lambda *arguments: self.server.call(f"Program.{name}", self._number, *arguments)

@@ -160,6 +160,8 @@ template <class>
 struct call_guard {};
 template <class...>
 struct init {};
+template <int, int>
+struct keep_alive {};
 
 inline void set_leak_warnings(bool) {}
 
@@ -196,12 +198,17 @@ public:
     class_(module_&, const char* name) : name_(name) {
         calls()[name_ + ".free"] = make_call(+[](int64_t number) { objects().erase(number); });
     }
-    class_& def(init<>) {
-        calls()[name_] = make_call(+[] {
-            static int64_t next = 0;
-            objects()[++next] = std::make_unique<T>();
-            return next;
-        });
+    // What is made of other objects is not made here: nothing that runs here needs it.
+    template <class... Args, class... Extra>
+    class_& def(init<Args...>, const Extra&...) {
+        constexpr bool of_objects = (takes_object<Args> || ...);
+        if constexpr (!of_objects) {
+            calls()[name_] = call_of<int64_t, Args...>([](const std::decay_t<Args>&... values) {
+                static int64_t next = 0;
+                objects()[++next] = std::make_unique<T>(values...);
+                return next;
+            });
+        }
         return *this;
     }
     template <class R, class... Args>
@@ -214,6 +221,9 @@ public:
     }
 
 private:
+    template <class Arg>
+    static constexpr bool takes_object = std::is_lvalue_reference_v<Arg> && !std::is_const_v<std::remove_reference_t<Arg>>;
+
     static std::map<int64_t, std::unique_ptr<T>>& objects() {
         static std::map<int64_t, std::unique_ptr<T>> all;
         return all;
