@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,9 +96,11 @@ def test_without_a_network_the_cache_answers(hub: Hub, monkeypatch: pytest.Monke
         fetch_model(parse_model("a/quants:Q2_K", network=False))
     assert len(hub.requests) == n_requests
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    start = time.monotonic()
     assert fetch_model(parse_model("a/quants:Q8_0")) == first
     with pytest.raises(ModelFileError, match="the hub cannot be asked"):
         fetch_model(parse_model("a/shards"))
+    assert time.monotonic() < start + 10  # not after a minute of trying again
 
 
 @pytest.mark.parametrize(

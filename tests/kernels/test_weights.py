@@ -33,7 +33,7 @@ def fmt(request: pytest.FixtureRequest) -> WeightFormat:
     return found
 
 
-SEARCHED = ("iq2_xxs", "iq2_xs", "iq2_s", "iq1_s")
+SEARCHED = ("iq2_xxs", "iq2_xs", "iq2_s", "iq1_s", "iq1_m")
 """ggml rounds rows to them after seconds of tables; random codes of theirs are decoded and multiplied by default."""
 ROUNDED = slow_but(WEIGHTS.values(), [fmt for fmt in WEIGHTS.values() if fmt.name not in SEARCHED])
 

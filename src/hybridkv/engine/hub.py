@@ -102,7 +102,9 @@ def _fetch(model: HubModel) -> Path:
     if not model.network or is_offline_mode():
         return _cached(model, None)
     where = os.environ.get("HF_ENDPOINT") or None
-    names = HfApi(endpoint=where, token=model.token).list_repo_files(model.repository)
+    # Not list_repo_files, which tries for 23 s to reach a hub that is not there before the cache is asked.
+    info = HfApi(endpoint=where, token=model.token).model_info(model.repository)
+    names = [each.rfilename for each in info.siblings or ()]
     files = choose_files(names, model)
     if not files:
         return Path(
