@@ -43,7 +43,7 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-# What earlier tests left may be collected at the end of a template's recursion: no finalizer has a frame to run in there.
+# What earlier tests left may be collected at the end of a recursion, where no finalizer has a frame to run in.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_chat_templates(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(chat, "MAX_SECONDS", 0.3)
