@@ -16,6 +16,7 @@ from hybridkv.kernels.held import HeldStep
 from hybridkv.kernels.step import Health
 from hybridkv.kernels.threads import native_threads
 from hybridkv.native.builder import Builder
+from hybridkv.native.rows import rows_of
 from hybridkv.runtime import ModelCache, WatchedRows
 from hybridkv.runtime.states import States
 
@@ -112,6 +113,4 @@ def _due(layer: WatchedRows, n_more: int) -> bool:
 
 
 def _layers(builder: Builder, cache: ModelCache) -> list[WatchedRows]:
-    found = [cache.rows[call.layer] for call in builder.calls]
-    assert None not in found
-    return found  # type: ignore[return-value]
+    return [rows_of(cache, call.layer) for call in builder.calls]

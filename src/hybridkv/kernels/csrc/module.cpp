@@ -8,11 +8,11 @@
 #include <algorithm>
 #include <chrono>
 #include <stdexcept>
-#include <cstring>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "finite.h"
 #include "mapped.h"
 #include "module.h"
 #include "pool.h"
@@ -89,18 +89,7 @@ void encode(const std::string& isa, Address x, const std::string& x_type, Stride
     run_encode(record, e, n_batch * n_kv_heads * n_tokens, n_threads);
 }
 
-// Whether none of the floats is a NaN or infinite.
-bool all_finite(Address data, int64_t n) {
-    constexpr uint32_t kExponent = 0x7f800000u;
-    const float* x = reinterpret_cast<const float*>(data);
-    uint32_t found = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        uint32_t bits;
-        std::memcpy(&bits, x + i, 4);
-        found |= (bits & kExponent) == kExponent;
-    }
-    return found == 0;
-}
+bool is_finite(Address data, int64_t n) { return all_finite(reinterpret_cast<const float*>(data), n); }
 
 // Best of many short bursts, in multiply-adds or bytes per second: kind is "float", "integer" or "read".
 double probe(const std::string& isa, const std::string& kind, Address data, int64_t count, int n_threads) {
@@ -181,7 +170,7 @@ NB_MODULE(_cpu, m) {
     m.def("plane_bytes", &plane_bytes);
     m.def("attend", &attend);
     m.def("encode", &encode);
-    m.def("all_finite", &all_finite);
+    m.def("all_finite", &is_finite);
     m.def("advise_huge_pages", &advise_huge_pages);
     m.def("watch_map", &watch_map);
     m.def("forget_map", &forget_map);

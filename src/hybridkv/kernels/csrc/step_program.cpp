@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstring>
 
+#include "finite.h"
 #include "pool.h"
 #include "schedule.h"
 
@@ -250,19 +251,11 @@ private:
     }
 
     bool finite(const View& x, int64_t r0, int64_t r1) const {
-        constexpr uint32_t kExponent = 0x7f800000u;
-        uint32_t found = 0;
+        bool found = true;
         for (int64_t r = r0; r < r1; ++r) {
-            for (int64_t g = 0; g < x.groups; ++g) {
-                const float* p = x.at(r, g);
-                for (int64_t i = 0; i < x.width; ++i) {
-                    uint32_t bits;
-                    std::memcpy(&bits, p + i, 4);
-                    found |= (bits & kExponent) == kExponent;
-                }
-            }
+            for (int64_t g = 0; g < x.groups; ++g) found = all_finite(x.at(r, g), x.width) && found;
         }
-        return found == 0;
+        return found;
     }
 
     const StepRun& run_;
