@@ -176,7 +176,7 @@ def error(got: Tensor, exact: Tensor) -> float:
 def test_logits(origin: str, lengths: tuple[int, ...], batch: int, isa: str) -> None:
     """Float32 weights stay float32; q8_0 ones are multiplied as integers.
 
-    Float rows are attended within 2e-5 of exact, in each layer.
+    Float rows are attended within 2e-5 of exact, in each layer; in AMX's tiles of bfloat16, within 5e-5.
     """
     family, source = origin.split()
     pieces = [tokens(batch, n, seed) for seed, n in enumerate(lengths)]
@@ -190,7 +190,8 @@ def test_logits(origin: str, lengths: tuple[int, ...], batch: int, isa: str) -> 
         position += piece.shape[1]
     exact = torch.cat(transformers_logits(family, source, pieces))
     assert got[0].dtype == torch.float32
-    assert error(torch.cat(got), exact) < (ROUNDED.get(family, 1e-3) if source == "q8_0" else 4e-5)
+    floats = 1e-4 if step.name.endswith("amx") else 4e-5
+    assert error(torch.cat(got), exact) < (ROUNDED.get(family, 1e-3) if source == "q8_0" else floats)
 
 
 def test_a_prompt_longer_than_the_buffers() -> None:

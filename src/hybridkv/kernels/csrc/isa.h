@@ -6,14 +6,14 @@
 #include "attend.h"
 #include "encode.h"
 #include "probe.h"
-#include "recurrent.h"
+#include "step.h"
 
 namespace hybridkv {
 extern const Isa HYBRIDKV_ISA_RECORD;
 namespace {
-const StepKernels kStep = {norm_rows,      gate_rows,       rope_rows,   decay_rows,    weigh_rows, add_rows<Simd>,
-                           bias_rows<Simd>, rotate_rows,     conv_channels, delta_head,  mamba2_head<Simd>,
-                           mamba1_channels<Simd>};
+const StepKernels kStep = {
+    norm_rows<Simd>, gate_rows<Simd>,   rope_rows<Simd>,     decay_rows<Simd>, weigh_rows<Simd>,  add_rows<Simd>,
+    bias_rows<Simd>, rotate_rows<Simd>, conv_channels<Simd>, delta_head<Simd>, mamba2_head<Simd>, mamba1_channels<Simd>};
 }
 const Isa HYBRIDKV_ISA_RECORD = {HYBRIDKV_ISA_NAME, scratch_bytes, attend,     tokens_together,
                                  scratch_together,    attend_together, encode,

@@ -11,6 +11,7 @@ namespace hybridkv {
 
 // In each unit by itself: one instruction set's code must not be merged with another's.
 static inline float softplus(float x) { return x > 20.f ? x : std::log1p(::expf(x)); }
+static inline float sigmoid(float x) { return 1.f / (1.f + ::expf(-x)); }
 
 // e^x for x <= 80; NaN stays NaN. Source: Cephes expf, degree 5, error below 2 ulp.
 template <class S>
@@ -26,6 +27,12 @@ inline typename S::F exp_of(typename S::F x) {
     }
     y = S::add(S::fma(y, S::mul(r, r), r), S::set1(1.f));
     return S::mul(y, S::pow2(n));
+}
+
+template <class S>
+inline typename S::F sigmoid_of(typename S::F x) {
+    const typename S::F e = exp_of<S>(S::sub(S::set1(0.f), S::max(S::set1(-80.f), x)));
+    return S::div(S::set1(1.f), S::add(e, S::set1(1.f)));
 }
 
 }  // namespace hybridkv
