@@ -10,7 +10,7 @@ from hybridkv.engine.model_context import ModelContext
 from hybridkv.engine.prefixes import Checkpoint, PrefixStore
 from hybridkv.engine.requests import Request
 from hybridkv.engine.running_sequence import RunningSequence
-from hybridkv.engine.session import Session, resume
+from hybridkv.engine.session import Session, resume, stays_raised
 from hybridkv.errors import SessionError
 from hybridkv.runtime.stored import StoredCache
 
@@ -87,7 +87,8 @@ class Reuse:
         SessionError
             If they hold none of it.
         """
-        found = self._store.find(self._context.specs_of(request.types), tokens, len(tokens))
+        specs = self._context.specs_of(request.types)
+        found = self._store.find(specs, tokens, len(tokens))
         if found is None:
             raise SessionError(
                 f"none of the {len(tokens)} tokens of {name} are stored any more",
@@ -95,7 +96,8 @@ class Reuse:
             )
         begun = self._store.last_within(found, len(request.prompt_ids) - 1)
         earlier = None if begun is None else (begun.end, self._whole(begun))
-        return Session(tokens, found.end, self._whole(found), earlier=earlier)
+        asked = tuple(spec.types for spec in specs)
+        return Session(tokens, found.end, self._whole(found), earlier=earlier, asked=asked)
 
     def _whole(self, checkpoint: Checkpoint) -> StoredCache:
         """Copy a checkpoint into contiguous memory."""
@@ -117,11 +119,12 @@ class Reuse:
                 hint="`hybridkv run --session` resumes its own sessions",
             )
         end: Checkpoint | None = None
-        notice = None
+        notice = raised = None
         for part in (session.rewound(), session):
             if part is not None:
                 held, specs = part.tokens[: part.n_cached], self._context.specs_of(types)
                 cache, notice = resume(part, specs, partial(self._context.new_cache, n_ctx=len(held)))
+                raised = None if notice is not None else stays_raised(specs, cache)
                 # Rows that are encoded again are not sure to be those of the earlier place: each has its own then.
                 end = self._store.add(specs, held, cache, end if notice is None else None)
         if end is None or end.end < session.n_cached:
@@ -130,5 +133,5 @@ class Reuse:
                 f"{self._store.budget_bytes} bytes",
                 hint="give stored prefixes more memory",
             )
-        if notice is not None:
-            self._context.notify(notice)
+        if (said := notice or raised) is not None:
+            self._context.notify(f"{path.name}: {said}")
