@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hybridkv.cache import KVTypes
 from hybridkv.engine.model_context import ModelContext
+from hybridkv.engine.pieces import Pieces
 from hybridkv.engine.prefixes import Checkpoint, PrefixStore
 from hybridkv.engine.requests import Request
 from hybridkv.engine.running_sequence import RunningSequence
@@ -27,17 +28,17 @@ class Reuse:
         Makes the caches.
     store
         Holds the prefixes.
-    chunk
-        Tokens of a prompt in one iteration; None if the model takes a prompt at once, and so resumes from nothing.
+    pieces
+        Where prompts are cut; None if the model takes a prompt at once, and so resumes from nothing.
     """
 
-    def __init__(self, context: ModelContext, store: PrefixStore, chunk: int | None) -> None:
-        self._context, self._store, self._chunk = context, store, chunk
+    def __init__(self, context: ModelContext, store: PrefixStore, pieces: Pieces | None) -> None:
+        self._context, self._store, self._pieces = context, store, pieces
         self._said = False
 
     def wanted(self, request: Request) -> bool:
         """Check whether this request's sequence begins from stored prefixes and leaves its own."""
-        return request.reuse and not request.score_prompt and self._chunk is not None and self._store.budget_bytes > 0
+        return request.reuse and not request.score_prompt and self._pieces is not None and self._store.budget_bytes > 0
 
     def begin(self, sequence: RunningSequence) -> Checkpoint | None:
         """Give a sequence its cache, filled from the furthest checkpoint that leaves it a token to process."""
@@ -52,18 +53,19 @@ class Reuse:
         return found
 
     def is_due(self, sequence: RunningSequence) -> bool:
-        """Decide whether to leave a checkpoint: at a prompt's last chunk boundary and before each of the request's
+        """Decide whether to leave a checkpoint: at a prompt's last cut and at the last before each of the request's
         marks, and every so many tokens.
 
-        Only at boundaries: behind another place, the chunks of a longer prompt would begin elsewhere than without it,
-        and sums would round differently. A reply's end gets one of its own.
+        Only at cuts: behind another place, the pieces of a longer prompt would begin elsewhere than without it, and
+        sums would round differently. A reply's end gets one of its own.
         """
-        assert self._chunk is not None or not sequence.reuses
-        if not sequence.reuses or self._chunk is None or sequence.position % self._chunk:
+        pieces, place = self._pieces, sequence.position
+        assert pieces is not None or not sequence.reuses
+        if not sequence.reuses or pieces is None or not pieces.cuts_at(place):
             return False
-        spacing = max(1, CHECKPOINT_TOKENS // self._chunk) * self._chunk
+        spacing = max(1, CHECKPOINT_TOKENS // pieces.chunk) * pieces.chunk
         ends = (sequence.n_prefill, *sequence.handle.request.marks)
-        return any(0 <= end - sequence.position <= self._chunk for end in ends) or sequence.position % spacing == 0
+        return any(place <= end <= pieces.after(place) for end in ends) or place % spacing == 0
 
     def leave(self, sequence: RunningSequence) -> None:
         """Store what a sequence has processed; say once that there was no room, for turns then start over."""
@@ -113,7 +115,7 @@ class Reuse:
         SessionError
             If there is no room for it, or the model cannot resume from it.
         """
-        if self._chunk is None:
+        if self._pieces is None:
             raise SessionError(
                 "this model's code takes a prompt at once and cannot resume from a session",
                 hint="`hybridkv run --session` resumes its own sessions",
