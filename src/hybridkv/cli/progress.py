@@ -17,7 +17,7 @@ _DELAY = 1.0
 
 
 class Loading:
-    """What stands beside the spinner: the model's name, and the share of its weights that is ready, once it is known."""
+    """What stands beside the spinner: the model's name, and which share of its weights is ready, once known."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -1,4 +1,4 @@
-"""What the guard has changed in one cache, put into words: a line for each layer where they are few, else one for all."""
+"""What the guard has changed in one cache, in words: a line for each layer where they are few, else one for all."""
 
 from __future__ import annotations
 
