@@ -109,8 +109,8 @@ class Conversation:
 
         messages = self.before
         if self.question is not None:
-            asked = {"role": "user", "content": self.question}
-            messages = (*messages, asked, {"role": "assistant", "content": answer})
+            said = {"role": "user", "content": self.question}
+            messages = (*messages, said, {"role": "assistant", "content": answer})
         tokens = tuple(engine.history[0].tolist())
         tokens = tokens[: engine.n_held] if ended else tokens
         kept, cache = engine.kept, engine.cache.stored()
