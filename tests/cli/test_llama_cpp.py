@@ -164,6 +164,9 @@ def test_what_a_server_takes_where_a_request_does_not_say() -> None:
     }
     assert answers.max_tokens == 40
     assert set(answers.sampling) <= set(SamplerFields.model_fields)
+    thinks = answers_from(parser.parse_args(["--reasoning", "off", "--reasoning-effort", "low"]))
+    assert thinks.variables == {"enable_thinking": False, "reasoning_effort": "low"}
+    assert answers_from(parser.parse_args(["-rea", "auto"])).variables == {}
     nothing = answers_from(parser.parse_args([]))
     assert (nothing.sampling, nothing.max_tokens) == ({}, None)
 
