@@ -59,7 +59,7 @@ GROUPS: dict[str, tuple[Feature, ...]] = {
             "",
             "no",
             "",
-            (f"{S}habits.py::test_bodies_of_real_clients",),
+            (f"{S}real.py::test_echo_scores_the_prompt",),
         ),
         Feature("`stop`", "yes", "yes", "yes", "yes", (f"{S}completions.py::test_stop_strings_across_tokens",)),
         Feature("`seed`", "yes", "yes", "yes", "yes", (f"{S}real.py::test_a_seed_gives_the_same_draw",)),

@@ -51,10 +51,29 @@ USAGE: dict[str, tuple[list[object], str]] = {
     ),
     "command of ollama's": (["pull", "qwen3"], "unknown command 'pull'; allowed: .*\nhint: -hf OWNER/NAME downloads"),
     "prompt without command": (["-p", "x"], "unknown command .-p.*\nhint: try hybridkv run -p"),
+    "another program's name": (
+        ["llama-server", "-m", "x"],
+        "unknown command.*\nhint: `hybridkv serve` is llama-server",
+    ),
+    "perplexity": (["perplexity", "-f", "x"], "unknown command.*\nhint: `hybridkv eval -m MODEL -f TEXT` measures"),
     "prompt without option": (
         ["run", "Hello"],
-        'unrecognized arguments: Hello\nhint: a prompt needs its option: -p "Hello"',
+        'unrecognized arguments: Hello\nhint: a prompt needs its option: -p "Hello"; a model needs -m',
     ),
+    "as ollama has it": (
+        ["run", "llama3.2", "Why is the sky blue?"],
+        "unrecognized arguments: llama3.2 Why is the sky blue\\?\n"
+        'hint: a model and a prompt need their options: -m llama3.2 --chat -p "Why is the sky blue\\?"',
+    ),
+    "model without option": (
+        ["run", "qwen3:0.6b"],
+        "unrecognized arguments: qwen3:0.6b\nhint: a model needs its option: -m qwen3:0.6b; `hybridkv chat` talks",
+    ),
+    "model without option, prompt with": (["run", "q", "-p", "x"], "unrec.*\nhint: a model needs its option: -m q"),
+    "model of a server": (["serve", "m"], "unrec.*\nhint: a model needs its option: -m m"),
+    "prompt behind a model": (["run", "-m", "q", "a b"], 'unrec.*\nhint: a prompt needs its option: -p "a b"'),
+    "option of ollama's": (["run", "--think=high", "-p", "x"], "unknown option '--think'\nhint: --reasoning on"),
+    "ollama's JSON": (["run", "--format", "json", "-p", "x"], "unknown option '--format'\nhint: -j '\\{\\}' asks"),
     "mistyped option": (["run", "-ctkfirst", "q8_0,1"], "unknown option '-ctkfirst'\nhint: did you mean '-ctk-first'"),
     "option of another program": (["run", "-zzz", "99"], "unknown option '-zzz'\nhint: .*--help"),
     "option without value": (["run", "-p"], "-p/--prompt: expected one argument\nhint: .*equals sign"),

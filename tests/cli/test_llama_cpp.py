@@ -164,6 +164,9 @@ def test_what_a_server_takes_where_a_request_does_not_say() -> None:
     }
     assert answers.max_tokens == 40
     assert set(answers.sampling) <= set(SamplerFields.model_fields)
+    thinks = answers_from(parser.parse_args(["--reasoning", "off", "--reasoning-effort", "low"]))
+    assert thinks.variables == {"enable_thinking": False, "reasoning_effort": "low"}
+    assert answers_from(parser.parse_args(["-rea", "auto"])).variables == {}
     nothing = answers_from(parser.parse_args([]))
     assert (nothing.sampling, nothing.max_tokens) == ({}, None)
 
@@ -172,6 +175,8 @@ def test_a_bias_bans_a_token_and_asks_for_one(cli: Cli, gguf: Path) -> None:
     line = ("run", "-m", gguf, "--ids", 1, "-n", 1, "--temp", 0, "--json", "--ignore-eos")
     likeliest = json.loads(cli(*line).out)["sequences"][0]["ids"][0]
     assert json.loads(cli(*line, "-l", f"{likeliest}-1000").out)["sequences"][0]["ids"] != [likeliest]
+    assert json.loads(cli(*line, "-l", f"{likeliest}-inf").out)["sequences"][0]["ids"] != [likeliest]
+    assert json.loads(cli(*line, "-l", f"{likeliest}+1e-3").out)["sequences"][0]["ids"] == [likeliest]
     other = likeliest + 1 if likeliest < 5 else likeliest - 1
     assert json.loads(cli(*line, "--logit-bias", f"{other}+1000").out)["sequences"][0]["ids"] == [other]
 

@@ -224,6 +224,8 @@ def test_what_else_run_takes(cli: Cli, tmp_path: Path) -> None:
     assert said[0] == "note: no effect on a plan: -fa, -f, --chat, --graph, -s, --session"
     assert said[1] == "note: counted for the 32768 tokens of training; `run` without -c takes 4096"
     assert cli("plan", "-fa", "on", "-p=-x", "-c", 10).err == "note: no effect on a plan: -fa, -p\n"
+    typed = cli("plan", "--no-mmap", "--mlock", "--activations", "int8", "--threads", 2, "-c", 10)
+    assert typed.err == "note: no effect on a plan: --no-mmap, --mlock, --activations, --threads\n"
     assert "unknown option '-zzz'" in cli("plan", "-zzz").err
 
 

@@ -116,7 +116,9 @@ def first_refusal(server: Process) -> urllib.error.HTTPError:
 
 
 def test_a_second_signal_ends_at_once() -> None:
-    with process("-np", "1") as server:
+    with process("-np", "1", "-c", "0", "--reasoning", "off") as server:
+        assert any("for a sequence of 32768 tokens" in line for line in server.lines), server.lines
+        assert "note: the chat template does not read enable_thinking: no effect" in server.lines
         stream = server.post(max_tokens=4000, stream=True, ignore_eos=True)
         assert stream.readline().startswith(b": hello")
         server.popen.send_signal(signal.SIGINT)

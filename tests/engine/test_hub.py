@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from hybridkv.cli.model_source import model_of
 from hybridkv.engine.hub import HubModel, choose_files, fetch_model, parse_model
 from hybridkv.engine.local_models import local_models, model_named
 from hybridkv.errors import ModelFileError, UsageError
@@ -48,10 +50,38 @@ def test_the_default_quant_a_named_one_and_a_named_file(hub: Hub) -> None:
     assert fetch_model(parse_model("a/quants")).read_bytes() == b"four" * 1000
     assert fetch_model(parse_model("a/quants:q8_0")).name == "model-Q8_0.gguf"
     assert fetch_model(parse_model("a/quants", file="README.md")).read_bytes() == b"read me"
-    with pytest.raises(UsageError, match=r"-hf a/quants:Q2_K; it has: model-Q4_K_M.gguf, model-Q8_0.gguf"):
+    with pytest.raises(UsageError, match=r"-hf a/quants:Q2_K; it has: model-Q4_K_M.gguf, model-Q8_0.gguf") as caught:
         fetch_model(parse_model("a/quants:Q2_K"))
+    assert caught.value.hint == "name one of these with -hff, or by its type behind the colon"
     with pytest.raises(UsageError, match=r"-hff 'x.gguf'; a/quants has"):
         fetch_model(parse_model("a/quants", file="x.gguf"))
+
+
+def asked(**options: object) -> argparse.Namespace:
+    given = {"model": None, "hf_repo": None, "hf_file": None, "hf_token": None, "offline": False}
+    return argparse.Namespace(**given | options)
+
+
+def test_a_file_that_nobody_named_is(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    assert model_of(asked(hf_repo="a/shards")).name == "big-Q6_K-00001-of-00003.gguf"
+    said = capsys.readouterr().err
+    assert said == "note: -hf a/shards has no Q4_K_M: big-Q6_K-00001-of-00003.gguf was taken; :QUANT names another\n"
+    for named in ("a/quants", "a/quants:Q8_0", "a/directory"):
+        model_of(asked(hf_repo=named))
+    model_of(asked(hf_repo="a/quants", hf_file="model-Q8_0.gguf"))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_repository_given_as_a_path_names_the_option_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("owner/name", "owner/name:Q8_0", "hf.co/owner/name"):
+        with pytest.raises(UsageError, match=f"no model at {name}") as caught:
+            model_of(asked(model=name))
+        assert caught.value.hint is not None
+        assert caught.value.hint.startswith(f"-hf {name} takes it from Hugging Face's hub")
+    (tmp_path / "models").mkdir()
+    for path in ("models/typo", "../name", "owner/name.gguf", "/owner/name", "name"):
+        assert model_of(asked(model=path)) == Path(path)
 
 
 def test_all_shards_come_and_the_first_is_the_model(hub: Hub) -> None:
@@ -70,6 +100,8 @@ def test_what_is_not_there_or_not_open(hub: Hub) -> None:
         fetch_model(parse_model("a/nothing"))
     with pytest.raises(UsageError, match="-hf a/closed: its owner requires consent"):
         fetch_model(parse_model("a/closed"))
+    assert parse_model("hf.co/a/quants:Q8_0") == parse_model("https://huggingface.co/a/quants:Q8_0")
+    assert parse_model("huggingface.co/a/quants/").repository == "a/quants"
     for wrong in ("model", "a/b/c", "", "a/b c"):
         with pytest.raises(UsageError, match="allowed: owner/name"):
             parse_model(wrong)

@@ -7,6 +7,7 @@ import torch
 
 from hybridkv.cache import KVTypes
 from hybridkv.engine import Request, RequestHandle, Scheduler
+from hybridkv.engine.pieces import Pieces
 from hybridkv.engine.prefixes import PrefixStore
 from hybridkv.hf import EagerStep, ModelCache
 from hybridkv.policy import Guard
@@ -240,6 +241,39 @@ def test_a_checkpoint_is_left_before_each_mark() -> None:
     ask(unmarked, first)
     assert ask(unmarked, (*first[:35], *other[35:])).usage.cached_tokens == 0
     assert tokens(changed) == tokens(ask(unmarked, (*first[:35], *other[35:]), reuse=False))
+
+
+@pytest.mark.parametrize("types", [Q8, TAILED], ids=["q8_0", "tail"])
+def test_a_prompt_shorter_than_a_chunk_leaves_something(types: KVTypes) -> None:
+    """A question of its own behind a short beginning, the same prompt again, and a longer one: to the bit."""
+    begin = prompt(100)
+    run = scheduler(types=types, prefix_bytes=ROOM, prefill_chunk=256)
+    first = (*begin, *prompt(50, 1))
+    for ids, n_cached in (
+        (first, 0),
+        (first, 128),
+        ((*begin, *prompt(40, 2)), 64),
+        ((*first[:140], *prompt(9, 3)), 128),
+        ((*begin, *prompt(90, 4)), 64),
+    ):
+        handle = ask(run, ids, marks=(100,), logprobs=5)
+        assert handle.usage.cached_tokens == n_cached
+        fresh = scheduler(types=types, prefill_chunk=256)
+        other = fresh.submit(Request(ids, 10, GREEDY, logprobs=5))
+        drain(fresh)
+        assert events(handle) == events(other)
+
+
+def test_cuts() -> None:
+    assert (Pieces.on("cpu", 256).first, Pieces.on("cuda", 256).first, Pieces.on("cpu", 32).first) == (64, 256, 32)
+    assert [Pieces(100, 64).after(place) for place in (0, 64, 99, 100)] == [64, 100, 100, 200]
+    pieces = Pieces(256, 64)
+    cuts = [0]
+    while cuts[-1] < 800:
+        cuts.append(pieces.after(cuts[-1]))
+    assert cuts == [0, 64, 128, 192, 256, 512, 768, 1024]
+    assert [place for place in range(1025) if pieces.cuts_at(place)] == cuts
+    assert all(pieces.after(place) == min(cut for cut in cuts if cut > place) for place in range(1024))
 
 
 def test_a_prefix_without_room_is_said_once() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hybridkv.cache import KVTypes
 from hybridkv.engine import Request
-from hybridkv.engine.session import Session, load_session, remove_leftovers, resume, save_session
+from hybridkv.engine.session import Session, load_session, remove_leftovers, resume, save_session, stays_raised
 from hybridkv.engine.steps import resolve_step
 from hybridkv.errors import SessionError
 from hybridkv.formats import get_format
@@ -43,6 +43,7 @@ from tests.engine.serving import (
 )
 from tests.families import FAMILIES, HYBRIDS
 
+Q4 = KVTypes("q4_0", "q4_0")
 STORED = (Q8, TAILED, KVTypes("f32", "f16"), KVTypes("hq4_nl", "q5_1"))
 
 
@@ -130,6 +131,32 @@ def test_other_types_are_converted_and_said(tmp_path: Path, saved: KVTypes, aske
     assert float((got - exact).norm() / exact.norm()) < limit
 
 
+def test_types_that_the_guard_has_raised_stay(tmp_path: Path) -> None:
+    """Asked for the same types again, rows are not encoded in fewer bits than those that held."""
+    asked = specs_for(model(), Q4)
+    cache = ModelCache(model().config, asked, n_ctx=256, guard=Guard(limit=0.03))
+    ids = prompt(75)
+    with torch.inference_mode():
+        ids = (*ids, int(step_for("qwen3_5_text").forward(torch.tensor([ids]), cache, 0).argmax()))
+    assert cache.specs != asked
+    types = tuple(spec.types for spec in asked)
+    session = Session(ids, 75, cache.stored(), asked=types)
+    save_session(tmp_path / "s", session, model())
+    back = load_session(tmp_path / "s", model())
+    assert back.asked == types
+    rewound = replace(back, earlier=(20, back.cache)).rewound()
+    assert rewound is not None
+    assert rewound.asked == types
+    restored, notice = resume(back, asked, lambda s: ModelCache(model().config, s, n_ctx=256))
+    assert (notice, restored.specs) == (None, cache.specs)
+    assert stays_raised(asked, restored) == "2 KV layers stay at the larger types that the guard gave them"
+    assert torch.equal(go_on("qwen3_5_text", restored, ids), go_on("qwen3_5_text", cache, ids))
+    others = specs_for(model(), Q8)
+    restored, notice = resume(back, others, lambda s: ModelCache(model().config, s, n_ctx=256))
+    assert notice is not None
+    assert restored.specs == others
+
+
 def test_rows_are_ggml_blocks(tmp_path: Path) -> None:
     """Anyone who reads safetensors and ggml's blocks reads the keys."""
     session, _, cache = begun(types=Q8)
@@ -190,6 +217,7 @@ def resealed(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -
         lambda t, m: m.update(types=json.dumps([{"type_k": "q8_0"}])),
         lambda t, m: m.update(types=json.dumps([{"type_k": "q9", "type_v": "q9"}] * 2)),
         lambda t, m: m.update(types="[{]"),
+        lambda t, m: m.update(asked=json.dumps([{"type_k": "q8_0", "type_v": "q8_0"}])),
         lambda t, m: m.update(fed="[]"),
         lambda t, m: m.pop("errors"),
     ],

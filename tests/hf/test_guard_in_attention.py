@@ -50,6 +50,30 @@ def test_a_layer_with_huge_activations_is_raised_alone() -> None:
     assert torch.equal(run(model, from_the_start, tokens()), logits)
 
 
+def test_many_layers_that_are_raised_share_a_line() -> None:
+    model = build("llama", attention="hybridkv", num_hidden_layers=6)
+    specs = Policy(KVTypes("q4_0", "q4_0")).resolve(kv_facts(layer_facts(model.config)))
+    said: list[str] = []
+    cache = ModelCache(model.config, specs, guard=Guard(limit=0.03), notify=said.append)
+    run(model, cache, tokens())
+    finals = [s.types.label for s in cache.specs]
+    raised = [n for n, label in enumerate(finals) if label != "q4_0"]
+    assert len(raised) > 3
+    assert len(said) == 1
+    assert said[0].startswith(f"{len(raised)} KV layers are stored as q6_0")
+    assert "the worst was layer " in said[0]
+    assert "error 0." in said[0]
+    assert "limit 0.03" in said[0]
+
+
+def test_few_layers_that_are_raised_have_a_line_each() -> None:
+    model = build("llama", attention="hybridkv", num_hidden_layers=3)
+    specs = Policy(KVTypes("q4_0", "q4_0")).resolve(kv_facts(layer_facts(model.config)))
+    said: list[str] = []
+    run(model, ModelCache(model.config, specs, guard=Guard(limit=0.03), notify=said.append), tokens())
+    assert [line.split(":")[0] for line in said] == ["layer 0", "layer 1", "layer 2"]
+
+
 def test_a_fallback_runs_the_kernel_of_its_phase() -> None:
     """A prompt of one token is a decode: the kernel that refuses decode must not run, before or after a fallback."""
     model = with_huge_keys(3, 1.2e6)

@@ -95,6 +95,8 @@ def test_a_templates_variables() -> None:
     assert (closed.opened, closed.may_think) == (False, False)
     assert closed.unknown == ("chat_template_kwargs.colour",)
     assert text_of(tokenizer, closed.ids).endswith("<think>\n\n</think>\n\n")
+    own = asyncio.run(prompts.chat(turns_of([USER]), (), {"colour": "red", "size": 1}, {"size": 1}))
+    assert own.unknown == ("chat_template_kwargs.colour",)  # what the server set is not the request's doing
     for name in ("messages", "chat_template", "tokenize", "tools", "a b"):
         with pytest.raises(RefusalError, match="is no variable of a template's own"):
             asyncio.run(prompts.chat(turns_of([USER]), (), {name: 1}))

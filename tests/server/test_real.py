@@ -14,6 +14,7 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 
 from hybridkv.cache import KVTypes
 from hybridkv.engine import Engine, SamplingParams, Scheduler
@@ -121,6 +122,28 @@ def test_many_at_once_are_each_as_alone(reference: Loaded, server: Running) -> N
             await client.close()
 
     assert list(asyncio.run(ask_all())) == expected * 2
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_echo_scores_the_prompt(reference: Loaded, server: Running, max_tokens: int) -> None:
+    """As lm-eval asks for likelihoods; the oracle is the single-sequence engine behind each beginning."""
+    assert reference.tokenizer is not None
+    prompt = "In Python, a list is a"
+    ids = reference.tokenizer.encode(prompt)
+    reply = server.client.completions.create(
+        model="reference", prompt=prompt, echo=True, logprobs=2, max_tokens=max_tokens, temperature=0
+    )
+    choice, logprobs = reply.choices[0], reply.choices[0].logprobs
+    assert logprobs is not None
+    assert choice.text.startswith(prompt)
+    assert (choice.text == prompt) is (max_tokens == 0)
+    scores = logprobs.token_logprobs
+    assert (len(scores), scores[0]) == (len(ids) + max_tokens, None)
+    for n in range(1, len(ids)):
+        engine = Engine(reference.model, specs_of(reference), n_ctx=N_CTX, guard=Guard(mode="warn"), notify=print)
+        expected = torch.log_softmax(engine.prefill(ids[:n])[0].float(), -1)
+        assert scores[n] == pytest.approx(float(expected[ids[n]]), abs=5e-3)
+        assert max(logprobs.top_logprobs[n].values()) == pytest.approx(float(expected.max()), abs=5e-3)
 
 
 def test_a_seed_gives_the_same_draw(server: Running) -> None:

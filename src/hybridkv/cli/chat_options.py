@@ -32,14 +32,17 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
         "-sysf", "-spf", "--system-prompt-file", metavar="FILE", help="read the system message from a UTF-8 file"
     )
     add_template_arguments(group)
-    group.add_argument(
-        "--chat-template-kwargs", metavar="JSON", help='variables of the chat template: {"enable_thinking": false}'
-    )
+    add_variable_arguments(group, "variables of the chat template")
+    add_text_arguments(group)
+
+
+def add_variable_arguments(group: argparse._ActionsContainer, what: str) -> None:
+    """Add `--chat-template-kwargs`, `--reasoning` and `--reasoning-effort`."""
+    group.add_argument("--chat-template-kwargs", metavar="JSON", help=f'{what}: {{"enable_thinking": false}}')
     group.add_argument(
         "-rea", "--reasoning", metavar="on|off|auto", help="set the template's enable_thinking (default auto: leave it)"
     )
     group.add_argument("--reasoning-effort", metavar="LEVEL", help="set the template's reasoning_effort")
-    add_text_arguments(group)
 
 
 def add_template_arguments(group: argparse._ActionsContainer) -> None:
@@ -177,7 +180,7 @@ def chat_choice(a: argparse.Namespace) -> ChatChoice:
     system = unescaped(a, a.system_prompt)
     if a.system_prompt_file is not None:
         system = read_text("-sysf", Path(a.system_prompt_file))
-    return ChatChoice(system, template_of(a), _variables(a), a.reasoning_budget != 0)
+    return ChatChoice(system, template_of(a), variables_of(a), a.reasoning_budget != 0)
 
 
 def template_variables(text: str | None) -> dict[str, Any]:
@@ -203,7 +206,14 @@ def _no_variables(what: str) -> UsageError:
     return UsageError(f"--chat-template-kwargs: {what}", hint="""try '{"enable_thinking": false}'""")
 
 
-def _variables(a: argparse.Namespace) -> dict[str, Any]:
+def variables_of(a: argparse.Namespace) -> dict[str, Any]:
+    """Read what the options say of the template's variables.
+
+    Raises
+    ------
+    UsageError
+        For what is no JSON object, and for a switch that there is not.
+    """
     variables = template_variables(a.chat_template_kwargs)
     if variables:
         from hybridkv.text.templates import OF_RENDERING  # imports jinja2

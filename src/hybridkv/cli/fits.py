@@ -95,7 +95,7 @@ def _check_main_memory(opened: Opened, demand: Demand) -> None:
 
 
 def fit_context(
-    opened: Opened, asked: int | None, policy: AnyPolicy, guard: Guard, *, n_seqs: int, more: int = 0
+    opened: Opened, asked: int | None, policy: AnyPolicy, guard: Guard, *, n_seqs: int, more: int | None = None
 ) -> Opened:
     """Shorten the context that `-c 0` asks for to what memory allows, and say so; any other stays.
 
@@ -104,7 +104,7 @@ def fit_context(
     asked
         `-c` as it was given.
     more
-        Bytes that are taken beside weights and caches.
+        Bytes that are taken beside weights and caches; None where that is decided once the context is known.
     """
     from hybridkv.memory import Available, available_memory
     from hybridkv.model import is_hybrid, kv_facts
@@ -118,7 +118,7 @@ def fit_context(
         return opened
     facts = opened.description.facts
     specs, _ = guard.before(policy.resolve(kv_facts(facts)), hybrid=is_hybrid(facts), n_ctx=opened.n_ctx)
-    parts = _parts(opened, Demand(specs, opened.n_ctx, n_seqs, guarded=guard.measures, more={"more": more}))
+    parts = _parts(opened, Demand(specs, opened.n_ctx, n_seqs, guarded=guard.measures, more={"more": more or 0}))
     kv = next(iter(parts.values()))
     free = available.n_bytes - opened.held().n_bytes - (sum(parts.values()) - kv)
     most = largest_context(specs, free, n_seqs=n_seqs) if free > 0 else None

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from hybridkv import __version__
-from hybridkv.cli import chat, classify, convert, doctor, models, plan, run, serve
+from hybridkv.cli import chat, classify, convert, doctor, elsewhere, models, plan, run, serve
 from hybridkv.cli.added import added_commands, check_lab, epilog
 from hybridkv.cli.collector import pause_collector
 from hybridkv.cli.llama_cpp import accept_options, accepted_names, options_from_variables, row_of, say_accepted
@@ -32,13 +32,6 @@ EXIT_BROKEN_PIPE = 141
 _COMMANDS = (run, chat, serve, classify, plan, convert, models, doctor)
 _LLAMA_CPP = (run, chat, serve, plan)
 """Commands that take llama.cpp's command lines."""
-
-_ELSEWHERE = {
-    **dict.fromkeys(("list", "ls"), "`hybridkv models` lists the models on this machine"),
-    **dict.fromkeys(("pull", "download"), "-hf OWNER/NAME downloads a model and runs it"),
-    "show": "`hybridkv plan -m MODEL` describes a model",
-}
-"""What to do instead of other programs' commands."""
 
 _OPTION = re.compile(r"--?[A-Za-z][\w-]*")
 
@@ -76,6 +69,8 @@ class Parser(argparse.ArgumentParser):
             owners = [name for name, other in others.items() if option in other._option_string_actions]
             if owners:
                 return f"it is an option of `hybridkv {owners[0]}`"
+        if option in elsewhere.OPTIONS:
+            return elsewhere.OPTIONS[option]
         own = sorted(self._option_string_actions.keys() - accepted_names(self))
         near = get_close_matches(option, own, n=1, cutoff=0.7)
         return f"did you mean {near[0]!r}?" if near else f"`{self.prog} --help` lists all options"
@@ -83,8 +78,6 @@ class Parser(argparse.ArgumentParser):
 
 def _hint(message: str) -> str | None:
     """Suggest a remedy for one of argparse's complaints, where it is more than the list of options."""
-    if match := re.search(r"unrecognized arguments: (.*)", message):
-        return f'a prompt needs its option: -p "{match[1]}"; a model needs -m'
     if "expected one argument" in message:
         return 'a value that begins with a dash takes an equals sign: -p="-like this"'
     if match := re.search(r"invalid (int|float) value", message):
@@ -147,13 +140,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         if full not in commands:
             check_lab(full, names)
             near = get_close_matches(full, names, n=1)
-            hint = _ELSEWHERE.get(word) or (f"did you mean {near[0]!r}?" if near else example)
+            hint = elsewhere.COMMANDS.get(word) or (f"did you mean {near[0]!r}?" if near else example)
             raise UsageError(f"unknown {kind} {word!r}; allowed: {allowed}", hint=hint)
         name, chosen = full, commands[full]
     rest = [_with_dashes(word, chosen) for word in rest]
     chosen.check_options(rest, commands)
     words = _words_of_variables(chosen)
-    return parser.parse_args([*name.split(), *words, *rest])
+    parsed, stray = parser.parse_known_args([*name.split(), *words, *rest])
+    if stray:
+        raise UsageError(f"unrecognized arguments: {' '.join(stray)}", hint=elsewhere.stray_hint(stray, parsed))
+    return parsed
 
 
 def _with_dashes(word: str, command: Parser) -> str:

@@ -21,6 +21,7 @@ from hybridkv.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+    from hybridkv.cli.progress import Loading
     from hybridkv.engine.describe import PoolingAsked
     from hybridkv.engine.load import Description, Loaded
     from hybridkv.engine.placed import Split
@@ -232,8 +233,8 @@ class Opened:
         plain: Literal["f32", "bf16"] = "f32" if self.dtype == torch.float32 else "bf16"
         return self.description.held(self.weights, self.device_type, plain, engine=self.engine)
 
-    def load(self) -> tuple[Loaded, Step]:
-        """Load the model and its step; print what is worth knowing of them."""
+    def load(self, shown: Loading | None = None) -> tuple[Loaded, Step]:
+        """Load the model and its step, and show how far that is; print what is worth knowing of them."""
         from hybridkv.engine.load import load, lock_weights
         from hybridkv.native.choice import runs_natively
 
@@ -250,6 +251,8 @@ class Opened:
         )
         for line in loaded.notices:
             notice(line)
+        if shown is not None:
+            shown.count(loaded.model, sum(self.held().parts.values()))
         step = self.make_step(loaded.model)
         _say_weights(loaded, self.weights)
         if self.lock:

@@ -43,11 +43,15 @@ def model_of(a: argparse.Namespace) -> Path:
 
     repository = getattr(a, "hf_repo", None)
     if repository is not None:
-        from hybridkv.engine.hub import fetch_model, parse_model
+        from hybridkv.engine.hub import DEFAULT_QUANT, fetch_model, is_default, parse_model
 
         if a.model is not None:
             raise UsageError("-m and -hf were given together", hint="one of them will do")
-        return fetch_model(parse_model(repository, file=a.hf_file, token=a.hf_token, network=not a.offline))
+        asked = parse_model(repository, file=a.hf_file, token=a.hf_token, network=not a.offline)
+        path = fetch_model(asked)
+        if path.suffix == ".gguf" and asked.quant is None and asked.file is None and not is_default(path.name):
+            notice(f"-hf {asked.repository} has no {DEFAULT_QUANT}: {path.name} was taken; :QUANT names another")
+        return path
     for option in ("hf_file", "hf_token"):
         if getattr(a, option, None) is not None:
             notice(f"--{option.replace('_', '-')} has no effect without -hf")
@@ -55,7 +59,14 @@ def model_of(a: argparse.Namespace) -> Path:
         return bundled_model()
     path = model_path(a.model)
     if not path.exists():
+        from hybridkv.engine.hub import is_repository
         from hybridkv.engine.local_models import model_named
 
-        path = model_named(a.model) or path
+        found = model_named(a.model)
+        if found is None and is_repository(a.model) and not path.parent.is_dir():
+            raise UsageError(
+                f"no model at {path}",
+                hint=f"-hf {a.model} takes it from Hugging Face's hub; `hybridkv models` lists names",
+            )
+        path = found or path
     return path

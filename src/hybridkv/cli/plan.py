@@ -118,9 +118,15 @@ def _accept_options_of_run(parser: argparse.ArgumentParser) -> None:
         names = [name for name in action.option_strings if name not in parser._option_string_actions]
         if not names:
             continue
-        options: dict[str, Any] = {"dest": _IDLE + names[0], "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-        options |= {"action": "store_true"} if action.nargs == 0 else {"nargs": action.nargs}
-        parser.add_argument(*names, **options)
+        parser.add_argument(
+            *names, action=_NoEffect, nargs=action.nargs, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
+
+
+class _NoEffect(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        del parser, values
+        setattr(namespace, f"{_IDLE}{option_string}", True)  # as it was typed
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -6,23 +6,53 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 _DELAY = 1.0
 """Seconds after which it is worth saying."""
 
 
+class Loading:
+    """What stands beside the spinner: the model's name, and which share of its weights is ready, once known."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._share: Callable[[], float] | None = None
+
+    def count(self, model: Any, n_bytes: int) -> None:
+        """Show from here on the share of weights that a model holds already, if they are taken one by one.
+
+        Parameters
+        ----------
+        n_bytes
+            Of all of them.
+        """
+        from hybridkv.native import NativeModel
+
+        if isinstance(model, NativeModel):
+            source = model.source
+            self._share = lambda: sum(weight.nbytes for weight in list(source.matrices())) / max(1, n_bytes)
+
+    def __rich__(self) -> Text:
+        """Draw; on the thread that draws."""
+        share = "" if self._share is None else f": {min(1.0, self._share()):.0%}"
+        return Text(f"loading {self._name}{share}")
+
+
 @contextmanager
-def loading(name: str) -> Iterator[None]:
+def loading(name: str) -> Iterator[Loading]:
     """Show that a model is being loaded."""
+    shown = Loading(name)
     if not sys.stderr.isatty():
-        yield
+        yield shown
         return
     console = Console(stderr=True, highlight=False, markup=False, emoji=False)
-    with console.status(f"loading {name}"):
-        yield
+    with console.status(shown):
+        yield shown
 
 
 @contextmanager

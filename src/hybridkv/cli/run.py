@@ -113,8 +113,8 @@ def main(arguments: argparse.Namespace) -> int:
     n_ctx = opened.n_ctx
     specs = resolve_types(opened, policy, guard)
     opened = check_memory(opened, Demand(specs, n_ctx, a.parallel, guarded=guard.measures))
-    with loading(opened.description.name):
-        loaded, step = opened.load()
+    with loading(opened.description.name) as shown:
+        loaded, step = opened.load(shown)
     talk = open_conversation(a, prompt, loaded.model, loaded.tokenizer, choice)
     steering = form.steering_for(loaded)(talk.text if a.chat else None)
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)

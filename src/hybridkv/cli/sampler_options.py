@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import replace
@@ -169,14 +170,17 @@ def sampling_for(params: SamplingParams, a: argparse.Namespace, loaded: Loaded) 
     return replace(params, dry_breakers=breaker_ids(loaded.tokenizer, words))
 
 
+_FORBIDS = -1e9
+"""A bias that no other makes up for."""
+
+
 def _bias(text: str) -> tuple[int, float]:
-    """Parse `15043+1` as (15043, 1.0)."""
-    at = max(text.find("+"), text.find("-"))
-    token, amount = text[:at], text[at:]
+    """Parse `15043+1` as (15043, 1.0), and `2-inf`, llama.cpp's way to forbid a token, as the least bias."""
+    found = re.fullmatch(r"(\d{1,9})([+-].+)", text)
     try:
-        if at <= 0 or not token.isdecimal():
+        if found is None:
             raise ValueError
-        return int(token), float(amount)
+        return int(found[1]), _FORBIDS if found[2].lower() == "-inf" else float(found[2])
     except ValueError:
         raise UsageError(
             f"--logit-bias {text!r}; allowed: a token id, + or -, and a number", hint="--logit-bias 15043-1"

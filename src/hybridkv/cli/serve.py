@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridkv.cli.cache_options import add_cache_arguments, policy_from
-from hybridkv.cli.chat_options import ChatChoice, add_template_arguments, template_of
+from hybridkv.cli.chat_options import ChatChoice, add_template_arguments, say_unused_variables, template_of
 from hybridkv.cli.fits import Demand, check_memory, fit_context
 from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, limit_spinning, open_model
 from hybridkv.cli.ray_options import LOCAL
@@ -242,6 +242,9 @@ def load_served(
     if loaded.tokenizer is None:
         raise UsageError("this model has no tokenizer, and a server takes text", hint="`hybridkv run --ids` needs none")
     ChatChoice(template=a.template).put_on(loaded.tokenizer)
+    template = loaded.tokenizer.chat_template or ""
+    known = {"enable_thinking"} if "thinking" in template else set()  # by either name
+    say_unused_variables(template, {name: v for name, v in a.answers.variables.items() if name not in known})
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
     scheduler = _scheduler(a, opened, loaded, specs, guard, step)
     served = _served(a, opened, loaded, specs, scheduler)

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from hybridkv.cli.chat_options import template_variables
+from hybridkv.cli.chat_options import add_variable_arguments, variables_of
 from hybridkv.cli.sampler_options import add_sampling_defaults, sampling_defaults
 from hybridkv.errors import UsageError, one_of
 
@@ -50,11 +50,7 @@ def add_answer_arguments(group: argparse._ActionsContainer) -> None:
         help="refuse unknown fields and values (default: ignore them; the response header x-hybridkv-ignored and "
         "the log name them)",
     )
-    group.add_argument(
-        "--chat-template-kwargs",
-        metavar="JSON",
-        help='default variables of the chat template: {"enable_thinking": false}',
-    )
+    add_variable_arguments(group, "default variables of the chat template")
     group.add_argument(
         "--reasoning-format",
         default="auto",
@@ -88,7 +84,7 @@ def answers_from(a: argparse.Namespace) -> AnswerDefaults:
     UsageError
         For variables that are no JSON object, and for a format that there is not.
     """
-    variables = template_variables(a.chat_template_kwargs)
+    variables = variables_of(a)
     if a.reasoning_budget < -1:
         raise UsageError(f"--reasoning-budget {a.reasoning_budget}; allowed: -1 (any number), 0 (none) or more")
     kind = one_of(a.reasoning_format, FORMATS, "--reasoning-format", hint="auto puts thoughts in reasoning_content")

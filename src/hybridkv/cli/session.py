@@ -82,7 +82,7 @@ class Conversation:
         """Resume the engine from the session, and report what was reused."""
         if self.session is None:
             return
-        from hybridkv.engine.session import resume
+        from hybridkv.engine.session import resume, stays_raised
 
         held = self.held
         if held is None:
@@ -91,9 +91,9 @@ class Conversation:
                 "template rewrites earlier turns), so the whole prompt is processed again"
             )
             return
-        cache, converted = resume(held, engine.cache.specs, engine.new_cache)
-        if converted is not None:
-            notice(f"--session: {converted}")
+        cache, converted = resume(held, engine.asked, engine.new_cache)
+        if (done := converted or stays_raised(engine.asked, cache)) is not None:
+            notice(f"--session: {done}")
         engine.adopt(cache, held.n_cached)
         rewritten = "" if held is self.session else "; the chat template rewrites the last answer"
         notice(f"--session: {held.n_cached} of {len(self.ids)} prompt tokens reused{rewritten}")
@@ -109,14 +109,15 @@ class Conversation:
 
         messages = self.before
         if self.question is not None:
-            asked = {"role": "user", "content": self.question}
-            messages = (*messages, asked, {"role": "assistant", "content": answer})
+            said = {"role": "user", "content": self.question}
+            messages = (*messages, said, {"role": "assistant", "content": answer})
         tokens = tuple(engine.history[0].tolist())
         tokens = tokens[: engine.n_held] if ended else tokens
         kept, cache = engine.kept, engine.cache.stored()
         if kept is not None and (kept[1].specs != cache.specs or kept[0] >= engine.n_held):
             kept = None  # the guard has raised types since
-        save_session(self.path, Session(tokens, engine.n_held, cache, messages, kept), model)
+        asked = tuple(spec.types for spec in engine.asked)
+        save_session(self.path, Session(tokens, engine.n_held, cache, messages, kept, asked), model)
 
 
 def open_conversation(

@@ -91,6 +91,8 @@ class Engine:
 
     Attributes
     ----------
+    asked
+        How the KV layers were to be stored, before the guard raised any.
     n_held
         How many of each the cache holds: the last that was drawn is processed with the next.
     kept
@@ -116,6 +118,7 @@ class Engine:
         self._make_cache = make_cache or self._default_cache
         self._device = model.device
         self.step = resolve_step(model.config, self._device.type)(model) if step is None else step
+        self.asked = tuple(specs)
         self._cache = self._make_cache(specs)
         self._drafts = None if speculation is None else speculation.begin(self.step)
         self._tokens = History(n_ctx)

@@ -19,6 +19,7 @@ DEFAULT_QUANT = "Q4_K_M"
 """What llama.cpp takes of a repository if nothing is said."""
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_ADDRESS = re.compile(r"^(?:https?://)?(?:hf\.co|huggingface\.co)/")
 _SHARD = re.compile(r"-00001-of-(\d{5})\.gguf$")
 _DIRECTORY = ("*.json", "*.safetensors", "*.model", "*.jinja", "tokenizer*", "merges.txt", "vocab*")
 
@@ -49,19 +50,34 @@ class HubModel:
 
 
 def parse_model(text: str, *, file: str | None = None, token: str | None = None, network: bool = True) -> HubModel:
-    """Read `owner/name[:quant]`.
+    """Read `owner/name[:quant]`, also behind the hub's own address, as ollama's users write it.
 
     Raises
     ------
     UsageError
         For anything else.
     """
-    repository, _, quant = text.partition(":")
+    repository, _, quant = _ADDRESS.sub("", text).rstrip("/").partition(":")
     if not _NAME.fullmatch(repository):
         raise UsageError(
             f"-hf {text!r}; allowed: owner/name or owner/name:quant", hint="try -hf Qwen/Qwen3-0.6B-GGUF:Q8_0"
         )
     return HubModel(repository, quant or None, file, token, network)
+
+
+def is_repository(text: str) -> bool:
+    """Check whether a text may name a repository: `owner/name`, and a type behind a colon."""
+    name = _ADDRESS.sub("", text).partition(":")[0]
+    return _NAME.fullmatch(name) is not None and not name.startswith(".") and not name.endswith(".gguf")
+
+
+def is_default(name: str) -> bool:
+    """Check whether a file is of the type that is taken if none is named."""
+    return _of_quant(DEFAULT_QUANT).search(name) is not None
+
+
+def _of_quant(quant: str) -> re.Pattern[str]:
+    return re.compile(rf"(?:^|[-_./]){re.escape(quant)}(?:[-./]|$)", re.IGNORECASE)
 
 
 def fetch_model(model: HubModel) -> Path:
@@ -148,16 +164,21 @@ def choose_files(names: Sequence[str], model: HubModel) -> list[str]:
     first = [name for name in found if not re.search(r"-\d{5}-of-\d{5}\.gguf$", name) or _SHARD.search(name)]
     if model.file is not None:
         if model.file not in names:
-            raise UsageError(f"-hff {model.file!r}; {model.repository} has: {', '.join(found) or 'no GGUF file'}")
+            raise UsageError(
+                f"-hff {model.file!r}; {model.repository} has: {', '.join(found) or 'no GGUF file'}",
+                hint="name one of these" if found else "leave -hff out",
+            )
         chosen = model.file
     elif not first and model.quant is None:
         return []
     else:
         quant = model.quant or DEFAULT_QUANT
-        pattern = re.compile(rf"(?:^|[-_./]){re.escape(quant)}(?:[-./]|$)", re.IGNORECASE)
-        fitting = [name for name in first if pattern.search(name)]
+        fitting = [name for name in first if _of_quant(quant).search(name)]
         if not fitting and model.quant is not None:
-            raise UsageError(f"-hf {model.repository}:{quant}; it has: {', '.join(first) or 'no GGUF file'}")
+            raise UsageError(
+                f"-hf {model.repository}:{quant}; it has: {', '.join(first) or 'no GGUF file'}",
+                hint="name one of these with -hff, or by its type behind the colon" if first else "leave the type out",
+            )
         chosen = (fitting or first)[0]
     if (match := _SHARD.search(chosen)) is None:
         return [chosen]

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from hybridkv.cache import KVTypes
 from hybridkv.engine.model_context import ModelContext
+from hybridkv.engine.pieces import Pieces
 from hybridkv.engine.prefixes import Checkpoint, PrefixStore
 from hybridkv.engine.requests import Request
 from hybridkv.engine.running_sequence import RunningSequence
-from hybridkv.engine.session import Session, resume
+from hybridkv.engine.session import Session, resume, stays_raised
 from hybridkv.errors import SessionError
 from hybridkv.runtime.stored import StoredCache
 
@@ -27,17 +28,17 @@ class Reuse:
         Makes the caches.
     store
         Holds the prefixes.
-    chunk
-        Tokens of a prompt in one iteration; None if the model takes a prompt at once, and so resumes from nothing.
+    pieces
+        Where prompts are cut; None if the model takes a prompt at once, and so resumes from nothing.
     """
 
-    def __init__(self, context: ModelContext, store: PrefixStore, chunk: int | None) -> None:
-        self._context, self._store, self._chunk = context, store, chunk
+    def __init__(self, context: ModelContext, store: PrefixStore, pieces: Pieces | None) -> None:
+        self._context, self._store, self._pieces = context, store, pieces
         self._said = False
 
     def wanted(self, request: Request) -> bool:
         """Check whether this request's sequence begins from stored prefixes and leaves its own."""
-        return request.reuse and not request.score_prompt and self._chunk is not None and self._store.budget_bytes > 0
+        return request.reuse and not request.score_prompt and self._pieces is not None and self._store.budget_bytes > 0
 
     def begin(self, sequence: RunningSequence) -> Checkpoint | None:
         """Give a sequence its cache, filled from the furthest checkpoint that leaves it a token to process."""
@@ -52,18 +53,19 @@ class Reuse:
         return found
 
     def is_due(self, sequence: RunningSequence) -> bool:
-        """Decide whether to leave a checkpoint: at a prompt's last chunk boundary and before each of the request's
+        """Decide whether to leave a checkpoint: at a prompt's last cut and at the last before each of the request's
         marks, and every so many tokens.
 
-        Only at boundaries: behind another place, the chunks of a longer prompt would begin elsewhere than without it,
-        and sums would round differently. A reply's end gets one of its own.
+        Only at cuts: behind another place, the pieces of a longer prompt would begin elsewhere than without it, and
+        sums would round differently. A reply's end gets one of its own.
         """
-        assert self._chunk is not None or not sequence.reuses
-        if not sequence.reuses or self._chunk is None or sequence.position % self._chunk:
+        pieces, place = self._pieces, sequence.position
+        assert pieces is not None or not sequence.reuses
+        if not sequence.reuses or pieces is None or not pieces.cuts_at(place):
             return False
-        spacing = max(1, CHECKPOINT_TOKENS // self._chunk) * self._chunk
+        spacing = max(1, CHECKPOINT_TOKENS // pieces.chunk) * pieces.chunk
         ends = (sequence.n_prefill, *sequence.handle.request.marks)
-        return any(0 <= end - sequence.position <= self._chunk for end in ends) or sequence.position % spacing == 0
+        return any(place <= end <= pieces.after(place) for end in ends) or place % spacing == 0
 
     def leave(self, sequence: RunningSequence) -> None:
         """Store what a sequence has processed; say once that there was no room, for turns then start over."""
@@ -87,7 +89,8 @@ class Reuse:
         SessionError
             If they hold none of it.
         """
-        found = self._store.find(self._context.specs_of(request.types), tokens, len(tokens))
+        specs = self._context.specs_of(request.types)
+        found = self._store.find(specs, tokens, len(tokens))
         if found is None:
             raise SessionError(
                 f"none of the {len(tokens)} tokens of {name} are stored any more",
@@ -95,7 +98,8 @@ class Reuse:
             )
         begun = self._store.last_within(found, len(request.prompt_ids) - 1)
         earlier = None if begun is None else (begun.end, self._whole(begun))
-        return Session(tokens, found.end, self._whole(found), earlier=earlier)
+        asked = tuple(spec.types for spec in specs)
+        return Session(tokens, found.end, self._whole(found), earlier=earlier, asked=asked)
 
     def _whole(self, checkpoint: Checkpoint) -> StoredCache:
         """Copy a checkpoint into contiguous memory."""
@@ -111,17 +115,18 @@ class Reuse:
         SessionError
             If there is no room for it, or the model cannot resume from it.
         """
-        if self._chunk is None:
+        if self._pieces is None:
             raise SessionError(
                 "this model's code takes a prompt at once and cannot resume from a session",
                 hint="`hybridkv run --session` resumes its own sessions",
             )
         end: Checkpoint | None = None
-        notice = None
+        notice = raised = None
         for part in (session.rewound(), session):
             if part is not None:
                 held, specs = part.tokens[: part.n_cached], self._context.specs_of(types)
                 cache, notice = resume(part, specs, partial(self._context.new_cache, n_ctx=len(held)))
+                raised = None if notice is not None else stays_raised(specs, cache)
                 # Rows that are encoded again are not sure to be those of the earlier place: each has its own then.
                 end = self._store.add(specs, held, cache, end if notice is None else None)
         if end is None or end.end < session.n_cached:
@@ -130,5 +135,5 @@ class Reuse:
                 f"{self._store.budget_bytes} bytes",
                 hint="give stored prefixes more memory",
             )
-        if notice is not None:
-            self._context.notify(notice)
+        if (said := notice or raised) is not None:
+            self._context.notify(f"{path.name}: {said}")

@@ -12,6 +12,7 @@ from torch import Tensor
 from hybridkv.cache import KVSpec
 from hybridkv.engine.drafts import Drafts
 from hybridkv.engine.filters import Tokens
+from hybridkv.engine.pieces import Pieces
 from hybridkv.engine.prefixes import Checkpoint, Key
 from hybridkv.engine.requests import Event, Finish, RequestHandle
 from hybridkv.engine.sampling import Sampler
@@ -84,14 +85,12 @@ class RunningSequence:
         request = self.handle.request
         return len(request.prompt_ids) + request.max_tokens
 
-    def chunk_end(self, chunk: int | None) -> int:
-        """Find where the prompt's next chunk ends: at a multiple of the chunk size, wherever it begins, or at the end.
+    def piece_end(self, pieces: Pieces | None) -> int:
+        """Find where the prompt's next piece ends: at the next cut, wherever it begins, or at the end.
 
-        So the chunks after a checkpoint at such a multiple are those of a sequence that started over.
+        So the pieces after a checkpoint at a cut are those of a sequence that started over.
         """
-        if chunk is None:
-            return self.n_prefill
-        return min(self.n_prefill, (self.position // chunk + 1) * chunk)
+        return self.n_prefill if pieces is None else min(self.n_prefill, pieces.after(self.position))
 
     def start_over(self, specs: tuple[KVSpec, ...], planned_bytes: int) -> None:
         """Let the cache go; everything up to now is to be processed again, at other types."""

@@ -25,6 +25,7 @@ from hybridkv.engine.intake import Intake
 from hybridkv.engine.ladder import check_weights, labels_of, raised_specs
 from hybridkv.engine.model_context import ModelContext, bad_logits
 from hybridkv.engine.pace import Costs
+from hybridkv.engine.pieces import Pieces
 from hybridkv.engine.prefixes import PrefixStore
 from hybridkv.engine.requests import Event, Request, RequestHandle, SchedulerStats
 from hybridkv.engine.reuse import Reuse
@@ -104,7 +105,8 @@ class Scheduler:
         self._context = ModelContext(model, specs, n_ctx=n_ctx, guard=guard, notify=notify)
         self._n_parallel = n_parallel
         self.step_of_model = resolve_step(model.config, self._context.device)(model) if step is None else step
-        self._chunk = prefill_chunk if self.step_of_model.takes_chunks else None
+        takes_pieces = self.step_of_model.takes_chunks
+        self._pieces = Pieces.on(self._context.device, prefill_chunk) if takes_pieces else None
         self._speculation = None if speculation is None or rejects_drafts(self.step_of_model) else speculation
         self._costs = Costs() if speculation is None else speculation.costs
         native = isinstance(self.step_of_model, NativeStep)
@@ -117,7 +119,7 @@ class Scheduler:
             n_states=1 if self._speculation is None else 2,
         )
         self.prefixes = PrefixStore(prefix_bytes)
-        self._reuse = Reuse(self._context, self.prefixes, self._chunk)
+        self._reuse = Reuse(self._context, self.prefixes, self._pieces)
         self._intake = Intake(max_waiting)
         self._running: tuple[RunningSequence, ...] = ()
         self._turn = 0
@@ -326,7 +328,7 @@ class Scheduler:
     def _prefill(self, sequence: RunningSequence) -> None:
         """Process the next chunk of one prompt, and draw the first token after its last."""
         start = time.perf_counter()
-        cache, begin, end = sequence.cache, sequence.position, sequence.chunk_end(self._chunk)
+        cache, begin, end = sequence.cache, sequence.position, sequence.piece_end(self._pieces)
         assert cache is not None
         try:
             logits = run_prompt(self.step_of_model, sequence, end)

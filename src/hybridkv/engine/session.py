@@ -16,7 +16,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fcntl import LOCK_EX, LOCK_NB, flock
 from glob import escape
 from io import BufferedIOBase
@@ -61,6 +61,8 @@ class Session:
         The conversation that the tokens are, if it is one.
     earlier
         Another place to resume from: how many tokens, and their cache.
+    asked
+        The types of each KV layer as they were asked for, before the guard raised any; () if they are not known.
     """
 
     tokens: tuple[int, ...]
@@ -68,10 +70,11 @@ class Session:
     cache: StoredCache
     messages: tuple[Message, ...] = ()
     earlier: tuple[int, StoredCache] | None = None
+    asked: tuple[KVTypes, ...] = ()
 
     def rewound(self) -> Session | None:
         """Return the session as it was at its earlier place."""
-        return None if self.earlier is None else Session(self.tokens, *self.earlier)
+        return None if self.earlier is None else Session(self.tokens, *self.earlier, asked=self.asked)
 
 
 def fingerprint(model: LanguageModel) -> str:
@@ -117,6 +120,8 @@ def save_session(path: Path, session: Session, model: LanguageModel) -> int:
         **{name: json.dumps(value) for name, value in _record(session.cache).items()},
         "messages": json.dumps([dict(m) for m in session.messages]),
     }
+    if session.asked:
+        metadata["asked"] = json.dumps([asdict(types) for types in session.asked])
     if session.earlier is not None:
         n_earlier, earlier = session.earlier
         tensors |= _tensors(earlier, _EARLIER)
@@ -170,7 +175,7 @@ _DELETE = "delete it, or give another file"
 def resume(
     session: Session, specs: Sequence[KVSpec], make_cache: Callable[[Sequence[KVSpec]], ModelCache]
 ) -> tuple[ModelCache, str | None]:
-    """Build a cache to resume with, stored as `specs` say.
+    """Build a cache to resume with, stored as `specs` say; what the guard had raised from the same types stays raised.
 
     Returns
     -------
@@ -178,6 +183,9 @@ def resume(
         The cache, and what was done to its rows, if anything.
     """
     held = session.cache
+    if session.asked:
+        layers = zip(specs, held.specs, session.asked, strict=True)
+        specs = [has if spec == replace(has, types=asked) else spec for spec, has, asked in layers]
     if held.specs == tuple(specs):
         cache = make_cache(specs)
         cache.load([held])
@@ -189,6 +197,12 @@ def resume(
     asked, saved = labels_of(specs), labels_of(held.specs)
     change = f"{saved} -> {asked}" if asked != saved else f"{asked}, other options"
     return cache, f"the session's rows were decoded and encoded again ({change}); they keep the error of both"
+
+
+def stays_raised(asked: Sequence[KVSpec], cache: ModelCache) -> str | None:
+    """Say how many layers of a resumed cache have the larger types that the guard gave them; None if none has."""
+    n_raised = sum(has != spec for has, spec in zip(cache.specs, asked, strict=True))
+    return f"{n_raised} KV layers stay at the larger types that the guard gave them" if n_raised else None
 
 
 _EARLIER = "earlier."
@@ -231,8 +245,10 @@ def _session(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], model: 
     record = {name: json.loads(metadata[name]) for name in ("pending", "errors", "fed")}
     cache = _cache(specs, shapes, tensors, n_cached, record)
     messages = tuple(json.loads(metadata["messages"]))
+    asked = tuple(KVTypes(**kv) for kv in json.loads(metadata.get("asked", "[]")))
+    _demand(len(asked) in (0, len(specs)), f"asked types of {len(asked)} layers")
     if _EARLIER not in metadata:
-        return Session(tokens, n_cached, cache, messages)
+        return Session(tokens, n_cached, cache, messages, asked=asked)
     record = json.loads(metadata[_EARLIER])
     n_earlier = int(record["n_cached"])
     _demand(0 < n_earlier < n_cached, f"{n_earlier} earlier tokens of {n_cached}")
@@ -241,7 +257,8 @@ def _session(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], model: 
         if spec.facts.window is None:
             _demand(0 <= n_packed <= cache.rows[n].n_packed, f"{n_packed} earlier rows")
             held |= {f"kv.{n}.{side}": tensors[f"kv.{n}.{side}"][:, :, :n_packed] for side in "kv"}
-    return Session(tokens, n_cached, cache, messages, (n_earlier, _cache(specs, shapes, held, n_earlier, record)))
+    earlier = _cache(specs, shapes, held, n_earlier, record)
+    return Session(tokens, n_cached, cache, messages, (n_earlier, earlier), asked)
 
 
 def _cache(

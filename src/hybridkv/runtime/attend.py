@@ -19,6 +19,7 @@ from hybridkv.errors import GuardError, ModelError
 from hybridkv.kernels import KERNELS, AttentionParams, Kernel, KVView, Phase, attend, select
 from hybridkv.policy import Fallback, MismatchError, NonFiniteError, Ok, Stop
 from hybridkv.runtime.evidence import is_finite, measure, verify
+from hybridkv.runtime.fallbacks import Raised
 from hybridkv.runtime.probes import Probe
 from hybridkv.runtime.rows import WatchedRows
 from hybridkv.runtime.view import LayerView
@@ -51,6 +52,8 @@ def attend_stored(query: Tensor, packed: LayerView, params: AttentionParams) -> 
         if watch.guard.measures and not watch.awaits_first_check and packed.fresh_k.shape[2] >= packed.view.length:
             out = _checked(query, packed, params, out)
             watch.schedule = watch.schedule.checked(packed.layer.n_seen, n_new)
+        if watch is watch.fallbacks.last:
+            watch.fallbacks.report(watch.notify)
     elif watch.should_check(packed.layer.n_seen, n_new) and is_finite(out):
         verify_call(query, packed, params, out)
     if watch.guard.watches and not is_finite(out):
@@ -101,6 +104,7 @@ def _checked(query: Tensor, packed: LayerView, params: AttentionParams, out: Ten
         watch.error = evidence.error
         verdict = watch.guard.judge(evidence)
         if isinstance(verdict, Stop):
+            watch.fallbacks.report(watch.notify)
             raise GuardError(
                 f"the guard stopped at {verdict.reason}",
                 hint="use a larger type, rotation (-khad), or --kv-guard check",
@@ -110,9 +114,8 @@ def _checked(query: Tensor, packed: LayerView, params: AttentionParams, out: Ten
         before = layer.nbytes
         watch.is_representative = True  # no other layer need have these types
         packed = replace(packed, view=_stored_again(packed, verdict.types, query.shape[2]))
-        watch.notify(
-            f"{verdict.reason}: stored as {verdict.types.label} instead, {(layer.nbytes - before) / 2**10:+.0f} KiB"
-        )
+        raised = Raised(layer.spec.facts.layer, verdict.reason, evidence.error, verdict.types, layer.nbytes - before)
+        watch.fallbacks.add(raised, watch.notify)
         out = attend(_kernel(query, packed, params), query, packed.view, params)
         if not layer.shows_packed(packed.view):
             watch.error, watch.awaits_first_check = None, True  # the new types have not been seen at work yet

@@ -20,6 +20,7 @@ from hybridkv.kernels import ENCODERS, KERNELS, Encoder, Kernel
 from hybridkv.model.facts import layer_facts
 from hybridkv.model.protocols import Config
 from hybridkv.policy import Guard
+from hybridkv.runtime.fallbacks import Fallbacks
 from hybridkv.runtime.rows import WatchedRows
 from hybridkv.runtime.states import States
 from hybridkv.runtime.stored import StoredCache
@@ -229,6 +230,7 @@ def watched_parts(
     """
     specs_by_layer = {spec.facts.layer: spec for spec in specs}
     kinds: set[KVSpec] = set()
+    fallbacks = Fallbacks()
 
     def choose(spec: KVSpec) -> LayerKernels:
         return resolve(spec, device, kernels, encoders)
@@ -239,6 +241,7 @@ def watched_parts(
             continue
         spec = specs_by_layer[index]
         kind = replace(spec, facts=replace(spec.facts, layer=0))
-        watch = LayerWatch(guard, notify, is_representative=kind not in kinds)
+        watch = LayerWatch(guard, notify, is_representative=kind not in kinds, fallbacks=fallbacks)
+        fallbacks.last = watch  # of those up to here
         kinds.add(kind)
         yield KVLayer(spec, choose, n_ctx=n_ctx), watch

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hybridkv.cache import KVLayer
 from hybridkv.policy import Schedule
+from hybridkv.runtime.fallbacks import Fallbacks
 from hybridkv.runtime.view import DeviceStep, LayerView, LayerWatch
 
 
@@ -73,7 +74,7 @@ class WatchedRows:
     def copy(self, n_ctx: int | None) -> Self:
         """Copy the rows, to continue from the same tokens independently; see `KVLayer.copy`."""
         twin = copy.copy(self)
-        twin.store, twin.watch = self.store.copy(n_ctx), replace(self.watch)
+        twin.store, twin.watch = self.store.copy(n_ctx), replace(self.watch, fallbacks=Fallbacks())
         return twin
 
     def empty(self, n_ctx: int | None) -> Self:

@@ -11,6 +11,7 @@ from torch import Tensor
 from hybridkv.cache import KVLayer
 from hybridkv.kernels import KVView
 from hybridkv.policy import Guard, Schedule
+from hybridkv.runtime.fallbacks import Fallbacks
 
 Notify = Callable[[str], None]
 
@@ -34,6 +35,8 @@ class LayerWatch:
     is_representative
         Whether it is the first layer of its kind. Its rows and its attention stand for the others', but for the first
         single token, which is checked in all.
+    fallbacks
+        Those of the cache that wait to be reported.
     """
 
     guard: Guard
@@ -42,6 +45,7 @@ class LayerWatch:
     error: float | None = None
     schedule: Schedule = field(default=Schedule())
     is_representative: bool = field(default=True)
+    fallbacks: Fallbacks = field(default_factory=Fallbacks)
 
     def should_check(self, n_seen: int, n_new: int) -> bool:
         """Decide whether to check this call: of `n_new` tokens, after which the cache has seen `n_seen`."""

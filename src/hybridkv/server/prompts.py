@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -148,7 +148,11 @@ class Prompts:
         return (first, *before, hole, *after, middle)
 
     async def chat(
-        self, turns: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], variables: Mapping[str, Any]
+        self,
+        turns: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]],
+        variables: Mapping[str, Any],
+        defaults: Container[str] = (),
     ) -> Rendered:
         """Tokenize a conversation, up to where the answer begins; what messages say is text, whatever it says.
 
@@ -158,6 +162,8 @@ class Prompts:
             As chat templates take them.
         variables
             Of the chat template.
+        defaults
+            Variables that the server sets: a request is not told that the template does not read them.
 
         Raises
         ------
@@ -178,7 +184,7 @@ class Prompts:
             given |= {"tools": list(tools)} if tools else {}
         else:
             turns = taught(turns, tools)
-        unread = [name for name in variables if name not in self.variables]
+        unread = [name for name in variables if name not in self.variables and name not in defaults]
         if "thinking" in self.variables and "enable_thinking" in unread:
             unread.remove("enable_thinking")
         unknown = tuple(f"chat_template_kwargs.{name}" for name in unread)

@@ -179,7 +179,8 @@ class RequestHandler:
         tools = [tool.for_template() for tool in body.tools or ()]
         uses_tools = bool(tools) and body.tool_choice != "none"
         turns = [message.for_template() for message in body.messages]
-        rendered = await self.prompts.chat(turns, tools if uses_tools else (), self._variables(body))
+        variables = self._variables(body)
+        rendered = await self.prompts.chat(turns, tools if uses_tools else (), variables, self.served.variables)
         shown = body.reasoning_format or self.served.reasoning_format
         reading = Reading(
             thoughts=None if shown == "none" else self.prompts.thoughts,

@@ -14,6 +14,8 @@ from tests.server.calls.of_openai import City
 from tests.server.calls.record import Call
 from tests.server.conftest import Running
 
+os.environ["LLM_LOAD_PLUGINS"] = ""  # the model's own package is one, and what it imports is not installed
+
 
 def _model(server: Running) -> Any:
     llm = pytest.importorskip("llm")

@@ -48,11 +48,8 @@ _SAID_BY_REQUESTS = {
     "-sysf": "clients send system messages",
     "-r": "their `stop`",
     "--ignore-eos": "a server ends answers where the model does",
-    "-rea": "their chat_template_kwargs set enable_thinking",
-    "--reasoning-effort": "their reasoning_effort",
     **dict.fromkeys(("--grammar", "--grammar-file"), "their `grammar`"),
     **dict.fromkeys(("-j", "-jf"), "their `json_schema` or `response_format`"),
-    "--chat-template-kwargs": "their chat_template_kwargs",
 }
 
 

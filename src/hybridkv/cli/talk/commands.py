@@ -11,6 +11,7 @@ from hybridkv.cli.talk.screen import Screen
 from hybridkv.cli.talk.talk import Talk, history_of
 from hybridkv.cli.talk.thoughts import Kind
 from hybridkv.errors import UsageError
+from hybridkv.formats import get_format
 
 Pieces = Iterator[tuple[Kind, str]]
 
@@ -86,7 +87,9 @@ def _path(value: str, name: str) -> Path:
 def _stats(talk: Talk, screen: Screen, value: str) -> None:
     del value
     last = talk.last
-    screen.say(f"cache: K {talk.types.type_k}, V {talk.types.type_v}, but for layers that the guard has raised")
+    packed = any(get_format(name).is_quantized for name in (talk.types.type_k, talk.types.type_v))
+    raised = ", but for layers that the guard has raised" * packed
+    screen.say(f"cache: K {talk.types.type_k}, V {talk.types.type_v}{raised}")
     if last is None:
         screen.say("nothing was answered yet")
         return
