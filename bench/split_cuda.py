@@ -54,9 +54,9 @@ class Bench:
         split = Split(n_cpu_moe=options.n_cpu_moe, device_memory=parse_bytes(options.device_memory))
         placement = place_on_card(self.description, self.specs, split, options.device, n_ctx=self.n_ctx)
         self.n_cpu_moe = placement.n_cpu_moe
-        for row in placement.rows():
-            card, host = row.card_bytes / 2**20, row.host_bytes / 2**20
-            print(f"  {row.name:16}{card:10.0f} MiB on the card {host:10.0f} MiB in main memory")
+        for line in placement.lines():
+            card, host = line.card_bytes / 2**20, line.host_bytes / 2**20
+            print(f"  {line.name:16}{card:10.0f} MiB on the card {host:10.0f} MiB in main memory")
         start = time.perf_counter()
         loaded = load(
             self.description,

@@ -88,7 +88,7 @@ def cli_page() -> str:
 
 def llama_cpp_page() -> str:
     """docs/from-llama-cpp.md: every option of llama.cpp and ik_llama.cpp, and what it is here."""
-    from hybridkv.cli.llama_cpp import ROWS, accepted_names
+    from hybridkv.cli.llama_cpp import LLAMA_OPTIONS, accepted_names
     from hybridkv.cli.main import build_parser
 
     _, commands = build_parser()
@@ -108,12 +108,12 @@ def llama_cpp_page() -> str:
         "| option | variable | here | |",
         "|---|---|---|---|",
     ]
-    for row in ROWS:
-        has = [command for command, names in own.items() if set(row.names) & names]
-        here = f"**same** ({', '.join(has)})" if has else "*note*" if row.fate == "note" else "refused"
-        options = ", ".join(f"`{name}`" for name in row.names)
-        variable = f"`{row.env}`" if row.env else ""
-        lines.append(f"| {options} | {variable} | {here} | {row.text} |")
+    for option in LLAMA_OPTIONS:
+        has = [command for command, names in own.items() if set(option.names) & names]
+        here = f"**same** ({', '.join(has)})" if has else "*note*" if option.fate == "note" else "refused"
+        options = ", ".join(f"`{name}`" for name in option.names)
+        variable = f"`{option.env}`" if option.env else ""
+        lines.append(f"| {options} | {variable} | {here} | {option.text} |")
     return "\n".join(lines) + "\n"
 
 

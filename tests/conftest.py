@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import hybridkv.kernels.cuda as kernels
+from tests.isas import ISAS
 from tests.on_device import INTERPRETED
 from tests.with_lab import WHERE, WITH_LAB
 
@@ -30,7 +31,6 @@ if INTERPRETED:
 from transformers.utils import logging
 
 from hybridkv.cache import planes
-from hybridkv.kernels import cpu_native
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -96,15 +96,11 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planes, "allocate", allocate)
 
 
-def _isas() -> tuple[str, ...]:
-    return tuple(cpu_native._native().isas()) if cpu_native.available() is None else ()
-
-
-@pytest.fixture(params=_isas())
+@pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Ask for an instruction set: for each that this processor runs, or for those of a test; `best` asks for none."""
     if request.param != "best":
-        if request.param not in _isas():
+        if request.param not in ISAS:
             pytest.skip(f"this processor does not run {request.param}")
         monkeypatch.setenv("HYBRIDKV_ISA", request.param)
     return str(request.param)

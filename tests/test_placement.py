@@ -55,8 +55,8 @@ def qwen35_35b(n_ctx: int, kv_bits: float = 34 / 32) -> Needs:
 
 
 def bytes_of(placement: Placement, group: str) -> tuple[int, int]:
-    row = next(row for row in placement.rows() if row.name == group)
-    return row.card_bytes, row.host_bytes
+    line = next(line for line in placement.lines() if line.name == group)
+    return line.card_bytes, line.host_bytes
 
 
 def test_all_of_it_where_it_fits() -> None:
@@ -136,8 +136,8 @@ def test_whole_layers(n: int, layers: int, head: bool, embedding: bool) -> None:
     assert (where["output.weight"], where["token_embd.weight"]) == (head, embedding)
     assert all(where[f"blk.{i}.ffn_up_exps.weight"] is (i >= LAYERS - layers) for i in range(LAYERS))
     on_card = sum(needs.kv_bytes[LAYERS - layers :])
-    row = next(row for row in found.rows() if row.name == "KV")
-    assert (row.card_bytes, row.host_bytes) == (on_card, sum(needs.kv_bytes) - on_card)
+    line = next(line for line in found.lines() if line.name == "KV")
+    assert (line.card_bytes, line.host_bytes) == (on_card, sum(needs.kv_bytes) - on_card)
     if n == 0:
         assert found.card_bytes == 0
 
@@ -150,8 +150,8 @@ def test_the_first_pattern_decides() -> None:
     assert where["blk.3.ffn_up_exps.weight"]
     assert not where["blk.33.ffn_up_exps.weight"]
     assert not where["blk.3.attn_q.weight"]
-    row = next(row for row in found.rows() if row.name == "routed experts")
-    assert (row.card_layers, row.host_layers) == (1, 39)
+    line = next(line for line in found.lines() if line.name == "routed experts")
+    assert (line.card_layers, line.host_layers) == (1, 39)
 
 
 def test_experts_by_layers() -> None:

@@ -26,13 +26,15 @@ def test_a_sample_is_small() -> None:
     assert len(covering(range(7), range(5), range(4), range(3))) <= 40
 
 
-def test_what_is_not_quick_is_slow() -> None:
+def test_what_is_not_quick_is_slow_or_long() -> None:
     params = pairwise("abcd", range(4), range(4))
     assert len(params) == 64
     quick = [param.values for param in params if not param.marks]
     assert quick == [row for row in product("abcd", range(4), range(4)) if row in covering("abcd", range(4), range(4))]
     assert len(quick) < 24
-    assert {param.marks[0].name for param in params if param.marks} == {"slow"}
+    rest = [param.marks[0].name for param in params if param.marks]
+    assert rest.count("slow") == len(rest) // 3
+    assert rest.count("long") == len(rest) - len(rest) // 3
 
 
 def test_each_type_is_on_each_side() -> None:
@@ -46,4 +48,10 @@ def test_every_other_leaves_no_value_out() -> None:
     quick = [param.values for param in every_other(range(4), "abc") if not param.marks]
     assert len(quick) == 6
     assert {row[0] for row in quick} == set(range(4))
+    assert {row[1] for row in quick} == set("abc")
+
+
+def test_a_larger_step_leaves_no_value_out() -> None:
+    quick = [param.values for param in every_other(range(5), "abc", 3) if not param.marks]
+    assert len(quick) == 5
     assert {row[1] for row in quick} == set("abc")

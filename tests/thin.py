@@ -1,4 +1,4 @@
-"""Fewer cases that find as much: a sample of a product runs by default, the rest of it with `-m slow`."""
+"""Fewer cases that find as much: a sample of a product runs by default, the rest of it with `-m slow` or `-m long`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ Row = tuple[Any, ...]
 def covering(*axes: Iterable[Any]) -> list[Row]:
     """Choose rows of a product in which every pair of values of any two axes occurs."""
     axes = tuple(tuple(values) for values in axes)
+    if not all(axes):
+        return []
     cells = [[(axis, i) for i in range(len(values))] for axis, values in enumerate(axes)]
     left = {pair for one, other in combinations(cells, 2) for pair in product(one, other)}
     rows: list[Row] = []
@@ -30,8 +32,18 @@ def covering(*axes: Iterable[Any]) -> list[Row]:
 
 
 def pairwise(*axes: Iterable[Any]) -> list[Any]:
-    """Parametrize by a product: a pairwise sample by default, the rest as slow."""
-    return slow_but(product(*axes), covering(*axes))
+    """Parametrize by a product: a pairwise sample by default, a third of the rest as slow, the others as long.
+
+    What the sample leaves out can only find a fault that takes three values to show.
+    """
+    axes = tuple(tuple(values) for values in axes)
+    quick, found, n_rest = covering(*axes), [], 0
+    for row in product(*axes):
+        is_rest = row not in quick
+        n_rest += is_rest
+        marks = () if not is_rest else pytest.mark.slow if n_rest % 3 == 0 else pytest.mark.long
+        found.append(_param(row, marks))
+    return found
 
 
 def each_side(names: Iterable[str]) -> list[Any]:
@@ -49,10 +61,13 @@ def pairs_in_turn(names: Iterable[str], shift: int = 1) -> list[tuple[str, str]]
     return [(name, names[(i + shift) % len(names)]) for i, name in enumerate(names)]
 
 
-def every_other(one: Iterable[Any], other: Iterable[Any]) -> list[Any]:
-    """Parametrize by a product of two axes: half of it by default, as a chessboard has it, the other half as slow."""
+def every_other(one: Iterable[Any], other: Iterable[Any], step: int = 2) -> list[Any]:
+    """Parametrize by a product of two axes: half of it by default, as a chessboard has it, the other half as slow.
+
+    A larger `step` leaves fewer by default; every value of an axis stays if the other has `step` values or more.
+    """
     one, other = list(one), list(other)
-    quick = [(a, b) for i, a in enumerate(one) for j, b in enumerate(other) if (i + j) % 2 == 0]
+    quick = [(a, b) for i, a in enumerate(one) for j, b in enumerate(other) if (i + j) % step == 0]
     return slow_but(product(one, other), quick)
 
 
@@ -65,4 +80,8 @@ def slow_but(values: Iterable[Any], quick: Iterable[Any]) -> list[Any]:
 
 def _param(value: Any, marks: Any) -> Any:
     row = value if isinstance(value, tuple) else (value,)
-    return pytest.param(*row, marks=marks, id="-".join(str(getattr(each, "name", each)) for each in row))
+    return pytest.param(*row, marks=marks, id="-".join(map(_id, row)))
+
+
+def _id(value: Any) -> str:
+    return str(getattr(value, "name", getattr(value, "label", value)))

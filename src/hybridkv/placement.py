@@ -88,7 +88,7 @@ class Needs:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PlacementLine:
     """A line of the table: a group, in how many layers it lies where, and bytes."""
 
     name: str
@@ -122,12 +122,12 @@ class Placement:
     @property
     def card_bytes(self) -> int:
         """Bytes on the card."""
-        return sum(row.card_bytes for row in self.rows())
+        return sum(line.card_bytes for line in self.lines())
 
     @property
     def host_bytes(self) -> int:
         """Bytes in main memory."""
-        return sum(row.host_bytes for row in self.rows())
+        return sum(line.host_bytes for line in self.lines())
 
     @property
     def n_cpu_moe(self) -> int:
@@ -137,7 +137,7 @@ class Placement:
     def _placed(self) -> list[tuple[Portion, bool]]:
         return list(zip(self.needs.portions, self.on_card, strict=True))
 
-    def rows(self) -> list[Row]:
+    def lines(self) -> list[PlacementLine]:
         """Return the table: groups that the model has, KV rows, states, and what is taken beside them."""
         found = []
         for group in GROUPS:
@@ -147,14 +147,15 @@ class Placement:
                 stays = {p.layer for p, _ in mine} - moved
                 on_card = sum(p.card_bytes for p, on in mine if on)
                 on_host = sum(p.host_bytes for p, on in mine if not on)
-                found.append(Row(group, on_card, on_host, len(stays - {None}), len(moved - {None})))
+                found.append(PlacementLine(group, on_card, on_host, len(stays - {None}), len(moved - {None})))
         for name, each in (("KV", self.needs.kv_bytes), ("states", self.needs.state_bytes)):
             card, host = (
                 [n for n, on in zip(each, self.layers, strict=True) if on is place] for place in (True, False)
             )
-            found.append(Row(name, sum(card), sum(host), sum(map(bool, card)), sum(map(bool, host))))
+            found.append(PlacementLine(name, sum(card), sum(host), sum(map(bool, card)), sum(map(bool, host))))
         beside = self.needs.beside_bytes + (SPLIT_BYTES if self.n_cpu_moe else 0) if any(self.on_card) else 0
-        return [row for row in found if row.card_bytes or row.host_bytes] + [Row("beside them", beside, 0)]
+        found.append(PlacementLine("beside them", beside, 0))
+        return [line for line in found if line.card_bytes or line.host_bytes or line is found[-1]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import pytest
 
 from hybridkv.cli import serve
 from hybridkv.cli.chat_options import unescape
-from hybridkv.cli.llama_cpp import ROWS, accepted_names, options_from_variables, row_of
+from hybridkv.cli.llama_cpp import LLAMA_OPTIONS, accepted_names, llama_option, options_from_variables
 from hybridkv.cli.main import build_parser
 from hybridkv.cli.serve_answers import answers_from
 from hybridkv.server.sampler_fields import SamplerFields
@@ -28,7 +28,7 @@ COMMANDS = build_parser()[1]
 
 
 def test_every_option_of_both_engines_has_one_row() -> None:
-    rows = [name for row in ROWS for name in row.names]
+    rows = [name for row in LLAMA_OPTIONS for name in row.names]
     assert len(rows) == len(set(rows))
     assert not NAMES - set(rows)
     assert len(NAMES) > 550
@@ -40,7 +40,7 @@ def test_values_are_taken_as_there() -> None:
     takes = {name: value != "-" for _, names, value, _ in LLAMA for name in names.split()}
     takes = {name: value != "-" for names, value in IK for name in names.split()} | takes
     for name in NAMES - both_ways:
-        row = row_of(name)
+        row = llama_option(name)
         assert row is not None
         assert (row.takes != "") == takes[name] or row.takes == "[N]", name
 
@@ -48,7 +48,7 @@ def test_values_are_taken_as_there() -> None:
 def test_variables_are_those_of_llama_cpp() -> None:
     theirs = {(name, variable) for _, names, _, variable in LLAMA for name in names.split()[:1] if variable != "-"}
     for name, variable in theirs:
-        row = row_of(name)
+        row = llama_option(name)
         assert row is not None
         if variable.startswith(("LLAMA_", "HF_")):
             assert row.env == variable, name
@@ -56,7 +56,7 @@ def test_variables_are_those_of_llama_cpp() -> None:
 
 def test_a_row_that_says_same_is_an_option_of_a_command() -> None:
     own = {c: COMMANDS[c]._option_string_actions.keys() - accepted_names(COMMANDS[c]) for c in ("run", "serve")}
-    for row in ROWS:
+    for row in LLAMA_OPTIONS:
         for name in row.names:
             assert row.fate != "same" or name in own["run"] | own["serve"], name
 

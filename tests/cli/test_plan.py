@@ -25,6 +25,7 @@ from tests.cli.conftest import Cli
 from tests.cli.models import ModelStore
 from tests.gguf.test_bad_metadata import copied
 from tests.gguf.write_qwen35 import draft, tiny_model
+from tests.thin import every_other
 
 QWEN35_35B = Path(__file__).parents[1] / "data" / "qwen3.5-35b-a3b" / "config.json"
 MIB = 2**20
@@ -69,8 +70,7 @@ def test_the_table_that_a_person_reads(cli: Cli) -> None:
     assert "largest context in 80GiB" in done.out
 
 
-@pytest.mark.parametrize("model", [None, QWEN35_35B], ids=["bundled", "35b"])
-@pytest.mark.parametrize("n_seqs", [1, 3])
+@pytest.mark.parametrize(("model", "n_seqs"), every_other((None, QWEN35_35B), (1, 3)))
 def test_the_largest_context_fits_and_one_token_more_does_not(cli: Cli, model: Path | None, n_seqs: int) -> None:
     base = ["-np", n_seqs, *([] if model is None else ["-m", model])]
     memory = 80 * 2**30 if model else 100 * MIB

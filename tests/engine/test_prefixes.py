@@ -26,6 +26,7 @@ from tests.engine.serving import (
     tokens,
 )
 from tests.families import FAMILIES
+from tests.thin import slow_but
 
 ROOM = 1 << 26
 
@@ -36,16 +37,11 @@ def ask(run: Scheduler, ids: tuple[int, ...], n_new: int = 10, **options: object
     return handle
 
 
-@pytest.mark.parametrize(
-    ("family", "types"),
-    [
-        ("qwen3_5_text", Q8),
-        ("qwen3_5_text", Q8_TAILED),
-        ("qwen3_5_text", KVTypes("f32", "f32")),
-        ("lfm2", Q8_TAILED),
-        *((family, Q8) for family in FAMILIES),
-    ],
-)
+STORED = [("qwen3_5_text", Q8_TAILED), ("qwen3_5_text", KVTypes("f32", "f32")), ("lfm2", Q8_TAILED)]
+EACH = [(family, Q8) for family in FAMILIES]
+
+
+@pytest.mark.parametrize(("family", "types"), slow_but([*STORED, *EACH], [*STORED, *EACH[::2]]))
 def test_a_conversation_goes_on_where_it_was(family: str, types: KVTypes) -> None:
     """Every turn processes what is new and one token of the last reply, which was drawn and never fed back."""
     run = scheduler(family, types=types, prefix_bytes=ROOM)

@@ -36,21 +36,17 @@ from tests.engine.serving import (
     tokens,
 )
 from tests.families import CONTROLS, FAMILIES, HYBRIDS
+from tests.thin import every_other, slow_but
 
 LENGTHS = (5, 70, 1, 33, 64)
 needs_native = pytest.mark.skipif(cpu_native.available() is not None, reason="the native extension is not built")
 
 
-@pytest.mark.parametrize(
-    ("family", "types"),
-    [
-        ("qwen3_5_text", KVTypes("f32", "f32")),
-        ("jamba", TAILED),
-        ("zamba2", TAILED),
-        *((family, Q8) for family in HYBRIDS),
-        *((family, TAILED) for family in CONTROLS),
-    ],
-)
+MET = [*((family, Q8) for family in HYBRIDS), *((family, TAILED) for family in CONTROLS)]
+FIRST = [("qwen3_5_text", KVTypes("f32", "f32")), ("jamba", TAILED), ("zamba2", TAILED)]
+
+
+@pytest.mark.parametrize(("family", "types"), slow_but([*FIRST, *MET], [*FIRST, *MET[::2]]))
 def test_sequences_get_what_they_get_alone(family: str, types: KVTypes) -> None:
     """More of them than places, of all lengths, so that they meet at every point of each other's lives."""
     asked = requests(LENGTHS, 8)
@@ -63,13 +59,12 @@ def test_sequences_get_what_they_get_alone(family: str, types: KVTypes) -> None:
     assert all(len(ids) == 8 for ids in got)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_prompt_in_pieces_gets_the_tokens_of_one_piece(family: str) -> None:
-    """Pieces shorter than some convolutions, windows and chunks of a scan, and of odd lengths."""
+@pytest.mark.parametrize(("family", "chunk"), every_other(FAMILIES, (1, 2, 7, 60), 4))
+def test_a_prompt_in_chunks_gets_the_tokens_of_one_chunk(family: str, chunk: int) -> None:
+    """Chunks shorter than some convolutions, windows and chunks of a scan, and of odd lengths."""
     asked, types = Request(prompt(61), 8, GREEDY), KVTypes("f32", "f32")
     whole = alone(asked, family, types=types)
-    for chunk in (1, 2, 7, 60):
-        assert alone(asked, family, types=types, prefill_chunk=chunk) == whole, chunk
+    assert alone(asked, family, types=types, prefill_chunk=chunk) == whole
 
 
 def test_sampled_sequences_get_what_they_get_alone() -> None:

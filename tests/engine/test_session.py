@@ -42,6 +42,7 @@ from tests.engine.serving import (
     tokens,
 )
 from tests.families import FAMILIES, HYBRIDS
+from tests.thin import slow_but
 
 Q4 = KVTypes("q4_0", "q4_0")
 STORED = (Q8, TAILED, KVTypes("f32", "f16"), KVTypes("hq4_nl", "q5_1"))
@@ -78,14 +79,11 @@ def go_on(family: str, cache: ModelCache, ids: tuple[int, ...]) -> Tensor:
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize(
-    ("family", "types"),
-    [
-        *[("qwen3_5_text", types) for types in STORED],
-        ("falcon_h1", TAILED),
-        *[(family, Q8) for family in FAMILIES],
-    ],
-)
+FIRST = [*(("qwen3_5_text", types) for types in STORED), ("falcon_h1", TAILED)]
+EACH = [(family, Q8) for family in FAMILIES]
+
+
+@pytest.mark.parametrize(("family", "types"), slow_but([*FIRST, *EACH], [*FIRST, *EACH[1::2]]))
 def test_goes_on_to_the_bit(tmp_path: Path, family: str, types: KVTypes) -> None:
     session, _, cache = begun(family, types)
     path = tmp_path / "a.session"

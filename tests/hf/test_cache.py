@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from hybridkv.runtime.view import LayerView
 from tests.chat_models import CHATML, byte_level
 from tests.families import FAMILIES, build, remembering
 from tests.hf.test_families import change, run, tokens
-from tests.thin import pairwise
+from tests.thin import slow_but
 
 needs_accelerate = pytest.mark.skipif(find_spec("accelerate") is None, reason="accelerate is in [test-all]")
 
@@ -76,7 +77,11 @@ def test_bytes_by_type(hybrid: PreTrainedModel) -> None:
     assert used["q4_0"] / used["f32"] == pytest.approx(4.5 / 32)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+OF_EACH_KIND = ("qwen3_5_text", "jamba", "bamba", "zamba2", "lfm2", "falcon_h1", "gemma3_text")
+"""One family of each kind of state, and one with windows."""
+
+
+@pytest.mark.parametrize("family", slow_but(FAMILIES, OF_EACH_KIND))
 def test_reset_starts_over(family: str) -> None:
     model = build(family, attention="hybridkv")
     cache = quantized_cache(model)
@@ -171,7 +176,10 @@ def drafter(family: str, noise: float) -> PreTrainedModel:
 
 @pytest.mark.parametrize(
     ("family", "type_", "length"),
-    pairwise(["lfm2", "lfm2_moe", "gemma3_text", "qwen3"], ["f32", "q8_0"], [1, 2, 25]),
+    slow_but(
+        product(["lfm2", "lfm2_moe", "gemma3_text", "qwen3"], ["f32", "q8_0"], [1, 2, 25]),
+        [("lfm2", "f32", 25), ("lfm2_moe", "q8_0", 2), ("gemma3_text", "q8_0", 25), ("qwen3", "f32", 1)],
+    ),
 )
 def test_assisted_decoding(family: str, type_: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Convolutions and windows go back over drafts that were refused; other states never do (Transformers refuses)."""

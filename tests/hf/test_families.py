@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import transformers
@@ -14,8 +16,12 @@ from hybridkv.hf import ModelCache
 from hybridkv.hf.states import StateLayer
 from hybridkv.model import layer_facts
 from tests.families import CONTROLS, FAMILIES, HYBRIDS, build, remembering
+from tests.thin import slow_but
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
+FAMILY_EVEN, FAMILY_ODD = (pytest.mark.parametrize("family", slow_but(FAMILIES, tuple(FAMILIES)[i::2])) for i in (0, 1))
+"""Every other family by default: each has half of these tests."""
+HYBRID_EVEN, HYBRID_ODD = (pytest.mark.parametrize("family", slow_but(HYBRIDS, tuple(HYBRIDS)[i::2])) for i in (0, 1))
 EXACT = 1e-4  # with AMX a query is two bfloat16 terms: 16 bits
 Q8_BOUND = 0.08
 """Relative change of the logits that q8_0 may cause in these small random models; measured: 0.003 to 0.026 on
@@ -50,9 +56,15 @@ def packed(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return build(family, dtype=dtype, attention="hybridkv")
 
 
+@functools.cache
+def dynamic_logits(family: str) -> Tensor:
+    model = build(family)
+    return run(model, DynamicCache(config=model.config), tokens())
+
+
 @FAMILY
 def test_f32_rows_give_dynamic_caches_logits(family: str) -> None:
-    exact = run(build(family), DynamicCache(config=build(family).config), tokens())
+    exact = dynamic_logits(family)
     model = packed(family)
     for rotate in (False, True):
         cache = quantized_cache(model, type_k="f32", type_v="f32", rotate_k=rotate, rotate_v=rotate)
@@ -61,13 +73,13 @@ def test_f32_rows_give_dynamic_caches_logits(family: str) -> None:
 
 @FAMILY
 def test_q8_0_stays_within_its_bound(family: str) -> None:
-    exact = run(build(family), DynamicCache(config=build(family).config), tokens())
+    exact = dynamic_logits(family)
     model = packed(family)
     got = change(run(model, quantized_cache(model, type_k="q8_0", type_v="q8_0"), tokens()), exact)
     assert EXACT < got <= Q8_BOUND
 
 
-@FAMILY
+@FAMILY_ODD
 def test_chunked_prefill_gives_the_same_logits(family: str) -> None:
     model = packed(family)
     whole = run(model, quantized_cache(model, type_k="f32", type_v="f32"), tokens(), chunks=(21,))
@@ -89,11 +101,10 @@ def test_a_chunk_that_would_start_from_a_zero_state_is_refused() -> None:
             model(tokens()[:, 11:], **remembering(cache))
 
 
-@FAMILY
+@FAMILY_EVEN
 def test_other_attention_implementations_get_dequantized_tensors(family: str) -> None:
     """The same bytes through eager attention: right answers, only slower."""
-    model = build(family)
-    exact = run(model, DynamicCache(config=model.config), tokens())
+    model, exact = build(family), dynamic_logits(family)
     assert change(run(model, quantized_cache(model, type_k="f32", type_v="f32"), tokens()), exact) <= EXACT
     eager = run(model, quantized_cache(model, type_k="q4_0", type_v="q5_1", rotate_k=True, guard="off"), tokens())
     model = packed(family)
@@ -104,7 +115,7 @@ def test_other_attention_implementations_get_dequantized_tensors(family: str) ->
     assert change(fused, eager) <= (0.5 if experts else 0.15) * change(eager, exact)
 
 
-@pytest.mark.parametrize("family", HYBRIDS)
+@HYBRID_EVEN
 def test_bfloat16_models_keep_float32_states(family: str) -> None:
     model = packed(family, torch.bfloat16)
     cache = quantized_cache(model, type_k="q8_0", type_v="q8_0")
@@ -117,7 +128,7 @@ def test_bfloat16_models_keep_float32_states(family: str) -> None:
     assert change(logits, reference) <= 0.1  # bfloat16 arithmetic, not the cache, sets this
 
 
-@FAMILY
+@FAMILY_ODD
 def test_left_padding_does_not_change_a_sequence(family: str) -> None:
     """A batch of a short and a long prompt, padded on the left, against each prompt alone."""
     model = packed(family)
@@ -137,7 +148,7 @@ def test_left_padding_does_not_change_a_sequence(family: str) -> None:
     assert torch.equal(together, reference)
 
 
-@pytest.mark.parametrize("family", HYBRIDS)
+@HYBRID_ODD
 def test_generate_with_beams(family: str) -> None:
     options = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "eos_token_id": None}
     ids = tokens(2, 9)

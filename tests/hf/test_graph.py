@@ -25,6 +25,7 @@ from hybridkv.policy import Guard, NonFiniteError, Policy
 from tests.families import FAMILIES, build
 from tests.hf import recorded
 from tests.hf.recorded import Again, Suspicious, Traced
+from tests.thin import every_other
 
 WINDOWED = ("gemma2", "gemma3_text", "gpt_oss", "mistral")
 TWO_LAYERS = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
@@ -74,8 +75,7 @@ def compare(step: GraphStep, model: PreTrainedModel, cache: ModelCache, pieces: 
         position += piece.shape[1]
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in WINDOWED])
+@pytest.mark.parametrize(("family", "batch"), every_other([f for f in FAMILIES if f not in WINDOWED], (1, 3)))
 def test_every_family_decodes_by_numbers_on_the_device(family: str, batch: int) -> None:
     model, recorder = build(family, attention="hybridkv"), Again()
     step = GraphStep(EagerStep(model), recorder=recorder, notify=pytest.fail)

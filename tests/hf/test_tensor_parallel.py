@@ -137,6 +137,7 @@ def test_what_transformers_cannot_cut_is_refused(tmp_path: Path, monkeypatch: py
         assert str(raised.value.hint).endswith(said)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_done_does_not_take_the_interpreter_down() -> None:
     """Threads of gloo's still run then, and one that asks for the interpreter too late aborts the process."""
     program = (

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 
 from hybridkv.formats import FORMATS
 from hybridkv.kernels import AttentionParams, Kernel, KVView, Segment, attend, cpu, cpu_native, reference
+from tests.isas import ISAS, isas_with
 from tests.kernels.stored import Part, Stored, store_parts
 from tests.oracles.attention import exact_attention, relative_rmse
 from tests.thin import pairwise
 
-NATIVE = tuple(cpu_native._native().isas()) if cpu_native.available() is None else ()
+KERNELS = ("reference", *ISAS)
 
 SINK, TAIL = Part("f16", "f16", 4, memory="float"), Part("f16", "f16", 37, memory="float")
 LAYOUTS = {
@@ -30,7 +32,7 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(params=("reference", *NATIVE))
+@pytest.fixture(params=KERNELS)
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     if request.param == "reference":
         return reference.KERNELS[0]
@@ -96,6 +98,11 @@ def expected(case: Case) -> tuple[Stored, Tensor]:
     return stored, exact
 
 
+def kernels_with(names: str, *axes: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrize the fixture `kernel` and other names: each value of an axis meets each kernel by default."""
+    return pytest.mark.parametrize(f"kernel, {names}", pairwise(KERNELS, *axes), indirect=["kernel"])
+
+
 def check(kernel: Kernel, case: Case) -> None:
     stored, exact = expected(case)
     got = attend(kernel, case.query(), stored.view, case.params())
@@ -103,21 +110,19 @@ def check(kernel: Kernel, case: Case) -> None:
     assert relative_rmse(got, exact) <= kernel.tolerance
 
 
-@pytest.mark.parametrize(("layout", "group", "n_new"), pairwise(LAYOUTS, (1, 3, 8), (1, 3, 63)))
+@kernels_with("layout, group, n_new", LAYOUTS, (1, 3, 8), (1, 3, 63))
 def test_layouts(kernel: Kernel, layout: str, group: int, n_new: int) -> None:
     check(kernel, Case(LAYOUTS[layout], n_new, group))
 
 
-@pytest.mark.parametrize("n_new", [1, 5])
-@pytest.mark.parametrize("dims", [(64, 80), (80, 48), (80, 80), (192, 128), (256, 256)], ids=str)
+@kernels_with("dims, n_new", [(64, 80), (80, 48), (80, 80), (192, 128), (256, 256)], (1, 5))
 def test_head_dims(kernel: Kernel, dims: tuple[int, int], n_new: int) -> None:
     for rotated in (False, True):
         layout = LAYOUTS["sink, centered, tail"]
         check(kernel, Case(layout, n_new, head_dim_k=dims[0], head_dim_v=dims[1], rotated=rotated))
 
 
-@pytest.mark.parametrize("n_new", [1, 3])
-@pytest.mark.parametrize("name", FORMATS)
+@kernels_with("name, n_new", FORMATS, (1, 3))
 def test_every_type_beside_floats(kernel: Kernel, name: str, n_new: int) -> None:
     for n_rows in (1, 70):
         packed = Part(name, name, n_rows, centered=True)
@@ -137,8 +142,7 @@ OPTIONS: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("n_new", [1, 3, 63])
-@pytest.mark.parametrize("option", OPTIONS)
+@kernels_with("option, n_new", OPTIONS, (1, 3, 63))
 def test_options(kernel: Kernel, option: str, n_new: int) -> None:
     check(kernel, replace(Case(LAYOUTS["sink, centered, tail"], n_new, group=3), **OPTIONS[option]))  # type: ignore[arg-type]
 
@@ -154,8 +158,7 @@ def recut(view: KVView, lengths: Sequence[int]) -> KVView:
     return replace(view, segments=tuple(segments))
 
 
-@pytest.mark.parametrize("n_new", [1, 40])
-@pytest.mark.parametrize("lengths", [(1, 899), (899, 1), (4, 736, 160), (300, 128, 172, 300)], ids=str)
+@kernels_with("lengths, n_new", [(1, 899), (899, 1), (4, 736, 160), (300, 128, 172, 300)], (1, 40))
 def test_where_rows_are_cut_changes_nothing(kernel: Kernel, lengths: tuple[int, ...], n_new: int) -> None:
     stored, exact = expected(Case((Part("q8_0", "q4_0", 900, centered=True),), n_new))
     q = torch.randn(2, 4, n_new, 64, generator=torch.Generator().manual_seed(99))
@@ -163,8 +166,7 @@ def test_where_rows_are_cut_changes_nothing(kernel: Kernel, lengths: tuple[int, 
     assert relative_rmse(got, exact) <= kernel.tolerance
 
 
-@pytest.mark.parametrize("n_new", [1, 63])
-@pytest.mark.parametrize("isa", NATIVE, indirect=True)
+@isas_with("n_new", (1, 63))
 def test_padding_and_threads(isa: str, n_new: int) -> None:
     """Left padding that ends within a segment, on one thread and on three."""
     stored = store_parts(LAYOUTS["cut in parts"])
@@ -188,8 +190,7 @@ def spoil(segment: Segment, row: int) -> None:
         plane[0, 0, segment.start + row] = 0xFF
 
 
-@pytest.mark.parametrize("n_new", [1, 3])
-@pytest.mark.parametrize("index", [0, 1, 2])
+@kernels_with("index, n_new", (0, 1, 2), (1, 3))
 def test_a_nan_shows_where_it_is_attended_and_nowhere_else(kernel: Kernel, index: int, n_new: int) -> None:
     stored = store_parts((SINK, Part("q8_0", "q8_0", 70, centered=True), TAIL))
     spoil(stored.view.segments[index], row=2)
@@ -205,7 +206,6 @@ def test_a_nan_shows_where_it_is_attended_and_nowhere_else(kernel: Kernel, index
         assert relative_rmse(got[batch, head], exact[batch, head]) <= 2 * kernel.tolerance
 
 
-@pytest.mark.parametrize("isa", NATIVE, indirect=True)
 def test_what_no_cache_hands_out_is_refused(isa: str) -> None:
     view = store_parts(LAYOUTS["sink, centered, tail"]).view
     sink, packed, tail = view.segments

@@ -14,13 +14,12 @@ from hybridkv.kernels import KVView, Segment, cpu_native
 from hybridkv.kernels.step import Gate, Routing, Rows, StepProgram, delta_rejects
 from hybridkv.kernels.weights import encode
 from hybridkv.rotation import rotate, rotation_block
+from tests.isas import isas_with
 from tests.kernels.stored import Part, store_parts
 
 if cpu_native.available() is not None:
     pytest.skip("the native extension is not built", allow_module_level=True)
 
-ISAS = tuple(cpu_native._native().isas())
-pytestmark = pytest.mark.parametrize("isa", ISAS)
 TOLERANCE = 3e-6
 
 
@@ -65,8 +64,7 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("kind", GATES)
-@pytest.mark.parametrize("width", [1, 17, 64, 257])
+@isas_with("kind, width", GATES, (1, 17, 64, 257))
 def test_gate(kind: str, width: int) -> None:
     """Heads strided as queries and gates are: side by side within a row."""
     both, out = normal(3, 2, 2 * width), buffer(3, 2, width)
@@ -124,10 +122,11 @@ def test_rope(n_seqs: int, n_tokens: int) -> None:
     assert error(x.view_as(exact), exact) < TOLERANCE
 
 
-@pytest.mark.parametrize("channels", [1, 19, 300])
-@pytest.mark.parametrize("chunks", [(1,), (2, 1, 1), (7, 3), (1, 1, 1, 1, 1, 9)])
-@pytest.mark.parametrize(("with_bias", "silu"), [(False, True), (True, True), (False, False)])
-def test_conv_continues_its_state(channels: int, chunks: tuple[int, ...], with_bias: bool, silu: bool) -> None:
+@isas_with(
+    "channels, chunks, with_bias, silu",
+    (1, 19, 300), ([1], [2, 1, 1], [7, 3], [1, 1, 1, 1, 1, 9]), (False, True), (False, True),
+)  # fmt: skip
+def test_conv_continues_its_state(channels: int, chunks: list[int], with_bias: bool, silu: bool) -> None:
     """In whatever pieces two sequences come, the result is that of one convolution over each."""
     kernel, total = 4, sum(chunks)
     x = normal(2, total, channels)
@@ -198,12 +197,14 @@ def test_rope_by_tables() -> None:
         assert error(turned, torch.cat([left * c - right * s, right * c + left * s], dim=-1)) < TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("n_heads", "n_groups", "d", "n"), [(1, 1, 1, 1), (4, 2, 33, 16), (6, 3, 64, 128), (2, 1, 7, 37)]
-)
-@pytest.mark.parametrize(("n_seqs", "n_tokens"), [(1, 1), (2, 1), (2, 9)])
-def test_mamba2(n_heads: int, n_groups: int, d: int, n: int, n_seqs: int, n_tokens: int) -> None:
+LENGTHS = [(1, 1), (2, 1), (2, 9)]
+"""Sequences and their tokens."""
+
+
+@isas_with("shape, length", [(1, 1, 1, 1), (4, 2, 33, 16), (6, 3, 64, 128), (2, 1, 7, 37)], LENGTHS)
+def test_mamba2(shape: tuple[int, int, int, int], length: tuple[int, int]) -> None:
     """Against float64, token by token; inputs strided as they leave the convolution, and the state goes on."""
+    (n_heads, n_groups, d, n), (n_seqs, n_tokens) = shape, length
     rows = n_seqs * n_tokens
     mixed = normal(rows, n_heads * d + 2 * n_groups * n + n_heads)
     x, b, c, dt = mixed.split([n_heads * d, n_groups * n, n_groups * n, n_heads], dim=1)
@@ -226,10 +227,10 @@ def test_mamba2(n_heads: int, n_groups: int, d: int, n: int, n_seqs: int, n_toke
     assert error(state, exact_state) < TOLERANCE
 
 
-@pytest.mark.parametrize(("channels", "n"), [(1, 1), (40, 16), (300, 11)])
-@pytest.mark.parametrize(("n_seqs", "n_tokens"), [(1, 1), (2, 1), (2, 9)])
-def test_mamba1(channels: int, n: int, n_seqs: int, n_tokens: int) -> None:
+@isas_with("shape, length", [(1, 1), (40, 16), (300, 11)], LENGTHS)
+def test_mamba1(shape: tuple[int, int], length: tuple[int, int]) -> None:
     """Against float64, token by token, in place as it is used."""
+    (channels, n), (n_seqs, n_tokens) = shape, length
     rows = n_seqs * n_tokens
     x, dt, b, c = (
         normal(rows, channels),
@@ -278,9 +279,7 @@ def weights_of(routing: Routing, scores: Tensor) -> Tensor:
     return routing.scale * (weights / (weights.sum(-1, keepdim=True) + routing.eps) if routing.normalised else weights)
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("add", [True, False])
+@isas_with("routing, gated, add", ROUTINGS, (True, False), (True, False))
 def test_experts(routing: str, gated: bool, add: bool) -> None:
     """Experts with a gate and SiLU, and without one and squared ReLU; added, or written over what is there."""
     how, x, dst = ROUTINGS[routing], normal(9, 24), normal(9, 24, seed=1) if add else buffer(9, 24)
@@ -340,12 +339,10 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, sta
     return out, state
 
 
-@pytest.mark.parametrize(
-    ("n_key", "n_value", "d", "dv"), [(1, 1, 2, 16), (2, 4, 24, 48), (2, 2, 128, 128), (1, 3, 32, 80)]
-)
-@pytest.mark.parametrize(("n_seqs", "n_tokens"), [(1, 1), (2, 1), (2, 9)])
-def test_delta(n_key: int, n_value: int, d: int, dv: int, n_seqs: int, n_tokens: int) -> None:
+@isas_with("shape, length", [(1, 1, 2, 16), (2, 4, 24, 48), (2, 2, 128, 128), (1, 3, 32, 80)], LENGTHS)
+def test_delta(shape: tuple[int, int, int, int], length: tuple[int, int]) -> None:
     """Heads strided as they leave the convolution; the state goes on."""
+    (n_key, n_value, d, dv), (n_seqs, n_tokens) = shape, length
     rows = n_seqs * n_tokens
     mixed = normal(rows, 2 * n_key * d + n_value * dv) / d**0.5
     q, k, v = mixed.split([n_key * d, n_key * d, n_value * dv], dim=1)
@@ -377,10 +374,10 @@ PAST = {
 }
 
 
-@pytest.mark.parametrize("past", PAST)
-@pytest.mark.parametrize(("head_dim", "block"), ROTATED)
-def test_attend_rotates_stores_and_attends(head_dim: int, block: int, past: str) -> None:
+@isas_with("rotated, past", ROTATED, PAST)
+def test_attend_rotates_stores_and_attends(rotated: tuple[int, int], past: str) -> None:
     """Against float64 attention over what the planes then hold; a rotated row mixes its whole block."""
+    head_dim, block = rotated
     assert rotation_block(head_dim) == block
     view = store_parts(PAST[past], head_dim_k=head_dim, head_dim_v=head_dim, rotated=True).view
     newest = view.segments[-1]

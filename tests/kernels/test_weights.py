@@ -1,10 +1,16 @@
-"""Products and rows of weights in every type of ggml: the bits of gguf-py's decoding, products against float64."""
+"""Products and rows of weights in every type of ggml: the bits of gguf-py's decoding, products against float64.
+
+Products are taken with activations of 16 and of 8 bits, wherever a type and an instruction set have both.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,28 +20,92 @@ from torch import Tensor
 from hybridkv.errors import UsageError
 from hybridkv.formats.weights import WEIGHTS, WeightFormat, get_weight_format
 from hybridkv.kernels import cpu_native, weights
-from hybridkv.kernels.weights import ENCODED, Weight, encode, find_bad_block, matmul, rejects, rows
+from hybridkv.kernels.weights import ENCODED, Weight, encode, find_bad_block, matmul, rejects, rows, takes_int8
+from tests.isas import INT8_ISAS, ISAS
 from tests.kernels.weight_rows import HALVES, Bytes, coded, decoded, quantized, weight, with_scales
-from tests.thin import slow_but
+from tests.thin import pairwise, slow_but
 
 pytestmark = pytest.mark.skipif(cpu_native.available() is not None, reason=f"{cpu_native.available()}")
 
-# Relative RMSE: quantized weights meet activations of 15 bits with a scale per 256, plain ones meet float32.
 LIMIT = 3e-4
+"""Relative RMSE: quantized weights meet activations of 15 bits with a scale per 256, plain ones meet float32."""
+LIMIT_INT8 = 7e-3
+"""With a scale per 32 activations and levels -127..127; of normal values 5e-3."""
 _PROT_NONE = 0  # of <sys/mman.h>
 N_ROWS = (1, 2, 3, 4, 5, 8, 9, 16, 33, 100)
 N_OUT = (1, 15, 17, 257)
+FORMATS = tuple(WEIGHTS.values())
+INT8_TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q2_K", "q3_K", "q4_K", "q5_K", "q6_K")
+SEARCHED = ("iq2_xxs", "iq2_xs", "iq2_s", "iq1_s", "iq1_m")
+"""ggml rounds rows to them after seconds of tables; random codes of theirs are decoded and multiplied by default."""
 
 
-@pytest.fixture(params=WEIGHTS.values(), ids=lambda fmt: str(fmt.name))
-def fmt(request: pytest.FixtureRequest) -> WeightFormat:
-    found: WeightFormat = request.param
+@dataclass(frozen=True)
+class Product:
+    """A product of one type on one instruction set, with activations of 16 bits or of 8."""
+
+    isa: str
+    fmt: WeightFormat
+    int8: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.isa}-{self.fmt.name}{'-int8' * self.int8}"
+
+    def matmul(self, x: Tensor, w: Weight, **more: Any) -> Tensor:
+        return matmul(x, w, activations="int8" if self.int8 else "int16", **more)
+
+    def kept(self, x: Tensor) -> Tensor:
+        """What is left of activations, in float64; 15 bits count as all of them."""
+        if not self.int8:
+            return x.double()
+        scale = scales(x)
+        levels = torch.where(scale > 0, torch.round(x * (1 / scale).nan_to_num(posinf=0.0)), 0.0).clamp(-127, 127)
+        return levels.double() * scale.double()
+
+    def check(self, got: Tensor, x: Tensor, values: np.ndarray) -> None:
+        """Compare with float64's product of what is kept of x, and with x's own, as near as half a level allows.
+
+        Errors are taken beside the size that products have, so that sums that cancel do not count more.
+        """
+        w = torch.from_numpy(values).double()
+        size = (x.double().square().mean() * w.square().mean() * x.shape[1]).sqrt()
+        assert (got - self.kept(x) @ w.T).square().mean().sqrt() <= LIMIT * size
+        if self.int8:
+            bound = 0.5 * scales(x).double() @ w.abs().T
+            assert ((got - x.double() @ w.T).abs() <= 1.01 * bound + 1e-6 * size).all()
+
+
+def over(*axes: Iterable[Any], formats: Iterable[WeightFormat] = FORMATS, slow: Iterable[str] = ()) -> list[Any]:
+    """Parametrize by all products and by other axes, of which values meet in pairs by default; `slow` names types."""
+    formats = tuple(formats)
+    found = []
+    for int8, isas in ((False, ISAS), (True, INT8_ISAS)):
+        of_these = [fmt for fmt in formats if fmt.name in INT8_TYPES or not int8]
+        for param in pairwise(isas, of_these, *axes):
+            isa, fmt, *rest = param.values
+            product = Product(isa, fmt, int8)
+            name = "-".join(map(str, (product.name, *rest)))
+            marks = pytest.mark.slow if fmt.name in slow else param.marks
+            found.append(pytest.param(product, *rest, marks=marks, id=name))
     return found
 
 
-SEARCHED = ("iq2_xxs", "iq2_xs", "iq2_s", "iq1_s", "iq1_m")
-"""ggml rounds rows to them after seconds of tables; random codes of theirs are decoded and multiplied by default."""
-ROUNDED = slow_but(WEIGHTS.values(), [fmt for fmt in WEIGHTS.values() if fmt.name not in SEARCHED])
+@pytest.fixture
+def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Product:
+    """The instruction set is asked for by `HYBRIDKV_ISA`."""
+    found: Product = request.param
+    monkeypatch.setenv("HYBRIDKV_ISA", found.isa)
+    return found
+
+
+every_product = pytest.mark.parametrize("product", over(), indirect=True)
+
+
+@pytest.fixture(params=FORMATS, ids=lambda fmt: str(fmt.name))
+def fmt(request: pytest.FixtureRequest) -> WeightFormat:
+    found: WeightFormat = request.param
+    return found
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -49,18 +119,18 @@ def inputs(fmt: WeightFormat) -> tuple[int, ...]:
     return (32, 96, 256 + 128, 256 + 192, 800) if fmt.block == 32 else (fmt.block, 3 * fmt.block, 1024)
 
 
+def scales(x: Tensor) -> Tensor:
+    """The scale of every activation of 8 bits: a 127th of the largest of its 32; rows end within a group."""
+    wide = torch.nn.functional.pad(x, (0, -x.shape[1] % 32)).view(len(x), -1, 32)
+    return (wide.abs().amax(2, keepdim=True) / 127).expand_as(wide).reshape(len(x), -1)[:, : x.shape[1]]
+
+
 def exact(x: Tensor, values: np.ndarray) -> Tensor:
     return x.double() @ torch.from_numpy(values).double().T
 
 
 def relative_rmse(got: Tensor, want: Tensor) -> float:
     return float((got - want).square().mean().sqrt() / want.square().mean().sqrt())
-
-
-def check(got: Tensor, x: Tensor, values: np.ndarray) -> None:
-    """Errors beside the size that products have, so that sums that cancel do not count more."""
-    size = float((x.double().square().mean() * np.square(values.astype(np.float64)).mean() * x.shape[1]) ** 0.5)
-    assert float((got - exact(x, values)).square().mean().sqrt()) <= LIMIT * size
 
 
 def test_the_table_is_that_of_ggml(fmt: WeightFormat) -> None:
@@ -95,7 +165,7 @@ def test_rows_have_the_bits_of_gguf(fmt: WeightFormat) -> None:
     assert has_the_bits_of_gguf(fmt, coded(fmt, 21, 768))
 
 
-@pytest.mark.parametrize("fmt", ROUNDED)
+@pytest.mark.parametrize("fmt", slow_but(FORMATS, [fmt for fmt in FORMATS if fmt.name not in SEARCHED]))
 def test_normal_rows_have_the_bits_of_gguf(fmt: WeightFormat) -> None:
     assert has_the_bits_of_gguf(fmt, quantized(fmt, 21, 768))
 
@@ -109,139 +179,150 @@ def test_any_scale_decodes_as_in_gguf(fmt: WeightFormat) -> None:
     assert np.array_equal(got[numbers].view(np.uint32), want[numbers].view(np.uint32))
 
 
-def test_products_are_those_of_float64(isa: str, fmt: WeightFormat) -> None:
+@every_product
+def test_products_are_those_of_float64(product: Product) -> None:
+    fmt = product.fmt
     for n_in in inputs(fmt):
         for n_out in N_OUT:
             data = coded(fmt, n_out, n_in)
             values, w = decoded(fmt, data), weight(fmt, data, n_in)
-            for n_rows in (1, 3, 4, 5, 16, 33) if n_out == 17 else (1, 9):
+            for n_rows in (1, 2, 3, 4, 5, 16, 33) if n_out == 17 else (1, 9):
                 x = normal(n_rows, n_in, seed=n_rows)
-                check(matmul(x, w, n_threads=1 + n_rows % 2), x, values)
+                product.check(product.matmul(x, w, n_threads=1 + n_rows % 2), x, values)
 
 
-@pytest.mark.parametrize("fmt", ROUNDED)
-def test_products_with_normal_rows(isa: str, fmt: WeightFormat) -> None:
-    data = quantized(fmt, 40, 1024)
+@pytest.mark.parametrize("product", over(slow=SEARCHED), indirect=True)
+def test_products_with_normal_rows(product: Product) -> None:
+    data = quantized(product.fmt, 40, 1024)
     for n_rows in (1, 2, 40):
         x = normal(n_rows, 1024)
-        assert relative_rmse(matmul(x, weight(fmt, data, 1024)), exact(x, decoded(fmt, data))) <= LIMIT
+        error = relative_rmse(product.matmul(x, weight(product.fmt, data, 1024)), exact(x, decoded(product.fmt, data)))
+        assert product.int8 or error <= LIMIT
+    assert not product.int8 or 3e-3 <= error <= LIMIT_INT8  # of 40 rows: 8 bits were used, and kept
 
 
-def test_rows_have_the_same_bits_beside_any_others(isa: str, fmt: WeightFormat) -> None:
+@every_product
+def test_rows_have_the_same_bits_beside_any_others(product: Product) -> None:
+    fmt = product.fmt
     for n_in in (3 * max(fmt.block, 32), 1024):
         w, x = weight(fmt, coded(fmt, 75, n_in), n_in), normal(100, n_in, seed=8)
-        alone = torch.cat([matmul(x[i : i + 1], w) for i in range(100)])
+        alone = torch.cat([product.matmul(x[i : i + 1], w) for i in range(100)])
         for n in N_ROWS:
-            assert torch.equal(matmul(x[:n], w, n_threads=2), alone[:n]), n
+            assert torch.equal(product.matmul(x[:n], w, n_threads=2), alone[:n]), n
+        for ids in ([3], [8, 0, 0, 5], [1, 2] * 9, [32, 99]):
+            chosen = torch.tensor(ids)
+            assert torch.equal(product.matmul(x, w, x_rows=chosen), alone[chosen])
 
 
-def test_rows_of_x_are_chosen(isa: str, fmt: WeightFormat) -> None:
-    n_in = 2 * max(fmt.block, 32)
-    w, x = weight(fmt, coded(fmt, 37, n_in), n_in), normal(9, n_in)
-    for ids in ([3], [8, 0, 0, 5], [1, 2] * 9):
-        chosen = torch.tensor(ids)
-        assert torch.equal(matmul(x, w, x_rows=chosen), matmul(x[chosen], w))
+def test_rows_of_x_that_are_not_there() -> None:
+    w = encode(normal(4, 32), "q8_0")
     with pytest.raises(UsageError, match=r"row ids 0\.\.9 of a matrix of 9 rows"):
-        matmul(x, w, x_rows=torch.tensor([0, 9]))
+        matmul(normal(9, 32), w, x_rows=torch.tensor([0, 9]))
 
 
-def test_experts_lie_one_behind_the_other(isa: str, fmt: WeightFormat) -> None:
+@every_product
+def test_experts_lie_one_behind_the_other(product: Product) -> None:
+    fmt = product.fmt
     n_in = max(fmt.block, 64)
     data = np.stack([coded(fmt, 19, n_in, seed=i) for i in range(3)])
     w, x = weight(fmt, data, n_in), normal(5, n_in)
     assert (w.n_stack, w.n_out, w.nbytes) == (3, 19, data.nbytes)
     for i in range(3):
         alone = weight(fmt, data[i].copy(), n_in)
-        assert torch.equal(matmul(x, w, expert=i), matmul(x, alone))
+        assert torch.equal(product.matmul(x, w, expert=i), product.matmul(x, alone))
         ids = torch.tensor([18, 0, 7])
         assert torch.equal(rows(w, ids, expert=i), weights.decode(alone)[ids])
 
 
-@pytest.mark.parametrize("n_rows", [1, 4, 9, 40])
-def test_adds(isa: str, fmt: WeightFormat, n_rows: int) -> None:
-    n_in = max(fmt.block, 96)
-    w, x, before = weight(fmt, coded(fmt, 50, n_in), n_in), normal(n_rows, n_in, seed=4), normal(n_rows, 50, seed=5)
-    out = before.clone()
-    assert matmul(x, w, out=out, into="add") is out
-    assert torch.equal(out, before + matmul(x, w))
-
-
-@pytest.mark.parametrize("n_rows", [1, 5, 100])
-def test_writes_its_outputs_and_nothing_else(isa: str, fmt: WeightFormat, n_rows: int) -> None:
-    """Poison before, between and behind the rows of the output stays; strides of x and y are honoured."""
-    n_out, n_in = 37, max(fmt.block, 96)
-    w, poison = weight(fmt, coded(fmt, n_out, n_in), n_in), torch.full((n_rows + 2, n_out + 11), torch.nan)
-    wide = torch.full((n_rows, n_in + 5), torch.nan)
+@pytest.mark.parametrize(("product", "n_rows"), over((1, 4, 5, 9, 40, 100)), indirect=["product"])
+def test_writes_its_outputs_and_nothing_else(product: Product, n_rows: int) -> None:
+    """Poison before, between and behind the rows of the output stays; strides of x and y are honoured, sums too."""
+    n_out, n_in = 37, max(product.fmt.block, 96)
+    w = weight(product.fmt, coded(product.fmt, n_out, n_in), n_in)
+    wide, poison = torch.full((n_rows, n_in + 5), torch.nan), torch.full((n_rows + 2, n_out + 11), torch.nan)
     wide[:, 3 : 3 + n_in] = normal(n_rows, n_in, seed=3)
     x, out = wide[:, 3 : 3 + n_in], poison[1:-1, 4 : 4 + n_out]
-    assert matmul(x, w, out=out, n_threads=2) is out
-    assert torch.equal(out, matmul(x.contiguous(), w))
+    assert product.matmul(x, w, out=out, n_threads=2) is out
+    want, before = product.matmul(x.contiguous(), w), normal(n_rows, n_out, seed=5)
+    assert torch.equal(out, want)
     assert out.isfinite().all()
+    out.copy_(before)
+    assert product.matmul(x, w, out=out, into="add") is out
+    assert torch.equal(out, before + want)
     out.fill_(torch.nan)
     assert poison.isnan().all()
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("n_rows", [1, 3, 40])
-def test_a_number_never_comes_from_one_that_is_none(isa: str, fmt: WeightFormat, n_rows: int, value: float) -> None:
+@pytest.mark.parametrize(
+    ("product", "n_rows", "value"), over((1, 3, 40), (torch.nan, torch.inf, -torch.inf)), indirect=["product"]
+)
+def test_a_number_never_comes_from_one_that_is_none(product: Product, n_rows: int, value: float) -> None:
     """A row with a NaN or an infinity has no finite output; the others, and later calls, are as without it."""
-    n_in = 2 * max(fmt.block, 32)
-    w, x = weight(fmt, coded(fmt, 50, n_in), n_in), normal(n_rows, n_in, seed=6)
-    clean, dirty, bad = matmul(x, w), x.clone(), n_rows // 2
+    n_in = 2 * max(product.fmt.block, 32)
+    w, x = weight(product.fmt, coded(product.fmt, 50, n_in), n_in), normal(n_rows, n_in, seed=6)
+    clean, dirty, bad = product.matmul(x, w), x.clone(), n_rows // 2
     dirty[bad, n_in - 3] = value
-    got = matmul(dirty, w)
+    got = product.matmul(dirty, w)
     assert not got[bad].isfinite().any()
     others = torch.arange(n_rows) != bad
     assert torch.equal(got[others], clean[others])
-    assert torch.equal(matmul(x, w), clean)
+    assert torch.equal(product.matmul(x, w), clean)
 
 
-def test_scales_of_activations_are_free(isa: str, fmt: WeightFormat) -> None:
-    """Rows of very different size, zeros, and values whose inverse is no float32."""
-    n_in = max(fmt.block, 128)
-    data = coded(fmt, 64, n_in)
-    w, values = weight(fmt, data, n_in), decoded(fmt, data)
+@every_product
+def test_scales_of_activations_are_free(product: Product) -> None:
+    """Rows of very different size, groups of zeros, and values whose inverse is no float32."""
+    n_in = max(product.fmt.block, 128)
+    data = coded(product.fmt, 64, n_in)
+    w, values = weight(product.fmt, data, n_in), decoded(product.fmt, data)
     for n_rows in (1, 20):
         x = normal(n_rows, n_in, seed=7) * torch.tensor([1e30, 1e-25, 1.0, 1e6, 1e-12]).repeat(4)[:n_rows, None]
-        got = matmul(x, w)
+        x[:, 32:64] = 0
+        got = product.matmul(x, w)
         for i in range(n_rows):
-            check(got[i : i + 1], x[i : i + 1], values)
+            product.check(got[i : i + 1], x[i : i + 1], values)
         for tiny in (0.0, 1e-38, 1e-45):
-            assert matmul(torch.full((n_rows, n_in), tiny), w).abs().max() <= 1e-28
+            assert product.matmul(torch.full((n_rows, n_in), tiny), w).abs().max() <= 1e-28
 
 
-@pytest.mark.parametrize("byte", [0x00, 0x7F, 0x80, 0xFF])
-@pytest.mark.parametrize("name", [fmt.name for fmt in WEIGHTS.values() if fmt.is_quantized])
-def test_no_sum_of_products_overflows(isa: str, name: str, byte: int) -> None:
-    """Codes and scales of one byte throughout, activations of one size: every sum has its largest terms."""
-    fmt = WEIGHTS[name]
+QUANTIZED = [fmt for fmt in FORMATS if fmt.is_quantized]
+
+
+@pytest.mark.parametrize(("product", "byte"), over((0x00, 0x7F, 0x80, 0xFF), formats=QUANTIZED), indirect=["product"])
+def test_no_sum_of_products_overflows(product: Product, byte: int) -> None:
+    """Codes and scales of one byte throughout, activations at the ends of their range: the largest terms there are."""
+    fmt = product.fmt
     n_in = 2 * max(fmt.block, 256)
     data = with_scales(fmt, np.full((16, n_in // fmt.block, fmt.block_bytes), byte, dtype=np.uint8)).reshape(16, -1)
     values, w = decoded(fmt, data), weight(fmt, data, n_in)
-    for x in (
-        torch.full((1, n_in), 3.0),
-        torch.full((9, n_in), -3.0),
-        torch.tensor([[1.0, -1.0]]).repeat(5, n_in // 2),
-    ):
-        check(matmul(x, w), x, values)
+    for signs in ([1.0], [-1.0], [1.0, -1.0], [1.0, 1.0, -1.0, -1.0]):
+        for n_rows in (1, 4, 9):
+            x = 127 / 32 * torch.tensor([signs]).repeat(n_rows, n_in // len(signs))
+            assert torch.equal(product.kept(x), x.double())
+            size = 4 * np.abs(values.astype(np.float64)).sum(1).max()
+            assert (product.matmul(x, w) - exact(x, values)).abs().max() <= 1e-6 * size
 
 
-def test_bytes_may_lie_anywhere(isa: str, fmt: WeightFormat) -> None:
+@every_product
+def test_bytes_may_lie_anywhere(product: Product) -> None:
+    fmt = product.fmt
     n_in = 2 * max(fmt.block, 32)
     data = coded(fmt, 33, n_in)
     memory, x = torch.zeros(data.size + 64, dtype=torch.uint8), normal(6, n_in)
-    want, values = matmul(x, weight(fmt, data, n_in)), weights.decode(weight(fmt, data, n_in))
+    want, values = product.matmul(x, weight(fmt, data, n_in)), weights.decode(weight(fmt, data, n_in))
     for offset in (0, 1, 3, 32):
         there = memory[offset : offset + data.size]
         there.copy_(torch.from_numpy(data).flatten())
         w = Weight(fmt, there.view(1, 33, -1), n_in)
-        assert torch.equal(matmul(x, w), want)
+        assert torch.equal(product.matmul(x, w), want)
         assert torch.equal(weights.decode(w).view(torch.int32), values.view(torch.int32))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are closed by Linux's mprotect")
-def test_nothing_is_read_behind_the_last_row(isa: str, fmt: WeightFormat) -> None:
+@every_product
+def test_nothing_is_read_behind_the_last_row(product: Product) -> None:
     """Rows end with the file: what lies behind them may not be mapped."""
+    fmt = product.fmt
     page, n_in = mmap.PAGESIZE, inputs(fmt)[1]
     data = coded(fmt, 5, n_in)
     room = -(-data.nbytes // page) * page
@@ -254,16 +335,17 @@ def test_nothing_is_read_behind_the_last_row(isa: str, fmt: WeightFormat) -> Non
     w = weight(fmt, there, n_in)
     for n_rows in (1, 9):
         x = normal(n_rows, n_in)
-        assert torch.equal(matmul(x, w), matmul(x, weight(fmt, data, n_in)))
+        assert torch.equal(product.matmul(x, w), product.matmul(x, weight(fmt, data, n_in)))
     assert torch.equal(weights.decode(w), weights.decode(weight(fmt, data, n_in)))
     assert find_bad_block(w) is None
 
 
-def test_threads_do_not_change_the_result(isa: str, fmt: WeightFormat) -> None:
-    w = weight(fmt, coded(fmt, 1000, 256), 256)
+@every_product
+def test_threads_do_not_change_the_result(product: Product) -> None:
+    w = weight(product.fmt, coded(product.fmt, 1000, 256), 256)
     for n_rows in (1, 40):
         x = normal(n_rows, 256, seed=9)
-        assert torch.equal(*(matmul(x, w, n_threads=n) for n in (1, 2)))
+        assert torch.equal(*(product.matmul(x, w, n_threads=n) for n in (1, 2)))
 
 
 def test_activations_of_any_dtype(isa: str) -> None:
@@ -273,6 +355,17 @@ def test_activations_of_any_dtype(isa: str) -> None:
         assert torch.equal(matmul(x, w), matmul(x.float(), w))
     columns = normal(512, 3).T
     assert torch.equal(matmul(columns, w), matmul(columns.contiguous(), w))
+
+
+@pytest.mark.parametrize("isa", INT8_ISAS, indirect=True)
+def test_which_types_meet_8_bits(isa: str) -> None:
+    """The others, asked for 8 bits, have the bits of 16."""
+    assert {name for name in WEIGHTS if takes_int8(name)} == set(INT8_TYPES)
+    for name in ("q8_0", "iq4_nl", "iq4_xs", "mxfp4", "f16"):
+        w = weight(WEIGHTS[name], coded(WEIGHTS[name], 19, 512), 512)
+        for n_rows in (1, 9):
+            x = normal(n_rows, 512)
+            assert torch.equal(matmul(x, w, activations="int8"), matmul(x, w))
 
 
 def test_bad_scales_are_found(fmt: WeightFormat) -> None:

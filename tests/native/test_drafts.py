@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from itertools import product
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from hybridkv.policy import Guard, Policy
 from hybridkv.runtime import DraftStep
 from tests.families import build
 from tests.native.test_step import NATIVE, native_step, tokens
-from tests.thin import pairwise
+from tests.thin import pairwise, slow_but
 
 needs_native = pytest.mark.skipif(cpu_native.available() is not None, reason="the native extension is not built")
 pytestmark = [needs_native, pytest.mark.usefixtures("_inference")]
@@ -123,8 +124,16 @@ def take_drafts(pairs: list[Pair], n_tokens: int, seed: int) -> int:
     return n_accepted
 
 
+ISA_OF = ("best", "best", "portable")
+
+
 @pytest.mark.parametrize(
-    ("family", "rounded", "isa"), pairwise(NATIVE, (False, True), ("best", "portable")), indirect=["isa"]
+    ("family", "rounded", "isa"),
+    slow_but(
+        product(NATIVE, (False, True), ("best", "portable")),
+        [(family, i % 2 == 0, ISA_OF[i % 3]) for i, family in enumerate(NATIVE)],
+    ),
+    indirect=["isa"],
 )
 def test_every_family_keeps_what_single_tokens_leave(family: str, rounded: bool, isa: str) -> None:
     """Two sequences in one run, of two types."""

@@ -26,6 +26,15 @@ def test_kv_options_are_the_fields_of_types_and_policies() -> None:
     assert KVTypes().type_k == DEFAULT_TYPE
 
 
+def test_requests_take_what_is_said_of_one_cache() -> None:
+    from hybridkv.server.schema import KVTypesField
+
+    fields = KVTypesField.model_fields
+    assert list(fields) == ["type_k", "type_v", "rotate_k", "rotate_v", "tail", "sink"]
+    defaults = {name: field.default for name, field in fields.items() if not field.is_required()}
+    assert defaults == {name: getattr(KVTypes(), name) for name in defaults}
+
+
 def test_a_policy_by_names() -> None:
     given = {"type_k": "q4_0", "rotate_v": True, "k_first": "q8_0,2", "scale": "absmax", "tail": 64, "center": True}
     found = policy_of(given, default_type="q6_0")

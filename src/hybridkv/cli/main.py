@@ -19,7 +19,7 @@ from hybridkv import __version__
 from hybridkv.cli import chat, classify, convert, doctor, elsewhere, models, plan, run, serve
 from hybridkv.cli.added import added_commands, check_lab, epilog
 from hybridkv.cli.collector import pause_collector
-from hybridkv.cli.llama_cpp import accept_options, accepted_names, options_from_variables, row_of, say_accepted
+from hybridkv.cli.llama_cpp import accept_options, accepted_names, llama_option, options_from_variables, say_accepted
 from hybridkv.cli.show import notice, warning
 from hybridkv.errors import HybridKVError, UsageError
 
@@ -65,7 +65,7 @@ class Parser(argparse.ArgumentParser):
 
     def _hint_for(self, option: str, others: Mapping[str, Parser]) -> str:
         """Name the commands that have an option, or the nearest option of this one."""
-        if row_of(option) is not None:
+        if llama_option(option) is not None:
             owners = [name for name, other in others.items() if option in other._option_string_actions]
             if owners:
                 return f"it is an option of `hybridkv {owners[0]}`"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from hybridkv.engine.placed import Split
     from hybridkv.held import WeightKind
     from hybridkv.native.choice import EngineKind
-    from hybridkv.placement import Needs, Placement, Row
+    from hybridkv.placement import Needs, Placement, PlacementLine
 
 
 def add_split_arguments(parser: argparse._ActionsContainer) -> None:
@@ -125,16 +125,16 @@ class Placed:
         """Return what the JSON object says; None if it does not fit."""
         if self.placement is None:
             return None
-        rows = {
-            row.name: {"card_bytes": row.card_bytes, "host_bytes": row.host_bytes, "host_layers": row.host_layers}
-            for row in self.placement.rows()
+        places = {
+            line.name: {"card_bytes": line.card_bytes, "host_bytes": line.host_bytes, "host_layers": line.host_layers}
+            for line in self.placement.lines()
         }
         return {
             "free_bytes": self.free_bytes,
             "card_bytes": self.placement.card_bytes,
             "host_bytes": self.placement.host_bytes,
             "n_cpu_moe": self.placement.n_cpu_moe,
-            "parts": rows,
+            "parts": places,
         }
 
 
@@ -173,15 +173,15 @@ def print_placed(found: Placed, console: Console | None = None) -> None:
     how = "all of it" if p.whole else part
     console.print(f"on the card with KV {found.types}{free}: {'does not fit: ' if over else ''}{how}")
     table = simple_table("part", "on the card", "layers", "in main memory", "layers there", left=("part",))
-    for row in p.rows():
-        cells = [(size(n), str(layers or "-")) if n else ("-", "-") for n, layers in _halves(row)]
-        table.add_row(row.name, *cells[0], *cells[1])
+    for line in p.lines():
+        cells = [(size(n), str(layers or "-")) if n else ("-", "-") for n, layers in _halves(line)]
+        table.add_row(line.name, *cells[0], *cells[1])
     table.add_row("total", size(p.card_bytes), "", size(p.host_bytes), "")
     console.print(table)
 
 
-def _halves(row: Row) -> tuple[tuple[int, int], tuple[int, int]]:
-    return (row.card_bytes, row.card_layers), (row.host_bytes, row.host_layers)
+def _halves(line: PlacementLine) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (line.card_bytes, line.card_layers), (line.host_bytes, line.host_layers)
 
 
 def place_run(opened: Opened, demand: Demand) -> Opened:

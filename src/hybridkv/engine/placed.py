@@ -177,7 +177,7 @@ def checked(placement: Placement | None, needs: Needs, free_bytes: int | None, s
     assert free_bytes is not None
     smallest = least(needs)
     taken = smallest if placement is None else placement
-    parts = ", ".join(f"{row.name} {_gib(row.card_bytes)}" for row in taken.rows() if row.card_bytes)
+    parts = ", ".join(f"{line.name} {_gib(line.card_bytes)}" for line in taken.lines() if line.card_bytes)
     what = "the least that a run needs there" if placement is None else f"what {', '.join(split.given)} put there"
     raise ContextError(
         f"not enough memory on the card: {what} takes {_gib(taken.card_bytes)}, and {_gib(free_bytes)} are free\n"

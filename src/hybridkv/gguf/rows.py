@@ -23,7 +23,7 @@ from hybridkv.errors import ModelFileError
 from hybridkv.gguf.reader import Header, TensorInfo
 
 
-class Rows:
+class TensorRows:
     """Rows of bytes that lie one behind the other in a file.
 
     A slice of them is uint8 `[n, row_bytes]`, read at that moment.
@@ -54,12 +54,12 @@ class Rows:
             raise ModelFileError(f"{self._header.path} cannot be read: {error.strerror}") from error
         return data
 
-    def stack(self, n: int) -> list[Rows]:
+    def stack(self, n: int) -> list[TensorRows]:
         """Cut into `n` matrices of as many rows each."""
         each = self._n_rows // n
         assert each * n == self._n_rows, (self._n_rows, n)
         step = each * self.row_bytes
-        return [Rows(self._file, self._header, self._offset + i * step, each, self.row_bytes) for i in range(n)]
+        return [TensorRows(self._file, self._header, self._offset + i * step, each, self.row_bytes) for i in range(n)]
 
     def _shrunk(self) -> NoReturn:
         _changed(self._header, self._file.seek(0, 2))
@@ -71,10 +71,10 @@ class OpenModel:
     def __init__(self, parts: Sequence[Header], files: Sequence[FileIO]) -> None:
         self._parts, self._files = parts, files
 
-    def rows(self, info: TensorInfo, n_rows: int | None = None) -> Rows:
+    def rows(self, info: TensorInfo, n_rows: int | None = None) -> TensorRows:
         """Return a tensor as `n_rows` rows, those of its shape by default; nothing is read yet."""
         n_rows = math.prod(info.shape[:-1]) if n_rows is None else n_rows
-        return Rows(self._files[info.part], self._parts[info.part], info.offset, n_rows, info.nbytes // n_rows)
+        return TensorRows(self._files[info.part], self._parts[info.part], info.offset, n_rows, info.nbytes // n_rows)
 
 
 @contextmanager

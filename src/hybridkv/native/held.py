@@ -16,7 +16,7 @@ from hybridkv.kernels.held import HeldStep
 from hybridkv.kernels.step import Health
 from hybridkv.kernels.threads import native_threads
 from hybridkv.native.builder import Builder
-from hybridkv.native.rows import rows_of
+from hybridkv.native.rows import n_before_check, rows_of
 from hybridkv.runtime import ModelCache, WatchedRows
 from hybridkv.runtime.states import States
 
@@ -103,13 +103,7 @@ class HeldRun:
 
 def n_tokens_ahead(layers: Sequence[WatchedRows]) -> int:
     """Return how many single tokens may follow that only lengthen rows, and at which the guard does not look."""
-    most = min((MAX_TOKENS, *(layer.store.straight_room() for layer in layers)))
-    watched = [layer for layer in layers if layer.watch.guard.measures]
-    return next((n for n in range(most) if any(_due(layer, n) for layer in watched)), most)
-
-
-def _due(layer: WatchedRows, n_more: int) -> bool:
-    return layer.watch.should_check(layer.store.n_seen + 1 + n_more, 1)
+    return n_before_check(layers, min((MAX_TOKENS, *(layer.store.straight_room() for layer in layers))))
 
 
 def _layers(builder: Builder, cache: ModelCache) -> list[WatchedRows]:

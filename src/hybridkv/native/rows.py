@@ -36,10 +36,11 @@ def fault_of(layer: WatchedRows, health: Health) -> NonFiniteError:
     return non_finite(layer.store, layer.store.kernels.decode, source)
 
 
-def is_due(layer: WatchedRows, n_more: int) -> bool:
-    """Check whether the guard checks the token `n_more` after the next one, or the next, of several."""
-    n_seen = layer.store.n_seen + 1
-    return layer.watch.should_check(n_seen + n_more, 1) or (n_more == 1 and layer.watch.should_check(n_seen, 1))
+def n_before_check(layers: Sequence[WatchedRows], most: int) -> int:
+    """Count the next tokens, at most `most`, that come one by one before the guard checks one."""
+    watched = [layer for layer in layers if layer.watch.guard.measures]
+    due = (n for n in range(most) if any(each.watch.should_check(each.store.n_seen + 1 + n, 1) for each in watched))
+    return next(due, most)
 
 
 def starts(spans: Sequence[int]) -> list[int]:

@@ -31,7 +31,7 @@ from hybridkv.native.rows import (
     fault_of,
     heads_first,
     is_direct,
-    is_due,
+    n_before_check,
     new_rows,
     of_cache,
     rows_now,
@@ -229,9 +229,7 @@ class NativeStep:
         layers = [rows_of(cache, call.layer) for call in self._layers.calls]
         if n_tokens == 1 or not all(map(is_direct, layers)):
             return 1
-        most = min((n_tokens, *(layer.store.room() for layer in layers)))
-        watched = [layer for layer in layers if layer.watch.guard.measures]
-        return next((n for n in range(1, most) if any(is_due(layer, n) for layer in watched)), most)
+        return max(1, n_before_check(layers, min((n_tokens, *(layer.store.room() for layer in layers)))))
 
     def keep(self, cache: ModelCache, n_kept: int) -> None:
         """Truncate a cache to the first tokens of its last run; see `DraftStep.keep`."""

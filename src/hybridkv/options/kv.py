@@ -57,6 +57,11 @@ class KVOption:
         """True if it takes no value."""
         return self.kind in ("rotation", "switch")
 
+    @property
+    def in_requests(self) -> bool:
+        """True if a request to a server may set it for itself."""
+        return self.kind in ("type", "rotation", "count")
+
 
 def _of_side(side: Literal["k", "v"]) -> Iterator[KVOption]:
     name = side.upper()

@@ -8,7 +8,7 @@ from typing import Any
 from starlette.responses import Response
 
 from hybridkv.errors import AdmissionError, ContextError, GuardError, HybridKVError
-from hybridkv.server.replies import Error, ErrorBody, Numbers
+from hybridkv.server.replies import Error, ErrorBody, RefusalCounts
 
 RETRY_AFTER_S = 1
 
@@ -46,7 +46,7 @@ class RefusalError(Exception):
         code: str | None = None,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
-        numbers: Numbers | None = None,
+        numbers: RefusalCounts | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
@@ -80,7 +80,7 @@ def refusal_for(error: HybridKVError) -> RefusalError:
 
 
 def _not_admitted(error: AdmissionError) -> RefusalError:
-    numbers = Numbers(
+    numbers = RefusalCounts(
         n_tokens=error.n_tokens,
         most_tokens=error.most_tokens,
         planned_bytes=error.planned_bytes,

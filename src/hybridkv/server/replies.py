@@ -239,7 +239,7 @@ class Status(Reply):
     uptime_s: float
 
 
-class Numbers(Reply):
+class RefusalCounts(Reply):
     """What a refusal for lack of room counted."""
 
     n_tokens: int
@@ -255,7 +255,7 @@ class ErrorBody(Reply):
     type: str
     param: str | None = None
     code: str | None = None
-    numbers: Numbers | None = None
+    numbers: RefusalCounts | None = None
 
 
 class Error(Reply):

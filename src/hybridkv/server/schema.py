@@ -7,12 +7,13 @@ in other words into these shapes first, unless the server is strict. Replies are
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, create_model, model_validator
 
 from hybridkv.engine.requests import MAX_LOGPROBS
 from hybridkv.formats import FORMATS
+from hybridkv.options import COMMON, OWN, KVOption
 from hybridkv.server.base import Fragment, Strict, TokenId, whole
 from hybridkv.server.messages import MAX_TOOLS, Message, ResponseFormat, Schema, Tool, ToolChoice
 from hybridkv.server.sampler_fields import MAX_SEED, SamplerFields
@@ -107,15 +108,24 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] | None = Field(None, description="not offered")
 
 
-class KVTypesField(Strict):
-    """How this request's KV cache is stored, in place of the server's own types."""
+def _kv_field(option: KVOption) -> Any:
+    if option.kind == "type":
+        return (str, Field(max_length=32, json_schema_extra={"enum": list(FORMATS)}))
+    return (bool, False) if option.is_switch else (int, Field(0, ge=0, lt=2**31))
 
-    type_k: str = Field(max_length=32, json_schema_extra={"enum": list(FORMATS)})
-    type_v: str = Field(max_length=32, json_schema_extra={"enum": list(FORMATS)})
-    rotate_k: bool = False
-    rotate_v: bool = False
-    tail: int = Field(0, ge=0, lt=2**31)
-    sink: int = Field(0, ge=0, lt=2**31)
+
+if TYPE_CHECKING:
+
+    class _KVTypes(Strict):
+        pass
+
+else:
+    _FIELDS = {option.name: _kv_field(option) for option in (*OWN, *COMMON) if option.in_requests}
+    _KVTypes = create_model("_KVTypes", __base__=Strict, **_FIELDS)
+
+
+class KVTypesField(_KVTypes):
+    """How this request's KV cache is stored, in place of the server's own types."""
 
 
 class Common(SamplerFields):

@@ -5,16 +5,16 @@ docs/from-llama-cpp.md. `rows_*.py` hold the table by subject, `accept.py` and `
 """
 
 from hybridkv.cli.llama_cpp.accept import accept_options, accepted_names, accepted_options, given_values, say_accepted
-from hybridkv.cli.llama_cpp.table import ROWS, row_of
+from hybridkv.cli.llama_cpp.table import LLAMA_OPTIONS, llama_option
 from hybridkv.cli.llama_cpp.variables import options_from_variables
 
 __all__ = [
-    "ROWS",
+    "LLAMA_OPTIONS",
     "accept_options",
     "accepted_names",
     "accepted_options",
     "given_values",
+    "llama_option",
     "options_from_variables",
-    "row_of",
     "say_accepted",
 ]

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hybridkv.cli.llama_cpp.record import Row, Takes
-from hybridkv.cli.llama_cpp.table import ROWS
+from hybridkv.cli.llama_cpp.record import LlamaOption, Takes
+from hybridkv.cli.llama_cpp.table import LLAMA_OPTIONS
 from hybridkv.cli.show import notice
 from hybridkv.errors import UsageError
 
@@ -20,24 +20,24 @@ _NARGS: dict[Takes, Any] = {"": 0, "N": None, "[N]": "?", "N...": "+"}
 class _Given:
     """An option as it was given."""
 
-    option: str
+    spelling: str
     value: str | None
-    row: Row
+    option: LlamaOption
 
 
 class _Accept(argparse.Action):
     """Keep what was given for `say_accepted`."""
 
-    def __init__(self, option_strings: list[str], dest: str, *, row: Row) -> None:
+    def __init__(self, option_strings: list[str], dest: str, *, option: LlamaOption) -> None:
         super().__init__(
-            option_strings, dest, nargs=_NARGS[row.takes], default=argparse.SUPPRESS, help=argparse.SUPPRESS
+            option_strings, dest, nargs=_NARGS[option.takes], default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
-        self.row = row
+        self.option = option
 
     def __call__(self, _parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
         """Append to the list."""
         value = values if isinstance(values, str) else None
-        given = [*getattr(namespace, self.dest, ()), _Given(option_string, value, self.row)]
+        given = [*getattr(namespace, self.dest, ()), _Given(option_string, value, self.option)]
         setattr(namespace, self.dest, given)
 
 
@@ -61,21 +61,21 @@ def accept_options(parser: argparse.ArgumentParser, command: str) -> None:
     command
         Whose parser it is: `serve`, or one of those that take a prompt.
     """
-    for row in ROWS:
-        names = [name for name in row.names if name not in parser._option_string_actions]
+    for option in LLAMA_OPTIONS:
+        names = [name for name in option.names if name not in parser._option_string_actions]
         if names:
-            own = _elsewhere(row, command) if row.fate == "same" else row
-            parser.add_argument(*names, dest=_GIVEN, action=_Accept, row=own)
+            own = _elsewhere(option, command) if option.fate == "same" else option
+            parser.add_argument(*names, dest=_GIVEN, action=_Accept, option=own)
 
 
-def _elsewhere(row: Row, command: str) -> Row:
+def _elsewhere(option: LlamaOption, command: str) -> LlamaOption:
     """Describe what another command's option means to this command."""
-    first = row.names[0]
+    first = option.names[0]
     if command != "serve":
-        return replace(row, fate="note", text=_OTHERS.format("serve"))
+        return replace(option, fate="note", text=_OTHERS.format("serve"))
     if first in _SAID_BY_REQUESTS:
-        return replace(row, fate="refused", text=_IN_REQUESTS.format(_SAID_BY_REQUESTS[first]))
-    return replace(row, fate="note", text=_OTHERS.format("run"))
+        return replace(option, fate="refused", text=_IN_REQUESTS.format(_SAID_BY_REQUESTS[first]))
+    return replace(option, fate="note", text=_OTHERS.format("run"))
 
 
 def accepted_names(parser: argparse.ArgumentParser) -> set[str]:
@@ -85,15 +85,15 @@ def accepted_names(parser: argparse.ArgumentParser) -> set[str]:
 
 def accepted_options(arguments: argparse.Namespace) -> list[str]:
     """Return the options that were given and ask for something."""
-    given = [one.option for one in getattr(arguments, _GIVEN, ()) if not one.row.is_off(one.value)]
+    given = [one.spelling for one in getattr(arguments, _GIVEN, ()) if not one.option.is_off(one.value)]
     return list(dict.fromkeys(given))
 
 
 def given_values(arguments: argparse.Namespace, firsts: Iterable[str]) -> list[tuple[str, str, str]]:
-    """Return which options of some rows were given: a row's first name, the name that was used, and the value or ""."""
+    """Return which of some options were given: the first name, the name that was used, and the value or ""."""
     wanted = set(firsts)
-    given = [one for one in getattr(arguments, _GIVEN, ()) if one.row.names[0] in wanted]
-    return [(one.row.names[0], one.option, one.value or "") for one in given]
+    given = [one for one in getattr(arguments, _GIVEN, ()) if one.option.names[0] in wanted]
+    return [(one.option.names[0], one.spelling, one.value or "") for one in given]
 
 
 def say_accepted(arguments: argparse.Namespace) -> None:
@@ -104,11 +104,11 @@ def say_accepted(arguments: argparse.Namespace) -> None:
     UsageError
         For one that would change the answer.
     """
-    given: Iterable[_Given] = [one for one in getattr(arguments, _GIVEN, ()) if not one.row.is_off(one.value)]
+    given: Iterable[_Given] = [one for one in getattr(arguments, _GIVEN, ()) if not one.option.is_off(one.value)]
     lines: dict[str, list[str]] = {}
     for one in given:
-        if one.row.fate == "refused":
-            raise UsageError(f"{one.option}: {one.row.text}", hint=f"leave {one.option} out")
-        lines.setdefault(one.row.text, []).append(one.option)
+        if one.option.fate == "refused":
+            raise UsageError(f"{one.spelling}: {one.option.text}", hint=f"leave {one.spelling} out")
+        lines.setdefault(one.option.text, []).append(one.spelling)
     for text, options in lines.items():
         notice(f"{', '.join(dict.fromkeys(options))}: {text}")

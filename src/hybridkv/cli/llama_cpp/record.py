@@ -14,7 +14,7 @@ Takes = Literal["", "N", "[N]", "N..."]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class LlamaOption:
     """One option.
 
     Attributes
@@ -45,19 +45,19 @@ class Row:
         return value is not None and any(_equal(value, off) for off in self.off)
 
 
-def same(names: str, text: str = "", *, takes: Takes = "N", env: str = "") -> Row:
-    """Return a row of an option that a parser of ours has."""
-    return Row(tuple(names.split()), "same", text, takes, env)
+def same(names: str, text: str = "", *, takes: Takes = "N", env: str = "") -> LlamaOption:
+    """Describe an option that a parser of ours has."""
+    return LlamaOption(tuple(names.split()), "same", text, takes, env)
 
 
-def note(names: str, text: str, *, takes: Takes = "N", env: str = "", off: str = "") -> Row:
-    """Return a row of an option that changes nothing in the answer."""
-    return Row(tuple(names.split()), "note", text, takes, env, tuple(off.split()))
+def note(names: str, text: str, *, takes: Takes = "N", env: str = "", off: str = "") -> LlamaOption:
+    """Describe an option that changes nothing in the answer."""
+    return LlamaOption(tuple(names.split()), "note", text, takes, env, tuple(off.split()))
 
 
-def refused(names: str, text: str, *, takes: Takes = "N", env: str = "", off: str = "") -> Row:
-    """Return a row of an option whose answer would be another one; `off` lists the values that ask for nothing."""
-    return Row(tuple(names.split()), "refused", text, takes, env, tuple(off.split()))
+def refused(names: str, text: str, *, takes: Takes = "N", env: str = "", off: str = "") -> LlamaOption:
+    """Describe an option whose answer would be another one; `off` lists the values that ask for nothing."""
+    return LlamaOption(tuple(names.split()), "refused", text, takes, env, tuple(off.split()))
 
 
 def _equal(value: str, off: str) -> bool:

@@ -1,18 +1,18 @@
-"""All rows, and the row of a name."""
+"""All options, and the option of a name."""
 
 from __future__ import annotations
 
-from hybridkv.cli.llama_cpp.record import Row
-from hybridkv.cli.llama_cpp.rows_machine import MACHINE
-from hybridkv.cli.llama_cpp.rows_model import MODEL
-from hybridkv.cli.llama_cpp.rows_serving import SERVING
-from hybridkv.cli.llama_cpp.rows_text import TEXT
+from hybridkv.cli.llama_cpp.machine import MACHINE
+from hybridkv.cli.llama_cpp.model import MODEL
+from hybridkv.cli.llama_cpp.record import LlamaOption
+from hybridkv.cli.llama_cpp.serving import SERVING
+from hybridkv.cli.llama_cpp.text import TEXT
 
-ROWS: tuple[Row, ...] = (*MODEL, *TEXT, *SERVING, *MACHINE)
+LLAMA_OPTIONS: tuple[LlamaOption, ...] = (*MODEL, *TEXT, *SERVING, *MACHINE)
 
-_BY_NAME = {name: row for row in ROWS for name in row.names}
+_BY_NAME = {name: option for option in LLAMA_OPTIONS for name in option.names}
 
 
-def row_of(name: str) -> Row | None:
-    """Return the row of an option, None if neither program has it."""
+def llama_option(name: str) -> LlamaOption | None:
+    """Return what an option is here, None if neither program has it."""
     return _BY_NAME.get(name)

@@ -34,12 +34,12 @@ struct Products : Task {
         if (tiles()) Amx::release();
     }
 
-    void put_codes(int r, const int32_t* codes) {
+    void stage_query_codes(int r, const int32_t* codes) {
         AmxCodes::put_query(reinterpret_cast<int8_t*>(s.q) + r / Amx::group * AmxCodes::query_bytes(dk), dk,
                             r % Amx::group, rows <= 4 ? 4 : 8, codes);
     }
 
-    void put_values(int r, const float* q) {
+    void stage_query_values(int r, const float* q) {
         if (k_few) return static_cast<void>(std::memcpy(s.q + r * dk, q, static_cast<size_t>(dk) * sizeof(float)));
         AmxValues::put_query(reinterpret_cast<uint16_t*>(s.q) + r / Amx::group * AmxValues::query_bytes(dk) / 2, dk,
                              r % Amx::group, q);

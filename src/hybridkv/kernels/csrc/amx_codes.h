@@ -239,7 +239,7 @@ struct AmxCodes {
 
         Weigh(Task& task, int64_t first, int count) : t(task), row(first), n(count) {
             const Format& f = *t.seg.v.format;
-            direct = (f.code == Code::nibbles || f.code == Code::nibbles_pairs) && n == kTile;
+            direct = (f.layout == BitLayout::nibbles || f.layout == BitLayout::nibbles_pairs) && n == kTile;
             if (!direct) codes = stage_codes(t.seg.v, t.head, row, n, t.s.codes);
             for (int i = 0; i < 16; ++i) book[i] = f.codebook ? f.codebook[i] : static_cast<int8_t>(i - f.zero);
         }
@@ -247,7 +247,7 @@ struct AmxCodes {
         void stage(int b, int8_t (&out)[chunks][2048], Prefetch& ahead) {
             if (!(t.s.d_block[b] < kInf)) {
                 if (direct) codes = stage_codes(t.seg.v, t.head, row, n, t.s.codes);
-                return t.careful_block(codes, b);
+                return t.accumulate_unmasked_codes(codes, b);
             }
             const Format& f = *t.seg.v.format;
             const int64_t stride = plane_row_bytes(f, f.plane_codes, t.seg.v.head_dim);

@@ -1,5 +1,5 @@
 // The tile registers and how they are shaped: 0-3 sums, 4 and 5 the operands, all of 16 rows of 64 bytes. Their names
-// are part of the instructions, hence the numbers in the code.
+// are part of the instructions, hence the literals in the code.
 #pragma once
 
 #include "stage.h"

@@ -8,7 +8,7 @@
 namespace {
 
 struct AmxValues {
-    static constexpr int packed = kBlock * 16;  // numbers in a block of a packed group of queries
+    static constexpr int packed = kBlock * 16;  // values in a block of a packed group of queries
 
     static int64_t query_bytes(int64_t dk) { return dk * 32; }
 
@@ -49,22 +49,24 @@ struct AmxValues {
         if (n < 16 || k.head_dim % kBlock) {
             for (int64_t b = 0; b < blocks; ++b, out += 2 * 512) {
                 stage_values(k, head, row, n < 16 ? n : 16, b * kBlock, edge, 16);
-                stage_rows<Code::f32, 2>(reinterpret_cast<const uint8_t*>(edge), kBlock * 4, 1, out, ahead);
+                stage_rows<BitLayout::f32, 2>(reinterpret_cast<const uint8_t*>(edge), kBlock * 4, 1, out, ahead);
             }
             return 2;
         }
         const uint8_t* p = plane_row(k, 0, head, row);
-                if (k.format->code == Code::f32) return stage_rows<Code::f32, 2>(p, stride, blocks, out, ahead);
-        if (k.format->code == Code::f16) return stage_rows<Code::f16, 2>(p, stride, blocks, out, ahead);
-        return stage_rows<Code::bf16, 1>(p, stride, blocks, out, ahead);
+                if (k.format->layout == BitLayout::f32) {
+                    return stage_rows<BitLayout::f32, 2>(p, stride, blocks, out, ahead);
+                }
+        if (k.format->layout == BitLayout::f16) return stage_rows<BitLayout::f16, 2>(p, stride, blocks, out, ahead);
+        return stage_rows<BitLayout::bf16, 1>(p, stride, blocks, out, ahead);
     }
 
-    template <Code C, int Terms>
+    template <BitLayout Layout, int Terms>
     static inline int stage_rows(const uint8_t* p, int64_t stride, int64_t blocks, uint16_t* out, Prefetch& ahead) {
         for (int r = 0; r < 16; ++r, p += stride) {
             if (r % 4 == 0) ahead.step();
             for (int64_t b = 0; b < blocks; ++b) {
-                F x[2] = {load_values<C>(p, b * kBlock), load_values<C>(p, b * kBlock + 16)};
+                F x[2] = {load_values<Layout>(p, b * kBlock), load_values<Layout>(p, b * kBlock + 16)};
                 for (int t = 0; t < Terms; ++t) _mm512_store_si512(out + (b * Terms + t) * 512 + r * 32, take_term(x));
             }
         }
@@ -112,7 +114,7 @@ struct AmxValues {
 
         Weigh(Task& task, int64_t first, int count)
             : t(task), row(first), n(count), used((count + 31) / 32),
-              terms(task.seg.v.format->code == Code::bf16 ? 1 : 2) {}
+              terms(task.seg.v.format->layout == BitLayout::bf16 ? 1 : 2) {}
 
         void prepare(int b, int r, int count, int, Operands& o, Product& x, Prefetch& ahead) {
             if (r == 0) stage(b, o.v[b % 2], ahead);
@@ -139,14 +141,14 @@ struct AmxValues {
             const int64_t stride = plane_row_bytes(*v.format, 0, v.head_dim);
             if (n < kTile || v.head_dim % kBlock) {
                 stage_values(v, t.head, row, n, b * kBlock, t.s.v, used * 32);
-                return stage_pairs<Code::f32, 2>(reinterpret_cast<const uint8_t*>(t.s.v), kBlock * 4, out, ahead);
+                return stage_pairs<BitLayout::f32, 2>(reinterpret_cast<const uint8_t*>(t.s.v), kBlock * 4, out, ahead);
             }
-            if (v.format->code == Code::f32) return stage_pairs<Code::f32, 2>(p, stride, out, ahead);
-            if (v.format->code == Code::f16) return stage_pairs<Code::f16, 2>(p, stride, out, ahead);
-            return stage_pairs<Code::bf16, 1>(p, stride, out, ahead);
+            if (v.format->layout == BitLayout::f32) return stage_pairs<BitLayout::f32, 2>(p, stride, out, ahead);
+            if (v.format->layout == BitLayout::f16) return stage_pairs<BitLayout::f16, 2>(p, stride, out, ahead);
+            return stage_pairs<BitLayout::bf16, 1>(p, stride, out, ahead);
         }
 
-        template <Code C, int Terms>
+        template <BitLayout Layout, int Terms>
         inline void stage_pairs(const uint8_t* p, int64_t stride, uint16_t (&out)[chunks][2][2][512],
                                 Prefetch& ahead) const {
             for (int c = 0; c < used; ++c, p += 32 * stride) {
@@ -154,7 +156,7 @@ struct AmxValues {
                 for (int i = 0; i < 16; ++i) {
                     for (int half = 0; half < 2; ++half) {
                         const uint8_t* at = p + i * stride;
-                        F x[2] = {load_values<C>(at, half * 16), load_values<C>(at + 16 * stride, half * 16)};
+                        F x[2] = {load_values<Layout>(at, half * 16), load_values<Layout>(at + 16 * stride, half * 16)};
                         for (int k = 0; k < Terms; ++k) _mm512_store_si512(out[c][half][k] + i * 32, take_term(x));
                     }
                 }
@@ -177,7 +179,7 @@ struct AmxValues {
         }
 
         // acc[count][32] += p . v; a NaN or an infinity in the tile's values shows in every sum, and is left to
-        // careful_values.
+        // accumulate_unmasked.
         void finish(const Product& x) {
             F check = Simd::set1(0.f);
             for (int half = 0; half < 2; ++half) {
@@ -185,7 +187,7 @@ struct AmxValues {
             }
             if (Simd::reduce_add(check) != 0.f) {
                 stage_values(t.seg.v, t.head, row, n, x.b * kBlock, t.s.v, kTile);
-                return t.careful_values(x.b, x.r, x.count);
+                return t.accumulate_unmasked(x.b, x.r, x.count);
             }
             for (int half = 0; half < 2; ++half) {
                 for (int i = 0; i < x.count; ++i) {

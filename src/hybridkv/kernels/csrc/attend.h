@@ -75,7 +75,7 @@ struct Attend : Products {
         std::memset(row + dims, 0, static_cast<size_t>(dk - dims) * sizeof(float));
         s.q_center[r] = seg.center ? a.scale * dot(row, seg.center + head * dims, dims) : 0.f;
         if (k_int) return quantize_query(r, row);
-        put_values(r, row);
+        stage_query_values(r, row);
         s.q_unit[r] = a.scale;
     }
 
@@ -110,7 +110,7 @@ struct Attend : Products {
             }
             s.q_sum[r * (dk / kBlock) + b] = Simd::reduce_add(sum);
         }
-        put_codes(r, codes);
+        stage_query_codes(r, codes);
     }
 
     // Scales of V in units of 1 / d_units: over the largest of their block in this tile (d_block), and of these, over
@@ -129,7 +129,7 @@ struct Attend : Products {
                 if (!seg.v.format->has_min()) continue;
                 check = Simd::fma(Simd::load(s.v_m + b * kTile + r), Simd::set1(0.f), check);
             }
-            // NaN marks a block with a scale that is not finite: those go through careful_values.
+            // NaN marks a block with a scale that is not finite: those go through accumulate_unmasked.
             const float largest = Simd::reduce_max(top) + Simd::reduce_add(check);
             s.d_block[b] = largest;
             s.d_inverse[b] = largest > 1e-37f && largest < kInf ? 1.f / largest : 0.f;

@@ -60,7 +60,7 @@ constexpr int kMaxRows = 64;  // query rows in a task
 
 struct EncodeParams {
     const void* x;  // [B, Hkv, T, D]: strides in elements, D contiguous
-    Code x_type;    // f32, f16 or bf16
+    BitLayout x_type;  // f32, f16 or bf16
     int64_t x_stride_b, x_stride_h, x_stride_t;
     const Format* format;
     int64_t head_dim, cap, start;

@@ -114,7 +114,7 @@ struct Products : PlainProducts {
 
     using PlainProducts::PlainProducts;
 
-    void put_codes(int r, const int32_t* codes) {
+    void stage_query_codes(int r, const int32_t* codes) {
         int8_t* out = reinterpret_cast<int8_t*>(s.q) + r * 2 * dk;
         for (int64_t e = 0; e < dk; e += 8) {
             const int16x8_t x = vcombine_s16(vmovn_s32(Simd::loadi(codes + e)), vmovn_s32(Simd::loadi(codes + e + 4)));
@@ -167,7 +167,7 @@ struct Products : PlainProducts {
         for (int64_t b = 0; b < dv / kBlock; ++b) {
             ahead.step();
             if (!(s.d_block[b] < kInf)) {
-                careful_block(codes, b);
+                accumulate_unmasked_codes(codes, b);
                 continue;
             }
             for (int i = 0; i < kTile; i += 4) interleave_rows(codes, i, b, quads + i / 4 * kBlock);

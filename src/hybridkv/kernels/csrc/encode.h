@@ -31,7 +31,7 @@ inline uint16_t to_f16(float x) {  // to nearest even; source: the usual magic-n
     return static_cast<uint16_t>(sign | bits >> 13);
 }
 
-inline void put_f16(uint8_t* p, float x) {
+inline void store_f16(uint8_t* p, float x) {
     const uint16_t h = to_f16(x);
     std::memcpy(p, &h, 2);
 }
@@ -42,12 +42,12 @@ inline void load_row(const EncodeParams& e, int64_t r, int64_t width, float* out
     const int64_t t = r % e.n_tokens, bh = r / e.n_tokens;
     const int64_t at = bh / e.n_kv_heads * e.x_stride_b + bh % e.n_kv_heads * e.x_stride_h + t * e.x_stride_t;
     const int64_t dims = e.head_dim;
-    if (e.x_type == Code::f32) {
+    if (e.x_type == BitLayout::f32) {
         std::memcpy(out, static_cast<const float*>(e.x) + at, static_cast<size_t>(dims) * sizeof(float));
     } else {
         const uint16_t* x = static_cast<const uint16_t*>(e.x) + at;
         int64_t i = 0;
-        const auto wide = [&](const uint16_t* p) { return e.x_type == Code::f16 ? Simd::f16(p) : Simd::bf16(p); };
+        const auto wide = [&](const uint16_t* p) { return e.x_type == BitLayout::f16 ? Simd::f16(p) : Simd::bf16(p); };
         for (; i + Simd::lanes <= dims; i += Simd::lanes) Simd::store(out + i, wide(x + i));
         for (; i < dims; ++i) {
             const uint16_t lanes[Simd::lanes] = {x[i]};
@@ -62,23 +62,23 @@ inline void load_row(const EncodeParams& e, int64_t r, int64_t width, float* out
 
 inline void encode_values(const EncodeParams& e, const float* x, uint8_t* out) {
     const int64_t dims = e.head_dim;
-    if (e.format->code == Code::f32) {
+    if (e.format->layout == BitLayout::f32) {
         std::memcpy(out, x, static_cast<size_t>(dims) * sizeof(float));
         return;
     }
     for (int64_t i = 0; i < dims; ++i) {
-        const uint16_t h = e.format->code == Code::f16 ? to_f16(x[i]) : to_bf16(x[i]);
+        const uint16_t h = e.format->layout == BitLayout::f16 ? to_f16(x[i]) : to_bf16(x[i]);
         std::memcpy(out + 2 * i, &h, 2);
     }
 }
 
-constexpr int code_bits(Code code) {
-    switch (code) {
-        case Code::pairs: return 2;
-        case Code::pairs_bits: return 3;
-        case Code::nibbles: return 4;
-        case Code::nibbles_bits: return 5;
-        case Code::nibbles_pairs: return 6;
+constexpr int code_bits(BitLayout layout) {
+    switch (layout) {
+        case BitLayout::pairs: return 2;
+        case BitLayout::pairs_bits: return 3;
+        case BitLayout::nibbles: return 4;
+        case BitLayout::nibbles_bits: return 5;
+        case BitLayout::nibbles_pairs: return 6;
         default: return 8;
     }
 }
@@ -100,10 +100,10 @@ inline __attribute__((always_inline)) void to_codes(const float* y, int64_t n, f
 }
 
 // The scale rule over n lanes: codes out (two's complement for abs_max), scale, minimum and sum of codes returned.
-inline __attribute__((always_inline)) Block encode_block(const Format& f, const float* x, int64_t n, bool refit,
+inline __attribute__((always_inline)) BlockScale encode_block(const Format& f, const float* x, int64_t n, bool refit,
                                                          float* y, uint8_t* codes) {
-    Block b{};
-    const int bits = code_bits(f.code);
+    BlockScale b{};
+    const int bits = code_bits(f.layout);
     if (f.rule == Rule::abs_max) {
         b.d = as_float(top_bits(x, n)) / 127.f;
     } else if (f.rule == Rule::signed_max) {
@@ -159,33 +159,33 @@ inline __attribute__((always_inline)) Block encode_block(const Format& f, const 
     return b;
 }
 
-inline void put_nibbles(const uint8_t* c, uint8_t* out) {
+inline void pack_nibbles(const uint8_t* c, uint8_t* out) {
     for (int i = 0; i < 16; ++i) out[i] = static_cast<uint8_t>((c[i] & 15) | c[i + 16] << 4);
 }
 
 // Two bits of every code, or one, from bit `shift` on.
-inline void put_pairs(const uint8_t* c, int shift, uint8_t* out) {
+inline void pack_pairs(const uint8_t* c, int shift, uint8_t* out) {
     const auto pair = [&](int i) { return c[i] >> shift & 3; };
     for (int i = 0; i < 8; ++i) {
         out[i] = static_cast<uint8_t>(pair(i) | pair(i + 16) << 2 | pair(i + 8) << 4 | pair(i + 24) << 6);
     }
 }
 
-inline void put_bits(const uint8_t* c, int shift, uint8_t* out) {
+inline void pack_bits(const uint8_t* c, int shift, uint8_t* out) {
     uint32_t bits = 0;
     for (int i = 0; i < kBlock; ++i) bits |= static_cast<uint32_t>(c[i] >> shift & 1) << i;
     std::memcpy(out, &bits, 4);
 }
 
-inline void put_codes(const Format& f, const uint8_t* c, int64_t block, uint8_t* const* rows) {
+inline void pack_codes(const Format& f, const uint8_t* c, int64_t block, uint8_t* const* rows) {
     const auto at = [&](int plane) { return rows[plane] + block * f.plane_bytes[plane]; };
     uint8_t* low = at(f.plane_codes);
-    switch (f.code) {
-        case Code::nibbles_bits: put_bits(c, 4, at(f.plane_high)); return put_nibbles(c, low);
-        case Code::nibbles_pairs: put_pairs(c, 4, at(f.plane_high)); return put_nibbles(c, low);
-        case Code::nibbles: return put_nibbles(c, low);
-        case Code::pairs_bits: put_bits(c, 2, at(f.plane_high)); return put_pairs(c, 0, low);
-        case Code::pairs: return put_pairs(c, 0, low);
+    switch (f.layout) {
+        case BitLayout::nibbles_bits: pack_bits(c, 4, at(f.plane_high)); return pack_nibbles(c, low);
+        case BitLayout::nibbles_pairs: pack_pairs(c, 4, at(f.plane_high)); return pack_nibbles(c, low);
+        case BitLayout::nibbles: return pack_nibbles(c, low);
+        case BitLayout::pairs_bits: pack_bits(c, 2, at(f.plane_high)); return pack_pairs(c, 0, low);
+        case BitLayout::pairs: return pack_pairs(c, 0, low);
         default: std::memcpy(low, c, kBlock);
     }
 }
@@ -205,9 +205,9 @@ inline void encode_searched(const Format& f, const float* x, int64_t blocks, uin
         const FitSums sums(x, q, n);
         for (int64_t b = 0; b < n; ++b) {
             uint8_t* c = codes + b * kBlock;
-            put_f16(rows[f.plane_d] + 2 * (first + b),
+            store_f16(rows[f.plane_d] + 2 * (first + b),
                     refit_search(book, x + b * kBlock, c, d[b], sums.qx[b], sums.q2[b]));
-            put_codes(f, c, first + b, rows);
+            pack_codes(f, c, first + b, rows);
         }
     }
 }
@@ -216,7 +216,7 @@ inline void encode_row(const EncodeParams& e, const float* x, float* y, uint8_t*
     const Format& f = *e.format;
     if (!f.quantized()) return encode_values(e, x, rows[0]);
     if (f.row_scale) {
-        const Block b = encode_block(f, x, e.head_dim, e.refit, y, rows[f.plane_codes]);
+        const BlockScale b = encode_block(f, x, e.head_dim, e.refit, y, rows[f.plane_codes]);
         const int32_t sum = static_cast<int32_t>(b.sum);
         std::memcpy(rows[f.plane_d], &b.d, 4);
         std::memcpy(rows[f.plane_s], &sum, 4);
@@ -225,11 +225,11 @@ inline void encode_row(const EncodeParams& e, const float* x, float* y, uint8_t*
     if (f.codebook && !f.starts && e.refit) return encode_searched(f, x, padded(e.head_dim) / kBlock, rows);
     alignas(64) uint8_t codes[kBlock];
     for (int64_t i = 0; i < padded(e.head_dim) / kBlock; ++i) {
-        const Block b = encode_block(f, x + i * kBlock, kBlock, e.refit, y, codes);
-        put_f16(rows[f.plane_d] + 2 * i, b.d);
-        if (f.has_min()) put_f16(rows[f.plane_m] + 2 * i, b.low);
-        if (f.plane_s >= 0) put_f16(rows[f.plane_s] + 2 * i, b.sum * b.d);
-        put_codes(f, codes, i, rows);
+        const BlockScale b = encode_block(f, x + i * kBlock, kBlock, e.refit, y, codes);
+        store_f16(rows[f.plane_d] + 2 * i, b.d);
+        if (f.has_min()) store_f16(rows[f.plane_m] + 2 * i, b.low);
+        if (f.plane_s >= 0) store_f16(rows[f.plane_s] + 2 * i, b.sum * b.d);
+        pack_codes(f, codes, i, rows);
     }
 }
 

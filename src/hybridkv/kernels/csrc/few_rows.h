@@ -24,7 +24,7 @@ struct FewRows {
     }
 
     // scores[NQ][kTile] of n rows of K; q: [NQ][dims].
-    template <Code C, int NQ>
+    template <BitLayout Layout, int NQ>
     static HYBRIDKV_PHASE void scores(const float* q, const uint8_t* k, int64_t stride, int64_t dims, int n,
                                       float* scores) {
         constexpr int NR = NQ < 4 ? 4 : (L == 16 ? 16 : 8) / NQ;  // stored rows that share a load of the queries
@@ -36,7 +36,7 @@ struct FewRows {
             for (F& x : acc) x = Simd::set1(0.f);
             for (int64_t e = 0; e < dims; e += L) {
                 F x[NR];
-                for (int r = 0; r < NR; ++r) x[r] = load_values<C>(rows[r], e);
+                for (int r = 0; r < NR; ++r) x[r] = load_values<Layout>(rows[r], e);
                 for (int i = 0; i < NQ; ++i) {
                     F y = Simd::load(q + i * dims + e);
                     Simd::keep(y);  // loaded once, not by each product
@@ -56,7 +56,7 @@ struct FewRows {
     }
 
     // acc[NQ][32] += p . v of n rows; false, and nothing added, if a sum is not finite. p: [NQ][kTile]
-    template <Code C, int NQ>
+    template <BitLayout Layout, int NQ>
     static HYBRIDKV_PHASE bool weigh(const float* p, const uint8_t* v, int64_t stride, int n, float* acc,
                                      int64_t acc_stride) {
         constexpr int NV = Simd::cols;
@@ -68,7 +68,7 @@ struct FewRows {
             const uint8_t* row = v;
             for (int j = 0; j < n; ++j, row += stride) {
                 F x[NV];
-                for (int c = 0; c < NV; ++c) x[c] = load_values<C>(row, e + c * L);
+                for (int c = 0; c < NV; ++c) x[c] = load_values<Layout>(row, e + c * L);
                 for (int i = 0; i < NQ; ++i) {
                     const F weight = Simd::set1(p[i * kTile + j]);
                     for (int c = 0; c < NV; ++c) sum[i][c] = Simd::fma(x[c], weight, sum[i][c]);
@@ -92,22 +92,22 @@ struct FewRows {
     }
 
     template <class Fn>
-    static void for_code(Code code, Fn&& f) {
-        if (code == Code::f32) return f(std::integral_constant<Code, Code::f32>{});
-        if (code == Code::f16) return f(std::integral_constant<Code, Code::f16>{});
-        f(std::integral_constant<Code, Code::bf16>{});
+    static void for_layout(BitLayout layout, Fn&& f) {
+        if (layout == BitLayout::f32) return f(std::integral_constant<BitLayout, BitLayout::f32>{});
+        if (layout == BitLayout::f16) return f(std::integral_constant<BitLayout, BitLayout::f16>{});
+        f(std::integral_constant<BitLayout, BitLayout::bf16>{});
     }
 
     static void all_scores(const Task& t, int64_t row, int n, Prefetch& ahead) {
         const uint8_t* k = plane_row(t.seg.k, 0, t.head, row);
         const int64_t stride = plane_row_bytes(*t.seg.k.format, 0, t.seg.k.head_dim);
-        for_code(t.seg.k.format->code, [&](auto code) {
+        for_layout(t.seg.k.format->layout, [&](auto layout) {
             for (int j = 0; j < n; j += step, k += step * stride) {
                 const int count = n - j < step ? n - j : step;
                 ahead.step();
                 for_row_groups(t.rows, [&](auto group, int r) {
-                    scores<decltype(code)::value, decltype(group)::count>(t.s.q + r * t.dk, k, stride, t.dk, count,
-                                                                          t.s.scores + r * kTile + j);
+                    scores<decltype(layout)::value, decltype(group)::count>(t.s.q + r * t.dk, k, stride, t.dk, count,
+                                                                            t.s.scores + r * kTile + j);
                 });
             }
         });
@@ -118,13 +118,13 @@ struct FewRows {
         for (int64_t b = 0; b < t.dv / kBlock; ++b) {
             ahead.step();
             const uint8_t* v = plane_row(t.seg.v, 0, t.head, row) + b * kBlock * t.seg.v.format->plane_bytes[0];
-            for_code(t.seg.v.format->code, [&](auto code) {
+            for_layout(t.seg.v.format->layout, [&](auto layout) {
                 for_row_groups(t.rows, [&](auto group, int r) {
                     constexpr int NQ = decltype(group)::count;
                     float* acc = t.s.acc + r * t.dv + b * kBlock;
-                    if (weigh<decltype(code)::value, NQ>(t.s.scores + r * kTile, v, stride, n, acc, t.dv)) return;
+                    if (weigh<decltype(layout)::value, NQ>(t.s.scores + r * kTile, v, stride, n, acc, t.dv)) return;
                     stage_values(t.seg.v, t.head, row, n, b * kBlock, t.s.v, kTile);
-                    t.careful_values(b, r, NQ);
+                    t.accumulate_unmasked(b, r, NQ);
                 });
             });
         }

@@ -1,4 +1,4 @@
-// Whether floats are numbers, by their bits: compilers that assume there is no NaN may drop a comparison.
+// Whether floats are finite, by their bits: compilers that assume there is no NaN may drop a comparison.
 #pragma once
 
 #include <cstdint>

@@ -11,7 +11,7 @@ constexpr int kMaxPlanes = 4;
 constexpr int kStarts = 5;      // fits that a refit from several starts tries
 
 // How a code of a block lies in the bytes of its planes.
-enum class Code : uint8_t { f32, f16, bf16, bytes, nibbles, nibbles_bits, nibbles_pairs, pairs, pairs_bits };
+enum class BitLayout : uint8_t { f32, f16, bf16, bytes, nibbles, nibbles_bits, nibbles_pairs, pairs, pairs_bits };
 
 enum class Rule : uint8_t { cast, abs_max, signed_max, min_max };
 enum class Rounding : uint8_t { away, even, up, nearest };
@@ -19,7 +19,7 @@ enum class Rounding : uint8_t { away, even, up, nearest };
 // Plane indices are positions in ggml's field order; -1 where a format has no such plane.
 struct Format {
     const char* name;
-    Code code;
+    BitLayout layout;
     Rule rule;
     Rounding rounding;
     int8_t zero;                       // code of the value 0
@@ -47,22 +47,22 @@ constexpr int16_t kHq2Starts[kStarts] = {152, 176, 200, 224, 248};
 
 // clang-format off
 constexpr Format kFormats[] = {
-    //  name     code                 rule              rounding          zero  d   m   s  high codes n  bytes          codebook starts      row
-    {"f32",    Code::f32,           Rule::cast,       Rounding::even,     0, -1, -1, -1, -1, 0, 1, {4},            nullptr, nullptr,    false},
-    {"f16",    Code::f16,           Rule::cast,       Rounding::even,     0, -1, -1, -1, -1, 0, 1, {2},            nullptr, nullptr,    false},
-    {"bf16",   Code::bf16,          Rule::cast,       Rounding::even,     0, -1, -1, -1, -1, 0, 1, {2},            nullptr, nullptr,    false},
-    {"q8_0",   Code::bytes,         Rule::abs_max,    Rounding::away,     0,  0, -1, -1, -1, 1, 2, {2, 32},        nullptr, nullptr,    false},
-    {"q8_1",   Code::bytes,         Rule::abs_max,    Rounding::away,     0,  0, -1,  1, -1, 2, 3, {2, 2, 32},     nullptr, nullptr,    false},
-    {"q8_KV",  Code::bytes,         Rule::abs_max,    Rounding::even,     0,  0, -1,  1, -1, 2, 3, {4, 4, 1},      nullptr, nullptr,    true},
-    {"q6_0",   Code::nibbles_pairs, Rule::signed_max, Rounding::up,      32,  0, -1, -1,  1, 2, 3, {2, 8, 16},     nullptr, nullptr,    false},
-    {"q5_0",   Code::nibbles_bits,  Rule::signed_max, Rounding::up,      16,  0, -1, -1,  1, 2, 3, {2, 4, 16},     nullptr, nullptr,    false},
-    {"q5_1",   Code::nibbles_bits,  Rule::min_max,    Rounding::up,       0,  0,  1, -1,  2, 3, 4, {2, 2, 4, 16},  nullptr, nullptr,    false},
-    {"q4_0",   Code::nibbles,       Rule::signed_max, Rounding::up,       8,  0, -1, -1, -1, 1, 2, {2, 16},        nullptr, nullptr,    false},
-    {"q4_1",   Code::nibbles,       Rule::min_max,    Rounding::up,       0,  0,  1, -1, -1, 2, 3, {2, 2, 16},     nullptr, nullptr,    false},
-    {"iq4_nl", Code::nibbles,       Rule::signed_max, Rounding::nearest,  8,  0, -1, -1, -1, 1, 2, {2, 16},        kIq4nl,  nullptr,    false},
-    {"hq4_nl", Code::nibbles,       Rule::abs_max,    Rounding::nearest,  0,  0, -1, -1, -1, 1, 2, {2, 16},        kHq4nl,  kHq4Starts, false},
-    {"hq3_nl", Code::pairs_bits,    Rule::abs_max,    Rounding::nearest,  0,  0, -1, -1,  1, 2, 3, {2, 4, 8},      kHq3nl,  kHq3Starts, false},
-    {"hq2_nl", Code::pairs,         Rule::abs_max,    Rounding::nearest,  0,  0, -1, -1, -1, 1, 2, {2, 8},         kHq2nl,  kHq2Starts, false},
+    //  name     layout                    rule              rounding          zero  d   m   s  high codes n  bytes          codebook starts      row
+    {"f32",    BitLayout::f32,           Rule::cast,       Rounding::even,     0, -1, -1, -1, -1, 0, 1, {4},            nullptr, nullptr,    false},
+    {"f16",    BitLayout::f16,           Rule::cast,       Rounding::even,     0, -1, -1, -1, -1, 0, 1, {2},            nullptr, nullptr,    false},
+    {"bf16",   BitLayout::bf16,          Rule::cast,       Rounding::even,     0, -1, -1, -1, -1, 0, 1, {2},            nullptr, nullptr,    false},
+    {"q8_0",   BitLayout::bytes,         Rule::abs_max,    Rounding::away,     0,  0, -1, -1, -1, 1, 2, {2, 32},        nullptr, nullptr,    false},
+    {"q8_1",   BitLayout::bytes,         Rule::abs_max,    Rounding::away,     0,  0, -1,  1, -1, 2, 3, {2, 2, 32},     nullptr, nullptr,    false},
+    {"q8_KV",  BitLayout::bytes,         Rule::abs_max,    Rounding::even,     0,  0, -1,  1, -1, 2, 3, {4, 4, 1},      nullptr, nullptr,    true},
+    {"q6_0",   BitLayout::nibbles_pairs, Rule::signed_max, Rounding::up,      32,  0, -1, -1,  1, 2, 3, {2, 8, 16},     nullptr, nullptr,    false},
+    {"q5_0",   BitLayout::nibbles_bits,  Rule::signed_max, Rounding::up,      16,  0, -1, -1,  1, 2, 3, {2, 4, 16},     nullptr, nullptr,    false},
+    {"q5_1",   BitLayout::nibbles_bits,  Rule::min_max,    Rounding::up,       0,  0,  1, -1,  2, 3, 4, {2, 2, 4, 16},  nullptr, nullptr,    false},
+    {"q4_0",   BitLayout::nibbles,       Rule::signed_max, Rounding::up,       8,  0, -1, -1, -1, 1, 2, {2, 16},        nullptr, nullptr,    false},
+    {"q4_1",   BitLayout::nibbles,       Rule::min_max,    Rounding::up,       0,  0,  1, -1, -1, 2, 3, {2, 2, 16},     nullptr, nullptr,    false},
+    {"iq4_nl", BitLayout::nibbles,       Rule::signed_max, Rounding::nearest,  8,  0, -1, -1, -1, 1, 2, {2, 16},        kIq4nl,  nullptr,    false},
+    {"hq4_nl", BitLayout::nibbles,       Rule::abs_max,    Rounding::nearest,  0,  0, -1, -1, -1, 1, 2, {2, 16},        kHq4nl,  kHq4Starts, false},
+    {"hq3_nl", BitLayout::pairs_bits,    Rule::abs_max,    Rounding::nearest,  0,  0, -1, -1,  1, 2, 3, {2, 4, 8},      kHq3nl,  kHq3Starts, false},
+    {"hq2_nl", BitLayout::pairs,         Rule::abs_max,    Rounding::nearest,  0,  0, -1, -1, -1, 1, 2, {2, 8},         kHq2nl,  kHq2Starts, false},
 };
 // clang-format on
 constexpr int kNumFormats = static_cast<int>(sizeof(kFormats) / sizeof(kFormats[0]));

@@ -73,7 +73,7 @@ void encode(const std::string& isa, Address x, const std::string& x_type, Stride
             int64_t n_tokens, int64_t head_dim, int64_t cap, int64_t start, int n_threads) {
     EncodeParams e{};
     e.x = reinterpret_cast<const void*>(x);
-    e.x_type = format_named(x_type).code;
+    e.x_type = format_named(x_type).layout;
     std::tie(e.x_stride_b, e.x_stride_h, e.x_stride_t) = x_strides;
     e.format = &format_named(type);
     e.head_dim = head_dim;

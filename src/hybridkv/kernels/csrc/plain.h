@@ -15,7 +15,7 @@ struct PlainProducts : Task {
     // Nibbles are read as they lie where two blocks of them fill a vector; a code is its nibble less `zero` then.
     static bool plain_nibbles(const Stored& k) {
         const Format& f = *k.format;
-        return Simd::nibble_pairs && f.code == Code::nibbles && !f.codebook && k.head_dim % (2 * kBlock) == 0;
+        return Simd::nibble_pairs && f.layout == BitLayout::nibbles && !f.codebook && k.head_dim % (2 * kBlock) == 0;
     }
     const bool k_nibbles = plain_nibbles(seg.k), v_nibbles = plain_nibbles(seg.v);
 
@@ -25,7 +25,7 @@ struct PlainProducts : Task {
     void end() {}
 
     // Codes of one query row, in the order in which stage_k_pairs lays out pairs of codes.
-    void put_codes(int r, const int32_t* codes) {
+    void stage_query_codes(int r, const int32_t* codes) {
         for (int64_t i = r * (dk / kBlock); i < (r + 1) * (dk / kBlock); ++i) {
             s.q_start[i] = k_nibbles ? -seg.k.format->zero * static_cast<int32_t>(s.q_sum[i]) : 0;
         }
@@ -38,7 +38,9 @@ struct PlainProducts : Task {
         }
     }
 
-    void put_values(int r, const float* q) { std::memcpy(s.q + r * dk, q, static_cast<size_t>(dk) * sizeof(float)); }
+    void stage_query_values(int r, const float* q) {
+        std::memcpy(s.q + r * dk, q, static_cast<size_t>(dk) * sizeof(float));
+    }
 
     void scores(int64_t j, int n) {
         Prefetch ahead = ahead_of_v(j, n, k_few ? kTile / FewRows::step : k_int ? kTile / kPairedK : dk / kBlock);
@@ -137,7 +139,7 @@ struct PlainProducts : Task {
             float* acc = s.acc + b * kBlock;
             ahead.step();
             if (!stage_values(seg.v, head, row, n, b * kBlock, s.v, kTile)) {
-                careful_values(b, 0, rows);
+                accumulate_unmasked(b, 0, rows);
                 continue;
             }
             for_row_groups(rows, [&](auto group, int r) {
@@ -152,7 +154,7 @@ struct PlainProducts : Task {
         for (int64_t b = 0; b < dv / kBlock; ++b) {
             ahead.step();
             if (!(s.d_block[b] < kInf)) {
-                careful_block(v_nibbles ? stage_codes(seg.v, head, row, n, s.codes) : codes, b);
+                accumulate_unmasked_codes(v_nibbles ? stage_codes(seg.v, head, row, n, s.codes) : codes, b);
                 continue;
             }
             for (int i = 0; v_nibbles && i < kTile; i += 2) {

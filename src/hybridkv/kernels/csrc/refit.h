@@ -28,8 +28,8 @@ inline float inverse(float d) {
     return is_finite(i) ? i : 0.f;
 }
 
-// The numbers of a block that are stored with its codes.
-struct Block {
+// What a block stores beside its codes.
+struct BlockScale {
     float d, low, sum;
 };
 
@@ -109,7 +109,7 @@ inline float fold(float* terms) {
 }
 
 // q4_1, q5_1: least squares for scale and minimum, given the codes q, whose sum is `sum_q`.
-inline void refit_line(const float* x, const float* q, float sum_q, Block& b) {
+inline void refit_line(const float* x, const float* q, float sum_q, BlockScale& b) {
     float above[kBlock], product[kBlock], sum_q2 = 0.f;
     for (int i = 0; i < kBlock; ++i) {
         above[i] = x[i] - b.low;
@@ -246,8 +246,8 @@ inline float fit_starts(const Format& f, const float* x, float d, uint8_t* codes
 }
 
 inline float refit_starts(const Format& f, const float* x, float d, uint8_t* codes) {
-    if (f.code == Code::nibbles) return fit_starts<8>(f, x, d, codes);
-    if (f.code == Code::pairs_bits) return fit_starts<4>(f, x, d, codes);
+    if (f.layout == BitLayout::nibbles) return fit_starts<8>(f, x, d, codes);
+    if (f.layout == BitLayout::pairs_bits) return fit_starts<4>(f, x, d, codes);
     return fit_starts<2>(f, x, d, codes);
 }
 

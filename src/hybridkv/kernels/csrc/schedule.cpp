@@ -15,7 +15,8 @@ constexpr int64_t kMinSplit = 256;      // stored rows below which a split costs
 
 constexpr int64_t kAlign = 128;         // rows of the largest tile
 
-struct Cut {
+// How one call is cut into tasks.
+struct TaskGrid {
     int64_t all_rows, blocks, splits, split_rows;  // query rows of a KV head, blocks of them, parts of the cache
     int64_t shift;                                 // rows that the first part has beyond split_rows
     int64_t n_tasks, part_floats;
@@ -31,8 +32,8 @@ int64_t before_longest(const std::vector<Segment>& segments) {
     return longest->begin % kAlign;
 }
 
-Cut cut(const AttendParams& a, int n_threads) {
-    Cut c;
+TaskGrid grid_of(const AttendParams& a, int n_threads) {
+    TaskGrid c;
     c.all_rows = a.group() * a.n_tokens;
     c.blocks = (c.all_rows + kMaxRows - 1) / kMaxRows;
     const int64_t whole = a.n_batch * a.n_kv_heads * c.blocks;
@@ -50,7 +51,7 @@ Cut cut(const AttendParams& a, int n_threads) {
 }
 
 // Range of stored rows that any of the query rows can see.
-void visible(const AttendParams& a, AttendTask& t) {
+void clip_to_visible(const AttendParams& a, AttendTask& t) {
     const int64_t first = a.n_stored() - a.n_tokens + t.r0 / a.group();
     const int64_t last = a.n_stored() - a.n_tokens + (t.r1 - 1) / a.group();
     const int64_t lo = a.window ? std::max<int64_t>(0, first - a.window + 1) : 0;
@@ -81,40 +82,43 @@ void merge_row(const AttendParams& a, const float* part, int64_t stride, int64_t
     for (int64_t e = 0; e < dims; ++e) out[e] *= factor;
 }
 
-// One call among several.
-struct Part {
+// One call among several, with what its parts of the cache gave.
+struct Call {
     const AttendParams& a;
-    const Cut c;
-    std::unique_ptr<float[]> parts;  // what the splits of the cache gave, if there are several
+    const TaskGrid grid;
+    std::unique_ptr<float[]> partials;  // one per split, if there are several
 
-    Part(const AttendParams& params, const Cut& cuts) : a(params), c(cuts) {
-        if (c.splits > 1) parts.reset(new float[static_cast<size_t>(c.n_tasks * c.part_floats)]);
+    Call(const AttendParams& params, const TaskGrid& task_grid) : a(params), grid(task_grid) {
+        if (grid.splits > 1) partials.reset(new float[static_cast<size_t>(grid.n_tasks * grid.part_floats)]);
+    }
+
+    float* partial(int64_t head, int64_t block, int64_t split) const {
+        return partials.get() + ((head * grid.blocks + block) * grid.splits + split) * grid.part_floats;
     }
 
     AttendTask task(int64_t i) const {
         // The last blocks of rows see most of a causal cache: hand them out first.
-        const int64_t split = i % c.splits, block = c.blocks - 1 - i / c.splits % c.blocks;
-        const int64_t head = i / (c.splits * c.blocks);
+        const int64_t split = i % grid.splits, block = grid.blocks - 1 - i / grid.splits % grid.blocks;
+        const int64_t head = i / (grid.splits * grid.blocks);
         AttendTask t;
         t.batch = head / a.n_kv_heads;
         t.kv_head = head % a.n_kv_heads;
         t.r0 = block * kMaxRows;
-        t.r1 = std::min(c.all_rows, t.r0 + kMaxRows);
-        t.j0 = c.begin(split);
-        t.j1 = std::min(a.n_stored(), c.begin(split + 1));
-        visible(a, t);
-        t.partial = parts ? parts.get() + ((head * c.blocks + block) * c.splits + split) * c.part_floats : nullptr;
+        t.r1 = std::min(grid.all_rows, t.r0 + kMaxRows);
+        t.j0 = grid.begin(split);
+        t.j1 = std::min(a.n_stored(), grid.begin(split + 1));
+        clip_to_visible(a, t);
+        t.partial = partials ? partial(head, block, split) : nullptr;
         return t;
     }
 
     void merge() const {
-        if (!parts) return;
+        if (!partials) return;
         for (int64_t head = 0; head < a.n_batch * a.n_kv_heads; ++head) {
-            for (int64_t row = 0; row < c.all_rows; ++row) {
+            for (int64_t row = 0; row < grid.all_rows; ++row) {
                 const int64_t block = row / kMaxRows;
-                const float* part = parts.get() + (head * c.blocks + block) * c.splits * c.part_floats +
-                                    row % kMaxRows * (2 + a.head_dim_v());
-                merge_row(a, part, c.part_floats, c.splits, head / a.n_kv_heads,
+                const float* first = partial(head, block, 0) + row % kMaxRows * (2 + a.head_dim_v());
+                merge_row(a, first, grid.part_floats, grid.splits, head / a.n_kv_heads,
                           head % a.n_kv_heads * a.group() + row % a.group(), row / a.group());
             }
         }
@@ -122,25 +126,26 @@ struct Part {
 };
 
 // Calls whose tasks are done together: one, or consecutive tokens of one cache that are cut alike.
-struct Together {
+struct Bundle {
     size_t first, count;
     int64_t begin, end;  // tasks
 };
 
-bool alike(const Cut& a, const Cut& b) {
+bool same_grid(const TaskGrid& a, const TaskGrid& b) {
     return a.splits == b.splits && a.split_rows == b.split_rows && a.shift == b.shift && a.n_tasks == b.n_tasks;
 }
 
-std::vector<Together> bundle(const Isa& isa, const std::vector<Part>& parts, const std::vector<int64_t>& spans) {
-    std::vector<Together> found;
+std::vector<Bundle> bundles_of(const Isa& isa, const std::vector<Call>& calls, const std::vector<int64_t>& spans) {
+    std::vector<Bundle> found;
     int64_t n_tasks = 0;
     size_t first = 0;
     for (const int64_t span : spans) {
         for (const size_t last = first + static_cast<size_t>(span); first < last;) {
             size_t count = 1;
-            const size_t most = span > 1 ? static_cast<size_t>(isa.tokens_together(parts[first].a)) : 1;
-            while (first + count < last && count < most && alike(parts[first].c, parts[first + count].c)) ++count;
-            found.push_back({first, count, n_tasks, n_tasks + parts[first].c.n_tasks});
+            const size_t most = span > 1 ? static_cast<size_t>(isa.tokens_together(calls[first].a)) : 1;
+            const TaskGrid& grid = calls[first].grid;
+            while (first + count < last && count < most && same_grid(grid, calls[first + count].grid)) ++count;
+            found.push_back({first, count, n_tasks, n_tasks + grid.n_tasks});
             n_tasks = found.back().end;
             first += count;
         }
@@ -156,28 +161,28 @@ void run_attention(const Isa& isa, const AttendParams& a, int n_threads) {
 
 void run_attention(const Isa& isa, const std::vector<AttendParams>& calls, const std::vector<int64_t>& spans,
                    int n_threads) {
-    std::vector<Part> parts;
-    parts.reserve(calls.size());
-    for (const AttendParams& a : calls) parts.emplace_back(a, cut(a, n_threads));
-    const std::vector<Together> bundles = bundle(isa, parts, spans);
+    std::vector<Call> prepared;
+    prepared.reserve(calls.size());
+    for (const AttendParams& a : calls) prepared.emplace_back(a, grid_of(a, n_threads));
+    const std::vector<Bundle> bundles = bundles_of(isa, prepared, spans);
     size_t scratch = 0;
-    for (const Together& b : bundles) {
+    for (const Bundle& b : bundles) {
         const AttendParams& a = calls[b.first];
         scratch = std::max(scratch, b.count > 1 ? isa.scratch_together(a, static_cast<int64_t>(b.count)) : isa.scratch_bytes(a));
     }
     parallel_for(bundles.back().end, n_threads, [&](int64_t i, int) {
-        const Together& b = *std::find_if(bundles.begin(), bundles.end(), [&](const Together& t) { return i < t.end; });
+        const Bundle& b = *std::find_if(bundles.begin(), bundles.end(), [&](const Bundle& t) { return i < t.end; });
         void* memory = thread_scratch(scratch);
-        if (b.count == 1) return isa.attend(calls[b.first], parts[b.first].task(i - b.begin), memory);
+        if (b.count == 1) return isa.attend(calls[b.first], prepared[b.first].task(i - b.begin), memory);
         std::vector<const AttendParams*> each;
         std::vector<AttendTask> tasks;
         for (size_t p = b.first; p < b.first + b.count; ++p) {
             each.push_back(&calls[p]);
-            tasks.push_back(parts[p].task(i - b.begin));
+            tasks.push_back(prepared[p].task(i - b.begin));
         }
         isa.attend_together(each.data(), tasks.data(), static_cast<int64_t>(b.count), memory);
     });
-    for (const Part& part : parts) part.merge();
+    for (const Call& call : prepared) call.merge();
 }
 
 void run_encode(const Isa& isa, const EncodeParams& e, int64_t n_rows, int n_threads) {
@@ -189,7 +194,7 @@ void run_encode(const Isa& isa, const EncodeParams& e, int64_t n_rows, int n_thr
 }
 
 size_t attention_scratch_bytes(const Isa& isa, const AttendParams& a, int n_threads) {
-    const Cut c = cut(a, n_threads);
+    const TaskGrid c = grid_of(a, n_threads);
     const size_t parts = c.splits > 1 ? static_cast<size_t>(c.n_tasks * c.part_floats) * sizeof(float) : 0;
     return isa.scratch_bytes(a) * static_cast<size_t>(std::max(1, n_threads)) + parts;
 }

@@ -71,22 +71,22 @@ HYBRIDKV_PHASE Codes stage_codes(const Stored& s, int64_t head, int64_t row, int
     const int64_t width = padded(s.head_dim), blocks = n * (width / kBlock);
     const uint8_t* codes = plane_row(s, f.plane_codes, head, row);
     const uint8_t* high = f.plane_high < 0 ? nullptr : plane_row(s, f.plane_high, head, row);
-    if (f.code == Code::bytes) {
+    if (f.layout == BitLayout::bytes) {
         const int64_t stride = plane_row_bytes(f, f.plane_codes, s.head_dim);
         if (n == rows && stride == width && width % kWidth == 0) return {reinterpret_cast<const int8_t*>(codes), width};
         for (int r = 0; r < n; ++r) {
             std::memcpy(buffer + r * width, codes + r * stride, static_cast<size_t>(stride));
             std::memset(buffer + r * width + stride, 0, static_cast<size_t>(width - stride));
         }
-    } else if (f.code == Code::pairs) {
+    } else if (f.layout == BitLayout::pairs) {
         Simd::Codes32::pairs(codes, blocks, f.codebook, buffer);
-    } else if (f.code == Code::pairs_bits) {
+    } else if (f.layout == BitLayout::pairs_bits) {
         Simd::Codes32::pairs_third_bits(codes, high, blocks, f.codebook, buffer);
     } else if (f.codebook) {
         Simd::Codes32::codebook(codes, blocks, f.codebook, buffer);
-    } else if (f.code == Code::nibbles) {
+    } else if (f.layout == BitLayout::nibbles) {
         Simd::Codes32::plain(codes, blocks, f.zero, buffer);
-    } else if (f.code == Code::nibbles_bits) {
+    } else if (f.layout == BitLayout::nibbles_bits) {
         Simd::Codes32::fifth_bits(codes, high, blocks, f.zero, buffer);
     } else {
         Simd::Codes32::upper_pairs(codes, high, blocks, f.zero, buffer);
@@ -133,44 +133,44 @@ HYBRIDKV_PHASE void stage_scales(const Stored& s, int64_t head, int64_t row, int
 }
 
 // `lanes` values of a row of f32, f16 or bf16.
-template <Code C>
+template <BitLayout Layout>
 inline __attribute__((always_inline)) Simd::F load_values(const uint8_t* row, int64_t e) {
     const uint16_t* half = reinterpret_cast<const uint16_t*>(row) + e;
-    if constexpr (C == Code::f32) return Simd::load(reinterpret_cast<const float*>(row) + e);
-    if constexpr (C == Code::f16) return Simd::f16(half);
+    if constexpr (Layout == BitLayout::f32) return Simd::load(reinterpret_cast<const float*>(row) + e);
+    if constexpr (Layout == BitLayout::f16) return Simd::f16(half);
     return Simd::bf16(half);
 }
 
 // Values dim0..dim0+31 of `n` rows of f32, f16 or bf16: out[rows][32]; zeros past `n` and past D. True if all of them
 // are finite.
-template <Code C>
+template <BitLayout Layout>
 inline __attribute__((always_inline)) void stage_row(const uint8_t* row, float* out, Simd::F& check) {
     Simd::F sum = check;
     for (int i = 0; i < kBlock; i += Simd::lanes) {
-        const Simd::F x = load_values<C>(row, i);
+        const Simd::F x = load_values<Layout>(row, i);
         Simd::store(out + i, x);
         sum = Simd::fma(x, Simd::set1(0.f), sum);
     }
     check = sum;
 }
 
-template <Code C>
+template <BitLayout Layout>
 inline bool stage_rows(const uint8_t* p, int64_t stride, int n, int width, float* out, int rows) {
-    constexpr int size = C == Code::f32 ? 4 : 2;
+    constexpr int size = Layout == BitLayout::f32 ? 4 : 2;
     Simd::F c0 = Simd::set1(0.f), c1 = c0, c2 = c0, c3 = c0;  // one sum would wait for itself
     int r = 0;
     if (width == kBlock) {
         for (; r + 4 <= n; r += 4, p += 4 * stride, out += 4 * kBlock) {
-            stage_row<C>(p, out, c0);
-            stage_row<C>(p + stride, out + kBlock, c1);
-            stage_row<C>(p + 2 * stride, out + 2 * kBlock, c2);
-            stage_row<C>(p + 3 * stride, out + 3 * kBlock, c3);
+            stage_row<Layout>(p, out, c0);
+            stage_row<Layout>(p + stride, out + kBlock, c1);
+            stage_row<Layout>(p + 2 * stride, out + 2 * kBlock, c2);
+            stage_row<Layout>(p + 3 * stride, out + 3 * kBlock, c3);
         }
     }
     for (; r < n; ++r, p += stride, out += kBlock) {
         alignas(64) uint8_t edge[kBlock * size] = {};
         std::memcpy(edge, p, static_cast<size_t>(width * size));
-        stage_row<C>(edge, out, c0);
+        stage_row<Layout>(edge, out, c0);
     }
     std::memset(out, 0, static_cast<size_t>(rows - n) * kBlock * sizeof(float));
     return Simd::reduce_add(Simd::add(Simd::add(c0, c1), Simd::add(c2, c3))) == 0.f;
@@ -181,9 +181,9 @@ HYBRIDKV_PHASE bool stage_values(const Stored& s, int64_t head, int64_t row, int
     const int64_t stride = plane_row_bytes(*s.format, 0, s.head_dim), dims = s.head_dim - dim0;
     const int width = dims < kBlock ? static_cast<int>(dims) : kBlock;
     const uint8_t* p = plane_row(s, 0, head, row) + dim0 * s.format->plane_bytes[0];
-    if (s.format->code == Code::f32) return stage_rows<Code::f32>(p, stride, n, width, out, rows);
-    if (s.format->code == Code::f16) return stage_rows<Code::f16>(p, stride, n, width, out, rows);
-    return stage_rows<Code::bf16>(p, stride, n, width, out, rows);
+    if (s.format->layout == BitLayout::f32) return stage_rows<BitLayout::f32>(p, stride, n, width, out, rows);
+    if (s.format->layout == BitLayout::f16) return stage_rows<BitLayout::f16>(p, stride, n, width, out, rows);
+    return stage_rows<BitLayout::bf16>(p, stride, n, width, out, rows);
 }
 
 }  // namespace

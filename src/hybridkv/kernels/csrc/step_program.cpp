@@ -236,7 +236,7 @@ private:
     void store(const View& x, const Stored& to, int64_t row, bool refit, int64_t r0, int64_t n_rows) const {
         EncodeParams e{};
         e.x = x.at(r0, 0);
-        e.x_type = Code::f32;
+        e.x_type = BitLayout::f32;
         e.x_stride_b = x.row_stride;
         e.x_stride_h = x.group_stride;
         e.format = to.format;

@@ -1,4 +1,4 @@
-// What the phases of one attention task share while they read one segment: its numbers, its scratch, and the careful way
+// What the phases of one attention task share while they read one segment: its sizes, its scratch, and the way
 // around values that are not finite. Included once per instruction set.
 #pragma once
 
@@ -50,7 +50,7 @@ struct Task {
 
     // The tile holds a NaN or an infinity in block b, perhaps under a mask: exclude by select, never by 0 * NaN. The
     // values are in s.v.
-    void careful_values(int64_t b, int first, int count) {
+    void accumulate_unmasked(int64_t b, int first, int count) {
         for (int r = first; r < first + count; ++r) {
             float* out = s.acc + r * dv + b * kBlock;
             for (int i = 0; i < kTile; ++i) {
@@ -62,12 +62,12 @@ struct Task {
     }
 
     // The same for a block of codes with a scale that is not finite.
-    void careful_block(const Codes& codes, int64_t b) {
+    void accumulate_unmasked_codes(const Codes& codes, int64_t b) {
         for (int i = 0; i < kTile; ++i) {
             const float d = s.v_d[b * kTile + i], m = seg.v.format->has_min() ? s.v_m[b * kTile + i] : 0.f;
             for (int e = 0; e < kBlock; ++e) s.v[i * kBlock + e] = d * codes.row(i)[b * kBlock + e] + m;
         }
-        careful_values(b, 0, rows);
+        accumulate_unmasked(b, 0, rows);
     }
 };
 

@@ -1,15 +1,15 @@
-"""Rows of options about serving and logging."""
+"""Options about serving and logging."""
 
 from __future__ import annotations
 
-from hybridkv.cli.llama_cpp.record import Row, note, refused, same
+from hybridkv.cli.llama_cpp.record import LlamaOption, note, refused, same
 
 _LOG = "messages go to stderr: 2> FILE"
 _ONE = "a process serves one model"
 _TOOLS = "tools run in the client; a server only names calls"
 _CORS = "a page of another origin asks through a proxy"
 
-SERVING: tuple[Row, ...] = (
+SERVING: tuple[LlamaOption, ...] = (
     same("-h --help --usage", takes=""),
     same("--version", takes=""),
     refused("--completion-bash", "there is no completion for shells", takes=""),

@@ -1,8 +1,8 @@
-"""Rows of options about prompts, chats and sampling."""
+"""Options about prompts, chats and sampling."""
 
 from __future__ import annotations
 
-from hybridkv.cli.llama_cpp.record import Row, note, refused, same
+from hybridkv.cli.llama_cpp.record import LlamaOption, note, refused, same
 from hybridkv.options import SAMPLERS
 
 _SAMPLER = "this sampler is not here; --temp, --top-k, --top-p, --min-p, penalties, DRY, XTC and typical are"
@@ -11,7 +11,7 @@ _CHAT = "in a chat the model's template does this"
 _WORDS = "words are neither banned nor listed here"
 _SHOWN = "thinking is shown dimmed in a chat and left in the text of a run"
 
-TEXT: tuple[Row, ...] = (
+TEXT: tuple[LlamaOption, ...] = (
     same("-p --prompt"),
     same("-f --file"),
     note("--in-file", "-f takes one file"),

@@ -1,8 +1,8 @@
-"""Rows of options about the model: which one, its cache, its context, and what is added to it."""
+"""Options about the model: which one, its cache, its context, and what is added to it."""
 
 from __future__ import annotations
 
-from hybridkv.cli.llama_cpp.record import Row, note, refused, same
+from hybridkv.cli.llama_cpp.record import LlamaOption, note, refused, same
 from hybridkv.options import KV_OPTIONS
 
 _DRAFT = "guesses come from the text or the model's own head (--spec); the same text comes without"
@@ -12,7 +12,7 @@ _ADAPTER = "adapters are not applied: merge it into the model first"
 _IMAGES = "this reads text; images, audio and video are not taken"
 _CHECKPOINTS = "`serve --prefix-memory` holds what later prompts resume from"
 
-MODEL: tuple[Row, ...] = (
+MODEL: tuple[LlamaOption, ...] = (
     same("-m --model", "a GGUF file or a model directory", env="LLAMA_ARG_MODEL"),
     same("-hf -hfr --hf-repo", "also a directory of safetensors", env="LLAMA_ARG_HF_REPO"),
     same("-hff --hf-file", env="LLAMA_ARG_HF_FILE"),

@@ -1,8 +1,8 @@
-"""Rows of options about the machine: threads, devices, memory, and how weights are loaded."""
+"""Options about the machine: threads, devices, memory, and how weights are loaded."""
 
 from __future__ import annotations
 
-from hybridkv.cli.llama_cpp.record import Row, note, refused, same
+from hybridkv.cli.llama_cpp.record import LlamaOption, note, refused, same
 
 _DEVICE = "what fits lies on the card; -ngl, -ot, --cpu-moe and --n-cpu-moe say otherwise"
 _EXPERTS = "-ot, --cpu-moe and --n-cpu-moe say where experts lie, and only those that a token chooses are read"
@@ -10,7 +10,7 @@ _GPUS = "one device holds the model; torchrun shards a model directory over seve
 _THREADS = "threads are -t's alone, and the operating system places them (taskset, numactl, nice)"
 _GRAPH = "kernels are chosen from the model and the machine; `hybridkv doctor` lists them"
 
-MACHINE: tuple[Row, ...] = (
+MACHINE: tuple[LlamaOption, ...] = (
     same("-t --threads", env="LLAMA_ARG_THREADS"),
     note("-tb --threads-batch", "-t counts for prompts too"),
     note("-C --cpu-mask", _THREADS),
