@@ -209,10 +209,11 @@ void conv_channels(const ConvOp& op, float* state, int64_t row0, int64_t n_token
     }
 }
 
-// NV vectors of value dims from d0 on. Two rows of the state at a time: enough sums to hide a multiply-add's latency.
+// NV vectors of value dims from d0 on. Two rows of the state at a time: enough sums to hide a multiply-add's latency. With
+// `next`, lines from there on are asked for meanwhile, as many as these columns have.
 template <int NV>
 HYBRIDKV_PHASE void delta_columns(const DeltaOp& op, float* state, int64_t row0, int64_t n_tokens, int64_t head,
-                                  int64_t d0) {
+                                  int64_t d0, const float* next) {
     const int64_t key_head = op.key_head(head), rows = op.k.width, stride = op.v.width;
     for (int64_t r = row0; r < row0 + n_tokens; ++r) {
         const float *q = op.q.at(r, key_head), *k = op.k.at(r, key_head), *v = op.v.at(r, head) + d0;
@@ -235,6 +236,9 @@ HYBRIDKV_PHASE void delta_columns(const DeltaOp& op, float* state, int64_t row0,
         s = state + d0;
         for (int64_t i = 0; i < rows; i += 2, s += 2 * stride) {
             const F k0 = Simd::set1(k[i]), k1 = Simd::set1(k[i + 1]), q0 = Simd::set1(q[i]), q1 = Simd::set1(q[i + 1]);
+            if (next) {
+                for (int line = 0; line < 2 * NV * L; line += 16) __builtin_prefetch(next + i * NV * L + line, 0, 2);
+            }
             for (int n = 0; n < NV; ++n) {
                 const F a = Simd::fma(k0, change[n], Simd::mul(decay, Simd::load(s + n * L)));
                 const F b = Simd::fma(k1, change[n], Simd::mul(decay, Simd::load(s + stride + n * L)));
@@ -249,9 +253,16 @@ HYBRIDKV_PHASE void delta_columns(const DeltaOp& op, float* state, int64_t row0,
     }
 }
 
+// A whole head of one token asks for the state of the next head, which lies behind it: columns are short pieces far apart,
+// which no processor foresees, and the states of several sequences do not stay in its caches.
 void delta_head(const DeltaOp& op, float* state, int64_t row0, int64_t n_tokens, int64_t head, int64_t d0, int64_t d1) {
-    for (; d0 + 4 * L <= d1; d0 += 4 * L) delta_columns<4>(op, state, row0, n_tokens, head, d0);
-    for (; d0 < d1; d0 += L) delta_columns<1>(op, state, row0, n_tokens, head, d0);
+    const int64_t rows = op.k.width, width = op.v.width;
+    const bool ask = n_tokens == 1 && d0 == 0 && d1 == width && width % (4 * L) == 0 && head + 1 < op.v.groups;
+    const float* next = state + rows * width;
+    for (; d0 + 4 * L <= d1; d0 += 4 * L) {
+        delta_columns<4>(op, state, row0, n_tokens, head, d0, ask ? next + rows * d0 : nullptr);
+    }
+    for (; d0 < d1; d0 += L) delta_columns<1>(op, state, row0, n_tokens, head, d0, nullptr);
 }
 
 }  // namespace

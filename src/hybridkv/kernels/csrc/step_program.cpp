@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kTaskValues = 16 << 10;    // of elementwise work
 constexpr int64_t kConvChannels = 256;       // of one sequence in a task
-constexpr int64_t kDeltaDims = 64;           // value dims of one head in a task
+constexpr int64_t kDeltaDims = 64;           // value dims of one head in a task, where sequences are few
 constexpr int64_t kMamba2Dims = 64;          // head dims of one head in a task
 constexpr int64_t kMamba1Channels = 128;     // of one sequence in a task
 
@@ -128,7 +128,7 @@ public:
         }
         char* prepared = static_cast<char*>(call_memory(total));
         by_rows(rows_, n_in, run_.n_threads, [&](int64_t a, int64_t b) {
-            for (const Operand form : {Operand::ints, Operand::bytes, Operand::floats, Operand::int8}) {
+            for (const Operand form : {Operand::ints, Operand::pairs, Operand::bytes, Operand::floats, Operand::int8}) {
                 if (!takes[static_cast<size_t>(form)]) continue;
                 kernels.prepare(form, op.x.data, op.x.row_stride, n_in, a, b, prepared + starts[static_cast<size_t>(form)]);
             }
@@ -181,18 +181,27 @@ private:
         }
     }
 
-    // Runs a state space over `state_rows` rows of each head of every sequence, so many columns in a task.
+    // Runs a state space over `state_rows` rows of each head of every sequence, so many columns in a task or, of many
+    // sequences, all.
     template <class Op, class Kernel>
     void by_heads(const Op& op, const View& columns, int64_t state_rows, int64_t task_columns, Kernel kernel) const {
         const int64_t heads = columns.groups, dims = columns.width, parts = (dims + task_columns - 1) / task_columns;
         const int64_t head_floats = op.head_floats();
-        parallel_for(n_seqs() * heads * parts, run_.n_threads, [&](int64_t i, int) {
-            const int64_t seq = i / parts / heads, head = i / parts % heads, d0 = i % parts * task_columns;
-            const int64_t d1 = std::min(dims, d0 + task_columns), offset = head * head_floats;
+        const auto some = [&](int64_t seq, int64_t head, int64_t d0, int64_t d1) {
+            const int64_t offset = head * head_floats;
             float* state = run_.state(op.state, seq, heads * head_floats) + offset;
             const float* before = run_.state_before(op.state, seq, heads * head_floats);
             bring(state, before ? before + offset : nullptr, state_rows, dims, d0, d1);
             kernel(op, state, span(seq).row0, span(seq).n_tokens, head, d0, d1);
+        };
+        if (n_seqs() >= 2 * run_.n_threads) {  // a sequence each: its heads lie behind each other
+            return parallel_for(n_seqs(), run_.n_threads, [&](int64_t seq, int) {
+                for (int64_t head = 0; head < heads; ++head) some(seq, head, 0, dims);
+            });
+        }
+        parallel_for(n_seqs() * heads * parts, run_.n_threads, [&](int64_t i, int) {
+            const int64_t d0 = i % parts * task_columns;
+            some(i / parts / heads, i / parts % heads, d0, std::min(dims, d0 + task_columns));
         });
     }
 
