@@ -1,12 +1,13 @@
 """What guessing tokens ahead does to the speed of `hybridkv run`: on texts that repeat, and on texts that do not.
 
-HYBRIDKV_ISA=avx2 python bench/speculation.py [-m FILE.gguf] [-t 1] [-ctk q8_0 -ctv q8_0] [-n 256] [-r 3] [--tasks code]
+HYBRIDKV_ISA=avx2 python bench/speculation.py [-m FILE.gguf] [-t 1] [-ctk q8_0 -ctv q8_0] [-n 256] [-r 3]
+    [--tasks code] [--spec auto]
 
 Each task is generated without guesses and with them in turn, which must give the same tokens; the figure is the ratio
 of the best speeds of both, for other programs only make a run slower. Tasks: `code`, a file that is written again with
-a name changed; `quotes`, a page and sentences of it again; both greedy. `sampled`: a page that goes on with the default
-sampling. `random`: tokens drawn from all the vocabulary, after tokens drawn likewise: nothing repeats, and no guess can
-hold. The last line is JSON.
+a name changed; `quotes`, a page and sentences of it again; `held`: held-out pages, by which a model's own head is
+judged; all greedy. `sampled`: a page that goes on with the default sampling. `random`: tokens drawn from all the
+vocabulary, after tokens drawn likewise: nothing repeats, and no guess can hold. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from hybridkv.cache import KVTypes
+from hybridkv.cli.spec_options import head_guesser
 from hybridkv.engine import Engine, SamplingParams
 from hybridkv.engine.load import Loaded, bundled_model, describe, load
 from hybridkv.engine.speculation import Speculation
@@ -62,6 +64,8 @@ def tasks_of(loaded: Loaded, n_seeds: int = 2) -> Iterator[Task]:
         text = page[start : start + 1600]
         first = text[: text.index(".", 200) + 1]
         yield Task("quotes", ids(f"{text}\n\nSummary of the page, with quotes:\n\n{first[-160:]}"), GREEDY)
+    for start in range(0, 6 * 3000, 3000):
+        yield Task("held", ids(page[start : start + 1200]), GREEDY)
     for seed in range(n_seeds):
         yield Task("sampled", ids(page[4000 : 5600 + seed]), SamplingParams(seed=seed))
         draw = torch.Generator().manual_seed(seed)
@@ -104,7 +108,8 @@ def main() -> int:
     parser.add_argument("-ctv", default="q8_0")
     parser.add_argument("-n", type=int, default=256)
     parser.add_argument("-r", "--repeats", type=int, default=3)
-    parser.add_argument("--tasks", default="code,quotes,sampled,random")
+    parser.add_argument("--tasks", default="code,quotes,held,sampled,random")
+    parser.add_argument("--spec", choices=("auto", "ngram", "mtp"), default="auto")
     parser.add_argument("--weights", default="auto")
     parser.add_argument("--draft-max", type=int, default=7)
     a = parser.parse_args()
@@ -116,6 +121,8 @@ def main() -> int:
 
     def run(task: Task, guesses: bool) -> tuple[list[int], Engine]:
         speculation = Speculation(n_max=a.draft_max) if guesses else None
+        if speculation is not None and a.spec != "ngram":
+            speculation.make_guesser = head_guesser(step, a.spec) or speculation.make_guesser
         engine = Engine(
             loaded.model, specs, n_ctx=N_CTX, guard=Guard(), notify=print, step=step, speculation=speculation
         )
@@ -123,7 +130,8 @@ def main() -> int:
 
     wanted = a.tasks.split(",")
     rows = []
-    print(f"{step.name}, {cpu_native.isa()}, -t {a.threads}, {a.ctk}/{a.ctv}, {a.n} tokens, best of {a.repeats}")
+    print(f"{step.name}, {cpu_native.isa()}, --spec {a.spec}, -t {a.threads}, {a.ctk}/{a.ctv}, {a.n} tokens, ", end="")
+    print(f"best of {a.repeats}")
     print("task      prompt   off tok/s   on tok/s   ratio   right   tokens a run")
     for task in sorted(tasks_of(loaded), key=lambda task: wanted.index(task.name) if task.name in wanted else -1):
         if task.name not in wanted:
@@ -136,7 +144,11 @@ def main() -> int:
             f"{row['task']:9s} {row['prompt_tokens']:6d} {row['off_tok_s']:11.0f} {row['on_tok_s']:10.0f} "
             f"{row['ratio']:7.2f} {share:>7s} {row['tokens_per_run']:9.2f}"
         )
-    print(json.dumps({"machine": machine(a.threads), "threads": a.threads, "isa": cpu_native.isa(), "rows": rows}))
+    for name in dict.fromkeys(row["task"] for row in rows):
+        own = [row["ratio"] for row in rows if row["task"] == name]
+        print(f"{name}: {statistics.geometric_mean(own):.2f} of {len(own)}, least {min(own):.2f}")
+    conditions = {"machine": machine(a.threads), "threads": a.threads, "isa": cpu_native.isa(), "spec": a.spec}
+    print(json.dumps({**conditions, "rows": rows}))
     return 0
 
 

@@ -128,7 +128,7 @@ public:
         }
         char* prepared = static_cast<char*>(call_memory(total));
         by_rows(rows_, n_in, run_.n_threads, [&](int64_t a, int64_t b) {
-            for (const Operand form : {Operand::ints, Operand::bytes, Operand::floats, Operand::int8}) {
+            for (const Operand form : {Operand::ints, Operand::pairs, Operand::bytes, Operand::floats, Operand::int8}) {
                 if (!takes[static_cast<size_t>(form)]) continue;
                 kernels.prepare(form, op.x.data, op.x.row_stride, n_in, a, b, prepared + starts[static_cast<size_t>(form)]);
             }

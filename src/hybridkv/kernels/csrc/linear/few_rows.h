@@ -6,10 +6,17 @@ namespace weights {
 
 using hybridkv::Matrix;
 
-// How far ahead a matrix is asked for, for one use, which keeps it out of the second cache. Beside activations that do not
-// stay in the first cache it is asked for in two steps: their loads would wait behind requests to memory. On Zen 4, GB/s
-// of q4_K and q6_K, two threads: rows of 2560 inputs 16 in one step and 13, 15 in two; of 9216, 11, 10 and 12, 14.
+// How far ahead a matrix is asked for: in two steps, into the second cache and then into the first, or on AMD for one use,
+// which keeps it out of the second cache, if the activations stay in the first one: else their loads would wait behind
+// requests to memory. On Zen 4, GB/s of q4_K and q6_K, two threads: rows of 2560 inputs 16 in one step and 13, 15 in two;
+// of 9216, 11, 10 and 12, 14. Intel's first cache has too few requests under way for memory: one row of q8_0 on Sapphire
+// Rapids, AVX2, one thread: 7.5 GB/s in one step, 14 in two.
 constexpr int kAhead = 3072, kFar = 8192, kNear = 1024;
+#if defined(__x86_64__)
+const bool kPastSecond = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
+#else
+constexpr bool kPastSecond = true;
+#endif
 constexpr int kStays = 12 << 10;  // bytes of activations that stay
 
 // Where the results of a call go.
@@ -124,7 +131,7 @@ template <class T, int NQ, class Unit, class Last>
 inline __attribute__((always_inline)) void stream(const Matrix& w, int64_t q0, int64_t row0, int64_t row1,
                                                   const Output& out, const Unit& unit, const Last& last) {
     const int64_t whole = w.n_in / kUnit;
-    const bool stay = whole * Taken<NQ>::unit_bytes <= kStays;
+    const bool past = kPastSecond && whole * Taken<NQ>::unit_bytes <= kStays;
     for (int64_t r = row0; r < row1; r += L) {
         const int64_t n = row1 - r < L ? row1 - r : L;
         F sums[NQ][L];
@@ -136,8 +143,12 @@ inline __attribute__((always_inline)) void stream(const Matrix& w, int64_t q0, i
                 for (int64_t u = 0; u < whole; ++u) {
                     const uint8_t* b = row + u * kUnitOf<T>;
                     for (int line = 0; line < kUnitOf<T>; line += 64) {
-                        if (!stay) __builtin_prefetch(b + kFar + line, 0, 2);
-                        __builtin_prefetch(b + (stay ? kAhead : kNear) + line, 0, 0);
+                        if (past) {
+                            __builtin_prefetch(b + kAhead + line, 0, 0);
+                        } else {
+                            __builtin_prefetch(b + kFar + line, 0, 2);
+                            __builtin_prefetch(b + kNear + line, 0, 3);
+                        }
                     }
                     unit(b, u, acc);
                 }

@@ -24,6 +24,7 @@ extern const LinearKernels kLinearAvx2;  // its products with activations of 8 b
 #elif !defined(__AVX512VNNI__)
 #include "int8_rows.h"
 #include "one_row.h"
+#include "pair_rows.h"
 #define HYBRIDKV_ONE_ROW 1
 #endif
 
@@ -47,6 +48,11 @@ template <class T>
 constexpr bool kOneRow = false;
 template <class T>
 constexpr int kSummed = 0;
+template <class T>
+constexpr bool kPaired = false;
+#else
+template <class T>
+constexpr bool kPaired = T::scales == Scales::floats;
 #endif
 
 #if defined(HYBRIDKV_ONE_ROW)
@@ -62,6 +68,32 @@ void linear_int8(const Matrix& w, const uint8_t* x, const int32_t* x_rows, int64
 }
 #endif
 
+#if defined(HYBRIDKV_ONE_ROW)
+template <class T>
+void linear_pairs(const Matrix& w, const uint8_t* x, const int32_t* x_rows, int64_t n_rows, int64_t row0, int64_t row1,
+                  const Output& out, void* scratch) {
+    if (n_rows > kFewRows && !ManyPairs::few(n_rows, w.n_in)) {
+        return ManyPairs::linear<T>(w, x, x_rows, n_rows, row0, row1, out, scratch);
+    }
+    const int64_t stride = order_stride<PairOrder>(w.n_in), units = units_of(w.n_in);
+    Many::last<ManyPairs::kTogether>(n_rows, [&](auto group, int64_t q) {
+        constexpr int n = decltype(group)::count;
+        few_pair_rows<T, n>(w, Taken<n>(x, stride, x_rows, q, units), q, row0, row1, out);
+    }, 0);
+}
+#endif
+
+template <class T>
+void linear_words(const Matrix& w, const uint8_t* x, const int32_t* x_rows, int64_t n_rows, int64_t row0, int64_t row1,
+                  const Output& out, void* scratch) {
+    if (n_rows > kFewRows) return ManyInts::linear<T>(w, x, x_rows, n_rows, row0, row1, out, scratch);
+    const int64_t stride = order_stride<Order>(w.n_in), units = units_of(w.n_in);
+    Many::for_rows<kFewRows>(n_rows, [&](auto group, int64_t q) {
+        constexpr int n = decltype(group)::count;
+        few_ints<T, n>(w, Taken<n>(x, stride, x_rows, q, units), q, row0, row1, out);
+    });
+}
+
 template <class T>
 void linear_ints(const Matrix& w, Operand operand, const uint8_t* x, const int32_t* x_rows, int64_t n_rows,
                  int64_t row0, int64_t row1, const Output& out, void* scratch) {
@@ -75,14 +107,10 @@ void linear_ints(const Matrix& w, Operand operand, const uint8_t* x, const int32
     if constexpr (kSummed<T> > 0) {
         if (operand == Operand::int8) return linear_int8<T>(w, x, x_rows, n_rows, row0, row1, out, scratch);
     }
+    if constexpr (kPaired<T>) return linear_pairs<T>(w, x, x_rows, n_rows, row0, row1, out, scratch);
 #endif
     (void)operand;
-    if (n_rows > kFewRows) return ManyInts::linear<T>(w, x, x_rows, n_rows, row0, row1, out, scratch);
-    const int64_t stride = order_stride<Order>(w.n_in), units = units_of(w.n_in);
-    Many::for_rows<kFewRows>(n_rows, [&](auto group, int64_t q) {
-        constexpr int n = decltype(group)::count;
-        few_ints<T, n>(w, Taken<n>(x, stride, x_rows, q, units), q, row0, row1, out);
-    });
+    if constexpr (!kPaired<T>) linear_words<T>(w, x, x_rows, n_rows, row0, row1, out, scratch);
 }
 
 template <class T>
@@ -91,6 +119,8 @@ size_t many_scratch(bool int8) {
     if constexpr (kSummed<T> > 0) {
         if (int8) return sizeof(ManyInt8::Scratch<T>);
     }
+    if constexpr (kPaired<T>) return sizeof(ManyPairs::Scratch<T>);
+    else
 #endif
     (void)int8;
     return sizeof(ManyInts::Scratch<T>);
@@ -105,7 +135,7 @@ struct Vectors {
 #endif
         switch (static_cast<TypeId>(type.id)) {
 #define HYBRIDKV_CASE(T, name) \
-    case TypeId::T: return int8 && kSummed<T> > 0 ? Operand::int8 : kOneRow<T> && n_rows == 1 ? Operand::bytes : Operand::ints;
+    case TypeId::T: return int8 && kSummed<T> > 0 ? Operand::int8 : kOneRow<T> && n_rows == 1 ? Operand::bytes : kPaired<T> ? Operand::pairs : Operand::ints;
             HYBRIDKV_GROUP_WEIGHTS(HYBRIDKV_CASE)
             HYBRIDKV_SCALED_WEIGHTS(HYBRIDKV_CASE)
             HYBRIDKV_GRID_WEIGHTS(HYBRIDKV_CASE)
@@ -119,6 +149,7 @@ struct Vectors {
         if (operand == Operand::int8) return hybridkv::kLinearAvx2.prepared_bytes(operand, n_in, n_rows);
 #elif defined(HYBRIDKV_ONE_ROW)
         if (operand == Operand::int8) return static_cast<size_t>(n_rows * int8_stride(n_in));
+        if (operand == Operand::pairs) operand = Operand::ints;  // as many, in another order
 #endif
         return weights::prepared_bytes<Order>(operand, n_in, n_rows);
     }
@@ -129,6 +160,7 @@ struct Vectors {
         if (operand == Operand::int8) return hybridkv::kLinearAvx2.prepare(operand, x, x_stride, n_in, r0, r1, prepared);
 #elif defined(HYBRIDKV_ONE_ROW)
         if (operand == Operand::int8) return prepare_int8(x, x_stride, n_in, r0, r1, static_cast<uint8_t*>(prepared));
+        if (operand == Operand::pairs) return weights::prepare<PairOrder>(Operand::ints, x, x_stride, n_in, r0, r1, prepared);
 #endif
         weights::prepare<Order>(operand, x, x_stride, n_in, r0, r1, prepared);
     }

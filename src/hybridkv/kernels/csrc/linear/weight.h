@@ -1,8 +1,8 @@
 // Weights as they lie in a GGUF file, and products with them: y = W x. Knows no SIMD.
 //
 // A matrix is n_out rows of ggml blocks, read where they are; no alignment is asked for. Activations are brought once
-// into one of four forms (an operand), whatever the types of the weights that they meet: integers of 15 bits with a
-// scale per 256 inputs, the same integers cut into two bytes, integers of 8 bits with a scale per 32, or floats. Sums of
+// into one of five forms (an operand), whatever the types of the weights that they meet: integers of 15 bits with a
+// scale per 256 inputs, the same in another order, or cut into two bytes, integers of 8 bits with a scale per 32, or floats. Sums of
 // integers are exact and units of 256 inputs are added in order, floats are summed along fixed lanes: a row's result has
 // the same bits whatever the number of rows beside it.
 #pragma once
@@ -15,8 +15,8 @@ namespace hybridkv {
 // What quantized weights meet where there is a choice.
 enum class Activations : uint8_t { int16, int8 };
 
-enum class Operand : uint8_t { ints, bytes, floats, int8 };
-constexpr int kOperands = 4;
+enum class Operand : uint8_t { ints, pairs, bytes, floats, int8 };
+constexpr int kOperands = 5;
 
 struct WeightType {
     const char* name;  // ggml's spelling, as in formats/weights.py
