@@ -131,7 +131,9 @@ class Model:
         yield "attn_norm.weight", np.ones(self.hidden, np.float32)
         yield "post_attention_norm.weight", np.ones(self.hidden, np.float32)
         if self.n_experts:
-            yield "ffn_gate_inp.weight", normal(self.n_experts, self.hidden)
+            # Scores far apart, as trained routers have them: which expert is the last one chosen hardly matters then.
+            # Otherwise a rounding that chooses another grows from layer to layer, and no two programs agree.
+            yield "ffn_gate_inp.weight", normal(self.n_experts, self.hidden, std=10 * STD)
             yield "ffn_gate_inp_shexp.weight", normal(self.hidden)
         if (layer + 1) % INTERVAL == 0:
             yield "attn_q_norm.weight", np.ones(HEAD_DIM, np.float32)

@@ -4,24 +4,42 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from hybridkv.kernels.cuda.ahead import Ahead
 
 _DELAY = 1.0
 """Seconds after which it is worth saying."""
 
 
+class _Words:
+    """What is shown while a model loads, asked again each time."""
+
+    def __init__(self, name: str, compilers: Sequence[Ahead | None]) -> None:
+        self._name, self._compilers = name, compilers
+
+    def __rich__(self) -> str:
+        words = f"loading {self._name}"
+        for compiler in filter(None, self._compilers):
+            done, n = compiler.progress
+            words += f", {done} of {n} kernels compiled" if n else ", listing its kernels"
+        return words
+
+
 @contextmanager
-def loading(name: str) -> Iterator[None]:
-    """Show that a model is being loaded."""
+def loading(name: str, compilers: Sequence[Ahead | None] = ()) -> Iterator[None]:
+    """Show that a model is being loaded, and how far kernels are compiled meanwhile."""
     if not sys.stderr.isatty():
         yield
         return
     console = Console(stderr=True, highlight=False, markup=False, emoji=False)
-    with console.status(f"loading {name}"):
+    with console.status(_Words(name, compilers)):
         yield
 
 
