@@ -131,9 +131,7 @@ class Model:
         yield "attn_norm.weight", np.ones(self.hidden, np.float32)
         yield "post_attention_norm.weight", np.ones(self.hidden, np.float32)
         if self.n_experts:
-            # Scores far apart, as trained routers have them: which expert is the last one chosen hardly matters then.
-            # Otherwise a rounding that chooses another grows from layer to layer, and no two programs agree.
-            yield "ffn_gate_inp.weight", normal(self.n_experts, self.hidden, std=10 * STD)
+            yield "ffn_gate_inp.weight", normal(self.n_experts, self.hidden)
             yield "ffn_gate_inp_shexp.weight", normal(self.hidden)
         if (layer + 1) % INTERVAL == 0:
             yield "attn_q_norm.weight", np.ones(HEAD_DIM, np.float32)
@@ -290,7 +288,8 @@ def main() -> int:
     for name, (type_, shape) in matrices.items():
         # What adds to the residual stream is small, so that rounding errors do not grow from layer to layer.
         adds = any(part in name for part in ("attn_output", "ssm_out", "ffn_down"))
-        std = STD / (2 * args.layers) ** 0.5 if adds else STD
+        # And the stream begins large, so that where a rounding chooses another expert, that changes little too.
+        std = STD / (2 * args.layers) ** 0.5 if adds else 1.0 if name == "token_embd.weight" else STD
         writer.write_tensor_data(rows.take(type_, shape, std))
     writer.close()
     print(f"{args.path}: {args.path.stat().st_size / 2**20:.0f} MiB")
