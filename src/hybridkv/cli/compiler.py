@@ -62,7 +62,7 @@ def _request(opened: Opened, specs: Sequence[KVSpec]) -> bytes | None:
     assert header is not None and card is not None
     shapes = {info.name: info.shape for info in header.tensors}
     tensors = {name: (shapes[name], kind) for name, kind in stored_types(header).items()}
-    return pickle.dumps(Request(description.config, tensors, tuple(specs), card))
+    return pickle.dumps(Request(description.config, tensors, tuple(specs), card, opened.n_ctx))
 
 
 def _start() -> subprocess.Popen[bytes]:

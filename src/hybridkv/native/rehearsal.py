@@ -11,7 +11,7 @@ import json
 import os
 import pickle
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -34,7 +34,7 @@ LENGTHS: Final = (96, 40, 8, 16, 32)
 """Tokens of prompts: with torch's attention, with ours, and by 8, 16 and 32 rows of the packed products."""
 
 _UNTOUCHED = torch.empty
-_N_CTX = 256
+_MOST = 8192  # rows of a cache; what is cut for more of them is compiled where it is launched
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +51,15 @@ class Request:
         Of its KV layers.
     card
         Where it will run.
+    n_ctx
+        Tokens of the cache.
     """
 
     config: Any
     tensors: Mapping[str, tuple[tuple[int, ...], str]]
     specs: tuple[KVSpec, ...]
     card: CardFacts
+    n_ctx: int = 256
 
 
 class _Unread:
@@ -80,9 +83,12 @@ class _Unread:
         """Return ones; decays are negative."""
         return torch.full(self._tensors[name][0], -1.0 if name.endswith("ssm_a") else 1.0)
 
-    def shapes(self) -> Iterable[tuple[str, tuple[int, ...]]]:
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Iterate names and shapes."""
         return ((name, shape) for name, (shape, _) in self._tensors.items())
+
+    def check(self) -> None:
+        """Find nothing wrong."""
 
     def matrices(self) -> tuple[Weight, ...]:
         """Count none."""
@@ -164,12 +170,12 @@ def rehearse(request: Request, lengths: Sequence[int] = LENGTHS) -> None:
     step = PackedStep(NativeModel(request.config, _Unread(request.tensors)), send=_imagined)
     recorded = GraphStep(step, notify=lambda _: None, recorder=_Once())
 
-    def cache() -> ModelCache:
-        return ModelCache(request.config, request.specs, n_ctx=_N_CTX, guard=_Lenient(), **own)
+    def cache(n_ctx: int = 256) -> ModelCache:
+        return ModelCache(request.config, request.specs, n_ctx=n_ctx, guard=_Lenient(), **own)
 
     with torch.inference_mode(), _zeros():
         first, *others = lengths
-        filled = cache()
+        filled = cache(min(max(request.n_ctx, 256), _MOST))
         step.forward(torch.full((1, first), 3), filled, 0)
         for position in (first, first + 1):
             recorded.forward(torch.full((1, 1), 3), filled, position)
@@ -200,8 +206,11 @@ def main() -> None:
 
     def say(message: Mapping[str, Any]) -> None:
         line = json.dumps(message).encode() + b"\n"
-        while line:
-            line = line[os.write(channel, line) :]
+        try:
+            while line:  # once, but for the list of names: workers' lines are shorter than what a pipe takes whole
+                line = line[os.write(channel, line) :]
+        except BrokenPipeError:
+            os._exit(0)  # nobody waits any more
 
     serve(sys.stdin.buffer, say)
 

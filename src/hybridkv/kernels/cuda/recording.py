@@ -87,7 +87,7 @@ def compile_variants(variants: Sequence[Variant], n_workers: int, say: Callable[
     Parameters
     ----------
     say
-        Called in those processes: `begun` with a variant's number, then `done` with it, its seconds and perhaps an error.
+        Called in those processes: `begun` with a variant's number, then `done` with its seconds and an error or None.
     """
     context = get_context("fork")
     following = context.Value(c_int64, 0)
