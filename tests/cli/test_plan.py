@@ -445,6 +445,7 @@ def test_what_a_run_keeps_in_main_memory(
         raise UsageError("loading")
 
     monkeypatch.setattr("hybridkv.engine.load.load", load)
+    monkeypatch.setattr("hybridkv.cli.model_options.compile_ahead", lambda *_: None)  # that starts a process
     model = copied("qwen35moe").write(tmp_path / "experts.gguf", lambda _: GGMLQuantizationType.Q8_0)
     base = ("run", "-m", model, "--ids", 3, "-n", 1, "--device", "cuda", "-c", 100)
     done = cli(*base, "--n-cpu-moe", 2)

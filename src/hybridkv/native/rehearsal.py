@@ -136,7 +136,7 @@ class _Once:
 
 
 def _imagined(weights: Sequence[Weight], device: torch.device) -> PackedWeight:
-    """Stand in for `packed_layout.upload`: pointers to nothing that is read."""
+    """Return what `packed_layout.upload` does, without memory that is read."""
     first, type_ = weights[0], PACKED[weights[0].format.name]
     n_out, n_units = sum(w.n_out for w in weights), -(-first.n_in // 256)
     planes = (
