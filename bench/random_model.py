@@ -288,7 +288,8 @@ def main() -> int:
     for name, (type_, shape) in matrices.items():
         # What adds to the residual stream is small, so that rounding errors do not grow from layer to layer.
         adds = any(part in name for part in ("attn_output", "ssm_out", "ffn_down"))
-        std = STD / (2 * args.layers) ** 0.5 if adds else STD
+        # And the stream begins large, so that where a rounding chooses another expert, that changes little too.
+        std = STD / (2 * args.layers) ** 0.5 if adds else 1.0 if name == "token_embd.weight" else STD
         writer.write_tensor_data(rows.take(type_, shape, std))
     writer.close()
     print(f"{args.path}: {args.path.stat().st_size / 2**20:.0f} MiB")

@@ -34,7 +34,7 @@ OPTIONAL = {
 """The files that may import what an extra brings."""
 WITH_TORCH = ("triton",)
 """Torch's builds for CUDA bring it; without it, `kernels/cuda` is never imported."""
-SELECTED = ("llama_cpp", "torchao", "langchain_openai", "litellm", "llm")
+SELECTED = ("llama_cpp", "langchain_openai", "litellm", "llm")
 """What tests are skipped without, in no extra of theirs."""
 
 

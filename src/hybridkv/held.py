@@ -7,7 +7,7 @@ The one place that knows what loading makes of a tensor; `hf/step/weights.py` co
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal, get_args
 
 from hybridkv.errors import one_of
@@ -38,7 +38,6 @@ the same on a card, in the layouts of its kernels."""
 
 _BLOCK = 32
 _KNOWN: Final = frozenset(name.lower() for name in WEIGHTS)
-_GROUP = 64  # values per scale and zero of torchao's int4
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +146,7 @@ def held_weights(
         if runner == "packed":
             held = card_bytes(tensor)
         else:
-            held = _on_device(tensor, kind, plain) if device != "cpu" else _on_cpu(tensor, kind, runner)
+            held = _on_device(tensor, plain) if device != "cpu" else _on_cpu(tensor, kind, runner)
         for name, n_bytes in held.items():
             parts[name] = parts.get(name, 0) + n_bytes
         if not held:
@@ -199,19 +198,17 @@ def card_bytes(tensor: StoredTensor) -> dict[str, int]:
     return {fmt.name: rows * -(-tensor.n_in // UNIT) * sum(PACKED[fmt.name].plane_bytes)}
 
 
-def _on_device(tensor: StoredTensor, kind: WeightKind, plain: str) -> dict[str, int]:
-    """Count the bytes on other devices: plain, or linear layers as torchao's int8 and int4."""
-    rows, n = tensor.n_stack * tensor.n_out, tensor.n_values
-    if tensor.shape == "vector":
-        return {}
-    if tensor.shape == "matrix" and tensor.place != "embedding" and kind in ("int8", "int4"):
-        if kind == "int4" and tensor.place == "layer" and tensor.n_in % _GROUP == 0:
-            return {"int4": n // 2 + 4 * n // _GROUP}
-        return {"int8": n + 2 * rows}
-    return {
-        f"{plain} ({EXPERTS})" if tensor.shape == "experts" and kind in ("int8", "int4") else plain: n
-        * _ITEMSIZE[plain]
-    }
+def encoded_tensor(tensor: StoredTensor, kind: WeightKind) -> StoredTensor:
+    """Return a tensor in the type that `kind` encodes it in."""
+    encoded = weight_type(kind, tensor.n_in, in_vocabulary=tensor.place != "layer")
+    if encoded is None or tensor.shape == "vector" or tensor.n_out == 1:
+        return tensor
+    return replace(tensor, type=encoded)
+
+
+def _on_device(tensor: StoredTensor, plain: str) -> dict[str, int]:
+    """Count the bytes of a plain tensor on another device; nothing for a vector."""
+    return {} if tensor.shape == "vector" else {plain: tensor.n_values * _ITEMSIZE[plain]}
 
 
 def parse_weights(text: str) -> WeightKind:

@@ -512,18 +512,6 @@ def test_unknown_weights(cli: Cli) -> None:
     assert "allowed: auto, plain, f32, bf16, int8, int4" in done.err
 
 
-@pytest.mark.parametrize("asked", ["int8", "int4"])
-def test_weights_on_cuda_need_torchao(cli: Cli, asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Said before anything is loaded."""
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    done = cli("run", "--ids", "3", "-n", 1, "--device", "cuda", "--weights", asked)
-    assert done.code == 2
-    assert "int8 and int4 weights on this device need torchao" in done.err
-    assert 'hint: pip install "hybridkv[torchao]"' in done.err
-
-
 @pytest.mark.parametrize(
     ("numbers", "words"),
     [

@@ -115,7 +115,7 @@ def test_both_steps_continue_the_same_cache_and_the_model_stays_as_it_was(family
 
 
 def test_packed_experts_are_transformers_business(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights that are not held as their numbers, as torchao's are not, go to the module that they belong to."""
+    """Weights that are not held as their numbers go to the module that they belong to."""
     monkeypatch.setattr(fused_qwen3_5, "is_plain", lambda _: False)
     monkeypatch.setattr(fused_qwen3_5, "run_experts", pytest.fail)
     family, pieces = "qwen3_5_moe_text", [tokens(2, 2), tokens(2, 1)]

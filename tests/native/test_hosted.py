@@ -164,7 +164,8 @@ def test_experts_of_a_prompt_are_sent() -> None:
 
 
 def test_rows_from_which_experts_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where sending a layer takes as long as its rows on the CPU: 1 s of bytes, 10 ms a row."""
+    """Where sending a layer takes as long as its rows on the CPU: 1 s of bytes, 10 ms a row and core."""
     monkeypatch.setattr(hosted, "PCIE_BYTES_S", 1e9)
     monkeypatch.setattr(hosted, "HOST_ROW_S", 1e-2)
-    assert [hosted.stream_rows(n) for n in (10**9, 10**8, 1)] == [100, 10, 1]
+    assert [hosted.stream_rows(n, 1) for n in (10**9, 10**8, 1)] == [100, 10, 1]
+    assert hosted.stream_rows(10**9, 16) == 1600

@@ -6,11 +6,12 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from hybridkv.cli.collector import import_torch, resume_collector
+from hybridkv.cli.compiler import compile_ahead
 from hybridkv.cli.context import context_of, refuse_shift
 from hybridkv.cli.model_source import add_source_arguments, model_of
 from hybridkv.cli.rope_options import add_rope_arguments, changes_of, say_idle_keys
@@ -21,12 +22,14 @@ from hybridkv.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+    from hybridkv.cache import KVSpec
     from hybridkv.cli.progress import Loading
     from hybridkv.engine.describe import PoolingAsked
     from hybridkv.engine.load import Description, Loaded
     from hybridkv.engine.placed import Split
     from hybridkv.engine.steps import StepKind
     from hybridkv.held import Held, WeightKind
+    from hybridkv.kernels.cuda.ahead import Ahead
     from hybridkv.native import Memory
     from hybridkv.runtime import Step
 
@@ -81,7 +84,8 @@ def add_model_arguments(
         metavar="auto|plain|f32|bf16|int8|int4",
         help="weight storage: auto (as in the file), plain (Transformers' float32 tensors, for --backend eager), or "
         "converted to f32, bf16, int8 (q8_0) or int4 (q4_0, embedding and output head q8_0); on CUDA int8 and int4 are "
-        "torchao's (default auto; plain under --backend eager, and on CUDA for GGUF files that its kernels lack)",
+        "for models that its kernels run with packed weights (default auto; plain under --backend eager, and on CUDA "
+        "for GGUF files that its kernels lack)",
     )
     group.add_argument(
         "--activations",
@@ -199,6 +203,8 @@ class Opened:
         What is asked of packed weights on a card; None for other weights.
     hosted
         Names of the tensors that stay in main memory beside a card.
+    ahead
+        What compiles kernels, once it loads.
     """
 
     description: Description
@@ -215,6 +221,7 @@ class Opened:
     lock: bool = False
     split: Split | None = None
     hosted: frozenset[str] = frozenset()
+    ahead: list[Ahead | None] = field(default_factory=list, compare=False)
 
     @property
     def device_type(self) -> str:
@@ -223,8 +230,7 @@ class Opened:
 
     def engine_name(self, step: Step) -> str:
         """Name what computes the layers outside of attention, with its weight storage."""
-        torchao = self.weights in ("int8", "int4") and self.device_type != "cpu"
-        return f"{step.name}, weights torchao {self.weights}" if torchao else step.name
+        return step.name
 
     def held(self) -> Held:
         """Count the bytes of the weights as `load` will hold them."""
@@ -233,8 +239,16 @@ class Opened:
         plain: Literal["f32", "bf16"] = "f32" if self.dtype == torch.float32 else "bf16"
         return self.description.held(self.weights, self.device_type, plain, engine=self.engine)
 
-    def load(self, shown: Loading | None = None) -> tuple[Loaded, Step]:
-        """Load the model and its step, and show how far that is; print what is worth knowing of them."""
+    def load(self, specs: Sequence[KVSpec] = (), shown: Loading | None = None) -> tuple[Loaded, Step]:
+        """Load the model and its step, and show how far that is; print what is worth knowing of them.
+
+        Parameters
+        ----------
+        specs
+            Of the cache it will run on, to have kernels compiled meanwhile.
+        """
+        if specs:
+            self.ahead.append(compile_ahead(self, specs))
         from hybridkv.engine.load import load, lock_weights
         from hybridkv.native.choice import runs_natively
 
@@ -334,10 +348,6 @@ def open_model(
     plain: Literal["f32", "bf16"] = "f32" if dtype == torch.float32 else "bf16"
     if (expanded := description.expanded(asked, device_type, plain, kind)) is not None:
         notice(expanded_words(expanded, plain))
-    if device_type != "cpu" and weights in ("int8", "int4"):
-        from hybridkv.hf.torchao_weights import check_torchao
-
-        check_torchao()
     memory: Memory = "mapped" if getattr(a, "mmap", True) else "copied"
     lock = bool(getattr(a, "mlock", False))
     split = split_on(split_from(a), description, device_type, asked, kind)
@@ -399,7 +409,7 @@ def _say_weights(loaded: Loaded, weights: WeightKind) -> None:
 
     model = loaded.model
     if model.device.type != "cpu" and not isinstance(model, NativeModel):
-        return  # torchao's tensors say plain sizes
+        return  # plain: what `plan` says
     if isinstance(model, NativeModel):
         parts = bytes_by_type(model.source)
     else:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from hybridkv.kernels.cuda.ahead import Ahead
 
 _DELAY = 1.0
 """Seconds after which it is worth saying."""
 
 
 class Loading:
-    """What stands beside the spinner: the model's name, and which share of its weights is ready, once known."""
+    """What stands beside the spinner: the model's name, and how far its weights and its kernels are, once known."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, compilers: Sequence[Ahead | None] = ()) -> None:
+        self._name, self._compilers = name, compilers
         self._share: Callable[[], float] | None = None
 
     def count(self, model: Any, n_bytes: int) -> None:
@@ -39,14 +42,19 @@ class Loading:
 
     def __rich__(self) -> Text:
         """Draw; on the thread that draws."""
-        share = "" if self._share is None else f": {min(1.0, self._share()):.0%}"
-        return Text(f"loading {self._name}{share}")
+        words = f"loading {self._name}"
+        if self._share is not None:
+            words += f": {min(1.0, self._share()):.0%}"
+        for compiler in filter(None, self._compilers):
+            done, n = compiler.progress
+            words += f", {done} of {n} kernels compiled" if n else ", listing its kernels"
+        return Text(words)
 
 
 @contextmanager
-def loading(name: str) -> Iterator[Loading]:
-    """Show that a model is being loaded."""
-    shown = Loading(name)
+def loading(name: str, compilers: Sequence[Ahead | None] = ()) -> Iterator[Loading]:
+    """Show that a model is being loaded, and how far kernels are compiled meanwhile."""
+    shown = Loading(name, compilers)
     if not sys.stderr.isatty():
         yield shown
         return

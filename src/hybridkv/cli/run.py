@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hybridkv.cli.cache_options import add_cache_arguments, policy_from
 from hybridkv.cli.chat_options import add_chat_arguments, chat_choice, is_chat, stops_of
+from hybridkv.cli.compiler import start_early
 from hybridkv.cli.fits import Demand, check_memory, fit_context
 from hybridkv.cli.form_options import add_form_arguments, form_from
 from hybridkv.cli.model_options import (
@@ -90,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Check, resolve, print the table, load, generate, print the figures."""
+    start_early(arguments)
     limit_spinning()
     from hybridkv.policy import Guard, parse_mode
 
@@ -113,8 +115,8 @@ def main(arguments: argparse.Namespace) -> int:
     n_ctx = opened.n_ctx
     specs = resolve_types(opened, policy, guard)
     opened = check_memory(opened, Demand(specs, n_ctx, a.parallel, guarded=guard.measures))
-    with loading(opened.description.name) as shown:
-        loaded, step = opened.load(shown)
+    with loading(opened.description.name, opened.ahead) as shown:
+        loaded, step = opened.load(specs, shown)
     talk = open_conversation(a, prompt, loaded.model, loaded.tokenizer, choice)
     steering = form.steering_for(loaded)(talk.text if a.chat else None)
     print(f"engine: {opened.engine_name(step)}", file=sys.stderr)

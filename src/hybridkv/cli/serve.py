@@ -238,7 +238,7 @@ def load_served(
     """
     from hybridkv.engine.model_context import freeze_gc
 
-    loaded, step = opened.load()
+    loaded, step = opened.load(specs)
     if loaded.tokenizer is None:
         raise UsageError("this model has no tokenizer, and a server takes text", hint="`hybridkv run --ids` needs none")
     ChatChoice(template=a.template).put_on(loaded.tokenizer)

@@ -95,6 +95,8 @@ def split_on(split: Split, description: Description, device: str, kind: WeightKi
             notice(f"{', '.join(given)}: no effect on {device}")
         return None
     reason = description.rejects_packed("cuda", kind, engine)
+    if kind in ("int8", "int4"):
+        reason = f"weights that --weights {kind} converts are all on the card"
     if reason is None:
         return split
     if given and _divides(split, len(description.facts)):

@@ -18,12 +18,19 @@ from hybridkv.gguf.describe import describe_gguf
 from hybridkv.gguf.pooling import Pooling, take_pooling
 from hybridkv.gguf.reader import Header
 from hybridkv.gguf.split import read_model
-from hybridkv.held import Expanded, Held, Runner, WeightKind, held_weights
+from hybridkv.held import Expanded, Held, Runner, WeightKind, encoded_tensor, held_weights
 from hybridkv.hf.ranks import check_plan
 from hybridkv.model.changes import NO_CHANGES, ModelChanges, change_rope
 from hybridkv.model.facts import layer_facts
 from hybridkv.model.protocols import Config
-from hybridkv.native.choice import EngineKind, multiplies, rejects_packed, rejects_types, runs_natively
+from hybridkv.native.choice import (
+    EngineKind,
+    multiplies,
+    rejects_encoded,
+    rejects_packed,
+    rejects_types,
+    runs_natively,
+)
 
 if TYPE_CHECKING:
     from hybridkv.hf.load import RemoteCode
@@ -73,17 +80,22 @@ class Description:
     pooling: Pooling | None = None
 
     def rejects_packed(self, device: str, kind: WeightKind, engine: EngineKind) -> str | None:
-        """Explain why the weights do not stay packed on a device that is not the CPU; None if they do.
+        """Explain why the weights are not packed on a device that is not the CPU; None if they are.
 
         Raises
         ------
         ModelFileError
             If the file is damaged.
         """
-        if kind != "auto" or engine == "eager" or self.header is None or self.n_ranks > 1:
-            return "packed weights are those of a GGUF file, as they are, in the native engine"
+        if engine == "eager" or self.n_ranks > 1:
+            return "packed weights are the native engine's, in one process"
+        if kind not in ("auto", "int8", "int4") or (kind == "auto" and self.header is None):
+            return "packed weights are those of a GGUF file, as they are, or int8 and int4"
         if (reason := rejects_packed(self.config, device)) is not None:
             return reason
+        if kind != "auto":
+            return rejects_encoded(self.config)
+        assert self.header is not None
         from hybridkv.gguf.stored import stored_types
 
         return rejects_types(self.config, stored_types(self.header))
@@ -152,6 +164,8 @@ class Description:
 
             assert self.header is not None
             tensors = stored_tensors(self.header, runner)
+        if runner == "packed" and kind != "auto":
+            tensors = tuple(encoded_tensor(tensor, kind) for tensor in tensors)
         return held_weights(tensors, kind, device=device, plain=plain, loading=loading, runner=runner)
 
 

@@ -56,8 +56,7 @@ def load(
     ----------
     weights
         How matrices are held. On the CPU those of a GGUF file are used where they lie in the mapped file, and those of
-        a directory are packed one by one as they are read; on other devices, int8 and int4 are torchao's, made once
-        the model is loaded.
+        a directory are packed one by one as they are read; on CUDA, packed ones go to the card as they are read.
     engine
         What will run it: the native step takes a model without Transformers' classes.
     memory
@@ -67,8 +66,6 @@ def load(
 
     Raises
     ------
-    UsageError
-        If that needs torchao and it is not installed.
     ModelFileError, ModelError
         For whatever is wrong with the files.
     """
@@ -79,14 +76,11 @@ def load(
         return _load_native(description, weights, memory, device, hosted)
     from hybridkv.hf import Holder
     from hybridkv.hf.step import save_unpacked
-    from hybridkv.hf.torchao_weights import quantize_weights
 
     hold = Holder(weights, vocab_size_of(description.config), dtype) if on_cpu else None
     loaded = _load_eager(description, dtype, device, weights, hold)
     if hold is not None:
         save_unpacked(loaded.model)
-    elif weights == "int8" or weights == "int4":
-        quantize_weights(loaded.model, weights)
     return loaded
 
 
@@ -132,7 +126,8 @@ def _load_native(
         from hybridkv.hf.load import load_tokenizer
 
         tokenizer = load_tokenizer(path, remote_code=description.remote_code)
-        loaded = Loaded(description, native_model(config, directory_source(path, config), weights), tokenizer)
+        source = directory_source(path, config)
+        loaded = Loaded(description, native_model(config, source, weights, device=device), tokenizer)
         _add_turn_ends(loaded)
         return loaded
     assert description.header is not None

@@ -39,13 +39,17 @@ def weights_on(
     Raises
     ------
     UsageError
-        If this build cannot pack weights.
+        If this build cannot pack weights, or no kernel on the device runs this model with packed ones.
     """
     if not device.startswith("cpu"):
+        reason = description.rejects_packed(device.partition(":")[0], asked, engine)
+        if reason is None:
+            return asked, torch.float32
         if asked in ("int8", "int4"):
-            return asked, torch.bfloat16
-        if description.rejects_packed(device.partition(":")[0], asked, engine) is None:
-            return "auto", torch.float32
+            raise UsageError(
+                f"--weights {asked} on {device.partition(':')[0]}: {reason}; allowed: auto, plain, f32, bf16",
+                hint="leave --weights out, or take --device cpu, which packs the weights of every model",
+            )
         return "plain", torch.float32 if asked == "f32" else torch.bfloat16
     reason = cpu_native.available()
     if asked == "auto" and (reason is not None or engine == "eager"):

@@ -87,6 +87,16 @@ def rejects_types(config: Config, types: Mapping[str, str]) -> str | None:
     return next((packed_rejects(kind) for kind in types.values() if kind not in known), None)
 
 
+def rejects_encoded(config: Config) -> str | None:
+    """Explain why CUDA does not hold a model's matrices as int8 or int4, which `rejects_packed` takes."""
+    graph = graph_of(config)
+    for part in graph.parts:
+        widths = (graph.hidden, part.width) if isinstance(part, Experts) else ()
+        if any(width % 32 for width in widths):
+            return f"experts with rows of {' and '.join(map(str, widths))} numbers, which are no whole blocks of 32"
+    return None
+
+
 def multiplies(config: Config) -> bool:
     """Check whether a directory's matrices are multiplied by numbers of the config, which leaves them float32."""
     from hybridkv.gguf.convert import find_tables

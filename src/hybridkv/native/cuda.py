@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridkv.hf.step.fused_layers import Embed, FusedRun, Head, Layers
+from hybridkv.kernels.cuda.card import facts_of
 from hybridkv.kernels.cuda.delta import DeltaShape, conv_prompt, conv_step, delta_prompt, delta_step, gated_norm
 from hybridkv.kernels.cuda.experts import route
 from hybridkv.kernels.cuda.layers import add_norm, gate_heads, norm_rope, swiglu
@@ -38,6 +39,7 @@ BETWEEN = 1 / 32
 
 _FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
+Send = Callable[[Sequence[Weight], torch.device], PackedWeight]
 Mix = Callable[[Tensor, FusedRun], Tensor]
 """From normed rows, float16, to what is added to the residual."""
 
@@ -53,12 +55,20 @@ class Card:
         Names of tensors that stay in main memory: routed experts, and an embedding that is no head.
     n_rows
         Most rows of a run.
+    send
+        Puts matrices of one type and width on a device.
     """
 
     def __init__(
-        self, source: Typed, device: torch.device, *, hosted: frozenset[str] = frozenset(), n_rows: int = 1
+        self,
+        source: Typed,
+        device: torch.device,
+        *,
+        hosted: frozenset[str] = frozenset(),
+        n_rows: int = 1,
+        send: Send = upload,
     ) -> None:
-        self.source, self.device, self.hosted, self.n_rows = source, device, hosted, n_rows
+        self.source, self.device, self.hosted, self.n_rows, self._send = source, device, hosted, n_rows, send
         self.prefix = ""
         """Of the block that is lowered: `blk.3.`."""
         self.n_bytes = 0
@@ -122,7 +132,7 @@ class Card:
                 parts = [w.data.view(_FLOATS[w.format.name])[0].to(self.device) for w in weights]
                 held: PackedWeight | Tensor = torch.cat(parts)
             else:
-                held = upload(weights, self.device)
+                held = self._send(weights, self.device)
             self.n_bytes += held.nbytes
             self._matrices[key] = held
         return self._matrices[key]
@@ -198,7 +208,7 @@ def _plain(x: Tensor, matrix: Tensor, dtype: torch.dtype, factor: float) -> Tens
     """Multiply by a matrix that is not packed."""
     if factor != 1.0:
         x = x * factor
-    if len(x) == 1 and x.device.type == "cuda" and matrix.shape[1] <= MOST_INPUTS:
+    if len(x) == 1 and facts_of(x.device) is not None and matrix.shape[1] <= MOST_INPUTS:
         return one_row(x, matrix, dtype=dtype)
     return F.linear(x.to(matrix.dtype), matrix).to(dtype)
 

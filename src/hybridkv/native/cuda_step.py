@@ -6,6 +6,7 @@ import torch
 
 from hybridkv.hf.step.fused_layers import LayersStep
 from hybridkv.kernels import cpu_native
+from hybridkv.kernels.cuda.packed_layout import upload
 from hybridkv.model import graph_of
 from hybridkv.model.protocols import LanguageModel
 from hybridkv.native import cuda as lowering
@@ -22,12 +23,14 @@ class PackedStep(LayersStep):
     ----------
     model
         A `NativeModel` of a CUDA device; its source is read once.
+    send
+        Puts matrices on the device.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, send: lowering.Send = upload) -> None:
         source = source_of(model)
         hosted: frozenset[str] = getattr(model, "hosted", frozenset())
-        card = lowering.Card(source, torch.device(model.device), hosted=hosted, n_rows=PROMPT_ROWS)
+        card = lowering.Card(source, torch.device(model.device), hosted=hosted, n_rows=PROMPT_ROWS, send=send)
         embed, layers, head = lowering.build(graph_of(model.config), model.config, card)
         source.verify()
         self.n_bytes, self.pinned = card.n_bytes, card.pinned if hosted else None

@@ -17,6 +17,7 @@ from torch import Tensor
 from hybridkv.cache import KVLayer, KVTypes
 from hybridkv.errors import GuardError, ModelError
 from hybridkv.kernels import KERNELS, AttentionParams, Kernel, KVView, Phase, attend, select
+from hybridkv.kernels.cuda.card import is_rehearsed
 from hybridkv.policy import Fallback, MismatchError, NonFiniteError, Ok, Stop
 from hybridkv.runtime.evidence import is_finite, measure, verify
 from hybridkv.runtime.fallbacks import Raised
@@ -85,7 +86,7 @@ def _kernel(query: Tensor, packed: LayerView, params: AttentionParams) -> Kernel
 
 def _record_health(out: Tensor, query: Tensor, packed: LayerView, health: Tensor) -> None:
     """Leave word on the device of non-finite values; see `DeviceStep`."""
-    if out.is_cuda:
+    if out.is_cuda or is_rehearsed():
         from hybridkv.kernels.cuda.layers import watch_finite  # needs triton, which only a CUDA device's step does
 
         watch_finite(out, query, packed.fresh_k, packed.fresh_v, health)

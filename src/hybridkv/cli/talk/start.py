@@ -71,8 +71,8 @@ def talk_about(
     prefixes = max(_LEAST_PREFIXES, 2 * one)
     more = {} if opened.device_type == "cpu" else {"stored prefixes": prefixes}
     opened = check_memory(opened, Demand(specs, opened.n_ctx, guarded=guard.measures, more=more))
-    with loading(opened.description.name) as shown:
-        loaded, step = opened.load(shown)
+    with loading(opened.description.name, opened.ahead) as shown:
+        loaded, step = opened.load(specs, shown)
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise UsageError("this model has no tokenizer, and a conversation is text", hint="hybridkv run --ids")

@@ -17,7 +17,7 @@ from hybridkv.kernels.cuda.products import multiply, multiply_swiglu
 
 
 def is_plain(weight: Tensor) -> bool:
-    """Check whether a weight is held as its numbers, and not packed as torchao's are."""
+    """Check whether a weight is held as its numbers, and not as another library packs it."""
     return type(weight) in (nn.Parameter, Tensor)
 
 
@@ -30,7 +30,7 @@ class Joined:
     """Linear modules without bias that read the same rows, as one product.
 
     Plain matrices are joined in memory, each module's own becoming a part of the whole; matrices that are held in
-    another way (torchao's) are multiplied one by one.
+    another way are multiplied one by one.
     """
 
     def __init__(self, *modules: Any) -> None:

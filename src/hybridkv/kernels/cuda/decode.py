@@ -187,7 +187,7 @@ _NUMBERS = ["n_batch", "n_kv_heads", "start", "length", "before", "total", "rows
             "n_parts", "first_part", "share_rows", "stride_qb", "stride_qh"]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_NUMBERS)
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["starts", "lengths"])
 def attend_one_token(
     q,
     out,

@@ -178,7 +178,7 @@ def delta_step(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def _conv_prompt(raw, state, weight, bias, mixed, raw_row, state_seq, state_channel, state_tap, channels, n_tokens,
                  TAPS: tl.constexpr, BIAS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     seq = tl.program_id(2).to(tl.int64)
@@ -229,7 +229,7 @@ def conv_prompt(raw: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None)
     return mixed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens", "n_chunks"])
 def _chunk_solve(mixed, alpha, beta, a_log, dt_bias, reads, keys, values, weights, scores, decays,
                  alpha_row, beta_row, channels, n_tokens, n_chunks, n_key, n_value, head_k, head_v, scale, l2_eps,
                  WIDE_K: tl.constexpr, WIDE_V: tl.constexpr, ROWS: tl.constexpr, TILED: tl.constexpr,
@@ -287,7 +287,7 @@ def _chunk_solve(mixed, alpha, beta, a_log, dt_bias, reads, keys, values, weight
     tl.store(decays + at, tl.exp(tl.sum(log_decay, 0)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens", "n_chunks"])
 def _chunk_scan(reads, keys, values, weights, scores, decays, state, out, n_tokens, n_chunks, n_value, head_k, head_v,
                 WIDE_K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     head, seq = tl.program_id(1), tl.program_id(2).to(tl.int64)

@@ -317,7 +317,7 @@ def _write(
 _NUMBERS = ["row", "n_new", "n_kv_heads", "n_rows", "n_blocks", "stride_b", "stride_h", "stride_t"]
 
 
-@triton.jit(do_not_specialize=_NUMBERS)
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["rows"])
 def store_rows(
     x,
     main,

@@ -98,7 +98,7 @@ _NUMBERS = [
 ]
 
 
-@triton.jit(do_not_specialize=_NUMBERS)
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=["starts", "lengths"])
 def attend_segment(
     q,
     out,

@@ -7,13 +7,13 @@ the device, and every call may be captured in a graph once the kernels are compi
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from hybridkv.kernels.case import AttentionParams, KVView, Segment
 from hybridkv.kernels.cuda import prefill
+from hybridkv.kernels.cuda.card import facts_of
 from hybridkv.kernels.cuda.decode import attend_one_token
 from hybridkv.kernels.cuda.generic import attend_segment, combine_parts
 from hybridkv.kernels.cuda.layout import BF16, BYTES, F16, F32, NIBBLES, NONE, Side, capacity, memory, side
@@ -100,15 +100,15 @@ def _loads_eights(q: Tensor) -> bool:
     return q.data_ptr() % 16 == 0 and q.stride(0) % 8 == 0 and q.stride(1) % 8 == 0
 
 
-@lru_cache(maxsize=16)
 def _n_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    card = facts_of(device)
+    return 4 if card is None else card.n_multiprocessors
 
 
-@lru_cache(maxsize=16)
 def _has_products_of_fragments(device: torch.device) -> bool:
     """Check for the instructions of the kernel for one token; the interpreter has its own."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    card = facts_of(device)
+    return card is None or card.capability >= (8, 0)
 
 
 def n_shares(tiling: Tiling, n_rows: int, n_tiles: int, n_pairs: int, device: torch.device) -> int:

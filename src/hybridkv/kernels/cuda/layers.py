@@ -99,7 +99,7 @@ def swiglu(both: Tensor, *, factor: float = 1.0) -> Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions"])
 def _norm_rope(x, weight, positions, frequencies, out, x_row, x_head, out_row, out_head, head_dim, rotated, eps, offset,
                OVERLAPS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -234,7 +234,7 @@ def regroup_heads(x: Tensor, n_heads: int, groups: Sequence[Sequence[int]]) -> T
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_out", "n_q", "n_kv", "n_v"], do_not_specialize_on_alignment=["health"])
 def _watch(out, q, k, v, health, n_out, n_q, n_kv, n_v, OVERLAPS: tl.constexpr, BLOCK: tl.constexpr):
     which = tl.program_id(1)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

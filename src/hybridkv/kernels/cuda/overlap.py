@@ -12,13 +12,14 @@ Source: NVIDIA's PTX ISA, griddepcontrol.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TypedDict
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from hybridkv.kernels.cuda.card import facts_of
 
 
 @triton.jit
@@ -41,7 +42,7 @@ def overlapping(device: torch.device) -> Launch:
     return {"OVERLAPS": True, "launch_pdl": True} if overlaps(device) else {"OVERLAPS": False}
 
 
-@lru_cache(maxsize=16)
 def overlaps(device: torch.device) -> bool:
     """Check whether a kernel may be launched while the one before ends, and wait for it on the device."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    card = facts_of(device)
+    return card is not None and torch.version.hip is None and card.capability >= (9, 0)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, is_flash_attention_available
 
 from hybridkv.kernels.case import AttentionParams, KVView, Segment
+from hybridkv.kernels.cuda.card import facts_of, is_rehearsed
 from hybridkv.kernels.cuda.layout import BF16, F32, memory, side
 from hybridkv.kernels.cuda.overlap import begin, overlapping
 from hybridkv.kernels.cuda.tiles import decode_raw, find_slots, load_raw
@@ -126,9 +127,8 @@ def add_part(total, weight, part, part_weight, out, out_weight, width, n, BLOCK:
 
 def available(device: torch.device) -> bool:
     """Check whether torch has a kernel of its own for the device."""
-    return (
-        device.type == "cuda" and is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+    card = facts_of(device)
+    return card is not None and card.capability >= (8, 0) and (is_rehearsed() or is_flash_attention_available())
 
 
 def takes(q: Tensor, view: KVView, params: AttentionParams) -> bool:
@@ -205,8 +205,12 @@ def dense(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tup
     cuDNN's kernel is the faster one where its tiles of 128 queries fill half of the multiprocessors. The operators are
     those behind scaled_dot_product_attention, which keeps the weights to itself.
     """
+    if is_rehearsed():
+        return q.new_zeros(q.shape), q.new_zeros(q.shape[:3], dtype=torch.float32)
+    card = facts_of(q.device)
+    assert card is not None
     tiles = q.shape[0] * q.shape[1] * -(-q.shape[2] // 128)
-    many = 2 * tiles >= torch.cuda.get_device_properties(q.device).multi_processor_count - 4
+    many = 2 * tiles >= card.n_multiprocessors - 4
     if many and can_use_cudnn_attention(SDPAParams(q, k, v, None, 0.0, causal, True)):
         out, weight = torch.ops.aten._scaled_dot_product_cudnn_attention(
             q, k, v, None, True, 0.0, causal, False, scale=scale
