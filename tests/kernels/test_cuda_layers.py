@@ -10,7 +10,8 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from hybridkv.kernels.cuda import delta
-from hybridkv.kernels.cuda.delta import DeltaShape, conv_prompt, conv_step, delta_prompt, delta_step
+from hybridkv.kernels.cuda.conv import conv_prompt, conv_step
+from hybridkv.kernels.cuda.delta import DeltaShape, delta_prompt, delta_step
 from hybridkv.kernels.cuda.layers import add_norm, gate_heads, norm_rope, regroup_heads, swiglu, watch_finite
 from tests.on_device import DEVICE, ON_CUDA, random
 from tests.oracles import delta as oracle

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridkv.hf.step.fused_layers import Embed, FusedRun, Head, Layers
-from hybridkv.kernels.cuda.delta import DeltaShape, conv_prompt, conv_step, delta_prompt, delta_step, gated_norm
+from hybridkv.kernels.cuda.conv import conv_prompt, conv_step
+from hybridkv.kernels.cuda.delta import DeltaShape, delta_prompt, delta_step, gated_norm
 from hybridkv.kernels.cuda.experts import route
 from hybridkv.kernels.cuda.layers import add_norm, gate_heads, norm_rope, swiglu
 from hybridkv.kernels.cuda.packed import multiply_gated, multiply_packed
