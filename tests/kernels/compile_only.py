@@ -30,7 +30,7 @@ from hybridkv.kernels.cuda.packed_layout import PACKED, PackedWeight
 from hybridkv.kernels.weights import Weight
 from hybridkv.model import graph_of, kv_facts, layer_facts
 from hybridkv.model.tensors import graph_tensors
-from hybridkv.native import cuda as lowering
+from hybridkv.native import cuda_card
 from hybridkv.native.cuda_step import PackedStep
 from hybridkv.native.model import NativeModel
 from hybridkv.policy import Guard, Policy
@@ -211,7 +211,7 @@ def main() -> None:
     turing = target.backend == "cuda" and target.arch < 80
     with (
         mock.patch.object(JITFunction, "run", _launched(compiler)),
-        mock.patch.object(lowering, "upload", upload),
+        mock.patch.object(cuda_card, "upload", upload),
         mock.patch.object(launch, "_has_products_of_fragments", return_value=not turing),
         mock.patch.object(prefill, "available", return_value=False),
         torch.inference_mode(),

@@ -9,6 +9,7 @@ from hybridkv.kernels import cpu_native
 from hybridkv.model import graph_of
 from hybridkv.model.protocols import LanguageModel
 from hybridkv.native import cuda as lowering
+from hybridkv.native.cuda_card import Card
 from hybridkv.native.sources import source_of, types_held
 
 PROMPT_ROWS = 2048
@@ -27,7 +28,7 @@ class PackedStep(LayersStep):
     def __init__(self, model: LanguageModel) -> None:
         source = source_of(model)
         hosted: frozenset[str] = getattr(model, "hosted", frozenset())
-        card = lowering.Card(source, torch.device(model.device), hosted=hosted, n_rows=PROMPT_ROWS)
+        card = Card(source, torch.device(model.device), hosted=hosted, n_rows=PROMPT_ROWS)
         embed, layers, head = lowering.build(graph_of(model.config), model.config, card)
         source.verify()
         self.n_bytes, self.pinned = card.n_bytes, card.pinned if hosted else None

@@ -171,7 +171,8 @@ def mamba2_prompt(
 
 @triton.jit
 def _mamba1(mixed, dt, left, right, z, rate, bias, skip, state, out, mixed_row, dt_row, left_row, right_row, z_row,
-            n_tokens, inner, state_dim, WIDE_N: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):  # fmt: skip
+            n_tokens, inner, state_dim, factor, WIDE_N: tl.constexpr, BLOCK: tl.constexpr,
+            OVERLAPS: tl.constexpr):  # fmt: skip
     seq = tl.program_id(1).to(tl.int64)
     channel, n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDE_N)
     inside, in_n = channel < inner, n < state_dim
@@ -190,7 +191,7 @@ def _mamba1(mixed, dt, left, right, z, rate, bias, skip, state, out, mixed_row, 
         c = tl.load(right + row * right_row + n, mask=in_n, other=0.0).to(tl.float32)
         gate = tl.load(z + row * z_row + channel, mask=inside, other=0.0).to(tl.float32)
         memory = memory * tl.exp(rates * step[:, None]) + (x * step)[:, None] * b[None, :]
-        result = (tl.sum(memory * c[None, :], 1) + x * skips) * gate * tl.sigmoid(gate)
+        result = (tl.sum(memory * c[None, :], 1) + x * skips) * gate * tl.sigmoid(gate) * factor
         tl.store(out + row * inner + channel, result.to(out.dtype.element_ty), mask=inside)
     tl.store(state + seq * inner * state_dim + place, memory, mask=both)
 
@@ -206,9 +207,9 @@ def mamba1(
     skip: Tensor,
     state: Tensor,
     *,
-    dtype: torch.dtype,
+    factor: float,
 ) -> Tensor:
-    """Run T tokens per sequence: `h = exp(rate dt) h + dt x b` in place, and `(h c + skip x) * silu(z)`.
+    """Run T tokens per sequence: `h = exp(rate dt) h + dt x b` in place, and `(h c + skip x) * silu(z) * factor`.
 
     Parameters
     ----------
@@ -220,21 +221,19 @@ def mamba1(
         float32 `[inner, state_dim]` and `[inner]`; rates are negative.
     state
         float32 `[B, inner, state_dim]`, contiguous.
-    dtype
-        Of the result.
 
     Returns
     -------
     Tensor
-        `[B * T, inner]`.
+        float16 `[B * T, inner]`.
     """
     assert state.is_contiguous() and rate.is_contiguous()
     batch, inner, state_dim = state.shape
-    out = torch.empty((len(mixed), inner), dtype=dtype, device=mixed.device)
+    out = torch.empty((len(mixed), inner), dtype=torch.float16, device=mixed.device)
     _mamba1[(triton.cdiv(inner, _CHANNELS), batch)](
         mixed, dt, left, right, z, rate, bias, skip, state, out, mixed.stride(0), dt.stride(0), left.stride(0),
-        right.stride(0), z.stride(0), len(mixed) // batch, inner, state_dim, WIDE_N=triton.next_power_of_2(state_dim),
-        BLOCK=_CHANNELS, num_warps=1, **overlapping(mixed.device),
+        right.stride(0), z.stride(0), len(mixed) // batch, inner, state_dim, factor,
+        WIDE_N=triton.next_power_of_2(state_dim), BLOCK=_CHANNELS, num_warps=1, **overlapping(mixed.device),
     )  # fmt: skip
     return out
 

@@ -6,6 +6,8 @@ of the chosen. A warp of the second product takes units of any expert: what all 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -251,7 +253,29 @@ def _grouped(x, source, window, ends, tiles, out, n_in, n_out, top, first, GATHE
     tl.store(place, total.to(out.dtype.element_ty), mask=here[:, None] & (cols < n_out)[None, :])
 
 
-Stack = PackedWeight | StreamedStack
+@dataclass(frozen=True, slots=True)
+class PlainStack:
+    """A stack of matrices that is not packed: any float dtype, `[experts, out, in]`, contiguous."""
+
+    values: Tensor
+
+    @property
+    def n_stack(self) -> int:
+        """Matrices."""
+        return self.values.shape[0]
+
+    @property
+    def n_out(self) -> int:
+        """Rows of a matrix."""
+        return self.values.shape[1]
+
+    @property
+    def n_in(self) -> int:
+        """Values in a row."""
+        return self.values.shape[2]
+
+
+Stack = PackedWeight | StreamedStack | PlainStack
 
 
 def prompt_experts(
@@ -323,10 +347,15 @@ def _by_expert(
 ) -> None:
     """Multiply every row by its expert's matrix, as many experts at a time as a window holds."""
     per_window = max(1, WINDOW_BYTES // (2 * stack.n_out * stack.n_in))
+    if isinstance(stack, PlainStack):
+        per_window, x = stack.n_stack, x.to(stack.values.dtype)
     for first in range(0, stack.n_stack, per_window):
         n = min(per_window, stack.n_stack - first)
-        held, start = (stack, first) if isinstance(stack, PackedWeight) else (stack.window(first, n), 0)
-        window = decode_rows(held, start * stack.n_out, n * stack.n_out)
+        if isinstance(stack, PlainStack):
+            window = stack.values
+        else:
+            held, start = (stack, first) if isinstance(stack, PackedWeight) else (stack.window(first, n), 0)
+            window = decode_rows(held, start * stack.n_out, n * stack.n_out)
         own = torch.where((table[:, :1] >= first) & (table[:, :1] < first + n), table, -1)
         _grouped[(triton.cdiv(stack.n_out, 128), len(table))](
             x, x if order is None else order, window, ends, own, out, stack.n_in, stack.n_out, top, first,
