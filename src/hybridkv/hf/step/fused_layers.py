@@ -108,6 +108,7 @@ class LayersStep:
     """
 
     takes_chunks = True
+    makes_masks = False
 
     def __init__(
         self,
