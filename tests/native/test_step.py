@@ -509,7 +509,9 @@ def test_graphs_on_cuda_by_default() -> None:
     assert said == []
     windowed = build("gemma2").config
     assert resolve_step(windowed, "cuda", notify=said.append) is EagerStep
-    assert said == ["decoding is not recorded as a graph: layers 0 have a sliding window, for which Transformers makes a mask"]
+    assert said == [
+        "decoding is not recorded as a graph: layers 0 have a sliding window, for which Transformers makes a mask"
+    ]
     with pytest.raises(UsageError, match="--graph 'yes'; allowed: on, off"):
         parse_graphs("yes")
 
