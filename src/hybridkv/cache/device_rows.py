@@ -1,8 +1,9 @@
 """A layer's rows by row counters that only the device knows, for a step that is recorded once and replayed.
 
 Owns which counters those are. Before a step the host counts as ever, packs what leaves a tail and moves what slides, be
-it a tail or a window; the step reads from the device where the newest row goes and how many rows each segment holds. Which segments there
-are is fixed with the memory that they lie in: a layer that packs its first rows has other memory from then on.
+it a tail or a window; the step reads from the device where the newest row goes and how many rows each segment holds.
+Which segments there are is fixed with the memory that they lie in: a layer that packs its first rows has other memory
+from then on.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ class PackedRows:
     def extend(self, n_new: int, keep: int, target: Callable[[int, int], int], batch: int, device: torch.device) -> int:
         """Count `n_new` more rows; the row of the first.
 
-        Without room for them, the newest `keep` rows move to the front, of other memory if `target` gives another number
-        of rows for those needed and the present capacity.
+        Without room for them, the newest `keep` rows move to the front; of other memory, if `target` gives another
+        number of rows for those needed and the present capacity.
         """
         end = self.start + self.length
         if not self.planes.batch or end + n_new > self.planes.capacity:

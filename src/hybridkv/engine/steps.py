@@ -15,9 +15,8 @@ from hybridkv.errors import UsageError, one_of
 from hybridkv.kernels.weights import Activations, int8_rejects
 from hybridkv.model.protocols import Config, LanguageModel
 from hybridkv.native import NativeModel, NativeStep
-from hybridkv.native.choice import EngineKind
+from hybridkv.native.choice import EngineKind, rejects_packed
 from hybridkv.native.choice import rejects as native_rejects
-from hybridkv.native.choice import rejects_packed
 from hybridkv.runtime import Notify, Step
 
 if TYPE_CHECKING:

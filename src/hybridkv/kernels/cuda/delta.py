@@ -246,8 +246,8 @@ def delta_prompt(
     _chunk_solve[(n_chunks, shape.n_value, batch)](
         mixed, alpha, beta, a_log, dt_bias, reads, keys, values, weights, scores, decays, alpha.stride(0),
         beta.stride(0), mixed.stride(0), n_tokens, n_chunks, shape.n_key, shape.n_value, shape.head_k, shape.head_v,
-        shape.head_k**-0.5, shape.update_scale, L2_EPS, WIDE_K=wide_k, WIDE_V=wide_v, ROWS=CHUNK, TILED=shape.tiled, PRECISION=precision,
-        num_warps=8,
+        shape.head_k**-0.5, shape.update_scale, L2_EPS, WIDE_K=wide_k, WIDE_V=wide_v, ROWS=CHUNK, TILED=shape.tiled,
+        PRECISION=precision, num_warps=8,
     )  # fmt: skip
     out = torch.empty((len(mixed), shape.n_value * shape.head_v), dtype=mixed.dtype, device=mixed.device)
     block = min(32, wide_v)
