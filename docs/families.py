@@ -47,7 +47,8 @@ def families_page() -> str:
         "",
         "*Native* is this package's own engine: C++ on the CPU, Triton on CUDA. It is tested against Transformers in float64",
         "(`tests/native`, `tests/hf/test_cuda_step.py`). What it cannot compute of a model (an activation, biases, a kind of",
-        "RoPE) it refuses by name, and `--backend auto` then takes *eager*, Transformers' own code with our cache. Families",
+        "RoPE) it refuses by name, and `--backend auto` then takes *eager*, Transformers' own code with our cache. On CUDA all",
+        "families run natively from GGUF files, and those with *yes* from model directories too. Families",
         "without a GGUF name run from Hugging Face directories alone. Other models that Transformers runs are eager too.",
         "",
         "A head of multi-token prediction (MTP) guesses tokens ahead where a GGUF file has it whole (`--spec`). *Left out*: a file",
@@ -64,7 +65,7 @@ def families_page() -> str:
             mixers or "-",
             "yes" if Experts in parts else "-",
             "yes" if native else "eager",
-            "yes" if family in FAMILY_NAMES else "eager",
+            "yes" if family in FAMILY_NAMES else "GGUF files" if native and family in files else "eager",
             ", ".join(f"`{name}`" for name in files.get(family, ())) or "-",
             "yes" if family in PREDICTING else "left out" if skipped & {*files.get(family, ())} else "-",
         )

@@ -26,6 +26,10 @@ def attend(q: Tensor, view: KVView, params: AttentionParams) -> Tensor:
     assert q.shape[2] == 1
     assert params.mask is None
     keys, values, hidden = (torch.cat(parts, 2) for parts in zip(*(_rows(s, view) for s in view.segments), strict=True))
+    if view.window is not None:
+        newer = hidden.logical_not().flip(2).cumsum(2).flip(2)  # rows from each one on
+        hidden = hidden | (newer > view.window)
+        values = values.masked_fill(hidden, 0.0)
     grouped = q.float().unflatten(1, (keys.shape[1], -1)).flatten(2, 3)
     scores = grouped @ keys.transpose(2, 3) * params.scale
     if params.softcap is not None:

@@ -328,7 +328,7 @@ def test_a_step_that_the_guard_checks_is_not_replayed() -> None:
 @pytest.mark.parametrize(
     ("family", "types", "kernels", "reason"),
     [
-        ("gemma2", F32, recorded.KERNELS, "layer 0 has a sliding window"),
+        ("gemma2", F32, recorded.KERNELS, "layers 0 have a sliding window, for which Transformers makes a mask"),
         ("qwen3_5_text", F32, reference.KERNELS, "torch-reference reads row numbers from the host"),
         ("qwen3_5_text", F32, KERNELS, "reads row numbers from the host"),
     ],
@@ -380,7 +380,10 @@ def test_configs_that_are_refused_before_load(monkeypatch: pytest.MonkeyPatch) -
     config = build("qwen3_5_text").config
     assert graph.rejects(config, "cpu") == "graphs are CUDA's, and this runs on cpu"
     assert graph.rejects(config, "cuda") is None
-    assert graph.rejects(build("gemma2").config, "cuda") == "layers 0 have a sliding window, whose rows move"
+    assert (
+        graph.rejects(build("gemma2").config, "cuda")
+        == "layers 0 have a sliding window, for which Transformers makes a mask"
+    )
     config.rope_parameters["rope_type"] = "dynamic"
     assert "RoPE of type 'dynamic'" in str(graph.rejects(config, "cuda"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

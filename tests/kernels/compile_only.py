@@ -30,7 +30,7 @@ from hybridkv.kernels.cuda.packed_layout import PACKED, PackedWeight
 from hybridkv.kernels.weights import Weight
 from hybridkv.model import graph_of, kv_facts, layer_facts
 from hybridkv.model.tensors import graph_tensors
-from hybridkv.native import cuda as lowering
+from hybridkv.native import cuda_card
 from hybridkv.native.cuda_step import PackedStep
 from hybridkv.native.model import NativeModel
 from hybridkv.policy import Guard, Policy
@@ -51,6 +51,54 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             **_DELTA,
             **{"hidden_size": 2048, "num_key_value_heads": 2, "num_experts": 256, "num_experts_per_tok": 8},
             **{"moe_intermediate_size": 512, "shared_expert_intermediate_size": 512},
+        },
+    ),
+    "nemotron": (
+        "NemotronHConfig",
+        {
+            **{"hidden_size": 2688, "layers_block_type": ["mamba", "attention", "moe"], "vocab_size": 512},
+            **{"num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128, "mamba_num_heads": 64},
+            **{"mamba_head_dim": 64, "ssm_state_size": 128, "n_groups": 8, "n_routed_experts": 128},
+            **{"num_experts_per_tok": 6, "moe_intermediate_size": 1856, "moe_shared_expert_intermediate_size": 3712},
+        },
+    ),
+    "falcon": (
+        "FalconH1Config",
+        {
+            **{"hidden_size": 3072, "num_hidden_layers": 1, "vocab_size": 512, "intermediate_size": 12288},
+            **{"num_attention_heads": 12, "num_key_value_heads": 2, "head_dim": 128, "mamba_d_ssm": 3072},
+            **{"mamba_n_heads": 24, "mamba_d_head": 128, "mamba_d_state": 256, "mamba_n_groups": 1},
+        },
+    ),
+    "jamba": (
+        "JambaConfig",
+        {
+            **{"hidden_size": 2560, "num_hidden_layers": 2, "vocab_size": 512, "intermediate_size": 8192},
+            **{"num_attention_heads": 20, "num_key_value_heads": 1, "num_experts": 1, "attn_layer_period": 2},
+            **{"attn_layer_offset": 1, "mamba_d_state": 16, "mamba_dt_rank": 160},
+        },
+    ),
+    "lfm2": (
+        "Lfm2MoeConfig",
+        {
+            **{"hidden_size": 2048, "num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+            **{"vocab_size": 512, "num_attention_heads": 32, "num_key_value_heads": 8, "num_experts": 32},
+            **{"num_experts_per_tok": 4, "moe_intermediate_size": 1792, "num_dense_layers": 0},
+        },
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            **{"hidden_size": 2560, "num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
+            **{"vocab_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
+            **{"intermediate_size": 10240, "sliding_window": 1024},
+        },
+    ),
+    "llama": (
+        "LlamaConfig",
+        {
+            **{"hidden_size": 4096, "num_hidden_layers": 1, "vocab_size": 512, "intermediate_size": 14336},
+            **{"num_attention_heads": 32, "num_key_value_heads": 8},
         },
     ),
 }
@@ -123,6 +171,8 @@ class Source:
         stack, n_out, n_in = (1, 1, *self.shapes[name])[-3:]
         own = name.split(".")[-2]
         fmt = WEIGHTS["f32" if own in FLOATS else MIX.get(own, "q4_K")]
+        if fmt.rejects(n_in) is not None:  # as llama.cpp does where a row does not fill the blocks
+            fmt = WEIGHTS["q8_0"]
         rows = torch.zeros((1, n_out, fmt.row_bytes(n_in)), dtype=torch.uint8)
         return Weight(fmt, rows.expand(stack, -1, -1), n_in)
 
@@ -201,7 +251,7 @@ def main() -> None:
     """Compile."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target")
-    parser.add_argument("what", help="4b, 35b, or types of weights")
+    parser.add_argument("what", help=f"{', '.join(MODELS)}, or types of weights")
     parser.add_argument("--kv", default="q8_0")
     parser.add_argument("--only", default="", help="kernels, separated by commas")
     options = parser.parse_args()
@@ -211,7 +261,7 @@ def main() -> None:
     turing = target.backend == "cuda" and target.arch < 80
     with (
         mock.patch.object(JITFunction, "run", _launched(compiler)),
-        mock.patch.object(lowering, "upload", upload),
+        mock.patch.object(cuda_card, "upload", upload),
         mock.patch.object(launch, "_has_products_of_fragments", return_value=not turing),
         mock.patch.object(prefill, "available", return_value=False),
         torch.inference_mode(),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton", reason="triton is not installed")
 
 from hybridkv.kernels.cuda import experts
-from hybridkv.kernels.cuda.experts import route, run_experts
+from hybridkv.kernels.cuda.experts import bias_of_groups, route, run_experts
 from tests.on_device import DEVICE, random
 
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -35,6 +35,28 @@ def test_of_equals_the_lower_is_chosen() -> None:
     logits = torch.zeros(1, 6, device=DEVICE)
     logits[0, 3] = 1.0
     assert route(logits, 3, normalize=True)[0].tolist() == [[3, 0, 1]]
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("n_groups", "n_used"), [(1, 1), (4, 2)])
+def test_choice_by_sigmoids(n_groups: int, n_used: int, normalize: bool) -> None:
+    """A bias decides who is chosen and weighs nothing; experts of the best groups alone."""
+    logits, bias, top_k = random(7, 12), random(12, seed=1), 3
+    shares = torch.sigmoid(logits.double())
+    wanted = shares + bias.double()
+    if n_groups > 1:
+        best = torch.unflatten(wanted, 1, (n_groups, -1)).topk(2, 2).values.sum(2).topk(n_used, 1).indices
+        used = torch.zeros(7, n_groups, device=DEVICE).scatter(1, best, 1).repeat_interleave(12 // n_groups, 1)
+        wanted = wanted.masked_fill(used == 0, -torch.inf)
+        bias = bias_of_groups(logits, bias, n_groups, n_used)
+    index, weights = route(
+        logits, top_k, normalize=normalize, gating="sigmoid", bias=bias, eps=0.5, scale=2.5, shared="always"
+    )
+    assert index.tolist() == wanted.topk(top_k, 1).indices.tolist()
+    chosen = shares.gather(1, index.long())
+    exact = 2.5 * (chosen / (chosen.sum(1, keepdim=True) + 0.5) if normalize else chosen)
+    assert torch.allclose(weights[:, :-1].double(), exact, atol=1e-6)
+    assert weights[:, -1].tolist() == [1.0] * 7
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN")  # numpy's, of the interpreter's maximum

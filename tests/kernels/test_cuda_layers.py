@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,8 +13,10 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 from hybridkv.kernels.cuda import delta
-from hybridkv.kernels.cuda.delta import DeltaShape, conv_prompt, conv_step, delta_prompt, delta_step
-from hybridkv.kernels.cuda.layers import add_norm, gate_heads, norm_rope, regroup_heads, swiglu, watch_finite
+from hybridkv.kernels.cuda.activations import Act
+from hybridkv.kernels.cuda.conv import conv_prompt, conv_step
+from hybridkv.kernels.cuda.delta import DeltaShape, delta_prompt, delta_step
+from hybridkv.kernels.cuda.layers import activated, add_norm, gate_heads, norm_rope, regroup_heads, swiglu, watch_finite
 from tests.on_device import DEVICE, ON_CUDA, random
 from tests.oracles import delta as oracle
 
@@ -66,6 +71,43 @@ def test_norm_and_rope(head_dim: int, rotated: int, dtype: torch.dtype) -> None:
     low, high, rest = torch.split(wide, [rotated // 2, rotated // 2, head_dim - rotated], 2)
     cos, sin = angle.cos(), angle.sin()
     close(got, torch.cat([low * cos - high * sin, high * cos + low * sin, rest], 2), TOLERANCE[dtype])
+
+
+def test_rope_of_neighbours_without_a_norm() -> None:
+    """And with a magnitude, which what does not turn has not."""
+    x, positions = torch.unflatten(part(3, 4 * 24, torch.float32), 1, (4, 24)), torch.tensor([0, 5, 900], device=DEVICE)
+    frequencies = 1.0 / 1e4 ** (torch.arange(0, 16, 2, device=DEVICE) / 16)
+    got = norm_rope(x, None, 0.0, positions, frequencies, pairs="neighbours", magnitude=1.5)
+    angle = (positions.float()[:, None] * frequencies).double()[:, None]
+    even, odd, cos, sin = x[..., :16:2].double(), x[..., 1:16:2].double(), angle.cos() * 1.5, angle.sin() * 1.5
+    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], 3).flatten(2)
+    close(got, torch.cat([turned, x[..., 16:].double()], 2), 1e-5)
+    still = norm_rope(x, None, 0.0, positions, frequencies[:0], dtype=torch.float16)
+    assert torch.equal(still, x.half())
+
+
+@pytest.mark.parametrize(
+    ("act", "exactly"),
+    [
+        ("silu", F.silu),
+        ("gelu", partial(F.gelu, approximate="tanh")),
+        ("gelu_erf", F.gelu),
+        ("relu2", lambda x: F.relu(x).square()),
+    ],
+)
+def test_activations(act: Act, exactly: Callable[[Tensor], Tensor]) -> None:
+    both = 3 * part(3, 2 * 40, torch.float32)
+    gate, up = both.double().chunk(2, 1)
+    exact = exactly(both.double()) if act == "relu2" else exactly(gate) * up
+    close(activated(both, act, factor=1 / 4), exact / 4, 1e-5)
+
+
+def test_norm_of_a_weighed_sum() -> None:
+    x, added, weight = (random(3, 65, seed=i) for i in range(3))
+    total = x.double() + 0.25 * added.double()
+    got = add_norm(x, added, weight[0], 1e-6, scale=0.25)
+    close(x, total, 1e-6)
+    close(got, total * torch.rsqrt(total.square().mean(1, keepdim=True) + 1e-6) * weight[0].double(), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from hybridkv.formats.weights import WEIGHTS
 from hybridkv.kernels.cuda import packed_experts
-from hybridkv.kernels.cuda.packed_experts import prompt_experts, run_packed_experts
+from hybridkv.kernels.cuda.packed_experts import PlainStack, prompt_experts, run_packed_experts
 from hybridkv.kernels.cuda.packed_layout import PackedWeight, upload
 from tests.kernels.weight_rows import coded, decoded, weight
 from tests.on_device import DEVICE, random
@@ -63,6 +63,28 @@ def test_few_tokens(up: str, down: str, width: int, shared_width: int) -> None:
     got = run_packed_experts(x, (index, weights), (held[0], held[1]), (held[2], held[3]), factor=FACTOR)
     exact = exact_answer(x, index, weights, values)
     assert float((got.double() - exact).norm() / exact.norm()) < 2e-3
+
+
+def test_squares_without_a_shared_expert() -> None:
+    """Few tokens, and the same ones as a prompt; then gated ones, plain and packed."""
+    x, weights = random(2, HIDDEN, dtype=torch.float16), random(2, TOP + 1).abs()
+    index = torch.tensor([[4, 0], [2, 4]], dtype=torch.int32, device=DEVICE)
+    for gated in (False, True):
+        up, down = (stack("q8_0", N_EXPERTS, n, m, seed=n) for n, m in ((64 * (1 + gated), HIDDEN), (HIDDEN, 64)))
+        exact = torch.zeros(2, HIDDEN, dtype=torch.float64, device=DEVICE)
+        for row in range(2):
+            for e, share in zip(index[row].tolist(), weights[row].double(), strict=False):
+                between = up[1][e] @ x[row].double()
+                between = F.silu(between[:64]) * between[64:] if gated else F.relu(between).square()
+                exact[row] += share * (down[1][e] @ between)
+        plain = (PlainStack(up[1].half()), PlainStack(down[1].half()))
+        chosen = index, weights
+        for got in (
+            run_packed_experts(x, chosen, (up[0], down[0]), None, factor=FACTOR, gated=gated),
+            prompt_experts(x, chosen, (up[0], down[0]), None, factor=FACTOR, gated=gated),
+            prompt_experts(x, chosen, plain, None, factor=FACTOR, gated=gated),
+        ):
+            assert float((got.double() - exact).norm() / exact.norm()) < 3e-3
 
 
 def test_prompts(monkeypatch: pytest.MonkeyPatch) -> None:

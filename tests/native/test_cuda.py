@@ -80,8 +80,7 @@ def test_what_is_run() -> None:
     assert rejects_packed(build("qwen3_5_text").config, "cuda") is None
     assert rejects_packed(build("qwen3_5_moe_text").config, "cuda") is None
     assert rejects_packed(build("qwen3_5_text").config, "cpu") == "runs on cuda, not on cpu"
-    assert rejects_packed(build("bamba").config, "cuda") == "knows no Mamba2 on cuda"
-    assert rejects_packed(build("qwen3_next").config, "cuda") == "delta nets whose projections are joined by heads"
+    assert "knows no gemma2 layers" in str(rejects_packed(build("gemma2").config, "cuda"))
 
 
 def test_types_of_a_file() -> None:
@@ -93,4 +92,4 @@ def test_types_of_a_file() -> None:
     assert rejects_types(config, types | {"output.weight": "iq2_xs"}) is None
     assert "tq2_0 is not multiplied packed" in str(rejects_types(config, types | {"output.weight": "tq2_0"}))
     found = rejects_types(config, types | {"blk.1.ffn_up_exps.weight": "q5_K"})
-    assert found == "experts of types q4_K, q5_K, layer 1"
+    assert found == "experts whose gates and what they gate are of types q4_K, q5_K, layer 1"

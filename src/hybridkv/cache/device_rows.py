@@ -1,8 +1,9 @@
 """A layer's rows by row counters that only the device knows, for a step that is recorded once and replayed.
 
-Owns which counters those are. Before a step the host counts as ever, packs what leaves a tail and moves what slides;
-the step reads from the device where the newest row goes and how many rows each segment holds. Which segments there
-are is fixed with the memory that they lie in: a layer that packs its first rows has other memory from then on.
+Owns which counters those are. Before a step the host counts as ever, packs what leaves a tail and moves what slides, be
+it a tail or a window; the step reads from the device where the newest row goes and how many rows each segment holds.
+Which segments there are is fixed with the memory that they lie in: a layer that packs its first rows has other memory
+from then on.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ N_COUNTERS = 2 + MAX_SEGMENTS
 def rejects(spec: KVSpec, chosen: LayerKernels, device: str) -> str | None:
     """Explain why a layer's rows cannot be counted on this type of device; None if they can."""
     layer = spec.facts.layer
-    if spec.facts.window is not None:
-        return f"layer {layer} has a sliding window, whose rows move"
+    if spec.facts.window is not None and (spec.tail or spec.sink):
+        return f"layer {layer} has a sliding window beside exact rows, and both move"
     case = replace(spec.case(device, "decode"), device_rows=True)
     if (reason := chosen.decode.rejects(case)) is not None:
         return f"layer {layer}: {chosen.decode.name} {reason}"

@@ -235,7 +235,8 @@ class KVLayer:
             (encode_v, v, newest.format_v, newest.v, types.rotate_v),
         ):
             store(encoder, x, fmt, types.scale_for(fmt.name), memory, row_counters[0], rotated=rotated)
-        return replace(view, segments=device_rows.on_device(view.segments, row_counters, slides=not packs))
+        slides = not packs or self.spec.facts.window is not None
+        return replace(view, segments=device_rows.on_device(view.segments, row_counters, slides=slides))
 
     def device_step_refusal(self, device: str) -> str | None:
         """Explain why rows cannot be counted on the device alone; None if they can."""

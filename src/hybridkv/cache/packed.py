@@ -54,13 +54,16 @@ class PackedRows:
     def extend(self, n_new: int, keep: int, target: Callable[[int, int], int], batch: int, device: torch.device) -> int:
         """Count `n_new` more rows; the row of the first.
 
-        Without room for them, the newest `keep` rows move to the front of other memory, whose rows `target` gives for
-        the rows needed and the present capacity.
+        Without room for them, the newest `keep` rows move to the front; of other memory, if `target` gives another
+        number of rows for those needed and the present capacity.
         """
         end = self.start + self.length
         if not self.planes.batch or end + n_new > self.planes.capacity:
             capacity = target(keep + n_new, self.planes.capacity)
-            self.planes.reallocate(batch, capacity, device, [(slice(end - keep, end), 0)])
+            if self.planes.batch == batch and self.planes.capacity == capacity:
+                self.planes.move(slice(end - keep, end), 0)
+            else:
+                self.planes.reallocate(batch, capacity, device, [(slice(end - keep, end), 0)])
             self.start, self.length = 0, keep
             if self._spec.center and capacity and self.center is None:
                 f = self._spec.facts

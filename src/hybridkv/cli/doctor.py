@@ -115,7 +115,9 @@ def _engines() -> dict[str, str]:
     missing = cpu_native.available()
     native = f"cannot run, {missing}" if missing else f"{', '.join(FAMILIES)} on cpu-{cpu_native.isa()}"
     reason = fused_step.rejects_device("cuda")
-    fused = f"cannot run, {reason}" if reason else f"{', '.join(fused_step.FAMILY_NAMES)} on cuda, decode as a graph"
+    names, own = ", ".join(FAMILIES), ", ".join(fused_step.FAMILY_NAMES)
+    known = f"{names} of GGUF files on cuda, {own} of model directories, decode as a graph"
+    fused = f"cannot run, {reason}" if reason else known
     return {"native": native, "native-triton": fused, "eager": "whatever Transformers runs"}
 
 

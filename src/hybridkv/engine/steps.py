@@ -15,7 +15,7 @@ from hybridkv.errors import UsageError, one_of
 from hybridkv.kernels.weights import Activations, int8_rejects
 from hybridkv.model.protocols import Config, LanguageModel
 from hybridkv.native import NativeModel, NativeStep
-from hybridkv.native.choice import EngineKind
+from hybridkv.native.choice import EngineKind, rejects_packed
 from hybridkv.native.choice import rejects as native_rejects
 from hybridkv.runtime import Notify, Step
 
@@ -114,16 +114,18 @@ def _transformers_step(
     from hybridkv.hf.step import EagerStep, GraphStep, fused, graph
 
     decoder: Callable[[Any], EagerStep | LayersStep] = EagerStep
+    native = False
     if device == "cuda" and kind != "eager":
-        reason = fused.rejects(config, device)
-        if reason is None:
-            decoder = _on_card
+        reasons = [rejects_packed(config, device), fused.rejects(config, device)]
+        native = reasons[0] is None
+        if None in reasons:
+            decoder = partial(_on_card, kind)
         elif kind == "native":
-            raise _no_native(reason)
+            raise _no_native(str(reasons[0]))
     if device != "cuda" or graphs == "off":
         return decoder
     tell = graph.LOG.warning if notify is None else notify
-    if (reason := graph.rejects(config, device)) is not None:
+    if (reason := graph.rejects(config, device, native=native)) is not None:
         tell(f"decoding is not recorded as a graph: {reason}")
         return decoder
 
@@ -133,15 +135,26 @@ def _transformers_step(
     return recorded
 
 
-def _on_card(model: LanguageModel) -> LayersStep:
-    """Build the step on CUDA: with a file's packed weights, or with a Transformers model's parameters."""
+def _on_card(kind: StepKind, model: LanguageModel) -> EagerStep | LayersStep:
+    """Build the step on CUDA: from a model's records, or with a Transformers model's parameters.
+
+    Raises
+    ------
+    UsageError
+        If the native step is asked for and cannot run a Transformers model.
+    """
     if isinstance(model, NativeModel):
         from hybridkv.native.cuda_step import PackedStep  # imports triton
 
         return PackedStep(model)
-    from hybridkv.hf.step import FusedStep
+    from hybridkv.hf.step import EagerStep, FusedStep, fused
 
-    return FusedStep(model)
+    reason = fused.rejects(model.config, "cuda")
+    if reason is None:
+        return FusedStep(model)
+    if kind == "native":
+        raise _no_native(f"{reason} from a model directory; from a GGUF file it runs all native families")
+    return EagerStep(model)
 
 
 def _no_native(reason: str) -> UsageError:

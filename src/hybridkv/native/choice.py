@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from hybridkv.kernels import cpu_native
 from hybridkv.kernels.cuda import available as kernels_available
 from hybridkv.kernels.cuda.packed_layout import PACKED
 from hybridkv.kernels.cuda.packed_layout import rejects as packed_rejects
-from hybridkv.model import Attention, DeltaNet, Experts, Gated, Part, graph_of
+from hybridkv.model import Experts, graph_of
 from hybridkv.model import rejects as graph_rejects
 from hybridkv.model.protocols import Config
 from hybridkv.native import cpu as lowering
 
 EngineKind = Literal["auto", "native", "eager"]
 
-_ROPES = ("default", "linear", "llama3")
 _FLOATS = ("f32", "f16", "bf16")
 
 
@@ -40,34 +39,7 @@ def rejects_packed(config: Config, device: str) -> str | None:
         return missing
     if getattr(config, "quantization_config", None) is not None:
         return "weights that another program quantized"
-    if (reason := graph_rejects(config)) is not None:
-        return reason
-    graph = graph_of(config)
-    branches = (branch for block in graph.blocks for branch in block.branches)
-    if any(b.norm is None or b.after is not None or b.scale != 1 or len(b.parts) != 1 for b in branches):
-        return "layers whose branches are not one part behind a norm"
-    text = config.get_text_config(decoder=True)
-    return next((reason for reason in (_part_rejects(part, text) for part in graph.parts) if reason is not None), None)
-
-
-def _part_rejects(part: Part, text: Any) -> str | None:
-    """Explain why the kernels on CUDA do not compute a part with packed weights."""
-    if isinstance(part, Attention):
-        plain = part.biased == "none" and not part.norms_together and part.q_norm is not None
-        if not plain or part.rope is None or part.rope.pairs != "halves" or part.rope.kind is not None:
-            return "attention that has a bias, no norms of heads, or RoPE of another kind"
-        return None if text.rope_parameters["rope_type"] in _ROPES else "RoPE that scales cosines and sines"
-    if isinstance(part, DeltaNet):
-        usual = isinstance(part.qkv, str) and not part.joined_rates and part.update_scale == 1
-        return None if usual else "delta nets whose projections are joined by heads"
-    if isinstance(part, Gated):
-        return None if part.act == "silu" and not part.biased else "feed-forwards with a bias or without SiLU"
-    if isinstance(part, Experts):
-        c = part.choice
-        usual = c.gating == "softmax" and c.bias is None and c.n_groups == 1 and c.scale == 1 and part.gated
-        shared = isinstance(part.shared, Gated) and part.weighed
-        return None if usual and shared and not part.latent else "experts that are not Qwen's with a shared one"
-    return f"knows no {type(part).__name__} on cuda"
+    return graph_rejects(config)
 
 
 def rejects_types(config: Config, types: Mapping[str, str]) -> str | None:
@@ -75,14 +47,11 @@ def rejects_types(config: Config, types: Mapping[str, str]) -> str | None:
     graph = graph_of(config)
     for index, block in enumerate(graph.blocks):
         for part in (part for branch in block.branches for part in branch.parts):
-            if not isinstance(part, Experts) or not isinstance(part.shared, Gated):
+            if not isinstance(part, Experts) or f"blk.{index}.{part.gate_up}" in types or not part.gated:
                 continue
-            up = (part.gate_up,) if f"blk.{index}.{part.gate_up}" in types else (part.gate, part.up)
-            pairs = (up, (part.shared.gate, part.shared.up), (part.down,), (part.shared.down,))
-            for names in pairs:
-                found = {types.get(f"blk.{index}.{name}", "none") for name in names}
-                if len(found) > 1 or not found <= set(PACKED):
-                    return f"experts of types {', '.join(sorted(found))}, layer {index}"
+            found = {types.get(f"blk.{index}.{name}", "none") for name in (part.gate, part.up)}
+            if len(found) > 1:
+                return f"experts whose gates and what they gate are of types {', '.join(sorted(found))}, layer {index}"
     known = {*PACKED, *_FLOATS}
     return next((packed_rejects(kind) for kind in types.values() if kind not in known), None)
 

@@ -10,6 +10,7 @@ from hybridkv.kernels.cuda.packed_layout import upload
 from hybridkv.model import graph_of
 from hybridkv.model.protocols import LanguageModel
 from hybridkv.native import cuda as lowering
+from hybridkv.native.cuda_card import Card, Send
 from hybridkv.native.sources import source_of, types_held
 
 PROMPT_ROWS = 2048
@@ -27,10 +28,10 @@ class PackedStep(LayersStep):
         Puts matrices on the device.
     """
 
-    def __init__(self, model: LanguageModel, send: lowering.Send = upload) -> None:
+    def __init__(self, model: LanguageModel, send: Send = upload) -> None:
         source = source_of(model)
         hosted: frozenset[str] = getattr(model, "hosted", frozenset())
-        card = lowering.Card(source, torch.device(model.device), hosted=hosted, n_rows=PROMPT_ROWS, send=send)
+        card = Card(source, torch.device(model.device), hosted=hosted, n_rows=PROMPT_ROWS, send=send)
         embed, layers, head = lowering.build(graph_of(model.config), model.config, card)
         source.verify()
         self.n_bytes, self.pinned = card.n_bytes, card.pinned if hosted else None

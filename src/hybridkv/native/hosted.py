@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hybridkv.hf.step.host_work import host_work
-from hybridkv.kernels.step import Routing, StepProgram
+from hybridkv.kernels.step import Gate, Routing, StepProgram
 from hybridkv.kernels.weights import Weight
 from hybridkv.kernels.weights import rows as gather
 
@@ -58,6 +58,7 @@ class Pinned:
         self._answers = torch.zeros(n_rows, hidden, pin_memory=pinned)
         self._tokens = torch.zeros(n_rows, dtype=torch.long, pin_memory=pinned)
         self._program = StepProgram()
+        self._widths: list[tuple[int, int]] = []
         self.least: list[int] = []
         """By layer, rows from which on its experts' matrices go to the device."""
 
@@ -71,30 +72,36 @@ class Pinned:
         """Layers whose experts are here."""
         return len(self.least)
 
-    def add_layer(self, gate: Weight, up: Weight, down: Weight, routing: Routing) -> int:
-        """Add a layer's experts, and return the number by which `experts` knows it."""
-        x, scores = self._asked[:, : self.hidden], self._asked[:, self.hidden :]
-        self._program.experts(x, scores, gate, up, down, self._answers, routing, add=False)
-        self.least.append(stream_rows(gate.nbytes + up.nbytes + down.nbytes, torch.get_num_threads()))
+    def add_layer(self, gate: Weight | None, up: Weight, down: Weight, routing: Routing) -> int:
+        """Add a layer's experts, squares of ReLU without a gate; return the number by which `experts` knows it."""
+        x, scores, answers = self._asked[:, : up.n_in], self._asked[:, self.hidden :], self._answers[:, : down.n_out]
+        act: Gate = "relu" if gate is None else "silu"  # a number times its ReLU is the square of that
+        self._program.experts(x, scores, gate, up, down, answers, routing, act=act, add=False)
+        self._widths.append((up.n_in, down.n_out))
+        gates = 0 if gate is None else gate.nbytes
+        self.least.append(stream_rows(gates + up.nbytes + down.nbytes, torch.get_num_threads()))
         return self.n_layers - 1
 
-    def experts(self, layer: int, x: Tensor, scores: Tensor, meanwhile: Callable[[], Tensor]) -> Tensor:
+    def experts(self, layer: int, x: Tensor, scores: Tensor, meanwhile: Callable[[], Tensor | None]) -> Tensor:
         """Compute a layer's routed experts on the CPU, and something else on the device meanwhile.
 
         Parameters
         ----------
         x, scores
-            `[N, hidden]` and `[N, experts]` on the device.
+            `[N, hidden]`, or the experts' own width, and `[N, experts]` on the device.
 
         Returns
         -------
         Tensor
-            The sums of the experts' answers and what `meanwhile` returns, float32 `[N, hidden]` on the device.
+            The sums of the experts' answers and what `meanwhile` returns, float32 of x's shape on the device.
         """
-        n, others = len(x), list[Tensor]()
-        self._asked[:n].copy_(torch.cat([x.to(scores.dtype), scores], 1), non_blocking=True)
+        n, others = len(x), list[Tensor | None]()
+        n_in, n_out = self._widths[layer]
+        empty = [scores.new_zeros(n, self.hidden - n_in)] if n_in < self.hidden else []
+        self._asked[:n].copy_(torch.cat([x.to(scores.dtype), *empty, scores], 1), non_blocking=True)
         host_work(self.device).run(partial(self._compute, layer, n), lambda: others.append(meanwhile()))
-        return self._answers[:n].to(self.device, non_blocking=True, copy=True).add_(others[0])
+        answer = self._answers[:n].to(self.device, non_blocking=True, copy=True)[:, :n_out]
+        return answer if others[0] is None else answer.add_(others[0])
 
     def embed(self, weight: Weight, tokens: Tensor, scale: float) -> Tensor:
         """Gather rows of a matrix in main memory, times a scale: float32 `[N, hidden]` on the device."""

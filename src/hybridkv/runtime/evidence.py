@@ -72,7 +72,7 @@ def measure(query: Tensor, packed: LayerView, params: AttentionParams, out: Tens
         return None
     kernel_error = _query_error(found, expected)
     for probe in probes(query, view, params):
-        expected = _attend_float(probe.query, k, v, replace(params, mask=probe.visible))
+        expected = _attend_float(probe.query.float(), k, v, replace(params, mask=probe.visible))
         kernel_error = max(kernel_error, _query_error(attend(probe), expected))
     return replace(
         _evidence(packed),

@@ -92,10 +92,11 @@ class States:
 
     def file_states(
         self, batch: int, conv: tuple[int, int], recurrent: tuple[int, ...], like: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Return convolution state `[B, channels, kernel]`, with dtype and device of `like`, and recurrent state.
 
-        Both are continued in place, with heads in the order of GGUF files; the latter is float32.
+        Both are continued in place, with heads in the order of GGUF files; the latter is float32, and there if it has
+        a shape.
 
         Raises
         ------
@@ -104,11 +105,11 @@ class States:
         """
         self._expect("file")
         if not self.has_previous_state[0]:
-            self._fill(like.new_zeros((batch, *conv)), like.new_zeros((batch, *recurrent), dtype=torch.float32))
+            state = like.new_zeros((batch, *recurrent), dtype=torch.float32) if recurrent else None
+            self._fill(like.new_zeros((batch, *conv)), state)
         first, second = self.conv_states[0], self.recurrent_states[0]
         assert first is not None
-        assert second is not None
-        return first, second
+        return (first,) if second is None else (first, second)
 
     def _fill(self, conv: Tensor, recurrent: Tensor | None) -> None:
         """Take the first of each kind, which is then fed."""

@@ -28,6 +28,8 @@ class EagerStep:
         A Transformers causal language model, loaded with `attn_implementation="hybridkv"`.
     """
 
+    makes_masks = True
+
     def __init__(self, model: Any) -> None:
         self._model = model
         parameters = inspect.signature(model.forward).parameters

@@ -33,12 +33,15 @@ class FusedRun:
         B and T.
     positions
         int64 `[B * T]` on the device.
+    embedded
+        The rows as they were embedded, for models whose layers read them.
     """
 
     cache: ModelCache
     n_seqs: int
     n_tokens: int
     positions: Tensor
+    embedded: Tensor | None = None
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Store k and v `[N, Hkv, D]`, and attend q `[N, Hq, D]`: float32 or float16 `[N, Hq, Dv]`."""
@@ -57,8 +60,8 @@ class FusedRun:
 
     def file_states(
         self, layer: int, conv: tuple[int, int], recurrent: tuple[int, ...], like: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return the same states with heads in the order of GGUF files."""
+    ) -> tuple[Tensor, ...]:
+        """Return the same states with heads in the order of GGUF files; the first alone if `recurrent` is empty."""
         stored = self.cache.states[layer]
         assert stored is not None
         return stored.file_states(self.n_seqs, conv, recurrent, like)
@@ -105,6 +108,7 @@ class LayersStep:
     """
 
     takes_chunks = True
+    makes_masks = False
 
     def __init__(
         self,

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from hybridkv.hf.step.fused_layers import FusedFamily, FusedRun, Head, Layers
 from hybridkv.hf.step.joined import Joined, is_plain, project
-from hybridkv.kernels.cuda.delta import DeltaShape, conv_prompt, conv_step, delta_prompt, delta_step, gated_norm
+from hybridkv.kernels.cuda.conv import conv_prompt, conv_step
+from hybridkv.kernels.cuda.delta import DeltaShape, delta_prompt, delta_step, gated_norm
 from hybridkv.kernels.cuda.experts import route, run_experts
 from hybridkv.kernels.cuda.layers import add_norm, gate_heads, norm_rope, regroup_heads
 

@@ -43,28 +43,47 @@ _HOST_ROPE = ("dynamic", "longrope")
 _TRIAL_TOKENS = 2
 
 
-def rejects(config: Config, device: str) -> str | None:
+def rejects(config: Config, device: str, *, native: bool = False) -> str | None:
     """Explain why decode steps of this config cannot be recorded on this type of device; None if they can.
 
     Whatever shows only when the model runs is found out before the first recording; see `GraphStep`.
+
+    Parameters
+    ----------
+    native
+        Whether our own operations run it, and not Transformers' code.
     """
     if device != "cuda":
         return f"graphs are CUDA's, and this runs on {device}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if native:
+        return None
     text = config.get_text_config(decoder=True)
     rope = getattr(text, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
     if kind in _HOST_ROPE:
         return f"RoPE of type {kind!r} asks the device for its positions at each step"
     windows = [f.attention.layer for f in layer_facts(config) if f.attention is not None and f.attention.window]
-    if windows:
-        return f"layers {', '.join(map(str, windows))} have a sliding window, whose rows move"
-    return None
+    return _windows_reject(windows)
+
+
+def _windows_reject(layers: Sequence[int]) -> str | None:
+    if not layers:
+        return None
+    return f"layers {', '.join(map(str, layers))} have a sliding window, for which Transformers makes a mask"
 
 
 class Decoder(Step, Protocol):
-    """A step whose decoding can be recorded."""
+    """A step whose decoding can be recorded.
+
+    Attributes
+    ----------
+    makes_masks
+        Whether it gives attention a mask where a layer has a sliding window.
+    """
+
+    makes_masks: bool
 
     @property
     def device(self) -> torch.device:
@@ -336,6 +355,9 @@ class GraphStep:
         layers = cache.quantized
         if not layers:
             return "no layer has a KV cache"
+        windows = [layer.store.spec.facts.layer for layer in layers if layer.store.spec.facts.window]
+        if self._decoder.makes_masks and windows:
+            return _windows_reject(windows)
         key = (cache.specs, tuple(layer.store.kernels for layer in layers))
         if key not in self._answers:
             device = self._decoder.device.type

@@ -1,9 +1,9 @@
 """The gated delta rule (Qwen3-Next, Qwen3.5) with what stands around it: Triton kernels and how they are called.
 
-One token: the short convolution with its state in one launch, everything from the convolution's output to the gated
-norm in another. A prompt: the convolution; what each chunk of 64 tokens can know without the state before it, all
-chunks at once; then the states from chunk to chunk; then the gated norm. States are updated in place. Transformers'
-torch code for a prompt launches some six kernels per chunk, and for a token some sixty.
+One token: everything from the short convolution's output to the gated norm in one launch. A prompt: what each chunk of
+64 tokens can know without the state before it, all chunks at once; then the states from chunk to chunk; then the gated
+norm. States are updated in place. Transformers' torch code for a prompt launches some six kernels per chunk, and for a
+token some sixty.
 
 Source: Yang et al., "Gated Delta Networks" (2024), the chunked form with the WY representation, as in Transformers'
 `torch_chunk_gated_delta_rule`, whose names of intermediate results are used here.
@@ -26,14 +26,13 @@ CHUNK = 64
 L2_EPS = 1e-6
 """Of the queries' and keys' norm, fixed in Transformers' code."""
 
-_CHANNELS = 128
-
 
 @dataclass(frozen=True, slots=True)
 class DeltaShape:
     """Sizes of one layer: key and value heads, and the dims of each.
 
-    With `tiled`, value head h belongs to key head `h % n_key`, as GGUF files have them.
+    With `tiled`, value head h belongs to key head `h % n_key`, as GGUF files have them. An update replaces at most
+    `update_scale` of a value.
     """
 
     n_key: int
@@ -41,61 +40,12 @@ class DeltaShape:
     head_k: int
     head_v: int
     tiled: bool = False
+    update_scale: float = 1.0
 
     @property
     def channels(self) -> int:
         """Channels of the convolution: queries, keys and values."""
         return 2 * self.n_key * self.head_k + self.n_value * self.head_v
-
-
-@triton.jit
-def _conv_step(raw, state, weight, bias, mixed, raw_row, state_seq, state_channel, state_tap, channels,
-               TAPS: tl.constexpr, WIDE: tl.constexpr, BIAS: tl.constexpr, OVERLAPS: tl.constexpr,
-               BLOCK: tl.constexpr):  # fmt: skip
-    seq = tl.program_id(1).to(tl.int64)
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tap = tl.arange(0, WIDE)
-    inside = channel < channels
-    both = inside[:, None] & (tap < TAPS)[None, :]
-    at = state + seq * state_seq + channel[:, None] * state_channel + tap[None, :] * state_tap
-    begin(OVERLAPS)
-    newest = tl.load(raw + seq * raw_row + channel, mask=inside, other=0.0).to(tl.float32)
-    moved = tl.load(at + state_tap, mask=both & (tap < TAPS - 1)[None, :], other=0.0).to(tl.float32)
-    moved = tl.where((tap == TAPS - 1)[None, :], newest[:, None], moved)
-    taps = tl.load(weight + channel[:, None] * TAPS + tap[None, :], mask=both, other=0.0).to(tl.float32)
-    out = tl.sum(moved * taps, 1)
-    if BIAS:
-        out += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
-    tl.debug_barrier()  # every input is read before one is overwritten
-    tl.store(at, moved.to(state.dtype.element_ty), mask=both)
-    tl.store(mixed + seq * channels + channel, out * tl.sigmoid(out), mask=inside)
-
-
-def conv_step(raw: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Run one token through the depthwise causal convolution and SiLU; the state takes it in place.
-
-    Parameters
-    ----------
-    raw
-        Any float dtype, `[B, channels]`, the last dim contiguous.
-    state
-        Any float dtype and strides, `[B, channels, taps]`: the newest inputs, the newest last.
-    weight
-        `[channels, 1, taps]`, contiguous.
-
-    Returns
-    -------
-    Tensor
-        float32 `[B, channels]`.
-    """
-    batch, channels, taps = state.shape
-    mixed = torch.empty((batch, channels), dtype=torch.float32, device=raw.device)
-    _conv_step[(triton.cdiv(channels, _CHANNELS), batch)](
-        raw, state, weight, weight if bias is None else bias, mixed, raw.stride(0), *state.stride(), channels,
-        TAPS=taps, WIDE=triton.next_power_of_2(taps), BIAS=bias is not None, BLOCK=_CHANNELS,
-        **overlapping(raw.device),
-    )  # fmt: skip
-    return mixed
 
 
 @triton.jit
@@ -105,7 +55,7 @@ def _softplus(x):
 
 @triton.jit
 def _delta_step(mixed, z, alpha, beta, a_log, dt_bias, norm, state, out, mixed_row, z_row, alpha_row, beta_row,
-                n_key, n_value, head_k, head_v, scale, l2_eps, eps,
+                n_key, n_value, head_k, head_v, scale, update_scale, l2_eps, eps,
                 WIDE_K: tl.constexpr, WIDE_V: tl.constexpr, TILED: tl.constexpr,
                 OVERLAPS: tl.constexpr):  # fmt: skip
     seq, head = tl.program_id(1).to(tl.int64), tl.program_id(0)
@@ -124,7 +74,7 @@ def _delta_step(mixed, z, alpha, beta, a_log, dt_bias, norm, state, out, mixed_r
     v = tl.load(row + 2 * n_key * head_k + head * head_v + v_dim, mask=in_v, other=0.0)
     q *= tl.rsqrt(tl.sum(q * q, 0) + l2_eps) * scale
     k *= tl.rsqrt(tl.sum(k * k, 0) + l2_eps)
-    open_ = tl.sigmoid(tl.load(beta + seq * beta_row + head).to(tl.float32))
+    open_ = tl.sigmoid(tl.load(beta + seq * beta_row + head).to(tl.float32)) * update_scale
     step = tl.load(alpha + seq * alpha_row + head).to(tl.float32) + tl.load(dt_bias + head).to(tl.float32)
     decay = tl.exp(-tl.exp(tl.load(a_log + head).to(tl.float32)) * _softplus(step))
     memory *= decay
@@ -171,67 +121,18 @@ def delta_step(
     out = torch.empty((batch, shape.n_value * shape.head_v), dtype=z.dtype if dtype is None else dtype, device=z.device)
     _delta_step[(shape.n_value, batch)](
         mixed, z, alpha, beta, a_log, dt_bias, norm, state, out, mixed.stride(0), z.stride(0), alpha.stride(0),
-        beta.stride(0), shape.n_key, shape.n_value, shape.head_k, shape.head_v, shape.head_k**-0.5, L2_EPS, eps,
+        beta.stride(0), shape.n_key, shape.n_value, shape.head_k, shape.head_v, shape.head_k**-0.5,
+        shape.update_scale, L2_EPS, eps,
         WIDE_K=triton.next_power_of_2(shape.head_k), WIDE_V=triton.next_power_of_2(shape.head_v), TILED=shape.tiled,
         num_warps=4, **overlapping(z.device),
     )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=["n_tokens"])
-def _conv_prompt(raw, state, weight, bias, mixed, raw_row, state_seq, state_channel, state_tap, channels, n_tokens,
-                 TAPS: tl.constexpr, BIAS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    seq = tl.program_id(2).to(tl.int64)
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = channel < channels
-    both = (token < n_tokens)[:, None] & inside[None, :]
-    out = tl.zeros((TOKENS, BLOCK), tl.float32)
-    for tap in tl.static_range(TAPS):
-        source = token - (TAPS - 1) + tap
-        new = raw + (seq * n_tokens + source)[:, None] * raw_row + channel[None, :]
-        old = state + seq * state_seq + channel[None, :] * state_channel + (TAPS + source)[:, None] * state_tap
-        value = tl.load(new, mask=both & (source >= 0)[:, None], other=0.0).to(tl.float32)
-        value += tl.load(old, mask=both & (source < 0)[:, None], other=0.0).to(tl.float32)
-        out += value * tl.load(weight + channel * TAPS + tap, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if BIAS:
-        out += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
-    to = mixed + (seq * n_tokens + token)[:, None] * channels + channel[None, :]
-    tl.store(to, (out * tl.sigmoid(out)).to(mixed.dtype.element_ty), mask=both)
-
-
-def conv_prompt(raw: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Run T tokens per sequence through the convolution and SiLU; the state takes the newest of them in place.
-
-    Parameters
-    ----------
-    raw
-        Any float dtype, `[B * T, channels]`, the last dim contiguous.
-    state, weight
-        As in `conv_step`.
-
-    Returns
-    -------
-    Tensor
-        In raw's dtype, `[B * T, channels]`, contiguous.
-    """
-    batch, channels, taps = state.shape
-    n_tokens = len(raw) // batch
-    mixed = torch.empty((len(raw), channels), dtype=raw.dtype, device=raw.device)
-    _conv_prompt[(triton.cdiv(n_tokens, 16), triton.cdiv(channels, _CHANNELS), batch)](
-        raw, state, weight, weight if bias is None else bias, mixed, raw.stride(0), *state.stride(), channels, n_tokens,
-        TAPS=taps, BIAS=bias is not None, TOKENS=16, BLOCK=_CHANNELS,
-    )  # fmt: skip
-    newest = raw.view(batch, n_tokens, channels)[:, -taps:].transpose(1, 2).to(state.dtype)
-    if n_tokens < taps:
-        newest = torch.cat([state[:, :, n_tokens:], newest], 2)
-    state.copy_(newest)
-    return mixed
-
-
 @triton.jit(do_not_specialize=["n_tokens", "n_chunks"])
 def _chunk_solve(mixed, alpha, beta, a_log, dt_bias, reads, keys, values, weights, scores, decays,
-                 alpha_row, beta_row, channels, n_tokens, n_chunks, n_key, n_value, head_k, head_v, scale, l2_eps,
+                 alpha_row, beta_row, channels, n_tokens, n_chunks, n_key, n_value, head_k, head_v, scale,
+                 update_scale, l2_eps,
                  WIDE_K: tl.constexpr, WIDE_V: tl.constexpr, ROWS: tl.constexpr, TILED: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
     chunk, head, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -250,9 +151,8 @@ def _chunk_solve(mixed, alpha, beta, a_log, dt_bias, reads, keys, values, weight
     q *= (tl.rsqrt(tl.sum(q * q, 1) + l2_eps) * scale)[:, None]
     k *= tl.rsqrt(tl.sum(k * k, 1) + l2_eps)[:, None]
     # Rows past the last token neither decay nor write: their beta is 0, and so is the logarithm of their decay.
-    open_ = tl.where(
-        valid, tl.sigmoid(tl.load(beta + row * beta_row + head, mask=valid, other=0.0).to(tl.float32)), 0.0
-    )
+    open_ = tl.sigmoid(tl.load(beta + row * beta_row + head, mask=valid, other=0.0).to(tl.float32)) * update_scale
+    open_ = tl.where(valid, open_, 0.0)
     step = tl.load(alpha + row * alpha_row + head, mask=valid, other=0.0).to(tl.float32)
     step += tl.load(dt_bias + head).to(tl.float32)
     log_decay = tl.where(valid, -tl.exp(tl.load(a_log + head).to(tl.float32)) * _softplus(step), 0.0)
@@ -346,8 +246,8 @@ def delta_prompt(
     _chunk_solve[(n_chunks, shape.n_value, batch)](
         mixed, alpha, beta, a_log, dt_bias, reads, keys, values, weights, scores, decays, alpha.stride(0),
         beta.stride(0), mixed.stride(0), n_tokens, n_chunks, shape.n_key, shape.n_value, shape.head_k, shape.head_v,
-        shape.head_k**-0.5, L2_EPS, WIDE_K=wide_k, WIDE_V=wide_v, ROWS=CHUNK, TILED=shape.tiled, PRECISION=precision,
-        num_warps=8,
+        shape.head_k**-0.5, shape.update_scale, L2_EPS, WIDE_K=wide_k, WIDE_V=wide_v, ROWS=CHUNK, TILED=shape.tiled,
+        PRECISION=precision, num_warps=8,
     )  # fmt: skip
     out = torch.empty((len(mixed), shape.n_value * shape.head_v), dtype=mixed.dtype, device=mixed.device)
     block = min(32, wide_v)

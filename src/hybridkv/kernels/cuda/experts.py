@@ -8,6 +8,8 @@ first. Arithmetic is float32.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import triton
 import triton.language as tl
@@ -24,56 +26,103 @@ DOWN_INPUTS = 256
 
 
 @triton.jit
-def _route(logits, index, weights, row_stride, n_experts, TOP: tl.constexpr, NORMALIZE: tl.constexpr,
+def _route(logits, bias, index, weights, row_stride, bias_stride, n_experts, eps, scale, TOP: tl.constexpr,
+           NORMALIZE: tl.constexpr, SIGMOID: tl.constexpr, BIAS: tl.constexpr, SHARED: tl.constexpr,
            OVERLAPS: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     experts, slots = tl.arange(0, BLOCK), tl.arange(0, SLOTS)
+    there = experts < n_experts
     own = logits + row * row_stride
     begin(OVERLAPS)
-    score = tl.load(own + experts, mask=experts < n_experts, other=-float("inf")).to(tl.float32)
-    left = tl.exp(score - tl.max(score, 0))
-    total = tl.sum(left, 0)
+    score = tl.load(own + experts, mask=there, other=-float("inf")).to(tl.float32)
+    if SIGMOID:
+        share = tl.sigmoid(score)
+    else:
+        share = tl.exp(score - tl.max(score, 0))
+    total = tl.sum(share, 0)
+    left = share
+    if BIAS:
+        left += tl.load(bias + row * bias_stride + experts, mask=there, other=0.0)
     # Scores that are not finite choose the first experts, which are there, and give them weights that are NaN.
-    left = tl.where(left == left, left, 0.0)
+    left = tl.where(there, tl.where(left == left, left, 0.0), -float("inf"))
     chosen = tl.zeros((SLOTS,), tl.int32)
     weight = tl.zeros((SLOTS,), tl.float32)
     for slot in range(TOP):
         best = tl.argmax(left, 0)
         chosen = tl.where(slots == slot, best, chosen)
-        weight = tl.where(slots == slot, tl.max(left, 0), weight)
-        left = tl.where(experts == best, -1.0, left)
-    weight = weight / tl.sum(weight, 0) + (total - total) if NORMALIZE else weight / total
-    shared = tl.sigmoid(tl.load(own + n_experts).to(tl.float32))
+        weight = tl.where(slots == slot, tl.sum(tl.where(experts == best, share, 0.0), 0), weight)
+        left = tl.where(experts == best, -float("inf"), left)
+    if NORMALIZE:
+        weight = weight / (tl.sum(weight, 0) + eps)
+    elif not SIGMOID:
+        weight = weight / total
+    weight = weight * scale + (total - total)
+    if SHARED == "weighed":
+        weight = tl.where(slots == TOP, tl.sigmoid(tl.load(own + n_experts).to(tl.float32)), weight)
+    else:
+        weight = tl.where(slots == TOP, 1.0 if SHARED == "always" else 0.0, weight)
     tl.store(index + row * TOP + slots, chosen, mask=slots < TOP)
-    tl.store(weights + row * (TOP + 1) + slots, tl.where(slots == TOP, shared, weight), mask=slots <= TOP)
+    tl.store(weights + row * (TOP + 1) + slots, weight, mask=slots <= TOP)
 
 
-def route(logits: Tensor, top_k: int, *, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Choose each token's experts by the softmax of their scores, the best first, of equals the lower.
+def route(
+    logits: Tensor,
+    top_k: int,
+    *,
+    normalize: bool,
+    gating: Literal["softmax", "sigmoid"] = "softmax",
+    bias: Tensor | None = None,
+    eps: float = 0.0,
+    scale: float = 1.0,
+    shared: Literal["weighed", "always", "none"] = "weighed",
+) -> tuple[Tensor, Tensor]:
+    """Choose each token's experts by their shares, the best first, of equals the lower.
 
     Parameters
     ----------
     logits
-        Any float dtype, `[N, experts + 1]`, the last dim contiguous; the last column is the shared expert's gate.
+        Any float dtype, `[N, experts]`, the last dim contiguous, and one column more for the gate of a shared expert
+        that is `weighed`.
     top_k
         Experts per token.
     normalize
-        Whether the weights of the chosen are made to sum to 1.
+        Whether the weights of the chosen are made to sum to 1, but for `eps`.
+    gating
+        What makes shares of scores: the softmax of all, or each one's sigmoid.
+    bias
+        float32 `[experts]`, or `[N, experts]`: added to shares for the choice alone.
+    scale
+        Factor on the weights of the chosen.
+    shared
+        Whether an expert that all tokens share has the sigmoid of its gate as its weight, or 1, or is none.
 
     Returns
     -------
     tuple of Tensor
-        int32 `[N, top_k]`, and float32 `[N, top_k + 1]`: the weights, and the sigmoid of the shared expert's gate.
+        int32 `[N, top_k]`, and float32 `[N, top_k + 1]`: the weights, that of the shared expert last.
     """
-    n_rows, n_experts = logits.shape[0], logits.shape[1] - 1
+    n_rows, n_experts = logits.shape[0], logits.shape[1] - (shared == "weighed")
     index = torch.empty((n_rows, top_k), dtype=torch.int32, device=logits.device)
     weights = torch.empty((n_rows, top_k + 1), dtype=torch.float32, device=logits.device)
     _route[(n_rows,)](
-        logits, index, weights, logits.stride(0), n_experts, TOP=top_k, NORMALIZE=normalize,
+        logits, logits if bias is None else bias, index, weights, logits.stride(0),
+        0 if bias is None or bias.dim() == 1 else bias.stride(0), n_experts, eps, scale, TOP=top_k,
+        NORMALIZE=normalize, SIGMOID=gating == "sigmoid", BIAS=bias is not None, SHARED=shared,
         BLOCK=triton.next_power_of_2(n_experts), SLOTS=triton.next_power_of_2(top_k + 1), num_warps=1,
         **overlapping(logits.device),
     )  # fmt: skip
     return index, weights
+
+
+def bias_of_groups(logits: Tensor, bias: Tensor, n_groups: int, n_used: int) -> Tensor:
+    """Return what `route` adds to sigmoids, `[N, experts]`: experts outside of the best groups are out of the question.
+
+    A group is as good as its two best experts together.
+    """
+    grouped = torch.unflatten(torch.sigmoid(logits.float()) + bias, 1, (n_groups, -1))
+    best = grouped.topk(2, 2).values.sum(2).topk(n_used, 1).indices
+    used = torch.zeros(grouped.shape[:2], dtype=torch.bool, device=logits.device).scatter_(1, best, 1)
+    return torch.where(used.unsqueeze(2), bias.view(n_groups, -1), -torch.inf).flatten(1)
 
 
 @triton.jit

@@ -8,12 +8,14 @@ given as they are. Arithmetic is float32, results are in the dtype of what they 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from hybridkv.kernels.cuda.activations import Act, activate
 from hybridkv.kernels.cuda.overlap import begin, overlapping
 
 ELEMENTS = 1024
@@ -24,7 +26,7 @@ WATCHED = 4096
 
 
 @triton.jit
-def _add_norm(x, delta, weight, out, x_stride, delta_stride, out_stride, width, eps, offset,
+def _add_norm(x, delta, weight, out, x_stride, delta_stride, out_stride, width, eps, offset, scale,
               ADD: tl.constexpr, OVERLAPS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
@@ -33,7 +35,7 @@ def _add_norm(x, delta, weight, out, x_stride, delta_stride, out_stride, width, 
     at = x + row * x_stride + cols
     value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     if ADD:
-        value += tl.load(delta + row * delta_stride + cols, mask=inside, other=0.0).to(tl.float32)
+        value += tl.load(delta + row * delta_stride + cols, mask=inside, other=0.0).to(tl.float32) * scale
         rounded = value.to(x.dtype.element_ty)  # the residual is what later layers read
         tl.store(at, rounded, mask=inside)
         value = rounded.to(tl.float32)
@@ -49,9 +51,10 @@ def add_norm(
     eps: float,
     *,
     offset: float = 0.0,
+    scale: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Add `delta` to `x` in place, if there is one, and return RMSNorm of the sum.
+    """Add `delta * scale` to `x` in place, if there is one, and return RMSNorm of the sum.
 
     Parameters
     ----------
@@ -72,79 +75,110 @@ def add_norm(
     block = triton.next_power_of_2(width)
     _add_norm[(n_rows,)](
         x, x if delta is None else delta, weight, out, x.stride(0), 0 if delta is None else delta.stride(0),
-        out.stride(0), width, eps, offset, ADD=delta is not None, BLOCK=block, num_warps=_warps(block),
+        out.stride(0), width, eps, offset, scale, ADD=delta is not None, BLOCK=block, num_warps=_warps(block),
         **overlapping(x.device),
     )  # fmt: skip
     return out
 
 
 @triton.jit
-def _swiglu(both, out, both_stride, width, factor, OVERLAPS: tl.constexpr, BLOCK: tl.constexpr):
+def _activated(x, out, x_stride, out_stride, width, factor, ACT: tl.constexpr, OVERLAPS: tl.constexpr,
+               BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < width
     begin(OVERLAPS)
-    gate = tl.load(both + row * both_stride + cols, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(both + row * both_stride + width + cols, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * width + cols, (gate * tl.sigmoid(gate) * up * factor).to(out.dtype.element_ty), mask=inside)
+    value = activate(tl.load(x + row * x_stride + cols, mask=inside, other=0.0).to(tl.float32), ACT)
+    if ACT != "relu2":
+        value *= tl.load(x + row * x_stride + width + cols, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row * out_stride + cols, (value * factor).to(out.dtype.element_ty), mask=inside)
 
 
-def swiglu(both: Tensor, *, factor: float = 1.0) -> Tensor:
-    """Compute `silu(gate) * up * factor` of joined rows `[N, gate | up]`; `[N, width]` in their dtype."""
-    n_rows, width = both.shape[0], both.shape[1] // 2
-    out = torch.empty((n_rows, width), dtype=both.dtype, device=both.device)
-    _swiglu[(n_rows, triton.cdiv(width, ELEMENTS))](
-        both, out, both.stride(0), width, factor, BLOCK=ELEMENTS, **overlapping(both.device)
+def activated(x: Tensor, act: Act, *, factor: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+    """Compute `act(gate) * up * factor` of joined rows `[N, gate | up]`, or `relu(x)^2 * factor` of rows `[N, width]`.
+
+    Parameters
+    ----------
+    dtype
+        Of the result; x's by default.
+
+    Returns
+    -------
+    Tensor
+        `[N, width]`, contiguous.
+    """
+    n_rows, width = x.shape[0], x.shape[1] if act == "relu2" else x.shape[1] // 2
+    out = torch.empty((n_rows, width), dtype=x.dtype if dtype is None else dtype, device=x.device)
+    _activated[(n_rows, triton.cdiv(width, ELEMENTS))](
+        x, out, x.stride(0), out.stride(0), width, factor, ACT=act, BLOCK=ELEMENTS, **overlapping(x.device)
     )
     return out
 
 
+def swiglu(both: Tensor, *, factor: float = 1.0) -> Tensor:
+    """Compute `silu(gate) * up * factor` of joined rows `[N, gate | up]`; `[N, width]` in their dtype."""
+    return activated(both, "silu", factor=factor)
+
+
 @triton.jit(do_not_specialize_on_alignment=["positions"])
 def _norm_rope(x, weight, positions, frequencies, out, x_row, x_head, out_row, out_head, head_dim, rotated, eps, offset,
-               OVERLAPS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+               magnitude, NORM: tl.constexpr, NEIGHBOURS: tl.constexpr, OVERLAPS: tl.constexpr,
+               BLOCK: tl.constexpr):  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     dims = tl.arange(0, BLOCK)
     inside = dims < head_dim
     half = rotated // 2
     turned = dims < rotated
     # The other of the two dims that turn together; itself where nothing turns.
-    partner = tl.where(turned, tl.where(dims < half, dims + half, dims - half), dims)
+    if NEIGHBOURS:
+        first, index = dims % 2 == 0, dims // 2
+        partner = tl.where(turned, tl.where(first, dims + 1, dims - 1), dims)
+    else:
+        first, index = dims < half, tl.where(dims < half, dims, dims - half)
+        partner = tl.where(turned, tl.where(first, dims + half, dims - half), dims)
     source = x + row * x_row + head * x_head
     begin(OVERLAPS)
     value = tl.load(source + dims, mask=inside, other=0.0).to(tl.float32)
     other = tl.load(source + partner, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(value * value, 0) / head_dim + eps)
-    value *= scale * (tl.load(weight + dims, mask=inside, other=0.0).to(tl.float32) + offset)
-    other *= scale * (tl.load(weight + partner, mask=inside, other=0.0).to(tl.float32) + offset)
-    index = tl.where(dims < half, dims, dims - half)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(value * value, 0) / head_dim + eps)
+        value *= scale * (tl.load(weight + dims, mask=inside, other=0.0).to(tl.float32) + offset)
+        other *= scale * (tl.load(weight + partner, mask=inside, other=0.0).to(tl.float32) + offset)
     frequency = tl.load(frequencies + index, mask=turned, other=0.0).to(tl.float32)
     angle = tl.load(positions + row).to(tl.float32) * frequency
-    value = value * tl.cos(angle) + tl.where(dims < half, -other, other) * tl.sin(angle)
+    value = value * tl.cos(angle) + tl.where(first, -other, other) * tl.sin(angle)
+    value = tl.where(turned, value * magnitude, value)
     tl.store(out + row * out_row + head * out_head + dims, value.to(out.dtype.element_ty), mask=inside)
 
 
 def norm_rope(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     eps: float,
     positions: Tensor,
     frequencies: Tensor,
     *,
-    offset: float,
+    offset: float = 0.0,
+    pairs: Literal["halves", "neighbours"] = "halves",
+    magnitude: float = 1.0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Apply RMSNorm to every head, and RoPE (halves, not pairs) to its first `2 * len(frequencies)` dims.
+    """Apply RMSNorm to every head, and RoPE to its first `2 * len(frequencies)` dims.
 
     Parameters
     ----------
     x
         Any float dtype, `[N, heads, D]`, the last dim contiguous.
     weight
-        `[D]`; `weight + offset` multiplies.
+        `[D]`; `weight + offset` multiplies. None for no norm.
     positions
         int64 `[N]`.
     frequencies
-        float32 `[rotated / 2]`: radians per position.
+        float32 `[rotated / 2]`: radians per position; none for no RoPE.
+    pairs
+        Which dims turn together: i and i + rotated / 2, or 2 i and 2 i + 1.
+    magnitude
+        Factor on cosines and sines.
     dtype
         Of the result; x's by default.
 
@@ -157,8 +191,9 @@ def norm_rope(
     n_rows, n_heads, head_dim = x.shape
     out = torch.empty(x.shape, dtype=x.dtype if dtype is None else dtype, device=x.device)
     _norm_rope[(n_rows, n_heads)](
-        x, weight, positions, frequencies, out, x.stride(0), x.stride(1), out.stride(0), out.stride(1), head_dim,
-        2 * len(frequencies), eps, offset, BLOCK=triton.next_power_of_2(head_dim), num_warps=2, **overlapping(x.device),
+        x, x if weight is None else weight, positions, frequencies, out, x.stride(0), x.stride(1), out.stride(0),
+        out.stride(1), head_dim, 2 * len(frequencies), eps, offset, magnitude, NORM=weight is not None,
+        NEIGHBOURS=pairs == "neighbours", BLOCK=triton.next_power_of_2(head_dim), num_warps=2, **overlapping(x.device),
     )  # fmt: skip
     return out
 

@@ -20,8 +20,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from hybridkv.kernels.cuda.activations import Act
 from hybridkv.kernels.cuda.card import is_rehearsed
-from hybridkv.kernels.cuda.layers import swiglu
+from hybridkv.kernels.cuda.layers import activated
 from hybridkv.kernels.cuda.overlap import overlapping
 from hybridkv.kernels.cuda.packed_layout import UNIT, PackedWeight
 from hybridkv.kernels.cuda.packed_rows import decode_rows
@@ -145,8 +146,8 @@ def _products(
 @triton.jit(do_not_specialize=["n_cols", "width"])
 def _gated(x, out, main, more, scales, last, x_row, out_row, n_cols, n_in, width, factor,
            TILES: tl.constexpr, WARPS: tl.constexpr, UNITS: tl.constexpr, FULL: tl.constexpr, T: tl.constexpr,
-           OVERLAPS: tl.constexpr):  # fmt: skip
-    """Compute a SwiGLU of rows: gates and what they gate are rows of one matrix."""
+           ACT: tl.constexpr, OVERLAPS: tl.constexpr):  # fmt: skip
+    """Compute what gates give of rows: gates and what they gate are rows of one matrix."""
     if OVERLAPS:
         gdc_launch_dependents()
     tile = tl.program_id(0)
@@ -160,7 +161,7 @@ def _gated(x, out, main, more, scales, last, x_row, out_row, n_cols, n_in, width
     rows = tile * 8 + lane // 4
     for t in tl.static_range(TILES):
         column = lane % 4 * 2 + tl.arange(0, 2)[None, :] + 8 * t
-        total = gated_of(sums, t, WARPS) * factor
+        total = gated_of(sums, t, WARPS, ACT) * factor
         here = (rows < width) & (column < n_cols)
         tl.store(out + column.to(tl.int64) * out_row + rows, total.to(out.dtype.element_ty), mask=here)
 
@@ -238,15 +239,15 @@ def multiply_packed(
     return out
 
 
-def multiply_gated(x: Tensor, weight: PackedWeight, *, factor: float = 1.0) -> Tensor:
-    """Compute `silu(gate) * up * factor` of rows `[N, in]` times joined matrices `[gate | up, in]`: float16."""
+def multiply_gated(x: Tensor, weight: PackedWeight, act: Act = "silu", *, factor: float = 1.0) -> Tensor:
+    """Compute `act(gate) * up * factor` of rows `[N, in]` times joined matrices `[gate | up, in]`: float16."""
     _check(x, weight)
     n, width = len(x), weight.n_out // 2
     if n > FEW_ROWS:
-        return swiglu(multiply_packed(x, (weight,), dtype=torch.float16), factor=factor)
+        return activated(multiply_packed(x, (weight,), dtype=torch.float16), act, factor=factor)
     out = torch.empty((n, width), dtype=torch.float16, device=x.device)
     _gated[(triton.cdiv(width, OUTPUTS // 2),)](
-        x, out, *weight.planes, x.stride(0), width, n, weight.n_in, width, factor, T=weight.type,
+        x, out, *weight.planes, x.stride(0), width, n, weight.n_in, width, factor, T=weight.type, ACT=act,
         **_launch(n, weight), **overlapping(x.device),
     )  # fmt: skip
     return out

@@ -6,18 +6,29 @@ of the chosen. A warp of the second product takes units of any expert: what all 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from hybridkv.kernels.cuda.layers import swiglu
+from hybridkv.kernels.cuda.activations import activate
+from hybridkv.kernels.cuda.layers import activated
 from hybridkv.kernels.cuda.overlap import begin, overlapping
 from hybridkv.kernels.cuda.packed import OUTPUTS, WINDOW_BYTES, multiply_gated, multiply_packed, warps_of
 from hybridkv.kernels.cuda.packed_layout import UNIT, PackedWeight
 from hybridkv.kernels.cuda.packed_rows import decode_rows
-from hybridkv.kernels.cuda.packed_tiles import add_unit, gated_of, gated_tile, over_warps, places_of, zeros_of
+from hybridkv.kernels.cuda.packed_tiles import (
+    add_unit,
+    gated_of,
+    gated_tile,
+    over_warps,
+    places_of,
+    rows_times,
+    zeros_of,
+)
 from hybridkv.kernels.cuda.packed_unit import load_unit
 from hybridkv.kernels.cuda.streamed import StreamedStack
 
@@ -31,13 +42,20 @@ PROMPT_TILE = 64
 def _up(x, index, out, main, more, scales, last, main_s, more_s, scales_s, last_s, x_row, hidden, width, shared_width,
         most, factor, TOP: tl.constexpr, WARPS: tl.constexpr, UNITS: tl.constexpr, FULL: tl.constexpr, T: tl.constexpr,
         SHARED: tl.constexpr, OVERLAPS: tl.constexpr):  # fmt: skip
-    row, slot = (tl.program_id(1) // (TOP + 1)).to(tl.int64), tl.program_id(1) % (TOP + 1)
+    SLOTS: tl.constexpr = TOP if SHARED is None else TOP + 1
+    row, slot = (tl.program_id(1) // SLOTS).to(tl.int64), tl.program_id(1) % SLOTS
     tile = tl.program_id(0)
     thread = tl.arange(0, WARPS * 32)
     warp, group, place = thread // 32, thread % 32 // 4, thread % 4
     begin(OVERLAPS)
-    if slot < TOP:
-        own = width
+    own = width
+    if SHARED is None:
+        skip = tl.load(index + row * TOP + slot).to(tl.int64) * (2 * width)
+        sums = gated_tile(
+            x + row * x_row, x_row, 1, hidden, main, more, scales, last, tile, width, skip, warp, group, place, 1,
+            WARPS, UNITS, False, FULL, T,
+        )  # fmt: skip
+    elif slot < TOP:
         skip = tl.load(index + row * TOP + slot).to(tl.int64) * (2 * width)
         sums = gated_tile(
             x + row * x_row, x_row, 1, hidden, main, more, scales, last, tile, width, skip, warp, group, place, 1,
@@ -51,9 +69,32 @@ def _up(x, index, out, main, more, scales, last, main_s, more_s, scales_s, last_
         )  # fmt: skip
     lane = tl.arange(0, 32)[:, None]
     rows, columns = tile * 8 + lane // 4, lane % 4 * 2 + tl.arange(0, 2)[None, :]
-    total = gated_of(sums, 0, WARPS) * factor
-    at = out + (row * (TOP + 1) + slot) * most + rows + columns
+    total = gated_of(sums, 0, WARPS, "silu") * factor
+    at = out + (row * SLOTS + slot) * most + rows + columns
     tl.store(at, total.to(out.dtype.element_ty), mask=(rows < own) & (columns == 0))
+
+
+@triton.jit(do_not_specialize=["width", "most"])
+def _up_plain(x, index, out, main, more, scales, last, x_row, hidden, width, most, factor, TOP: tl.constexpr,
+              WARPS: tl.constexpr, UNITS: tl.constexpr, FULL: tl.constexpr, T: tl.constexpr,
+              OVERLAPS: tl.constexpr):  # fmt: skip
+    """Compute the squares of ReLU of 16 outputs of an expert that has no gate."""
+    row, slot = (tl.program_id(1) // TOP).to(tl.int64), tl.program_id(1) % TOP
+    first = tl.program_id(0) * 16
+    thread = tl.arange(0, WARPS * 32)
+    warp, group, place = thread // 32, thread % 32 // 4, thread % 4
+    begin(OVERLAPS)
+    skip = tl.load(index + row * TOP + slot).to(tl.int64) * width
+    upper = tl.minimum(first + group, width - 1).to(tl.int64) + skip
+    lower = tl.minimum(first + group + 8, width - 1).to(tl.int64) + skip
+    sums = rows_times(
+        x + row * x_row, x_row, 1, hidden, main, more, scales, last, upper, lower, warp, group, place, 1, WARPS, UNITS,
+        False, FULL, T,
+    )  # fmt: skip
+    rows, columns = places_of(first)
+    total = activate(over_warps(sums, 0, WARPS), "relu2") * factor
+    at = out + (row * TOP + slot) * most + rows + columns
+    tl.store(at, total.to(out.dtype.element_ty), mask=(rows < width) & (columns == 0))
 
 
 @triton.jit(do_not_specialize=["width", "shared_width", "most"])
@@ -61,6 +102,7 @@ def _down(x, index, weights, out, main, more, scales, last, main_s, more_s, scal
           shared_width, most, factor, TOP: tl.constexpr, WARPS: tl.constexpr, UNITS: tl.constexpr,
           SHARED_UNITS: tl.constexpr, FULL: tl.constexpr, T: tl.constexpr, SHARED: tl.constexpr,
           OVERLAPS: tl.constexpr):  # fmt: skip
+    SLOTS: tl.constexpr = TOP if SHARED is None else TOP + 1
     if OVERLAPS:
         gdc_launch_dependents()
     row, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * 16
@@ -68,10 +110,11 @@ def _down(x, index, weights, out, main, more, scales, last, main_s, more_s, scal
     warp, group, place = thread // 32, thread % 32 // 4, thread % 4
     upper = tl.minimum(first + group, hidden - 1).to(tl.int64)
     lower = tl.minimum(first + group + 8, hidden - 1).to(tl.int64)
-    values = x + row * (TOP + 1) * most
-    # The shared expert's, which every token takes, are asked for before the choice is known.
-    a = load_unit(main_s, more_s, scales_s, last_s, upper, warp, SHARED_UNITS, place, SHARED)
-    b = load_unit(main_s, more_s, scales_s, last_s, lower, warp, SHARED_UNITS, place, SHARED)
+    values = x + row * SLOTS * most
+    if SHARED is not None:
+        # The shared expert's, which every token takes, are asked for before the choice is known.
+        a = load_unit(main_s, more_s, scales_s, last_s, upper, warp, SHARED_UNITS, place, SHARED)
+        b = load_unit(main_s, more_s, scales_s, last_s, lower, warp, SHARED_UNITS, place, SHARED)
     if OVERLAPS:
         gdc_wait()
     pieces: tl.constexpr = (TOP * UNITS + WARPS - 1) // WARPS
@@ -94,19 +137,20 @@ def _down(x, index, weights, out, main, more, scales, last, main_s, more_s, scal
                 sums, raw[2 * i], raw[2 * i + 1], values + slot.to(tl.int64) * most, most, 1, width, unit, UNITS,
                 group, place, weight, WARPS, 1, FULL, T,
             )  # fmt: skip
-    weight = tl.load(weights + row * (TOP + 1) + TOP) * factor * SHARED.gain
-    sums = add_unit(
-        sums, a, b, values + TOP * most, most, 1, shared_width, warp, SHARED_UNITS, group, place, weight, WARPS, 1,
-        FULL, SHARED,
-    )  # fmt: skip
-    for start in range(WARPS, SHARED_UNITS, WARPS):
-        unit = start + warp
-        a = load_unit(main_s, more_s, scales_s, last_s, upper, unit, SHARED_UNITS, place, SHARED)
-        b = load_unit(main_s, more_s, scales_s, last_s, lower, unit, SHARED_UNITS, place, SHARED)
+    if SHARED is not None:
+        weight = tl.load(weights + row * (TOP + 1) + TOP) * factor * SHARED.gain
         sums = add_unit(
-            sums, a, b, values + TOP * most, most, 1, shared_width, unit, SHARED_UNITS, group, place, weight, WARPS, 1,
+            sums, a, b, values + TOP * most, most, 1, shared_width, warp, SHARED_UNITS, group, place, weight, WARPS, 1,
             FULL, SHARED,
         )  # fmt: skip
+        for start in range(WARPS, SHARED_UNITS, WARPS):
+            unit = start + warp
+            a = load_unit(main_s, more_s, scales_s, last_s, upper, unit, SHARED_UNITS, place, SHARED)
+            b = load_unit(main_s, more_s, scales_s, last_s, lower, unit, SHARED_UNITS, place, SHARED)
+            sums = add_unit(
+                sums, a, b, values + TOP * most, most, 1, shared_width, unit, SHARED_UNITS, group, place, weight, WARPS,
+                1, FULL, SHARED,
+            )  # fmt: skip
     rows, columns = places_of(first)
     total = over_warps(sums, 0, WARPS)
     at = out + row * hidden + rows + columns
@@ -117,9 +161,10 @@ def run_packed_experts(
     x: Tensor,
     chosen: tuple[Tensor, Tensor],
     each: tuple[PackedWeight, PackedWeight],
-    shared: tuple[PackedWeight, PackedWeight],
+    shared: tuple[PackedWeight, PackedWeight] | None,
     *,
     factor: float,
+    gated: bool = True,
 ) -> Tensor:
     """Sum the weighted answers of SwiGLU experts, for a few tokens.
 
@@ -132,32 +177,43 @@ def run_packed_experts(
     each
         The experts' matrices: gate and up `[experts, 2 * width, hidden]`, and down `[experts, hidden, width]`.
     shared
-        Those of the shared expert, with a width of its own.
+        Those of the shared expert, with a width of its own; none beside experts without gates.
     factor
         Of what lies between the products, which is float16; the result is without it.
+    gated
+        Whether experts have gates; else they are `down(relu(up(x))^2)`, of stacks `[experts, width, hidden]`.
 
     Returns
     -------
     Tensor
         float32 `[N, hidden]`, contiguous.
     """
+    assert gated or shared is None
     index, weights = chosen
     (n_rows, hidden), top_k = x.shape, index.shape[1]
-    width, shared_width = each[1].n_in, shared[1].n_in
+    width, shared_width = each[1].n_in, 0 if shared is None else shared[1].n_in
     most = -(-max(width, shared_width) // 8) * 8
-    between = torch.empty((n_rows, top_k + 1, most), dtype=torch.float16, device=x.device)
+    slots = top_k + (shared is not None)
+    between = torch.empty((n_rows, slots, most), dtype=torch.float16, device=x.device)
     warps = warps_of(each[0].n_units)
-    _up[(triton.cdiv(max(width, shared_width), OUTPUTS // 2), n_rows * (top_k + 1))](
-        x, index, between, *each[0].planes, *shared[0].planes, x.stride(0), hidden, width, shared_width, most, factor,
-        TOP=top_k, WARPS=warps, UNITS=each[0].n_units, FULL=hidden % UNIT == 0, T=each[0].type, SHARED=shared[0].type,
-        num_warps=warps, **overlapping(x.device),
-    )  # fmt: skip
+    own_up, own_down = each if shared is None else shared
+    if gated:
+        _up[(triton.cdiv(max(width, shared_width), OUTPUTS // 2), n_rows * slots)](
+            x, index, between, *each[0].planes, *own_up.planes, x.stride(0), hidden, width, shared_width, most, factor,
+            TOP=top_k, WARPS=warps, UNITS=each[0].n_units, FULL=hidden % UNIT == 0, T=each[0].type,
+            SHARED=None if shared is None else own_up.type, num_warps=warps, **overlapping(x.device),
+        )  # fmt: skip
+    else:
+        _up_plain[(triton.cdiv(width, OUTPUTS), n_rows * slots)](
+            x, index, between, *each[0].planes, x.stride(0), hidden, width, most, factor, TOP=top_k, WARPS=warps,
+            UNITS=each[0].n_units, FULL=hidden % UNIT == 0, T=each[0].type, num_warps=warps, **overlapping(x.device),
+        )  # fmt: skip
     out = torch.empty((n_rows, hidden), dtype=torch.float32, device=x.device)
     _down[(triton.cdiv(hidden, OUTPUTS), n_rows)](
-        between, index, weights, out, *each[1].planes, *shared[1].planes, hidden, width, shared_width, most,
-        1 / factor, TOP=top_k, WARPS=DOWN_WARPS, UNITS=each[1].n_units, SHARED_UNITS=shared[1].n_units,
-        FULL=width % UNIT == 0 and shared_width % UNIT == 0, T=each[1].type, SHARED=shared[1].type,
-        num_warps=DOWN_WARPS, **overlapping(x.device),
+        between, index, weights, out, *each[1].planes, *own_down.planes, hidden, width, shared_width, most,
+        1 / factor, TOP=top_k, WARPS=DOWN_WARPS, UNITS=each[1].n_units, SHARED_UNITS=own_down.n_units,
+        FULL=width % UNIT == 0 and shared_width % UNIT == 0, T=each[1].type,
+        SHARED=None if shared is None else own_down.type, num_warps=DOWN_WARPS, **overlapping(x.device),
     )  # fmt: skip
     return out
 
@@ -197,21 +253,44 @@ def _grouped(x, source, window, ends, tiles, out, n_in, n_out, top, first, GATHE
     tl.store(place, total.to(out.dtype.element_ty), mask=here[:, None] & (cols < n_out)[None, :])
 
 
-Stack = PackedWeight | StreamedStack
+@dataclass(frozen=True, slots=True)
+class PlainStack:
+    """A stack of matrices that is not packed: any float dtype, `[experts, out, in]`, contiguous."""
+
+    values: Tensor
+
+    @property
+    def n_stack(self) -> int:
+        """Matrices."""
+        return self.values.shape[0]
+
+    @property
+    def n_out(self) -> int:
+        """Rows of a matrix."""
+        return self.values.shape[1]
+
+    @property
+    def n_in(self) -> int:
+        """Values in a row."""
+        return self.values.shape[2]
+
+
+Stack = PackedWeight | StreamedStack | PlainStack
 
 
 def prompt_experts(
     x: Tensor,
     chosen: tuple[Tensor, Tensor],
     each: tuple[Stack, Stack],
-    shared: tuple[PackedWeight, PackedWeight],
+    shared: tuple[PackedWeight, PackedWeight] | None,
     *,
     factor: float,
+    gated: bool = True,
 ) -> Tensor:
     """Compute `run_packed_experts` for rows that choose every expert several times: matrices are decoded once."""
     index, weights = chosen
     (n_rows, hidden), top_k = x.shape, index.shape[1]
-    n_experts, width = each[0].n_stack, each[1].n_in
+    n_experts = each[0].n_stack
     order = torch.argsort(index.flatten(), stable=True)
     chosen_flat = index.flatten().long()
     counts = torch.zeros(n_experts, dtype=torch.long, device=x.device).scatter_add_(
@@ -219,9 +298,9 @@ def prompt_experts(
     )
     ends = counts.cumsum(0)
     table = _tiles(counts, ends, n_rows * top_k, n_experts)
-    both = torch.empty((n_rows * top_k, 2 * width), dtype=torch.float16, device=x.device)
+    both = torch.empty((n_rows * top_k, each[0].n_out), dtype=torch.float16, device=x.device)
     _by_expert(x, order, each[0], ends, table, both, top_k)
-    between = swiglu(both, factor=factor)
+    between = activated(both, "silu" if gated else "relu2", factor=factor)
     answers = torch.empty((n_rows * top_k, hidden), dtype=torch.float16, device=x.device)
     _by_expert(between, None, each[1], ends, table, answers, 1)
     own = weights[:, :-1].flatten()[order] / factor
@@ -231,6 +310,8 @@ def prompt_experts(
     _gather_sum[(n_rows, triton.cdiv(hidden, 1024))](
         answers, places, own, mine, hidden, top_k, BLOCK=1024, **overlapping(x.device)
     )
+    if shared is None:
+        return mine
     answer = multiply_packed(multiply_gated(x, shared[0], factor=factor), (shared[1],), factor=1 / factor)
     return torch.addcmul(mine, answer, weights[:, -1:])
 
@@ -266,10 +347,15 @@ def _by_expert(
 ) -> None:
     """Multiply every row by its expert's matrix, as many experts at a time as a window holds."""
     per_window = max(1, WINDOW_BYTES // (2 * stack.n_out * stack.n_in))
+    if isinstance(stack, PlainStack):
+        per_window, x = stack.n_stack, x.to(stack.values.dtype)
     for first in range(0, stack.n_stack, per_window):
         n = min(per_window, stack.n_stack - first)
-        held, start = (stack, first) if isinstance(stack, PackedWeight) else (stack.window(first, n), 0)
-        window = decode_rows(held, start * stack.n_out, n * stack.n_out)
+        if isinstance(stack, PlainStack):
+            window = stack.values
+        else:
+            held, start = (stack, first) if isinstance(stack, PackedWeight) else (stack.window(first, n), 0)
+            window = decode_rows(held, start * stack.n_out, n * stack.n_out)
         own = torch.where((table[:, :1] >= first) & (table[:, :1] < first + n), table, -1)
         _grouped[(triton.cdiv(stack.n_out, 128), len(table))](
             x, x if order is None else order, window, ends, own, out, stack.n_in, stack.n_out, top, first,

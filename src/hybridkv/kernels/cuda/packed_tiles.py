@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from hybridkv.kernels.cuda.activations import activate
 from hybridkv.kernels.cuda.packed_unit import decode_unit, load_unit
 from hybridkv.kernels.cuda.ptx import keep_order, load_words, multiply
 
@@ -178,12 +179,6 @@ def rows_times(x, x_row, n_cols, n_in, main, more, scales, last, upper, lower, w
 
 
 @triton.jit
-def silu_times(gate, up):
-    """Compute `silu(gate) * up`."""
-    return gate * tl.sigmoid(gate) * up
-
-
-@triton.jit
 def gated_tile(x, x_row, n_cols, n_in, main, more, scales, last, tile, width, skip, warp, group, place,
                TILES: tl.constexpr, WARPS: tl.constexpr, UNITS: tl.constexpr, WAITS: tl.constexpr, FULL: tl.constexpr,
                T: tl.constexpr):  # fmt: skip
@@ -196,7 +191,7 @@ def gated_tile(x, x_row, n_cols, n_in, main, more, scales, last, tile, width, sk
 
 
 @triton.jit
-def gated_of(sums, TILE: tl.constexpr, WARPS: tl.constexpr):
-    """Compute `silu(gate) * up` of all warps: float32 `[32 lanes, 2 columns]`."""
+def gated_of(sums, TILE: tl.constexpr, WARPS: tl.constexpr, ACT: tl.constexpr):
+    """Compute `act(gate) * up` of all warps: float32 `[32 lanes, 2 columns]`."""
     gate, up = tl.split(over_warps(sums, TILE, WARPS))
-    return silu_times(gate, up)
+    return activate(gate, ACT) * up
