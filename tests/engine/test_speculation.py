@@ -329,6 +329,20 @@ def test_where_none_pay_none_are_made_for_longer_and_longer() -> None:
     assert pace.choose([9] * 7, 0) >= 0  # another kind has odds of its own
 
 
+def test_guesses_that_cost_something_lose_little_where_none_holds() -> None:
+    """A guess takes a third of a token's time, its row half, and reading what came in a pause four tokens'."""
+    pace, lost, paused, n = Pace(Costs({1: 1.0, 2: 1.5}), 3, priors={-5: 0.9}), 0.0, False, 4000
+    for _ in range(n):
+        if not pace.goes_on([], 0, 0.3):
+            paused = True
+            continue
+        if paused:
+            pace.note_reading(4.0)
+        lost, paused = lost + 0.8 + 4.0 * paused, False
+        pace.note([-5], 0, ended=True, seconds=0.3)
+    assert 0.0 < lost < 0.02 * n
+
+
 def test_a_time_that_another_program_has_drawn_out_counts_little() -> None:
     costs = Costs()
     assert not costs.knows(1)

@@ -38,11 +38,14 @@ class Guess:
         Of each: those of one kind are as good as each other, such as those that a match of one length gave.
     seconds
         What it took to make them.
+    reading
+        What it took to read much text before that: a prompt, or what came in a pause.
     """
 
     tokens: list[int]
     kinds: list[int]
     seconds: float = 0.0
+    reading: float = 0.0
 
 
 class Guesser(Protocol):
@@ -137,6 +140,7 @@ class Drafts:
         n = len(guess.tokens)
         if n and not self.guesser.plans:
             n = pace.choose(guess.kinds, n_others)
+        pace.note_reading(guess.reading)
         if not n:
             pace.note_seconds(guess.seconds)
         self._kinds, self._seconds, self._n_others = guess.kinds[:n], guess.seconds, n_others

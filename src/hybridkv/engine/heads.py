@@ -84,7 +84,7 @@ class HeadGuesser:
         tokens, kinds = self._ask(text, n, goes_on)
         seconds = time.perf_counter() - start
         if n_new > _CAUGHT_UP:
-            return Guess(tokens, kinds)
+            return Guess(tokens, kinds, reading=seconds)
         each = seconds / len(tokens)
         self.seconds_each = moved(self.seconds_each, each) if self.seconds_each else each
         return Guess(tokens, kinds, seconds)

@@ -20,8 +20,12 @@ GAIN = 1.02
 _FORGET, _FORGET_SHARES = 0.9, 0.98
 """What a count weighs after the next one; of guesses that say how likely they are, a kind changes slowly."""
 
-_TRIALS, _FORGET_TRIALS = 16, 0.97
-"""Steps with guesses that cost something, after which they are judged; and what a step weighs after the next one."""
+_FIRST_TRIALS, _TRIALS, _FORGET_TRIALS = 6, 16, 0.97
+"""Steps with guesses that cost something, after which they are judged: first whether they are worth half of that, then
+whether they are worth it; and what a step weighs after the next one."""
+
+_LOST = 0.01
+"""The share of the time of single tokens that guesses may lose: a pause is as long as what was lost asks for."""
 
 _FIRST = 4
 """Measurements of which the least counts: the guard checks the first token after a prompt, which takes a while."""
@@ -120,6 +124,8 @@ class Trial:
     ----------
     gained, spent
         Seconds that right guesses saved, and those that guesses took, the newest counting most.
+    lost
+        Seconds that guesses, and reading the text for them, took since the last pause, less what they saved.
     n_runs
         Since the last pause.
     pause, next_pause
@@ -128,21 +134,31 @@ class Trial:
 
     gained: float = 0.0
     spent: float = 0.0
+    lost: float = 0.0
     n_runs: int = 0
     pause: int = 0
     next_pause: int = FIRST_PAUSE
 
-    def note(self, gained: float, spent: float) -> bool:
-        """Take note of a run; return whether a pause begins."""
+    def note(self, gained: float, spent: float, alone: float) -> bool:
+        """Take note of a run; return whether a pause begins.
+
+        Parameters
+        ----------
+        alone
+            Seconds of a token without guesses.
+        """
         self.gained = _FORGET_TRIALS * self.gained + gained
         self.spent = _FORGET_TRIALS * self.spent + spent
+        self.lost += spent - gained
         self.n_runs += 1
-        if self.n_runs < _TRIALS or self.gained > self.spent:
+        asked = self.spent if self.n_runs >= _TRIALS else self.spent / 2
+        if self.n_runs < _FIRST_TRIALS or self.gained > asked:
             if self.n_runs > 8 * _TRIALS:
-                self.next_pause = FIRST_PAUSE
+                self.next_pause, self.lost = FIRST_PAUSE, 0.0
             return False
-        pause, longer = self.next_pause, min(2 * self.next_pause, LONGEST_PAUSE)
-        self.gained, self.spent, self.n_runs, self.pause, self.next_pause = 0.0, 0.0, 0, pause, longer
+        self.pause = max(self.next_pause, round(self.lost / (_LOST * alone)))
+        self.next_pause = min(2 * self.next_pause, LONGEST_PAUSE)
+        self.gained, self.spent, self.lost, self.n_runs = 0.0, 0.0, 0.0, 0
         return True
 
 
@@ -260,8 +276,12 @@ class Pace:
         if seconds:
             self._judge(0.0, seconds)
 
+    def note_reading(self, seconds: float) -> None:
+        """Take note of what reading a prompt, or the text of a pause, took before a guess: no guess is judged by that."""
+        self._trial.lost += seconds
+
     def _judge(self, gained: float, spent: float) -> None:
-        if self._trial.note(gained, spent) and self._on_pause is not None:
+        if self._trial.note(gained, spent, self.costs.of(1)) and self._on_pause is not None:
             self._on_pause(self.n_right, self.n_guessed)
 
     def _of(self, kind: int) -> Odds:
