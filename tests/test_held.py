@@ -136,13 +136,7 @@ def test_other_devices() -> None:
     for plain, size in (("bf16", 2), ("f32", 4)):
         held = held_weights(tensors, "plain", device="cuda", plain=plain)
         assert held.parts == {plain: size * n}
-    int4 = held_weights(tensors, "int4", device="cuda", plain="bf16")
-    assert int4.parts == {
-        "bf16 (experts)": 2 * 4 * 64 * 256,
-        "bf16": 2 * (1000 * 256 + 256),
-        "int4": 512 * 256 // 2 + 512 * 4 * 4,
-        "int8": 1000 * 256 + 2 * 1000,
-    }
+    assert held_weights(tensors, "int4", device="cuda", plain="bf16").parts == {"bf16": 2 * n}  # by no packed step
 
 
 def test_the_most_that_is_held_while_loading() -> None:

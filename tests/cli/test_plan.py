@@ -23,7 +23,7 @@ from hybridkv.placement import BESIDE_BYTES
 from tests.cli.conftest import Cli
 from tests.cli.models import ModelStore
 from tests.gguf.test_bad_metadata import copied
-from tests.gguf.write_qwen35 import draft, tiny_model
+from tests.gguf.write_qwen35 import Draft, draft, tiny_model
 from tests.thin import every_other
 
 QWEN35_35B = Path(__file__).parents[1] / "data" / "qwen3.5-35b-a3b" / "config.json"
@@ -138,30 +138,37 @@ def test_the_default_is_what_run_holds(cli: Cli, monkeypatch: pytest.MonkeyPatch
     assert "weights: 29.5 MiB q8_0 + 192.3 KiB f32 (vectors)\n" in said
 
 
+def mixed_experts(folder: Path) -> tuple[Path, Draft]:
+    """A file whose experts' gates and what they gate are of two types, which no packed kernel reads."""
+    file = copied("qwen35moe")
+    q8_0, q4_0 = GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0
+    return file.write(folder / "mixed.gguf", lambda name: q4_0 if "ffn_up_exps" in name else q8_0), file
+
+
 def test_what_a_card_expands_is_said(cli: Cli, tmp_path: Path) -> None:
     """By the planner and by `run`, with what it costs; nobody is told what he asked for."""
-    file = draft(tiny_model())
-    file.keys |= {"qwen35.rope.scaling.type": "yarn", "qwen35.rope.scaling.factor": 2.0}
-    model = file.write(tmp_path / "wide.gguf", lambda _: GGMLQuantizationType.Q8_0)
-    matrices = [v for name, v in file.tensors.items() if v.ndim == 2 and "conv1d" not in name]
-    n_values = sum(v.size for v in matrices)
+    model, file = mixed_experts(tmp_path)
+    matrices = {name: v for name, v in file.tensors.items() if v.ndim > 1 and "conv1d" not in name}
+    n_q4 = sum("ffn_up_exps" in name for name in matrices)
+    n_values = sum(v.size for v in matrices.values())
+    in_file = sum(v.size // 32 * (18 if "ffn_up_exps" in name else 34) for name, v in matrices.items())
     base = ("plan", "-m", model, "-c", 100, "--types", "f16")
-    assert cli(*base, "--device", "cuda").err == (
-        f"note: on cuda {len(matrices)} quantized tensors (q8_0 {len(matrices)}) are expanded to bf16: "
-        f"{size(2 * n_values)} instead of {size(n_values // 32 * 34)} in the file; reason: RoPE that scales cosines "
-        "and sines\n"
+    said = cli(*base, "--device", "cuda").err
+    assert f"note: on cuda {len(matrices)} quantized tensors (" in said
+    assert f"q4_0 {n_q4}" in said
+    assert (
+        f"are expanded to bf16: {size(2 * n_values)} instead of {size(in_file)} in the file; reason: experts whose"
+        in said
     )
     answer = json.loads(cli(*base, "--device", "cuda", "--json").out)
-    assert answer["expanded"]["counts"] == {"q8_0": len(matrices)}
-    assert (answer["expanded"]["file_bytes"], answer["expanded"]["held_bytes"]) == (n_values // 32 * 34, 2 * n_values)
+    assert answer["expanded"]["counts"] == {"q8_0": len(matrices) - n_q4, "q4_0": n_q4}
+    assert (answer["expanded"]["file_bytes"], answer["expanded"]["held_bytes"]) == (in_file, 2 * n_values)
     for options in (("--device", "cpu"), ("--device", "cuda", "--weights", "bf16"), ("--backend", "eager")):
         assert "expanded" not in cli(*base, *options).err
 
 
-def test_run_says_it_before_it_loads(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = draft(tiny_model())
-    file.keys |= {"qwen35.rope.scaling.type": "yarn", "qwen35.rope.scaling.factor": 2.0}
-    model = file.write(tmp_path / "wide.gguf", lambda _: GGMLQuantizationType.Q8_0)
+def test_run_says_it_before_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = mixed_experts(tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     arguments = argparse.ArgumentParser()

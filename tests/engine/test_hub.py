@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,7 +81,7 @@ def test_a_repository_given_as_a_path_names_the_option_for_it(tmp_path: Path, mo
         assert caught.value.hint is not None
         assert caught.value.hint.startswith(f"-hf {name} takes it from Hugging Face's hub")
     (tmp_path / "models").mkdir()
-    for path in ("models/typo", "../name", "owner/name.gguf", "/owner/name", "name"):
+    for path in ("models/typo", str(Path(os.pardir) / "name"), "owner/name.gguf", "/owner/name", "name"):
         assert model_of(asked(model=path)) == Path(path)
 
 

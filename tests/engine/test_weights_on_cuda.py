@@ -18,9 +18,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    for family in ("qwen3_5_text", "llama"):
+    for family in ("qwen3_5_text", "gemma2"):
         build(family).save_pretrained(root / family)
-    return {family: root / family for family in ("qwen3_5_text", "llama")}
+    return {family: root / family for family in ("qwen3_5_text", "gemma2")}
 
 
 def test_int8_and_int4_are_packed_where_kernels_are(directories: dict[str, Path]) -> None:
@@ -33,7 +33,7 @@ def test_int8_and_int4_are_packed_where_kernels_are(directories: dict[str, Path]
 
 
 def test_other_models_are_refused_with_the_reason(directories: dict[str, Path]) -> None:
-    description = describe(directories["llama"])
+    description = describe(directories["gemma2"])
     with pytest.raises(UsageError, match=r"--weights int8 on cuda: .*; allowed: auto, plain, f32, bf16") as caught:
         weights_on("cuda", "int8", "auto", description)
     assert caught.value.hint is not None

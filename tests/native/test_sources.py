@@ -75,7 +75,9 @@ def test_models_with_one_kind_of_layer(kinds: list[str], tmp_path: Path) -> None
     loaded = load(describe(tmp_path), dtype=torch.float32, device="cpu", weights="auto")
     assert isinstance(loaded.model, NativeModel)
     exact = model.double()(tokens(1, 7), use_cache=False).logits[:, -1]
-    assert error(NativeStep(loaded.model).forward(tokens(1, 7), cache_for(model), 0), exact) < 2e-5
+    step = NativeStep(loaded.model)
+    limit = 5e-5 if step.name.startswith("native-amx") else 2e-5  # tiles of bfloat16
+    assert error(step.forward(tokens(1, 7), cache_for(model), 0), exact) < limit
 
 
 @pytest.mark.parametrize("copies", ["once", "for every layer"])

@@ -277,7 +277,7 @@ class Pace:
             self._judge(0.0, seconds)
 
     def note_reading(self, seconds: float) -> None:
-        """Take note of what reading a prompt, or the text of a pause, took before a guess: no guess is judged by that."""
+        """Take note of what reading a prompt, or the text of a pause, took; no guess is judged by that."""
         self._trial.lost += seconds
 
     def _judge(self, gained: float, spent: float) -> None:
