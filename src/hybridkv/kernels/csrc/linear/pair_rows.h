@@ -154,15 +154,14 @@ inline __attribute__((always_inline)) void pair_unit(const uint8_t* b, const Tak
     }
 }
 
-// What is behind the whole units of a row.
+// What is behind the whole units of a row. A function of its own, for few rows and many: each copy is a hundred instructions.
 template <class T, int NQ>
-inline __attribute__((always_inline)) void pair_last(const Matrix& w, const uint8_t* row, const Taken<NQ>& x, F (&acc)[NQ]) {
+HYBRIDKV_PHASE void pair_last(const Matrix& w, const uint8_t* row, const Taken<NQ>& x, F (&acc)[NQ]) {
     const int64_t whole = w.n_in / kUnit;
     const int left = static_cast<int>(w.n_in % kUnit), n_pairs = (left + kPair - 1) / kPair;
     if (!left) return;
-    if (left % kPair) pair_unit<T, NQ>(LastUnit<T>(row, w.n_in).bytes, x, whole, acc, n_pairs);
-    else if (left == kUnit / 2) pair_unit<T, NQ>(row + whole * kUnitOf<T>, x, whole, acc, kPairs / 2);
-    else pair_unit<T, NQ>(row + whole * kUnitOf<T>, x, whole, acc, n_pairs);
+    const LastUnit<T> copy(row, left % kPair ? w.n_in : 0);
+    pair_unit<T, NQ>(left % kPair ? copy.bytes : row + whole * kUnitOf<T>, x, whole, acc, n_pairs);
 }
 
 template <class T, int NQ>
@@ -191,9 +190,10 @@ struct ManyPairs {
     };
 
     // acc[output row][q] += products of units [u0, u1) of n output rows. Asks for rows to come if `ask`.
-    template <class T, int NQ>
-    static HYBRIDKV_PHASE void block(const Matrix& w, int64_t r0, int64_t n, const Taken<NQ>& x, int64_t u0, int64_t u1,
-                                     bool ask, F (*acc)[kTogether]) {
+    template <class T>
+    static HYBRIDKV_PHASE void block(const Matrix& w, int64_t r0, int64_t n, const Taken<kTogether>& x, int64_t u0,
+                                     int64_t u1, bool ask, F (*acc)[kTogether]) {
+        constexpr int NQ = kTogether;
         const int64_t whole = w.n_in / kUnit < u1 ? w.n_in / kUnit : u1;
         const bool all = u0 == 0 && u1 * kUnit >= w.n_in;
         const int64_t far = all ? kFar : 3 * w.row_bytes, near = all ? kNear : w.row_bytes;
@@ -226,23 +226,26 @@ struct ManyPairs {
         const int64_t blocks = (units + kColumns - 1) / kColumns, columns = (units + blocks - 1) / blocks;
         const int64_t most = Many::rows_in_cache(stride) / kTogether * kTogether;
         for (int64_t q0 = 0; q0 < n_rows; q0 += most) {
-            const int64_t nq = n_rows - q0 < most ? n_rows - q0 : most;
+            const int64_t nq = n_rows - q0 < most ? n_rows - q0 : most, together = nq / kTogether * kTogether;
             for (int64_t r0 = row0; r0 < row1; r0 += kOut) {
                 const int64_t n = row1 - r0 < kOut ? row1 - r0 : kOut;
-                for (int64_t q = 0; q < nq; q += kTogether) {
+                for (int64_t q = 0; q < together; q += kTogether) {
                     for (auto& sums : s.acc[q / kTogether]) for (F& sum : sums) sum = Simd::set1(0.f);
                 }
                 for (int64_t u = 0; u < units; u += columns) {
-                    for (int64_t q = 0; q < nq; q += kTogether) {
-                        const int64_t left = nq - q;
-                        Many::last<kTogether>(left < kTogether ? left : kTogether, [&](auto group, int64_t) {
-                            constexpr int NQ = decltype(group)::count;
-                            block<T, NQ>(w, r0, n, Taken<NQ>(x, stride, x_rows, q0 + q, units), u,
-                                         u + columns < units ? u + columns : units, q0 + q == 0, s.acc[q / kTogether]);
-                        }, 0);
+                    const int64_t u1 = u + columns < units ? u + columns : units;
+                    for (int64_t q = 0; q < together; q += kTogether) {
+                        const Taken<kTogether> taken(x, stride, x_rows, q0 + q, units);
+                        block<T>(w, r0, n, taken, u, u1, q0 + q == 0, s.acc[q / kTogether]);
                     }
                 }
-                for (int64_t q = 0; q < nq; ++q) put(s.acc[q / kTogether], q % kTogether, q0 + q, r0, n, out);
+                for (int64_t q = 0; q < together; ++q) put(s.acc[q / kTogether], q % kTogether, q0 + q, r0, n, out);
+                if (together == nq) continue;
+                // The rest, while these output rows are in a cache.
+                Many::last<kTogether - 1>(nq - together, [&](auto group, int64_t q) {
+                    constexpr int NQ = decltype(group)::count;
+                    few_pair_rows<T, NQ>(w, Taken<NQ>(x, stride, x_rows, q, units), q, r0, r0 + n, out);
+                }, q0 + together);
             }
         }
     }
