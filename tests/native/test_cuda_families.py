@@ -52,8 +52,12 @@ def pieces_of(batch: int) -> list[Tensor]:
     return [torch.randint(3, 97, (batch, n), generator=generator) for n in (17, 1, 1, 3, 1)]
 
 
+SAMPLED = ("llama", "lfm2", "jamba", "nemotron_h")
+"""One of each kind of layers, for the interpreter takes minutes for all."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [c if c in SAMPLED else pytest.param(c, marks=pytest.mark.long) for c in CASES])
 def test_logits(case: str) -> None:
     """A prompt, single tokens as a recording, more of the prompt; two sequences of plain weights."""
     family, changes = CASES[case]
