@@ -174,6 +174,18 @@ def drafter(family: str, noise: float) -> PreTrainedModel:
     return model
 
 
+def decided(model: PreTrainedModel, length: int, type_: str, asked: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Find a prompt whose greedy text hangs on no near-tie: a code of q8_0 that rounds the other way moves logits by 1e-3."""
+    for seed in range(4, 60):
+        ids = tokens(1, length, seed)
+        kept = remembering(quantized_cache(model, type_k=type_, type_v=type_))
+        text = model.generate(ids, **kept, **asked, return_dict_in_generate=True, output_logits=True)
+        best = torch.stack(text.logits).topk(2).values
+        if (best[..., 0] - best[..., 1]).min() > 5e-3:
+            return ids, text.sequences
+    raise AssertionError("each prompt has a near-tie")
+
+
 @pytest.mark.parametrize(
     ("family", "type_", "length"),
     slow_but(
@@ -183,9 +195,9 @@ def drafter(family: str, noise: float) -> PreTrainedModel:
 )
 def test_assisted_decoding(family: str, type_: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Convolutions and windows go back over drafts that were refused; other states never do (Transformers refuses)."""
-    model, ids = build(family, attention="hybridkv"), tokens(1, length)
+    model = build(family, attention="hybridkv")
     asked: dict[str, Any] = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False}
-    expected = model.generate(ids, **remembering(quantized_cache(model, type_k=type_, type_v=type_)), **asked)
+    ids, expected = decided(model, length, type_, asked)
     dropped: list[int] = []
     crop = ModelCache.crop
     monkeypatch.setattr(ModelCache, "crop", lambda self, n: (dropped.append(-n), crop(self, n)))

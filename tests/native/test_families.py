@@ -141,7 +141,7 @@ def test_variants(variant: str, isa: str) -> None:
     model.set_experts_implementation("eager")
     exact = model(input_ids=prompt, use_cache=False).logits[:, [29, 30, 48, 49]]
     difference = (torch.stack(got, dim=1).double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
-    assert difference < 4e-5
+    assert difference < (2e-4 if step.name.startswith("native-amx") else 4e-5)  # tiles of bfloat16
 
 
 @pytest.mark.parametrize("family", FAMILIES)
