@@ -154,14 +154,21 @@ inline __attribute__((always_inline)) void pair_unit(const uint8_t* b, const Tak
     }
 }
 
-// What is behind the whole units of a row. A function of its own, for few rows and many: each copy is a hundred instructions.
+// A last unit that is neither whole nor half. A function of its own: each copy is a hundred instructions.
 template <class T, int NQ>
-HYBRIDKV_PHASE void pair_last(const Matrix& w, const uint8_t* row, const Taken<NQ>& x, F (&acc)[NQ]) {
+HYBRIDKV_PHASE void pair_odd(const Matrix& w, const uint8_t* row, const Taken<NQ>& x, F (&acc)[NQ]) {
     const int64_t whole = w.n_in / kUnit;
     const int left = static_cast<int>(w.n_in % kUnit), n_pairs = (left + kPair - 1) / kPair;
-    if (!left) return;
-    const LastUnit<T> copy(row, left % kPair ? w.n_in : 0);
-    pair_unit<T, NQ>(left % kPair ? copy.bytes : row + whole * kUnitOf<T>, x, whole, acc, n_pairs);
+    if (left % kPair) pair_unit<T, NQ>(LastUnit<T>(row, w.n_in).bytes, x, whole, acc, n_pairs);
+    else pair_unit<T, NQ>(row + whole * kUnitOf<T>, x, whole, acc, n_pairs);
+}
+
+// What is behind the whole units of a row.
+template <class T, int NQ>
+inline __attribute__((always_inline)) void pair_last(const Matrix& w, const uint8_t* row, const Taken<NQ>& x, F (&acc)[NQ]) {
+    const int64_t whole = w.n_in / kUnit, left = w.n_in % kUnit;
+    if (left == kUnit / 2) pair_unit<T, NQ>(row + whole * kUnitOf<T>, x, whole, acc, kPairs / 2);
+    else if (left) pair_odd<T, NQ>(w, row, x, acc);
 }
 
 template <class T, int NQ>
