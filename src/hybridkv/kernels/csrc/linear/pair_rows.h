@@ -154,21 +154,26 @@ inline __attribute__((always_inline)) void pair_unit(const uint8_t* b, const Tak
     }
 }
 
-// A last unit that is neither whole nor half. A function of its own: each copy is a hundred instructions.
-template <class T, int NQ>
-HYBRIDKV_PHASE void pair_odd(const Matrix& w, const uint8_t* row, const Taken<NQ>& x, F (&acc)[NQ]) {
+// A last unit that is neither whole nor half, for one row of the activations: all take turns, so one copy is enough.
+template <class T>
+HYBRIDKV_PHASE F pair_odd(const Matrix& w, const uint8_t* row, const Taken<1>& x, F sum) {
     const int64_t whole = w.n_in / kUnit;
     const int left = static_cast<int>(w.n_in % kUnit), n_pairs = (left + kPair - 1) / kPair;
-    if (left % kPair) pair_unit<T, NQ>(LastUnit<T>(row, w.n_in).bytes, x, whole, acc, n_pairs);
-    else pair_unit<T, NQ>(row + whole * kUnitOf<T>, x, whole, acc, n_pairs);
+    F acc[1] = {sum};
+    if (left % kPair) pair_unit<T, 1>(LastUnit<T>(row, w.n_in).bytes, x, whole, acc, n_pairs);
+    else pair_unit<T, 1>(row + whole * kUnitOf<T>, x, whole, acc, n_pairs);
+    return acc[0];
 }
 
 // What is behind the whole units of a row.
 template <class T, int NQ>
 inline __attribute__((always_inline)) void pair_last(const Matrix& w, const uint8_t* row, const Taken<NQ>& x, F (&acc)[NQ]) {
     const int64_t whole = w.n_in / kUnit, left = w.n_in % kUnit;
-    if (left == kUnit / 2) pair_unit<T, NQ>(row + whole * kUnitOf<T>, x, whole, acc, kPairs / 2);
-    else if (left) pair_odd<T, NQ>(w, row, x, acc);
+    if (left == kUnit / 2) {
+        pair_unit<T, NQ>(row + whole * kUnitOf<T>, x, whole, acc, kPairs / 2);
+    } else if (left) {
+        for (int q = 0; q < NQ; ++q) acc[q] = pair_odd<T>(w, row, Taken<1>(x.rows[q], 0, nullptr, 0, x.units), acc[q]);
+    }
 }
 
 template <class T, int NQ>
