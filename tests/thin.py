@@ -71,11 +71,21 @@ def every_other(one: Iterable[Any], other: Iterable[Any], step: int = 2) -> list
     return slow_but(product(one, other), quick)
 
 
-def slow_but(values: Iterable[Any], quick: Iterable[Any]) -> list[Any]:
-    """Parametrize by values, of which only some run by default."""
+def slow_but(values: Iterable[Any], quick: Iterable[Any], long: Iterable[Any] = ()) -> list[Any]:
+    """Parametrize by values, of which only some run by default, and some only by hand."""
+    values, quick, long = list(values), list(quick), list(long)
+    assert all(value in values for value in quick + long), (quick, long)
+    return [
+        _param(value, () if value in quick else pytest.mark.long if value in long else pytest.mark.slow)
+        for value in values
+    ]
+
+
+def mostly_long(values: Iterable[Any], quick: Iterable[Any], step: int = 3) -> list[Any]:
+    """Parametrize by values, of which some run by default, one in `step` of the others as slow, the rest as long."""
     values, quick = list(values), list(quick)
-    assert all(value in values for value in quick), quick
-    return [_param(value, () if value in quick else pytest.mark.slow) for value in values]
+    rest = [value for value in values if value not in quick]
+    return slow_but(values, quick, [value for i, value in enumerate(rest) if i % step])
 
 
 def _param(value: Any, marks: Any) -> Any:

@@ -51,6 +51,14 @@ CASES = (
 )
 
 
+IN_CI = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=() if case.name == "smollm2" else pytest.mark.long, id=case.name) for case in CASES],
+    indirect=True,
+)
+"""A window is in the way of no number here: the larger model takes minutes."""
+
+
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
 def case(request: pytest.FixtureRequest) -> Case:
     found: Case = request.param
@@ -86,6 +94,7 @@ def cross_entropy(model: PreTrainedModel, ids: list[int]) -> float:
     return total / (len(ids) - 1)
 
 
+@IN_CI
 def test_perplexity_agrees_with_ik_llama(case: Case, path: Path, loaded: LoadedModel) -> None:
     ids = token_ids(loaded, heldout_text(), case.n_scored)
     with ik_llama.model(path, n_ctx=1024, n_ubatch=case.n_ubatch) as engine:
@@ -94,6 +103,7 @@ def test_perplexity_agrees_with_ik_llama(case: Case, path: Path, loaded: LoadedM
     assert math.exp(cross_entropy(loaded.model, ids)) == pytest.approx(expected, rel=5e-3)
 
 
+@IN_CI
 @torch.inference_mode()
 def test_greedy_tokens_agree_with_ik_llama(path: Path, loaded: LoadedModel) -> None:
     """Each of its 64 tokens, given those before it, is our first choice too, or misses that by a near-tie."""

@@ -28,7 +28,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run.build(tmp_path_factory.mktemp("arm"))
 
 
-@pytest.mark.parametrize(("processor", "isa"), [("max", "dotprod"), ("cortex-a72", "neon")])
+@pytest.mark.parametrize(
+    ("processor", "isa"), [("max", "dotprod"), pytest.param("cortex-a72", "neon", marks=pytest.mark.long)]
+)
 def test_kernels_of_arm_pass_the_tests_of_kernels(program: Path, processor: str, isa: str) -> None:
     done = run.run(program, processor, ["-n", "0", *run.FILES, "-k", f"{isa} and ({' or '.join(TESTS)})"])
     assert done.returncode == 0, done.stdout

@@ -29,7 +29,7 @@ from hybridkv.kernels.cuda.store import store
 from hybridkv.native.choice import rejects_packed
 from tests.families import build
 from tests.on_device import DEVICE, ON_CUDA
-from tests.thin import slow_but
+from tests.thin import mostly_long, slow_but
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 NARROW = Tiling(16, 16, warps=4, programs=1)
@@ -89,7 +89,7 @@ def check(
     assert relative_rmse(got, exact) <= cuda.TOLERANCE
 
 
-@pytest.mark.parametrize("type_name", slow_but(TYPES, QUICK))
+@pytest.mark.parametrize("type_name", mostly_long(TYPES, QUICK))
 def test_every_type(type_name: str) -> None:
     """Each type on one side, and another on the other: all pairs are made of these."""
     other = TYPES[(TYPES.index(type_name) + 4) % len(TYPES)]
@@ -97,7 +97,7 @@ def test_every_type(type_name: str) -> None:
     check(type_k=other, type_v=type_name, n_new=1, n_rows=20, head_dim_k=80, head_dim_v=48)
 
 
-@pytest.mark.parametrize("type_name", slow_but(WORDS, QUICK))
+@pytest.mark.parametrize("type_name", mostly_long(WORDS, QUICK))
 def test_one_token_of_every_type(type_name: str) -> None:
     other = WORDS[(WORDS.index(type_name) + 4) % len(WORDS)]
     check(type_k=type_name, type_v=other, n_rows=37, n_kv_heads=1, group=8, tiling=replace(ONE_TOKEN, block_n=32))
@@ -106,7 +106,7 @@ def test_one_token_of_every_type(type_name: str) -> None:
 
 @pytest.mark.parametrize(
     ("type_name", "dim_k", "dim_v"),
-    slow_but(
+    mostly_long(
         [(t, k, v) for t in ("q8_0", "q6_0", "q5_1", "q4_0", "hq3_nl") for k, v in ((64, 128), (128, 64), (256, 256))],
         [("q8_0", 64, 128), ("q5_1", 128, 64)],
     ),
@@ -118,7 +118,7 @@ def test_one_token_of_every_head_dim(type_name: str, dim_k: int, dim_v: int) -> 
 
 @pytest.mark.parametrize(
     ("warps", "rows", "n_rows"),
-    slow_but(
+    mostly_long(
         [(warps, rows, n) for warps, rows in ((1, 16), (2, 16), (4, 16), (4, 32)) for n in (1, 31, 33, 129)],
         [(1, 16, 33), (4, 16, 1), (4, 32, 31)],
     ),
@@ -338,7 +338,9 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bo
     return (scores.softmax(-1) @ v).half(), scores.logsumexp(-1).float()
 
 
-@pytest.mark.parametrize("type_name", slow_but(("q8_0", "q6_0", "q5_1", "hq3_nl"), ("q8_0", "hq3_nl")))
+@pytest.mark.parametrize(
+    "type_name", slow_but(("q8_0", "q6_0", "q5_1", "hq3_nl"), ("q8_0", "hq3_nl"), long=["q6_0", "q5_1"])
+)
 def test_a_prompt_over_unpacked_windows(type_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A history of several windows, whose borders lie within segments; and none."""
     if not ON_CUDA:

@@ -26,6 +26,7 @@ def table(cache: Path, *options: str) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
 
 
+@pytest.mark.long
 def test_a_value_costs_few_instructions(tmp_path: Path) -> None:
     """A register more than 255, or a value that left its register, would show as instructions."""
     rows = table(tmp_path, "--types", "q8_0,q6_0,q4_0")
