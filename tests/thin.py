@@ -32,7 +32,7 @@ def covering(*axes: Iterable[Any]) -> list[Row]:
 
 
 def pairwise(*axes: Iterable[Any]) -> list[Any]:
-    """Parametrize by a product: a pairwise sample by default, a third of the rest as slow, the others as long.
+    """Parametrize by a product: a pairwise sample by default, a sixth of the rest as slow, the others as long.
 
     What the sample leaves out can only find a fault that takes three values to show.
     """
@@ -41,18 +41,18 @@ def pairwise(*axes: Iterable[Any]) -> list[Any]:
     for row in product(*axes):
         is_rest = row not in quick
         n_rest += is_rest
-        marks = () if not is_rest else pytest.mark.slow if n_rest % 3 == 0 else pytest.mark.long
+        marks = () if not is_rest else pytest.mark.slow if n_rest % 6 == 0 else pytest.mark.long
         found.append(_param(row, marks))
     return found
 
 
 def each_side(names: Iterable[str]) -> list[Any]:
-    """Parametrize by pairs of types: each type twice on either side by default, the other pairs as slow.
+    """Parametrize by pairs of types: each type twice on either side by default, a third of the others as slow.
 
     K and V of an attention meet in its softmax alone, where neither has a type any more.
     """
     names = tuple(names)
-    return slow_but(product(names, names), [*pairs_in_turn(names), *pairs_in_turn(names, len(names) // 2)])
+    return mostly_long(product(names, names), [*pairs_in_turn(names), *pairs_in_turn(names, len(names) // 2)])
 
 
 def pairs_in_turn(names: Iterable[str], shift: int = 1) -> list[tuple[str, str]]:

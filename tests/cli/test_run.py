@@ -33,7 +33,7 @@ from tests.cli.conftest import Cli
 from tests.cli.models import ModelStore, with_weights
 from tests.gguf.write_qwen35 import draft, tiny_model
 from tests.models import smollm2
-from tests.thin import pairs_in_turn, slow_but
+from tests.thin import mostly_long, pairs_in_turn
 
 PROMPT = "Hello world"
 SEED_COMMAND = ["run", "-np", "1", "-fa", "on", "-t", "2", "-ctk", "q4_0", "-ctv", "q4_0", "-khad", "-vhad"]
@@ -95,7 +95,7 @@ def exact(reference: Loaded, step: Step) -> list[int]:
     return answer(reference, step, "f32", "f32")
 
 
-@pytest.mark.parametrize(("k", "v"), slow_but(product(FORMATS, FORMATS), pairs_in_turn(FORMATS)))
+@pytest.mark.parametrize(("k", "v"), mostly_long(product(FORMATS, FORMATS), pairs_in_turn(FORMATS), step=6))
 def test_every_pair_of_types_answers(reference: Loaded, step: Step, exact: list[int], k: str, v: str) -> None:
     """As asked for to the end; with 8 bits and up as with f32."""
     tokens = answer(reference, step, k, v)

@@ -21,7 +21,7 @@ from hybridkv.kernels.cuda.streamed import Staging, StreamedStack
 from hybridkv.kernels.grids import grid_bytes
 from tests.kernels.weight_rows import coded, decoded, weight, with_scales
 from tests.on_device import DEVICE, random
-from tests.thin import slow_but
+from tests.thin import mostly_long, slow_but
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -57,7 +57,7 @@ def test_values(name: str) -> None:
     assert torch.equal(decode_rows(held, 3, 9), got[3:12])
 
 
-@pytest.mark.parametrize(("name", "n_rows"), slow_but(product(PACKED, (1, 3)), [("q4_K", 3), ("q8_0", 1)]))
+@pytest.mark.parametrize(("name", "n_rows"), mostly_long(product(PACKED, (1, 3)), [("q4_K", 3), ("q8_0", 1)]))
 def test_few_rows(name: str, n_rows: int) -> None:
     held, exact = made(name, 37, 768)
     x = random(n_rows, 768, dtype=torch.float16)

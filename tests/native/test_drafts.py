@@ -21,7 +21,7 @@ from hybridkv.policy import Guard, Policy
 from hybridkv.runtime import DraftStep
 from tests.families import build
 from tests.native.test_step import NATIVE, native_step, tokens
-from tests.thin import pairwise, slow_but
+from tests.thin import mostly_long, pairwise
 
 needs_native = pytest.mark.skipif(cpu_native.available() is not None, reason="the native extension is not built")
 pytestmark = [needs_native, pytest.mark.usefixtures("_inference")]
@@ -129,7 +129,7 @@ ISA_OF = ("best", "best", "portable")
 
 @pytest.mark.parametrize(
     ("family", "rounded", "isa"),
-    slow_but(
+    mostly_long(
         product(NATIVE, (False, True), ("best", "portable")),
         [(family, i % 2 == 0, ISA_OF[i % 3]) for i, family in enumerate(NATIVE)],
     ),

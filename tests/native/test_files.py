@@ -29,7 +29,7 @@ from hybridkv.native import NativeModel, NativeStep, map_gguf, native_model
 from hybridkv.policy import Guard, Policy
 from tests.families import remembering
 from tests.native.quantized import MIXES, SIZES, plain_file, quantized_file
-from tests.thin import pairwise, slow_but
+from tests.thin import mostly_long, pairwise
 
 pytestmark = [
     pytest.mark.skipif(cpu_native.available() is not None, reason="the native extension is not built"),
@@ -125,7 +125,7 @@ QUICK = [(tuple(SIZES)[i % len(SIZES)], mix, isa) for i, (mix, isa) in enumerate
 """Every mix on every instruction set, the families by turns: each file and its exact answer cost a second."""
 
 
-@pytest.mark.parametrize(("family", "mix", "isa"), slow_but(ALL, QUICK), indirect=["isa"])
+@pytest.mark.parametrize(("family", "mix", "isa"), mostly_long(ALL, QUICK), indirect=["isa"])
 def test_logits_of_prompt_and_decode(family: str, mix: str, isa: str) -> None:
     """Each type is what the file says: nothing was rounded again on the way."""
     step = native(family, mix, isa)
