@@ -185,6 +185,7 @@ def speculation(step: NativeStep, *, ngrams: bool = False) -> Speculation:
 @pytest.fixture
 def _eager_to_guess(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random head is hardly ever right; it is to be asked and run all the same."""
+    monkeypatch.setattr(Pace, "pauses_beyond", lambda self, n_tokens: False)
     monkeypatch.setattr(Pace, "goes_on", lambda self, kinds, n_others, seconds_each: True)
     monkeypatch.setattr(Pace, "choose", lambda self, kinds, n_others, seconds_each=0.0: len(kinds))
 
@@ -209,6 +210,46 @@ def test_the_text_is_that_without_guesses(tmp_path: Path, params: SamplingParams
     assert text == without
     assert differences(guessing.cache.stored(), plain.cache.stored()) == []
     assert guessing.timings.n_guessed >= 80
+
+
+class Counted(HeadGuesser):
+    """Counts what is shown to it."""
+
+    n_seen = 0
+
+    def see(self, hidden: Tensor, end: int) -> None:
+        Counted.n_seen += 1
+        super().see(hidden, end)
+
+
+def test_a_head_costs_nothing_in_a_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a run of its block nor a copy of hidden states; and steps are held as they are without a head."""
+    model, n_held = loaded(tmp_path), Counter[str]()
+    continues = NativeStep._continue
+    for how in ("off", "paused", "ends"):
+        step = NativeStep(model)
+        predictor = step.predictor if how != "off" else None
+
+        def counted(self: NativeStep, *given: Any, how: str = how) -> Tensor:
+            n_held[how] += 1
+            return continues(self, *given)
+
+        monkeypatch.setattr(NativeStep, "_continue", counted)
+        guesses = None
+        if predictor is not None:
+            guesses = Speculation(lambda p=predictor: Counted(p))  # type: ignore[misc]
+            guesses.trial.pause = 10**6 if how == "paused" else 40
+            if how == "paused":
+                monkeypatch.setattr(predictor, "read", pytest.fail)
+        Counted.n_seen = 0
+        run = engine(model, guesses, step)
+        assert sum(1 for _ in run.generate(prompt(40), GREEDY, n_predict=60)) == 60
+        if how == "paused":
+            assert Counted.n_seen == 1  # the prompt, before anything is asked
+            assert step.take_hidden(run.cache) is None
+        elif how == "ends":
+            assert Counted.n_seen > 16  # from before the first guess on
+    assert n_held["paused"] == n_held["off"] >= 50
 
 
 @pytest.mark.usefixtures("_eager_to_guess")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from functools import partial
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -74,6 +74,7 @@ class NativeStep:
         self._drafted: dict[int, tuple[int, int]] = {}
         self._held: HeldRun | None = None
         self._hidden: WeakKeyDictionary[ModelCache, Tensor] | None = None
+        self._unseen: WeakSet[ModelCache] = WeakSet()
         self._embedding = self._source.weight(self._graph.embed)
         self._layers = self._write(lowering.build_layers, 1)
         self._head = self._write(lowering.build_head, 1)
@@ -98,6 +99,13 @@ class NativeStep:
         """Take the final hidden states of the last run's tokens of a cache, `[n, hidden]`; they are given once."""
         return None if self._hidden is None else self._hidden.pop(cache, None)
 
+    def keep_hidden(self, cache: ModelCache, *, wanted: bool) -> None:
+        """Stop keeping hidden states of a cache, or begin again; see `DraftStep.keep_hidden`."""
+        if wanted:
+            self._unseen.discard(cache)
+        else:
+            self._unseen.add(cache)
+
     def _angles_of(self, kind: str | None, positions: Sequence[int]) -> Angles:
         """Look up cosines and sines of some positions, of a kind of RoPE that the model has."""
         cos, sin = self._rope_table(0, max(positions) + 1)[self._layers.ropes.index(kind)]
@@ -105,8 +113,9 @@ class NativeStep:
 
     def _note_hidden(self, caches: Sequence[ModelCache], hidden: Tensor, spans: Sequence[int]) -> None:
         """Keep what a run leaves in its buffers, of caches of one sequence each."""
-        if self._hidden is not None:
-            self._hidden |= dict(zip(caches, torch.split(hidden.clone(), list(spans)), strict=True))
+        if self._hidden is None or all(cache in self._unseen for cache in caches):
+            return
+        self._hidden |= dict(zip(caches, torch.split(hidden.clone(), list(spans)), strict=True))
 
     def start_timing(self) -> None:
         """Time every operation from now on; without this, nothing is timed and nothing costs."""
