@@ -24,7 +24,7 @@ _FIRST_TRIALS, _TRIALS, _FORGET_TRIALS = 6, 16, 0.97
 """Steps with guesses that cost something, after which they are judged: first whether they are worth half of that, then
 whether they are worth it; and what a step weighs after the next one."""
 
-_TRY = 3.0
+_TRY = 2.0
 """Single tokens' time that a try may lose; it then ends, whatever else may be hoped for."""
 
 _LOST, _LEAST_LOST = 0.01, 0.0025
