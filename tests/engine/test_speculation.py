@@ -369,6 +369,16 @@ def test_a_time_that_another_program_has_drawn_out_counts_little() -> None:
     assert costs.of(2) == pytest.approx(1.2 + 0.8 / 3)
 
 
+def test_a_time_that_was_measured_once_is_measured_again_if_it_was_long() -> None:
+    """The first run of several rows makes buffers."""
+    costs = Costs({1: 1.0, 8: 2.4})
+    costs.note(4, 9.0)
+    assert costs.of(4) == pytest.approx(1.6)
+    assert Pace(costs, 3).choose([12] * 3, 0) == 3
+    costs.note(4, 1.5)
+    assert costs.of(4) == 1.5
+
+
 def test_nothing_is_guessed_before_single_tokens_have_been_measured() -> None:
     pace = Pace(Costs(), 7)
     assert pace.choose([3] * 7, 0) == 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from math import inf, prod
 
 FIRST_PAUSE, LONGEST_PAUSE = 32, 1024
 """Tokens without a guess, after guesses did not pay."""
@@ -33,6 +33,9 @@ from one try that fails to the next."""
 
 _FIRST = 4
 """Measurements of which the least counts: the guard checks the first token after a prompt, which takes a while."""
+
+_KNOWN = 2
+"""Measurements without which a number of rows is not known: one alone may have had memory taken or a buffer made."""
 
 _CLOSE = 0.2
 """How far a new time moves what is expected of a run."""
@@ -67,15 +70,18 @@ class Costs:
 
     def knows(self, n_rows: int) -> bool:
         """Check whether steps of `n_rows` rows have been measured often enough to be compared with."""
-        return n_rows in self.seconds and self._counts.get(n_rows, _FIRST) >= _FIRST
+        return n_rows in self.seconds and self._counts.get(n_rows, _KNOWN) >= _KNOWN
 
     def of(self, n_rows: int) -> float:
         """Estimate a step's seconds: linear between measured row counts, a quarter of a single row for each beyond.
 
-        What was never tried looks cheap, so that it is tried.
+        What was never tried looks cheap, so that it is tried; and so does what was tried once and took long.
         """
-        if n_rows in self.seconds:
+        if self.knows(n_rows):
             return self.seconds[n_rows]
+        return min(self._between(n_rows), self.seconds.get(n_rows, inf))
+
+    def _between(self, n_rows: int) -> float:
         below = max((n for n in self.seconds if n < n_rows), default=None)
         above = min((n for n in self.seconds if n > n_rows), default=None)
         if below is None:

@@ -103,5 +103,5 @@ class HeldStep:
         return logits, [HEALTH[code] for code in health]
 
     def keep(self, n_tokens: int) -> None:
-        """Continue behind the first tokens of the last `draft`: in the next states behind all, else in those before it."""
+        """Continue behind the first tokens of the last `draft`: behind all in the next states, else in those before."""
         self._native.keep(n_tokens)
