@@ -121,6 +121,7 @@ class Drafts:
     _n_others: int = 0
     _seeing: SeesHidden | None = field(default=None, init=False)
     _sees: bool = field(default=True, init=False)
+    _counted: tuple[int, int] = field(default=(0, 0), init=False)
 
     def __post_init__(self) -> None:
         self._seeing = self.guesser if isinstance(self.guesser, SeesHidden) else None
@@ -224,6 +225,14 @@ class Drafts:
         hidden = self.step.take_hidden(cache)
         if hidden is not None:
             guesser.see(hidden[:n_taken], end)
+
+    def counts(self) -> tuple[int, int]:
+        """Count guesses that were run since this was asked last, and those of them that were right."""
+        if self.pace is None:
+            return 0, 0
+        now, (n_guessed, n_right) = (self.pace.n_guessed, self.pace.n_right), self._counted
+        self._counted = now
+        return now[0] - n_guessed, now[1] - n_right
 
     def drop(self) -> None:
         """Forget the open run, and the text up to now: the cache is of no more use."""

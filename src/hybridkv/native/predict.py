@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hybridkv.cache import AttentionFacts, KVLayer, KVSpec, KVTypes, resolve
+from hybridkv.cache.spec import UNBOUNDED
 from hybridkv.kernels import ENCODERS, KERNELS, AttentionParams
 from hybridkv.kernels.step import Angles, Rows
 from hybridkv.kernels.weights import Activations
@@ -43,6 +44,20 @@ _FEW = 16
 Turns = Callable[[str | None, Sequence[int]], Angles]
 
 
+def _rows_spec(graph: ModelGraph) -> KVSpec:
+    """Say how the rows of a head are stored, of a model that has one."""
+    assert graph.prediction is not None
+    branches = graph.prediction.block.branches
+    a = next(part for branch in branches for part in branch.parts if isinstance(part, Attention))
+    facts = AttentionFacts(0, a.n_heads, a.n_kv_heads, a.head_dim, a.head_dim, window=WINDOW)
+    return KVSpec(facts, KVTypes("f16", "f16"))
+
+
+def rows_bytes(graph: ModelGraph) -> int:
+    """Count the bytes of a head's cache of one sequence; 0 for a model without one."""
+    return 0 if graph.prediction is None else _rows_spec(graph).bytes_at(UNBOUNDED)
+
+
 class Predictor:
     """The head; one for all sequences. Its calls are for a thread that keeps torch to itself (`torch_on_one_thread`).
 
@@ -68,9 +83,6 @@ class Predictor:
         p = graph.prediction
         names = (p.prefix + p.head, graph.head, graph.embed)
         self._head = DraftRows(source.weight(next(name for name in names if source.has(name))), p.tokens)
-        self._attention = next(
-            part for branch in graph.prediction.block.branches for part in branch.parts if isinstance(part, Attention)
-        )
         self._many = self._write(MOST_NEW)
         self._one = self._write(1)
         self._head_begins = len(self._one.program)
@@ -78,9 +90,7 @@ class Predictor:
 
     def new_rows(self) -> WatchedRows:
         """Create an empty cache of one sequence: exact rows, which nothing guards."""
-        a = self._attention
-        facts = AttentionFacts(0, a.n_heads, a.n_kv_heads, a.head_dim, a.head_dim, window=WINDOW)
-        store = KVLayer(KVSpec(facts, KVTypes("f16", "f16")), lambda spec: resolve(spec, "cpu", KERNELS, ENCODERS))
+        store = KVLayer(_rows_spec(self._graph), lambda spec: resolve(spec, "cpu", KERNELS, ENCODERS))
         watch = LayerWatch(Guard(mode="off"), lambda _: None)
         watch.awaits_first_check = False
         return WatchedRows(store, watch)
