@@ -426,6 +426,20 @@ def test_a_draft_model_changes_no_text(family: str, noise: float, how: str) -> N
         assert run.timings.n_right > 0.8 * run.timings.n_guessed
 
 
+def test_what_a_draft_model_takes_for_a_sequence_is_what_is_counted() -> None:
+    """Its rows and states, and states to go back to, which `--memory` counts."""
+    small = build("qwen3_5_text", attention="hybridkv")
+    draft = DraftModel(small, NativeStep(small), n_ctx=160)
+    guesser = draft.guesser()
+    guesser.guess(prompt(40), 4)
+    assert draft.sequence_bytes == guesser._cache.kv_bytes + 2 * guesser._cache.state_bytes
+    of, more = model("qwen3_5_text"), Speculation(draft.guesser, sequence_bytes=draft.sequence_bytes)
+    step = NativeStep(of)
+    plain, with_draft = (scheduler(step=step, speculation=how).admission for how in (Speculation(), more))
+    specs = specs_for(of, Q8)
+    assert with_draft.planned_bytes(specs, 9) - plain.planned_bytes(specs, 9) == draft.sequence_bytes
+
+
 def test_draft_models_that_cannot_go_back_or_speak_otherwise_are_refused() -> None:
     small = build("mistral", attention="hybridkv")
     with pytest.raises(ModelError, match="sliding window"):

@@ -151,6 +151,23 @@ def test_every_family_keeps_what_single_tokens_leave(family: str, rounded: bool,
     assert take_drafts(pairs, 40, seed=len(family)) >= 10
 
 
+@pytest.mark.parametrize("n_pairs", [1, 2])
+def test_another_prompt_may_come_before_guesses_are_undone(n_pairs: int) -> None:
+    """A longer one than any before: buffers are made anew while a run's inputs are still needed."""
+    model = build("qwen3_5_text", attention="hybridkv")
+    step = NativeStep(model)
+    pairs = [Pair(step, model.config, KINDS["q8_0"], 9, n, alone=NativeStep(model)) for n in range(n_pairs)]
+    for round_ in range(3):
+        drafts = [pair.draft(1, 3) for pair in pairs]
+        answers = step.forward_drafts(drafts, [p.cache for p in pairs], [p.position for p in pairs])
+        step.forward(tokens(1, 60 + 40 * round_, 3), cache_of(model.config, KINDS["q8_0"]), 0)
+        begin = 0
+        for pair, draft in zip(pairs, drafts, strict=True):
+            pair.keep(min(2, len(draft)), answers.logits[begin : begin + len(draft)])
+            begin += len(draft)
+    assert all(pair.position >= 9 + 4 for pair in pairs)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["qwen3_5_text", "mistral"])
 def test_every_kind_of_rows_keeps_what_single_tokens_leave(family: str, kind: str) -> None:

@@ -25,8 +25,9 @@ from hybridkv.engine.speculation import Speculation
 from hybridkv.errors import ModelFileError
 from hybridkv.gguf.mapped import map_gguf
 from hybridkv.kernels import cpu_native
-from hybridkv.model import kv_facts, layer_facts
+from hybridkv.model import graph_of, kv_facts, layer_facts
 from hybridkv.native import NativeModel, NativeStep, native_model
+from hybridkv.native.predict import rows_bytes
 from hybridkv.policy import Guard, Policy
 from tests.engine.serving import GREEDY, drain, tokens
 from tests.gguf.write_qwen35 import Draft, draft, tiny_model
@@ -340,6 +341,16 @@ def test_families_with_heads(tmp_path: Path, family: str) -> None:
         found.append([t for (t,) in run.generate(prompt(30), GREEDY, n_predict=40)])
     assert found[0] == found[1]
     assert run.timings.n_guessed >= 40
+
+
+def test_a_head_s_cache_takes_what_is_counted(tmp_path: Path) -> None:
+    model = loaded(tmp_path)
+    predictor = NativeStep(model).predictor
+    assert predictor is not None
+    rows = predictor.new_rows()
+    predictor.read(rows, prompt(20), torch.randn(20, 64), 0)
+    assert rows.store.nbytes == rows_bytes(graph_of(model.config)) > 0
+    assert rows_bytes(graph_of(MODEL.config)) == 0
 
 
 def test_a_head_that_lacks_a_tensor_is_skipped(tmp_path: Path) -> None:
