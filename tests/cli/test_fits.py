@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import pytest
 
+from hybridkv.engine.load import bundled_model
 from hybridkv.memory import Available
 from tests.cli.conftest import Cli
 from tests.cli.models import ModelStore
@@ -161,12 +162,29 @@ def test_what_a_server_counts(cli: Cli) -> None:
     assert "KV of 8 x 32768 tokens at f16 1.50 GiB" in said
     assert "stored prefixes get 0 B of free memory" in cli(*line).err
     said = refused(cli, *line, "--memory", "200MiB", "--prefix-memory", "400MiB")
-    assert "KV of 8 x 32768 tokens at f16 180.9 MiB, states 19.1 MiB" in said
+    assert "KV of 8 x 32768 tokens at f16 161.8 MiB, states 19.1 MiB, states behind guesses 19.1 MiB" in said
+    unguessed = refused(cli, *line, "--memory", "200MiB", "--prefix-memory", "400MiB", "--spec", "off")
+    assert "KV of 8 x 32768 tokens at f16 180.9 MiB, states 19.1 MiB, stored" in unguessed
     assert "stored prefixes 400.0 MiB" in said
     said = refused(cli, *line, "--memory", "700MiB", "--prefix-memory", "1MiB")
     (budget,) = re.findall(r"hint: --memory (\d+)MiB for running sequences fits", said)
     assert 350 < int(budget) < 460
     assert "-np 2 fits" in refused(cli, *line, "--prefix-memory", "1MiB")
+
+
+@pytest.mark.usefixtures("_nothing_is_loaded")
+@pytest.mark.parametrize("command", ["run", "serve"])
+def test_a_draft_model_is_counted(cli: Cli, command: str) -> None:
+    """Its weights, and for each sequence its cache and its states twice: once to go back to."""
+    options = ("--ids", "1") if command == "run" else ("--port", "0", "-np", 3, "--prefix-memory", 0)
+    line = (command, *options, "-c", 4096, "-ctk", "q8_0", "-ctv", "q8_0", "-md", bundled_model(), "--device", "cpu")
+    option, limit, n_seqs = ("--memory", 95, 1) if command == "run" else ("--total-memory", 130, 3)
+    said = refused(cli, *line, option, f"{limit}MiB")
+    for name, mib in (("states behind guesses", 2.39), ("caches of what guesses", 24 + 2 * 2.39)):
+        (shown,) = re.findall(rf"{name} (\d+\.\d) MiB", said)
+        assert float(shown) == pytest.approx(n_seqs * mib, abs=0.06)
+    assert "the draft model 29.7 MiB" in said
+    assert re.search(r"hint: without the draft model \(-md\) it takes \d+\.\d MiB less, and fits", said)
 
 
 def test_a_server_within_its_budget_goes_on(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

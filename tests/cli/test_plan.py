@@ -15,6 +15,7 @@ from gguf import GGMLQuantizationType
 
 from hybridkv.cli import model_options, run
 from hybridkv.cli.show import size
+from hybridkv.engine.load import bundled_model
 from hybridkv.engine.placed import CONTEXT_BYTES
 from hybridkv.errors import UsageError
 from hybridkv.formats import FORMATS
@@ -274,6 +275,21 @@ def test_types_per_layer_and_the_guards_rule_are_planned(cli: Cli) -> None:
     raised = cli("plan", "-c", 4096, "-ctk", "q4_0", "-ctv", "q4_0", "--kv-guard", "upgrade", "--device", "cpu")
     assert [line.split()[:2] for line in raised.out.splitlines() if "MiB" in line][-1] == ["q8_0", "q8_0"]
     assert "warning: KV layers 3, 7, 11 upgraded from q4_0 to q8_0" in raised.err
+
+
+def test_guesses_are_counted(cli: Cli) -> None:
+    """States once more, and a draft model; they fit where `fits` says so."""
+    line = ("plan", "-c", 4096, "--types", "q8_0", "--device", "cpu")
+    table = cli(*line).out
+    assert re.search(r"weights on cpu: .*; for guessed tokens, beside the total: states once more 2\.4 MiB\n", table)
+    assert "guessed" not in cli(*line, "--spec", "off").out
+    draft = cli(*line, "-md", bundled_model(), "-np", 2).out
+    assert "states once more 4.8 MiB, caches of what guesses 57.6 MiB, a draft model 29.7 MiB\n" in draft
+    found = json.loads(cli(*line, "--json").out)
+    total = found["plans"][0]["total_bytes"] + found["guess_bytes"]
+    for budget, fits in ((total, True), (total - 1, False)):
+        (plan,) = json.loads(cli(*line, "--json", "--memory", budget).out)["plans"]
+        assert (plan["fits"], plan["largest_n_ctx"] >= 4096) == (fits, fits)
 
 
 def test_the_same_weights_by_two_names(cli: Cli) -> None:

@@ -79,16 +79,24 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 class Pair:
-    """A sequence that takes drafts, and one that takes the same text token by token."""
+    """A sequence that takes drafts, and one that takes the same text token by token, in a step of its own if given."""
 
     def __init__(
-        self, step: NativeStep, config: Any, types: KVTypes, n_prompt: int, seed: int, n_ctx: int = 160
+        self,
+        step: NativeStep,
+        config: Any,
+        types: KVTypes,
+        n_prompt: int,
+        seed: int,
+        n_ctx: int = 160,
+        alone: NativeStep | None = None,
     ) -> None:
+        self.alone = alone or step
         self.step, self.text = step, tokens(1, n_prompt + 80, seed)[0].tolist()
         self.cache, self.single = cache_of(config, types, n_ctx), cache_of(config, types, n_ctx)
         self.position = n_prompt
-        for cache in (self.cache, self.single):
-            step.forward(torch.tensor([self.text[:n_prompt]]), cache, 0)
+        for of, cache in ((step, self.cache), (self.alone, self.single)):
+            of.forward(torch.tensor([self.text[:n_prompt]]), cache, 0)
 
     def draft(self, n_right: int, n_wrong: int) -> list[int]:
         """The next token, and guesses as far as there is room."""
@@ -101,7 +109,7 @@ class Pair:
         self.step.keep(self.cache, n)
         for row in logits[:n]:
             one = torch.tensor([[self.text[self.position]]])
-            assert torch.equal(self.step.forward(one, self.single, self.position)[0], row)
+            assert torch.equal(self.alone.forward(one, self.single, self.position)[0], row)
             self.position += 1
         assert differences(self.cache.stored(), self.single.stored()) == []
 
@@ -143,6 +151,23 @@ def test_every_family_keeps_what_single_tokens_leave(family: str, rounded: bool,
     assert take_drafts(pairs, 40, seed=len(family)) >= 10
 
 
+@pytest.mark.parametrize("n_pairs", [1, 2])
+def test_another_prompt_may_come_before_guesses_are_undone(n_pairs: int) -> None:
+    """A longer one than any before: buffers are made anew while a run's inputs are still needed."""
+    model = build("qwen3_5_text", attention="hybridkv")
+    step = NativeStep(model)
+    pairs = [Pair(step, model.config, KINDS["q8_0"], 9, n, alone=NativeStep(model)) for n in range(n_pairs)]
+    for round_ in range(3):
+        drafts = [pair.draft(1, 3) for pair in pairs]
+        answers = step.forward_drafts(drafts, [p.cache for p in pairs], [p.position for p in pairs])
+        step.forward(tokens(1, 60 + 40 * round_, 3), cache_of(model.config, KINDS["q8_0"]), 0)
+        begin = 0
+        for pair, draft in zip(pairs, drafts, strict=True):
+            pair.keep(min(2, len(draft)), answers.logits[begin : begin + len(draft)])
+            begin += len(draft)
+    assert all(pair.position >= 9 + 4 for pair in pairs)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["qwen3_5_text", "mistral"])
 def test_every_kind_of_rows_keeps_what_single_tokens_leave(family: str, kind: str) -> None:
@@ -150,7 +175,8 @@ def test_every_kind_of_rows_keeps_what_single_tokens_leave(family: str, kind: st
     model = build(family, attention="hybridkv")
     n_exact = KINDS[kind].tail + KINDS[kind].sink
     for n in (3, 33):
-        pair = Pair(NativeStep(model), model.config, KINDS[kind], n, n)
+        # Each step continues one cache, so that drafts and single tokens are taken by what it holds for it.
+        pair = Pair(NativeStep(model), model.config, KINDS[kind], n, n, alone=NativeStep(model))
         # Before rows are packed, nothing is guessed: the guard waits for them. A tail may be all of a window.
         assert take_drafts([pair], 75, seed=7) >= (5 if n > n_exact and family != "mistral" else 0)
     step = NativeStep(native_model(model.config, source_of(model), "auto"))
@@ -169,5 +195,5 @@ def test_long_caches_are_read_together(types: str, isa: str) -> None:
     model = build("qwen3_5_text", attention="hybridkv")
     step = NativeStep(model)
     for n_prompt in (90, 500, 1000):
-        pair = Pair(step, model.config, KVTypes(*types.split("/")), n_prompt, n_prompt, n_ctx=1200)
+        pair = Pair(step, model.config, KVTypes(*types.split("/")), n_prompt, n_prompt, 1200, NativeStep(model))
         assert take_drafts([pair], 70, seed=n_prompt) >= 10

@@ -25,8 +25,9 @@ from hybridkv.engine.speculation import Speculation
 from hybridkv.errors import ModelFileError
 from hybridkv.gguf.mapped import map_gguf
 from hybridkv.kernels import cpu_native
-from hybridkv.model import kv_facts, layer_facts
+from hybridkv.model import graph_of, kv_facts, layer_facts
 from hybridkv.native import NativeModel, NativeStep, native_model
+from hybridkv.native.predict import rows_bytes
 from hybridkv.policy import Guard, Policy
 from tests.engine.serving import GREEDY, drain, tokens
 from tests.gguf.write_qwen35 import Draft, draft, tiny_model
@@ -185,6 +186,7 @@ def speculation(step: NativeStep, *, ngrams: bool = False) -> Speculation:
 @pytest.fixture
 def _eager_to_guess(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random head is hardly ever right; it is to be asked and run all the same."""
+    monkeypatch.setattr(Pace, "pauses_beyond", lambda self, n_tokens: False)
     monkeypatch.setattr(Pace, "goes_on", lambda self, kinds, n_others, seconds_each: True)
     monkeypatch.setattr(Pace, "choose", lambda self, kinds, n_others, seconds_each=0.0: len(kinds))
 
@@ -209,6 +211,46 @@ def test_the_text_is_that_without_guesses(tmp_path: Path, params: SamplingParams
     assert text == without
     assert differences(guessing.cache.stored(), plain.cache.stored()) == []
     assert guessing.timings.n_guessed >= 80
+
+
+class Counted(HeadGuesser):
+    """Counts what is shown to it."""
+
+    n_seen = 0
+
+    def see(self, hidden: Tensor, end: int) -> None:
+        Counted.n_seen += 1
+        super().see(hidden, end)
+
+
+def test_a_head_costs_nothing_in_a_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a run of its block nor a copy of hidden states; and steps are held as they are without a head."""
+    model, n_held = loaded(tmp_path), Counter[str]()
+    continues = NativeStep._continue
+    for how in ("off", "paused", "ends"):
+        step = NativeStep(model)
+        predictor = step.predictor if how != "off" else None
+
+        def counted(self: NativeStep, *given: Any, how: str = how) -> Tensor:
+            n_held[how] += 1
+            return continues(self, *given)
+
+        monkeypatch.setattr(NativeStep, "_continue", counted)
+        guesses = None
+        if predictor is not None:
+            guesses = Speculation(lambda p=predictor: Counted(p))  # type: ignore[misc]
+            guesses.trial.pause = 10**6 if how == "paused" else 40
+            if how == "paused":
+                monkeypatch.setattr(predictor, "read", pytest.fail)
+        Counted.n_seen = 0
+        run = engine(model, guesses, step)
+        assert sum(1 for _ in run.generate(prompt(40), GREEDY, n_predict=60)) == 60
+        if how == "paused":
+            assert Counted.n_seen == 1  # the prompt, before anything is asked
+            assert step.take_hidden(run.cache) is None
+        elif how == "ends":
+            assert Counted.n_seen > 8  # from before the first guess on
+    assert n_held["paused"] == n_held["off"] >= 50
 
 
 @pytest.mark.usefixtures("_eager_to_guess")
@@ -299,6 +341,16 @@ def test_families_with_heads(tmp_path: Path, family: str) -> None:
         found.append([t for (t,) in run.generate(prompt(30), GREEDY, n_predict=40)])
     assert found[0] == found[1]
     assert run.timings.n_guessed >= 40
+
+
+def test_a_head_s_cache_takes_what_is_counted(tmp_path: Path) -> None:
+    model = loaded(tmp_path)
+    predictor = NativeStep(model).predictor
+    assert predictor is not None
+    rows = predictor.new_rows()
+    predictor.read(rows, prompt(20), torch.randn(20, 64), 0)
+    assert rows.store.nbytes == rows_bytes(graph_of(model.config)) > 0
+    assert rows_bytes(graph_of(MODEL.config)) == 0
 
 
 def test_a_head_that_lacks_a_tensor_is_skipped(tmp_path: Path) -> None:

@@ -75,6 +75,8 @@ class Scripted:
             prompt_tokens=sum(handle.usage.prompt_tokens for handle in self.handles),
             cached_tokens=0,
             generated_tokens=sum(handle.usage.generated_tokens for handle in self.handles),
+            guessed_tokens=0,
+            right_guesses=0,
             prefill_s=0.0,
             decode_s=0.0,
             n_steps=0,

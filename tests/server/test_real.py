@@ -18,8 +18,13 @@ import torch
 
 from hybridkv.cache import KVTypes
 from hybridkv.engine import Engine, SamplingParams, Scheduler
+from hybridkv.engine.draft_model import DraftModel
 from hybridkv.engine.load import Loaded
+from hybridkv.engine.pace import Costs
+from hybridkv.engine.speculation import Speculation
+from hybridkv.kernels import cpu_native
 from hybridkv.model import kv_facts, layer_facts, vocab_size_of
+from hybridkv.native import NativeStep
 from hybridkv.policy import Guard, Policy
 from hybridkv.server.request_handler import Served
 from tests.server.conftest import Running, running
@@ -43,7 +48,9 @@ def specs_of(loaded: Loaded) -> Any:
 
 
 @contextmanager
-def real_server(reference: Loaded, session_dir: Path | None = None) -> Iterator[Running]:
+def real_server(
+    reference: Loaded, session_dir: Path | None = None, speculation: Speculation | None = None
+) -> Iterator[Running]:
     scheduler = Scheduler(
         reference.model,
         specs_of(reference),
@@ -54,6 +61,7 @@ def real_server(reference: Loaded, session_dir: Path | None = None) -> Iterator[
         prefix_bytes=2**25,
         prefill_chunk=64,
         max_waiting=16,
+        speculation=speculation,
     )
     thread = threading.Thread(target=scheduler.run_forever)
     thread.start()
@@ -122,6 +130,68 @@ def test_many_at_once_are_each_as_alone(reference: Loaded, server: Running) -> N
             await client.close()
 
     assert list(asyncio.run(ask_all())) == expected * 2
+
+
+def drafts_of(reference: Loaded, how: str) -> Speculation:
+    """Guesses by prompt lookup, or by the model itself as its own draft model, which is right."""
+    if how == "ngram":
+        return Speculation(costs=Free())
+    draft = DraftModel(reference.model, NativeStep(reference.model), n_ctx=N_CTX)
+    return Speculation(draft.guesser, n_max=3, costs=Free(), sequence_bytes=draft.sequence_bytes)
+
+
+class Free(Costs):
+    """Runs that cost the same whatever their rows, and much: any guess pays."""
+
+    def of(self, n_rows: int) -> float:
+        del n_rows
+        return 1000.0
+
+    def knows(self, n_rows: int) -> bool:
+        del n_rows
+        return True
+
+
+def value_of(metrics: str, name: str) -> float:
+    return float(next(line.split()[-1] for line in metrics.splitlines() if line.startswith(f"{name} ")))
+
+
+@pytest.mark.skipif(cpu_native.available() is not None, reason="the native extension is not built")
+@pytest.mark.parametrize("how", ["ngram", "draft model"])
+def test_guesses_change_no_text_and_are_counted(reference: Loaded, how: str) -> None:
+    """Two streams at once; usage and metrics say how many guesses were right."""
+    prompts = ["one two three four five six. " * 4, "The kernel " * 20]
+    expected = [alone(reference, prompt, 20) for prompt in prompts]
+
+    async def ask(client: openai.AsyncOpenAI, prompt: str) -> tuple[str, Any]:
+        chunks = await client.completions.create(
+            model="reference",
+            prompt=prompt,
+            max_tokens=20,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        got = [chunk async for chunk in chunks]
+        return "".join(chunk.choices[0].text for chunk in got if chunk.choices), got[-1].usage
+
+    async def ask_all(url: str) -> list[tuple[str, Any]]:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+            return await asyncio.gather(*(ask(client, prompt) for prompt in prompts))
+
+    with real_server(reference, speculation=drafts_of(reference, how)) as server:
+        replies = asyncio.run(ask_all(server.url))
+        with server.http as http:
+            metrics = http.get("/metrics").text
+    assert [text for text, _ in replies] == expected
+    details = [usage.completion_tokens_details for _, usage in replies]
+    n_right = [each.accepted_prediction_tokens for each in details]
+    assert min(n_right) >= 1, details
+    assert sum(n_right) >= 8, details
+    assert all(n < usage.completion_tokens for n, (_, usage) in zip(n_right, replies, strict=True))
+    assert value_of(metrics, "hybridkv_right_guesses_total") == sum(n_right)
+    wrong = sum(each.rejected_prediction_tokens for each in details)
+    assert value_of(metrics, "hybridkv_guessed_tokens_total") == sum(n_right) + wrong
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1])

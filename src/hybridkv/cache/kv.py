@@ -204,10 +204,10 @@ class KVLayer:
             most = min(most, self._n_ctx - self.n_seen)
         return max(0, most if window is None else min(most, window - 1 - self.n_seen))
 
-    def lengthen(self) -> None:
-        """Count one token, of those that `straight_room` has seen room for, whose row the caller writes."""
-        self._packed.length += 1
-        self.n_seen += 1
+    def lengthen(self, n_tokens: int = 1) -> None:
+        """Count tokens, of those that `straight_room` has seen room for, whose rows the caller writes."""
+        self._packed.length += n_tokens
+        self.n_seen += n_tokens
 
     def take_back(self, n_tokens: int) -> None:
         """Undo the newest `n_tokens` of the last `reserve`, of which one stays at least: no row is left of them."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from hybridkv.cli.show import notice, size, weights_words
 from hybridkv.cli.split_options import place_run
 from hybridkv.errors import ContextError
+from hybridkv.planner import NO_GUESSES, Guesses
 
 if TYPE_CHECKING:
     from hybridkv.cache import KVSpec
@@ -46,6 +47,8 @@ class Demand:
         What KV and states may take at most; None for no limit.
     guarded
         Whether the guard measures the first prompt.
+    guesses
+        What guessing tokens takes, of all sequences.
     """
 
     specs: Sequence[KVSpec]
@@ -55,6 +58,7 @@ class Demand:
     more: Mapping[str, int] = field(default_factory=dict)
     budget_bytes: int | None = None
     guarded: bool = True
+    guesses: Guesses = NO_GUESSES
 
 
 def check_memory(opened: Opened, demand: Demand) -> Opened:
@@ -95,7 +99,14 @@ def _check_main_memory(opened: Opened, demand: Demand) -> None:
 
 
 def fit_context(
-    opened: Opened, asked: int | None, policy: AnyPolicy, guard: Guard, *, n_seqs: int, more: int | None = None
+    opened: Opened,
+    asked: int | None,
+    policy: AnyPolicy,
+    guard: Guard,
+    *,
+    n_seqs: int,
+    more: int | None = None,
+    guesses: Guesses = NO_GUESSES,
 ) -> Opened:
     """Shorten the context that `-c 0` asks for to what memory allows, and say so; any other stays.
 
@@ -105,6 +116,8 @@ def fit_context(
         `-c` as it was given.
     more
         Bytes that are taken beside weights and caches; None where that is decided once the context is known.
+    guesses
+        What guessing tokens takes, at the whole context.
     """
     from hybridkv.memory import Available, available_memory
     from hybridkv.model import is_hybrid, kv_facts
@@ -118,7 +131,8 @@ def fit_context(
         return opened
     facts = opened.description.facts
     specs, _ = guard.before(policy.resolve(kv_facts(facts)), hybrid=is_hybrid(facts), n_ctx=opened.n_ctx)
-    parts = _parts(opened, Demand(specs, opened.n_ctx, n_seqs, guarded=guard.measures, more={"more": more or 0}))
+    demand = Demand(specs, opened.n_ctx, n_seqs, guarded=guard.measures, more={"more": more or 0}, guesses=guesses)
+    parts = _parts(opened, demand)
     kv = next(iter(parts.values()))
     free = available.n_bytes - opened.held().n_bytes - (sum(parts.values()) - kv)
     most = largest_context(specs, free, n_seqs=n_seqs) if free > 0 else None
@@ -151,14 +165,18 @@ def _parts(opened: Opened, demand: Demand) -> dict[str, int]:
     from hybridkv.planner import guard_bytes, work_bytes
 
     states = _state_bytes(opened, demand.n_seqs) * demand.n_caches
-    kv = _kv_bytes(demand.specs, demand)
-    if demand.budget_bytes is not None and kv + states > demand.budget_bytes:
-        kv = max(0, demand.budget_bytes - states)
+    kv, g, n_seqs = _kv_bytes(demand.specs, demand), demand.guesses, demand.n_seqs
+    within = states + g.of_sequences(n_seqs)
+    if demand.budget_bytes is not None and kv + within > demand.budget_bytes:
+        kv = max(0, demand.budget_bytes - within)
     types = ", ".join(dict.fromkeys(spec.types.label for spec in demand.specs)) if demand.n_caches == 1 else ""
     caches = f"at {types}" if types else f"in {demand.n_caches} caches"
     return {
         f"KV of {demand.n_seqs} x {demand.n_ctx} tokens {caches}": kv,
         "states": states,
+        "states behind guesses": g.state_bytes * n_seqs,
+        "caches of what guesses": g.sequence_bytes * n_seqs,
+        "the draft model": g.weight_bytes,
         **demand.more,
         "activations about": work_bytes(opened.description.config),
         "the guard's copies": guard_bytes(demand.specs) if demand.guarded else 0,
@@ -172,6 +190,9 @@ def _hint(opened: Opened, demand: Demand, held: Held, parts: Mapping[str, int], 
     kv = next(iter(parts.values()))
     rest = sum(parts.values()) - kv
     free = n_available - held.n_bytes - rest
+    of_guesses = demand.guesses.total(demand.n_seqs)
+    if demand.guesses.weight_bytes and max(held.peak_bytes, held.n_bytes + rest + kv - of_guesses) <= n_available:
+        return f"without the draft model (-md) it takes {size(of_guesses)} less, and fits"
     if held.peak_bytes > n_available or free < 0:
         own = opened.description.held("auto", "cpu", "f32")
         if opened.weights == "plain" and max(own.peak_bytes, own.n_bytes + rest + kv) <= n_available:
@@ -186,8 +207,9 @@ def _hint(opened: Opened, demand: Demand, held: Held, parts: Mapping[str, int], 
         if held.peak_bytes <= n_available:
             return f"{size(held.n_bytes + rest)} do not depend on the context: take a smaller model"
         return "the weights do not fit: take a smaller model, or a machine with more memory"
-    if demand.budget_bytes is not None and kv + parts["states"] == demand.budget_bytes:
-        return f"--memory {(free + parts['states']) // 2**20}MiB for running sequences fits"
+    within = parts["states"] + demand.guesses.of_sequences(demand.n_seqs)
+    if demand.budget_bytes is not None and kv + within == demand.budget_bytes:
+        return f"--memory {(free + within) // 2**20}MiB for running sequences fits"
     found = []
     for name in _SMALLER:
         specs = [replace(s, types=replace(s.types, type_k=name, type_v=name)) for s in demand.specs]
@@ -197,8 +219,8 @@ def _hint(opened: Opened, demand: Demand, held: Held, parts: Mapping[str, int], 
     most = largest_context(demand.specs, free, n_seqs=demand.n_seqs)
     if most and most < demand.n_ctx:
         found.append(f"-c {most}")
-    one = _state_bytes(opened, 1) + _kv_bytes(demand.specs, replace(demand, n_seqs=1))
-    n_seqs = (free + parts["states"]) // one if demand.n_seqs > 1 and one else 0
+    one = _state_bytes(opened, 1) + _kv_bytes(demand.specs, replace(demand, n_seqs=1)) + demand.guesses.of_sequences(1)
+    n_seqs = (free + within) // one if demand.n_seqs > 1 and one else 0
     if n_seqs:
         found.append(f"-np {n_seqs}")
     return f"{' or '.join(found)} fits" if found else "take fewer or smaller caches"

@@ -13,6 +13,7 @@ from hybridkv.cli import run
 from hybridkv.cli.cache_options import add_cache_arguments, given_options, given_types, policy_from
 from hybridkv.cli.collector import import_torch
 from hybridkv.cli.context import context_of, reach_of
+from hybridkv.cli.guess_memory import guesses_of
 from hybridkv.cli.llama_cpp import accepted_options
 from hybridkv.cli.model_options import DEFAULT_CTX, device_name
 from hybridkv.cli.model_source import add_source_arguments, model_of
@@ -28,6 +29,7 @@ from hybridkv.cli.show import (
     warning,
     weights_words,
 )
+from hybridkv.cli.spec_options import add_spec_arguments, check_spec
 from hybridkv.cli.split_options import Placed, add_split_arguments, placed, print_placed, split_from, split_on
 from hybridkv.errors import NoKernelError, UsageError, one_of
 from hybridkv.options import EXACT, kv_option
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from hybridkv.engine.placed import Split
     from hybridkv.held import Expanded, Held, WeightKind
     from hybridkv.native.choice import EngineKind
+    from hybridkv.planner import Guesses
     from hybridkv.policy import AnyPolicy, Guard
 
 NAME = "plan"
@@ -104,6 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show memory per rank for N-way tensor parallelism (default 1)",
     )
     add_split_arguments(parser)
+    add_spec_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_cache_arguments(parser)
     add_rope_arguments(parser)
@@ -161,9 +165,10 @@ def main(arguments: argparse.Namespace) -> int:
         of = "of training" if n_ctx == trained else "that RoPE is scaled for"
         notice(f"counted for the {n_ctx} tokens {of}; `run` without -c takes {DEFAULT_CTX}")
     weights = _held(description, kind, device, a.engine)
+    guesses = guesses_of(a, description, device=device, engine=weights.engine, n_ctx=n_ctx)
     split = split_on(split_from(a), description, device, kind, cast("EngineKind", a.engine))
     free = None if split is None else budget if budget is not None else free_on_card(device, split.device_memory)
-    question = _Question(description, guard, n_ctx, a.parallel, weights, budget, split, free)
+    question = _Question(description, guard, n_ctx, a.parallel, weights, budget, split, free, guesses=guesses)
     rows = _rows(question, policies)
     if _says_types(a) or any(given_options(a, EXACT).values()) or a.kv_config:
         for line in _notices(description, policies, n_ctx):
@@ -178,7 +183,14 @@ def main(arguments: argparse.Namespace) -> int:
         counted = {"model": description.name, "n_ctx": n_ctx, "n_seqs": a.parallel, "n_ranks": a.tp}
         print(
             json.dumps(
-                {**counted, "device": device, "weights": weights.held.parts, "plans": rows, **_expanded(weights)}
+                {
+                    **counted,
+                    "device": device,
+                    "weights": weights.held.parts,
+                    "guess_bytes": guesses.total(a.parallel),
+                    "plans": rows,
+                    **_expanded(weights),
+                }
             )
         )
     else:
@@ -214,6 +226,7 @@ def _policies(a: argparse.Namespace) -> list[AnyPolicy]:
 
 def _check(a: argparse.Namespace) -> tuple[WeightKind, str]:
     """Refuse what is out of range, say what changes nothing; how weights are asked to be held, and on which device."""
+    check_spec(a)
     for option, value, least in (("-c", a.ctx_size, 0), ("-np", a.parallel, 1), ("--tp", a.tp, 1)):
         if not least <= value <= MAX_CONTEXT:
             raise UsageError(f"{option} {value}; allowed: {least} to {MAX_CONTEXT}")
@@ -246,6 +259,7 @@ class _Weights:
     held: Held
     conv_itemsize: int
     expanded: Expanded | None = None
+    engine: EngineKind = "auto"
 
 
 def _held(description: Description, asked: WeightKind, device: str, engine: str) -> _Weights:
@@ -254,7 +268,7 @@ def _held(description: Description, asked: WeightKind, device: str, engine: str)
 
     if description.n_ranks > 1:
         wide = asked == "f32" or (asked in ("auto", "plain") and device == "cpu")
-        return _Weights(description.held("plain", device, "f32" if wide else "bf16"), 4 if wide else 2)
+        return _Weights(description.held("plain", device, "f32" if wide else "bf16"), 4 if wide else 2, engine="eager")
     from hybridkv.engine.weights import engine_for, weights_on
 
     chosen = engine_for(device, asked, cast("EngineKind", engine))
@@ -265,7 +279,7 @@ def _held(description: Description, asked: WeightKind, device: str, engine: str)
     expanded = description.expanded(asked, device, plain, chosen)
     if expanded is not None:
         notice(expanded_words(expanded, plain))
-    return _Weights(held, 4 if wide else 2, expanded)
+    return _Weights(held, 4 if wide else 2, expanded, chosen)
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:
@@ -301,6 +315,7 @@ class _Question:
     budget: int | None
     split: Split | None = None
     free: int | None = None
+    guesses: Guesses = field(kw_only=True)
     placed: list[Placed | None] = field(default_factory=list)
 
 
@@ -342,8 +357,9 @@ def _rows(question: _Question, policies: Sequence[AnyPolicy]) -> list[dict[str, 
             if not row["refused"]:
                 q.placed.append(found)
         if q.budget is not None:
-            free = q.budget - counted.weight_bytes - counted.state_bytes
-            row["fits"] = counted.total_bytes <= q.budget
+            more = q.guesses.total(q.n_seqs)
+            free = q.budget - counted.weight_bytes - counted.state_bytes - more
+            row["fits"] = counted.total_bytes + more <= q.budget
             row["largest_n_ctx"] = largest_context(specs, free, n_seqs=q.n_seqs) if free >= 0 else 0
         rows.append(row)
     for line in dict.fromkeys(messages):
@@ -378,6 +394,17 @@ def _refusal(specs: Sequence[KVSpec]) -> str | None:
     return None
 
 
+def _guesses_words(guesses: Guesses, n_seqs: int) -> str:
+    """Say what guessed tokens take beside the table's total, and what for; nothing where none are guessed."""
+    parts = {
+        "states once more": n_seqs * guesses.state_bytes,
+        "caches of what guesses": n_seqs * guesses.sequence_bytes,
+        "a draft model": guesses.weight_bytes,
+    }
+    shown = [f"{name} {size(n_bytes)}" for name, n_bytes in parts.items() if n_bytes]
+    return f"; for guessed tokens, beside the total: {', '.join(shown)}" if shown else ""
+
+
 def _print(question: _Question, rows: list[dict[str, Any]], device: str, memory: str | None) -> None:
     q, description = question, question.description
     columns = ["K", "V", "bytes/token", "KV", "states", "weights", "total"]
@@ -400,7 +427,7 @@ def _print(question: _Question, rows: list[dict[str, Any]], device: str, memory:
     console.print(f"{summary(description)}; {sequences} of {q.n_ctx} tokens{part}")
     held = q.weights.held
     peak = f"; {size(held.peak_bytes)} while they are loaded" if held.peak_bytes > 1.1 * held.n_bytes else ""
-    console.print(f"weights on {device}: {weights_words(held.parts)}{peak}")
+    console.print(f"weights on {device}: {weights_words(held.parts)}{peak}{_guesses_words(q.guesses, q.n_seqs)}")
     console.print(table)
     if q.placed and q.placed[0] is not None:
         print_placed(q.placed[0])

@@ -12,6 +12,7 @@ from hybridkv.cli.chat_options import add_chat_arguments, chat_choice, is_chat, 
 from hybridkv.cli.compiler import start_early
 from hybridkv.cli.fits import Demand, check_memory, fit_context
 from hybridkv.cli.form_options import add_form_arguments, form_from
+from hybridkv.cli.guess_memory import guesses_for
 from hybridkv.cli.model_options import (
     add_model_arguments,
     check_limits,
@@ -107,14 +108,17 @@ def main(arguments: argparse.Namespace) -> int:
     from hybridkv.engine import Engine
     from hybridkv.engine.admission import is_out_of_memory
 
-    opened = fit_context(open_model(a, ranks="many"), a.ctx_size, policy, guard, n_seqs=a.parallel)
+    opened = open_model(a, ranks="many")
+    guesses = guesses_for(a, opened, n_seqs=a.parallel)
+    opened = fit_context(opened, a.ctx_size, policy, guard, n_seqs=a.parallel, guesses=guesses)
     if talks:
         return talk_about(a, opened, policy, guard, sampling, choice, form, None if prompt is None else str(prompt))
     assert prompt is not None
     notify = silence_other_ranks(opened.description.n_ranks)
     n_ctx = opened.n_ctx
     specs = resolve_types(opened, policy, guard)
-    opened = check_memory(opened, Demand(specs, n_ctx, a.parallel, guarded=guard.measures))
+    guesses = guesses_for(a, opened, n_seqs=a.parallel)
+    opened = check_memory(opened, Demand(specs, n_ctx, a.parallel, guarded=guard.measures, guesses=guesses))
     with loading(opened.description.name, opened.ahead) as shown:
         loaded, step = opened.load(specs, shown)
     talk = open_conversation(a, prompt, loaded.model, loaded.tokenizer, choice)

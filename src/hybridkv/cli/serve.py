@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hybridkv.cli.cache_options import add_cache_arguments, policy_from
 from hybridkv.cli.chat_options import ChatChoice, add_template_arguments, say_unused_variables, template_of
 from hybridkv.cli.fits import Demand, check_memory, fit_context
+from hybridkv.cli.guess_memory import guesses_for
 from hybridkv.cli.model_options import Opened, add_model_arguments, check_limits, limit_spinning, open_model
 from hybridkv.cli.ray_options import LOCAL
 from hybridkv.cli.resolve import resolve_types
@@ -158,7 +159,10 @@ def main(arguments: argparse.Namespace) -> int:
             raise UsageError(f"--pooling {a.pooling} with a model directory; allowed: with a GGUF file")
         if opened.description.pooling is not None:
             return _serve(a, *load_embedder(a, opened), listener, keys)
-        opened = fit_context(opened, a.ctx_size, policy, guard, n_seqs=a.parallel, more=a.prefix_memory)
+        guesses = guesses_for(a, opened)
+        opened = fit_context(
+            opened, a.ctx_size, policy, guard, n_seqs=a.parallel, more=a.prefix_memory, guesses=guesses
+        )
         specs = resolve_types(opened, policy, guard)
         opened = check_memory(opened, demand(a, opened, specs, guard))
         served, scheduler = load_served(a, opened, specs, guard)
@@ -218,7 +222,8 @@ def check(a: argparse.Namespace) -> tuple[AnyPolicy, Guard, tuple[str, ...]]:
 
 def demand(a: argparse.Namespace, opened: Opened, specs: Sequence[KVSpec], guard: Guard) -> Demand:
     """Count what a server takes when all its sequences run at full length."""
-    rest = Demand(specs, opened.n_ctx, a.parallel, budget_bytes=a.memory, guarded=guard.measures)
+    guesses = guesses_for(a, opened)
+    rest = Demand(specs, opened.n_ctx, a.parallel, budget_bytes=a.memory, guarded=guard.measures, guesses=guesses)
     if a.prefix_memory is None:
         from hybridkv.cli.prefix_memory import default_prefix_bytes
 

@@ -108,9 +108,13 @@ def speculation_from(
     if reason is None:
         made = Speculation(n_max=_most(a), n_min=_least(a), notify=notify)
         if a.model_draft is not None:
-            made.make_guesser = _draft_model(a.model_draft, loaded, n_ctx).guesser
-        elif a.spec != "ngram":
-            made.make_guesser = head_guesser(step, a.spec) or made.make_guesser
+            draft = _draft_model(a.model_draft, loaded, n_ctx)
+            made.make_guesser, made.sequence_bytes = draft.guesser, draft.sequence_bytes
+        elif a.spec != "ngram" and (head := head_guesser(step, a.spec)) is not None:
+            from hybridkv.model import graph_of
+            from hybridkv.native.predict import rows_bytes
+
+            made.make_guesser, made.sequence_bytes = head, rows_bytes(graph_of(loaded.model.config))
         return made
     if a.spec != "auto" or a.draft_max is not None or a.model_draft is not None:
         notice(f"--spec {a.spec}: nothing is guessed: {reason}")

@@ -31,6 +31,8 @@ class Admission:
         Bytes per value of convolution states.
     n_states
         Copies of a sequence's states: two where guesses may have to be undone.
+    more_bytes
+        What else each sequence takes, whatever its length: the cache of what guesses.
     """
 
     def __init__(
@@ -42,16 +44,18 @@ class Admission:
         prefill_chunk: int,
         conv_itemsize: int,
         n_states: int = 1,
+        more_bytes: int = 0,
     ) -> None:
         self.n_ctx, self.budget_bytes = n_ctx, budget_bytes
         self._facts = layer_facts(model.config)
         self._waiting_rows = min(prefill_chunk, FRESH_ROWS)
-        self._conv_itemsize, self._n_states = conv_itemsize, n_states
+        self._conv_itemsize, self._n_states, self._more_bytes = conv_itemsize, n_states, more_bytes
 
     def planned_bytes(self, specs: Sequence[KVSpec], n_tokens: int) -> int:
         """Count what one sequence takes at `n_tokens`, with the exact rows that wait while its prompt is processed."""
         planned = plan(specs, self._facts, n_ctx=n_tokens, conv_itemsize=self._conv_itemsize)
-        return planned.total_bytes + (self._n_states - 1) * planned.state_bytes + self._waiting_bytes(specs)
+        states = (self._n_states - 1) * planned.state_bytes
+        return planned.total_bytes + states + self._more_bytes + self._waiting_bytes(specs)
 
     def most_tokens(self, specs: Sequence[KVSpec]) -> int:
         """Return the length of the longest sequence that fits when it is alone."""

@@ -19,6 +19,8 @@ class SchedulerCounters:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    guessed_tokens: int = 0
+    right_guesses: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
     n_steps: int = 0
@@ -40,6 +42,8 @@ class SchedulerCounters:
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
             generated_tokens=self.generated_tokens,
+            guessed_tokens=self.guessed_tokens,
+            right_guesses=self.right_guesses,
             prefill_s=self.prefill_s,
             decode_s=self.decode_s,
             n_steps=self.n_steps,

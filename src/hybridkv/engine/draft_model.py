@@ -12,17 +12,27 @@ from typing import Any
 
 import torch
 
-from hybridkv.cache import KVTypes
+from hybridkv.cache import KVTypes, LayerFacts
 from hybridkv.engine.caches import new_cache
 from hybridkv.engine.drafts import GoesOn, Guess
 from hybridkv.engine.pace import moved
 from hybridkv.errors import ModelError
 from hybridkv.model import kv_facts, layer_facts, vocab_size_of
+from hybridkv.planner import plan
 from hybridkv.policy import Guard, Policy
 from hybridkv.runtime import Step
 
 _CAUGHT_UP = 64
 """New tokens of a text that are read along with guesses; more are a prompt, or what came in a pause."""
+
+
+_TYPES = KVTypes("f16", "f16")
+
+
+def sequence_bytes(facts: tuple[LayerFacts, ...], n_ctx: int) -> int:
+    """Count what a draft model of these layers takes for a sequence: its cache, and states to go back to."""
+    planned = plan(Policy(_TYPES).resolve(kv_facts(facts)), facts, n_ctx=n_ctx)
+    return planned.total_bytes + planned.state_bytes
 
 
 class DraftModel:
@@ -49,8 +59,13 @@ class DraftModel:
                 "the draft model cannot go back over its guesses: it has a sliding window, or takes prompts whole",
                 hint="give another draft model with -md, or --spec ngram",
             )
-        self._specs = Policy(KVTypes("f16", "f16")).resolve(facts)
+        self._specs = Policy(_TYPES).resolve(facts)
         self.seconds_each = 0.0
+
+    @property
+    def sequence_bytes(self) -> int:
+        """What guessing for a sequence takes beside the weights."""
+        return sequence_bytes(layer_facts(self.model.config), self._n_ctx)
 
     def check_vocabulary(self, own: Any | None, other_model: Any, other: Any | None) -> None:
         """Refuse a draft model of another vocabulary.

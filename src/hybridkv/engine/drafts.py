@@ -73,7 +73,15 @@ class Guesser(Protocol):
 
 @runtime_checkable
 class SeesHidden(Protocol):
-    """A guesser that reads the model's hidden states."""
+    """A guesser that reads the model's hidden states.
+
+    Attributes
+    ----------
+    n_read
+        Tokens of a text that it reads at most before it guesses.
+    """
+
+    n_read: int
 
     def see(self, hidden: Tensor, end: int) -> None:
         """Take the final hidden states `[n, hidden]` of a text's newest tokens, up to token `end` of it."""
@@ -112,6 +120,8 @@ class Drafts:
     _seconds: float = 0.0
     _n_others: int = 0
     _seeing: SeesHidden | None = field(default=None, init=False)
+    _sees: bool = field(default=True, init=False)
+    _counted: tuple[int, int] = field(default=(0, 0), init=False)
 
     def __post_init__(self) -> None:
         self._seeing = self.guesser if isinstance(self.guesser, SeesHidden) else None
@@ -130,6 +140,10 @@ class Drafts:
         if self.step is None or self.guesser is None or self.pace is None:
             return [text[-1]]
         n, pace, each = min(n_most, self.pace.n_max), self.pace, self.guesser.seconds_each or 0.0
+        if self._seeing is not None and self._sees == pace.pauses_beyond(self._seeing.n_read):
+            # In a pause, a token costs what it costs without a guesser: nothing is kept for one that does not read.
+            self._sees = not self._sees
+            self.step.keep_hidden(cache, wanted=self._sees)
         room = self._room(cache, n) if n > 0 else 0
         self.single = n > 0 and room == 0
         if self.guesser.plans:
@@ -206,15 +220,24 @@ class Drafts:
             How many of the run's tokens are the text's; all by default.
         """
         guesser = self._seeing
-        if guesser is None or self.step is None:
+        if guesser is None or self.step is None or not self._sees:
             return
         hidden = self.step.take_hidden(cache)
         if hidden is not None:
             guesser.see(hidden[:n_taken], end)
 
+    def counts(self) -> tuple[int, int]:
+        """Count guesses that were run since this was asked last, and those of them that were right."""
+        if self.pace is None:
+            return 0, 0
+        now, (n_guessed, n_right) = (self.pace.n_guessed, self.pace.n_right), self._counted
+        self._counted = now
+        return now[0] - n_guessed, now[1] - n_right
+
     def drop(self) -> None:
         """Forget the open run, and the text up to now: the cache is of no more use."""
         self._close()
+        self._sees = True  # another cache follows, and steps keep hidden states unless told otherwise
         if self._seeing is not None:
             self._seeing.forget()
 

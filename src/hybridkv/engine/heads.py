@@ -28,7 +28,7 @@ _TRUSTED = SIZES[:2]
 """Matches so long that what followed them is guessed before the head is asked."""
 
 
-_CAUGHT_UP = 16
+_CAUGHT_UP = MOST_NEW // 2
 """New tokens of a text that are read along with guesses; more are a prompt, or what came in a pause."""
 
 
@@ -46,6 +46,7 @@ class HeadGuesser:
     name = "mtp"
     plans = False
     priors = PRIORS
+    n_read = MOST_NEW
 
     def __init__(self, predictor: Predictor, ngrams: NGrams | None = None) -> None:
         self._predictor, self._ngrams = predictor, ngrams
@@ -78,7 +79,7 @@ class HeadGuesser:
             found = self._ngrams.guess(text, n, goes_on)
             if found.kinds and found.kinds[0] in _TRUSTED:
                 return found
-        if not self._new or self._end != len(text) - 1 or not goes_on([]):
+        if not goes_on([]) or not self._new or self._end != len(text) - 1:
             return Guess([], [])
         start, n_new = time.perf_counter(), self._n_new
         tokens, kinds = self._ask(text, n, goes_on)

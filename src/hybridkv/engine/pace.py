@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from math import inf, prod
 
 FIRST_PAUSE, LONGEST_PAUSE = 32, 1024
 """Tokens without a guess, after guesses did not pay."""
@@ -24,11 +24,18 @@ _FIRST_TRIALS, _TRIALS, _FORGET_TRIALS = 6, 16, 0.97
 """Steps with guesses that cost something, after which they are judged: first whether they are worth half of that, then
 whether they are worth it; and what a step weighs after the next one."""
 
-_LOST = 0.01
-"""The share of the time of single tokens that guesses may lose: a pause is as long as what was lost asks for."""
+_TRY = 2.0
+"""Single tokens' time that a try may lose; it then ends, whatever else may be hoped for."""
+
+_LOST, _LEAST_LOST = 0.01, 0.0025
+"""The share of the time of single tokens that guesses may lose: a pause is as long as what was lost asks for. It halves
+from one try that fails to the next."""
 
 _FIRST = 4
 """Measurements of which the least counts: the guard checks the first token after a prompt, which takes a while."""
+
+_KNOWN = 2
+"""Measurements without which a number of rows is not known: one alone may have had memory taken or a buffer made."""
 
 _CLOSE = 0.2
 """How far a new time moves what is expected of a run."""
@@ -63,15 +70,18 @@ class Costs:
 
     def knows(self, n_rows: int) -> bool:
         """Check whether steps of `n_rows` rows have been measured often enough to be compared with."""
-        return n_rows in self.seconds and self._counts.get(n_rows, _FIRST) >= _FIRST
+        return n_rows in self.seconds and self._counts.get(n_rows, _KNOWN) >= _KNOWN
 
     def of(self, n_rows: int) -> float:
         """Estimate a step's seconds: linear between measured row counts, a quarter of a single row for each beyond.
 
-        What was never tried looks cheap, so that it is tried.
+        What was never tried looks cheap, so that it is tried; and so does what was tried once and took long.
         """
-        if n_rows in self.seconds:
+        if self.knows(n_rows):
             return self.seconds[n_rows]
+        return min(self._between(n_rows), self.seconds.get(n_rows, inf))
+
+    def _between(self, n_rows: int) -> float:
         below = max((n for n in self.seconds if n < n_rows), default=None)
         above = min((n for n in self.seconds if n > n_rows), default=None)
         if below is None:
@@ -125,7 +135,10 @@ class Trial:
     gained, spent
         Seconds that right guesses saved, and those that guesses took, the newest counting most.
     lost
-        Seconds that guesses, and reading the text for them, took since the last pause, less what they saved.
+        Seconds that guesses, and reading the text for them, took since the last pause, less what they saved; of that, a
+        few tokens' time at most.
+    share
+        Of the time of single tokens, what may be lost from now on.
     n_runs
         Since the last pause.
     pause, next_pause
@@ -135,6 +148,7 @@ class Trial:
     gained: float = 0.0
     spent: float = 0.0
     lost: float = 0.0
+    share: float = _LOST
     n_runs: int = 0
     pause: int = 0
     next_pause: int = FIRST_PAUSE
@@ -149,15 +163,15 @@ class Trial:
         """
         self.gained = _FORGET_TRIALS * self.gained + gained
         self.spent = _FORGET_TRIALS * self.spent + spent
-        self.lost += spent - gained
+        self.lost = max(self.lost + spent - gained, -_TRY * alone)
         self.n_runs += 1
         asked = self.spent if self.n_runs >= _TRIALS else self.spent / 2
-        if self.n_runs < _FIRST_TRIALS or self.gained > asked:
+        if self.lost <= _TRY * alone and (self.n_runs < _FIRST_TRIALS or self.gained > asked):
             if self.n_runs > 8 * _TRIALS:
-                self.next_pause, self.lost = FIRST_PAUSE, 0.0
+                self.next_pause, self.share = FIRST_PAUSE, _LOST
             return False
-        self.pause = max(self.next_pause, round(self.lost / (_LOST * alone)))
-        self.next_pause = min(2 * self.next_pause, LONGEST_PAUSE)
+        self.pause = max(self.next_pause, round(self.lost / (self.share * alone)))
+        self.next_pause, self.share = min(2 * self.next_pause, LONGEST_PAUSE), max(self.share / 2, _LEAST_LOST)
         self.gained, self.spent, self.lost, self.n_runs = 0.0, 0.0, 0.0, 0
         return True
 
@@ -200,6 +214,10 @@ class Pace:
         self._trial = trial or Trial()
         self._later = Odds(forget=_FORGET_SHARES)
         """Of guesses behind right ones, of all kinds: they hold more often than the first."""
+
+    def pauses_beyond(self, n_tokens: int) -> bool:
+        """Tell whether no guess that costs something will be made within the next tokens."""
+        return self._trial.pause > n_tokens
 
     def goes_on(self, kinds: Sequence[int], n_others: int, seconds_each: float) -> bool:
         """Tell whether one more guess behind those of such kinds promises to pay, at what it takes to make it."""

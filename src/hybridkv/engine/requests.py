@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from hybridkv.cache import KVTypes
@@ -115,11 +115,15 @@ class Usage:
         Of these, how many came from a stored prefix and were not processed again.
     generated_tokens
         Tokens handed out, the stop token included.
+    guessed_tokens, right_guesses
+        Tokens that were guessed and run, and those of them that were right.
     """
 
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
+    guessed_tokens: int = 0
+    right_guesses: int = 0
 
 
 class RequestHandle:
@@ -198,8 +202,7 @@ class RequestHandle:
         assert not self.finished, event
         if event.token is not None:
             self._generated.append(event.token)
-            used = self._usage
-            self._usage = Usage(used.prompt_tokens, used.cached_tokens, used.generated_tokens + 1)
+            self._usage = replace(self._usage, generated_tokens=self._usage.generated_tokens + 1)
         if event.finished is not None:
             self._done.set()
         if self._listener is None:
@@ -209,7 +212,14 @@ class RequestHandle:
 
     def count_cached(self, n_tokens: int) -> None:
         """Note how many prompt tokens came from a stored prefix; for the scheduler alone."""
-        self._usage = Usage(self._usage.prompt_tokens, n_tokens, self._usage.generated_tokens)
+        self._usage = replace(self._usage, cached_tokens=n_tokens)
+
+    def count_guesses(self, n_guessed: int, n_right: int) -> None:
+        """Count further tokens that were guessed, and those of them that were right; for the scheduler alone."""
+        used = self._usage
+        self._usage = replace(
+            used, guessed_tokens=used.guessed_tokens + n_guessed, right_guesses=used.right_guesses + n_right
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +238,8 @@ class SchedulerStats:
         Held by stored prefixes, the most that may be, and how many prefixes a sequence can resume from.
     prompt_tokens, cached_tokens, generated_tokens
         Prompt tokens processed, prompt tokens taken from stored prefixes, and tokens generated.
+    guessed_tokens, right_guesses
+        Tokens that were guessed and run, and those of them that were right.
     prefill_s, decode_s
         Time in model steps over prompts, and over new tokens.
     n_steps, n_rebuilds, n_finished, n_cancelled, n_failed
@@ -250,6 +262,8 @@ class SchedulerStats:
     prompt_tokens: int
     cached_tokens: int
     generated_tokens: int
+    guessed_tokens: int
+    right_guesses: int
     prefill_s: float
     decode_s: float
     n_steps: int

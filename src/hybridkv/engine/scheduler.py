@@ -117,6 +117,7 @@ class Scheduler:
             prefill_chunk=prefill_chunk,
             conv_itemsize=4 if native else model.dtype.itemsize,
             n_states=1 if self._speculation is None else 2,
+            more_bytes=0 if self._speculation is None else self._speculation.sequence_bytes,
         )
         self.prefixes = PrefixStore(prefix_bytes)
         self._reuse = Reuse(self._context, self.prefixes, self._pieces)
@@ -364,8 +365,17 @@ class Scheduler:
             if event.finished is not None:
                 self._counters.n_finished += 1
                 self._retire(sequence)
+            else:
+                self._count_guesses(sequence)
             sequence.handle.put(event)
         return batch
+
+    def _count_guesses(self, sequence: RunningSequence) -> None:
+        n_guessed, n_right = sequence.drafts.counts()
+        if n_guessed:
+            self._counters.guessed_tokens += n_guessed
+            self._counters.right_guesses += n_right
+            sequence.handle.count_guesses(n_guessed, n_right)
 
     # ---- Ends.
 
@@ -432,4 +442,5 @@ class Scheduler:
         if sequence.reuses and sequence.cache is not None and not sequence.prefills:
             self._reuse.leave(sequence)
         sequence.cache = None
+        self._count_guesses(sequence)
         self._leave(sequence)

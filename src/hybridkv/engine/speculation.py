@@ -53,6 +53,8 @@ class Speculation:
         Of the model's runs, as measured.
     trial
         Whether guesses of its own head pay.
+    sequence_bytes
+        What a guesser holds for its sequence: the cache of a draft model, or of the head.
     """
 
     make_guesser: Callable[[], Guesser] = NGrams
@@ -61,6 +63,7 @@ class Speculation:
     notify: Notify | None = None
     costs: Costs = field(default_factory=Costs)
     trial: Trial = field(default_factory=Trial)
+    sequence_bytes: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.n_max <= MOST_DRAFTS:

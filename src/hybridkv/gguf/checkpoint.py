@@ -8,6 +8,7 @@ converts here. Does not own configs or models. Called by `convert.py`.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -33,6 +34,8 @@ class Checkpoint:
     ----------
     purpose
         What is to be done with them, as errors say it.
+    named
+        Says what a tensor is called where it is not what the files call it; None for one that is of no concern.
 
     Raises
     ------
@@ -43,7 +46,11 @@ class Checkpoint:
     """
 
     def __init__(
-        self, directory: Path, model: PreTrainedModel, purpose: Literal["converted", "loaded"] = "converted"
+        self,
+        directory: Path,
+        model: PreTrainedModel,
+        purpose: Literal["converted", "loaded"] = "converted",
+        named: Callable[[str], str | None] = lambda key: key,
     ) -> None:
         self.directory = directory
         self._purpose = purpose
@@ -52,7 +59,9 @@ class Checkpoint:
         self._mappings: dict[str, Any] = {}
         self.unused: tuple[str, ...] = ()
         """Tensors that the model has no place for."""
-        self._assign(self._tensors())
+        self.used: frozenset[str] = frozenset()
+        """Tensors that it has one for."""
+        self._assign(self._tensors(), named)
 
     @property
     def config(self) -> Any:
@@ -125,7 +134,7 @@ class Checkpoint:
                 )
         return paths
 
-    def _assign(self, tensors: dict[str, Path]) -> None:
+    def _assign(self, tensors: dict[str, Path], named: Callable[[str], str | None]) -> None:
         """Say for each parameter which tensors it is made of, as `from_pretrained` does."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -135,24 +144,29 @@ class Checkpoint:
         converters = [each for each in transforms if isinstance(each, WeightConverter)]
         by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
         names = dict(self._model.state_dict())
-        prefix, unused = self._model.base_model_prefix, []
-        for key in sorted(tensors, key=dot_natural_key):
+        prefix, unused, used = self._model.base_model_prefix, [], []
+        for file_key in sorted(tensors, key=dot_natural_key):
+            key = named(file_key)
+            if key is None:
+                continue
             name, pattern = rename_source_key(key, renamings, converters, prefix, names)
             if name not in names and key in names:
                 name, pattern = key, None
             if name not in names:
-                unused.append(key)
+                unused.append(file_key)
                 continue
             mapping = self._mappings.setdefault(
                 name, WeightRenaming(key, name) if pattern is None else deepcopy(by_pattern[pattern])
             )
-            mapping.add_tensor(name, key, pattern or key, _Lazy(self, tensors[key], key))
+            mapping.add_tensor(name, key, pattern or key, _Lazy(self, tensors[file_key], file_key))
+            used.append(file_key)
         self.unused = tuple(unused)
+        self.used = frozenset(used)
         missing = sorted(state(self._model).keys() - self._mappings.keys())
         if missing:
-            named = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+            shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
             raise ModelError(
-                f"{len(missing)} tensors are missing in {self.directory}: {named}",
+                f"{len(missing)} tensors are missing in {self.directory}: {shown}",
                 hint="config.json and the weights are of different models",
             )
 

@@ -13,8 +13,9 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
@@ -27,9 +28,7 @@ from hybridkv.gguf.architectures.record import Architecture, Config, Key, Keys, 
 from hybridkv.gguf.checkpoint import Checkpoint
 from hybridkv.gguf.decode import Floats
 from hybridkv.gguf.pairing import Pairing, build_skeleton, file_tensors, pair
-
-if TYPE_CHECKING:
-    pass
+from hybridkv.gguf.prediction import find_head
 
 F32, F16, Q8_0 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0
 TYPES: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
@@ -118,17 +117,22 @@ def write_gguf(
 
     architecture = find_architecture(config)
     model = build_skeleton(config, torch.float32)
-    pairings = pair(architecture, config, model, ())
+    own = pair(architecture, config, model, ())
     settings = {each: numbers for each, write in architecture.settings if (numbers := write(config)) is not None}
     checkpoint = Checkpoint(directory, model)
+    parts, keys, unused = [(own, checkpoint)], _keys(architecture, config), checkpoint.unused
+    if (head := find_head(directory, architecture, config, unused)) is not None:
+        parts.append(head)
+        keys = _keys_with_head(architecture, config)
+        unused = tuple(name for name in unused if name not in head[1].used)
     try:
         with _replacing(output) as temporary:
             writer = GGUFWriter(temporary, architecture.name)
-            keys = {"general.name": name, "general.file_type": int(TYPES[type_][1]), **_keys(architecture, config)}
+            keys = {"general.name": name, "general.file_type": int(TYPES[type_][1]), **keys}
             for key, value in {**keys, "tokenizer.ggml.model": "none", **tokenizer}.items():
                 _add_key(writer, key if key.startswith(_SHARED) else f"{architecture.name}.{key}", value)
-            _write(writer, pairings, settings, checkpoint, TYPES[type_][0])
-            return architecture, checkpoint.unused
+            _write(writer, parts, settings, TYPES[type_][0])
+            return architecture, unused
     except OSError as error:
         raise ModelFileError(f"{output} cannot be written: {error.strerror or error}") from error
 
@@ -160,6 +164,17 @@ def _keys(architecture: Architecture, config: Config) -> Keys:
     }
 
 
+def _keys_with_head(architecture: Architecture, config: Config) -> Keys:
+    """Return the metadata of a model and the one block of a head behind its own."""
+    keys = _keys(architecture, config)
+    if any(isinstance(value, list) and len(value) == config.num_hidden_layers for value in keys.values()):
+        longer = deepcopy(config)  # what is listed by layer is listed by block
+        longer.num_hidden_layers += 1
+        longer.layer_types = [*config.layer_types, "full_attention"]
+        keys = _keys(architecture, longer)
+    return {**keys, "block_count": config.num_hidden_layers + 1, "nextn_predict_layers": 1}
+
+
 def _add_key(writer: GGUFWriter, key: str, value: Key) -> None:
     if isinstance(value, list):
         writer.add_key_value(key, value, GGUFValueType.ARRAY)
@@ -175,15 +190,15 @@ def _add_key(writer: GGUFWriter, key: str, value: Key) -> None:
 
 def _write(
     writer: GGUFWriter,
-    pairings: list[Pairing],
+    parts: list[tuple[list[Pairing], Checkpoint]],
     settings: Mapping[str, Floats],
-    checkpoint: Checkpoint,
     type_: GGMLQuantizationType,
 ) -> None:
     """Write header and tensors; one parameter is in memory at a time."""
+    pairings = [(pairing, checkpoint) for own, checkpoint in parts for pairing in own]
     for name, numbers in settings.items():
         writer.add_tensor_info(name, numbers.shape, numbers.dtype, numbers.nbytes)
-    for pairing in pairings:
+    for pairing, _ in pairings:
         for name, shape in zip(pairing.names, pairing.shapes, strict=True):
             kind = _type_of(name, shape, type_)
             block, block_bytes = GGML_QUANT_SIZES[kind]
@@ -195,7 +210,7 @@ def _write(
         writer.write_ti_data_to_file()
         for numbers in settings.values():
             writer.write_tensor_data(numbers)
-        for pairing in pairings:
+        for pairing, checkpoint in pairings:
             value = checkpoint.parameter(pairing.param).float()
             for name, tensor in file_tensors(pairing, checkpoint.config, value):
                 kind = _type_of(name, tuple(tensor.shape), type_)

@@ -104,7 +104,7 @@ def pair(
         if rule.param in shapes and (rule.param not in chosen or _fits_better(rule, chosen[rule.param], present)):
             chosen[rule.param] = rule
     assert shapes.keys() == chosen.keys(), f"the tables leave out {sorted(shapes.keys() - chosen.keys())}"
-    return [_pairing(rule, config, shapes[param]) for param, rule in chosen.items()]
+    return [pairing_of(rule, config, shapes[param]) for param, rule in chosen.items()]
 
 
 def same_shape(one: Shape, two: Shape) -> bool:
@@ -127,7 +127,8 @@ def _rules(architecture: Architecture | Tables, config: Config) -> Iterator[Tens
             yield TensorRule(names, param, rule.values, rule.rows, rule.cols, rule.parts, rule.shape, rule.scale)
 
 
-def _pairing(rule: TensorRule, config: Config, shape: Shape) -> Pairing:
+def pairing_of(rule: TensorRule, config: Config, shape: Shape) -> Pairing:
+    """Pair a parameter of this shape with the tensors of its rule."""
     # Dimensions of one are left out, but where rows of several tensors must stay rows.
     bare = shape if len(rule.names) > 1 else tuple(dim for dim in shape if dim > 1)
     assert len(bare) <= 3, f"{rule.param} has shape {shape}"

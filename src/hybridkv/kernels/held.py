@@ -35,6 +35,8 @@ class HeldStep:
     states
         Of `StepProgram.addresses`; continued in place. Their memory and that of `rows` is not kept: the caller knows at
         every step that it is still there.
+    next_states
+        Memory of the same sizes, for `draft`; none where it is not to be called.
     rows
         One per attention: where the sequences' last token lies, and what it attended.
     """
@@ -52,12 +54,15 @@ class HeldStep:
         n_seqs: int,
         angles: Sequence[Angles],
         states: Sequence[int],
+        next_states: Sequence[int] = (),
         rows: Sequence[Rows],
     ) -> None:
         hidden, self._n_vocab = x.shape[1], logits.shape[1]
         assert embedding.n_in == hidden == head_x.shape[1], (embedding.n_in, x.shape, head_x.shape)
         assert all(each.is_contiguous() and len(each) >= n_seqs for each in (x, head_x, logits)), n_seqs
+        assert not next_states or (n_seqs == 1 and len(next_states) == len(states)), (n_seqs, len(next_states))
         self._n_seqs, self._n_rows = n_seqs, embedding.n_out
+        self._most_drafts = min(map(len, (x, head_x, logits))) if next_states or not states else 0
         self._keep = (layers, head, x, head_x, logits, embedding, angles)  # rows and states are their cache's
         self.n_threads = native_threads()
         first = (embedding.format.name, embedding.n_out, embedding.n_in, embedding.address(0))
@@ -67,13 +72,17 @@ class HeldStep:
         buffers = x.data_ptr(), head_x.data_ptr(), logits.data_ptr(), self._n_vocab
         self._native = cpu_native._native().HeldStep(
             layers.native, head.native, first, embed_scale, *buffers, cpu_native.isa(), n_seqs, turned,
-            states, layers.native_calls(rows, n_seqs), self.n_threads,
+            states, next_states, layers.native_calls(rows, n_seqs), self.n_threads,
         )  # fmt: skip
 
     def check(self, tokens: list[int]) -> None:
-        """Raise unless these are tokens that `run` takes, one of each sequence."""
-        assert len(tokens) == self._n_seqs, tokens
+        """Raise unless these are tokens that `run` takes, one of each sequence, or that `draft` takes."""
+        assert len(tokens) == self._n_seqs or self.takes_drafts(len(tokens)), tokens
         check_rows(tokens, self._n_rows)
+
+    def takes_drafts(self, n_tokens: int) -> bool:
+        """Check whether `draft` takes so many tokens of one sequence."""
+        return self._n_seqs == 1 <= n_tokens <= self._most_drafts
 
     def run(self, tokens: list[int]) -> tuple[Tensor, list[Health]]:
         """Continue every sequence by a token that was checked; the logits `[B, V]`, and the attentions' health.
@@ -83,3 +92,16 @@ class HeldStep:
         logits = torch.empty(self._n_seqs, self._n_vocab)
         health = self._native.step(tokens, logits.data_ptr())
         return logits, [HEALTH[code] for code in health]
+
+    def draft(self, tokens: list[int]) -> tuple[Tensor, list[Health]]:
+        """Continue the one sequence by several tokens that were checked, each as if it came alone; `keep` follows.
+
+        The logits `[T, V]`, and the health by attention and token.
+        """
+        logits = torch.empty(len(tokens), self._n_vocab)
+        health = self._native.draft(tokens, logits.data_ptr())
+        return logits, [HEALTH[code] for code in health]
+
+    def keep(self, n_tokens: int) -> None:
+        """Continue behind the first tokens of the last `draft`: behind all in the next states, else in those before."""
+        self._native.keep(n_tokens)

@@ -1,5 +1,7 @@
 """One cache continued by one token after another: what a step needs is worked out once, then only lengths change.
 
+Of one sequence, several guessed tokens may be taken at once, of which some stay.
+
 Owns the check that it is still so. `hybridkv.kernels.held` keeps addresses, which nothing here may outlive: rows and
 states of a cache can move at any time, and then the run is worked out anew.
 """
@@ -31,12 +33,29 @@ class HeldState:
     owner: States
     conv: Tensor
     recurrent: Tensor | None
+    following: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, owner: States) -> HeldState:
+        """Take a layer's states as they are; it has some."""
+        conv = owner.conv_states[0]
+        assert conv is not None
+        return cls(owner, conv, owner.recurrent_states[0], owner.next_memory)
 
     @property
     def stays(self) -> bool:
         """True while the layer continues the same tensors."""
         owner = self.owner
-        return owner.conv_states[0] is self.conv and owner.recurrent_states[0] is self.recurrent
+        return (
+            owner.conv_states[0] is self.conv
+            and owner.recurrent_states[0] is self.recurrent
+            and owner.next_memory is self.following
+        )
+
+    def take_next(self) -> HeldState:
+        """Continue from what was written behind several tokens."""
+        self.owner.take_next()
+        return HeldState.of(self.owner)
 
 
 class HeldRun:
@@ -71,15 +90,18 @@ class HeldRun:
         self._step, self._builders, self._states = step, builders, states
         self._cache = weakref.ref(cache)
         self._keys = [layer.store.memory_key for layer in _layers(builders[0], cache)]
-        self._n_seqs, self._position, self._n_left = n_seqs, position, n_left
+        self._n_seqs, self._position, self._n_left, self._n_drafted = n_seqs, position, n_left, 0
 
-    def takes(self, tokens: Tensor, cache: ModelCache, position: int, builders: tuple[Builder, Builder]) -> bool:
-        """Check whether these tokens `[B, T]` are the next of this cache, and all is where it was."""
+    def takes(
+        self, n_seqs: int, n_tokens: int, cache: ModelCache, position: int, builders: tuple[Builder, Builder]
+    ) -> bool:
+        """Check whether so many tokens of each sequence are the next of this cache, and all is where it was."""
         return (
-            self._n_left > 0
+            n_tokens <= self._n_left
             and position == self._position
             and self._cache() is cache
-            and tokens.shape == (self._n_seqs, 1)
+            and n_seqs == self._n_seqs
+            and (n_tokens == 1 or self._step.takes_drafts(n_tokens))
             and builders == self._builders
             and native_threads() == self._step.n_threads
             and all(
@@ -88,6 +110,10 @@ class HeldRun:
             )
             and all(state.stays for state in self._states)
         )
+
+    def has_room(self, n_tokens: int, cache: ModelCache, builders: tuple[Builder, Builder]) -> bool:
+        """Check whether so many tokens are the next of a cache of one sequence, and all is where it was."""
+        return self.takes(1, n_tokens, cache, self._position, builders)
 
     def run(self, tokens: Tensor) -> tuple[Tensor, list[Health]]:
         """Continue the cache by tokens that `takes` has taken; the logits `[B, V]`, and each attention's health."""
@@ -99,6 +125,33 @@ class HeldRun:
         self._position += 1
         self._n_left -= 1
         return self._step.run(ids)
+
+    def draft(self, ids: list[int]) -> tuple[Tensor, list[Health]]:
+        """Continue the one sequence by several tokens that `takes` has taken; `keep` follows.
+
+        The logits `[T, V]`, and the health by attention and token.
+        """
+        cache = self._cache()
+        assert cache is not None
+        self._step.check(ids)
+        for layer in _layers(self._builders[0], cache):
+            layer.store.lengthen(len(ids))
+        self._n_drafted = len(ids)
+        return self._step.draft(ids)
+
+    def keep(self, n_kept: int) -> None:
+        """Truncate the cache to the first tokens of the last `draft`."""
+        cache, n_back = self._cache(), self._n_drafted - n_kept
+        assert cache is not None
+        assert 1 <= n_kept <= self._n_drafted, (n_kept, self._n_drafted)
+        if n_back:
+            for layer in _layers(self._builders[0], cache):
+                layer.store.take_back(n_back)
+        self._step.keep(n_kept)
+        if not n_back:
+            self._states = [state.take_next() for state in self._states]
+        self._position += n_kept
+        self._n_left -= n_kept
 
 
 def n_tokens_ahead(layers: Sequence[WatchedRows]) -> int:

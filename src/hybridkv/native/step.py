@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -50,6 +51,23 @@ HEAD_ROWS = 64
 """Tokens whose logits are computed in one run: a row of them is as wide as the vocabulary."""
 
 
+@dataclass(frozen=True, slots=True)
+class DraftSpan:
+    """Where the tokens of a cache were in a run of several caches, until `keep` comes.
+
+    Attributes
+    ----------
+    builder
+        Whose program ran: another cache's prompt may meanwhile have had larger buffers written.
+    first_row, n_tokens
+        Of its rows.
+    """
+
+    builder: Builder
+    first_row: int
+    n_tokens: int
+
+
 class NativeStep:
     """Runs a model's layers natively; `rejects` must have said None.
 
@@ -71,9 +89,10 @@ class NativeStep:
         self._source: Typed = source_of(model)
         self._angles: list[Angles] = []
         self._held_states: tuple[list[Tensor], int, list[int]] = [], 0, []
-        self._drafted: dict[int, tuple[int, int]] = {}
+        self._drafted: dict[int, HeldRun | DraftSpan] = {}
         self._held: HeldRun | None = None
         self._hidden: WeakKeyDictionary[ModelCache, Tensor] | None = None
+        self._unseen: WeakSet[ModelCache] = WeakSet()
         self._embedding = self._source.weight(self._graph.embed)
         self._layers = self._write(lowering.build_layers, 1)
         self._head = self._write(lowering.build_head, 1)
@@ -98,6 +117,13 @@ class NativeStep:
         """Take the final hidden states of the last run's tokens of a cache, `[n, hidden]`; they are given once."""
         return None if self._hidden is None else self._hidden.pop(cache, None)
 
+    def keep_hidden(self, cache: ModelCache, *, wanted: bool) -> None:
+        """Stop keeping hidden states of a cache, or begin again; see `DraftStep.keep_hidden`."""
+        if wanted:
+            self._unseen.discard(cache)
+        else:
+            self._unseen.add(cache)
+
     def _angles_of(self, kind: str | None, positions: Sequence[int]) -> Angles:
         """Look up cosines and sines of some positions, of a kind of RoPE that the model has."""
         cos, sin = self._rope_table(0, max(positions) + 1)[self._layers.ropes.index(kind)]
@@ -105,8 +131,9 @@ class NativeStep:
 
     def _note_hidden(self, caches: Sequence[ModelCache], hidden: Tensor, spans: Sequence[int]) -> None:
         """Keep what a run leaves in its buffers, of caches of one sequence each."""
-        if self._hidden is not None:
-            self._hidden |= dict(zip(caches, torch.split(hidden.clone(), list(spans)), strict=True))
+        if self._hidden is None or all(cache in self._unseen for cache in caches):
+            return
+        self._hidden |= dict(zip(caches, torch.split(hidden.clone(), list(spans)), strict=True))
 
     def start_timing(self) -> None:
         """Time every operation from now on; without this, nothing is timed and nothing costs."""
@@ -124,7 +151,11 @@ class NativeStep:
     def forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence; see `Step.forward`."""
         held = self._held
-        if held is not None and held.takes(tokens, cache, position, (self._layers, self._head)):
+        if (
+            held is not None
+            and tokens.shape[1] == 1
+            and held.takes(len(tokens), 1, cache, position, (self._layers, self._head))
+        ):
             return self._continue(held, tokens, cache)
         return self._forward(tokens, cache, position)
 
@@ -153,8 +184,37 @@ class NativeStep:
         self._note_hidden([cache], self._layers.buffer("x")[:1], [1])
         return logits
 
-    def _hold(self, cache: ModelCache, n_seqs: int, position: int) -> HeldRun | None:
-        """Prepare the next steps of a cache, if they are all alike."""
+    def _hold_drafts(self, n_tokens: int, cache: ModelCache, position: int) -> HeldRun | None:
+        """Return the held run that takes so many tokens of a cache of one sequence, prepared if need be."""
+        held = self._held
+        if held is not None and held.takes(1, n_tokens, cache, position, (self._layers, self._head)):
+            return held
+        if self._layers.n_rows < n_tokens:
+            self._layers = self._write(lowering.build_layers, n_tokens)
+        if self._head.n_rows < n_tokens:
+            self._head = self._write(lowering.build_head, max(n_tokens, 8))
+        held = self._hold(cache, 1, position, drafts=True)
+        fits = held is not None and held.takes(1, n_tokens, cache, position, (self._layers, self._head))
+        return held if fits else None
+
+    def _continue_drafts(self, held: HeldRun, tokens: list[int], cache: ModelCache) -> StepResult:
+        """Continue a run by several tokens of its one sequence."""
+        self._held = None
+        self._drafted = {id(cache): held}
+        logits, health = held.draft(tokens)
+        self._source.verify()
+        failed: dict[int, Fault] = {}
+        for index, found in enumerate(health):
+            if found != "finite":
+                number, row = divmod(index, len(tokens))
+                layer = rows_of(cache, self._layers.calls[number].layer)
+                if layer.watch.guard.watches:
+                    failed.setdefault(row, fault_of(layer, found))
+        self._note_hidden([cache], self._layers.buffer("x")[: len(tokens)], [len(tokens)])
+        return StepResult(logits, failed)
+
+    def _hold(self, cache: ModelCache, n_seqs: int, position: int, *, drafts: bool = False) -> HeldRun | None:
+        """Prepare the next steps of a cache, if they are all alike; with memory for the states behind guesses."""
         layers = [rows_of(cache, call.layer) for call in self._layers.calls]
         if not all(map(is_direct, layers)):
             return None
@@ -163,13 +223,11 @@ class NativeStep:
             n_left = min(n_left, len(self._angles[0][0]) - position)
         if n_left <= 0:
             return None
-        states = []
-        for index in self._layers.state_layers:
-            owner = cache.states[index]
-            assert owner is not None
-            conv = owner.conv_states[0]
-            assert conv is not None
-            states.append(HeldState(owner, conv, owner.recurrent_states[0]))
+        addresses = self._state_addresses(cache, n_seqs)
+        owners = [owner for index in self._layers.state_layers if (owner := cache.states[index]) is not None]
+        following: list[int] = []
+        if drafts or (n_seqs == 1 and owners and all(owner.next_memory for owner in owners)):
+            following = self._layers.program.addresses(self._next_states(cache, self._cache_states(cache, 1)), 1)
         step = HeldStep(
             self._layers.program,
             self._head.program,
@@ -180,9 +238,11 @@ class NativeStep:
             embed_scale=self._graph.embed_scale,
             n_seqs=n_seqs,
             angles=self._rope_table(position, n_left),
-            states=self._state_addresses(cache, n_seqs),
+            states=addresses,
+            next_states=following,
             rows=[rows_now(layer) for layer in layers],
         )
+        states = [HeldState.of(owner) for owner in owners]
         return HeldRun(step, (self._layers, self._head), cache, states, n_seqs, position, n_left)
 
     @torch_on_one_thread()
@@ -201,6 +261,8 @@ class NativeStep:
         spans = [len(own) for own in tokens]
         if spans == [1]:
             return one_by_one(self, torch.tensor(tokens[0]), caches, positions)
+        if len(spans) == 1 and (held := self._hold_drafts(spans[0], caches[0], positions[0])) is not None:
+            return self._continue_drafts(held, list(tokens[0]), caches[0])
         layers = [[rows_of(cache, call.layer) for call in self._layers.calls] for cache in caches]
         together = [i for i in range(len(caches)) if all(map(is_direct, layers[i]))]
         flat = torch.tensor([token for own in tokens for token in own])
@@ -226,24 +288,34 @@ class NativeStep:
 
     def room(self, cache: ModelCache, n_tokens: int) -> int:
         """Count how many of the next tokens `forward_drafts` takes of this cache; see `DraftStep.room`."""
+        if n_tokens == 1:
+            return 1
+        held = self._held
+        if held is not None and held.has_room(n_tokens, cache, (self._layers, self._head)):
+            return n_tokens
         layers = [rows_of(cache, call.layer) for call in self._layers.calls]
-        if n_tokens == 1 or not all(map(is_direct, layers)):
+        if not all(map(is_direct, layers)):
             return 1
         return max(1, n_before_check(layers, min((n_tokens, *(layer.store.room() for layer in layers)))))
 
     def keep(self, cache: ModelCache, n_kept: int) -> None:
         """Truncate a cache to the first tokens of its last run; see `DraftStep.keep`."""
-        first_row, span = self._drafted.pop(id(cache), (0, 1))
-        assert 1 <= n_kept <= span, (n_kept, span)
-        if span == 1:
+        drafted = self._drafted.pop(id(cache), None)
+        if isinstance(drafted, HeldRun):
+            drafted.keep(n_kept)
+            self._held = drafted
             return
-        for call in self._layers.calls:
+        span = 1 if drafted is None else drafted.n_tokens
+        assert 1 <= n_kept <= span, (n_kept, span)
+        if drafted is None or span == 1:
+            return
+        for call in drafted.builder.calls:
             rows_of(cache, call.layer).store.take_back(span - n_kept)
         if n_kept < span:
-            program, states = self._layers.program, self._cache_states(cache, 1)
-            program.replay(first_row, n_kept, program.addresses(states, 1))
+            program, states = drafted.builder.program, self._cache_states(cache, 1)
+            program.replay(drafted.first_row, n_kept, program.addresses(states, 1))
             return
-        for index in self._layers.state_layers:
+        for index in drafted.builder.state_layers:
             layer = cache.states[index]
             assert layer is not None
             layer.take_next()
@@ -317,7 +389,9 @@ class NativeStep:
         """Run all layers over the tokens of each cache at once; the hidden states `[rows, hidden]`, failures by row."""
         x = self._embedded(tokens)
         program, first_rows = self._layers.program, starts(spans)
-        self._drafted = {id(c): (row, n) for c, row, n in zip(caches, first_rows, spans, strict=True)}
+        self._drafted = {
+            id(c): DraftSpan(self._layers, row, n) for c, row, n in zip(caches, first_rows, spans, strict=True)
+        }
         held = [self._cache_states(cache, 1) for cache in caches]
         states = program.separate_addresses(held)
         before: list[int] = []

@@ -76,6 +76,11 @@ class States:
         state = self.recurrent_states[0]
         return (wide,) if state is None else (wide, state)
 
+    @property
+    def next_memory(self) -> tuple[Tensor, ...]:
+        """What `next_states` has given last; another tuple once something else is to be written there."""
+        return self._next
+
     def next_states(self, held: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return memory of its own beside what `native_states` gave, for states that may not be wanted; it is kept."""
         if [state.shape for state in self._next] != [state.shape for state in held]:

@@ -119,6 +119,13 @@ class DraftStep(Step, Protocol):
         """
         ...
 
+    def keep_hidden(self, cache: ModelCache, *, wanted: bool) -> None:
+        """Stop keeping hidden states of a cache, or begin again: at first they are kept of all where the model guesses.
+
+        Where they are not, a run costs what it costs without a head.
+        """
+        ...
+
 
 def one_by_one(step: Step, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> StepResult:
     """Run `Step.forward_many` as one call of `Step.forward` per sequence."""

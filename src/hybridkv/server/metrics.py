@@ -31,6 +31,8 @@ _COUNTERS = (
     ("prompt_tokens", "prompt tokens processed"),
     ("cached_tokens", "prompt tokens taken from stored prefixes"),
     ("generated_tokens", "tokens generated"),
+    ("guessed_tokens", "tokens guessed ahead and run"),
+    ("right_guesses", "of these, tokens that were right"),
     ("prefill_s", "time in model steps over prompts"),
     ("decode_s", "time in model steps over new tokens"),
     ("n_steps", "scheduling steps that ran the model"),

@@ -130,7 +130,9 @@ class PendingReply:
     @property
     def usage(self) -> Usage:
         """Counts of tokens up to now."""
+        used_by_all = [part.submitted.usage for part in self.parts]
         prompts = [part.submitted.usage for part in self.parts if part.first]
+        n_right = sum(used.right_guesses for used in used_by_all)
         n_prompt = sum(used.prompt_tokens for used in prompts)
         n_generated = sum(part.answer.n_tokens for part in self.parts)
         return Usage(
@@ -139,7 +141,9 @@ class PendingReply:
             total_tokens=n_prompt + n_generated,
             prompt_tokens_details=PromptDetails(cached_tokens=sum(used.cached_tokens for used in prompts)),
             completion_tokens_details=CompletionDetails(
-                reasoning_tokens=sum(part.answer.n_thought for part in self.parts)
+                reasoning_tokens=sum(part.answer.n_thought for part in self.parts),
+                accepted_prediction_tokens=n_right,
+                rejected_prediction_tokens=sum(used.guessed_tokens for used in used_by_all) - n_right,
             ),
         )
 

@@ -35,9 +35,11 @@ class PromptDetails(Reply):
 
 
 class CompletionDetails(Reply):
-    """Of the answer's tokens, how many were thoughts."""
+    """Of the answer's tokens, how many were thoughts and how many were guessed; and guesses that were wrong."""
 
     reasoning_tokens: int
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
 
 
 class Usage(Reply):

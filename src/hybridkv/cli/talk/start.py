@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from hybridkv.cli.chat_options import ChatChoice, say_unused_variables, stops_of
 from hybridkv.cli.fits import Demand, check_memory
 from hybridkv.cli.form_options import Form
+from hybridkv.cli.guess_memory import guesses_for
 from hybridkv.cli.progress import loading
 from hybridkv.cli.resolve import resolve_types
 from hybridkv.cli.sampler_options import sampling_for
@@ -70,7 +71,8 @@ def talk_about(
     one = sum(spec.bytes_at(opened.n_ctx) for spec in specs)
     prefixes = max(_LEAST_PREFIXES, 2 * one)
     more = {} if opened.device_type == "cpu" else {"stored prefixes": prefixes}
-    opened = check_memory(opened, Demand(specs, opened.n_ctx, guarded=guard.measures, more=more))
+    guesses = guesses_for(a, opened)
+    opened = check_memory(opened, Demand(specs, opened.n_ctx, guarded=guard.measures, more=more, guesses=guesses))
     with loading(opened.description.name, opened.ahead) as shown:
         loaded, step = opened.load(specs, shown)
     tokenizer = loaded.tokenizer

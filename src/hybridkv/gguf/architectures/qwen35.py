@@ -211,6 +211,15 @@ LINEAR_ATTENTION = (
 )
 
 
+PREDICTION = (
+    TensorRule("nextn.eh_proj.weight", "fc.weight"),
+    TensorRule("nextn.enorm.weight", "pre_fc_norm_embedding.weight", values=ZERO_CENTRED),
+    TensorRule("nextn.hnorm.weight", "pre_fc_norm_hidden.weight", values=ZERO_CENTRED),
+    TensorRule("nextn.shared_head_norm.weight", "model.norm.weight", values=ZERO_CENTRED),
+)
+"""A head is an attention layer of the model, and these; `fc` reads the embedding before the hidden state."""
+
+
 def derived(fields: Fields) -> Fields:
     """Return the activation, and that no projection has a bias."""
     del fields
@@ -236,6 +245,7 @@ ARCHITECTURE = Architecture(
         }
     ),
     suits=problem,
+    prediction=PREDICTION,
     derived=derived,
     source="gguf-py constants.py; ik_llama.cpp src/llama-hparams.cpp, src/llama-load-tensors.cpp",
 )

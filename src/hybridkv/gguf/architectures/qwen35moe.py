@@ -35,6 +35,7 @@ ARCHITECTURE = Architecture(
         }
     ),
     suits=qwen35.problem,
+    prediction=qwen35.PREDICTION,
     derived=qwen35.derived,
     source="gguf-py constants.py; llama.cpp conversion/qwen.py",
 )

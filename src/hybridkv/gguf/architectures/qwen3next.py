@@ -105,6 +105,7 @@ ARCHITECTURE = Architecture(
         }
     ),
     suits=_problem,
+    prediction=qwen35.PREDICTION,
     derived=qwen35.derived,
     source="gguf-py constants.py; llama.cpp conversion/qwen.py; ik_llama.cpp src/llama-load-tensors.cpp",
 )

@@ -144,6 +144,9 @@ class Architecture:
     settings
         Names of tensors that hold no weights but what `fields` reads, such as RoPE's frequency factors, and what writes
         them from a config; None for a config that has no such setting.
+    prediction
+        What a head of multi-token prediction has beside its block, by names within the block and within `mtp`; nothing
+        where no such checkpoint is known.
     derived
         What Transformers' class adds to its arguments, as far as a graph or the cache asks for it.
     source
@@ -164,6 +167,7 @@ class Architecture:
     prefix: str = "model.layers."
     suits: Callable[[Config], str | None] | None = None
     settings: tuple[tuple[str, Callable[[Config], Floats | None]], ...] = ()
+    prediction: tuple[TensorRule, ...] = ()
     derived: Callable[[Fields], Fields] = _with_silu
 
 
