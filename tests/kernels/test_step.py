@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hybridkv.formats import FORMATS
 from hybridkv.kernels import KVView, Segment, cpu_native
-from hybridkv.kernels.step import Gate, Routing, Rows, StepProgram, delta_rejects
+from hybridkv.kernels.step import CacheRows, Gate, Routing, StepProgram, delta_rejects
 from hybridkv.kernels.weights import encode
 from hybridkv.rotation import rotate, rotation_block
 from tests.isas import isas_with
@@ -393,7 +393,7 @@ def test_attend_rotates_stores_and_attends(rotated: tuple[int, int], past: str) 
     exact_q, new_k, new_v = rotate(q).double(), rotate(k), rotate(v)
     program = StepProgram()
     program.attend(q, k, v, out, head_dim**-0.5)
-    assert program.run(0, 1, 2, 1, rows=[Rows(view, refit_k=True, refit_v=True)]) == ["finite"]
+    assert program.run(0, 1, 2, 1, rows=[CacheRows(view, refit_k=True, refit_v=True)]) == ["finite"]
     keys, values = decoded(view)
     for rows, new in ((keys, new_k), (values, new_v)):
         assert error(rows[:, :, -1], new.double()) < 0.02
@@ -431,7 +431,7 @@ def test_attend_says_what_is_not_finite(where: str, found: str) -> None:
     program = StepProgram()
     program.attend(q, k, v, out, 0.25)
     view = KVView((Segment(*planes, f16, f16, 0, 4),), 16, 16)
-    assert program.run(0, 1, 1, 1, rows=[Rows(view, refit_k=False, refit_v=False)]) == [found]
+    assert program.run(0, 1, 1, 1, rows=[CacheRows(view, refit_k=False, refit_v=False)]) == [found]
 
 
 def test_a_run_takes_its_states_from_its_caller() -> None:
