@@ -90,7 +90,7 @@ class _Server(uvicorn.Server):
         self._said = self.stopped_at_once = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so only now that signals are handled: whoever reads it may send one at once."""
+        """Open the sockets, and say so only now that signals are handled: whoever reads it may send one at once."""
         await super().startup(sockets)
         self._ready()
 
