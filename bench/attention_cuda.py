@@ -34,7 +34,7 @@ from hybridkv.formats import FORMATS
 from hybridkv.kernels import AttentionParams, KVView, Segment
 from hybridkv.kernels.cuda import TOLERANCE, launch
 from hybridkv.kernels.cuda.launch import ONE_TOKEN_ROWS, Tiling
-from hybridkv.kernels.cuda.layout import side
+from hybridkv.kernels.cuda.layout import row_format
 from hybridkv.kernels.cuda.store import store
 
 DISTINCT = 4096
@@ -239,7 +239,7 @@ def main() -> int:
     for (shape, kv_type), candidates in tilings.items():
         for t in candidates:
             rows = shape.t * shape.hq // shape.hkv
-            both = side(kv_type, shape.d)
+            both = row_format(kv_type, shape.d)
             chosen = t or launch.choose_tiling(both, both, rows, one_token=shape.t == 1 and rows <= ONE_TOKEN_ROWS)
             jobs[shape.d, shape.t, kv_type, chosen.block_m, chosen.block_n, chosen.warps, chosen.prefetch] = (
                 shape,

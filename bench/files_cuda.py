@@ -16,20 +16,15 @@ from typing import Any
 
 import torch
 
-import packed_cuda
 from hybridkv.cache import KVTypes
 from hybridkv.engine.caches import new_cache
 from hybridkv.engine.describe import describe
 from hybridkv.engine.load import load
 from hybridkv.engine.steps import resolve_step
-from hybridkv.errors import HybridKVError
 from hybridkv.model import kv_facts
 from hybridkv.policy import Guard, Policy
-from packed_cuda import PackedBench
-from step_cuda_model import copy_bandwidth, say, synchronize
-
-CHECK = (24, 8, 1, 1, 1)
-"""Tokens of each call whose logits are compared: a prompt in two parts, and single tokens, the last two replayed."""
+from packed_cuda import PackedBench, measure, packed_parser
+from step_cuda_model import CHECK, compare_logits, say, synchronize
 
 
 class FileBench(PackedBench):
@@ -77,17 +72,11 @@ def check(bench: FileBench, description: Any) -> None:
     kind = bench.options.types[0]
     specs = Policy(KVTypes(kind, kind)).resolve(kv_facts(description.facts))
     cpu = load(description, dtype=torch.float32, device="cpu", weights="auto").model
-    pairs = [
+    exact, measured = (
         (step, new_cache(model, specs, n_ctx=64, guard=Guard(mode="off"), notify=say))
         for step, model in ((resolve_step(description.config, "cpu")(cpu), cpu), (bench.step, bench.model))
-    ]
-    seeded, position, errors, same = torch.Generator().manual_seed(5), 0, [], 0
-    for n in CHECK:
-        tokens = torch.randint(3, 250, (1, n), generator=seeded)
-        exact, got = (step.forward(tokens, cache, position).cpu().double() for step, cache in pairs)
-        errors.append(float((got - exact).norm() / exact.norm()))
-        same += int(exact.argmax() == got.argmax())
-        position += n
+    )
+    errors, same = compare_logits(exact, measured, 250)
     bench.report("check", errors=", ".join(f"{error:.1e}" for error in errors), same_best=f"{same} of {len(CHECK)}")
     if not max(errors) < bench.options.allowed:
         raise SystemExit(f"the check failed: logits may differ by {bench.options.allowed}")
@@ -95,37 +84,12 @@ def check(bench: FileBench, description: Any) -> None:
 
 def main() -> int:
     """Run the parts that are asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = lambda text: text.split(",")  # noqa: E731
-    numbers = lambda text: [int(word) for word in text.split(",")]  # noqa: E731
+    parser = packed_parser(__doc__, parts=["check", "decode", "prefill", "memory"], types=["q8_0", "q4_0"])
     parser.add_argument("files", type=Path, nargs="+")
-    parser.add_argument("--parts", type=names, default=["check", "decode", "prefill", "memory"])
-    parser.add_argument("--types", type=names, default=["q8_0", "q4_0"])
-    parser.add_argument("--depths", type=numbers, default=[4096, 131072])
-    parser.add_argument("--batches", type=numbers, default=[1, 8])
-    parser.add_argument("--prompts", type=numbers, default=[2048])
-    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--allowed", type=float, default=5e-2, help="of logits, relative to their norm")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    options.tail, options.sink = 0, 0
     with torch.inference_mode():
-        bandwidth = copy_bandwidth(options.device)
-        card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no card"
-        print(f"{card}, torch {torch.__version__}, copies {bandwidth / 1e9:.0f} GB/s", flush=True)
-        for path in options.files:
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            bench = opened(options, path, bandwidth)
-            for part in ("decode", "prefill", "memory", "profile"):
-                if part in options.parts:
-                    try:
-                        getattr(packed_cuda, part)(bench)
-                    except (HybridKVError, RuntimeError) as error:
-                        print(f"{part} of {path} failed: {type(error).__name__}: {str(error)[:500]}", flush=True)
-            del bench
+        measure(options, options.files, opened)
     return 0
 
 

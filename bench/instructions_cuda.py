@@ -32,7 +32,7 @@ from triton.runtime import driver
 
 from hybridkv.kernels.cuda import experts, products
 from hybridkv.kernels.cuda.decode import attend_one_token
-from hybridkv.kernels.cuda.layout import side
+from hybridkv.kernels.cuda.layout import row_format
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 H100 = GPUTarget("cuda", 90, 32)
@@ -55,7 +55,13 @@ def signature_of(name: str, known: dict[str, Any]) -> str:
 def compiled(kv_type: str, head_dim: int, group: int) -> Any:
     flags = ("HAS_WINDOW", "HAS_SOFTCAP", "HAS_CENTER", "HAS_STARTS")
     known: dict[str, Any] = dict.fromkeys(flags, False)
-    known |= {"K": side(kv_type, head_dim), "V": side(kv_type, head_dim), "GROUP": group, "SUBTILES": 1, "WARPS": WARPS}
+    known |= {
+        "K": row_format(kv_type, head_dim),
+        "V": row_format(kv_type, head_dim),
+        "GROUP": group,
+        "SUBTILES": 1,
+        "WARPS": WARPS,
+    }
     known |= {"N_LENGTHS": 0, "SEGMENT": 0, "OVERLAPS": True}
     signature = {name: signature_of(name, known) for name in attend_one_token.arg_names}
     return for_h100(attend_one_token, signature, known, {n for n, kind in signature.items() if kind.startswith("*")})

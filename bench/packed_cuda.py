@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -307,40 +307,60 @@ def profile(bench: PackedBench) -> None:
             print(f"  {row.self_device_time_total / n:9.1f} us {row.count / n:7.1f} x {row.key[:60]}", flush=True)
 
 
-def main() -> int:
-    """Run the parts that are asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = lambda text: text.split(",")  # noqa: E731
-    numbers = lambda text: [int(word) for word in text.split(",")]  # noqa: E731
-    parser.add_argument("--parts", type=names, default=list(PARTS))
-    parser.add_argument("--models", type=names, default=["4b:q4_k_m", "35b:q4_k_m"])
-    parser.add_argument("--types", type=names, default=["q8_0"])
+def names(text: str) -> list[str]:
+    """Words of an option, between commas."""
+    return text.split(",")
+
+
+def numbers(text: str) -> list[int]:
+    """Numbers of an option, between commas."""
+    return [int(word) for word in text.split(",")]
+
+
+def packed_parser(description: str | None, *, parts: list[str], types: list[str]) -> argparse.ArgumentParser:
+    """The options of whole steps with packed weights."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(tail=0, sink=0)
+    parser.add_argument("--parts", type=names, default=parts)
+    parser.add_argument("--types", type=names, default=types)
     parser.add_argument("--depths", type=numbers, default=[4096, 131072])
     parser.add_argument("--batches", type=numbers, default=[1, 8])
     parser.add_argument("--prompts", type=numbers, default=[2048])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path)
+    return parser
+
+
+def measure(options: argparse.Namespace, models: Iterable[Any], make: Callable[..., PackedBench]) -> None:
+    """Run the parts that are asked for on each model, `make(options, model, bandwidth)`."""
+    bandwidth = copy_bandwidth(options.device)
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no card"
+    print(f"{card}, torch {torch.__version__}, copies {bandwidth / 1e9:.0f} GB/s", flush=True)
+    for model in models:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        bench = make(options, model, bandwidth)
+        for part in (decode, prefill, memory, profile):
+            if part.__name__ in options.parts:
+                try:
+                    part(bench)
+                except (HybridKVError, RuntimeError) as error:
+                    message = f"{type(error).__name__}: {str(error)[:500]}"
+                    print(f"{part.__name__} of {model} failed: {message}", flush=True)
+        del bench
+
+
+def main() -> int:
+    """Run the parts that are asked for."""
+    parser = packed_parser(__doc__, parts=list(PARTS), types=["q8_0"])
+    parser.add_argument("--models", type=names, default=["4b:q4_k_m", "35b:q4_k_m"])
     options = parser.parse_args()
-    options.tail, options.sink = 0, 0
     with torch.inference_mode():
         if "check" in options.parts:
             check(options)
-        bandwidth = copy_bandwidth(options.device)
-        print(
-            f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copies {bandwidth / 1e9:.0f} GB/s", flush=True
-        )
-        for name in options.models:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            bench = made(options, name, bandwidth)
-            for part in ("decode", "prefill", "memory", "profile"):
-                if part in options.parts:
-                    try:
-                        globals()[part](bench)
-                    except (HybridKVError, RuntimeError) as error:
-                        print(f"{part} of {name} failed: {type(error).__name__}: {str(error)[:500]}", flush=True)
-            del bench
+        measure(options, options.models, made)
     return 0
 
 

@@ -34,10 +34,9 @@ from hybridkv.native.hosted import Pinned
 from hybridkv.planner import parse_bytes
 from hybridkv.policy import Guard, Policy
 from hybridkv.runtime import ModelCache, is_finite
+from step_cuda_model import compare_logits
 
 PARTS = ("check", "decode", "prompts", "memory")
-CHECK = (24, 8, 1, 1, 1)
-"""Tokens of each call whose logits are compared: two chunks of a prompt, and single tokens, the last two replayed."""
 WARM_STEPS = 30
 FILL_ROWS = 2048  # as many as a prompt stores at once: more would take more of the card
 NEVER = 1 << 30
@@ -115,16 +114,8 @@ def check(bench: Bench) -> None:
     """
     specs = bench._specs("f16")
     cpu = load(bench.description, dtype=torch.float32, device="cpu", weights="auto").model
-    pairs = [
-        (resolve_step(bench.description.config, "cpu")(cpu), bench.cache(64, cpu, specs)),
-        (bench.step, bench.cache(64, None, specs)),
-    ]
-    seeded, position, errors = torch.Generator().manual_seed(5), 0, []
-    for n in CHECK:
-        tokens = torch.randint(3, 900, (1, n), generator=seeded)
-        exact, got = (step.forward(tokens, cache, position).cpu().double() for step, cache in pairs)
-        errors.append(float((got - exact).norm() / exact.norm()))
-        position += n
+    exact = resolve_step(bench.description.config, "cpu")(cpu), bench.cache(64, cpu, specs)
+    errors, _ = compare_logits(exact, (bench.step, bench.cache(64, None, specs)), 900)
     bench.report("check", errors=", ".join(f"{error:.1e}" for error in errors), allowed=bench.options.allowed)
     if not max(errors) < bench.options.allowed:
         raise SystemExit("the check failed: nothing is measured")

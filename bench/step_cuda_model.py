@@ -121,6 +121,22 @@ class Bench:
         print("  ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()), flush=True)
 
 
+CHECK = (24, 8, 1, 1, 1)
+"""Tokens of each call whose logits are compared: two chunks of a prompt, and single tokens, the last two replayed."""
+
+
+def compare_logits(exact: tuple[Step, Any], measured: tuple[Step, Any], n_vocab: int) -> tuple[list[float], int]:
+    """Run the calls of `CHECK` on two steps with their empty caches: relative errors, and how often the best agrees."""
+    seeded, position, errors, same = torch.Generator().manual_seed(5), 0, [], 0
+    for n in CHECK:
+        tokens = torch.randint(3, n_vocab, (1, n), generator=seeded)
+        right, got = (step.forward(tokens, cache, position).cpu().double() for step, cache in (exact, measured))
+        errors.append(float((got - right).norm() / right.norm()))
+        same += int(right.argmax() == got.argmax())
+        position += n
+    return errors, same
+
+
 def say(text: str) -> None:
     print(f"  note: {text}", flush=True)
 

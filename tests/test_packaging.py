@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import tomllib
@@ -10,6 +11,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 
 import hybridkv
@@ -122,3 +124,21 @@ def test_system_headers_are_in_one_file() -> None:
     of_the_system = re.compile(r"#include <(sys/|unistd|pthread|signal|sched|linux/|windows|mach/)")
     files = [p for p in (TESTS.parent / "src/hybridkv/kernels/csrc").rglob("*") if p.suffix in (".cpp", ".h")]
     assert [p.name for p in files if of_the_system.search(p.read_text())] == ["system.cpp"]
+
+
+def test_the_source_distribution_holds_what_builds_and_runs() -> None:
+    """Its builder's own choice of files, asked as it asks."""
+    chooses = pytest.importorskip("scikit_build_core.build._file_processor").each_unignored_file
+    root = TESTS.parent
+    with contextlib.chdir(root):
+        options = tomllib.loads(Path("pyproject.toml").read_text())["tool"]["scikit-build"]["sdist"]
+        files = sorted(chooses(Path(), exclude=options["exclude"], mode="default"))
+    held = {path.as_posix() for path in files}
+    assert {"CMakeLists.txt", "LICENSE", "NOTICE", "README.md", "pyproject.toml"} <= held
+    assert {path.parts[0] for path in files if len(path.parts) > 1} == {"src"}
+    kinds = (".py", ".cpp", ".h", ".html", ".typed")
+    sources = {path.relative_to(root).as_posix() for path in SOURCES.rglob("*") if path.suffix in kinds}
+    assert sources <= held
+    data = {path.name: path.stat().st_size for path in (SOURCES / "data").iterdir()}
+    assert {f"src/hybridkv/data/{name}" for name in data} <= held
+    assert sum((root / path).stat().st_size for path in files) < sum(data.values()) + 5e6

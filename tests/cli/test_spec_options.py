@@ -19,7 +19,7 @@ PROMPT = "one two three four five six. one two three four five six. one two thre
 
 @pytest.mark.parametrize("more", [(), ("--spec", "ngram", "--draft-max", 3), ("-md", str(bundled_model()), "-n", 20)])
 def test_the_text_is_the_same(cli: Cli, more: tuple[object, ...]) -> None:
-    asked = ("run", "-p", PROMPT, "-n", 60, "--temp", 0.6, "-s", 3, "-ctk", "q8_0", "-ctv", "q8_0")
+    asked = ("run", "-p", PROMPT, "-n", 40, "--temp", 0.6, "-s", 3, "-ctk", "q8_0", "-ctv", "q8_0")
     without = cli(*asked, *(more[-2:] if "-n" in more else ()), "--spec", "off")
     done = cli(*asked, *more)
     assert (done.code, done.out) == (0, without.out)

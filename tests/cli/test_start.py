@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from tests.with_lab import needs_lab
+from tests.with_lab import WITH_LAB
 
 HEAVY = ("transformers", "torch._dynamo", "triton", "sympy", "huggingface_hub", "safetensors", "matplotlib", "ray")
 
@@ -20,6 +20,7 @@ def imported_after(*codes: str) -> list[list[str]]:
 
 
 def test_what_runs_natively_needs_no_transformers() -> None:
+    """Nor what serves, nor what evaluates."""
     runs = (
         ["plan", "-ctk", "q4_0"],
         ["run", "-n", "2", "-p", "Hello world", "-ctk", "q4_0", "-ctv", "q4_0", "-khad", "-vhad"],
@@ -29,15 +30,10 @@ def test_what_runs_natively_needs_no_transformers() -> None:
     found = imported_after(
         *(f"from hybridkv.cli.main import main\nassert main({words!r}) == 0\nprint()" for words in runs),
         "import hybridkv.engine.scheduler, hybridkv.server.app, hybridkv.server.request_handler",
+        *(["import hybridkv_lab.evaluate, hybridkv_lab.run"] if WITH_LAB else []),
     )
-    assert found[:-1] == [[]] * len(runs)
-    assert "transformers" not in found[-1]
-
-
-@needs_lab
-def test_evaluating_needs_no_transformers() -> None:
-    (found,) = imported_after("import hybridkv.engine.load, hybridkv_lab.evaluate, hybridkv_lab.run")
-    assert "transformers" not in found
+    assert found[: len(runs)] == [[]] * len(runs)
+    assert all("transformers" not in heavy for heavy in found)
 
 
 def test_help_needs_nothing() -> None:

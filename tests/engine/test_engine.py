@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import islice
 from typing import Any
 
@@ -105,21 +106,25 @@ PROMPT = "The following options are available: "
 Q4 = KVTypes("q4_0", "q4_0", rotate_k=True, rotate_v=True)
 
 
+@pytest.fixture(scope="module")
+def text_at_q6_0(reference: Loaded) -> str:
+    return text_of(reference, engine(reference, replace(Q4, type_k="q6_0", type_v="q6_0")), PROMPT, 16)
+
+
 @pytest.mark.parametrize(("kv_layer", "step"), [(0, 0), (1, 5), (2, 11)])
 def test_nan_at_a_layer_and_step_ends_as_the_fallback_type_from_the_start(
-    reference: Loaded, kv_layer: int, step: int
+    reference: Loaded, kv_layer: int, step: int, text_at_q6_0: str
 ) -> None:
     said: list[str] = []
     fault = Fault(kv_layer, step)
     # Guard mode warn: the watch alone, without the first prompt's check raising the layer already.
     faulty = engine(reference, Q4, said=said, fault=fault, mode="warn")
-    got = text_of(reference, faulty, PROMPT, 24)
+    got = text_of(reference, faulty, PROMPT, 16)
     assert fault.fired == 1
     assert faulty.timings.n_rebuilds == 1
     assert [s.types.label for s in faulty.cache.specs] == ["q6_0"] * 3
-    expected = text_of(reference, engine(reference, replace(Q4, type_k="q6_0", type_v="q6_0")), PROMPT, 24)
-    assert got == expected
-    assert len(expected) > 20
+    assert got == text_at_q6_0
+    assert len(got) > 20
     n_tokens = len(reference.tokenizer.encode(PROMPT)) + step
     assert said == [
         f"the attention output of layer {4 * kv_layer + 3} is not finite at token {n_tokens} (KV q4_0, kernel "
@@ -275,12 +280,15 @@ def test_the_history_is_looked_back_at_without_a_copy(reference: Loaded, monkeyp
     assert seen == [0] * 2
 
 
-def test_seed_and_temperature(reference: Loaded) -> None:
-    def draw(**options: Any) -> list[tuple[int, ...]]:
-        run = engine(reference, KVTypes("f16", "f16"))
+def test_seed_and_temperature() -> None:
+    model = build("qwen3_5_text", attention="hybridkv")
+
+    def drawn(**options: Any) -> list[tuple[int, ...]]:
+        run = Engine(model, specs_for(model, KVTypes("f16", "f16")), n_ctx=256, guard=Guard(), notify=print)
         return list(run.generate([5, 6, 7], SamplingParams(**options), n_predict=8))
 
-    assert draw(seed=1) == draw(seed=1)
+    draw = cache(drawn)
+    assert draw(seed=1) == drawn(seed=1)
     assert draw(seed=1) != draw(seed=2)
     assert draw(seed=1, temp=0) == draw(seed=2, temp=0)
     assert draw(seed=1, top_k=1) == draw(temp=0)

@@ -14,7 +14,7 @@ from hybridkv.engine.load import Loaded, bundled_model, describe, load
 from hybridkv.errors import GuardError
 from hybridkv.hf import EagerStep, ModelCache
 from hybridkv.kernels import KERNELS
-from hybridkv.kernels.step import Rows
+from hybridkv.kernels.step import CacheRows
 from hybridkv.model import kv_facts
 from hybridkv.native import NativeStep
 from hybridkv.native import step as native
@@ -43,7 +43,7 @@ def misplaced(monkeypatch: pytest.MonkeyPatch, type_k: str) -> None:
     """The native step's single tokens of `type_k` layers: attention that does not see the oldest row."""
     original = native.new_rows
 
-    def new_rows(layer: Any, n_seqs: int) -> Rows:
+    def new_rows(layer: Any, n_seqs: int) -> CacheRows:
         rows = original(layer, n_seqs)
         if layer.store.types.type_k != type_k:
             return rows

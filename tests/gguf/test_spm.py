@@ -194,6 +194,7 @@ def test_defects(tmp_path: Path, name: str) -> None:
         build(keys, tmp_path / "x.gguf")
 
 
+@pytest.mark.slow
 def test_gemma3_is_as_in_ik_llama() -> None:
     """262144 tokens, 414 of them user-defined or bytes, no space prefix."""
     path = shipped.gemma3()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -44,43 +45,43 @@ def cache_of(
     return ModelCache(model.config, specs, kernels=kernels, guard=Guard(mode), notify=notify)  # type: ignore[arg-type]
 
 
+@functools.cache
+def logits_of(types: KVTypes, family: str = "qwen3_5_text") -> Tensor:
+    model = model_of(family)
+    return run(model, cache_of(model, types), LONG, CHUNKS)
+
+
+F16 = KVTypes("f16", "f16")
+
+
 @pytest.mark.parametrize("family", ["qwen3_5_text", "gemma3_text", "falcon_h1"])
 def test_a_tail_that_holds_everything_gives_the_f16_caches_logits(family: str) -> None:
-    model = model_of(family)
-    exact = run(model, cache_of(model, KVTypes("f16", "f16")), LONG, CHUNKS)
-    got = run(model, cache_of(model, replace(Q4, tail=1000, sink=4)), LONG, CHUNKS)
-    torch.testing.assert_close(got, exact, rtol=0, atol=1e-5)
+    got = logits_of(replace(Q4, tail=1000, sink=4), family)
+    torch.testing.assert_close(got, logits_of(F16, family), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("tail", [32, 64])
 def test_a_tail_brings_the_logits_nearer_to_f16(tail: int) -> None:
-    model = model_of()
-    exact = run(model, cache_of(model, KVTypes("f16", "f16")), LONG, CHUNKS)
-    plain, better = (
-        change(run(model, cache_of(model, replace(Q4, tail=n)), LONG, CHUNKS), exact) for n in (tail // 2, tail)
-    )
+    plain, better = (change(logits_of(replace(Q4, tail=n)), logits_of(F16)) for n in (tail // 2, tail))
     assert 1e-4 < better < plain
 
 
 @pytest.mark.parametrize("tail", [0, 32])
 def test_sinks_change_the_logits(tail: int) -> None:
-    model = model_of()  # of random weights: nothing in it makes first tokens worth more than others
-    first, second = (run(model, cache_of(model, replace(Q4, tail=tail, sink=n)), LONG, CHUNKS) for n in (0, 4))
+    # Of a model of random weights: nothing in it makes first tokens worth more than others.
+    first, second = (logits_of(replace(Q4, tail=tail, sink=n)) for n in (0, 4))
     assert change(second, first) > 1e-4
 
 
 def test_the_center_changes_the_logits() -> None:
-    model = model_of()
-    types = replace(Q4, tail=32)
-    first, second = (run(model, cache_of(model, replace(types, center=on)), LONG, CHUNKS) for on in (False, True))
+    first, second = (logits_of(replace(Q4, tail=32, center=on)) for on in (False, True))
     assert change(second, first) > 1e-4
 
 
 def test_tensors_for_another_attention_are_the_same_rows() -> None:
     types = KVTypes("q8_0", "q4_0", rotate_k=True, rotate_v=True, tail=32, sink=4, center=True)
-    packed, plain = model_of(), build("qwen3_5_text")
-    got = run(plain, cache_of(plain, types), LONG, CHUNKS)
-    assert change(got, run(packed, cache_of(packed, types), LONG, CHUNKS)) < 1e-4
+    plain = build("qwen3_5_text")
+    assert change(run(plain, cache_of(plain, types), LONG, CHUNKS), logits_of(types)) < 1e-4
 
 
 @pytest.mark.parametrize("types", [{"tail": 32, "sink": 4}, {"tail": 32, "center": True}, {"sink": 4}], ids=str)
@@ -154,7 +155,7 @@ class TestGuard:
         assert len(set(calls)) == 1
         assert 2 * 3 <= len(calls) <= 2 * 3 * 3
         assert re.match(r"layer 1: q4_0, attention over the stored rows is off by (1|0\.99)", said[0])
-        assert change(logits, run(model, cache_of(model, KVTypes("f16", "f16")), LONG, chunks)) < 2e-3
+        assert change(logits, logits_of(F16)) < 2e-3
 
     def test_strict_stops(self) -> None:
         model = model_of()

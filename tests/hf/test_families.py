@@ -19,8 +19,8 @@ from tests.families import CONTROLS, FAMILIES, HYBRIDS, build, remembering
 from tests.thin import slow_but
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
-FAMILY_EVEN, FAMILY_ODD = (pytest.mark.parametrize("family", slow_but(FAMILIES, tuple(FAMILIES)[i::2])) for i in (0, 1))
-"""Every other family by default: each has half of these tests."""
+THIRD = [pytest.mark.parametrize("family", slow_but(FAMILIES, tuple(FAMILIES)[i::3])) for i in range(3)]
+"""Every third family by default: each has one of these tests, which the code that families share passes through."""
 HYBRID_EVEN, HYBRID_ODD = (pytest.mark.parametrize("family", slow_but(HYBRIDS, tuple(HYBRIDS)[i::2])) for i in (0, 1))
 EXACT = 1e-4  # with AMX a query is two bfloat16 terms: 16 bits
 Q8_BOUND = 0.08
@@ -79,7 +79,7 @@ def test_q8_0_stays_within_its_bound(family: str) -> None:
     assert EXACT < got <= Q8_BOUND
 
 
-@FAMILY_ODD
+@THIRD[0]
 def test_chunked_prefill_gives_the_same_logits(family: str) -> None:
     model = packed(family)
     whole = run(model, quantized_cache(model, type_k="f32", type_v="f32"), tokens(), chunks=(21,))
@@ -101,7 +101,7 @@ def test_a_chunk_that_would_start_from_a_zero_state_is_refused() -> None:
             model(tokens()[:, 11:], **remembering(cache))
 
 
-@FAMILY_EVEN
+@THIRD[1]
 def test_other_attention_implementations_get_dequantized_tensors(family: str) -> None:
     """The same bytes through eager attention: right answers, only slower."""
     model, exact = build(family), dynamic_logits(family)
@@ -128,7 +128,7 @@ def test_bfloat16_models_keep_float32_states(family: str) -> None:
     assert change(logits, reference) <= 0.1  # bfloat16 arithmetic, not the cache, sets this
 
 
-@FAMILY_ODD
+@THIRD[2]
 def test_left_padding_does_not_change_a_sequence(family: str) -> None:
     """A batch of a short and a long prompt, padded on the left, against each prompt alone."""
     model = packed(family)

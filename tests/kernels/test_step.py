@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from hybridkv.formats import FORMATS
 from hybridkv.kernels import KVView, Segment, cpu_native
-from hybridkv.kernels.step import Gate, Routing, Rows, StepProgram, delta_rejects
+from hybridkv.kernels.step import CacheRows, Gate, Routing, StepProgram, delta_rejects
 from hybridkv.kernels.weights import encode
 from hybridkv.rotation import rotate, rotation_block
 from tests.isas import isas_with
@@ -313,6 +314,22 @@ def test_groups_are_chosen_by_their_two_best() -> None:
     assert error(dst[0], torch.sigmoid(scores[0, 2].double()) * (down[2].double() @ inner)) < TOLERANCE
 
 
+def test_shares_that_are_next_to_nothing_weigh_nothing() -> None:
+    """Three experts of a share of 4e-18 each: their sum is that of `eps` alone, and theirs of it a millionth."""
+    x, dst, scores = normal(1, 16), buffer(1, 16), torch.full((1, 4), -40.0)
+    scores[0, 3] = -41.0
+    stacks = [normal(4, 16, 16, seed=seed) for seed in (2, 3, 4)]
+    routing = Routing(3, "sigmoid", eps=1e-12)
+    program = StepProgram()
+    program.experts(x, scores, *(encode(each, "f32") for each in stacks), dst, routing, add=False)
+    program.run(0, 1, 1, 1)
+    gate, up, down = (stack.double() for stack in stacks)
+    inner = torch.nn.functional.silu(gate @ x[0].double()) * (up @ x[0].double())
+    weights = weights_of(routing, scores.double())
+    assert error(dst[0], torch.einsum("e,enm,em->n", weights[0], down, inner)) < TOLERANCE
+    assert dst.abs().max() < 1e-3
+
+
 @pytest.mark.parametrize("gating", ["softmax", "sigmoid"])
 def test_a_score_that_is_no_number_shows(gating: str) -> None:
     x, dst, scores = normal(2, 16), buffer(2, 16), normal(2, 4, seed=1)
@@ -325,10 +342,15 @@ def test_a_score_that_is_no_number_shows(gating: str) -> None:
     assert dst[1].isnan().all()
 
 
-def delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor, values: str
+) -> tuple[Tensor, Tensor]:
     """Float64, token by token: `[B, T, heads, D]`, state `[B, heads, D, Dv]`."""
     group = v.shape[2] // k.shape[2]
-    q, k = (x.double().repeat_interleave(group, dim=2) for x in (q, k))
+    q, k = (
+        x.double().repeat(1, 1, group, 1) if values == "tiled" else x.double().repeat_interleave(group, dim=2)
+        for x in (q, k)
+    )
     state, out = state.double(), torch.empty(v.shape, dtype=torch.float64)
     for t in range(v.shape[1]):
         state = state * decay[:, t].double()[..., None, None]
@@ -339,8 +361,13 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, sta
     return out, state
 
 
-@isas_with("shape, length", [(1, 1, 2, 16), (2, 4, 24, 48), (2, 2, 128, 128), (1, 3, 32, 80)], LENGTHS)
-def test_delta(shape: tuple[int, int, int, int], length: tuple[int, int]) -> None:
+@isas_with(
+    "shape, length, values",
+    [(1, 1, 2, 16), (2, 4, 24, 48), (2, 2, 128, 128), (1, 3, 32, 80)],
+    LENGTHS,
+    ("grouped", "tiled"),
+)
+def test_delta(shape: tuple[int, int, int, int], length: tuple[int, int], values: Literal["grouped", "tiled"]) -> None:
     """Heads strided as they leave the convolution; the state goes on."""
     (n_key, n_value, d, dv), (n_seqs, n_tokens) = shape, length
     rows = n_seqs * n_tokens
@@ -350,9 +377,9 @@ def test_delta(shape: tuple[int, int, int, int], length: tuple[int, int]) -> Non
     decay, beta = normal(rows, n_value, seed=1).sigmoid(), normal(rows, n_value, seed=2).sigmoid()
     state, out = normal(n_seqs, n_value, d, dv, seed=3), buffer(rows, n_value, dv)
     lifted = (x.unflatten(0, (n_seqs, n_tokens)) for x in (q, k, v, decay, beta))
-    exact, exact_state = delta_rule(*lifted, state)
+    exact, exact_state = delta_rule(*lifted, state, values)
     program = StepProgram()
-    program.delta(q, k, v, decay, beta, out, 0)
+    program.delta(q, k, v, decay, beta, out, 0, values=values)
     program.run(0, 1, n_seqs, n_tokens, states=program.addresses([state], n_seqs), n_threads=2)
     assert error(out.view(exact.shape), exact) < TOLERANCE
     assert error(state, exact_state) < TOLERANCE
@@ -393,7 +420,7 @@ def test_attend_rotates_stores_and_attends(rotated: tuple[int, int], past: str) 
     exact_q, new_k, new_v = rotate(q).double(), rotate(k), rotate(v)
     program = StepProgram()
     program.attend(q, k, v, out, head_dim**-0.5)
-    assert program.run(0, 1, 2, 1, rows=[Rows(view, refit_k=True, refit_v=True)]) == ["finite"]
+    assert program.run(0, 1, 2, 1, rows=[CacheRows(view, refit_k=True, refit_v=True)]) == ["finite"]
     keys, values = decoded(view)
     for rows, new in ((keys, new_k), (values, new_v)):
         assert error(rows[:, :, -1], new.double()) < 0.02
@@ -431,7 +458,7 @@ def test_attend_says_what_is_not_finite(where: str, found: str) -> None:
     program = StepProgram()
     program.attend(q, k, v, out, 0.25)
     view = KVView((Segment(*planes, f16, f16, 0, 4),), 16, 16)
-    assert program.run(0, 1, 1, 1, rows=[Rows(view, refit_k=False, refit_v=False)]) == [found]
+    assert program.run(0, 1, 1, 1, rows=[CacheRows(view, refit_k=False, refit_v=False)]) == [found]
 
 
 def test_a_run_takes_its_states_from_its_caller() -> None:

@@ -138,10 +138,12 @@ CHANGES: dict[str, Callable[[ModelCache], ModelCache | None]] = {
 }
 
 
+@pytest.mark.parametrize("family", ["qwen3_5_text", "qwen3"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_what_moves_rows_or_states(change: Callable[[ModelCache], ModelCache | None]) -> None:
+def test_what_moves_rows_or_states(change: Callable[[ModelCache], ModelCache | None], family: str) -> None:
+    """Rows alone in a model without states."""
     n_seqs = 1 if change is _again else 2
-    twins = Twins("qwen3_5_text", Q8_0, n_seqs=n_seqs)
+    twins = Twins(family, Q8_0, n_seqs=n_seqs)
     for seed in (8, 9, 10):
         twins.take_many(12, seed)
         twins.change(change)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from shutil import rmtree
 from tempfile import mkdtemp
@@ -40,7 +41,7 @@ from hybridkv.policy import Guard, GuardMode, MismatchError, NonFiniteError, Pol
 from hybridkv.runtime.attend import verify_call
 from hybridkv.runtime.view import LayerView
 from tests.families import FAMILIES, HYBRIDS, build, remembering
-from tests.thin import pairwise
+from tests.thin import pairwise, slow_but
 
 NATIVE = (
     "qwen3_5_text",
@@ -543,7 +544,12 @@ def test_a_model_that_takes_no_cache_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "rounded", "isa"), pairwise(NATIVE, [False, True], ["best", "portable"]), indirect=["isa"]
+    ("family", "rounded", "isa"),
+    slow_but(
+        product(NATIVE, (False, True), ("best", "portable")),
+        [(family, i % 2 == 0, ("best", "best", "portable")[i % 3]) for i, family in enumerate(NATIVE)],
+    ),
+    indirect=["isa"],
 )
 def test_separate_caches_get_the_bits_that_they_get_alone(family: str, rounded: bool, isa: str) -> None:
     """Eleven sequences of all lengths and several types in one run, weights of f32 and of q8_0."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hybridkv.cli.collector import import_torch, resume_collector
 from hybridkv.cli.compiler import compile_ahead
 from hybridkv.cli.context import context_of, refuse_shift
+from hybridkv.cli.devices import check_ranks, device_name, device_of_rank, find_device
 from hybridkv.cli.model_source import add_source_arguments, model_of
 from hybridkv.cli.rope_options import add_rope_arguments, changes_of, say_idle_keys
 from hybridkv.cli.show import MAX_CONTEXT, expanded_words, notice, size, weights_words
@@ -135,14 +135,6 @@ def quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def device_name(text: str) -> str:
-    """Read a device in llama.cpp's words, or in torch's."""
-    if text.lower() == "none":
-        return "cpu"
-    numbered = re.fullmatch(r"cuda(\d+)", text, re.IGNORECASE)
-    return f"cuda:{numbered[1]}" if numbered else text
 
 
 def limit_spinning() -> None:
@@ -314,9 +306,9 @@ def open_model(
     activations = parse_activations(getattr(a, "activations", "int16"))
     n = n_ranks()
     if n > 1:
-        _check_ranks(a, n, ranks)
+        check_ranks(a, n, ranks)
         asked_kind, graphs = "eager", "off"
-    device = _device(a.device) if n == 1 else _device_of_rank(a.device, n)
+    device = find_device(a.device) if n == 1 else device_of_rank(a.device, n)
     if a.threads is not None:
         torch.set_num_threads(a.threads)
     path = model_of(a)
@@ -354,52 +346,6 @@ def open_model(
     return Opened(
         description, device, n_ctx, weights, dtype, make_step, limit, option, kind, asked_kind, memory, lock, split
     )
-
-
-def _check_ranks(a: argparse.Namespace, n: int, ranks: Literal["one", "many"]) -> None:
-    """Refuse options that do not go with a model that is sharded over several processes."""
-    if ranks == "one":
-        raise UsageError(
-            f"torchrun started {n} processes, but this command runs in one process",
-            hint="only `hybridkv run` runs on several ranks",
-        )
-    if a.engine == "native":
-        raise UsageError(
-            f"--backend native on {n} ranks; allowed: auto, eager", hint="Transformers shards only its own layers"
-        )
-    if a.graph == "on":
-        raise UsageError(f"--graph on with {n} ranks: a decode step that waits for other ranks cannot be recorded")
-    if a.weights not in ("auto", "plain"):
-        raise UsageError(f"--weights {a.weights} on {n} ranks; allowed: auto, plain", hint="leave --weights out")
-
-
-def _device_of_rank(name: str, n: int) -> str:
-    """Find this rank's device: Transformers takes the machine's accelerators, or else the CPU."""
-    import torch
-
-    from hybridkv.hf.ranks import local_rank
-
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("auto", kind):
-        raise UsageError(f"--device {name!r} on {n} ranks; allowed here: auto, {kind}")
-    return f"cuda:{local_rank()}" if kind == "cuda" else "cpu"
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    known = kind in ("cpu", "cuda") and (not index or (kind == "cuda" and index.isdigit()))
-    if not known:
-        raise UsageError(f"--device {name!r}; allowed: auto, cpu, cuda, cuda:N", hint="try --device cpu")
-    if kind == "cuda" and (not torch.cuda.is_available() or int(index or 0) >= torch.cuda.device_count()):
-        raise UsageError(
-            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices that torch can use",
-            hint="try --device cpu",
-        )
-    return name
 
 
 def _say_weights(loaded: Loaded, weights: WeightKind) -> None:

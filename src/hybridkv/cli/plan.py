@@ -13,9 +13,10 @@ from hybridkv.cli import run
 from hybridkv.cli.cache_options import add_cache_arguments, given_options, given_types, policy_from
 from hybridkv.cli.collector import import_torch
 from hybridkv.cli.context import context_of, reach_of
+from hybridkv.cli.devices import device_name
 from hybridkv.cli.guess_memory import guesses_of
 from hybridkv.cli.llama_cpp import accepted_options
-from hybridkv.cli.model_options import DEFAULT_CTX, device_name
+from hybridkv.cli.model_options import DEFAULT_CTX
 from hybridkv.cli.model_source import add_source_arguments, model_of
 from hybridkv.cli.rope_options import add_rope_arguments, changes_of
 from hybridkv.cli.show import (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hybridkv.kernels import cpu_native
-from hybridkv.kernels.step import HEALTH, Angles, Health, Rows, StepProgram
+from hybridkv.kernels.step import HEALTH, Angles, CacheRows, Health, StepProgram
 from hybridkv.kernels.threads import native_threads
 from hybridkv.kernels.weights import Weight, check_rows
 
@@ -55,7 +55,7 @@ class HeldStep:
         angles: Sequence[Angles],
         states: Sequence[int],
         next_states: Sequence[int] = (),
-        rows: Sequence[Rows],
+        rows: Sequence[CacheRows],
     ) -> None:
         hidden, self._n_vocab = x.shape[1], logits.shape[1]
         assert embedding.n_in == hidden == head_x.shape[1], (embedding.n_in, x.shape, head_x.shape)

@@ -84,7 +84,7 @@ class Routing:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class CacheRows:
     """Where one layer's new token goes and what it attends: the cache's memory, for one run.
 
     Attributes
@@ -326,7 +326,7 @@ class StepProgram:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dst: Tensor, scale: float) -> None:
         """Store k and v, one new token per sequence, and attend q; all `[rows, heads, D]`, dst contiguous.
 
-        Where the rows lie comes with each run, as its next `Rows`.
+        Where the rows lie comes with each run, as its next `CacheRows`.
         """
         assert q.shape[2] == k.shape[2] and v.shape[:2] == k.shape[:2] and q.shape[1] % k.shape[1] == 0, q.shape
         assert dst.shape == (*q.shape[:2], v.shape[2]) and dst.is_contiguous(), dst.shape
@@ -355,7 +355,7 @@ class StepProgram:
         *,
         angles: Sequence[Angles] = (),
         states: Sequence[int] = (),
-        rows: Sequence[Rows] = (),
+        rows: Sequence[CacheRows] = (),
         caches: Caches = "shared",
         spans: Sequence[int] = (),
         before: Sequence[int] = (),
@@ -435,7 +435,7 @@ class StepProgram:
             for x in angles[table]:
                 assert x.dtype == torch.float32 and x.is_contiguous() and x.shape == (n_angles, n_rotated // 2), x
 
-    def native_calls(self, rows: Sequence[Rows], n_seqs: int, n_sets: int = 1) -> list[tuple[object, ...]]:
+    def native_calls(self, rows: Sequence[CacheRows], n_seqs: int, n_sets: int = 1) -> list[tuple[object, ...]]:
         """Convert the rows of every attention for the native code, by set; none if there are none."""
         shapes = [shape for shape in self._calls for _ in range(n_sets)]
         return [r.native(n_seqs // n_sets, *shape) for r, shape in zip(rows, shapes, strict=True)] if rows else []

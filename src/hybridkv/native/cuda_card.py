@@ -27,8 +27,8 @@ Send = Callable[[Sequence[Weight], torch.device], PackedWeight]
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Rows of matrices that become one.
+class WeightRows:
+    """Weight rows that become part of one matrix.
 
     Attributes
     ----------
@@ -43,7 +43,7 @@ class Rows:
 
     @property
     def n_out(self) -> int:
-        """Rows of all."""
+        """Weight rows in all."""
         return sum(weight.n_out for weight in self.weights)
 
 
@@ -134,11 +134,11 @@ class Card:
         """Return the bias that lies beside a weight, flat."""
         return self.vector(weight.removesuffix(".weight") + ".bias").flatten()
 
-    def rows(self, name: str) -> Rows:
+    def rows(self, name: str) -> WeightRows:
         """Return all rows of a matrix."""
-        return Rows(self.prefix + name, (self.weight(name),))
+        return WeightRows(self.prefix + name, (self.weight(name),))
 
-    def joined(self, *parts: str | Rows) -> PackedWeight | Tensor:
+    def joined(self, *parts: str | WeightRows) -> PackedWeight | Tensor:
         """Join matrices or stacks of one type and width, one above the other: packed, or as their values."""
         rows = [self.rows(part) if isinstance(part, str) else part for part in parts]
         key = tuple(part.key for part in rows)
@@ -170,7 +170,7 @@ class Card:
         held = self.joined(*names)
         return held if isinstance(held, PackedWeight) else PlainStack(held)
 
-    def product(self, *parts: str | Rows, biased: bool = False) -> Product:
+    def product(self, *parts: str | WeightRows, biased: bool = False) -> Product:
         """Build one product of matrices that read the same rows; `biased` if each has a bias beside it."""
         rows = [self.rows(part) if isinstance(part, str) else part for part in parts]
         groups = [tuple(same) for _, same in groupby(rows, lambda part: part.weights[0].format.name)]

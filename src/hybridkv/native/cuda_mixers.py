@@ -16,7 +16,7 @@ from hybridkv.kernels.cuda.mamba import Mamba2Shape, gate_norm, mamba2_prompt, m
 from hybridkv.model import Adapter, Attention, DeltaNet, Mamba1, Mamba2, ShortConv
 from hybridkv.model.protocols import Config
 from hybridkv.model.rope import rope_frequencies
-from hybridkv.native.cuda_card import Card, Product, Rows
+from hybridkv.native.cuda_card import Card, Product, WeightRows
 
 BETWEEN = 1 / 32
 """Factor on what lies between the products of a gated feed-forward, and on other products of numbers without a norm."""
@@ -75,13 +75,13 @@ def attention(card: Card, config: Config, index: int, a: Attention) -> Mix:
 
 def _projections(card: Card, d: DeltaNet) -> Product:
     """Build a delta net's product: queries, keys and values, gates, decays' inputs, updates' inputs, in this order."""
-    gates: list[str | Rows] = [d.gate]
-    mixed: list[str | Rows] = [d.qkv] if isinstance(d.qkv, str) else [*d.qkv]
+    gates: list[str | WeightRows] = [d.gate]
+    mixed: list[str | WeightRows] = [d.qkv] if isinstance(d.qkv, str) else [*d.qkv]
     if isinstance(d.qkv, str) and not card.has(d.qkv):
         share = d.n_values // d.n_keys * d.value_dim
         q, k, v, z = _by_part(card, d.joined, d.n_keys, (d.key_dim, d.key_dim, share, share))
         mixed, gates = [q, k, v], [z]
-    rates: list[str | Rows] = [d.alpha, d.beta]
+    rates: list[str | WeightRows] = [d.alpha, d.beta]
     if d.joined_rates:
         each = d.n_values // d.n_keys
         beta, alpha = _by_part(card, d.rates, d.n_keys, (each, each))
@@ -89,12 +89,12 @@ def _projections(card: Card, d: DeltaNet) -> Product:
     return card.product(*mixed, *gates, *rates)
 
 
-def _by_part(card: Card, name: str, n_heads: int, widths: tuple[int, ...]) -> list[Rows]:
+def _by_part(card: Card, name: str, n_heads: int, widths: tuple[int, ...]) -> list[WeightRows]:
     """Take a matrix apart whose rows go head by head, all parts of each: into one for each part, head by head."""
     weight, whole = card.weight(name), sum(widths)
     starts = [sum(widths[:i]) for i in range(len(widths))]
     return [
-        Rows(
+        WeightRows(
             f"{card.prefix}{name}[{i}]",
             tuple(weight.part(h * whole + start, h * whole + start + width) for h in range(n_heads)),
         )

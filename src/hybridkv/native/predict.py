@@ -16,7 +16,7 @@ from torch import Tensor
 from hybridkv.cache import AttentionFacts, KVLayer, KVSpec, KVTypes, resolve
 from hybridkv.cache.spec import UNBOUNDED
 from hybridkv.kernels import ENCODERS, KERNELS, AttentionParams
-from hybridkv.kernels.step import Angles, Rows
+from hybridkv.kernels.step import Angles, CacheRows
 from hybridkv.kernels.weights import Activations
 from hybridkv.kernels.weights import rows as gather
 from hybridkv.model import Attention, ModelGraph
@@ -141,7 +141,7 @@ class Predictor:
         many.buffer("hidden")[:n] = hidden
         angles = self._angles(range(position, position + n))
         if native:
-            new: list[Rows] = [new_rows(rows, 1, n)]
+            new: list[CacheRows] = [new_rows(rows, 1, n)]
             program.run(0, len(program), 1, 1, angles=angles, rows=new, caches="separate", spans=[n])
         else:
             (call,) = many.calls

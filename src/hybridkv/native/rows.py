@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hybridkv.kernels import KVView, cpu
-from hybridkv.kernels.step import Health, Rows
+from hybridkv.kernels.step import CacheRows, Health
 from hybridkv.policy import NonFiniteError
 from hybridkv.runtime import ModelCache, WatchedRows
 from hybridkv.runtime.attend import non_finite
@@ -48,23 +48,23 @@ def starts(spans: Sequence[int]) -> list[int]:
     return [0, *accumulate(spans)][:-1]
 
 
-def new_rows(layer: WatchedRows, n_seqs: int, n_tokens: int = 1) -> Rows:
+def new_rows(layer: WatchedRows, n_seqs: int, n_tokens: int = 1) -> CacheRows:
     """Reserve rows of new tokens, and describe where a run writes them."""
     return rows_of_view(layer, layer.store.reserve(n_seqs, n_tokens, torch.device("cpu")))
 
 
-def rows_now(layer: WatchedRows) -> Rows:
+def rows_now(layer: WatchedRows) -> CacheRows:
     """Describe the newest token's rows as it attended them."""
     return rows_of_view(layer, layer.store.view())
 
 
-def rows_of_view(layer: WatchedRows, view: KVView) -> Rows:
+def rows_of_view(layer: WatchedRows, view: KVView) -> CacheRows:
     """Describe rows that a run writes and attends."""
     types = layer.store.types
     newest = view.segments[-1]
     scale_k = types.scale_for(newest.format_k.name) or newest.format_k.default_scale
     scale_v = types.scale_for(newest.format_v.name) or newest.format_v.default_scale
-    return Rows(view, refit_k=scale_k == "refit", refit_v=scale_v == "refit")
+    return CacheRows(view, refit_k=scale_k == "refit", refit_v=scale_v == "refit")
 
 
 def heads_first(x: Tensor, n_seqs: int, n_tokens: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hybridkv.kernels import AttentionParams, cpu_native
 from hybridkv.kernels.held import HeldStep
-from hybridkv.kernels.step import Angles, Caches, Health, Rows
+from hybridkv.kernels.step import Angles, CacheRows, Caches, Health
 from hybridkv.kernels.threads import torch_on_one_thread
 from hybridkv.kernels.weights import Activations
 from hybridkv.kernels.weights import rows as gather
@@ -450,7 +450,7 @@ class NativeStep:
         self,
         run: Callable[[int, int], list[Health]],
         layers: Sequence[WatchedRows],
-        rows: Sequence[Rows],
+        rows: Sequence[CacheRows],
         n_seqs: int,
         spans: Sequence[int] = (1,),
     ) -> dict[int, Fault]:

@@ -79,13 +79,20 @@ class _Server(uvicorn.Server):
         self,
         config: uvicorn.Config,
         state: GateState,
+        ready: Callable[[], None],
         draining: Callable[[int], None],
         stop_now: Callable[[], None],
         alive: Callable[[], bool],
     ) -> None:
         super().__init__(config)
-        self._state, self._draining, self._stop_now, self._alive = state, draining, stop_now, alive
+        self._state, self._alive = state, alive
+        self._ready, self._draining, self._stop_now = ready, draining, stop_now
         self._said = self.stopped_at_once = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Open the sockets, and say so only now that signals are handled: whoever reads it may send one at once."""
+        await super().startup(sockets)
+        self._ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's own signature
         """Handle signals: the first drains, the second ends."""
@@ -125,7 +132,7 @@ def run(
     state
         Of the gate in `app`.
     ready
-        Called once the socket listens.
+        Called once the socket listens and signals are handled.
     draining
         Called after the first signal with the number of requests that are still answered, if there are any.
     stop_now
@@ -154,7 +161,6 @@ def run(
         server_header=False,
         timeout_keep_alive=75,
     )
-    server = _Server(config, state, draining, stop_now, alive)
-    ready()
+    server = _Server(config, state, ready, draining, stop_now, alive)
     server.run(sockets=[listener])
     return not server.stopped_at_once

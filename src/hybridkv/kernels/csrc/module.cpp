@@ -42,7 +42,7 @@ std::vector<int64_t> plane_bytes(const std::string& type, int64_t head_dim) {
 
 using Strides = std::tuple<int64_t, int64_t, int64_t>;
 
-size_t attend(const std::string& isa, Address q, Strides q_strides, const std::vector<Rows>& segments,
+size_t attend(const std::string& isa, Address q, Strides q_strides, const std::vector<SegmentRows>& segments,
               int64_t head_dim_k, int64_t head_dim_v, int64_t n_batch, int64_t n_heads, int64_t n_kv_heads,
               int64_t n_tokens, float scale, float softcap, Address sinks, int64_t window, Address mask,
               Strides mask_strides, bool causal, Address out, int n_threads) {
@@ -136,7 +136,7 @@ const Format& format_named(const std::string& name) {
 
 namespace {
 
-Stored stored(const Side& side, int64_t head_dim) {
+Stored stored(const SegmentSide& side, int64_t head_dim) {
     const auto& [type, planes, cap] = side;
     Stored s{&format_named(type), head_dim, cap, {}};
     if (planes.size() != static_cast<size_t>(s.format->n_planes)) throw std::invalid_argument("planes of " + type);
@@ -146,7 +146,7 @@ Stored stored(const Side& side, int64_t head_dim) {
 
 }  // namespace
 
-std::vector<Segment> segments_of(const std::vector<Rows>& rows, int64_t head_dim_k, int64_t head_dim_v) {
+std::vector<Segment> segments_of(const std::vector<SegmentRows>& rows, int64_t head_dim_k, int64_t head_dim_v) {
     if (rows.empty()) throw std::invalid_argument("no rows to attend");
     std::vector<Segment> segments;
     int64_t begin = 0;

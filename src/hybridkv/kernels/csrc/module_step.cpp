@@ -34,7 +34,7 @@ using Choice = std::tuple<bool, Values, int64_t, int64_t, int64_t, bool, float, 
 // of K or V: head dim, whether to refit, rotation block
 using Store = std::tuple<int64_t, bool, int64_t>;
 // segments, K, V, window
-using Call = std::tuple<std::vector<Rows>, Store, Store, int64_t>;
+using Call = std::tuple<std::vector<SegmentRows>, Store, Store, int64_t>;
 
 AttendCall attend_call(const Call& c) {
     const auto& [rows, k, v, window] = c;
@@ -46,10 +46,10 @@ AttendCall attend_call(const Call& c) {
 // A call as it was before its newest `n` rows came; of a window, with the rows that were in it then.
 Call without_newest(const Call& call, int64_t n) {
     Call c = call;
-    std::vector<Rows>& rows = std::get<0>(c);
+    std::vector<SegmentRows>& rows = std::get<0>(c);
     std::get<3>(rows.back()) -= n;
     int64_t total = 0;
-    for (const Rows& r : rows) total += std::get<3>(r);
+    for (const SegmentRows& r : rows) total += std::get<3>(r);
     const int64_t window = std::get<3>(c);
     for (int64_t old = window ? total - window : 0; old > 0;) {
         auto& [k, v, start, length, center] = rows.front();

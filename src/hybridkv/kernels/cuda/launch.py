@@ -16,7 +16,7 @@ from hybridkv.kernels.cuda import prefill
 from hybridkv.kernels.cuda.card import facts_of
 from hybridkv.kernels.cuda.decode import attend_one_token
 from hybridkv.kernels.cuda.generic import attend_segment, combine_parts
-from hybridkv.kernels.cuda.layout import BF16, BYTES, F16, F32, NIBBLES, NONE, Side, capacity, memory, side
+from hybridkv.kernels.cuda.layout import BF16, BYTES, F16, F32, NIBBLES, NONE, RowFormat, capacity, memory, row_format
 from hybridkv.kernels.cuda.overlap import overlapping
 
 ONE_TOKEN_ROWS = 8
@@ -54,7 +54,7 @@ class Tiling:
 
 
 def choose_tiling(
-    side_k: Side, side_v: Side, n_query_rows: int, *, one_token: bool = False, turing: bool = False
+    side_k: RowFormat, side_v: RowFormat, n_query_rows: int, *, one_token: bool = False, turing: bool = False
 ) -> Tiling:
     """Choose a tiling for a case: narrow in query rows for decode, wide for prefill.
 
@@ -85,7 +85,7 @@ def choose_tiling(
     return Tiling(128, 32, 8, 1, prefetch=False) if any(plain) else Tiling(64, 64, 4, 1, prefetch=False)
 
 
-def _by_words(s: Side) -> bool:
+def _by_words(s: RowFormat) -> bool:
     """Check whether lanes may share a row's words evenly, as the kernel for one token has it."""
     return s.main in (NONE, BYTES, NIBBLES) and not s.row_scale and s.head_dim in (64, 128, 256)
 
@@ -138,7 +138,9 @@ def attend(q: Tensor, view: KVView, params: AttentionParams, tiling: Tiling | No
         q = q.contiguous()
     out = q.new_empty(n_batch, n_heads, n_new, view.head_dim_v, dtype=torch.float32)
     n_query_rows, n_pairs = n_new * group, n_batch * n_kv_heads
-    sides = [(side(s.format_k.name, view.head_dim_k), side(s.format_v.name, view.head_dim_v)) for s in segments]
+    sides = [
+        (row_format(s.format_k.name, view.head_dim_k), row_format(s.format_v.name, view.head_dim_v)) for s in segments
+    ]
     tilings = [
         tiling or choose_tiling(*pair, n_query_rows, one_token=one_token and _aligned(s), turing=turing)
         for pair, s in zip(sides, segments, strict=True)
@@ -290,8 +292,8 @@ def _one_token(
         first_part,
         -(-segment.length // (n_shares * tile)) * tile,
         *q.stride()[:2],
-        K=side(segment.format_k.name, view.head_dim_k),
-        V=side(segment.format_v.name, view.head_dim_v),
+        K=row_format(segment.format_k.name, view.head_dim_k),
+        V=row_format(segment.format_v.name, view.head_dim_v),
         GROUP=n_heads // n_kv_heads,
         SUBTILES=tile // 16,
         WARPS=tiling.warps,

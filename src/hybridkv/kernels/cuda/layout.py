@@ -26,7 +26,7 @@ _MAIN = {"bytes": BYTES, "nibbles": NIBBLES}
 MAX_HEAD_DIM = 512
 
 
-class Side(NamedTuple):
+class RowFormat(NamedTuple):
     """K or V at compile time.
 
     Attributes
@@ -97,7 +97,7 @@ def rejects_rows(fmt: KVFormat, head_dim: int) -> str | None:
 
 
 @lru_cache(maxsize=256)
-def side(type_name: str, head_dim: int) -> Side:
+def row_format(type_name: str, head_dim: int) -> RowFormat:
     """Describe a format's rows of `head_dim` values to the compiler."""
     fmt = get_format(type_name)
     kinds = {plane.kind: plane for plane in fmt.planes}
@@ -110,7 +110,7 @@ def side(type_name: str, head_dim: int) -> Side:
         low_mask, high_mask = 0x000F000F, 0x00F000F0
     magic = 0x64006400 ^ (0x00800080 if signed else 0)
     high_factor = 16 if high_mask == 0x00F000F0 else 1
-    return Side(
+    return RowFormat(
         main=main,
         pairs=kinds["pairs"].shift if "pairs" in kinds else -1,
         bits=kinds["bits"].shift if "bits" in kinds else -1,

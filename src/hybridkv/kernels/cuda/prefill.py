@@ -21,7 +21,7 @@ from torch.backends.cuda import SDPAParams, can_use_cudnn_attention, is_flash_at
 
 from hybridkv.kernels.case import AttentionParams, KVView, Segment
 from hybridkv.kernels.cuda.card import facts_of, is_rehearsed
-from hybridkv.kernels.cuda.layout import BF16, F32, memory, side
+from hybridkv.kernels.cuda.layout import BF16, F32, memory, row_format
 from hybridkv.kernels.cuda.overlap import begin, overlapping
 from hybridkv.kernels.cuda.tiles import decode_raw, find_slots, load_raw
 
@@ -136,7 +136,7 @@ def takes(q: Tensor, view: KVView, params: AttentionParams) -> bool:
     plain = params.mask is None and params.softcap is None and params.sinks is None and view.window is None
     on_host = not view.device_rows and all(s.center is None for s in view.segments)
     dims = view.head_dim_k == view.head_dim_v and view.head_dim_k % 8 == 0 and view.head_dim_k <= 256
-    sides = [side(f.name, view.head_dim_k) for s in view.segments for f in (s.format_k, s.format_v)]
+    sides = [row_format(f.name, view.head_dim_k) for s in view.segments for f in (s.format_k, s.format_v)]
     float16 = all(s.main not in (F32, BF16) for s in sides)
     return plain and on_host and dims and float16 and q.shape[2] >= MIN_NEW_TOKENS and view.length >= q.shape[2]
 
@@ -181,8 +181,8 @@ def _unpack_window(view: KVView, first: int, end: int, k: Tensor, v: Tensor) -> 
             segment.v[0].shape[2],
             to_row,
             end - first,
-            K=side(segment.format_k.name, head_dim),
-            V=side(segment.format_v.name, head_dim),
+            K=row_format(segment.format_k.name, head_dim),
+            V=row_format(segment.format_v.name, head_dim),
             BLOCK_N=ROWS,
             num_warps=4,
             enable_fp_fusion=True,

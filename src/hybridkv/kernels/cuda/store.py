@@ -15,7 +15,7 @@ from torch import Tensor
 from hybridkv.errors import UsageError
 from hybridkv.formats import KVFormat, Scale, get_format
 from hybridkv.kernels.cuda.encode import store_rows
-from hybridkv.kernels.cuda.layout import capacity, memory, side
+from hybridkv.kernels.cuda.layout import capacity, memory, row_format
 from hybridkv.kernels.cuda.overlap import overlapping
 from hybridkv.rotation import MIN_BLOCK, rotation_block
 
@@ -24,7 +24,7 @@ _VALUES = 1024
 
 
 class Encoding(NamedTuple):
-    """A format, a scale rule and a head dim, for the compiler; names as in `KVFormat` and `Side`."""
+    """A format, a scale rule and a head dim, for the compiler; names as in `KVFormat` and `RowFormat`."""
 
     rule: str
     rounding: str
@@ -62,7 +62,7 @@ def encoding(type_name: str, scale: Scale | None, head_dim: int) -> Encoding:
     scale = scale or fmt.default_scale
     if scale not in fmt.scales:
         raise UsageError(f"{type_name} has no scale rule {scale!r}; allowed: {', '.join(fmt.scales)}")
-    rows = side(type_name, head_dim)
+    rows = row_format(type_name, head_dim)
     lowest, highest = fmt.code_range if fmt.is_quantized else (0, 0)
     mixed = rotation_block(head_dim) if head_dim % MIN_BLOCK == 0 else 1
     return Encoding(

@@ -191,7 +191,7 @@ def _as_they_are(x):
 
 @triton.jit
 def _codes(low, high, pair, bit, S: tl.constexpr):
-    """Return the codes, two to a word, under the masks of `Side`: int32 `[N, blocks, 4]`.
+    """Return the codes, two to a word, under the masks of `RowFormat`: int32 `[N, blocks, 4]`.
 
     Of lanes 0..15 those of bytes 0 and 2, and of bytes 1 and 3; then the same of lanes 16..31.
     """
