@@ -6,11 +6,9 @@ model in memory.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -27,6 +25,7 @@ from hybridkv.model.rope import rope_angles
 from hybridkv.native import cpu as lowering
 from hybridkv.native.builder import Builder
 from hybridkv.native.held import HeldRun, HeldState, n_tokens_ahead
+from hybridkv.native.hidden import HiddenStates
 from hybridkv.native.predict import Predictor
 from hybridkv.native.rows import (
     fault_of,
@@ -40,6 +39,7 @@ from hybridkv.native.rows import (
     starts,
 )
 from hybridkv.native.sources import Typed, activations_used, source_of, types_held
+from hybridkv.native.states import StateAddresses, cache_states, next_states
 from hybridkv.policy import MismatchError
 from hybridkv.runtime import Fault, LayerView, ModelCache, StepResult, WatchedRows, one_by_one
 from hybridkv.runtime.attend import attend_new, verify_call
@@ -88,11 +88,10 @@ class NativeStep:
         self._graph: ModelGraph = graph_of(model.config)
         self._source: Typed = source_of(model)
         self._angles: list[Angles] = []
-        self._held_states: tuple[list[Tensor], int, list[int]] = [], 0, []
+        self._states = StateAddresses()
         self._drafted: dict[int, HeldRun | DraftSpan] = {}
         self._held: HeldRun | None = None
-        self._hidden: WeakKeyDictionary[ModelCache, Tensor] | None = None
-        self._unseen: WeakSet[ModelCache] = WeakSet()
+        self._hidden = HiddenStates()
         self._embedding = self._source.weight(self._graph.embed)
         self._layers = self._write(lowering.build_layers, 1)
         self._head = self._write(lowering.build_head, 1)
@@ -109,31 +108,21 @@ class NativeStep:
         graph = self._graph
         if graph.prediction is None or not self._source.has(graph.prediction.prefix + graph.prediction.project):
             return None
-        if self._hidden is None:
-            self._hidden = WeakKeyDictionary()
+        self._hidden.ask()
         return Predictor(graph, self._source, self._angles_of, self._activations)
 
     def take_hidden(self, cache: ModelCache) -> Tensor | None:
         """Take the final hidden states of the last run's tokens of a cache, `[n, hidden]`; they are given once."""
-        return None if self._hidden is None else self._hidden.pop(cache, None)
+        return self._hidden.take(cache)
 
     def keep_hidden(self, cache: ModelCache, *, wanted: bool) -> None:
         """Stop keeping hidden states of a cache, or begin again; see `DraftStep.keep_hidden`."""
-        if wanted:
-            self._unseen.discard(cache)
-        else:
-            self._unseen.add(cache)
+        self._hidden.want(cache, wanted=wanted)
 
     def _angles_of(self, kind: str | None, positions: Sequence[int]) -> Angles:
         """Look up cosines and sines of some positions, of a kind of RoPE that the model has."""
         cos, sin = self._rope_table(0, max(positions) + 1)[self._layers.ropes.index(kind)]
         return cos[positions], sin[positions]
-
-    def _note_hidden(self, caches: Sequence[ModelCache], hidden: Tensor, spans: Sequence[int]) -> None:
-        """Keep what a run leaves in its buffers, of caches of one sequence each."""
-        if self._hidden is None or all(cache in self._unseen for cache in caches):
-            return
-        self._hidden |= dict(zip(caches, torch.split(hidden.clone(), list(spans)), strict=True))
 
     def start_timing(self) -> None:
         """Time every operation from now on; without this, nothing is timed and nothing costs."""
@@ -165,7 +154,7 @@ class NativeStep:
         for part in self._parts(tokens):
             hidden = self._run(part, cache, position)
             position += part.shape[1]
-        self._note_hidden([cache], hidden[0], [hidden.shape[1]])
+        self._hidden.note([cache], hidden[0], [hidden.shape[1]])
         logits = self._logits(hidden[:, -1])
         if tokens.shape[1] == 1:
             self._held = self._hold(cache, len(tokens), position)
@@ -181,7 +170,7 @@ class NativeStep:
             if found != "finite" and layer.watch.guard.watches:
                 raise fault_of(layer, found)
         self._held = held
-        self._note_hidden([cache], self._layers.buffer("x")[:1], [1])
+        self._hidden.note([cache], self._layers.buffer("x")[:1], [1])
         return logits
 
     def _hold_drafts(self, n_tokens: int, cache: ModelCache, position: int) -> HeldRun | None:
@@ -210,7 +199,7 @@ class NativeStep:
                 layer = rows_of(cache, self._layers.calls[number].layer)
                 if layer.watch.guard.watches:
                     failed.setdefault(row, fault_of(layer, found))
-        self._note_hidden([cache], self._layers.buffer("x")[: len(tokens)], [len(tokens)])
+        self._hidden.note([cache], self._layers.buffer("x")[: len(tokens)], [len(tokens)])
         return StepResult(logits, failed)
 
     def _hold(self, cache: ModelCache, n_seqs: int, position: int, *, drafts: bool = False) -> HeldRun | None:
@@ -223,11 +212,13 @@ class NativeStep:
             n_left = min(n_left, len(self._angles[0][0]) - position)
         if n_left <= 0:
             return None
-        addresses = self._state_addresses(cache, n_seqs)
+        addresses = self._states.of(self._layers, cache, n_seqs)
         owners = [owner for index in self._layers.state_layers if (owner := cache.states[index]) is not None]
         following: list[int] = []
         if drafts or (n_seqs == 1 and owners and all(owner.next_memory for owner in owners)):
-            following = self._layers.program.addresses(self._next_states(cache, self._cache_states(cache, 1)), 1)
+            following = self._layers.program.addresses(
+                next_states(self._layers, cache, cache_states(self._layers, cache, 1)), 1
+            )
         step = HeldStep(
             self._layers.program,
             self._head.program,
@@ -268,7 +259,7 @@ class NativeStep:
         flat = torch.tensor([token for own in tokens for token in own])
         if len(together) == len(caches):
             hidden, failed = self._decode_many(flat, caches, layers, positions, spans)
-            self._note_hidden(caches, hidden, spans)
+            self._hidden.note(caches, hidden, spans)
             return StepResult(self._logits(hidden, "separate"), failed)
         alone = [i for i in range(len(caches)) if i not in together]
         assert all(spans[i] == 1 for i in alone), spans
@@ -312,7 +303,7 @@ class NativeStep:
         for call in drafted.builder.calls:
             rows_of(cache, call.layer).store.take_back(span - n_kept)
         if n_kept < span:
-            program, states = drafted.builder.program, self._cache_states(cache, 1)
+            program, states = drafted.builder.program, cache_states(self._layers, cache, 1)
             program.replay(drafted.first_row, n_kept, program.addresses(states, 1))
             return
         for index in drafted.builder.state_layers:
@@ -327,7 +318,7 @@ class NativeStep:
         for part in self._parts(tokens):
             hidden = self._run(part, cache, position)
             position += part.shape[1]
-            self._note_hidden([cache], hidden[0], [hidden.shape[1]])
+            self._hidden.note([cache], hidden[0], [hidden.shape[1]])
             logits.append(self._logits(hidden.flatten(0, 1)).view(*part.shape, -1))
         return torch.cat(logits, dim=1)
 
@@ -354,7 +345,7 @@ class NativeStep:
         n_seqs, n_tokens = tokens.shape
         x = self._embedded(tokens.flatten())
         builder, program = self._layers, self._layers.program
-        states = self._state_addresses(cache, n_seqs)
+        states = self._states.of(self._layers, cache, n_seqs)
         angles = self._rope_table(position, n_tokens)
         layers = [rows_of(cache, call.layer) for call in builder.calls]
         if n_tokens == 1 and all(is_direct(layer) for layer in layers):
@@ -392,14 +383,14 @@ class NativeStep:
         self._drafted = {
             id(c): DraftSpan(self._layers, row, n) for c, row, n in zip(caches, first_rows, spans, strict=True)
         }
-        held = [self._cache_states(cache, 1) for cache in caches]
+        held = [cache_states(self._layers, cache, 1) for cache in caches]
         states = program.separate_addresses(held)
         before: list[int] = []
         if max(spans) > 1:
             before = states
             states = program.separate_addresses(
                 [
-                    self._next_states(cache, own) if n > 1 else own
+                    next_states(self._layers, cache, own) if n > 1 else own
                     for cache, own, n in zip(caches, held, spans, strict=True)
                 ]
             )
@@ -419,16 +410,6 @@ class NativeStep:
             before=before,
         )
         return x, self._run_checked(run, by_call, rows, 1, spans)
-
-    def _next_states(self, cache: ModelCache, held: Sequence[Tensor]) -> list[Tensor]:
-        """Return memory for the states of a run that `keep` may undo, as `_cache_states` gives theirs."""
-        found: list[Tensor] = []
-        for index, (_, recurrent) in zip(self._layers.state_layers, self._layers.state_shapes, strict=True):
-            layer = cache.states[index]
-            assert layer is not None
-            n_states = 1 + bool(recurrent)
-            found += layer.next_states(tuple(held[len(found) : len(found) + n_states]))
-        return found
 
     def _decode(self, layers: Sequence[WatchedRows], n_seqs: int, angles: Sequence[Angles], states: list[int]) -> None:
         """Run all layers over one token per sequence, attention included, in a single run but where the guard looks in.
@@ -508,28 +489,6 @@ class NativeStep:
                     failed[row] = error
         note(run(begin, len(self._layers.program)))
         return failed
-
-    def _state_addresses(self, cache: ModelCache, n_seqs: int) -> list[int]:
-        """List the addresses of one cache's states; those of the last step, if the same tensors are held still."""
-        layers = [cache.states[index] for index in self._layers.state_layers]
-        fed = all(layer is not None and layer.has_previous_state[0] for layer in layers)
-        held = [state for layer in layers if layer is not None for state in layer.memory]
-        known, n_known, addresses = self._held_states
-        if fed and n_seqs == n_known and len(known) == len(held) and all(map(operator.is_, known, held)):
-            return addresses
-        addresses = self._layers.program.addresses(self._cache_states(cache, n_seqs), n_seqs)
-        held = [state for layer in layers if layer is not None for state in layer.memory]
-        self._held_states = held, n_seqs, addresses
-        return addresses
-
-    def _cache_states(self, cache: ModelCache, n_seqs: int) -> list[Tensor]:
-        """List convolution and recurrent state of every layer that has them, in the operations' order."""
-        states: list[Tensor] = []
-        for index, shapes in zip(self._layers.state_layers, self._layers.state_shapes, strict=True):
-            layer = cache.states[index]
-            assert layer is not None
-            states += layer.native_states(n_seqs, *shapes)
-        return states
 
     def _rope_table(self, position: int, n_tokens: int) -> list[Angles]:
         """Compute cosines and sines from `position` on, `[T, n_rotated / 2]`, of each kind of RoPE; they are kept."""
