@@ -33,8 +33,8 @@ def test_what_is_not_quick_is_slow_or_long() -> None:
     assert quick == [row for row in product("abcd", range(4), range(4)) if row in covering("abcd", range(4), range(4))]
     assert len(quick) < 24
     rest = [param.marks[0].name for param in params if param.marks]
-    assert rest.count("slow") == len(rest) // 3
-    assert rest.count("long") == len(rest) - len(rest) // 3
+    assert rest.count("slow") == len(rest) // 6
+    assert rest.count("long") == len(rest) - len(rest) // 6
 
 
 def test_each_type_is_on_each_side() -> None:

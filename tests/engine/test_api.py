@@ -160,7 +160,7 @@ def test_weights_are_those_of_run(
     if directory:
         loaded = load_described(describe(bundled_model()), dtype=torch.float32, device="cpu")
         loaded.model.config.save_pretrained(path := tmp_path / "model")
-    monkeypatch.setattr("hybridkv.cli.model_options._device", lambda name: name)
+    monkeypatch.setattr("hybridkv.cli.model_options.find_device", lambda name: name)
     monkeypatch.setattr("hybridkv.cli.model_options.compile_ahead", lambda *_: None)
     monkeypatch.setattr("hybridkv.engine.placed.free_on_card", lambda *_: 8 * 2**30)
     options = ["run", "--device", device, "-p", "x", *([] if path is None else ["-m", str(path)])]

@@ -13,13 +13,20 @@ from typing import TYPE_CHECKING
 from hybridkv.cli.show import notice, size, weights_words
 from hybridkv.cli.split_options import place_run
 from hybridkv.errors import ContextError
-from hybridkv.planner import NO_GUESSES, Guesses
 
 if TYPE_CHECKING:
     from hybridkv.cache import KVSpec
     from hybridkv.cli.model_options import Opened
     from hybridkv.held import Held
+    from hybridkv.planner import Guesses
     from hybridkv.policy import AnyPolicy, Guard
+
+
+def _no_guesses() -> Guesses:
+    from hybridkv.planner import NO_GUESSES  # with torch, which no help needs
+
+    return NO_GUESSES
+
 
 _SMALLER = ("q8_0", "q4_0")
 """Cache types that are tried for what would fit."""
@@ -58,7 +65,7 @@ class Demand:
     more: Mapping[str, int] = field(default_factory=dict)
     budget_bytes: int | None = None
     guarded: bool = True
-    guesses: Guesses = NO_GUESSES
+    guesses: Guesses = field(default_factory=_no_guesses)
 
 
 def check_memory(opened: Opened, demand: Demand) -> Opened:
@@ -106,7 +113,7 @@ def fit_context(
     *,
     n_seqs: int,
     more: int | None = None,
-    guesses: Guesses = NO_GUESSES,
+    guesses: Guesses | None = None,
 ) -> Opened:
     """Shorten the context that `-c 0` asks for to what memory allows, and say so; any other stays.
 
@@ -131,7 +138,9 @@ def fit_context(
         return opened
     facts = opened.description.facts
     specs, _ = guard.before(policy.resolve(kv_facts(facts)), hybrid=is_hybrid(facts), n_ctx=opened.n_ctx)
-    demand = Demand(specs, opened.n_ctx, n_seqs, guarded=guard.measures, more={"more": more or 0}, guesses=guesses)
+    demand = Demand(
+        specs, opened.n_ctx, n_seqs, guarded=guard.measures, more={"more": more or 0}, guesses=guesses or _no_guesses()
+    )
     parts = _parts(opened, demand)
     kv = next(iter(parts.values()))
     free = available.n_bytes - opened.held().n_bytes - (sum(parts.values()) - kv)

@@ -6,11 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybridkv.planner import NO_GUESSES, Guesses
-
 if TYPE_CHECKING:
     from hybridkv.cli.model_options import Opened
     from hybridkv.engine.describe import Description
+    from hybridkv.planner import Guesses
 
 
 def guesses_of(
@@ -31,7 +30,7 @@ def guesses_of(
         For a draft model that cannot be read.
     """
     from hybridkv.native.choice import rejects
-    from hybridkv.planner import plan
+    from hybridkv.planner import NO_GUESSES, Guesses, plan
 
     if a.spec == "off" or n_seqs > 1 or engine == "eager" or rejects(description.config, device) is not None:
         return NO_GUESSES
