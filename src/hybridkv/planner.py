@@ -60,36 +60,6 @@ class Plan:
         return self.kv_bytes + self.state_bytes + self.weight_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Guesses:
-    """What guessing tokens ahead takes beside a run, in bytes.
-
-    Attributes
-    ----------
-    state_bytes
-        Of one sequence: its states once more, so that wrong guesses can be undone.
-    sequence_bytes
-        Of one sequence: the cache of what guesses, for a whole context.
-    weight_bytes
-        Of a draft model.
-    """
-
-    state_bytes: int = 0
-    sequence_bytes: int = 0
-    weight_bytes: int = 0
-
-    def of_sequences(self, n_seqs: int) -> int:
-        """Sum what so many sequences take."""
-        return n_seqs * (self.state_bytes + self.sequence_bytes)
-
-    def total(self, n_seqs: int) -> int:
-        """Sum all of it."""
-        return self.of_sequences(n_seqs) + self.weight_bytes
-
-
-NO_GUESSES = Guesses()
-
-
 def plan(
     specs: Sequence[KVSpec],
     facts: Sequence[LayerFacts],

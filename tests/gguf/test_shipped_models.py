@@ -22,6 +22,7 @@ from tests import models
 from tests.families import remembering
 from tests.gguf.reference import heldout_text
 from tests.oracles import ik_llama
+from tests.thin import slow_but
 
 pytestmark = pytest.mark.slow
 
@@ -51,11 +52,7 @@ CASES = (
 )
 
 
-IN_CI = pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=() if case.name == "smollm2" else pytest.mark.long, id=case.name) for case in CASES],
-    indirect=True,
-)
+SMALL = pytest.mark.parametrize("case", slow_but(CASES, (), long=CASES[1:]), indirect=True)
 """A window is in the way of no number here: the larger model takes minutes."""
 
 
@@ -94,7 +91,7 @@ def cross_entropy(model: PreTrainedModel, ids: list[int]) -> float:
     return total / (len(ids) - 1)
 
 
-@IN_CI
+@SMALL
 def test_perplexity_agrees_with_ik_llama(case: Case, path: Path, loaded: LoadedModel) -> None:
     ids = token_ids(loaded, heldout_text(), case.n_scored)
     with ik_llama.model(path, n_ctx=1024, n_ubatch=case.n_ubatch) as engine:
@@ -103,7 +100,7 @@ def test_perplexity_agrees_with_ik_llama(case: Case, path: Path, loaded: LoadedM
     assert math.exp(cross_entropy(loaded.model, ids)) == pytest.approx(expected, rel=5e-3)
 
 
-@IN_CI
+@SMALL
 @torch.inference_mode()
 def test_greedy_tokens_agree_with_ik_llama(path: Path, loaded: LoadedModel) -> None:
     """Each of its 64 tokens, given those before it, is our first choice too, or misses that by a near-tie."""

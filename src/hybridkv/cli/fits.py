@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from hybridkv.cli.guess_memory import NO_GUESSES, Guesses
 from hybridkv.cli.show import notice, size, weights_words
 from hybridkv.cli.split_options import place_run
 from hybridkv.errors import ContextError
@@ -18,14 +19,7 @@ if TYPE_CHECKING:
     from hybridkv.cache import KVSpec
     from hybridkv.cli.model_options import Opened
     from hybridkv.held import Held
-    from hybridkv.planner import Guesses
     from hybridkv.policy import AnyPolicy, Guard
-
-
-def _no_guesses() -> Guesses:
-    from hybridkv.planner import NO_GUESSES  # with torch, which no help needs
-
-    return NO_GUESSES
 
 
 _SMALLER = ("q8_0", "q4_0")
@@ -65,7 +59,7 @@ class Demand:
     more: Mapping[str, int] = field(default_factory=dict)
     budget_bytes: int | None = None
     guarded: bool = True
-    guesses: Guesses = field(default_factory=_no_guesses)
+    guesses: Guesses = NO_GUESSES
 
 
 def check_memory(opened: Opened, demand: Demand) -> Opened:
@@ -113,7 +107,7 @@ def fit_context(
     *,
     n_seqs: int,
     more: int | None = None,
-    guesses: Guesses | None = None,
+    guesses: Guesses = NO_GUESSES,
 ) -> Opened:
     """Shorten the context that `-c 0` asks for to what memory allows, and say so; any other stays.
 
@@ -138,9 +132,7 @@ def fit_context(
         return opened
     facts = opened.description.facts
     specs, _ = guard.before(policy.resolve(kv_facts(facts)), hybrid=is_hybrid(facts), n_ctx=opened.n_ctx)
-    demand = Demand(
-        specs, opened.n_ctx, n_seqs, guarded=guard.measures, more={"more": more or 0}, guesses=guesses or _no_guesses()
-    )
+    demand = Demand(specs, opened.n_ctx, n_seqs, guarded=guard.measures, more={"more": more or 0}, guesses=guesses)
     parts = _parts(opened, demand)
     kv = next(iter(parts.values()))
     free = available.n_bytes - opened.held().n_bytes - (sum(parts.values()) - kv)

@@ -3,13 +3,43 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hybridkv.cli.model_options import Opened
     from hybridkv.engine.describe import Description
-    from hybridkv.planner import Guesses
+
+
+@dataclass(frozen=True, slots=True)
+class Guesses:
+    """What guessing tokens ahead takes beside a run, in bytes.
+
+    Attributes
+    ----------
+    state_bytes
+        Of one sequence: its states once more, so that wrong guesses can be undone.
+    sequence_bytes
+        Of one sequence: the cache of what guesses, for a whole context.
+    weight_bytes
+        Of a draft model.
+    """
+
+    state_bytes: int = 0
+    sequence_bytes: int = 0
+    weight_bytes: int = 0
+
+    def of_sequences(self, n_seqs: int) -> int:
+        """Sum what so many sequences take."""
+        return n_seqs * (self.state_bytes + self.sequence_bytes)
+
+    def total(self, n_seqs: int) -> int:
+        """Sum all of it."""
+        return self.of_sequences(n_seqs) + self.weight_bytes
+
+
+NO_GUESSES = Guesses()
 
 
 def guesses_of(
@@ -30,7 +60,7 @@ def guesses_of(
         For a draft model that cannot be read.
     """
     from hybridkv.native.choice import rejects
-    from hybridkv.planner import NO_GUESSES, Guesses, plan
+    from hybridkv.planner import plan
 
     if a.spec == "off" or n_seqs > 1 or engine == "eager" or rejects(description.config, device) is not None:
         return NO_GUESSES

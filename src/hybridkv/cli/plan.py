@@ -14,7 +14,7 @@ from hybridkv.cli.cache_options import add_cache_arguments, given_options, given
 from hybridkv.cli.collector import import_torch
 from hybridkv.cli.context import context_of, reach_of
 from hybridkv.cli.devices import device_name
-from hybridkv.cli.guess_memory import guesses_of
+from hybridkv.cli.guess_memory import Guesses, guesses_of
 from hybridkv.cli.llama_cpp import accepted_options
 from hybridkv.cli.model_options import DEFAULT_CTX
 from hybridkv.cli.model_source import add_source_arguments, model_of
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from hybridkv.engine.placed import Split
     from hybridkv.held import Expanded, Held, WeightKind
     from hybridkv.native.choice import EngineKind
-    from hybridkv.planner import Guesses
     from hybridkv.policy import AnyPolicy, Guard
 
 NAME = "plan"

@@ -32,7 +32,7 @@ def find_head(
 
     Raises
     ------
-    ModelError, ModelFileError
+    ModelFileError
         For tensors that cannot be read.
     """
     import torch

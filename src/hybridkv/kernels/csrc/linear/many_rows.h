@@ -250,9 +250,8 @@ struct Many {
                 const int64_t n = row1 - r0 < kOut ? row1 - r0 : kOut;
                 for (int64_t q = 0; q < nq; ++q) for (F& a : s.acc[q]) a = Simd::set1(0.f);
                 for (int64_t u = 0; u < units; ++u) {
-                    bring_rows<T>(w, r0, n, u, s.rows);
-                    // Here and not before: rows would wait behind these requests, products do not.
                     if (q0 == 0 && r0 + kOut < row1) ask_for(w, r0 + kOut, row1, u, units);
+                    bring_rows<T>(w, r0, n, u, s.rows);
                     const int n_steps = steps_of(w, u);
                     for_tiles<T>(nq, [&](auto group, int64_t q) {
                         constexpr int NQ = decltype(group)::count;
