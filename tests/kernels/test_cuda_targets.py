@@ -35,11 +35,11 @@ def compiled(cache: Path, target: str, what: str, *options: str) -> list[tuple[s
     ("target", "names"),
     [
         pytest.param("75", "_gated", id="turing"),
-        pytest.param("89", "_delta_step,attend_one_token", id="ada", marks=pytest.mark.slow),
+        pytest.param("89", "_delta_step", id="ada", marks=pytest.mark.slow),
     ],
 )
 def test_what_a_decode_step_spends_its_time_in(target: str, names: str, tmp_path: Path) -> None:
-    """A few variants; the rest takes minutes."""
+    """One kernel each; the rest takes minutes."""
     found = compiled(tmp_path, target, "4b", "--only", names)
     assert set(names.split(",")) == {name for name, _ in found}
     assert max(shared for _, shared in found) <= SHARED[target]
