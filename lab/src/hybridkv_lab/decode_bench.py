@@ -193,7 +193,7 @@ class OurRunner:
     @property
     def n_tokens(self) -> int:
         """Tokens in the cache."""
-        return self._engine.history.shape[1]
+        return self._engine.n_tokens
 
     def reset(self) -> None:
         """Forget all tokens."""

@@ -137,6 +137,11 @@ class Engine:
         self._tokens.begin(tokens[0].tolist())
 
     @property
+    def n_tokens(self) -> int:
+        """Tokens of each sequence up to now."""
+        return self._tokens.length
+
+    @property
     def cache(self) -> ModelCache:
         """What is held of the sequences, guesses that were not drawn undone."""
         if self._drafts is not None:
@@ -229,7 +234,7 @@ class Engine:
     def advance(self, tokens: Tensor) -> Tensor:
         """Append one token per sequence, int64 `[B]`; the logits after them, float32 `[B, V]`, finite."""
         self._tokens.append(tokens)
-        return self._advance(self.history[:, -1:])
+        return self._advance(tokens.unsqueeze(1))
 
     def _check(self, prompt: Sequence[int], n_predict: int, n_seqs: int) -> None:
         if not prompt:

@@ -206,7 +206,7 @@ def attend(
 
 def all_finite(x: Tensor) -> bool:
     """Check whether all of a contiguous float32 tensor on the CPU is finite, on this thread, in microseconds."""
-    assert x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous(), (x.dtype, x.device, x.stride())
+    assert x.dtype == torch.float32 and x.is_cpu and x.is_contiguous(), (x.dtype, x.device, x.stride())
     return bool(_native().all_finite(x.data_ptr(), x.numel()))
 
 

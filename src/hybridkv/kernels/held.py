@@ -84,24 +84,29 @@ class HeldStep:
         """Check whether `draft` takes so many tokens of one sequence."""
         return self._n_seqs == 1 <= n_tokens <= self._most_drafts
 
-    def run(self, tokens: list[int]) -> tuple[Tensor, list[Health]]:
-        """Continue every sequence by a token that was checked; the logits `[B, V]`, and the attentions' health.
+    def run(self, tokens: list[int]) -> tuple[Tensor, list[tuple[int, Health]]]:
+        """Continue every sequence by a token that was checked.
 
-        The caller knows that the rows have room, in memory that is still theirs.
+        The logits `[B, V]`, and the attentions that were not finite, by number. The caller knows that the rows have
+        room, in memory that is still theirs.
         """
         logits = torch.empty(self._n_seqs, self._n_vocab)
         health = self._native.step(tokens, logits.data_ptr())
-        return logits, [HEALTH[code] for code in health]
+        return logits, _faults(health)
 
-    def draft(self, tokens: list[int]) -> tuple[Tensor, list[Health]]:
+    def draft(self, tokens: list[int]) -> tuple[Tensor, list[tuple[int, Health]]]:
         """Continue the one sequence by several tokens that were checked, each as if it came alone; `keep` follows.
 
-        The logits `[T, V]`, and the health by attention and token.
+        The logits `[T, V]`, and what was not finite, by number: attention by attention, token by token.
         """
         logits = torch.empty(len(tokens), self._n_vocab)
         health = self._native.draft(tokens, logits.data_ptr())
-        return logits, [HEALTH[code] for code in health]
+        return logits, _faults(health)
 
     def keep(self, n_tokens: int) -> None:
         """Continue behind the first tokens of the last `draft`: behind all in the next states, else in those before."""
         self._native.keep(n_tokens)
+
+
+def _faults(health: list[int]) -> list[tuple[int, Health]]:
+    return [(number, HEALTH[code]) for number, code in enumerate(health) if code]

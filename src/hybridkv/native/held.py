@@ -89,53 +89,58 @@ class HeldRun:
     ) -> None:
         self._step, self._builders, self._states = step, builders, states
         self._cache = weakref.ref(cache)
-        self._keys = [layer.store.memory_key for layer in _layers(builders[0], cache)]
+        self._keys = [(call.layer, rows_of(cache, call.layer).store.memory_key) for call in builders[0].calls]
         self._n_seqs, self._position, self._n_left, self._n_drafted = n_seqs, position, n_left, 0
 
     def takes(
         self, n_seqs: int, n_tokens: int, cache: ModelCache, position: int, builders: tuple[Builder, Builder]
     ) -> bool:
         """Check whether so many tokens of each sequence are the next of this cache, and all is where it was."""
-        return (
-            n_tokens <= self._n_left
-            and position == self._position
-            and self._cache() is cache
-            and n_seqs == self._n_seqs
-            and (n_tokens == 1 or self._step.takes_drafts(n_tokens))
-            and builders == self._builders
-            and native_threads() == self._step.n_threads
-            and all(
-                layer.store.memory_key is key and layer.store.n_seen == position and not layer.watch.awaits_first_check
-                for layer, key in zip(_layers(builders[0], cache), self._keys, strict=True)
-            )
-            and all(state.stays for state in self._states)
-        )
+        if (
+            n_tokens > self._n_left
+            or position != self._position
+            or self._cache() is not cache
+            or n_seqs != self._n_seqs
+            or (n_tokens > 1 and not self._step.takes_drafts(n_tokens))
+            or builders != self._builders
+            or native_threads() != self._step.n_threads
+        ):
+            return False
+        for index, key in self._keys:
+            layer = rows_of(cache, index)
+            store = layer.store
+            if store.memory_key is not key or store.n_seen != position or layer.watch.awaits_first_check:
+                return False
+        return all(state.stays for state in self._states)
 
     def has_room(self, n_tokens: int, cache: ModelCache, builders: tuple[Builder, Builder]) -> bool:
         """Check whether so many tokens are the next of a cache of one sequence, and all is where it was."""
         return self.takes(1, n_tokens, cache, self._position, builders)
 
-    def run(self, tokens: Tensor) -> tuple[Tensor, list[Health]]:
-        """Continue the cache by tokens that `takes` has taken; the logits `[B, V]`, and each attention's health."""
+    def run(self, tokens: Tensor) -> tuple[Tensor, list[tuple[int, Health]]]:
+        """Continue the cache by tokens that `takes` has taken.
+
+        The logits `[B, V]`, and which attentions were not finite: by the number of their call.
+        """
         cache, ids = self._cache(), tokens.flatten().tolist()
         assert cache is not None
         self._step.check(ids)
-        for layer in _layers(self._builders[0], cache):
-            layer.store.lengthen()
+        for index, _ in self._keys:
+            rows_of(cache, index).store.lengthen()
         self._position += 1
         self._n_left -= 1
         return self._step.run(ids)
 
-    def draft(self, ids: list[int]) -> tuple[Tensor, list[Health]]:
+    def draft(self, ids: list[int]) -> tuple[Tensor, list[tuple[int, Health]]]:
         """Continue the one sequence by several tokens that `takes` has taken; `keep` follows.
 
-        The logits `[T, V]`, and the health by attention and token.
+        The logits `[T, V]`, and what was not finite: by attention and token, counted in this order.
         """
         cache = self._cache()
         assert cache is not None
         self._step.check(ids)
-        for layer in _layers(self._builders[0], cache):
-            layer.store.lengthen(len(ids))
+        for index, _ in self._keys:
+            rows_of(cache, index).store.lengthen(len(ids))
         self._n_drafted = len(ids)
         return self._step.draft(ids)
 
@@ -145,8 +150,8 @@ class HeldRun:
         assert cache is not None
         assert 1 <= n_kept <= self._n_drafted, (n_kept, self._n_drafted)
         if n_back:
-            for layer in _layers(self._builders[0], cache):
-                layer.store.take_back(n_back)
+            for index, _ in self._keys:
+                rows_of(cache, index).store.take_back(n_back)
         self._step.keep(n_kept)
         if not n_back:
             self._states = [state.take_next() for state in self._states]
@@ -157,7 +162,3 @@ class HeldRun:
 def n_tokens_ahead(layers: Sequence[WatchedRows]) -> int:
     """Return how many single tokens may follow that only lengthen rows, and at which the guard does not look."""
     return n_before_check(layers, min((MAX_TOKENS, *(layer.store.straight_room() for layer in layers))))
-
-
-def _layers(builder: Builder, cache: ModelCache) -> list[WatchedRows]:
-    return [rows_of(cache, call.layer) for call in builder.calls]

@@ -18,6 +18,11 @@ class HiddenStates:
         self._of: WeakKeyDictionary[ModelCache, Tensor] | None = None
         self._unseen: WeakSet[ModelCache] = WeakSet()
 
+    @property
+    def is_asked(self) -> bool:
+        """True once somebody has asked."""
+        return self._of is not None
+
     def ask(self) -> None:
         """Keep them from now on."""
         if self._of is None:

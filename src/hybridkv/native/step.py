@@ -163,14 +163,15 @@ class NativeStep:
     def _continue(self, held: HeldRun, tokens: Tensor, cache: ModelCache) -> Tensor:
         """Continue a run by one token per sequence."""
         self._held = None  # but for the end of this: what fails in between leaves rows that nobody knows
-        logits, health = held.run(tokens)
+        logits, faults = held.run(tokens)
         self._source.verify()
-        for call, found in zip(self._layers.calls, health, strict=True):
-            layer = rows_of(cache, call.layer)
-            if found != "finite" and layer.watch.guard.watches:
+        for number, found in faults:
+            layer = rows_of(cache, self._layers.calls[number].layer)
+            if layer.watch.guard.watches:
                 raise fault_of(layer, found)
         self._held = held
-        self._hidden.note([cache], self._layers.buffer("x")[:1], [1])
+        if self._hidden.is_asked:
+            self._hidden.note([cache], self._layers.buffer("x")[:1], [1])
         return logits
 
     def _hold_drafts(self, n_tokens: int, cache: ModelCache, position: int) -> HeldRun | None:
@@ -190,15 +191,14 @@ class NativeStep:
         """Continue a run by several tokens of its one sequence."""
         self._held = None
         self._drafted = {id(cache): held}
-        logits, health = held.draft(tokens)
+        logits, faults = held.draft(tokens)
         self._source.verify()
         failed: dict[int, Fault] = {}
-        for index, found in enumerate(health):
-            if found != "finite":
-                number, row = divmod(index, len(tokens))
-                layer = rows_of(cache, self._layers.calls[number].layer)
-                if layer.watch.guard.watches:
-                    failed.setdefault(row, fault_of(layer, found))
+        for index, found in faults:
+            number, row = divmod(index, len(tokens))
+            layer = rows_of(cache, self._layers.calls[number].layer)
+            if layer.watch.guard.watches:
+                failed.setdefault(row, fault_of(layer, found))
         self._hidden.note([cache], self._layers.buffer("x")[: len(tokens)], [len(tokens)])
         return StepResult(logits, failed)
 

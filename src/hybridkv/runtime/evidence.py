@@ -124,7 +124,7 @@ def float_view(k: Tensor, v: Tensor) -> KVView:
 
 def is_finite(x: Tensor) -> bool:
     """Check whether all of `x` is finite: one pass over it, and a second only if the sum is not."""
-    if x.numel() >= _SHARED_OUT or x.device.type != "cpu":
+    if x.numel() >= _SHARED_OUT or not x.is_cpu:
         return _sums_finite(x)
     if x.dtype == torch.float32 and x.is_contiguous() and cpu_native.available() is None:
         return cpu_native.all_finite(x)

@@ -35,7 +35,7 @@ inline void relax() {
 
 class Pool {
 public:
-    void run(int64_t n_tasks, int n_threads, const Work& work) {
+    void run(int64_t n_tasks, int n_threads, const Work& work, bool at_home) {
         std::unique_lock<std::mutex> turn(turn_, std::try_to_lock);
         if (!turn.owns_lock() || n_threads <= 1 || n_tasks <= 1) {
             for (int64_t i = 0; i < n_tasks; ++i) work(i, 0);
@@ -49,6 +49,7 @@ public:
         work_ = &work;
         n_tasks_ = n_tasks;
         wanted_ = helpers;
+        at_home_ = at_home && n_tasks <= 64;
         next_.store(0, std::memory_order_relaxed);
         round_.fetch_add(1);  // odd: open
         if (sleeping_.load() > 0) {
@@ -69,7 +70,19 @@ public:
 
 private:
     void drain(const Work& work, int64_t n_tasks, int worker) {
+        if (at_home_) return drain_at_home(work, n_tasks, worker);
         for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < n_tasks;) work(i, worker);
+    }
+
+    // Each thread begins with its own share of the tasks, the same in every call, and then helps the others. `next_` has a
+    // bit for each task that is taken.
+    void drain_at_home(const Work& work, int64_t n_tasks, int worker) {
+        const int64_t first = worker * n_tasks / (wanted_ + 1);
+        for (int64_t k = 0; k < n_tasks; ++k) {
+            const int64_t i = (first + k) % n_tasks, bit = static_cast<int64_t>(uint64_t{1} << i);
+            if (next_.load(std::memory_order_relaxed) & bit) continue;
+            if (!(next_.fetch_or(bit, std::memory_order_relaxed) & bit)) work(i, worker);
+        }
     }
 
     [[noreturn]] void serve(int worker) {
@@ -111,6 +124,7 @@ private:
     const Work* work_ = nullptr;
     int64_t n_tasks_ = 0;
     int wanted_ = 0;
+    bool at_home_ = false;
     alignas(64) std::atomic<uint64_t> round_{0};
     alignas(64) std::atomic<int64_t> next_{0};
     alignas(64) std::atomic<int> running_{0};
@@ -154,7 +168,11 @@ struct Aligned {
 
 }  // namespace
 
-void parallel_for(int64_t n_tasks, int n_threads, const Work& work) { pool().run(n_tasks, n_threads, work); }
+void parallel_for(int64_t n_tasks, int n_threads, const Work& work) { pool().run(n_tasks, n_threads, work, false); }
+
+void parallel_for_at_home(int64_t n_tasks, int n_threads, const Work& work) {
+    pool().run(n_tasks, n_threads, work, true);
+}
 
 void expect_steps() { g_linger_us.store(kLingerAfterSteps.count(), std::memory_order_relaxed); }
 

@@ -13,9 +13,8 @@ namespace {
 
 constexpr int64_t kTaskValues = 16 << 10;    // of elementwise work
 constexpr int64_t kConvChannels = 256;       // of one sequence in a task
-// Values of a state, times the tokens that it takes: as many are done sooner than another thread has its share of them, of
-// which the caller's core held the other half (65536 values a token: 17 us on one thread, 38 on two).
-constexpr int64_t kStateValues = 1 << 18;
+// Values of a state, times the tokens that it takes: as many are done sooner than another thread has its share of them.
+constexpr int64_t kStateValues = 1 << 15;
 constexpr int64_t kDeltaDims = 64;           // value dims of one head in a task
 constexpr int64_t kMamba2Dims = 64;          // head dims of one head in a task
 constexpr int64_t kMamba1Channels = 128;     // of one sequence in a task
@@ -190,7 +189,7 @@ private:
         const int64_t heads = columns.groups, dims = columns.width, parts = (dims + task_columns - 1) / task_columns;
         const int64_t head_floats = op.head_floats();
         const int threads = rows_ * heads * head_floats <= kStateValues ? 1 : run_.n_threads;
-        parallel_for(n_seqs() * heads * parts, threads, [&](int64_t i, int) {
+        parallel_for_at_home(n_seqs() * heads * parts, threads, [&](int64_t i, int) {
             const int64_t seq = i / parts / heads, head = i / parts % heads, d0 = i % parts * task_columns;
             const int64_t d1 = std::min(dims, d0 + task_columns), offset = head * head_floats;
             float* state = run_.state(op.state, seq, heads * head_floats) + offset;
