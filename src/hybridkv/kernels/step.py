@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from hybridkv.kernels import cpu_native
-from hybridkv.kernels.case import KVView
+from hybridkv.kernels.cache_rows import HEALTH, CacheRows, Health
+from hybridkv.kernels.routing import Routing
 from hybridkv.kernels.threads import native_threads
 from hybridkv.kernels.weights import Activations, Weight
-from hybridkv.rotation import rotation_block
 
 Columns = tuple[int, int, int, int, int]
 Angles = tuple[Tensor, Tensor]
@@ -29,8 +29,7 @@ Gate = Literal["sigmoid", "silu", "product", "gelu", "gelu_erf", "relu"]
 """What multiplies: a sigmoid, SiLU, the number itself, GELU (by tanh, or exact), ReLU."""
 
 Caches = Literal["shared", "separate"]
-Health = Literal["finite", "bad output", "bad input"]
-HEALTH: tuple[Health, ...] = get_args(Health)
+"""Whether sequences of a run share a cache, or have one each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,73 +39,6 @@ class Target:
     weight: Weight
     dst: Tensor
     add: bool = False
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Routing:
-    """Which experts a token is sent to, and how each is weighed.
-
-    Attributes
-    ----------
-    n_used
-        Experts of a token.
-    gating
-        `softmax`: the largest scores choose, and weights are shares of the softmax over all, or over the chosen if
-        `normalised`. `sigmoid`: the largest of sigmoid(score) + bias choose; weights are the sigmoids, divided by their
-        sum + `eps` if `normalised`.
-    bias
-        Per expert.
-    n_groups, n_used_groups
-        Experts are chosen from the groups whose two best are largest together.
-    scale
-        Factor on all weights.
-    """
-
-    n_used: int
-    gating: Literal["softmax", "sigmoid"] = "softmax"
-    bias: Tensor | None = None
-    n_groups: int = 1
-    n_used_groups: int = 1
-    normalised: bool = True
-    eps: float = 0.0
-    scale: float = 1.0
-
-    def native(self, n_experts: int) -> tuple[object, ...]:
-        """Convert for the native code, checked against the number of experts."""
-        sigmoid, size = self.gating == "sigmoid", n_experts // max(1, self.n_groups)
-        assert 1 <= self.n_used <= self.n_used_groups * size and n_experts == size * self.n_groups, self
-        assert 1 <= self.n_used_groups <= self.n_groups and (self.n_groups == 1 or size > 1), self
-        assert sigmoid or (self.bias is None and self.n_groups == 1 and not self.eps), self
-        assert self.bias is None or self.bias.shape == (n_experts,), self.bias
-        bias = [] if self.bias is None else _floats(self.bias)
-        groups = self.n_groups, self.n_used_groups
-        return sigmoid, bias, self.n_used, *groups, self.normalised, self.eps, self.scale
-
-
-@dataclass(frozen=True, slots=True)
-class CacheRows:
-    """Where one layer's new token goes and what it attends: the cache's memory, for one run.
-
-    Attributes
-    ----------
-    view
-        The rows attended; the last row of the last segment is the new token's, and takes its formats and center.
-    refit_k, refit_v
-        Whether scales are refitted when it is stored.
-    """
-
-    view: KVView
-    refit_k: bool
-    refit_v: bool
-
-    def native(self, n_seqs: int, n_kv_heads: int, head_dim_k: int, head_dim_v: int) -> tuple[object, ...]:
-        """Convert for the native code, checked against the shapes that its operation was written for."""
-        view = self.view
-        assert (view.head_dim_k, view.head_dim_v) == (head_dim_k, head_dim_v), view
-        rows = cpu_native.native_rows(view.segments, n_seqs, n_kv_heads, head_dim_k, head_dim_v)
-        k = (head_dim_k, self.refit_k, rotation_block(head_dim_k) if view.rotate_k else 0)
-        v = (head_dim_v, self.refit_v, rotation_block(head_dim_v) if view.rotate_v else 0)
-        return rows, k, v, view.window or 0
 
 
 class StepProgram:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from hybridkv.model.layers import Adapter, Attention, DeltaNet, Experts, Mamba2, ModelGraph, Part, Shared
+from hybridkv.model.graph import ModelGraph
+from hybridkv.model.layers import Adapter, Attention, DeltaNet, Experts, Mamba2, Part, Shared
 
 _MAY_BE_0 = ("latent", "use", "owner")
 

@@ -10,21 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hybridkv.model.layers import (
-    Attention,
-    Block,
-    DeltaNet,
-    Experts,
-    Gated,
-    Mamba1,
-    Mamba2,
-    ModelGraph,
-    Norm,
-    Part,
-    Plain,
-    Prediction,
-    ShortConv,
-)
+from hybridkv.model.graph import Block, ModelGraph, Prediction
+from hybridkv.model.layers import Attention, DeltaNet, Experts, Gated, Mamba1, Mamba2, Norm, Part, Plain, ShortConv
 
 Has = Callable[[str], bool]
 """Whether a file has a tensor of this name."""

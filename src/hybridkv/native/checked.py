@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from hybridkv.kernels import AttentionParams
-from hybridkv.kernels.step import CacheRows, Health
+from hybridkv.kernels.cache_rows import CacheRows, Health
 from hybridkv.native.builder import Builder
 from hybridkv.native.rows import fault_of, of_cache, starts
 from hybridkv.policy import MismatchError

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridkv.kernels.step import Gate, Routing, delta_rejects
+from hybridkv.kernels.routing import Routing
+from hybridkv.kernels.step import Gate, delta_rejects
 from hybridkv.kernels.weights import Weight
 from hybridkv.model import (
     Adapter,

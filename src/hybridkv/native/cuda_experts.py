@@ -13,7 +13,7 @@ from hybridkv.kernels.cuda.experts import bias_of_groups, route
 from hybridkv.kernels.cuda.packed_experts import prompt_experts, run_packed_experts
 from hybridkv.kernels.cuda.packed_layout import PackedWeight
 from hybridkv.kernels.cuda.streamed import StreamedStack
-from hybridkv.kernels.step import Routing
+from hybridkv.kernels.routing import Routing
 from hybridkv.kernels.weights import Weight
 from hybridkv.model import Experts, FeedForward, Gated
 from hybridkv.native.cuda_card import Card

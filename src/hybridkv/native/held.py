@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hybridkv.kernels.cache_rows import Health
 from hybridkv.kernels.held import HeldStep
-from hybridkv.kernels.step import Health
 from hybridkv.kernels.threads import native_threads
 from hybridkv.native.builder import Builder
 from hybridkv.native.rows import n_before_check, rows_of

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from hybridkv.hf.step.host_work import host_work
-from hybridkv.kernels.step import Gate, Routing, StepProgram
+from hybridkv.kernels.routing import Routing
+from hybridkv.kernels.step import Gate, StepProgram
 from hybridkv.kernels.weights import Weight
 from hybridkv.kernels.weights import rows as gather
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from hybridkv.cache import AttentionFacts, KVLayer, KVSpec, KVTypes, resolve
 from hybridkv.cache.spec import UNBOUNDED
 from hybridkv.kernels import ENCODERS, KERNELS, AttentionParams
-from hybridkv.kernels.step import Angles, CacheRows
+from hybridkv.kernels.cache_rows import CacheRows
+from hybridkv.kernels.step import Angles
 from hybridkv.kernels.weights import Activations
 from hybridkv.kernels.weights import rows as gather
 from hybridkv.model import Attention, ModelGraph

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hybridkv.kernels import KVView, cpu
-from hybridkv.kernels.step import CacheRows, Health
+from hybridkv.kernels.cache_rows import CacheRows, Health
 from hybridkv.policy import NonFiniteError
 from hybridkv.runtime import ModelCache, WatchedRows
 from hybridkv.runtime.attend import non_finite

@@ -7,21 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hybridkv.model.layers import (
-    Attention,
-    Block,
-    Branch,
-    Choice,
-    Experts,
-    FeedForward,
-    Gated,
-    Mamba2,
-    Mixer,
-    ModelGraph,
-    Norm,
-    Part,
-    Rope,
-)
+from hybridkv.model.graph import Block, Branch, ModelGraph
+from hybridkv.model.layers import Attention, Choice, Experts, FeedForward, Gated, Mamba2, Mixer, Norm, Part, Rope
 from hybridkv.model.rope import SCALINGS
 
 ROPES = tuple(SCALINGS)
