@@ -122,7 +122,7 @@ def _engines() -> dict[str, str]:
 
 
 def _weights() -> dict[str, str]:
-    """Describe how each kind of weight is stored, on the CPU and on CUDA."""
+    """Describe how each kind of weight is held, on the CPU and on CUDA."""
     from hybridkv.formats.weights import WEIGHTS
     from hybridkv.kernels import cpu_native
     from hybridkv.kernels.cuda.packed_layout import PACKED

@@ -1,4 +1,4 @@
-"""What `hybridkv plan` counts for cache types: one row per pair of them, and the table of all rows."""
+"""The rows of `hybridkv plan`: one per pair of cache types, and the table of all."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class PlannedWeights:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is counted for every pair of types."""
+    """The question that is answered for every pair of types."""
 
     description: Description
     guard: Guard

@@ -265,7 +265,7 @@ class Scheduler:
             self._decode(decoding)
         if prefilling:
             self._prefill(self._next_of(prefilling))
-        self._counters.step(time.perf_counter() - start)
+        self._counters.iteration(time.perf_counter() - start)
         return True
 
     def _next_of(self, prefilling: list[RunningSequence]) -> RunningSequence:

@@ -1,4 +1,4 @@
-"""How a model runs over new tokens: by our own operations where they know it, else by Transformers' forward pass.
+"""The choice of a model's step: our own operations where they know the model, else Transformers' forward pass.
 
 Two questions, answered here and nowhere else. What computes: `native` is C++ on the CPU and Triton on CUDA, `eager` is
 Transformers. And on CUDA, whether decode steps of either are recorded as a graph and replayed. The choice is printed by

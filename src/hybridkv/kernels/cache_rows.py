@@ -1,4 +1,4 @@
-"""What the attention of a native step is given, the cache's rows, and what it answers for each token."""
+"""The input of a native step's attention, the cache's rows, and its answer for each token."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Health = Literal["finite", "bad output", "bad input"]
 """Whether an attention's output was finite, and if not, whether its inputs were."""
 
 HEALTH: tuple[Health, ...] = get_args(Health)
-"""By the native code's numbers."""
+"""In the order of the native code's answers."""
 
 
 @dataclass(frozen=True, slots=True)
 class CacheRows:
-    """Where one layer's new token goes and what it attends: the cache's memory, for one run.
+    """The place of one layer's new token and the rows that it attends: the cache's memory, for one call.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""How a mixture of experts routes its tokens, as native code and the card's kernels take it."""
+"""The routing of a mixture of experts, as native code and the card's kernels take it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Routing:
-    """Which experts a token is sent to, and how each is weighed.
+    """The rule by which a token is sent to experts, and each is weighed.
 
     Attributes
     ----------

@@ -1,7 +1,7 @@
 """A model's step outside of attention: native operations on buffers, run in order.
 
 Owns the checks that make the native code safe to call, and keeps the memory that its operations point to. Knows no
-models: `hybridkv.native` writes a model down as operations. Addresses of states come with each run and are never
+models: `hybridkv.native` writes a model down as operations. Addresses of states come with each call and are never
 kept: a program that remembered them would one day run a sequence on another's state. Who keeps them, as
 `hybridkv.kernels.held` does, has to know at each step that they are still the sequence's.
 """
@@ -29,12 +29,12 @@ Gate = Literal["sigmoid", "silu", "product", "gelu", "gelu_erf", "relu"]
 """What multiplies: a sigmoid, SiLU, the number itself, GELU (by tanh, or exact), ReLU."""
 
 Caches = Literal["shared", "separate"]
-"""Whether sequences of a run share a cache, or have one each."""
+"""Whether sequences of a call share a cache, or have one each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where the product with one weight goes: float32 `[rows, n_out]`, added to what is there if `add`."""
+    """The place for the product with one weight: float32 `[rows, n_out]`, added to what is there if `add`."""
 
     weight: Weight
     dst: Tensor
@@ -44,8 +44,8 @@ class Target:
 class StepProgram:
     """Operations on float32 buffers `[rows, width]`; a view `[rows, heads, width]` names heads within a buffer.
 
-    A run works on the first B * T rows; row `b * T + t` is token t of sequence b. All buffers have the same number
-    of rows, the most that a run may have. Sequences of one cache run together; those of separate caches too, one token
+    A call works on the first B * T rows; row `b * T + t` is token t of sequence b. All buffers have the same number
+    of rows, the most that a call may have. Sequences of one cache run together; those of separate caches too, one token
     of each or several, and every token is batch-invariant: it has the same bits alone.
 
     Parameters
@@ -63,7 +63,7 @@ class StepProgram:
         self._calls: list[tuple[int, int, int]] = []
 
     def __len__(self) -> int:
-        """Count the operations so far; a place to begin or end a run."""
+        """Count the operations so far; a place to begin or end a call of `run`."""
         return len(self.native)
 
     def linear(self, x: Tensor, *targets: Target) -> None:
@@ -139,10 +139,10 @@ class StepProgram:
     def rope(
         self, x: Tensor, n_rotated: int, pairs: Literal["halves", "neighbours"] = "halves", table: int = 0
     ) -> None:
-        """Turn the first `n_rotated` values of each head by the run's angles, in place.
+        """Turn the first `n_rotated` values of each head by the call's angles, in place.
 
         `halves` (NeoX) turns values i and i + n_rotated / 2 together, `neighbours` 2 i and 2 i + 1. `table` counts the
-        run's angles.
+        call's angles.
         """
         assert 0 < n_rotated <= x.shape[-1] and n_rotated % 2 == 0, (n_rotated, x.shape)
         assert self._rotated.setdefault(table, n_rotated) == n_rotated, (table, n_rotated)
@@ -258,7 +258,7 @@ class StepProgram:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dst: Tensor, scale: float) -> None:
         """Store k and v, one new token per sequence, and attend q; all `[rows, heads, D]`, dst contiguous.
 
-        Where the rows lie comes with each run, as its next `CacheRows`.
+        Where the rows lie comes with each call, as its next `CacheRows`.
         """
         assert q.shape[2] == k.shape[2] and v.shape[:2] == k.shape[:2] and q.shape[1] % k.shape[1] == 0, q.shape
         assert dst.shape == (*q.shape[:2], v.shape[2]) and dst.is_contiguous(), dst.shape
@@ -309,7 +309,7 @@ class StepProgram:
         spans
             Tokens of each separate cache, whose rows follow one another; none for one each.
         before
-            Of separate caches, where states lie before the run, if elsewhere; those are left as they are, and `replay`
+            Of separate caches, where states lie before the call, if elsewhere; those are left as they are, and `replay`
             can advance them.
 
         Returns
@@ -344,14 +344,14 @@ class StepProgram:
         return [HEALTH[code] for code in health]
 
     def replay(self, first_row: int, n_tokens: int, states: Sequence[int]) -> None:
-        """Advance the states of one cache by the first tokens of its span in the last run that was given `before`.
+        """Advance the states of one cache by the first tokens of its span in the last call that was given `before`.
 
         Parameters
         ----------
         first_row
-            Of its span in that run.
+            Of its span in that call.
         states
-            Of `addresses`: those from before the run, continued in place.
+            Of `addresses`: those from before the call, continued in place.
         """
         self.check_states(states)
         self.native.replay(cpu_native.isa(), [(first_row, n_tokens)], states, native_threads())

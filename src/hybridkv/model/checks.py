@@ -1,4 +1,4 @@
-"""Why a graph's sizes cannot be those of any model, before a weight is touched: nothing here knows a backend."""
+"""Checks of a graph's sizes that no model can have, before a weight is touched: nothing here knows a backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the parts of a model are put together, as frozen records: branches, blocks, a head that guesses, a whole model.
+"""The graph of a model as frozen records: branches, blocks, a head that guesses, the whole.
 
 Tensor names are GGUF's; within a block they are relative to `blk.N.`.
 """

@@ -1,4 +1,4 @@
-"""What layers of hybrid models compute, as frozen records: mixers and feed-forwards.
+"""The layers of hybrid models as frozen records: mixers and feed-forwards.
 
 Tensor names are GGUF's; within a block they are relative to `blk.N.`. Conventions are the file's own: norm weights as
 they are, `ssm_a` as -exp(A_log), rows in the file's order. A backend lowers each record to its operations.
@@ -281,7 +281,7 @@ class Plain:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Which experts a token is sent to, and how each is weighed.
+    """The rule by which a token is sent to experts, and each is weighed.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Which tensors a graph reads, and of what shapes: what a file is checked against before any weight is touched.
+"""The tensors that a graph reads, and their shapes: what a file is checked against before any weight is touched.
 
 Names are GGUF's; shapes are Torch's, slowest dimension first. What a backend makes of the tensors is its own business
 (`hybridkv.native.cpu`).

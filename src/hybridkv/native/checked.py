@@ -1,4 +1,4 @@
-"""A native run that stops before and after the attention of layers at which the guard looks."""
+"""A step's program, stopped before and after the attention of layers at which the guard looks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each record of a model's graph becomes on the CPU: native operations on buffers.
+"""The lowering of a model's graph to the CPU: native operations on buffers.
 
 `LOWER` has one function a record; `rejects` is the first record that has none, or that its operation cannot run.
 """

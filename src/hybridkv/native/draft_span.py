@@ -1,4 +1,4 @@
-"""One cache's tokens in a run of several caches: guesses among them may be undone."""
+"""One cache's tokens in a step of several caches: guesses among them may be undone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hybridkv.runtime import ModelCache
 
 @dataclass(frozen=True, slots=True)
 class DraftSpan:
-    """Where the tokens of a cache were in a run of several caches, until `keep` comes.
+    """The tokens of a cache in a step of several caches, until `keep` comes.
 
     Attributes
     ----------

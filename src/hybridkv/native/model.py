@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class NativeModel:
-    """What the engine needs of a model: a config, a device, end tokens, and its weights.
+    """A model as the engine needs it: a config, a device, end tokens, and its weights.
 
     Parameters
     ----------

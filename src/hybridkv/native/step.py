@@ -24,7 +24,7 @@ from hybridkv.native import cpu as lowering
 from hybridkv.native.builder import Builder
 from hybridkv.native.checked import run_checked
 from hybridkv.native.draft_span import DraftSpan
-from hybridkv.native.held import HeldRun, HeldState, n_tokens_ahead
+from hybridkv.native.held import Continuation, HeldState, n_tokens_ahead
 from hybridkv.native.hidden import HiddenStates
 from hybridkv.native.predict import Predictor
 from hybridkv.native.rope_tables import RopeTables
@@ -44,10 +44,10 @@ from hybridkv.runtime import Fault, ModelCache, StepResult, WatchedRows, one_by_
 from hybridkv.runtime.attend import attend_new
 
 MAX_ROWS = 512
-"""Tokens of all sequences in one run; more go in several. Bounds the buffers."""
+"""Tokens of all sequences in one step; more go in several. Bounds the buffers."""
 
 HEAD_ROWS = 64
-"""Tokens whose logits are computed in one run: a row of them is as wide as the vocabulary."""
+"""Tokens whose logits are computed in one step: a row of them is as wide as the vocabulary."""
 
 
 class NativeStep:
@@ -69,8 +69,8 @@ class NativeStep:
         self._graph: ModelGraph = graph_of(model.config)
         self._source: Typed = source_of(model)
         self._states = StateAddresses()
-        self._drafted: dict[int, HeldRun | DraftSpan] = {}
-        self._held: HeldRun | None = None
+        self._drafted: dict[int, Continuation | DraftSpan] = {}
+        self._held: Continuation | None = None
         self._hidden = HiddenStates()
         self._embedding = self._source.weight(self._graph.embed)
         self._layers = self._write(lowering.build_layers, 1)
@@ -93,7 +93,7 @@ class NativeStep:
         return Predictor(graph, self._source, self._rope.of_kind, self._activations)
 
     def take_hidden(self, cache: ModelCache) -> Tensor | None:
-        """Take the final hidden states of the last run's tokens of a cache, `[n, hidden]`; they are given once."""
+        """Take the final hidden states of the last step's tokens of a cache, `[n, hidden]`; they are given once."""
         return self._hidden.take(cache)
 
     def keep_hidden(self, cache: ModelCache, *, wanted: bool) -> None:
@@ -136,8 +136,8 @@ class NativeStep:
             self._held = self._hold(cache, len(tokens), position)
         return logits
 
-    def _continue(self, held: HeldRun, tokens: Tensor, cache: ModelCache) -> Tensor:
-        """Continue a run by one token per sequence."""
+    def _continue(self, held: Continuation, tokens: Tensor, cache: ModelCache) -> Tensor:
+        """Continue a prepared cache by one token per sequence."""
         self._held = None  # but for the end of this: what fails in between leaves rows that nobody knows
         logits, health = held.run(tokens)
         self._source.verify()
@@ -149,8 +149,8 @@ class NativeStep:
         self._hidden.note([cache], self._layers.buffer("x")[:1], [1])
         return logits
 
-    def _hold_drafts(self, n_tokens: int, cache: ModelCache, position: int) -> HeldRun | None:
-        """Return the held run that takes so many tokens of a cache of one sequence, prepared if need be."""
+    def _hold_drafts(self, n_tokens: int, cache: ModelCache, position: int) -> Continuation | None:
+        """Return what takes so many tokens of a cache of one sequence, prepared if need be."""
         held = self._held
         if held is not None and held.takes(1, n_tokens, cache, position, (self._layers, self._head)):
             return held
@@ -162,8 +162,8 @@ class NativeStep:
         fits = held is not None and held.takes(1, n_tokens, cache, position, (self._layers, self._head))
         return held if fits else None
 
-    def _continue_drafts(self, held: HeldRun, tokens: list[int], cache: ModelCache) -> StepResult:
-        """Continue a run by several tokens of its one sequence."""
+    def _continue_drafts(self, held: Continuation, tokens: list[int], cache: ModelCache) -> StepResult:
+        """Continue a prepared cache by several tokens of its one sequence."""
         self._held = None
         self._drafted = {id(cache): held}
         logits, health = held.draft(tokens)
@@ -178,7 +178,7 @@ class NativeStep:
         self._hidden.note([cache], self._layers.buffer("x")[: len(tokens)], [len(tokens)])
         return StepResult(logits, failed)
 
-    def _hold(self, cache: ModelCache, n_seqs: int, position: int, *, drafts: bool = False) -> HeldRun | None:
+    def _hold(self, cache: ModelCache, n_seqs: int, position: int, *, drafts: bool = False) -> Continuation | None:
         """Prepare the next steps of a cache, if they are all alike; with memory for the states behind guesses."""
         layers = [rows_of(cache, call.layer) for call in self._layers.calls]
         if not all(map(is_direct, layers)):
@@ -210,7 +210,7 @@ class NativeStep:
             rows=[rows_now(layer) for layer in layers],
         )
         states = [HeldState.of(owner) for owner in owners]
-        return HeldRun(step, (self._layers, self._head), cache, states, n_seqs, position, n_left)
+        return Continuation(step, (self._layers, self._head), cache, states, n_seqs, position, n_left)
 
     @torch_on_one_thread()
     def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> StepResult:
@@ -266,9 +266,9 @@ class NativeStep:
         return max(1, n_before_check(layers, min((n_tokens, *(layer.store.room() for layer in layers)))))
 
     def keep(self, cache: ModelCache, n_kept: int) -> None:
-        """Truncate a cache to the first tokens of its last run; see `DraftStep.keep`."""
+        """Truncate a cache to the first tokens of its last step; see `DraftStep.keep`."""
         drafted = self._drafted.pop(id(cache), None)
-        if isinstance(drafted, HeldRun):
+        if isinstance(drafted, Continuation):
             drafted.keep(n_kept)
             self._held = drafted
             return
@@ -307,7 +307,7 @@ class NativeStep:
         return logits
 
     def _run(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
-        """Run all layers over `tokens` `[B, T]`; hidden states `[B, T, hidden size]`, valid until the next run."""
+        """Run all layers over `tokens` `[B, T]`; hidden states `[B, T, hidden size]`, valid until the next step."""
         n_seqs, n_tokens = tokens.shape
         x = self._embedded(tokens.flatten())
         builder, program = self._layers, self._layers.program
@@ -378,7 +378,7 @@ class NativeStep:
         return x, run_checked(self._layers, run, by_call, rows, 1, spans)
 
     def _decode(self, layers: Sequence[WatchedRows], n_seqs: int, angles: Sequence[Angles], states: list[int]) -> None:
-        """Run all layers over one token per sequence, attention included, in a single run but where the guard looks in.
+        """Run all layers over one token per sequence, attention included, in one go but where the guard looks in.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""What several families say alike: parts of a graph from a Transformers config, and why a config has none."""
+"""The parts of a graph that several families share, from a Transformers config, and why a config has none."""
 
 from __future__ import annotations
 
