@@ -80,7 +80,7 @@ def file_of(directory: Path, type_: str) -> Description:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("type_", ["q8_0", "f16"])
 def test_files_of_every_family(family: str, type_: str, tmp_path: Path) -> None:
-    """Exactly under the native engine; under the eager one up to the padding of single rows, which are vectors there.
+    """Exactly under the native backend; under the eager one up to the padding of single rows, which are vectors there.
 
     Value heads are as wide as a block of q8_0, as real ones are or wider: files have them in another order, and a
     block that is torn apart is no block.
@@ -115,7 +115,7 @@ def test_files_of_native_families_held_otherwise(family: str, kind: WeightKind, 
 
 @pytest.mark.parametrize("type_", [*WEIGHTS, "tq1_0"])
 def test_types_stay_what_they_are_where_products_read_them(type_: str) -> None:
-    """Experts and matrices under the native engine, and under the eager one what lies as in the model."""
+    """Experts and matrices under the native backend, and under the eager one what lies as in the model."""
     n_in = 256
     size = WEIGHTS[type_].row_bytes(n_in) if type_ in WEIGHTS else 4 * n_in
     name = type_ if type_ in WEIGHTS else "f32"

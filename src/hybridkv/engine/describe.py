@@ -88,7 +88,7 @@ class Description:
             If the file is damaged.
         """
         if engine == "eager" or self.n_ranks > 1:
-            return "packed weights are the native engine's, in one process"
+            return "packed weights are the native backend's, in one process"
         if kind not in ("auto", "int8", "int4") or (kind == "auto" and self.header is None):
             return "packed weights are those of a GGUF file, as they are, or int8 and int4"
         if (reason := rejects_packed(self.config, device)) is not None:

@@ -101,7 +101,7 @@ def resolve_step(
             raise _no_native(reason)
     if activations == "int8":
         raise UsageError(
-            "--activations int8 is for the native engine on the CPU, which does not run this model here",
+            "--activations int8 is for the native backend on the CPU, which does not run this model here",
             hint="leave --activations out",
         )
     return _transformers_step(config, device, kind, graphs, notify)

@@ -75,7 +75,7 @@ def _check(meta: Metadata, architecture: Architecture, config: FileConfig) -> se
     with _described(meta):
         reason = rejects(config)
     if reason is not None:
-        raise ModelError(f"the native engine cannot run {meta.header.path}: {reason}", hint="use --backend eager")
+        raise ModelError(f"the native backend cannot run {meta.header.path}: {reason}", hint="use --backend eager")
     with _described(meta):
         tensors = list(graph_tensors(graph_of(config), meta.has_tensor))
     found = {tensor.name_in(meta.has_tensor): tensor for tensor in tensors}

@@ -1,4 +1,4 @@
-"""A model as the native engine holds it: a config and the source of its weights, without any Transformers module."""
+"""A model as the native backend holds it: a config and the source of its weights, without any Transformers module."""
 
 from __future__ import annotations
 
