@@ -249,7 +249,7 @@ def test_a_vanished_client_stops_its_sequence(server: Running) -> None:
     stats = server.served.runner.stats
     for stream in (True, False):
         before = stats()
-        # One that streams goes after its first piece, however long a busy machine takes; the other by its timeout.
+        # One that streams goes after its first piece, however long that takes; the other by its timeout.
         patience = 60 if stream else 0.5
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=patience)
         body: dict[str, Any] = {"model": "reference", "prompt": "The", "max_tokens": 500, "temperature": 1.5}
