@@ -24,7 +24,7 @@ def _read(key: str) -> set[str]:
 
 
 def families_page() -> str:
-    """The page, of the native engine's families, the GGUF tables and the states that are planned."""
+    """The page, of the native backend's families, the GGUF tables and the states that are planned."""
     import transformers
 
     from hybridkv.gguf.architectures import WRITABLE

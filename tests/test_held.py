@@ -13,7 +13,7 @@ from hybridkv.engine.load import Loaded, load
 from hybridkv.errors import ModelError
 from hybridkv.formats.weights import WEIGHTS
 from hybridkv.gguf.convert import find_architecture, write_gguf
-from hybridkv.held import StoredTensor, WeightKind, held_weights
+from hybridkv.held import SavedTensor, WeightKind, held_weights
 from hybridkv.hf.step.weights import held_parts
 from hybridkv.native import NativeModel, NativeStep, bytes_by_type
 from hybridkv.native.choice import multiplies
@@ -80,7 +80,7 @@ def file_of(directory: Path, type_: str) -> Description:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("type_", ["q8_0", "f16"])
 def test_files_of_every_family(family: str, type_: str, tmp_path: Path) -> None:
-    """Exactly under the native engine; under the eager one up to the padding of single rows, which are vectors there.
+    """Exactly under the native backend; under the eager one up to the padding of single rows, which are vectors there.
 
     Value heads are as wide as a block of q8_0, as real ones are or wider: files have them in another order, and a
     block that is torn apart is no block.
@@ -115,12 +115,12 @@ def test_files_of_native_families_held_otherwise(family: str, kind: WeightKind, 
 
 @pytest.mark.parametrize("type_", [*WEIGHTS, "tq1_0"])
 def test_types_stay_what_they_are_where_products_read_them(type_: str) -> None:
-    """Experts and matrices under the native engine, and under the eager one what lies as in the model."""
+    """Experts and matrices under the native backend, and under the eager one what lies as in the model."""
     n_in = 256
     size = WEIGHTS[type_].row_bytes(n_in) if type_ in WEIGHTS else 4 * n_in
     name = type_ if type_ in WEIGHTS else "f32"
-    layer = StoredTensor(type_.lower(), 1, 10, n_in, "matrix", lies=True)
-    experts = StoredTensor(type_.lower(), 3, 10, n_in, "experts")
+    layer = SavedTensor(type_.lower(), 1, 10, n_in, "matrix", lies=True)
+    experts = SavedTensor(type_.lower(), 3, 10, n_in, "experts")
     assert held_weights([layer, experts], "auto", runner="native").parts == {name: 40 * size}
     assert held_weights([layer], "auto").parts == {name: 10 * size}
     assert held_weights([experts], "auto").parts == {"f32 (experts)": 30 * 4 * n_in}
@@ -128,11 +128,11 @@ def test_types_stay_what_they_are_where_products_read_them(type_: str) -> None:
 
 def test_other_devices() -> None:
     tensors = [
-        StoredTensor("q4_k", 1, 1000, 256, "matrix", "embedding"),
-        StoredTensor("q4_k", 1, 512, 256, "matrix"),
-        StoredTensor("q4_k", 4, 64, 256, "experts"),
-        StoredTensor("f32", 1, 1, 256, "vector"),
-        StoredTensor("q6_k", 1, 1000, 256, "matrix", "head"),
+        SavedTensor("q4_k", 1, 1000, 256, "matrix", "embedding"),
+        SavedTensor("q4_k", 1, 512, 256, "matrix"),
+        SavedTensor("q4_k", 4, 64, 256, "experts"),
+        SavedTensor("f32", 1, 1, 256, "vector"),
+        SavedTensor("q6_k", 1, 1000, 256, "matrix", "head"),
     ]
     n = sum(tensor.n_values for tensor in tensors)
     for plain, size in (("bf16", 2), ("f32", 4)):
@@ -144,9 +144,9 @@ def test_other_devices() -> None:
 def test_the_most_that_is_held_while_loading() -> None:
     """What lies in a file is there once; what is encoded also as float32; a directory is float32 first, as a whole."""
     tensors = [
-        StoredTensor("q8_0", 1, 1024, 64, "matrix", "head"),
-        StoredTensor("q8_0", 1, 4096, 64, "matrix", "embedding"),
-        StoredTensor("q8_0", 1, 64, 64, "matrix", lies=True),
+        SavedTensor("q8_0", 1, 1024, 64, "matrix", "head"),
+        SavedTensor("q8_0", 1, 4096, 64, "matrix", "embedding"),
+        SavedTensor("q8_0", 1, 64, 64, "matrix", lies=True),
     ]
     rows = 1024 + 4096 + 64
     for weights in (held_weights(tensors, "auto", runner="native"), held_weights(tensors, "int8", runner="native")):

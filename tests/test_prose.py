@@ -1,4 +1,4 @@
-"""The words of the code: docstrings of functions start with a verb."""
+"""The words of the code: docstrings of functions start with a verb; those of classes and modules say what they are."""
 
 from __future__ import annotations
 
@@ -86,3 +86,25 @@ def test_the_list_of_verbs_has_verbs_alone() -> None:
     assert not VERBS & others
     assert all(re.fullmatch(r"[A-Z][a-z]+", verb) and (verb[-1] != "s" or verb[-2:] == "ss") for verb in VERBS)
     assert [opening(text) for text in ("Rows of K.", "Bytes: all.", "Check a row.")] == ["Rows", "Bytes", "Check"]
+
+
+QUESTION = re.compile(r"(What|Whether|How|Which|Where|Why|When|Who)\b")
+
+
+def descriptions() -> Iterator[tuple[str, str]]:
+    """Give every module and public class, by file and name, with its docstring; a private class's if it has one."""
+    for path in sorted([*ROOT.rglob("*.py"), *LAB.rglob("*.py")]):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module):
+                yield path.name, ast.get_docstring(node) or ""
+            elif isinstance(node, ast.ClassDef) and (not node.name.startswith("_") or ast.get_docstring(node)):
+                yield f"{path.name}:{node.lineno} {node.name}", ast.get_docstring(node) or ""
+
+
+def test_docstrings_say_what_a_class_or_module_is() -> None:
+    """A noun or a verb at once, not a clause whose verb comes last: `The layout of a row`, not `How it is laid out`."""
+    found = [f"{place}: {text[:80]}" for place, text in descriptions() if not text or QUESTION.match(text)]
+    assert not found, "\n".join(found)
+    assert len(list(descriptions())) > 700
+    assert QUESTION.match("How a row is laid out.")
+    assert not QUESTION.match("Whole rows.")

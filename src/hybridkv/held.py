@@ -1,6 +1,6 @@
 """Bytes of a model's weights as a run holds them, from what a header says of its tensors.
 
-Arithmetic alone: `gguf/stored.py` and `hf/checkpoint.py` read headers; `plan` and the check before loading ask here.
+Arithmetic alone: `gguf/saved.py` and `hf/checkpoint.py` read headers; `plan` and the check before loading ask here.
 The one place that knows what loading makes of a tensor; `hf/step/weights.py` counts what was made, and a test compares.
 """
 
@@ -41,7 +41,7 @@ _KNOWN: Final = frozenset(name.lower() for name in WEIGHTS)
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
+class SavedTensor:
     """A tensor of a checkpoint that becomes a weight.
 
     Attributes
@@ -74,7 +74,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What weights take.
+    """The bytes of weights as they are held.
 
     Attributes
     ----------
@@ -95,7 +95,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Expanded:
-    """What becomes plain numbers on a card, though its file has it quantized.
+    """The tensors that become plain values on a card, though their file has them quantized.
 
     Attributes
     ----------
@@ -114,7 +114,7 @@ class Expanded:
 
 
 def held_weights(
-    tensors: Iterable[StoredTensor],
+    tensors: Iterable[SavedTensor],
     kind: WeightKind,
     *,
     device: str = "cpu",
@@ -168,7 +168,7 @@ def held_weights(
 _ITEMSIZE: Final[Mapping[str, int]] = {"f32": 4, "bf16": 2}
 
 
-def _on_cpu(tensor: StoredTensor, kind: WeightKind, runner: Runner) -> dict[str, int]:
+def _on_cpu(tensor: SavedTensor, kind: WeightKind, runner: Runner) -> dict[str, int]:
     """Count the bytes of a tensor by how they are held; nothing for a vector."""
     if tensor.shape == "vector" or (runner == "native" and tensor.n_out == 1 and tensor.type == "f32"):
         return {}
@@ -187,7 +187,7 @@ def _on_cpu(tensor: StoredTensor, kind: WeightKind, runner: Runner) -> dict[str,
     return {fmt.name: tensor.n_stack * tensor.n_out * fmt.row_bytes(tensor.n_in)}
 
 
-def card_bytes(tensor: StoredTensor) -> dict[str, int]:
+def card_bytes(tensor: SavedTensor) -> dict[str, int]:
     """Count a tensor in a layout of the card's kernels; nothing for a vector."""
     if tensor.shape == "vector":
         return {}
@@ -198,7 +198,7 @@ def card_bytes(tensor: StoredTensor) -> dict[str, int]:
     return {fmt.name: rows * -(-tensor.n_in // UNIT) * sum(PACKED[fmt.name].plane_bytes)}
 
 
-def encoded_tensor(tensor: StoredTensor, kind: WeightKind) -> StoredTensor:
+def encoded_tensor(tensor: SavedTensor, kind: WeightKind) -> SavedTensor:
     """Return a tensor in the type that `kind` encodes it in."""
     encoded = weight_type(kind, tensor.n_in, in_vocabulary=tensor.place != "layer")
     if encoded is None or tensor.shape == "vector" or tensor.n_out == 1:
@@ -206,7 +206,7 @@ def encoded_tensor(tensor: StoredTensor, kind: WeightKind) -> StoredTensor:
     return replace(tensor, type=encoded)
 
 
-def _on_device(tensor: StoredTensor, plain: str) -> dict[str, int]:
+def _on_device(tensor: SavedTensor, plain: str) -> dict[str, int]:
     """Count the bytes of a plain tensor on another device; nothing for a vector."""
     return {} if tensor.shape == "vector" else {plain: tensor.n_values * _ITEMSIZE[plain]}
 

@@ -1,4 +1,4 @@
-"""How much memory a process can still get: the machine's, and its containers' limits.
+"""The memory that a process can still get: the machine's, and its containers' limits.
 
 Owns reading of /proc and of control groups, versions 1 and 2. Counts nothing of a model (`planner.py`, `held.py`) and
 refuses nothing (`cli/fits.py`). Swap is not counted: weights are read whole for every token.
@@ -27,7 +27,7 @@ class Available:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Where a version of control groups keeps its figures."""
+    """The files in which a version of control groups keeps its figures."""
 
     limit: str
     usage: str

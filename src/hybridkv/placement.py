@@ -1,4 +1,4 @@
-"""What of a model lies on a card and what in main memory, from sizes alone.
+"""The division of a model between a card and main memory, from sizes alone.
 
 Arithmetic over bytes; reads no files and asks no device. The options are llama.cpp's: whole layers (`-ngl N`: the
 last ones), tensors by name (`-ot REGEX=CPU`), routed experts (`--cpu-moe`, `--n-cpu-moe N`: those of the first layers).
@@ -100,7 +100,7 @@ class PlacementLine:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where everything lies.
+    """The place of every part of a model.
 
     Attributes
     ----------

@@ -34,7 +34,7 @@ _LEAST_PLAIN = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run will hold, in bytes.
+    """The bytes that a run will hold.
 
     Attributes
     ----------

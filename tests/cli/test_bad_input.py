@@ -122,7 +122,7 @@ USAGE: dict[str, tuple[list[object], str]] = {
     ),
     "activations of eager": (
         ["run", "-p", "x", "--activations", "int8", "--backend", "eager"],
-        "--activations int8(: .* no products with 8-bit activations| is for the native engine on the CPU)",
+        "--activations int8(: .* no products with 8-bit activations| is for the native backend on the CPU)",
     ),
     "seed that is a word": (["run", "-p", "x", "--seed", "x"], "-s/--seed: invalid int value: 'x'"),
     "seed beyond 64 bits": (["run", "-p", "x", "--seed", 2**64], "--seed 18446744073709551616; allowed: 0 to"),

@@ -24,7 +24,7 @@ def test_what_is_printed(cli: Cli) -> None:
     assert "matrices and stacks of experts on cpu: as a file has them: f32, f16, bf16, q8_0, " in done.out
     assert "; matrices of a GGUF file on cuda: packed under native-triton (q8_0, q4_0, " in done.out
     assert "else expanded to bf16" in done.out
-    assert "vectors, convolutions, stacks of experts under the eager engine on cpu: float32; " in done.out
+    assert "vectors, convolutions, stacks of experts under the eager backend on cpu: float32; " in done.out
     for line in ("memory      ", "weights     ", "cpu         ", "cuda        ", "recurrent   ", "refusals"):
         assert f"\n{line}" in done.out
     rows = [line.split() for line in done.out.splitlines() if line.startswith(" cpu ")]

@@ -125,7 +125,7 @@ def test_weights_as_they_are_are_proposed_first(cli: Cli) -> None:
 
 @pytest.mark.usefixtures("_nothing_is_loaded")
 def test_no_weights_help_experts(cli: Cli, models: ModelStore) -> None:
-    """Of the eager engine, whose experts are float32."""
+    """Of the eager backend, whose experts are float32."""
     line = ("-m", models.family("qwen3_5_moe_text"), "--ids", 1, "--memory", "100KB")
     said = refused(cli, "run", *line, "--backend", "eager")
     assert "KiB f32 (experts) + " in said
@@ -134,7 +134,7 @@ def test_no_weights_help_experts(cli: Cli, models: ModelStore) -> None:
 
 
 def test_what_is_proposed_is_counted_for_the_engine_that_will_run_it(cli: Cli, models: ModelStore) -> None:
-    """Without `plain`, the native engine holds experts as int8 too; the eager one does not."""
+    """Without `plain`, the native backend holds experts as int8 too; the eager one does not."""
     line = ("run", "-m", models.family("qwen3_5_moe_text"), "--ids", 1, "-n", 1, "-c", 16, "--memory", "3.8MiB")
     said = refused(cli, *line, "--weights", "plain")
     held = re.search(r"--weights int8 holds the weights in (\d+\.\d KiB) and fits", said)
@@ -146,7 +146,7 @@ def test_what_is_proposed_is_counted_for_the_engine_that_will_run_it(cli: Cli, m
 
 @pytest.mark.usefixtures("_nothing_is_loaded")
 def test_a_directory_is_float32_first(cli: Cli, hybrid: Path) -> None:
-    """Under the eager engine; the native one reads and encodes one matrix after the other."""
+    """Under the eager backend; the native one reads and encodes one matrix after the other."""
     line = ("-m", hybrid, "--ids", 1, "--weights", "int4", "--memory", "100KB")
     said = refused(cli, "run", *line, "--backend", "eager")
     assert re.search(r"weights \d+\.\d KiB \(.* q8_0.*; \d+\.\d MiB while they are loaded\)", said)

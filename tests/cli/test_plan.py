@@ -183,7 +183,7 @@ def test_run_says_it_before_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("engine", ["auto", "eager"])
 def test_experts_are_promised_what_run_holds(cli: Cli, models: ModelStore, engine: str) -> None:
-    """`--weights` reaches them under the native engine; under the eager one both commands say that they are float32."""
+    """`--weights` reaches them under the native backend; under the eager one both commands say float32."""
     model = models.family("qwen3_5_moe_text")
     for dtype, weights in (("auto", "auto"), ("q8_0", "int8"), ("q4_0", "int4"), ("bf16", "bf16")):
         options = ("-m", model, "--backend", engine, "--device", "cpu")

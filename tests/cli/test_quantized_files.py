@@ -1,4 +1,4 @@
-"""Quantized files that the native engine cannot run, or that are damaged: said in one error."""
+"""Quantized files that the native backend cannot run, or that are damaged: said in one error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAME = "blk.1.ffn_gate.weight"
 
 
 def test_a_type_without_a_product_is_one_clear_error(cli: Cli, tmp_path: Path) -> None:
-    """`run` and `plan` say the same; the eager engine takes the file."""
+    """`run` and `plan` say the same; the eager backend takes the file."""
     source = plain_file("qwen3")
     ternary = np.zeros((512, 54), np.uint8)
     path = with_tensor(source, tmp_path / "ternary.gguf", NAME, ternary, Type.TQ1_0)
@@ -30,7 +30,7 @@ def test_a_type_without_a_product_is_one_clear_error(cli: Cli, tmp_path: Path) -
         done = cli(command[0], "-m", path, *command[1:])
         assert done.code == 2
         assert (
-            f"tensor '{NAME}' has type TQ1_0, which the native engine does not multiply; allowed: f32, f16" in done.err
+            f"tensor '{NAME}' has type TQ1_0, which the native backend does not multiply; allowed: f32, f16" in done.err
         )
         n_values = sum(p.numel() for p in load_gguf(path).model.parameters())
         assert f"--backend eager decodes all weights to float32 ({4 * n_values / 2**30:.2f} GiB)" in done.err

@@ -1,4 +1,4 @@
-"""What a start imports: the native engine runs a GGUF file without Transformers, and help needs nothing heavy."""
+"""What a start imports: the native backend runs a GGUF file without Transformers, and help needs nothing heavy."""
 
 from __future__ import annotations
 

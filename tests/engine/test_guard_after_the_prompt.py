@@ -14,7 +14,7 @@ from hybridkv.engine.load import Loaded, bundled_model, describe, load
 from hybridkv.errors import GuardError
 from hybridkv.hf import EagerStep, ModelCache
 from hybridkv.kernels import KERNELS
-from hybridkv.kernels.step import CacheRows
+from hybridkv.kernels.cache_rows import CacheRows
 from hybridkv.model import kv_facts
 from hybridkv.native import NativeStep
 from hybridkv.native import step as native

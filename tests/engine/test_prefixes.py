@@ -141,6 +141,29 @@ def test_a_cancelled_reply_can_be_continued() -> None:
     assert tokens(again) == alone(Request(ids, 10, GREEDY))
 
 
+def test_nothing_resumes_from_a_sequence_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may run out when some layers hold the next token and others do not."""
+    run = scheduler(prefix_bytes=ROOM)
+    step = run.step_of_model
+    handle = run.submit(Request(prompt(40), 100, GREEDY))
+    for _ in range(9):
+        run.step()
+    for name in ("forward", "forward_many"):
+        whole = getattr(step, name)
+        monkeypatch.setattr(step, name, lambda *given, whole=whole: (whole(*given), _no_memory()))
+    drain(run)
+    monkeypatch.undo()
+    assert events(handle)[-1].finished == "error"
+    ids = (*handle.token_ids, 4, 5, 6)
+    again = ask(run, ids)
+    assert again.usage.cached_tokens == 32
+    assert tokens(again) == alone(Request(ids, 10, GREEDY))
+
+
+def _no_memory() -> None:
+    raise MemoryError
+
+
 @pytest.mark.parametrize("types", [Q8, Q8_TAILED], ids=["q8_0", "tail"])
 def test_side_by_side_with_reuse_under_load(types: KVTypes) -> None:
     """Conversations with a common beginning, several at once, each turn checked against one that starts over."""

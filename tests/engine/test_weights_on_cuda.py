@@ -38,5 +38,5 @@ def test_other_models_are_refused_with_the_reason(directories: dict[str, Path]) 
         weights_on("cuda", "int8", "auto", description)
     assert caught.value.hint is not None
     assert weights_on("cuda", "auto", "auto", description) == ("plain", torch.bfloat16)
-    with pytest.raises(UsageError, match="the native engine's"):
+    with pytest.raises(UsageError, match="the native backend's"):
         weights_on("cuda", "int4", "eager", describe(bundled_model()))

@@ -62,7 +62,7 @@ def test_a_graph_names_the_tensors_of_its_model(
     path = written(tmp_path, family, changes)
     config = config_from_gguf(path)
     if rejects(config) is not None:
-        with pytest.raises(ModelError, match=r"the native engine cannot run .*softcapped"):
+        with pytest.raises(ModelError, match=r"the native backend cannot run .*softcapped"):
             map_gguf(path)
         return
     present = {info.name for info in read_header(path).tensors}

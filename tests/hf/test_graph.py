@@ -329,8 +329,8 @@ def test_a_step_that_the_guard_checks_is_not_replayed() -> None:
     ("family", "types", "kernels", "reason"),
     [
         ("gemma2", F32, recorded.KERNELS, "layers 0 have a sliding window, for which Transformers makes a mask"),
-        ("qwen3_5_text", F32, reference.KERNELS, "torch-reference reads row numbers from the host"),
-        ("qwen3_5_text", F32, KERNELS, "reads row numbers from the host"),
+        ("qwen3_5_text", F32, reference.KERNELS, "torch-reference reads row counters from the host"),
+        ("qwen3_5_text", F32, KERNELS, "reads row counters from the host"),
     ],
 )
 def test_what_cannot_be_recorded_says_why_once_and_decodes(

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hybridkv import GuardError, quantized_cache
+from hybridkv import ContextError, GuardError, quantized_cache
 from hybridkv.cache import KVTypes
+from hybridkv.cache.spec import FRESH_ROWS
 from hybridkv.hf import ModelCache
 from hybridkv.kernels import AttentionParams, Kernel, KVView, reference
 from hybridkv.model import kv_facts, layer_facts
-from hybridkv.policy import Guard, NonFiniteError, Policy
+from hybridkv.policy import Evidence, Fallback, Guard, NonFiniteError, Ok, Policy
 from hybridkv.runtime import evidence
 from tests.families import build
 from tests.hf.test_families import run, tokens
@@ -104,6 +105,25 @@ def test_an_error_above_the_limit_is_evidence_too() -> None:
     assert all(error <= 0.02 for error in cache.errors.values())
     assert said
     assert all("error 0.0" in line or "error 0.1" in line for line in said)
+
+
+def test_rows_that_a_window_has_evicted_stay_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Types that are raised late store again what is left: what is gone cannot be cropped to."""
+    model = build("gemma3_text", attention="hybridkv")  # windows of 8 tokens
+    specs = Policy(KVTypes("q4_0", "q4_0", tail=32)).resolve(kv_facts(layer_facts(model.config)))
+    cache = ModelCache(model.config, specs, guard=Guard(), notify=lambda _: None)
+
+    def judge(_: Guard, evidence: Evidence) -> Ok | Fallback:
+        larger = replace(evidence.types, type_k="q8_0", type_v="q8_0")
+        return Ok() if evidence.types == larger else Fallback(larger, "a test's doing")
+
+    monkeypatch.setattr(Guard, "judge", judge)
+    length = 20 + FRESH_ROWS + 40  # so long a chunk is the first that shows packed rows behind a tail and a window
+    run(model, cache, tokens(1, length), chunks=(20, length - 20))
+    assert [layer.store.n_seen for layer in cache.quantized] == [length] * 3
+    assert [s.types.type_k for s in cache.specs] == ["q8_0", "q8_0", "q4_0"]
+    with pytest.raises(ContextError, match="layers 0, 1 cannot go back"):
+        cache.crop(-100)
 
 
 def test_types_that_measure_well_stay() -> None:

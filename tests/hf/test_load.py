@@ -1,4 +1,4 @@
-"""Directories of bfloat16 weights, of the eager engine: packed parameter by parameter, the model that float32 gives."""
+"""Directories of bfloat16 weights, of the eager backend: packed one by one, the model that float32 gives."""
 
 from __future__ import annotations
 

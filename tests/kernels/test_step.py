@@ -12,7 +12,9 @@ from torch import Tensor
 
 from hybridkv.formats import FORMATS
 from hybridkv.kernels import KVView, Segment, cpu_native
-from hybridkv.kernels.step import CacheRows, Gate, Routing, StepProgram, delta_rejects
+from hybridkv.kernels.cache_rows import CacheRows
+from hybridkv.kernels.routing import Routing
+from hybridkv.kernels.step import Gate, StepProgram, delta_rejects
 from hybridkv.kernels.weights import encode
 from hybridkv.rotation import rotate, rotation_block
 from tests.isas import isas_with

@@ -12,7 +12,7 @@ from torch import Tensor
 from hybridkv.cache import KVTypes
 from hybridkv.hf.step.graph import GraphStep
 from hybridkv.kernels import cpu_native
-from hybridkv.kernels.step import Routing
+from hybridkv.kernels.routing import Routing
 from hybridkv.kernels.weights import decode, encode
 from hybridkv.model import kv_facts, layer_facts
 from hybridkv.native import NativeStep

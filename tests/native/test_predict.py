@@ -114,6 +114,25 @@ def expected(text: list[int], guesses: list[int]) -> Tensor:
     return torch.stack(logits)
 
 
+def test_another_cache_between_two_tokens_changes_no_hidden_states(tmp_path: Path) -> None:
+    """Its longer prompt is scored in buffers that are made anew, while the first cache's steps are prepared."""
+    model, text = loaded(tmp_path), prompt(12)
+    found = []
+    for n_between in (0, 60):
+        step = NativeStep(model)
+        assert step.predictor is not None
+        cache, other = (engine(model, None, step).cache for _ in range(2))
+        step.forward(torch.tensor([text[:8]]), cache, 0)
+        for position in range(8, 12):
+            if n_between and position == 11:
+                step.logits(torch.tensor([prompt(n_between, 2)]), other, 0)
+            step.forward(torch.tensor([[text[position]]]), cache, position)
+        found.append(step.take_hidden(cache))
+    assert found[0] is not None
+    assert found[1] is not None
+    assert torch.equal(found[0], found[1])
+
+
 @pytest.mark.parametrize("n_read", [[39], [1] * 39, [20, 3, 1, 15]])
 def test_guesses_are_those_of_transformers(tmp_path: Path, n_read: list[int]) -> None:
     """The final norm comes before the head's own, the embedding before the hidden state, and its result goes on."""

@@ -35,7 +35,7 @@ from hybridkv.kernels import KERNELS, AttentionParams, cpu_native
 from hybridkv.kernels.weights import Weight, decode
 from hybridkv.model import kv_facts, layer_facts, takes_chunks
 from hybridkv.native import NativeStep, map_gguf, native_model, source_of
-from hybridkv.native import step as native
+from hybridkv.native import checked as checked_run
 from hybridkv.native.step import HEAD_ROWS, MAX_ROWS
 from hybridkv.policy import Guard, GuardMode, MismatchError, NonFiniteError, Policy
 from hybridkv.runtime.attend import verify_call
@@ -606,7 +606,7 @@ def test_each_sequence_of_several_is_checked_as_it_is_alone(monkeypatch: pytest.
             raise MismatchError("a test's doing")
         verify_call(query, packed, params, out)
 
-    monkeypatch.setattr(native, "verify_call", checking)
+    monkeypatch.setattr(checked_run, "verify_call", checking)
 
     def caches(mode: GuardMode) -> list[ModelCache]:
         made = []

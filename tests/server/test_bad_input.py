@@ -215,6 +215,25 @@ def test_refusals_of_the_scheduler(scripted: Scripter) -> None:
         scripted(AdmissionError("x", reason="queue_full")).client.completions.create(model="scripted", prompt="x")
 
 
+def test_a_request_that_is_refused_half_way_leaves_nothing_running(
+    scripted: Scripter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two prompts the second finds no place; nobody would wait for the first one's answer."""
+    server = scripted(*[5] * 500, wait_s=0.1)
+    runner = server.served.runner
+    submit = runner.submit
+
+    def one_place(*given: Any) -> Any:
+        if runner.handles:
+            raise AdmissionError("1 request runs", reason="queue_full")
+        return submit(*given)
+
+    monkeypatch.setattr(runner, "submit", one_place)
+    refused = post(server, {"prompt": ["x", "y"], "max_tokens": 500})
+    assert error_of(refused, 429)["code"] == "queue_full"
+    assert [handle.cancelled for handle in runner.handles] == [True]
+
+
 def test_faults_of_the_program_are_not_told(scripted: Scripter, capfd: pytest.CaptureFixture[str]) -> None:
     error = error_of(post(scripted(RuntimeError("secret")), {"prompt": "x"}), 500)
     assert "secret" not in error["message"]
@@ -260,6 +279,11 @@ def test_too_many_at_once(scripted: Scripter) -> None:
         busy = post(server, {"prompt": "x"})
     assert error_of(busy, 429)["code"] == "queue_full"
     assert int(busy.headers["Retry-After"]) >= 1
+    deadline = time.monotonic() + 20
+    while (later := post(server, {"prompt": "x", "max_tokens": 1})).status_code == 429:  # the stream's client has left
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert later.status_code == 200
 
 
 def test_metrics_count_replies_by_route(server: Running) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from hybridkv.engine.requests import Event
 from tests.server.conftest import Scripter
+from tests.server.scripted import Scripted
 
 
 def ids(tokenizer: Any, text: str) -> list[int]:
@@ -63,6 +64,23 @@ def test_a_stop_string_ends_the_sequence_too(scripted: Scripter, tokenizer: Any)
     [handle] = server.served.runner.handles
     assert handle.wait(5)
     assert handle.usage.generated_tokens < 4
+
+
+def test_a_stop_string_ends_one_of_several(scripted: Scripter, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sequence is cancelled at once, and what it says of that is no part of the reply."""
+    server = scripted(*ids(tokenizer, "stop ") * 10, wait_s=0.02)
+    runner, other = server.served.runner, Scripted(ids(tokenizer, "go ") * 20, wait_s=0.02)
+    submit = runner.submit
+
+    def in_turn(*given: Any) -> Any:
+        return other.submit(*given) if runner.handles else submit(*given)
+
+    monkeypatch.setattr(runner, "submit", in_turn)
+    answer = server.client.completions.create(model="scripted", prompt=["x", "y"], max_tokens=20, stop="stop")
+    assert [choice.finish_reason for choice in answer.choices] == ["stop", "length"]
+    assert answer.choices[0].text == ""
+    assert answer.choices[1].text.startswith("go go")
+    assert runner.handles[0].usage.generated_tokens < 10
 
 
 def test_stop_tokens(scripted: Scripter, tokenizer: Any) -> None:

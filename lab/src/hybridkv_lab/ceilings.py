@@ -1,4 +1,4 @@
-"""What this machine does at best, measured in the run that is compared with it: reads, and multiply-adds."""
+"""The most that this machine does, measured in the run that is compared with it: reads, and multiply-adds."""
 
 from __future__ import annotations
 

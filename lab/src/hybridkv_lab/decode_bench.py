@@ -65,7 +65,7 @@ class Runner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to measure.
+    """The measurements to make.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What a figure was measured on: processor, instruction set, threads, versions."""
+"""The conditions of a figure: processor, instruction set, threads, versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What two runs over the same tokens differ by: numbers per token, and their summary.
+"""The difference of two runs over the same tokens: values per token, and their summary.
 
 Arithmetic only: logits in, numbers out. The measures are those of `llama-perplexity --kl-divergence`; a standard error
 counts tokens as independent, as it does there.
@@ -60,7 +60,7 @@ def join(traces: list[Trace]) -> Trace:
 
 
 class Expected:
-    """What the reference says of some tokens, prepared once for all that are compared with it.
+    """The reference's answers for some tokens, prepared once for all that are compared with it.
 
     Parameters
     ----------

@@ -28,7 +28,7 @@ from hybridkv_lab.run import N_PROMPTS, Evaluation, Extras, Tick
 
 
 class ModelLoader(Hashable, Protocol):
-    """How a task comes to its model; hashable, pickled, carried out where the task is."""
+    """A task's way to its model; hashable, pickled, carried out where the task is."""
 
     def __call__(self) -> Evaluator:
         """Load the model."""
@@ -36,7 +36,7 @@ class ModelLoader(Hashable, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a task has measured of its candidate: traces by window, and the rest."""
+    """A task's measurements of its candidate: traces by window, and the rest."""
 
     traces: dict[int, Trace]
     extras: Extras

@@ -1,4 +1,4 @@
-"""What an evaluation found: the conditions, one result per cache type, and the JSONL file that carries them.
+"""The result of an evaluation: the conditions, one result per cache type, and the JSONL file that carries them.
 
 The first line is `{"format": "hybridkv-eval", "version": 1, "conditions": {...}}`, every other line one result. JSON
 has no NaN and no infinity: they are the strings "nan", "inf" and "-inf". Measures nothing and draws nothing: written
@@ -30,7 +30,7 @@ _HINT = "name a file that `hybridkv eval` wrote"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditions:
-    """What was measured, with what, and on which machine.
+    """The conditions of an evaluation: what was measured, with what, and on which machine.
 
     Attributes
     ----------

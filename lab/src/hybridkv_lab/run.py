@@ -27,7 +27,7 @@ Tick = Callable[[int], None]
 
 @dataclass(slots=True)
 class Extras:
-    """What is measured of a candidate beside the windows."""
+    """The measurements of a candidate beside the windows."""
 
     greedy: tuple[float, float] | None = None
     layers: dict[int, float] = field(default_factory=dict)

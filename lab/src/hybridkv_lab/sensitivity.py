@@ -42,7 +42,7 @@ _TINY = 1e-12
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """What holds for all layers, whatever their types.
+    """The settings that hold for all layers, whatever their types.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""How fast rows are encoded: in bulk on one core, and one token beside the attention that follows it."""
+"""The speed of encoding rows: in bulk on one core, and one token beside the attention that follows it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How calls are timed against each other. Owns no case and no peer."""
+"""Timing of calls against each other. Owns no case and no peer."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ _N_NEIGHBOURS = 8
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What is asked for.
+    """The aim of a tuning.
 
     Attributes
     ----------
@@ -115,7 +115,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a tuning.
+    """The outcome of a tuning.
 
     Attributes
     ----------

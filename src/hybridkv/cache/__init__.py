@@ -1,4 +1,4 @@
-"""What one model remembers: layer facts, specs, and the packed KV rows."""
+"""The memory of one model: layer facts, specs, and the packed KV rows."""
 
 from hybridkv.cache.kv import KVLayer
 from hybridkv.cache.layer_kernels import LayerKernels, resolve

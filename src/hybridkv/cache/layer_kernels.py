@@ -1,4 +1,4 @@
-"""Which kernels run a layer: chosen from what the registry holds, before any memory or weight is touched."""
+"""The kernels of a layer: chosen from what the registry holds, before any memory or weight is touched."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hybridkv.rotation import rotation_block
 
 @dataclass(frozen=True, slots=True)
 class LayerKernels:
-    """What runs one KV layer: an attention kernel per phase, an encoder each for K and V, packed and exact."""
+    """The kernels of one KV layer: an attention kernel per phase, an encoder each for K and V, packed and exact."""
 
     prefill: Kernel
     decode: Kernel

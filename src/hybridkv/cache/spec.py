@@ -1,4 +1,4 @@
-"""What a model remembers, as frozen facts without tensors: the planner counts with them, the cache is built from them.
+"""A model's memory as frozen facts without tensors: the planner counts with them, the cache is built from them.
 
 A model is a tuple of `LayerFacts`, one per model layer. A layer may own a KV cache (`AttentionFacts`), a
 recurrent state (`StateFacts`), both (Falcon-H1, Zamba2) or neither. `KVSpec` adds the chosen types to a KV
@@ -35,7 +35,7 @@ UNBOUNDED = 2**62
 
 @dataclass(frozen=True, slots=True)
 class AttentionFacts:
-    """What the model's config says of one KV layer.
+    """A model's config on one KV layer.
 
     Attributes
     ----------
@@ -95,7 +95,7 @@ class LayerFacts:
 
 @dataclass(frozen=True, slots=True)
 class KVTypes:
-    """How one KV layer is stored.
+    """The types and settings at which one KV layer is stored.
 
     Attributes
     ----------

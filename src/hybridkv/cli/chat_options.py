@@ -130,7 +130,7 @@ def is_chat(a: argparse.Namespace) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ChatChoice:
-    """What a command line says of chats.
+    """A command line's options for chats.
 
     Attributes
     ----------

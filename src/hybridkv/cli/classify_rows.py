@@ -1,4 +1,4 @@
-"""What `hybridkv classify` scores: labels, rows and the prompt around them, and then their tokens.
+"""The input of `hybridkv classify`: labels, rows and the prompt around them, and then their tokens.
 
 All of it is read and checked before a model is touched. A prompt is tokenized as a whole, as a model sees it anywhere
 else: where it meets a row's text there is no seam. `hybridkv.engine.classify` finds out which tokens all prompts begin
@@ -34,7 +34,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """What stands before and after a row's text."""
+    """The text before and after a row's own."""
 
     before: str
     after: str

@@ -54,14 +54,14 @@ def _request(opened: Opened, specs: Sequence[KVSpec]) -> bytes | None:
         return None
     import torch
 
-    from hybridkv.gguf.stored import stored_types
+    from hybridkv.gguf.saved import saved_types
     from hybridkv.kernels.cuda.card import facts_of
     from hybridkv.native.rehearsal import Request
 
     header, card = description.header, facts_of(torch.device(opened.device))
     assert header is not None and card is not None
     shapes = {info.name: info.shape for info in header.tensors}
-    tensors = {name: (shapes[name], kind) for name, kind in stored_types(header).items()}
+    tensors = {name: (shapes[name], kind) for name, kind in saved_types(header).items()}
     return pickle.dumps(Request(description.config, tensors, tuple(specs), card, opened.n_ctx))
 
 

@@ -1,4 +1,4 @@
-"""How many tokens a context has, and what becomes of a full one."""
+"""The tokens of a context, and what becomes of a full one."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def main(arguments: argparse.Namespace) -> int:
     console.print("weights     " + "; ".join(f"{place}: {how}" for place, how in weights.items()))
     console.print("engines     " + "; ".join(f"{name}: {models}" for name, models in engines.items()))
     console.print(
-        "recurrent   eager engine on cuda: " + ", ".join(f"{kind} by {package}" for kind, package in recurrent.items())
+        "recurrent   eager backend on cuda: " + ", ".join(f"{kind} by {package}" for kind, package in recurrent.items())
     )
     _print_full(matrix) if a.full else _print_summary(matrix)
     return 0
@@ -122,7 +122,7 @@ def _engines() -> dict[str, str]:
 
 
 def _weights() -> dict[str, str]:
-    """Describe how each kind of weight is stored, on the CPU and on CUDA."""
+    """Describe how each kind of weight is held, on the CPU and on CUDA."""
     from hybridkv.formats.weights import WEIGHTS
     from hybridkv.kernels import cpu_native
     from hybridkv.kernels.cuda.packed_layout import PACKED
@@ -135,13 +135,13 @@ def _weights() -> dict[str, str]:
     on_cuda = f"{packed}, else expanded to bf16{also}"
     return {
         "matrices and stacks of experts on cpu": matrices,
-        "vectors, convolutions, stacks of experts under the eager engine on cpu": "float32",
+        "vectors, convolutions, stacks of experts under the eager backend on cpu": "float32",
         "matrices of a GGUF file on cuda": on_cuda,
     }
 
 
 def _recurrent() -> dict[str, str]:
-    """Describe what runs the eager engine's recurrent layers on CUDA, per kind of layer."""
+    """Describe what runs the eager backend's recurrent layers on CUDA, per kind of layer."""
     names = metadata.packages_distributions()
     return {
         kind: f"{names[package][0]} {_version(names[package][0])}" if package in names else "torch"

@@ -1,4 +1,4 @@
-"""What people type who come from another program: its commands, its options, and words that need an option here."""
+"""The words that people type who come from another program: commands, options, and words that need an option here."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ _LEAST_CONTEXT = 256
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a run takes at its full context.
+    """The bytes that a run takes at its full context.
 
     Attributes
     ----------

@@ -45,7 +45,7 @@ def add_form_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What an answer has to be.
+    """The form that an answer has to have.
 
     Attributes
     ----------

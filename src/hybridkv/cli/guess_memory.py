@@ -1,4 +1,4 @@
-"""What guessing tokens takes beside a run, counted from headers: before weights are read, and for `plan`."""
+"""The memory of guessing tokens beside a run, counted from headers: before weights are read, and for `plan`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Guesses:
-    """What guessing tokens ahead takes beside a run, in bytes.
+    """The memory of guessing tokens ahead beside a run, in bytes.
 
     Attributes
     ----------

@@ -91,7 +91,7 @@ def add_model_arguments(
         "--activations",
         default="int16",
         metavar="int16|int8",
-        help="what the native engine on the CPU rounds activations to before they meet quantized weights: int16 (15 "
+        help="what the native backend on the CPU rounds activations to before they meet quantized weights: int16 (15 "
         "bits, a relative error of 1e-4 in a product), or int8 (5e-3, as llama.cpp does), which is faster with "
         "q2_K to q6_K and q4_0 to q5_1; other types stay with int16 (default int16)",
     )

@@ -1,4 +1,4 @@
-"""Which model is meant: a path, a name that `hybridkv models` lists, or a hub's repository."""
+"""The model that is meant: a path, a name that `hybridkv models` lists, or a hub's repository."""
 
 from __future__ import annotations
 

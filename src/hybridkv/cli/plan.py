@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -14,34 +14,27 @@ from hybridkv.cli.cache_options import add_cache_arguments, given_options, given
 from hybridkv.cli.collector import import_torch
 from hybridkv.cli.context import context_of, reach_of
 from hybridkv.cli.devices import device_name
-from hybridkv.cli.guess_memory import Guesses, guesses_of
+from hybridkv.cli.guess_memory import guesses_of
 from hybridkv.cli.llama_cpp import accepted_options
 from hybridkv.cli.model_options import DEFAULT_CTX
 from hybridkv.cli.model_source import add_source_arguments, model_of
+from hybridkv.cli.plan_rows import PlannedWeights, Question, plan_rows, print_plan
 from hybridkv.cli.rope_options import add_rope_arguments, changes_of
 from hybridkv.cli.show import (
     MAX_CONTEXT,
     expanded_words,
     notice,
-    simple_table,
-    size,
-    stdout_console,
-    summary,
-    warning,
-    weights_words,
 )
 from hybridkv.cli.spec_options import add_spec_arguments, check_spec
-from hybridkv.cli.split_options import Placed, add_split_arguments, placed, print_placed, split_from, split_on
-from hybridkv.errors import NoKernelError, UsageError, one_of
+from hybridkv.cli.split_options import add_split_arguments, split_from, split_on
+from hybridkv.errors import UsageError, one_of
 from hybridkv.options import EXACT, kv_option
 
 if TYPE_CHECKING:
-    from hybridkv.cache import KVSpec
     from hybridkv.engine.describe import Description
-    from hybridkv.engine.placed import Split
-    from hybridkv.held import Expanded, Held, WeightKind
+    from hybridkv.held import WeightKind
     from hybridkv.native.choice import EngineKind
-    from hybridkv.policy import AnyPolicy, Guard
+    from hybridkv.policy import AnyPolicy
 
 NAME = "plan"
 HELP = "print KV, state and weight bytes for cache types, and the largest context that fits"
@@ -168,8 +161,8 @@ def main(arguments: argparse.Namespace) -> int:
     guesses = guesses_of(a, description, device=device, engine=weights.engine, n_ctx=n_ctx)
     split = split_on(split_from(a), description, device, kind, cast("EngineKind", a.engine))
     free = None if split is None else budget if budget is not None else free_on_card(device, split.device_memory)
-    question = _Question(description, guard, n_ctx, a.parallel, weights, budget, split, free, guesses=guesses)
-    rows = _rows(question, policies)
+    question = Question(description, guard, n_ctx, a.parallel, weights, budget, split, free, guesses=guesses)
+    rows = plan_rows(question, policies)
     if _says_types(a) or any(given_options(a, EXACT).values()) or a.kv_config:
         for line in _notices(description, policies, n_ctx):
             notice(line)
@@ -194,11 +187,11 @@ def main(arguments: argparse.Namespace) -> int:
             )
         )
     else:
-        _print(question, rows, device, a.memory)
+        print_plan(question, rows, device, a.memory)
     return 0
 
 
-def _expanded(weights: _Weights) -> dict[str, Any]:
+def _expanded(weights: PlannedWeights) -> dict[str, Any]:
     """Return the JSON entries on tensors that do not stay packed."""
     return {} if weights.expanded is None else {"expanded": asdict(weights.expanded)}
 
@@ -252,23 +245,15 @@ def _check(a: argparse.Namespace) -> tuple[WeightKind, str]:
     return asked, ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-@dataclass(frozen=True, slots=True)
-class _Weights:
-    """Weights as they are held, and bytes per value of convolution states."""
-
-    held: Held
-    conv_itemsize: int
-    expanded: Expanded | None = None
-    engine: EngineKind = "auto"
-
-
-def _held(description: Description, asked: WeightKind, device: str, engine: str) -> _Weights:
+def _held(description: Description, asked: WeightKind, device: str, engine: str) -> PlannedWeights:
     """Describe the weights as `run` would store them under these options."""
     import torch
 
     if description.n_ranks > 1:
         wide = asked == "f32" or (asked in ("auto", "plain") and device == "cpu")
-        return _Weights(description.held("plain", device, "f32" if wide else "bf16"), 4 if wide else 2, engine="eager")
+        return PlannedWeights(
+            description.held("plain", device, "f32" if wide else "bf16"), 4 if wide else 2, engine="eager"
+        )
     from hybridkv.engine.weights import engine_for, weights_on
 
     chosen = engine_for(device, asked, cast("EngineKind", engine))
@@ -279,7 +264,7 @@ def _held(description: Description, asked: WeightKind, device: str, engine: str)
     expanded = description.expanded(asked, device, plain, chosen)
     if expanded is not None:
         notice(expanded_words(expanded, plain))
-    return _Weights(held, 4 if wide else 2, expanded, chosen)
+    return PlannedWeights(held, 4 if wide else 2, expanded, chosen)
 
 
 def _pairs(text: str) -> list[tuple[str, str]]:
@@ -303,75 +288,6 @@ def _pairs(text: str) -> list[tuple[str, str]]:
     return pairs
 
 
-@dataclass(frozen=True, slots=True)
-class _Question:
-    """What is counted for every pair of types."""
-
-    description: Description
-    guard: Guard
-    n_ctx: int
-    n_seqs: int
-    weights: _Weights
-    budget: int | None
-    split: Split | None = None
-    free: int | None = None
-    guesses: Guesses = field(kw_only=True)
-    placed: list[Placed | None] = field(default_factory=list)
-
-
-def _rows(question: _Question, policies: Sequence[AnyPolicy]) -> list[dict[str, Any]]:
-    """Compute one object per pair of types or file, bytes as integers."""
-    from hybridkv.model.facts import is_hybrid, kv_facts
-    from hybridkv.planner import largest_context, plan
-    from hybridkv.policy import KVConfig
-
-    q, facts = question, question.description.facts
-    rows, messages = [], []
-    for policy in policies:
-        specs, warnings = q.guard.before(policy.resolve(kv_facts(facts)), hybrid=is_hybrid(facts), n_ctx=q.n_ctx)
-        messages += warnings
-        counted = plan(
-            specs,
-            facts,
-            n_ctx=q.n_ctx,
-            n_seqs=q.n_seqs,
-            conv_itemsize=q.weights.conv_itemsize,
-            weight_bytes=q.weights.held.n_bytes,
-        )
-        row: dict[str, Any] = {
-            "type_k": policy.types.type_k,
-            "type_v": policy.types.type_v,
-            "types_k": _types([spec.types.type_k for spec in specs]) or policy.types.type_k,
-            "types_v": _types([spec.types.type_v for spec in specs]) or policy.types.type_v,
-            "config": policy.name if isinstance(policy, KVConfig) else None,
-            "refused": _refusal(specs),
-            "bytes_per_token": sum(spec.bytes_per_token for spec in specs),
-            "kv_bytes": counted.kv_bytes,
-            "state_bytes": counted.state_bytes,
-            "weight_bytes": counted.weight_bytes,
-            "total_bytes": counted.total_bytes,
-        }
-        if q.split is not None:
-            found = placed(q.split, q.description, specs, q.n_ctx, q.n_seqs, q.free)
-            row["placement"] = None if found is None else found.as_json()
-            if not row["refused"]:
-                q.placed.append(found)
-        if q.budget is not None:
-            more = q.guesses.total(q.n_seqs)
-            free = q.budget - counted.weight_bytes - counted.state_bytes - more
-            row["fits"] = counted.total_bytes + more <= q.budget
-            row["largest_n_ctx"] = largest_context(specs, free, n_seqs=q.n_seqs) if free >= 0 else 0
-        rows.append(row)
-    for line in dict.fromkeys(messages):
-        warning(line)
-    return rows
-
-
-def _types(names: Sequence[str]) -> str:
-    """Name the types of layers: `q8_0+q4_0` where there are several."""
-    return "+".join(dict.fromkeys(names))
-
-
 def _notices(description: Description, policies: Sequence[AnyPolicy], n_ctx: int) -> list[str]:
     """List options without effect, but not for an unquantized pair among others."""
     from hybridkv.model.facts import kv_facts
@@ -379,55 +295,3 @@ def _notices(description: Description, policies: Sequence[AnyPolicy], n_ctx: int
     resolved = [(policy, policy.resolve(kv_facts(description.facts))) for policy in policies]
     quantized = [pair for pair in resolved if any(spec.is_quantized for spec in pair[1])]
     return list(dict.fromkeys(line for policy, specs in quantized or resolved for line in policy.notices(specs, n_ctx)))
-
-
-def _refusal(specs: Sequence[KVSpec]) -> str | None:
-    """Explain why these types cannot run on this model, as the reference kernel says; None if they can."""
-    from hybridkv.cache import resolve
-    from hybridkv.kernels import ENCODERS, KERNELS
-
-    for spec in {(s.facts.head_dim_k, s.facts.head_dim_v): s for s in specs}.values():
-        try:
-            resolve(spec, "cpu", KERNELS, ENCODERS)
-        except NoKernelError as error:
-            return error.reasons[-1][1]  # the reference's, the last one asked: others may run on other devices
-    return None
-
-
-def _guesses_words(guesses: Guesses, n_seqs: int) -> str:
-    """Say what guessed tokens take beside the table's total, and what for; nothing where none are guessed."""
-    parts = {
-        "states once more": n_seqs * guesses.state_bytes,
-        "caches of what guesses": n_seqs * guesses.sequence_bytes,
-        "a draft model": guesses.weight_bytes,
-    }
-    shown = [f"{name} {size(n_bytes)}" for name, n_bytes in parts.items() if n_bytes]
-    return f"; for guessed tokens, beside the total: {', '.join(shown)}" if shown else ""
-
-
-def _print(question: _Question, rows: list[dict[str, Any]], device: str, memory: str | None) -> None:
-    q, description = question, question.description
-    columns = ["K", "V", "bytes/token", "KV", "states", "weights", "total"]
-    if memory is not None:
-        columns.append(f"largest context in {memory}")
-    table = simple_table(*columns, left=("K", "V"))
-    for row in rows:
-        if row["refused"]:
-            continue
-        names = [row["types_k"], row["types_v"]] if row["config"] is None else [row["config"], "per layer"]
-        cells = [*names, str(row["bytes_per_token"])]
-        cells += [size(row[key]) for key in ("kv_bytes", "state_bytes", "weight_bytes", "total_bytes")]
-        if memory is not None:
-            most = row["largest_n_ctx"]
-            cells.append("no limit" if most is None else f"{most} tokens" if most else "does not fit")
-        table.add_row(*cells)
-    sequences = "1 sequence" if q.n_seqs == 1 else f"{q.n_seqs} sequences"
-    part = f"; one of {description.n_ranks} ranks" if description.n_ranks > 1 else ""
-    console = stdout_console()
-    console.print(f"{summary(description)}; {sequences} of {q.n_ctx} tokens{part}")
-    held = q.weights.held
-    peak = f"; {size(held.peak_bytes)} while they are loaded" if held.peak_bytes > 1.1 * held.n_bytes else ""
-    console.print(f"weights on {device}: {weights_words(held.parts)}{peak}{_guesses_words(q.guesses, q.n_seqs)}")
-    console.print(table)
-    if q.placed and q.placed[0] is not None:
-        print_placed(q.placed[0])

@@ -1,4 +1,4 @@
-"""How much memory stored prefixes get where nobody says: from the model, within a share of what is free."""
+"""The memory of stored prefixes where nobody says: from the model, within a share of what is free."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _DELAY = 1.0
 
 
 class Loading:
-    """What stands beside the spinner: the model's name, and how far its weights and its kernels are, once known."""
+    """The words beside the spinner: the model's name, and how far its weights and its kernels are, once known."""
 
     def __init__(self, name: str, compilers: Sequence[Ahead | None] = ()) -> None:
         self._name, self._compilers = name, compilers

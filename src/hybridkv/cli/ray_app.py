@@ -1,4 +1,4 @@
-"""What Ray's own tools import: `serve run hybridkv.cli.ray_app:app options="-ctk q8_0 --replicas 4"`.
+"""The application for Ray's own tools: `serve run hybridkv.cli.ray_app:app options="-ctk q8_0 --replicas 4"`.
 
 Or a config file with that `import_path` and `args: {options: ...}`. The options are those of the command line.
 """

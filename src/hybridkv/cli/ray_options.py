@@ -1,4 +1,4 @@
-"""What `--ray` means to every command that has it: a Ray of its own on this machine, or a cluster's."""
+"""The meaning of `--ray` to every command that has it: a Ray of its own on this machine, or a cluster's."""
 
 from __future__ import annotations
 

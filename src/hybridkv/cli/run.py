@@ -238,7 +238,7 @@ def _print_figures(engine: Engine, sampling: SamplingParams, compiled: Compiled)
     ]
     if t.n_guessed:
         share, each = 100 * t.n_right / t.n_guessed, t.n_generated / t.n_runs
-        lines.append(f"guesses:    {t.n_right} of {t.n_guessed} right ({share:.0f} %), {each:.2f} tokens a run")
+        lines.append(f"guesses:    {t.n_right} of {t.n_guessed} right ({share:.0f} %), {each:.2f} tokens a step")
     if compiled.n_kernels:
         kept = f"{compiled.n_kernels} compiled in {compiled.seconds:.1f} s of that, kept for the next run"
         lines.append(f"kernels:    {kept}")

@@ -18,7 +18,7 @@ FORMATS = ("auto", "none", "deepseek", "deepseek-legacy")
 
 @dataclass(frozen=True, slots=True)
 class AnswerDefaults:
-    """What a server does where a request does not say.
+    """A server's settings where a request does not say.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What `hybridkv serve` loads of an embedding model: Transformers' class, and no cache."""
+"""The embedding model of `hybridkv serve`: Transformers' class, and no cache."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ _BEING_READ = 64
 
 @dataclass(frozen=True, slots=True)
 class ModelLoader:
-    """How a replica comes to its model: the options, and what was resolved from them before any was started."""
+    """A replica's way to its model: the options, and what was resolved from them before any was started."""
 
     options: argparse.Namespace
     specs: tuple[KVSpec, ...]

@@ -1,4 +1,4 @@
-"""How things are printed: sizes, tables, notices. Tables and notices go to stderr; stdout is for answers."""
+"""Printing: sizes, tables, notices. Tables and notices go to stderr; stdout is for answers."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def weights_words(parts: Mapping[str, int]) -> str:
 
 
 def expanded_words(expanded: Expanded, plain: str) -> str:
-    """Say which tensors become plain numbers on a card, what that costs, and why."""
+    """Say which tensors become plain values on a card, what that costs, and why."""
     counts = ", ".join(f"{name} {n}" for name, n in expanded.counts.items())
     n = sum(expanded.counts.values())
     return (

@@ -28,8 +28,8 @@ def add_spec_arguments(parser: argparse.ArgumentParser) -> None:
         "--spec",
         default="auto",
         metavar="auto|ngram|mtp|draft|off",
-        help="what guesses tokens ahead, so that one run of the model gives several; the text is the same. ngram: what "
-        "followed the same words before; mtp: the model's own head; draft: the model of -md; auto: with -md draft, "
+        help="what guesses tokens ahead, so that one step gives several; the text is the same. ngram: what followed "
+        "the same words before; mtp: the model's own head; draft: the model of -md; auto: with -md draft, "
         "without it ngram and the head, if there is one (default auto)",
     )
     group.add_argument(
@@ -46,7 +46,7 @@ def add_spec_arguments(parser: argparse.ArgumentParser) -> None:
         "--spec-draft-n-max",
         type=int,
         metavar="N",
-        help=f"most tokens guessed for a run; how many pay is measured (default {_DEFAULT_MAX})",
+        help=f"most tokens guessed for a step; how many pay is measured (default {_DEFAULT_MAX})",
     )
     group.add_argument(
         "--draft-min",

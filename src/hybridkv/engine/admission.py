@@ -1,4 +1,4 @@
-"""Whether a request fits: its bytes at full length, counted the way the cache allocates them, against a budget."""
+"""Admission of requests: their bytes at full length, counted the way the cache allocates them, against a budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `import hybridkv` offers: a model from its path to text, and the memory that it will take.
+"""The names behind `import hybridkv`: a model from its path to text, and the memory that it will take.
 
 >>> import hybridkv                                            # doctest: +SKIP
 >>> model = hybridkv.load("model.gguf", type_k="q8_0", type_v="q8_0")  # doctest: +SKIP

@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Figures:
-    """What scoring took.
+    """The cost of scoring.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class Figures:
     seconds
         Wall time.
     n_rebuilds
-        Times that the types were raised because numbers were not finite.
+        Times that the types were raised because values were not finite.
     """
 
     n_rows: int = 0
@@ -186,7 +186,7 @@ class Classifier:
         ContextError
             For a prompt that does not fit, by its number from 1.
         GuardError
-            If no type of the ladder gives finite numbers, or the mode forbids a fallback.
+            If no type of the ladder gives finite values, or the mode forbids a fallback.
         """
         self._check(prompts)
         start = time.perf_counter()
@@ -290,7 +290,7 @@ class Classifier:
         return logits
 
     def _finite(self, run: Callable[[], T]) -> T:
-        """Call `run`, again at the next types of the ladder while its numbers are not finite."""
+        """Call `run`, again at the next types of the ladder while its values are not finite."""
         while True:
             try:
                 return run()
@@ -309,7 +309,7 @@ def _length(node: Node) -> int:
 
 
 def _add_ends(scores: Tensor, node: Node, logits: Tensor) -> None:
-    """Add the log probabilities of a node's ends, from the logits after its run, float32 `[B, T, V]`."""
+    """Add the log probabilities of a node's ends, from the logits after its tokens, float32 `[B, T, V]`."""
     labels, offsets, tokens = (list(column) for column in zip(*node.ends, strict=True))
     added = logits[:, offsets, tokens] - logits.logsumexp(-1)[:, offsets]
     scores.index_add_(1, torch.tensor(labels), added.cpu())  # a label may be there more than once

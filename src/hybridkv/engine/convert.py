@@ -17,7 +17,7 @@ DTYPES = tuple(TYPES)
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What was written: `architecture` is the file's, `notices` say what of the directory is not in it."""
+    """The file that was written: `architecture` is its own, `notices` say what of the directory is not in it."""
 
     path: Path
     architecture: str

@@ -14,7 +14,7 @@ NEWEST_STEPS = 512
 
 @dataclass(slots=True)
 class SchedulerCounters:
-    """What `SchedulerStats` says of the past; written by the scheduler's thread alone."""
+    """A scheduler's past, as `SchedulerStats` gives it; written by the scheduler's thread alone."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -30,8 +30,8 @@ class SchedulerCounters:
     n_failed: int = 0
     _times: deque[float] = field(default_factory=lambda: deque(maxlen=NEWEST_STEPS))
 
-    def step(self, seconds: float) -> None:
-        """Count an iteration."""
+    def iteration(self, seconds: float) -> None:
+        """Count an iteration that took so long."""
         self.n_steps += 1
         self._times.append(seconds)
 

@@ -88,7 +88,7 @@ class Description:
             If the file is damaged.
         """
         if engine == "eager" or self.n_ranks > 1:
-            return "packed weights are the native engine's, in one process"
+            return "packed weights are the native backend's, in one process"
         if kind not in ("auto", "int8", "int4") or (kind == "auto" and self.header is None):
             return "packed weights are those of a GGUF file, as they are, or int8 and int4"
         if (reason := rejects_packed(self.config, device)) is not None:
@@ -96,14 +96,14 @@ class Description:
         if kind != "auto":
             return rejects_encoded(self.config)
         assert self.header is not None
-        from hybridkv.gguf.stored import stored_types
+        from hybridkv.gguf.saved import saved_types
 
-        return rejects_types(self.config, stored_types(self.header))
+        return rejects_types(self.config, saved_types(self.header))
 
     def expanded(
         self, kind: WeightKind, device: str, plain: Literal["f32", "bf16"], engine: EngineKind
     ) -> Expanded | None:
-        """Return what becomes plain numbers on a card though nobody asked for it; None if nothing does.
+        """Return what becomes plain values on a card though nobody asked for it; None if nothing does.
 
         Parameters
         ----------
@@ -112,13 +112,13 @@ class Description:
         device
             torch's device type.
         plain
-            Type of plain numbers.
+            Type of plain values.
         """
         if device == "cpu" or kind != "auto" or engine == "eager" or self.header is None or self.n_ranks > 1:
             return None
         if (reason := self.rejects_packed(device, kind, engine)) is None:
             return None
-        from hybridkv.gguf.stored import expanded_tensors
+        from hybridkv.gguf.saved import expanded_tensors
 
         return expanded_tensors(self.header, reason, 4 if plain == "f32" else 2)
 
@@ -151,19 +151,19 @@ class Description:
             return Held({plain: n_bytes}, n_bytes)
         loading: Literal["by tensor", "at once"] = "by tensor"
         if self.path.is_dir():
-            from hybridkv.hf.checkpoint import stored_tensors as stored_in_directory
+            from hybridkv.hf.checkpoint import saved_tensors as saved_in_directory
             from hybridkv.hf.load import widens
 
-            tensors = stored_in_directory(self.path, self.config, remote_code=self.remote_code)
+            tensors = saved_in_directory(self.path, self.config, remote_code=self.remote_code)
             if not widens(self.path, self.config, remote_code=self.remote_code):
                 loading = "at once"
             if runner == "native" and multiplies(self.config):
                 tensors = tuple(replace(tensor, type="f32") for tensor in tensors)
         else:
-            from hybridkv.gguf.stored import stored_tensors
+            from hybridkv.gguf.saved import saved_tensors
 
             assert self.header is not None
-            tensors = stored_tensors(self.header, runner)
+            tensors = saved_tensors(self.header, runner)
         if runner == "packed" and kind != "auto":
             tensors = tuple(encoded_tensor(tensor, kind) for tensor in tensors)
         return held_weights(tensors, kind, device=device, plain=plain, loading=loading, runner=runner)

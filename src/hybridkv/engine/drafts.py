@@ -1,7 +1,7 @@
 """Guessed tokens of one sequence: made, run together with the next token, and handed out as far as they were right.
 
-Owns what is open between two runs: the tokens that were run, and the logits after each. Speculation changes when logits
-are computed, and nothing else. A token is drawn from the same logits with the same generator, computed ahead or not,
+Owns what is open between two steps: the tokens that were run, and the logits after each. Speculation changes when
+logits are computed, and nothing else. A token is drawn from the same logits with the same generator, ahead or not,
 and a guess is right if it is what was drawn: every sampler gives the text that it gives without. So each token has
 exactly its own distribution; for a guess that is made with certainty, this is rejection sampling.
 
@@ -28,7 +28,7 @@ GoesOn = Callable[[list[int]], bool]
 
 @dataclass(frozen=True, slots=True)
 class Guess:
-    """What may come next.
+    """A token that may come next.
 
     Attributes
     ----------
@@ -101,11 +101,11 @@ class Drafts:
     step, guesser, pace
         What runs them, makes them, and says how many; None where nothing is guessed.
     tokens, logits, failed
-        Of the open run: the next token and the guesses behind it, what came after each, and faults by their place.
+        Of the open step: the next token and the guesses behind it, what came after each, and faults by their place.
     n_taken
         How many of its tokens are the text's.
     single
-        Whether the run had to be of one token, because the guard looks at it or rows move: it takes longer than others.
+        Whether the step had to be of one token, because the guard looks at it or rows move; it takes longer.
     """
 
     step: DraftStep | None = None
@@ -134,7 +134,7 @@ class Drafts:
         n_most
             Tokens that are wanted beside the last; there is no use in guessing more.
         n_others
-            Rows of other sequences in the same run.
+            Rows of other sequences in the same step.
         """
         self.single = False
         if self.step is None or self.guesser is None or self.pace is None:
@@ -190,7 +190,7 @@ class Drafts:
         return self.logits[place : place + 1]
 
     def close(self, cache: ModelCache, end: int, *, ended: bool) -> None:
-        """Undo in the cache what the text did not take; without an open run there is nothing to do.
+        """Undo in the cache what the text did not take; without an open step there is nothing to do.
 
         Parameters
         ----------
@@ -210,14 +210,14 @@ class Drafts:
         self._close()
 
     def read(self, cache: ModelCache, end: int, n_taken: int | None = None) -> None:
-        """Show the guesser what the last run knew of a cache's newest tokens.
+        """Show the guesser what the last step knew of a cache's newest tokens.
 
         Parameters
         ----------
         end
             Tokens that the cache holds.
         n_taken
-            How many of the run's tokens are the text's; all by default.
+            How many of the step's tokens are the text's; all by default.
         """
         guesser = self._seeing
         if guesser is None or self.step is None or not self._sees:
@@ -235,7 +235,7 @@ class Drafts:
         return now[0] - n_guessed, now[1] - n_right
 
     def drop(self) -> None:
-        """Forget the open run, and the text up to now: the cache is of no more use."""
+        """Forget the open step, and the text up to now: the cache is of no more use."""
         self._close()
         self._sees = True  # another cache follows, and steps keep hidden states unless told otherwise
         if self._seeing is not None:

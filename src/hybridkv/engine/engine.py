@@ -1,6 +1,6 @@
 """The engine: token ids in, token ids out, and nothing non-finite in between.
 
-Owns the cache of a run, the token history, and the rebuild: if numbers stop being finite the cache is built
+Owns the cache of a generation, the token history, and the rebuild: if values stop being finite the cache is built
 again from the history at the next types of the ladder, and generation continues without losing a token. Knows no
 text; `hybridkv.cli.run` turns tokens into words.
 """
@@ -36,12 +36,12 @@ from hybridkv.runtime.stored import StoredCache
 
 @dataclass(slots=True)
 class Timings:
-    """Wall time of a run, rebuilds counted where they happened.
+    """Wall time of a generation, rebuilds counted where they happened.
 
     Attributes
     ----------
     n_guessed, n_right, n_runs
-        Tokens that were guessed, those that were right, and the runs of the model that gave generated tokens.
+        Tokens that were guessed, those that were right, and the steps that gave generated tokens.
     """
 
     n_prompt: int = 0
@@ -175,7 +175,7 @@ class Engine:
         ContextError
             For a prompt that does not fit.
         GuardError
-            If no type of the ladder gives finite numbers, or the mode forbids a fallback.
+            If no type of the ladder gives finite values, or the mode forbids a fallback.
         """
         self._check(prompt, n_predict, n_seqs)
         params.check_tokens(vocab_size_of(self._model.config))
@@ -343,7 +343,7 @@ class Engine:
         return logits
 
     def _count(self, drafts: Drafts, n_runs: int) -> None:
-        """Take over what was guessed up to now, and count runs."""
+        """Take over what was guessed up to now, and count steps."""
         if drafts.pace is not None:
             self.timings.n_guessed, self.timings.n_right = drafts.pace.n_guessed, drafts.pace.n_right
         self.timings.n_runs += n_runs

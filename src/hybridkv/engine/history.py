@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class History:
-    """Tokens up to now, held once: as a tensor for the model, and as numbers for what looks back.
+    """Tokens up to now, held once: as a tensor for the model, and as integers for what looks back.
 
     Parameters
     ----------

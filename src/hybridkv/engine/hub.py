@@ -26,7 +26,7 @@ _DIRECTORY = ("*.json", "*.safetensors", "*.model", "*.jinja", "tokenizer*", "me
 
 @dataclass(frozen=True, slots=True)
 class HubModel:
-    """What to take from a hub.
+    """The files to take from a hub.
 
     Attributes
     ----------

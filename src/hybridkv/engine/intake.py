@@ -1,4 +1,4 @@
-"""What other threads ask of a scheduler: requests that wait to begin, and work to do between two iterations.
+"""The requests of other threads to a scheduler: sequences that wait to begin, and work between two iterations.
 
 Owns the queue and its lock. `hybridkv.engine.scheduler` takes from it on its own thread.
 """

@@ -1,4 +1,4 @@
-"""What follows non-finite values: the next types of the ladder, or an error that names the cause."""
+"""The way on from non-finite values: the next types of the ladder, or an error that names the cause."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def lock_weights(loaded: Loaded) -> None:
     source = getattr(loaded.model, "source", None)
     if not isinstance(source, GgufSource):
         raise UsageError(
-            "--mlock locks the weights of a GGUF file that the native engine uses as they are",
+            "--mlock locks the weights of a GGUF file that the native backend uses as they are",
             hint="leave --mlock out",
         )
     source.lock()

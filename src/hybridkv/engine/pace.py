@@ -1,6 +1,6 @@
-"""How many tokens to guess: what makes the most text in a second, by what guesses and runs were worth up to now.
+"""The number of tokens to guess: what makes the most text in a second, by what guesses and steps were worth up to now.
 
-Arithmetic only. A run of several rows costs more than one of a single row, by how much depends on the machine, the
+Arithmetic only. A step of several rows costs more than one of a single row, by how much depends on the machine, the
 weights and the context; how often guesses hold depends on the text. Both are measured as it goes. Where no number of
 guesses pays, none are made for a while, and that while doubles as long as it stays so.
 """
@@ -38,7 +38,7 @@ _KNOWN = 2
 """Measurements without which a number of rows is not known: one alone may have had memory taken or a buffer made."""
 
 _CLOSE = 0.2
-"""How far a new time moves what is expected of a run."""
+"""How far a new time moves what is expected of a step."""
 
 
 def moved(known: float, seconds: float) -> float:
@@ -48,12 +48,12 @@ def moved(known: float, seconds: float) -> float:
 
 @dataclass(slots=True)
 class Costs:
-    """Seconds of a run by its rows. One for all sequences of a model.
+    """Seconds of a step by its activation rows. One for all sequences of a model.
 
     Attributes
     ----------
     seconds
-        Rows -> what such a run took lately.
+        Rows -> what such a step took lately.
     """
 
     seconds: dict[int, float] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class Costs:
 
 @dataclass(slots=True)
 class Odds:
-    """How often a guess holds, of one kind of guesses of one sequence.
+    """The share of guesses that hold, of one kind of guesses of one sequence.
 
     Attributes
     ----------
@@ -120,7 +120,7 @@ class Odds:
         return self.right / (self.right + self.wrong)
 
     def note(self, n_right: int, n_wrong: int, n_guessed: int) -> None:
-        """Take note of a run: how many of its guesses held, and how many are known to have been wrong."""
+        """Take note of a step: how many of its guesses held, and how many are known to have been wrong."""
         self.right = self.forget * self.right + n_right
         self.wrong = self.forget * self.wrong + n_wrong
         self.n_guessed, self.n_right = self.n_guessed + n_guessed, self.n_right + n_right
@@ -128,7 +128,7 @@ class Odds:
 
 @dataclass(slots=True)
 class Trial:
-    """Whether guesses pay that cost something to make, all kinds together.
+    """A trial of guesses that cost something to make, all kinds together: whether they pay.
 
     Attributes
     ----------
@@ -154,7 +154,7 @@ class Trial:
     next_pause: int = FIRST_PAUSE
 
     def note(self, gained: float, spent: float, alone: float) -> bool:
-        """Take note of a run; return whether a pause begins.
+        """Take note of a step; return whether a pause begins.
 
         Parameters
         ----------
@@ -184,7 +184,7 @@ class Pace:
     costs
         Of the model.
     n_max, n_min
-        Most guesses in a run, and fewest.
+        Most guesses in a step, and fewest.
     on_pause
         Told how many guesses of a kind were right, and how many were made, where they stop to pay.
     priors
@@ -228,7 +228,7 @@ class Pace:
             self._trial.pause, paused = max(0, self._trial.pause - 1), self._trial.pause > 0
             return not paused
         shares = [self._of(kind).share for kind in kinds]
-        # Of two sizes, since a run of three rows may take longer than one of four.
+        # Of two sizes, since a step of three rows may take longer than one of four.
         row = min((self.costs.of(1 + n_others + more) - alone) / more for more in (n + 1, n + 2))
         return prod(shares) * self._later.share * alone / (1 + n_others) > seconds_each + row
 
@@ -238,7 +238,7 @@ class Pace:
         Parameters
         ----------
         n_others
-            Rows of other sequences in the same run.
+            Rows of other sequences in the same step.
         seconds_each
             What it takes to make a guess.
         """
@@ -264,7 +264,7 @@ class Pace:
         return best
 
     def note(self, kinds: Sequence[int], n_right: int, *, ended: bool, seconds: float = 0.0, n_others: int = 0) -> None:
-        """Take note of a run's guesses.
+        """Take note of a step's guesses.
 
         Parameters
         ----------
@@ -290,7 +290,7 @@ class Pace:
             self._judge(n_right * alone / (1 + n_others), seconds + more)
 
     def note_seconds(self, seconds: float) -> None:
-        """Take note of what guesses took of which none was worth a run."""
+        """Take note of what guesses took of which none was worth a step."""
         if seconds:
             self._judge(0.0, seconds)
 

@@ -1,4 +1,4 @@
-"""Where prompts are cut: by places alone, so that one is cut alike wherever a sequence begins to process it."""
+"""The places where prompts are cut: the same ones wherever a sequence begins to process its prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a GGUF model lies on a card and what in main memory: counted from its header, chosen, and checked.
+"""The placement of a GGUF model on a card and in main memory: counted from its header, chosen, and checked.
 
 Arithmetic and its bounds are `hybridkv.placement`'s; what runs the result is `hybridkv.native.cuda`.
 """
@@ -13,7 +13,7 @@ import torch
 from hybridkv.cache import KVSpec
 from hybridkv.engine.describe import Description
 from hybridkv.errors import ContextError, UsageError
-from hybridkv.gguf.stored import named_tensors
+from hybridkv.gguf.saved import named_tensors
 from hybridkv.held import card_bytes
 from hybridkv.placement import (
     BESIDE_BYTES,
@@ -37,7 +37,7 @@ CONTEXT_BYTES = 512 << 20
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """What is asked for, in llama.cpp's words; the default is what fits.
+    """A division that is asked for, in llama.cpp's words; the default is what fits.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What goes into a scheduler and what comes out: requests, handles, events, counts. No HTTP, no model.
+"""The input and output of a scheduler: requests, handles, events, counts. No HTTP, no model.
 
 Submitting a `Request` gives a `RequestHandle`, which hands out one `Event` per token; the last says why the sequence
 ended. `hybridkv.engine.scheduler.Scheduler` runs them; `hybridkv.server` turns them into replies.
@@ -105,7 +105,7 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a sequence has taken so far.
+    """The tokens that a sequence has taken so far.
 
     Attributes
     ----------
@@ -243,7 +243,7 @@ class SchedulerStats:
     prefill_s, decode_s
         Time in model steps over prompts, and over new tokens.
     n_steps, n_rebuilds, n_finished, n_cancelled, n_failed
-        Scheduling iterations that ran the model, rebuilds on numbers that were not finite, sequences by their end
+        Scheduling iterations that ran the model, rebuilds on values that were not finite, sequences by their end
         (`n_finished` counts `stop` and `length`).
     step_s
         Wall times of the newest iterations, oldest first.

@@ -20,7 +20,7 @@ CHECKPOINT_TOKENS = 1024
 
 
 class Reuse:
-    """What sequences leave behind and take up. Used on the scheduler's thread alone.
+    """Stored prefixes as sequences leave them and resume from them. Used on the scheduler's thread alone.
 
     Parameters
     ----------

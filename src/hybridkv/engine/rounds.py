@@ -1,4 +1,4 @@
-"""What several sequences decode together: one run of the model, and the tokens that it gives each of them.
+"""One step of several sequences that decode together, and the tokens that it gives each of them.
 
 Owns the order: guesses are made, everything runs at once, and then every sequence draws as long as what it drew was
 guessed. A prompt goes in alone, a chunk at a time. `hybridkv.engine.scheduler` draws and hands out.

@@ -41,7 +41,7 @@ class Steering(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn. The defaults are llama-cli's.
+    """Settings for drawing tokens. The defaults are llama-cli's.
 
     Attributes
     ----------

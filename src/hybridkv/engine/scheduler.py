@@ -265,7 +265,7 @@ class Scheduler:
             self._decode(decoding)
         if prefilling:
             self._prefill(self._next_of(prefilling))
-        self._counters.step(time.perf_counter() - start)
+        self._counters.iteration(time.perf_counter() - start)
         return True
 
     def _next_of(self, prefilling: list[RunningSequence]) -> RunningSequence:
@@ -426,7 +426,7 @@ class Scheduler:
             message = f"not enough memory for a sequence of {sequence.n_ctx} tokens"
         else:
             raise error
-        sequence.checkpoint, sequence.reuses = None, False  # what it holds may be wrong
+        sequence.reuses = False  # what its cache holds may be wrong
         self._counters.n_failed += 1
         self._end(sequence, Event(finished="error", message=message))
 

@@ -1,6 +1,6 @@
-"""What is to guess tokens: prompt lookup, the model's own head, a small draft model, or nothing.
+"""The choice of what guesses tokens: prompt lookup, the model's own head, a small draft model, or nothing.
 
-Owns the choice, and what all sequences of a model share of it: the costs of runs. `hybridkv.engine.drafts` has a
+Owns the choice, and what all sequences of a model share of it: the costs of steps. `hybridkv.engine.drafts` has a
 sequence's part.
 """
 
@@ -17,7 +17,7 @@ from hybridkv.errors import UsageError, one_of
 from hybridkv.runtime import DraftStep, Notify, Step
 
 DRAFT_MAX = 7
-"""Guesses in a run where nothing else is asked for: with the token before them, eight rows of a product."""
+"""Guesses in a step where nothing else is asked for: with the token before them, eight rows of a product."""
 
 MOST_DRAFTS = 63
 
@@ -46,11 +46,11 @@ class Speculation:
     make_guesser
         Makes what guesses, for one sequence.
     n_max, n_min
-        Most and fewest guesses in a run.
+        Most and fewest guesses in a step.
     notify
         Told once where guesses do not pay.
     costs
-        Of the model's runs, as measured.
+        Of the model's steps, as measured.
     trial
         Whether guesses of its own head pay.
     sequence_bytes

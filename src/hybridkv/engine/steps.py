@@ -1,4 +1,4 @@
-"""How a model runs over new tokens: by our own operations where they know it, else by Transformers' forward pass.
+"""The choice of a model's step: our own operations where they know the model, else Transformers' forward pass.
 
 Two questions, answered here and nowhere else. What computes: `native` is C++ on the CPU and Triton on CUDA, `eager` is
 Transformers. And on CUDA, whether decode steps of either are recorded as a graph and replayed. The choice is printed by
@@ -101,7 +101,7 @@ def resolve_step(
             raise _no_native(reason)
     if activations == "int8":
         raise UsageError(
-            "--activations int8 is for the native engine on the CPU, which does not run this model here",
+            "--activations int8 is for the native backend on the CPU, which does not run this model here",
             hint="leave --activations out",
         )
     return _transformers_step(config, device, kind, graphs, notify)

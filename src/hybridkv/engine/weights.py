@@ -17,7 +17,7 @@ def engine_for(device_type: str, weights: WeightKind, engine: StepKind) -> StepK
     Raises
     ------
     UsageError
-        If the native engine is to take them.
+        If the native backend is to take them.
     """
     if device_type != "cpu" or weights != "plain":
         return engine

@@ -1,4 +1,4 @@
-"""What a stored KV block is: the format records, their encode and decode in torch, their bytes.
+"""Formats of stored KV blocks: the records, their encode and decode in torch, their bytes.
 
 Owns formats; knows no cache, no kernel and no model.
 """

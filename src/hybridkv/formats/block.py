@@ -1,4 +1,4 @@
-"""What a stored KV block is: the format record, and encode and decode derived from it.
+"""The record of a stored KV block's format, and encode and decode derived from it.
 
 Owns `KVFormat`. The arithmetic is in `hybridkv.formats.rules`, the bytes in `hybridkv.formats.packing`, the
 formats themselves in `hybridkv.formats.table`. Called by everything that stores, reads, counts or names KV
@@ -26,7 +26,7 @@ _CHUNK_VALUES = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class KVFormat:
-    """How a row (one token, one head) of `head_dim` values is stored.
+    """The layout of a row (one token, one head) of `head_dim` values.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""How numbers and codes lie in bytes: the planes of a stored block.
+"""The places of values and codes in bytes: the planes of a stored block.
 
 Owns the plane kinds and their packing in both directions, for any number of lanes in a block. Knows no
 format, no scale and no rounding. Called by `hybridkv.formats.block`; native and Triton kernels follow the
@@ -37,7 +37,7 @@ class Number:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where a lane's `width` bits lie among a block's bytes.
+    """The places of a lane's `width` bits among a block's bytes.
 
     The lanes of a block are indexed row-major by `axes`, each `(size, bit step)`. Size 0 marks the axis that
     counts bytes; it takes whatever size is left. Along the other axes a lane moves up by `bit step` within
@@ -116,14 +116,14 @@ class Plane:
 
 
 def pack_number(plane: Plane, values: Tensor) -> Tensor:
-    """Pack numbers [..., n] into bytes, uint8 [..., n * itemsize], in memory of their own."""
+    """Pack values [..., n] into bytes, uint8 [..., n * itemsize], in memory of their own."""
     # The copy also has canonical strides, without which an empty or one-wide tensor has no view as bytes.
     dtype = NUMBERS[plane.kind].dtype
     return values.to(dtype, copy=True, memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def unpack_number(plane: Plane, data: Tensor) -> Tensor:
-    """Unpack bytes, uint8 [..., n * itemsize], to numbers [..., n] of the plane's dtype."""
+    """Unpack bytes, uint8 [..., n * itemsize], to values [..., n] of the plane's dtype."""
     dtype = NUMBERS[plane.kind].dtype
     # A view in a wider dtype needs its alignment, which a slice of a larger buffer may lack.
     distances = (data.storage_offset(), *data.stride()[:-1])

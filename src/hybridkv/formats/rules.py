@@ -1,4 +1,4 @@
-"""How a block of floats becomes a scale and codes.
+"""The rules by which a block of floats becomes a scale and codes.
 
 Owns the arithmetic: scale rules, rounding rules, and the refit of a scale to its codes. Codes are compared
 bit for bit with ggml's C, so every operation has the operands, the order and the float32 roundings that it

@@ -17,7 +17,7 @@ from hybridkv.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class WeightFormat:
-    """How a row of a weight is stored.
+    """The layout of a weight row.
 
     Parameters
     ----------

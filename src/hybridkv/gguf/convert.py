@@ -118,7 +118,7 @@ def write_gguf(
     architecture = find_architecture(config)
     model = build_skeleton(config, torch.float32)
     own = pair(architecture, config, model, ())
-    settings = {each: numbers for each, write in architecture.settings if (numbers := write(config)) is not None}
+    settings = {each: values for each, write in architecture.settings if (values := write(config)) is not None}
     checkpoint = Checkpoint(directory, model)
     parts, keys, unused = [(own, checkpoint)], _keys(architecture, config), checkpoint.unused
     if (head := find_head(directory, architecture, config, unused)) is not None:
@@ -196,8 +196,8 @@ def _write(
 ) -> None:
     """Write header and tensors; one parameter is in memory at a time."""
     pairings = [(pairing, checkpoint) for own, checkpoint in parts for pairing in own]
-    for name, numbers in settings.items():
-        writer.add_tensor_info(name, numbers.shape, numbers.dtype, numbers.nbytes)
+    for name, values in settings.items():
+        writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
     for pairing, _ in pairings:
         for name, shape in zip(pairing.names, pairing.shapes, strict=True):
             kind = _type_of(name, shape, type_)
@@ -208,8 +208,8 @@ def _write(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for numbers in settings.values():
-            writer.write_tensor_data(numbers)
+        for values in settings.values():
+            writer.write_tensor_data(values)
         for pairing, checkpoint in pairings:
             value = checkpoint.parameter(pairing.param).float()
             for name, tensor in file_tensors(pairing, checkpoint.config, value):

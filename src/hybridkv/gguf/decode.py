@@ -71,7 +71,7 @@ def decode_into(
     cols
         Where each column of `target` lies in the file.
     values
-        Applied elementwise to the float32 numbers, before they are rounded to `target`'s dtype.
+        Applied elementwise to the float32 values, before they are rounded to `target`'s dtype.
     """
     import torch
 

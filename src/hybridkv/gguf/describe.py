@@ -1,8 +1,8 @@
-"""What a GGUF file is, from its header alone: name, config, and what of it is left out.
+"""The description of a GGUF file, from its header alone: name, config, and what of it is left out.
 
 Owns the config as the file says it (`FileConfig`), the fields that all files share, and the checks of tensors' names
 that need no model. Does not own the file format (`reader.py`) or an architecture's tables (`architectures/`). Called by
-`load.py`, `mapped.py` and `stored.py`.
+`load.py`, `mapped.py` and `saved.py`.
 """
 
 from __future__ import annotations

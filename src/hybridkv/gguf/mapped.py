@@ -75,7 +75,7 @@ def _check(meta: Metadata, architecture: Architecture, config: FileConfig) -> se
     with _described(meta):
         reason = rejects(config)
     if reason is not None:
-        raise ModelError(f"the native engine cannot run {meta.header.path}: {reason}", hint="use --backend eager")
+        raise ModelError(f"the native backend cannot run {meta.header.path}: {reason}", hint="use --backend eager")
     with _described(meta):
         tensors = list(graph_tensors(graph_of(config), meta.has_tensor))
     found = {tensor.name_in(meta.has_tensor): tensor for tensor in tensors}
@@ -90,7 +90,7 @@ def _check(meta: Metadata, architecture: Architecture, config: FileConfig) -> se
 
 
 def _check_shape(meta: Metadata, name: str, tensor: Named) -> None:
-    """Check a tensor's dimensions; those of one hold no numbers, and files leave them out."""
+    """Check a tensor's dimensions; those of size one say nothing, and files leave them out."""
     shape = meta.tensor(name).shape
     if [dim for dim in shape if dim > 1] != [dim for dim in tensor.shape if dim > 1]:
         meta.fail(f"tensor {name!r} has shape {list(shape)}; the metadata asks for {list(tensor.shape)}")

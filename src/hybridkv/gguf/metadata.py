@@ -178,15 +178,15 @@ class Metadata:
         return self._tensors[name]
 
     def numbers_in(self, name: str, length: int) -> list[float]:
-        """Return the numbers of a small float32 tensor, all above zero: settings that have no key."""
+        """Return the values of a small float32 tensor, all above zero: settings that have no key."""
         info = self.tensor(name)
         if info.type != GGMLQuantizationType.F32 or math.prod(info.shape) != length:
             self.fail(f"tensor {name!r} has shape {list(info.shape)} and type {info.type.name}; expected {length} F32")
         with open_model(self.header) as files:
-            numbers = np.frombuffer(files.rows(info)[:].tobytes(), "<f4")
-        if not (np.isfinite(numbers) & (numbers > 0)).all():
-            self.fail(f"tensor {name!r} holds {numbers.min()}; expected numbers above zero")
-        return [float(number) for number in numbers]
+            values = np.frombuffer(files.rows(info)[:].tobytes(), "<f4")
+        if not (np.isfinite(values) & (values > 0)).all():
+            self.fail(f"tensor {name!r} holds {values.min()}; expected values above zero")
+        return [float(value) for value in values]
 
     def token_id(self, role: str, n_tokens: int) -> int | None:
         """Return the id of the `bos`, `eos`, `eot`, `padding`, ... token, None where the file has none."""

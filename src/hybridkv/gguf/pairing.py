@@ -1,4 +1,4 @@
-"""Which tensors of a file hold which parameter of a model, and in what shape: the tables, applied to one model.
+"""The tensors of a file for the parameters of a model, and their shapes: the tables, applied to one model.
 
 Owns pairing, in both directions: `load.py` reads along it, `convert.py` writes along it. Does not own the
 tables (`architectures/`), files, or memory: the model it looks at has none.
@@ -148,7 +148,7 @@ def pairing_of(rule: TensorRule, config: Config, shape: Shape) -> Pairing:
 def file_tensors(pairing: Pairing, config: Config, value: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
     """Convert a parameter's value to the file's tensors, with their names: in its order, shapes and conventions.
 
-    The dtype stays, but where numbers are converted: those become float32.
+    The dtype stays, but where values are converted: those become float32.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""How a GGUF file says that its model makes embeddings."""
+"""The keys by which a GGUF file says that its model makes embeddings."""
 
 from __future__ import annotations
 

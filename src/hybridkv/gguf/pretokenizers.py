@@ -1,4 +1,4 @@
-"""How byte-level BPE vocabularies split text before merging: one record per `tokenizer.ggml.pre` name.
+"""The splits of text before byte-level BPE merges: one record per `tokenizer.ggml.pre` name.
 
 Owns the table. Does not own building a tokenizer (`tokenizer.py`, which reads it).
 

@@ -1,7 +1,7 @@
 """GGUF headers: metadata and tensor table, checked against the file before anything is believed.
 
 Owns the walk over the header of a GGUF file (version 2 and 3, little-endian). Does not own the tensors' bytes
-(`rows.py`), what the metadata means (`metadata.py`, `architectures/`) or how bytes become numbers (`decode.py`).
+(`rows.py`), what the metadata means (`metadata.py`, `architectures/`) or how bytes become values (`decode.py`).
 Called by `split.py`.
 
 The file is mapped for the walk: one that another program truncates in the moment of it still ends the process with a
@@ -72,7 +72,7 @@ _DAMAGED = "the file is damaged or incomplete; copy or download it again and com
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor lies in the file and how it is stored.
+    """The place of one tensor in the file, and its type.
 
     `shape` is in Torch's order (slowest dimension first, the reverse of GGUF's `ne`), `offset` counts
     from the start of the file; `part` is the file's number in a split model.

@@ -45,14 +45,14 @@ def check_multiplied(header: Header, names: Collection[str]) -> None:
     Raises
     ------
     ModelFileError
-        For the first that has another type, with what the eager engine would take.
+        For the first that has another type, with what the eager backend would take.
     """
     infos = [info for info in header.tensors if info.name in names]
     bad = next((info for info in infos if not is_multiplied(info.type)), None)
     if bad is not None:
         n_bytes = 4 * sum(math.prod(info.shape) for info in infos)
         raise ModelFileError(
-            f"{header.path}: tensor {bad.name!r} has type {bad.type.name}, which the native engine does not multiply; "
+            f"{header.path}: tensor {bad.name!r} has type {bad.type.name}, which the native backend does not multiply; "
             f"allowed: {', '.join(WEIGHTS)}",
             hint=f"--backend eager decodes all weights to float32 ({n_bytes / 2**30:.2f} GiB), or requantize the model",
         )

@@ -1,4 +1,4 @@
-"""What all kinds of vocabulary share: tokens with their types, tokens matched whole, begin and end of text.
+"""The parts that all kinds of vocabulary share: tokens with their types, tokens matched whole, begin and end of text.
 
 Owns the reading of `tokenizer.ggml.tokens`, `token_type` and the `add_*_token` flags. Does not own how
 text becomes tokens (`bpe.py`, `spm.py`), which call it.

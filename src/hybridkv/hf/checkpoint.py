@@ -1,4 +1,4 @@
-"""What a model directory stores of a model's weights: shapes from its config, types from its files' headers.
+"""The weights of a model directory: shapes from its config, types from its files' headers.
 
 For counting bytes before any is read. Does not own what a run makes of them (`hybridkv.held`).
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 from math import prod
 from pathlib import Path
 
-from hybridkv.held import Place, Shape, StoredTensor
-from hybridkv.hf.load import RemoteCode, build_empty, stored_types
+from hybridkv.held import Place, SavedTensor, Shape
+from hybridkv.hf.load import RemoteCode, build_empty, saved_types
 from hybridkv.model.protocols import Config
 
 
-def stored_tensors(directory: Path, config: Config, *, remote_code: RemoteCode = "refused") -> tuple[StoredTensor, ...]:
+def saved_tensors(directory: Path, config: Config, *, remote_code: RemoteCode = "refused") -> tuple[SavedTensor, ...]:
     """Return the weights that a model of this config has, tied ones once.
 
     Without files beside the config, what it says of their type is believed.
@@ -23,9 +23,9 @@ def stored_tensors(directory: Path, config: Config, *, remote_code: RemoteCode =
     ModelError
         If the config describes no model.
     """
-    most = stored_types(directory).most_common(1)
-    stored = most[0][0].lower() if most else str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-    stored = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}.get(stored, stored)
+    most = saved_types(directory).most_common(1)
+    type_ = most[0][0].lower() if most else str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    type_ = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}.get(type_, type_)
     model = build_empty(config, remote_code=remote_code)
     places: dict[int, Place] = {}
     for place, module in (("head", model.get_output_embeddings()), ("embedding", model.get_input_embeddings())):
@@ -39,5 +39,5 @@ def stored_tensors(directory: Path, config: Config, *, remote_code: RemoteCode =
         shape: Shape = "vector" if is_vector else "matrix" if len(dims) == 2 else "experts"
         n_in, n_out = dims[-1] if dims else 1, dims[-2] if len(dims) > 1 else 1
         place = places.get(id(parameter), "layer")
-        found.append(StoredTensor(stored, prod(dims[:-2]), n_out, n_in, shape, place))
+        found.append(SavedTensor(type_, prod(dims[:-2]), n_out, n_in, shape, place))
     return tuple(found)

@@ -151,11 +151,11 @@ def load_weights(
 def widens(directory: Path, config: Config, *, remote_code: RemoteCode = "refused") -> bool:
     """Check whether a directory holds nothing but bfloat16, and so is loaded with parameters replaced one by one."""
     quantized = getattr(config, "quantization_config", None) is not None
-    return not quantized and remote_code == "refused" and set(stored_types(directory)) == {"BF16"}
+    return not quantized and remote_code == "refused" and set(saved_types(directory)) == {"BF16"}
 
 
-def stored_types(directory: Path) -> Counter[str]:
-    """Count a directory's numbers by type; none without files that can be read."""
+def saved_types(directory: Path) -> Counter[str]:
+    """Count a directory's values by type; none without files that can be read."""
     counts: Counter[str] = Counter()
     for path in sorted(directory.glob("*.safetensors")):
         try:
@@ -168,18 +168,18 @@ def stored_types(directory: Path) -> Counter[str]:
     return counts
 
 
-def _widened(stored: Any, dtype: torch.dtype, attn_implementation: str, replace: Callable[[Tensor], Tensor]) -> Any:
+def _widened(loaded: Any, dtype: torch.dtype, attn_implementation: str, replace: Callable[[Tensor], Tensor]) -> Any:
     """Build a model of `dtype` with the parameters of a bfloat16 one, which loses them.
 
     Not the same model in place: what a class computes when it is built, such as rotary frequencies or an embedding's
     scale, would stay rounded to bfloat16.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(stored.config, dtype=dtype, attn_implementation=attn_implementation)
+        model = AutoModelForCausalLM.from_config(loaded.config, dtype=dtype, attn_implementation=attn_implementation)
     done: dict[str, Tensor] = {}  # by the name that a tied parameter has first
     first: dict[int, str] = {}
-    persistent = stored.state_dict(keep_vars=True).keys()
-    places = [*stored.named_parameters(remove_duplicate=False), *stored.named_buffers(remove_duplicate=False)]
+    persistent = loaded.state_dict(keep_vars=True).keys()
+    places = [*loaded.named_parameters(remove_duplicate=False), *loaded.named_buffers(remove_duplicate=False)]
     for name, tensor in places:
         if name not in persistent:
             continue
@@ -198,7 +198,7 @@ def _widened(stored: Any, dtype: torch.dtype, attn_implementation: str, replace:
     # As in `from_pretrained`: this computes what was not loaded.
     model.tie_weights()
     model.initialize_weights()
-    model.generation_config = stored.generation_config
+    model.generation_config = loaded.generation_config
     return model
 
 

@@ -1,4 +1,4 @@
-"""How stored rows are written and attended: cases, kernels, and the choice between them.
+"""Writing and attending stored rows: cases, kernels, and the choice between them.
 
 Each backend exports `KERNELS` and `ENCODERS`; this file concatenates them. `attend` and `store` are the doors
 through which rotated rows are read and written.

@@ -1,4 +1,4 @@
-"""What a kernel is asked: the static facts of an attention, the stored rows it reads, and the call's numbers.
+"""The question to a kernel: the static facts of an attention, the stored rows it reads, and the call's parameters.
 
 Plain frozen records. Nothing here runs; the registry matches cases to kernels, kernels read views.
 """
@@ -17,7 +17,7 @@ from hybridkv.formats import KVFormat
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 
-DEVICE_ROWS_REFUSAL = "reads row numbers from the host, not from the device"
+DEVICE_ROWS_REFUSAL = "reads row counters from the host, not from the device"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class AttentionCase:
     window, softcap, sinks
         Whether the layer attends a sliding window, caps its scores, or has sink logits.
     device_rows
-        Whether the numbers of rows are read on the device, from tensors (`Segment.lengths`, `Segment.starts`).
+        Whether row counters are read on the device, from tensors (`Segment.lengths`, `Segment.starts`).
     """
 
     device: str
@@ -56,7 +56,7 @@ class AttentionCase:
 
     def __str__(self) -> str:
         names = {"window": "window", "softcap": "softcap", "sinks": "sinks"}
-        names["device_rows"] = "row numbers on the device"
+        names["device_rows"] = "row counters on the device"
         extras = "".join(f", {text}" for name, text in names.items() if getattr(self, name))
         dims = f"{self.head_dim_k}" if self.head_dim_k == self.head_dim_v else f"{self.head_dim_k}/{self.head_dim_v}"
         return (
@@ -69,8 +69,8 @@ class AttentionCase:
 class Segment:
     """Consecutive stored rows of one format. Holds the cache's own memory, not a copy.
 
-    The first two numbers below are the host's. A captured graph replays with the numbers of its capture, and a batch
-    may hold sequences of different lengths; both read the last two, which are tensors on the device. A kernel that
+    `start` and `length` are the host's. A captured graph replays with those of its capture, and a batch may hold
+    sequences of different lengths; both read `lengths` and `starts`, which are tensors on the device. A kernel that
     does not know these refuses the case, and calls `require_host_rows`.
 
     Attributes
@@ -133,14 +133,14 @@ class KVView:
 
     @property
     def length(self) -> int:
-        """S, rows of all segments; a bound where the device knows the numbers. A mask has that many columns, and
+        """S, rows of all segments; a bound where row counters are on the device. A mask has that many columns, and
         column c of a segment stands for its row c, valid or not.
         """
         return sum(segment.length for segment in self.segments)
 
     @property
     def device_rows(self) -> bool:
-        """True if a number of rows is on the device."""
+        """True if a row counter is on the device."""
         return any(s.lengths is not None or s.starts is not None for s in self.segments)
 
 
@@ -162,7 +162,7 @@ def require_host_rows(segments: Sequence[Segment], reader: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class AttentionParams:
-    """The numbers of one call.
+    """The parameters of one call.
 
     Attributes
     ----------

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hybridkv.kernels import cpu_native
-from hybridkv.kernels.step import HEALTH, Angles, CacheRows, Health, StepProgram
+from hybridkv.kernels.cache_rows import HEALTH, CacheRows, Health
+from hybridkv.kernels.step import Angles, StepProgram
 from hybridkv.kernels.threads import native_threads
 from hybridkv.kernels.weights import Weight, check_rows
 

@@ -1,4 +1,4 @@
-"""Which kernel runs a case, and why the others do not.
+"""The choice of the kernel that runs a case, and why the others do not.
 
 One meaning of "supported": a kernel resolves here. The command line, the planner, `hybridkv doctor` and the
 cache all ask this file, before any weight is loaded.
@@ -75,7 +75,7 @@ class Encoder:
         `(x, format, scale rule, planes, row)`: encode x `[B, Hkv, T, D]`, any float dtype, into rows
         `[row, row + T)` of the planes.
     store
-        Does all that `hybridkv.kernels.store` asks by itself, row numbers on the device included; None
+        Does all that `hybridkv.kernels.store` asks by itself, row counters on the device included; None
         if `write` is all there is.
     """
 

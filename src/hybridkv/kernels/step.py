@@ -1,7 +1,7 @@
 """A model's step outside of attention: native operations on buffers, run in order.
 
 Owns the checks that make the native code safe to call, and keeps the memory that its operations point to. Knows no
-models: `hybridkv.native` writes a model down as operations. Addresses of states come with each run and are never
+models: `hybridkv.native` writes a model down as operations. Addresses of states come with each call and are never
 kept: a program that remembered them would one day run a sequence on another's state. Who keeps them, as
 `hybridkv.kernels.held` does, has to know at each step that they are still the sequence's.
 """
@@ -10,16 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from hybridkv.kernels import cpu_native
-from hybridkv.kernels.case import KVView
+from hybridkv.kernels.cache_rows import HEALTH, CacheRows, Health
+from hybridkv.kernels.routing import Routing
 from hybridkv.kernels.threads import native_threads
 from hybridkv.kernels.weights import Activations, Weight
-from hybridkv.rotation import rotation_block
 
 Columns = tuple[int, int, int, int, int]
 Angles = tuple[Tensor, Tensor]
@@ -29,91 +29,23 @@ Gate = Literal["sigmoid", "silu", "product", "gelu", "gelu_erf", "relu"]
 """What multiplies: a sigmoid, SiLU, the number itself, GELU (by tanh, or exact), ReLU."""
 
 Caches = Literal["shared", "separate"]
-Health = Literal["finite", "bad output", "bad input"]
-HEALTH: tuple[Health, ...] = get_args(Health)
+"""Whether sequences of a call share a cache, or have one each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where the product with one weight goes: float32 `[rows, n_out]`, added to what is there if `add`."""
+    """The place for the product with one weight: float32 `[rows, n_out]`, added to what is there if `add`."""
 
     weight: Weight
     dst: Tensor
     add: bool = False
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Routing:
-    """Which experts a token is sent to, and how each is weighed.
-
-    Attributes
-    ----------
-    n_used
-        Experts of a token.
-    gating
-        `softmax`: the largest scores choose, and weights are shares of the softmax over all, or over the chosen if
-        `normalised`. `sigmoid`: the largest of sigmoid(score) + bias choose; weights are the sigmoids, divided by their
-        sum + `eps` if `normalised`.
-    bias
-        Per expert.
-    n_groups, n_used_groups
-        Experts are chosen from the groups whose two best are largest together.
-    scale
-        Factor on all weights.
-    """
-
-    n_used: int
-    gating: Literal["softmax", "sigmoid"] = "softmax"
-    bias: Tensor | None = None
-    n_groups: int = 1
-    n_used_groups: int = 1
-    normalised: bool = True
-    eps: float = 0.0
-    scale: float = 1.0
-
-    def native(self, n_experts: int) -> tuple[object, ...]:
-        """Convert for the native code, checked against the number of experts."""
-        sigmoid, size = self.gating == "sigmoid", n_experts // max(1, self.n_groups)
-        assert 1 <= self.n_used <= self.n_used_groups * size and n_experts == size * self.n_groups, self
-        assert 1 <= self.n_used_groups <= self.n_groups and (self.n_groups == 1 or size > 1), self
-        assert sigmoid or (self.bias is None and self.n_groups == 1 and not self.eps), self
-        assert self.bias is None or self.bias.shape == (n_experts,), self.bias
-        bias = [] if self.bias is None else _floats(self.bias)
-        groups = self.n_groups, self.n_used_groups
-        return sigmoid, bias, self.n_used, *groups, self.normalised, self.eps, self.scale
-
-
-@dataclass(frozen=True, slots=True)
-class CacheRows:
-    """Where one layer's new token goes and what it attends: the cache's memory, for one run.
-
-    Attributes
-    ----------
-    view
-        The rows attended; the last row of the last segment is the new token's, and takes its formats and center.
-    refit_k, refit_v
-        Whether scales are refitted when it is stored.
-    """
-
-    view: KVView
-    refit_k: bool
-    refit_v: bool
-
-    def native(self, n_seqs: int, n_kv_heads: int, head_dim_k: int, head_dim_v: int) -> tuple[object, ...]:
-        """Convert for the native code, checked against the shapes that its operation was written for."""
-        view = self.view
-        assert (view.head_dim_k, view.head_dim_v) == (head_dim_k, head_dim_v), view
-        rows = cpu_native.native_rows(view.segments, n_seqs, n_kv_heads, head_dim_k, head_dim_v)
-        k = (head_dim_k, self.refit_k, rotation_block(head_dim_k) if view.rotate_k else 0)
-        v = (head_dim_v, self.refit_v, rotation_block(head_dim_v) if view.rotate_v else 0)
-        return rows, k, v, view.window or 0
-
-
 class StepProgram:
     """Operations on float32 buffers `[rows, width]`; a view `[rows, heads, width]` names heads within a buffer.
 
-    A run works on the first B * T rows; row `b * T + t` is token t of sequence b. All buffers have the same number
-    of rows, the most that a run may have. Sequences of one cache run together; those of separate caches too, one token
+    A call works on the first B * T rows; row `b * T + t` is token t of sequence b. All buffers have the same number
+    of rows, the most that a call may have. Sequences of one cache run together; those of separate caches too, one token
     of each or several, and every token is batch-invariant: it has the same bits alone.
 
     Parameters
@@ -131,7 +63,7 @@ class StepProgram:
         self._calls: list[tuple[int, int, int]] = []
 
     def __len__(self) -> int:
-        """Count the operations so far; a place to begin or end a run."""
+        """Count the operations so far; a place to begin or end a call of `run`."""
         return len(self.native)
 
     def linear(self, x: Tensor, *targets: Target) -> None:
@@ -207,10 +139,10 @@ class StepProgram:
     def rope(
         self, x: Tensor, n_rotated: int, pairs: Literal["halves", "neighbours"] = "halves", table: int = 0
     ) -> None:
-        """Turn the first `n_rotated` values of each head by the run's angles, in place.
+        """Turn the first `n_rotated` values of each head by the call's angles, in place.
 
         `halves` (NeoX) turns values i and i + n_rotated / 2 together, `neighbours` 2 i and 2 i + 1. `table` counts the
-        run's angles.
+        call's angles.
         """
         assert 0 < n_rotated <= x.shape[-1] and n_rotated % 2 == 0, (n_rotated, x.shape)
         assert self._rotated.setdefault(table, n_rotated) == n_rotated, (table, n_rotated)
@@ -326,7 +258,7 @@ class StepProgram:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, dst: Tensor, scale: float) -> None:
         """Store k and v, one new token per sequence, and attend q; all `[rows, heads, D]`, dst contiguous.
 
-        Where the rows lie comes with each run, as its next `CacheRows`.
+        Where the rows lie comes with each call, as its next `CacheRows`.
         """
         assert q.shape[2] == k.shape[2] and v.shape[:2] == k.shape[:2] and q.shape[1] % k.shape[1] == 0, q.shape
         assert dst.shape == (*q.shape[:2], v.shape[2]) and dst.is_contiguous(), dst.shape
@@ -377,7 +309,7 @@ class StepProgram:
         spans
             Tokens of each separate cache, whose rows follow one another; none for one each.
         before
-            Of separate caches, where states lie before the run, if elsewhere; those are left as they are, and `replay`
+            Of separate caches, where states lie before the call, if elsewhere; those are left as they are, and `replay`
             can advance them.
 
         Returns
@@ -412,14 +344,14 @@ class StepProgram:
         return [HEALTH[code] for code in health]
 
     def replay(self, first_row: int, n_tokens: int, states: Sequence[int]) -> None:
-        """Advance the states of one cache by the first tokens of its span in the last run that was given `before`.
+        """Advance the states of one cache by the first tokens of its span in the last call that was given `before`.
 
         Parameters
         ----------
         first_row
-            Of its span in that run.
+            Of its span in that call.
         states
-            Of `addresses`: those from before the run, continued in place.
+            Of `addresses`: those from before the call, continued in place.
         """
         self.check_states(states)
         self.native.replay(cpu_native.isa(), [(first_row, n_tokens)], states, native_threads())

@@ -1,4 +1,4 @@
-"""How many threads native calls use, and how torch's are kept out of their way."""
+"""The threads of native calls, and how torch's are kept out of their way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a command line changes of a model: its RoPE, and metadata of its file."""
+"""The changes that a command line makes to a model: its RoPE, and metadata of its file."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Why a graph's sizes cannot be those of any model, before a weight is touched: nothing here knows a backend."""
+"""Checks of a graph's sizes that no model can have, before a weight is touched: nothing here knows a backend."""
 
 from __future__ import annotations
 
 from dataclasses import fields
 
-from hybridkv.model.layers import Adapter, Attention, DeltaNet, Experts, Mamba2, ModelGraph, Part, Shared
+from hybridkv.model.graph import ModelGraph
+from hybridkv.model.layers import Adapter, Attention, DeltaNet, Experts, Mamba2, Part, Shared
 
 _MAY_BE_0 = ("latent", "use", "owner")
 

@@ -1,4 +1,4 @@
-"""What is asked of a config and of a model, whoever made them."""
+"""The attributes asked of a config and of a model, whoever made them."""
 
 from __future__ import annotations
 

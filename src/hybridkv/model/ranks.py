@@ -1,4 +1,4 @@
-"""What one rank holds of a model that Transformers has spread over several: the facts of its layers.
+"""The share of a model that one rank holds where Transformers has spread it over several: the facts of its layers.
 
 Transformers' own plans say which projections are sharded. Where a plan shards attention heads, each rank's KV cache
 holds its own heads and nothing else, and attention over them needs no other rank; states are whole on every rank, as

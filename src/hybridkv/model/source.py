@@ -1,4 +1,4 @@
-"""Who holds a model's weights: a mapped file, a directory, or a model in memory."""
+"""The holder of a model's weights: a mapped file, a directory, or a model in memory."""
 
 from __future__ import annotations
 

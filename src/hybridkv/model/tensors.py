@@ -1,4 +1,4 @@
-"""Which tensors a graph reads, and of what shapes: what a file is checked against before any weight is touched.
+"""The tensors that a graph reads, and their shapes: what a file is checked against before any weight is touched.
 
 Names are GGUF's; shapes are Torch's, slowest dimension first. What a backend makes of the tensors is its own business
 (`hybridkv.native.cpu`).
@@ -10,21 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hybridkv.model.layers import (
-    Attention,
-    Block,
-    DeltaNet,
-    Experts,
-    Gated,
-    Mamba1,
-    Mamba2,
-    ModelGraph,
-    Norm,
-    Part,
-    Plain,
-    Prediction,
-    ShortConv,
-)
+from hybridkv.model.graph import Block, ModelGraph, Prediction
+from hybridkv.model.layers import Attention, DeltaNet, Experts, Gated, Mamba1, Mamba2, Norm, Part, Plain, ShortConv
 
 Has = Callable[[str], bool]
 """Whether a file has a tensor of this name."""

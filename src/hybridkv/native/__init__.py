@@ -1,4 +1,4 @@
-"""The native engine on the CPU: a model's graph as operations on weights as they lie.
+"""The native backend on the CPU: a model's graph as operations on weights as they lie.
 
 Owns the choice (`choice.py`), lowering (`cpu.py`), the step (`step.py`), and models held without Transformers' classes
 (`model.py`). What needs Transformers' models is imported when it is asked for: they take a second or two.

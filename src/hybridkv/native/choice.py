@@ -1,4 +1,4 @@
-"""Whether the native step on the CPU runs a model: answered from its config, without Transformers' models."""
+"""The models that the native step on the CPU runs: answered from a config, without Transformers' models."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def rejects_encoded(config: Config) -> str | None:
     for part in graph.parts:
         widths = (graph.hidden, part.width) if isinstance(part, Experts) else ()
         if any(width % 32 for width in widths):
-            return f"experts with rows of {' and '.join(map(str, widths))} numbers, which are no whole blocks of 32"
+            return f"experts with rows of {' and '.join(map(str, widths))} values, which are no whole blocks of 32"
     return None
 
 
 def multiplies(config: Config) -> bool:
-    """Check whether a directory's matrices are multiplied by numbers of the config, which leaves them float32."""
+    """Check whether a directory's matrices are multiplied by factors of the config, which leaves them float32."""
     from hybridkv.gguf.convert import find_tables
 
     tables = find_tables(config.get_text_config(decoder=True))

@@ -1,4 +1,4 @@
-"""What each record of a model's graph becomes on the CPU: native operations on buffers.
+"""The lowering of a model's graph to the CPU: native operations on buffers.
 
 `LOWER` has one function a record; `rejects` is the first record that has none, or that its operation cannot run.
 """
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridkv.kernels.step import Gate, Routing, delta_rejects
+from hybridkv.kernels.routing import Routing
+from hybridkv.kernels.step import Gate, delta_rejects
 from hybridkv.kernels.weights import Weight
 from hybridkv.model import (
     Adapter,

@@ -1,4 +1,4 @@
-"""What each record of a model's graph becomes on CUDA: packed weights on the card, and Triton kernels between products.
+"""The lowering of a model's graph to CUDA: packed weights on the card, and Triton kernels between products.
 
 The residual is float32, what products read is float16, and their sums are float32; of prompts, products are float16.
 What lies between a feed-forward's products is counted in 32nds: it alone may be too large for float16. `LOWER` has one
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridkv.hf.step.fused_layers import Embed, FusedRun, Head, Layers
+from hybridkv.hf.step.fused_layers import Embed, Head, Layers, StepContext
 from hybridkv.kernels.cuda.layers import activated, add_norm
 from hybridkv.kernels.cuda.packed import multiply_gated
 from hybridkv.kernels.cuda.packed_layout import PackedWeight
@@ -54,8 +54,8 @@ def _gated(card: Card, config: Config, index: int, f: Gated) -> Mix:
     del config, index
     down, up = card.product(f.down, biased=f.biased), _activated(card, f)
 
-    def mix(normed: Tensor, run: FusedRun) -> Tensor:
-        return down.whole(up(normed, run), factor=1 / BETWEEN)
+    def mix(normed: Tensor, context: StepContext) -> Tensor:
+        return down.whole(up(normed, context), factor=1 / BETWEEN)
 
     return mix
 
@@ -68,10 +68,10 @@ def _activated(card: Card, f: Gated) -> Mix:
     project = card.product(f.gate, f.up, biased=f.biased)
     more = None if f.adapter is None else adapted(card, f.adapter, f.gate, f.up)
 
-    def up(normed: Tensor, run: FusedRun) -> Tensor:
-        parts = project.whole(normed, dtype_of(run))
+    def up(normed: Tensor, context: StepContext) -> Tensor:
+        parts = project.whole(normed, dtype_of(context))
         if more is not None:
-            parts = parts + torch.cat(more(normed, dtype_of(run)), 1)
+            parts = parts + torch.cat(more(normed, dtype_of(context)), 1)
         return activated(parts, f.act, factor=BETWEEN, dtype=torch.float16)
 
     return up
@@ -81,8 +81,8 @@ def _plain(card: Card, config: Config, index: int, f: Plain) -> Mix:
     del config, index
     up, down = card.product(f.up), card.product(f.down)
 
-    def mix(normed: Tensor, run: FusedRun) -> Tensor:
-        squares = activated(up.whole(normed, dtype_of(run)), "relu2", factor=BETWEEN, dtype=torch.float16)
+    def mix(normed: Tensor, context: StepContext) -> Tensor:
+        squares = activated(up.whole(normed, dtype_of(context)), "relu2", factor=BETWEEN, dtype=torch.float16)
         return down.whole(squares, factor=1 / BETWEEN)
 
     return mix
@@ -100,12 +100,12 @@ def _shared(card: Card, config: Config, index: int, s: Shared) -> Mix:
     card.prefix = own
     join, last, mixer = card.product(s.join), (card.norm(s.norm), s.norm.eps), mamba2(card, config, index, s.mixer)
 
-    def mix(x: Tensor, run: FusedRun) -> Tensor:
-        assert run.embedded is not None
-        joined = torch.cat([x, run.embedded], 1)
-        attended = attend(add_norm(joined, None, *before, dtype=torch.float16), run)
-        fed = feed(add_norm(attended, None, *between, dtype=torch.float16), run)
-        return mixer(add_norm(join.whole(fed.to(torch.float16)), x, *last, dtype=torch.float16), run)
+    def mix(x: Tensor, context: StepContext) -> Tensor:
+        assert context.embedded is not None
+        joined = torch.cat([x, context.embedded], 1)
+        attended = attend(add_norm(joined, None, *before, dtype=torch.float16), context)
+        fed = feed(add_norm(attended, None, *between, dtype=torch.float16), context)
+        return mixer(add_norm(join.whole(fed.to(torch.float16)), x, *last, dtype=torch.float16), context)
 
     return mix
 
@@ -160,12 +160,12 @@ class _Branch:
             x.add_(added, alpha=scale)
         return x if self.wide else x.to(torch.float16)
 
-    def __call__(self, normed: Tensor, run: FusedRun) -> Tensor:
+    def __call__(self, normed: Tensor, context: StepContext) -> Tensor:
         """Compute what is added to the residual, but for the factor."""
         first, *rest = self.mixes
-        added = first(normed, run)
+        added = first(normed, context)
         for mix in rest:
-            added = added.add_(mix(normed, run))
+            added = added.add_(mix(normed, context))
         return added if self.after is None else add_norm(added, None, *self.after)
 
 
@@ -190,13 +190,13 @@ def build(graph: ModelGraph, config: Config, card: Card) -> tuple[Embed, Layers,
     head_product = card.product(graph.head if card.has(graph.head) else graph.embed)
     last, reads_embedding = card.norm(graph.norm), any(isinstance(part, Shared) for part in graph.parts)
 
-    def layers(x: Tensor, run: FusedRun) -> Tensor:
+    def layers(x: Tensor, context: StepContext) -> Tensor:
         added: Tensor | None = None
         scale = 1.0
         if reads_embedding:
-            run = replace(run, embedded=x.clone())
+            context = replace(context, embedded=x.clone())
         for branch in branches:
-            added = branch(branch.read(x, added, scale), run)
+            added = branch(branch.read(x, added, scale), context)
             scale = branch.scale
         return x if added is None else x.add_(added, alpha=scale)
 

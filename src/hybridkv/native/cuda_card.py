@@ -57,7 +57,7 @@ class Card:
     hosted
         Names of tensors that stay in main memory: routed experts, and an embedding that is no head.
     n_rows
-        Most rows of a run.
+        Most rows of a step.
     send
         Puts matrices of one type and width on a device.
     """

@@ -1,4 +1,4 @@
-"""What a mixture of experts becomes on CUDA: routed experts on the card or in main memory, and the shared one."""
+"""The lowering of a mixture of experts to CUDA: routed experts on the card or in main memory, and the shared one."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hybridkv.hf.step.fused_layers import FusedRun
+from hybridkv.hf.step.fused_layers import StepContext
 from hybridkv.kernels.cuda.experts import bias_of_groups, route
 from hybridkv.kernels.cuda.packed_experts import prompt_experts, run_packed_experts
 from hybridkv.kernels.cuda.packed_layout import PackedWeight
 from hybridkv.kernels.cuda.streamed import StreamedStack
-from hybridkv.kernels.step import Routing
+from hybridkv.kernels.routing import Routing
 from hybridkv.kernels.weights import Weight
 from hybridkv.model import Experts, FeedForward, Gated
 from hybridkv.native.cuda_card import Card
 from hybridkv.native.cuda_mixers import BETWEEN, Mix
 
 Chosen = tuple[Tensor, Tensor]
-Routed = Callable[[Tensor, Tensor, FusedRun, Callable[[], Tensor | None]], Tensor]
+Routed = Callable[[Tensor, Tensor, StepContext, Callable[[], Tensor | None]], Tensor]
 """From rows, the router's scores, and what the shared expert gives (computed meanwhile) to the sum of all answers."""
 
 
@@ -68,19 +68,19 @@ def experts(card: Card, e: Experts, lower: Callable[[FeedForward], Mix]) -> Mix:
     shared = None if e.shared is None or fused else lower(e.shared)
     around = (card.product(card.either(e.into)), card.product(card.either(e.back))) if e.latent else None
 
-    def mix(normed: Tensor, run: FusedRun) -> Tensor:
+    def mix(normed: Tensor, context: StepContext) -> Tensor:
         raw = scores.whole(normed)
 
         def beside() -> Tensor | None:
             if shared is None:
                 return None
-            answer = shared(normed, run)
+            answer = shared(normed, context)
             return answer * torch.sigmoid(raw[:, -1:]) if has_gate else answer
 
         if around is None:
-            return routed(normed, raw, run, beside)
+            return routed(normed, raw, context, beside)
         into, back = around
-        answer = back.whole(routed(into.whole(normed, torch.float16), raw, run, lambda: None).to(torch.float16))
+        answer = back.whole(routed(into.whole(normed, torch.float16), raw, context, lambda: None).to(torch.float16))
         other = beside()
         return answer if other is None else answer.add_(other)
 
@@ -109,10 +109,10 @@ def _on_card(card: Card, e: Experts) -> Routed:
     shared = None if own is None else (card.packed(own.gate, own.up), card.packed(own.down))
     choose, gated, top_k = _Router(card, e, fused=own is not None), e.gated, e.choice.n_used
 
-    def routed(x: Tensor, raw: Tensor, run: FusedRun, meanwhile: Callable[[], Tensor | None]) -> Tensor:
+    def routed(x: Tensor, raw: Tensor, context: StepContext, meanwhile: Callable[[], Tensor | None]) -> Tensor:
         chosen, other = choose(raw), meanwhile()
         # Rows that choose more often than there are experts read most experts for several rows.
-        few = run.n_tokens == 1 or len(x) * top_k <= e.n_experts
+        few = context.n_tokens == 1 or len(x) * top_k <= e.n_experts
         if few and isinstance(up, PackedWeight) and isinstance(down, PackedWeight):
             answer = run_packed_experts(x, chosen, (up, down), shared, factor=BETWEEN, gated=gated)
         else:
@@ -136,8 +136,8 @@ def _hosted(card: Card, e: Experts) -> Routed:
     # Gate and up in one stack stay so; apart, they are joined as they are sent.
     each = tuple(StreamedStack(part, card.staging, card.device) for part in (stacked, (down,)))
 
-    def routed(x: Tensor, raw: Tensor, run: FusedRun, meanwhile: Callable[[], Tensor | None]) -> Tensor:
-        if run.n_tokens == 1 or len(x) < pinned.least[layer]:
+    def routed(x: Tensor, raw: Tensor, context: StepContext, meanwhile: Callable[[], Tensor | None]) -> Tensor:
+        if context.n_tokens == 1 or len(x) < pinned.least[layer]:
             return pinned.experts(layer, x, raw[:, : e.n_experts], meanwhile)
         answer = prompt_experts(x, choose(raw), (each[0], each[1]), None, factor=BETWEEN, gated=e.gated)
         other = meanwhile()

@@ -1,4 +1,4 @@
-"""What each mixer of a model's graph becomes on CUDA: from normed rows, float16, to what is added to the residual."""
+"""The lowering of a model's mixers to CUDA: from normed rows, float16, to what is added to the residual."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hybridkv.hf.step.fused_layers import FusedRun
+from hybridkv.hf.step.fused_layers import StepContext
 from hybridkv.kernels.cuda import mamba
 from hybridkv.kernels.cuda.conv import conv_prompt, conv_step
 from hybridkv.kernels.cuda.delta import DeltaShape, delta_prompt, delta_step, gated_norm
@@ -19,15 +19,15 @@ from hybridkv.model.rope import rope_frequencies
 from hybridkv.native.cuda_card import Card, Product, WeightRows
 
 BETWEEN = 1 / 32
-"""Factor on what lies between the products of a gated feed-forward, and on other products of numbers without a norm."""
+"""Factor on what lies between the products of a gated feed-forward, and on other products of values without a norm."""
 
-Mix = Callable[[Tensor, FusedRun], Tensor]
+Mix = Callable[[Tensor, StepContext], Tensor]
 """From normed rows, float16, to what is added to the residual, float32."""
 
 
-def dtype_of(run: FusedRun) -> torch.dtype:
+def dtype_of(context: StepContext) -> torch.dtype:
     """Choose the dtype of what products give: float16 halves what a prompt's rows take."""
-    return torch.float32 if run.n_tokens == 1 else torch.float16
+    return torch.float32 if context.n_tokens == 1 else torch.float16
 
 
 def adapted(card: Card, adapter: Adapter, *weights: str) -> Callable[[Tensor, torch.dtype], list[Tensor]]:
@@ -49,12 +49,12 @@ def attention(card: Card, config: Config, index: int, a: Attention) -> Mix:
     frequencies, magnitude = (torch.empty(0), 1.0) if a.rope is None else rope_frequencies(config, a.rope.kind)
     frequencies, pairs = frequencies.float().to(card.device), "halves" if a.rope is None else a.rope.pairs
 
-    def turned(x: Tensor, norm: tuple[Tensor, float] | None, run: FusedRun, dtype: torch.dtype | None) -> Tensor:
+    def turned(x: Tensor, norm: tuple[Tensor, float] | None, context: StepContext, dtype: torch.dtype | None) -> Tensor:
         weight, eps = (None, 0.0) if norm is None or a.norms_together else norm
-        return norm_rope(x, weight, eps, run.positions, frequencies, pairs=pairs, magnitude=magnitude, dtype=dtype)
+        return norm_rope(x, weight, eps, context.positions, frequencies, pairs=pairs, magnitude=magnitude, dtype=dtype)
 
-    def mix(normed: Tensor, run: FusedRun) -> Tensor:
-        dtype = dtype_of(run)
+    def mix(normed: Tensor, context: StepContext) -> Tensor:
+        dtype = dtype_of(context)
         parts = project(normed, dtype)
         if adapters:
             parts = [part + more(normed, dtype)[0] for part, more in zip(parts, adapters, strict=True)]
@@ -64,8 +64,8 @@ def attention(card: Card, config: Config, index: int, a: Attention) -> Mix:
         raw, k, v = (torch.unflatten(x, 1, (-1, a.head_dim)) for x in parts)
         q, gate = (raw[:, 0::2], raw[:, 1::2]) if a.gated else (raw, None)
         # Prompts are attended in float16: queries that come so need no pass of their own.
-        q, k = turned(q, norms[0], run, dtype), turned(k, norms[1], run, None)
-        answer = run.attend(index, q, k, v, a.scale)
+        q, k = turned(q, norms[0], context, dtype), turned(k, norms[1], context, None)
+        answer = context.attend(index, q, k, v, a.scale)
         if gate is None:
             return out.whole(answer.flatten(1).to(torch.float16).contiguous())
         return out.whole(gate_heads(answer, gate, dtype=torch.float16))
@@ -114,11 +114,11 @@ def delta_net(card: Card, config: Config, index: int, d: DeltaNet) -> Mix:
     recurrent = (shape.n_value, shape.head_k, shape.head_v)
     widths = [d.channels, d.n_values * d.value_dim, d.n_values, d.n_values]
 
-    def mix(normed: Tensor, run: FusedRun) -> Tensor:
-        raw, z, alpha, beta = torch.split(project.whole(normed, dtype_of(run)), widths, 1)
-        conv, state = run.file_states(index, (shape.channels, d.kernel), recurrent, like)
+    def mix(normed: Tensor, context: StepContext) -> Tensor:
+        raw, z, alpha, beta = torch.split(project.whole(normed, dtype_of(context)), widths, 1)
+        conv, state = context.file_states(index, (shape.channels, d.kernel), recurrent, like)
         gates = (alpha, beta, a_log, bias)
-        if run.n_tokens == 1:
+        if context.n_tokens == 1:
             mixed = conv_step(raw, conv, conv_weight, None)
             answer = delta_step(mixed, z, *gates, norm, state, shape, eps=eps, dtype=torch.float16)
         else:
@@ -143,10 +143,10 @@ def mamba2(card: Card, config: Config, index: int, m: Mamba2) -> Mix:
     like = torch.empty(0, device=card.device)
     recurrent = (m.n_heads, m.state_dim, m.head_dim)
 
-    def mix(normed: Tensor, run: FusedRun) -> Tensor:
-        gate, raw, dt = torch.split(project.whole(normed, dtype_of(run)), [m.inner, m.channels, m.n_heads], 1)
-        conv, state = run.file_states(index, (m.channels, m.kernel), recurrent, like)
-        if run.n_tokens == 1:
+    def mix(normed: Tensor, context: StepContext) -> Tensor:
+        gate, raw, dt = torch.split(project.whole(normed, dtype_of(context)), [m.inner, m.channels, m.n_heads], 1)
+        conv, state = context.file_states(index, (m.channels, m.kernel), recurrent, like)
+        if context.n_tokens == 1:
             mixed = conv_step(raw, conv, conv_weight, conv_bias)
             answer = mamba2_step(mixed, dt, rate, bias, skip, state, shape)
         else:
@@ -169,10 +169,10 @@ def mamba1(card: Card, config: Config, index: int, m: Mamba1) -> Mix:
     norms = [(card.norm(norm), norm.eps) for norm in (m.dt_norm, m.b_norm, m.c_norm)]
     like = torch.empty(0, device=card.device)
 
-    def mix(normed: Tensor, run: FusedRun) -> Tensor:
-        raw, gate = torch.chunk(project.whole(normed, dtype_of(run)), 2, 1)
-        conv, state = run.file_states(index, (m.inner, m.kernel), (m.inner, m.state_dim), like)
-        if run.n_tokens == 1:
+    def mix(normed: Tensor, context: StepContext) -> Tensor:
+        raw, gate = torch.chunk(project.whole(normed, dtype_of(context)), 2, 1)
+        conv, state = context.file_states(index, (m.inner, m.kernel), (m.inner, m.state_dim), like)
+        if context.n_tokens == 1:
             mixed = conv_step(raw, conv, conv_weight, conv_bias)
         else:
             mixed = conv_prompt(raw, conv, conv_weight, conv_bias)
@@ -181,7 +181,7 @@ def mamba1(card: Card, config: Config, index: int, m: Mamba1) -> Mix:
         steps, left, right = (
             add_norm(part, None, *norm, dtype=dtype) for part, norm, dtype in zip(parts, norms, dtypes, strict=True)
         )
-        dt = time.whole(steps, dtype_of(run))
+        dt = time.whole(steps, dtype_of(context))
         answer = mamba.mamba1(mixed, dt, left, right, gate, rate, bias, skip, state, factor=BETWEEN)
         return out.whole(answer, factor=1 / BETWEEN)
 
@@ -195,10 +195,10 @@ def short_conv(card: Card, config: Config, index: int, s: ShortConv) -> Mix:
     weight = card.vector(s.conv).view(s.channels, 1, s.kernel)
     like = torch.empty(0, device=card.device)
 
-    def mix(normed: Tensor, run: FusedRun) -> Tensor:
-        before, after, x = torch.chunk(project.whole(normed, dtype_of(run)), 3, 1)
-        (conv,) = run.file_states(index, (s.channels, s.kernel), (), like)
-        if run.n_tokens == 1:
+    def mix(normed: Tensor, context: StepContext) -> Tensor:
+        before, after, x = torch.chunk(project.whole(normed, dtype_of(context)), 3, 1)
+        (conv,) = context.file_states(index, (s.channels, s.kernel), (), like)
+        if context.n_tokens == 1:
             return out.whole(conv_step(x, conv, weight, None, gates=(before, after), dtype=torch.float16))
         return out.whole(conv_prompt(x, conv, weight, None, gates=(before, after)))
 

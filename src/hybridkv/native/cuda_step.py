@@ -14,7 +14,7 @@ from hybridkv.native.cuda_card import Card, Send
 from hybridkv.native.sources import source_of, types_held
 
 PROMPT_ROWS = 2048
-"""Tokens of all sequences in one run of a prompt: for each run, all matrices are decoded once."""
+"""Tokens of all sequences in one step of a prompt: for each step, all matrices are decoded once."""
 
 
 class PackedStep(LayersStep):

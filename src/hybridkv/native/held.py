@@ -3,7 +3,7 @@
 Of one sequence, several guessed tokens may be taken at once, of which some stay.
 
 Owns the check that it is still so. `hybridkv.kernels.held` keeps addresses, which nothing here may outlive: rows and
-states of a cache can move at any time, and then the run is worked out anew.
+states of a cache can move at any time, and then all is worked out anew.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hybridkv.kernels.cache_rows import Health
 from hybridkv.kernels.held import HeldStep
-from hybridkv.kernels.step import Health
 from hybridkv.kernels.threads import native_threads
 from hybridkv.native.builder import Builder
 from hybridkv.native.rows import n_before_check, rows_of
@@ -23,7 +23,7 @@ from hybridkv.runtime import ModelCache, WatchedRows
 from hybridkv.runtime.states import States
 
 MAX_TOKENS = 64
-"""Tokens of one run at most. The next costs what any other step does, so that more would gain little."""
+"""Tokens of one step at most. The next costs what any other step does, so that more would gain little."""
 
 
 @dataclass(slots=True)
@@ -58,7 +58,7 @@ class HeldState:
         return HeldState.of(self.owner)
 
 
-class HeldRun:
+class Continuation:
     """Continues a cache by single tokens while nothing about it changes but its length.
 
     Parameters

@@ -1,4 +1,4 @@
-"""Final hidden states of the last run of each cache, for a head that guesses from them."""
+"""Final hidden states of the last step of each cache, for a head that guesses from them."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class HiddenStates:
             self._unseen.add(cache)
 
     def note(self, caches: Sequence[ModelCache], hidden: Tensor, spans: Sequence[int]) -> None:
-        """Keep what a run leaves in its buffers, `[tokens, hidden]`, of caches of one sequence each."""
+        """Keep what a step leaves in its buffers, `[tokens, hidden]`, of caches of one sequence each."""
         if self._of is None or all(cache in self._unseen for cache in caches):
             return
         self._of |= dict(zip(caches, torch.split(hidden.clone(), list(spans)), strict=True))
 
     def take(self, cache: ModelCache) -> Tensor | None:
-        """Take those of the last run's tokens of a cache, `[n, hidden]`; they are given once."""
+        """Take those of the last step's tokens of a cache, `[n, hidden]`; they are given once."""
         return None if self._of is None else self._of.pop(cache, None)

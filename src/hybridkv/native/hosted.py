@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from hybridkv.hf.step.host_work import host_work
-from hybridkv.kernels.step import Gate, Routing, StepProgram
+from hybridkv.kernels.routing import Routing
+from hybridkv.kernels.step import Gate, StepProgram
 from hybridkv.kernels.weights import Weight
 from hybridkv.kernels.weights import rows as gather
 
@@ -42,11 +43,11 @@ class Pinned:
     Parameters
     ----------
     n_rows
-        Most rows of a run.
+        Most rows of a step.
     hidden, n_experts
         Width of a row, and scores of a router; 0 experts if none stay in main memory.
     verify
-        Raises an error if what was read is no longer what it was; called once a run.
+        Raises an error if what was read is no longer what it was; called once a step.
     """
 
     def __init__(

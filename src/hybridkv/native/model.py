@@ -1,4 +1,4 @@
-"""A model as the native engine holds it: a config and the source of its weights, without any Transformers module."""
+"""A model as the native backend holds it: a config and the source of its weights, without any Transformers module."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class NativeModel:
-    """What the engine needs of a model: a config, a device, end tokens, and its weights.
+    """A model as the engine needs it: a config, a device, end tokens, and its weights.
 
     Parameters
     ----------

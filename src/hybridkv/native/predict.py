@@ -16,7 +16,8 @@ from torch import Tensor
 from hybridkv.cache import AttentionFacts, KVLayer, KVSpec, KVTypes, resolve
 from hybridkv.cache.spec import UNBOUNDED
 from hybridkv.kernels import ENCODERS, KERNELS, AttentionParams
-from hybridkv.kernels.step import Angles, CacheRows
+from hybridkv.kernels.cache_rows import CacheRows
+from hybridkv.kernels.step import Angles
 from hybridkv.kernels.weights import Activations
 from hybridkv.kernels.weights import rows as gather
 from hybridkv.model import Attention, ModelGraph
@@ -36,7 +37,7 @@ WINDOW = 1024
 MOST_NEW = 8
 """Tokens that are read at once before a guess; of a longer prompt only the last so many are.
 
-With 64, the first 60 tokens behind a prompt took 3 % fewer runs, and reading took a small model four times as long.
+With 64, the first 60 tokens behind a prompt took 3 % fewer steps, and reading took a small model four times as long.
 """
 
 _FEW = 16
@@ -112,7 +113,7 @@ class Predictor:
 
     def guess(self) -> tuple[int, float]:
         """Return the likeliest token after what was read or added last, and its share."""
-        logits = self._one.buffer("logits")[0].numpy()  # over a few thousand numbers a sixth of what torch takes
+        logits = self._one.buffer("logits")[0].numpy()  # over a few thousand values a sixth of what torch takes
         token = int(logits.argmax())
         return self._head.token(token), float(1 / np.exp(logits - logits[token]).sum())
 

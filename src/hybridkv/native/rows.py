@@ -1,4 +1,4 @@
-"""Where the rows of a native run go, and what is to be known of a layer before one."""
+"""The rows of a native step: where they go, and what is to be known of a layer before one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hybridkv.kernels import KVView, cpu
-from hybridkv.kernels.step import CacheRows, Health
+from hybridkv.kernels.cache_rows import CacheRows, Health
 from hybridkv.policy import NonFiniteError
 from hybridkv.runtime import ModelCache, WatchedRows
 from hybridkv.runtime.attend import non_finite
@@ -49,7 +49,7 @@ def starts(spans: Sequence[int]) -> list[int]:
 
 
 def new_rows(layer: WatchedRows, n_seqs: int, n_tokens: int = 1) -> CacheRows:
-    """Reserve rows of new tokens, and describe where a run writes them."""
+    """Reserve rows of new tokens, and describe where a step writes them."""
     return rows_of_view(layer, layer.store.reserve(n_seqs, n_tokens, torch.device("cpu")))
 
 
@@ -59,7 +59,7 @@ def rows_now(layer: WatchedRows) -> CacheRows:
 
 
 def rows_of_view(layer: WatchedRows, view: KVView) -> CacheRows:
-    """Describe rows that a run writes and attends."""
+    """Describe rows that a step writes and attends."""
     types = layer.store.types
     newest = view.segments[-1]
     scale_k = types.scale_for(newest.format_k.name) or newest.format_k.default_scale

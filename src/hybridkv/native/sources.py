@@ -1,4 +1,4 @@
-"""Where the native engine's weights come from, described; and another source's weights in one type."""
+"""The sources of the native backend's weights, described; and another source's weights in one type."""
 
 from __future__ import annotations
 

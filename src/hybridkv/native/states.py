@@ -44,7 +44,7 @@ def cache_states(builder: Builder, cache: ModelCache, n_seqs: int) -> list[Tenso
 
 
 def next_states(builder: Builder, cache: ModelCache, held: Sequence[Tensor]) -> list[Tensor]:
-    """Return memory for the states of a run that may be undone, as `cache_states` gives those before it, `held`."""
+    """Return memory for the states of a step that may be undone, as `cache_states` gives those before it, `held`."""
     found: list[Tensor] = []
     for index, (_, recurrent) in zip(builder.state_layers, builder.state_shapes, strict=True):
         layer = cache.states[index]

@@ -7,7 +7,6 @@ model in memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,57 +14,40 @@ from torch import Tensor
 
 from hybridkv.kernels import AttentionParams, cpu_native
 from hybridkv.kernels.held import HeldStep
-from hybridkv.kernels.step import Angles, CacheRows, Caches, Health
+from hybridkv.kernels.step import Angles, Caches
 from hybridkv.kernels.threads import torch_on_one_thread
 from hybridkv.kernels.weights import Activations
 from hybridkv.kernels.weights import rows as gather
 from hybridkv.model import ModelGraph, graph_of
 from hybridkv.model.protocols import LanguageModel
-from hybridkv.model.rope import rope_angles
 from hybridkv.native import cpu as lowering
 from hybridkv.native.builder import Builder
-from hybridkv.native.held import HeldRun, HeldState, n_tokens_ahead
+from hybridkv.native.checked import run_checked
+from hybridkv.native.draft_span import DraftSpan
+from hybridkv.native.held import Continuation, HeldState, n_tokens_ahead
 from hybridkv.native.hidden import HiddenStates
 from hybridkv.native.predict import Predictor
+from hybridkv.native.rope_tables import RopeTables
 from hybridkv.native.rows import (
     fault_of,
     heads_first,
     is_direct,
     n_before_check,
     new_rows,
-    of_cache,
     rows_now,
     rows_of,
     starts,
 )
 from hybridkv.native.sources import Typed, activations_used, source_of, types_held
 from hybridkv.native.states import StateAddresses, cache_states, next_states
-from hybridkv.policy import MismatchError
-from hybridkv.runtime import Fault, LayerView, ModelCache, StepResult, WatchedRows, one_by_one
-from hybridkv.runtime.attend import attend_new, verify_call
+from hybridkv.runtime import Fault, ModelCache, StepResult, WatchedRows, one_by_one
+from hybridkv.runtime.attend import attend_new
 
 MAX_ROWS = 512
-"""Tokens of all sequences in one run; more go in several. Bounds the buffers."""
+"""Tokens of all sequences in one step; more go in several. Bounds the buffers."""
 
 HEAD_ROWS = 64
-"""Tokens whose logits are computed in one run: a row of them is as wide as the vocabulary."""
-
-
-@dataclass(frozen=True, slots=True)
-class DraftSpan:
-    """Where the tokens of a cache were in a run of several caches, until `keep` comes.
-
-    Attributes
-    ----------
-    builder
-        Whose program ran: another cache's prompt may meanwhile have had larger buffers written.
-    first_row, n_tokens
-        Of its rows.
-    """
-
-    builder: Builder
-    first_row: int
-    n_tokens: int
+"""Tokens whose logits are computed in one step: a row of them is as wide as the vocabulary."""
 
 
 class NativeStep:
@@ -83,18 +65,17 @@ class NativeStep:
     takes_chunks = True
 
     def __init__(self, model: LanguageModel, activations: Activations = "int16") -> None:
-        self._config = model.config
         self._activations: Activations = activations
         self._graph: ModelGraph = graph_of(model.config)
         self._source: Typed = source_of(model)
-        self._angles: list[Angles] = []
         self._states = StateAddresses()
-        self._drafted: dict[int, HeldRun | DraftSpan] = {}
-        self._held: HeldRun | None = None
+        self._drafted: dict[int, Continuation | DraftSpan] = {}
+        self._held: Continuation | None = None
         self._hidden = HiddenStates()
         self._embedding = self._source.weight(self._graph.embed)
         self._layers = self._write(lowering.build_layers, 1)
         self._head = self._write(lowering.build_head, 1)
+        self._rope = RopeTables(model.config, self._layers.ropes)
 
     @property
     def name(self) -> str:
@@ -109,20 +90,15 @@ class NativeStep:
         if graph.prediction is None or not self._source.has(graph.prediction.prefix + graph.prediction.project):
             return None
         self._hidden.ask()
-        return Predictor(graph, self._source, self._angles_of, self._activations)
+        return Predictor(graph, self._source, self._rope.of_kind, self._activations)
 
     def take_hidden(self, cache: ModelCache) -> Tensor | None:
-        """Take the final hidden states of the last run's tokens of a cache, `[n, hidden]`; they are given once."""
+        """Take the final hidden states of the last step's tokens of a cache, `[n, hidden]`; they are given once."""
         return self._hidden.take(cache)
 
     def keep_hidden(self, cache: ModelCache, *, wanted: bool) -> None:
         """Stop keeping hidden states of a cache, or begin again; see `DraftStep.keep_hidden`."""
         self._hidden.want(cache, wanted=wanted)
-
-    def _angles_of(self, kind: str | None, positions: Sequence[int]) -> Angles:
-        """Look up cosines and sines of some positions, of a kind of RoPE that the model has."""
-        cos, sin = self._rope_table(0, max(positions) + 1)[self._layers.ropes.index(kind)]
-        return cos[positions], sin[positions]
 
     def start_timing(self) -> None:
         """Time every operation from now on; without this, nothing is timed and nothing costs."""
@@ -160,8 +136,8 @@ class NativeStep:
             self._held = self._hold(cache, len(tokens), position)
         return logits
 
-    def _continue(self, held: HeldRun, tokens: Tensor, cache: ModelCache) -> Tensor:
-        """Continue a run by one token per sequence."""
+    def _continue(self, held: Continuation, tokens: Tensor, cache: ModelCache) -> Tensor:
+        """Continue a prepared cache by one token per sequence."""
         self._held = None  # but for the end of this: what fails in between leaves rows that nobody knows
         logits, faults = held.run(tokens)
         self._source.verify()
@@ -174,8 +150,8 @@ class NativeStep:
             self._hidden.note([cache], self._layers.buffer("x")[:1], [1])
         return logits
 
-    def _hold_drafts(self, n_tokens: int, cache: ModelCache, position: int) -> HeldRun | None:
-        """Return the held run that takes so many tokens of a cache of one sequence, prepared if need be."""
+    def _hold_drafts(self, n_tokens: int, cache: ModelCache, position: int) -> Continuation | None:
+        """Return what takes so many tokens of a cache of one sequence, prepared if need be."""
         held = self._held
         if held is not None and held.takes(1, n_tokens, cache, position, (self._layers, self._head)):
             return held
@@ -187,8 +163,8 @@ class NativeStep:
         fits = held is not None and held.takes(1, n_tokens, cache, position, (self._layers, self._head))
         return held if fits else None
 
-    def _continue_drafts(self, held: HeldRun, tokens: list[int], cache: ModelCache) -> StepResult:
-        """Continue a run by several tokens of its one sequence."""
+    def _continue_drafts(self, held: Continuation, tokens: list[int], cache: ModelCache) -> StepResult:
+        """Continue a prepared cache by several tokens of its one sequence."""
         self._held = None
         self._drafted = {id(cache): held}
         logits, faults = held.draft(tokens)
@@ -202,14 +178,14 @@ class NativeStep:
         self._hidden.note([cache], self._layers.buffer("x")[: len(tokens)], [len(tokens)])
         return StepResult(logits, failed)
 
-    def _hold(self, cache: ModelCache, n_seqs: int, position: int, *, drafts: bool = False) -> HeldRun | None:
+    def _hold(self, cache: ModelCache, n_seqs: int, position: int, *, drafts: bool = False) -> Continuation | None:
         """Prepare the next steps of a cache, if they are all alike; with memory for the states behind guesses."""
         layers = [rows_of(cache, call.layer) for call in self._layers.calls]
         if not all(map(is_direct, layers)):
             return None
         n_left = n_tokens_ahead(layers)
-        if self._angles:
-            n_left = min(n_left, len(self._angles[0][0]) - position)
+        if (n_positions := self._rope.n_positions) is not None:
+            n_left = min(n_left, n_positions - position)
         if n_left <= 0:
             return None
         addresses = self._states.of(self._layers, cache, n_seqs)
@@ -228,13 +204,13 @@ class NativeStep:
             embedding=self._embedding,
             embed_scale=self._graph.embed_scale,
             n_seqs=n_seqs,
-            angles=self._rope_table(position, n_left),
+            angles=self._rope.span(position, n_left),
             states=addresses,
             next_states=following,
             rows=[rows_now(layer) for layer in layers],
         )
         states = [HeldState.of(owner) for owner in owners]
-        return HeldRun(step, (self._layers, self._head), cache, states, n_seqs, position, n_left)
+        return Continuation(step, (self._layers, self._head), cache, states, n_seqs, position, n_left)
 
     @torch_on_one_thread()
     def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> StepResult:
@@ -290,26 +266,16 @@ class NativeStep:
         return max(1, n_before_check(layers, min((n_tokens, *(layer.store.room() for layer in layers)))))
 
     def keep(self, cache: ModelCache, n_kept: int) -> None:
-        """Truncate a cache to the first tokens of its last run; see `DraftStep.keep`."""
+        """Truncate a cache to the first tokens of its last step; see `DraftStep.keep`."""
         drafted = self._drafted.pop(id(cache), None)
-        if isinstance(drafted, HeldRun):
+        if isinstance(drafted, Continuation):
             drafted.keep(n_kept)
             self._held = drafted
             return
-        span = 1 if drafted is None else drafted.n_tokens
-        assert 1 <= n_kept <= span, (n_kept, span)
-        if drafted is None or span == 1:
+        if drafted is None:
+            assert n_kept == 1, n_kept
             return
-        for call in drafted.builder.calls:
-            rows_of(cache, call.layer).store.take_back(span - n_kept)
-        if n_kept < span:
-            program, states = drafted.builder.program, cache_states(self._layers, cache, 1)
-            program.replay(drafted.first_row, n_kept, program.addresses(states, 1))
-            return
-        for index in drafted.builder.state_layers:
-            layer = cache.states[index]
-            assert layer is not None
-            layer.take_next()
+        drafted.keep(cache, n_kept)
 
     @torch_on_one_thread()
     def logits(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
@@ -341,12 +307,12 @@ class NativeStep:
         return logits
 
     def _run(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
-        """Run all layers over `tokens` `[B, T]`; hidden states `[B, T, hidden size]`, valid until the next run."""
+        """Run all layers over `tokens` `[B, T]`; hidden states `[B, T, hidden size]`, valid until the next step."""
         n_seqs, n_tokens = tokens.shape
         x = self._embedded(tokens.flatten())
         builder, program = self._layers, self._layers.program
         states = self._states.of(self._layers, cache, n_seqs)
-        angles = self._rope_table(position, n_tokens)
+        angles = self._rope.span(position, n_tokens)
         layers = [rows_of(cache, call.layer) for call in builder.calls]
         if n_tokens == 1 and all(is_direct(layer) for layer in layers):
             self._decode(layers, n_seqs, angles, states)
@@ -395,7 +361,7 @@ class NativeStep:
                 ]
             )
         places = [position + i for position, n in zip(positions, spans, strict=True) for i in range(n)]
-        angles = [(cos[places], sin[places]) for cos, sin in self._rope_table(0, max(places) + 1)]
+        angles = self._rope.at(places)
         by_call = [layer for call in zip(*layers, strict=True) for layer in call]
         rows = [new_rows(layer, 1, spans[i % len(spans)]) for i, layer in enumerate(by_call)]
         run = partial(
@@ -409,10 +375,10 @@ class NativeStep:
             spans=spans,
             before=before,
         )
-        return x, self._run_checked(run, by_call, rows, 1, spans)
+        return x, run_checked(self._layers, run, by_call, rows, 1, spans)
 
     def _decode(self, layers: Sequence[WatchedRows], n_seqs: int, angles: Sequence[Angles], states: list[int]) -> None:
-        """Run all layers over one token per sequence, attention included, in a single run but where the guard looks in.
+        """Run all layers over one token per sequence, attention included, in one go but where the guard looks in.
 
         Raises
         ------
@@ -424,79 +390,8 @@ class NativeStep:
         rows = [new_rows(layer, n_seqs) for layer in layers]
         program = self._layers.program
         run = partial(program.run, n_seqs=n_seqs, n_tokens=1, angles=angles, states=states, rows=rows)
-        for fault in self._run_checked(run, layers, rows, n_seqs).values():
+        for fault in run_checked(self._layers, run, layers, rows, n_seqs).values():
             raise fault
-
-    def _run_checked(
-        self,
-        run: Callable[[int, int], list[Health]],
-        layers: Sequence[WatchedRows],
-        rows: Sequence[CacheRows],
-        n_seqs: int,
-        spans: Sequence[int] = (1,),
-    ) -> dict[int, Fault]:
-        """Run the whole program, stopped before and after the attention of layers at which the guard looks.
-
-        Parameters
-        ----------
-        run
-            Runs a part of the program.
-        layers, rows
-            By attention call, and then by cache.
-        n_seqs
-            Sequences of each cache.
-        spans
-            Tokens of each cache; one where the guard looks.
-
-        Returns
-        -------
-        dict
-            The first fault of each token that has one.
-        """
-        n_caches, first_rows = len(spans), starts(spans)
-        owners = [cache for cache, n in enumerate(spans) for _ in range(n)]
-        failed: dict[int, Fault] = {}
-
-        def note(health: Sequence[Health]) -> None:
-            if all(found == "finite" for found in health):
-                return
-            for index, found in enumerate(health):
-                number, row = divmod(index, len(owners))
-                layer = layers[number * n_caches + owners[row]]
-                if found != "finite" and layer.watch.guard.watches:
-                    failed.setdefault(row, fault_of(layer, found))
-
-        begin = 0
-        for number, call in enumerate(self._layers.calls):
-            first = number * n_caches
-            own = layers[first : first + n_caches]
-            due = [i for i, layer in enumerate(own) if layer.watch.should_check(layer.store.n_seen, 1)]
-            if not due:
-                continue
-            note(run(begin, call.index))
-            begin = call.index + 1
-            # The buffers are other layers' too, and the native code rotates in place.
-            at = [first_rows[i] for i in due]
-            asked = [tuple(of_cache(x, row, n_seqs).clone() for x in (call.q, call.k, call.v)) for row in at]
-            note(run(call.index, begin))
-            for i, row, (q, k, v) in zip(due, at, asked, strict=True):
-                if row in failed:
-                    continue
-                packed = LayerView(own[i].store, rows[first + i].view, own[i].watch, k, v)
-                try:
-                    verify_call(q, packed, AttentionParams(scale=call.scale), of_cache(call.out, row, n_seqs))
-                except MismatchError as error:
-                    failed[row] = error
-        note(run(begin, len(self._layers.program)))
-        return failed
-
-    def _rope_table(self, position: int, n_tokens: int) -> list[Angles]:
-        """Compute cosines and sines from `position` on, `[T, n_rotated / 2]`, of each kind of RoPE; they are kept."""
-        end = position + n_tokens
-        if self._layers.ropes and (not self._angles or self._angles[0][0].shape[0] < end):
-            n_positions = max(1024, end + end // 2)
-            self._angles = [rope_angles(self._config, n_positions, kind) for kind in self._layers.ropes]
-        return [(cos[position:end], sin[position:end]) for cos, sin in self._angles]
 
     def _write(self, build: Callable[[ModelGraph, Builder], None], n_rows: int) -> Builder:
         """Write operations for buffers of `n_rows` rows."""

@@ -1,4 +1,4 @@
-"""How the KV cache is stored, option by option: command lines, files, labels and arguments derive from this table."""
+"""The options of the KV cache, one by one: command lines, files, labels and arguments derive from this table."""
 
 from __future__ import annotations
 

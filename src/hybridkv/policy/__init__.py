@@ -1,4 +1,4 @@
-"""Which types the KV layers get, and what is done when they do not hold."""
+"""The choice of the KV layers' types, and what is done when they do not hold."""
 
 from hybridkv.policy.config import AnyPolicy, KVConfig, LayerConfig, config_of, format_config, read_config
 from hybridkv.policy.guard import (

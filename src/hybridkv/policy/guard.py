@@ -1,4 +1,4 @@
-"""The guard: numbers in, verdict out. Arithmetic only; `hybridkv.runtime` measures, the engine acts.
+"""The guard: measurements in, verdict out. Arithmetic only; `hybridkv.runtime` measures, the engine acts.
 
 Three opinions exist on 4-bit caches under recurrent layers, and each is a mode: `upgrade` (a rule raises them
 to q8_0), `warn` (a rule warns), `check` (evidence decides, layer by layer). `strict` turns a fallback into an
@@ -42,7 +42,7 @@ _RULE_BITS = 8.0
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What was measured on a KV layer: its attention output against float attention on the same activations.
+    """The measurements on a KV layer: its attention output against float attention on the same activations.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Which type each KV layer gets: the asked types, first and last layers, rotation, and what has no effect.
+"""The choice of each KV layer's type: the asked types, first and last layers, rotation, and what has no effect.
 
 Layers are counted among the *KV layers*, so `-ctk-first q8_0,2` means the first two layers that have a cache,
 wherever they stand in the model.
@@ -56,7 +56,7 @@ def parse_scale(text: str) -> Scale:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What was asked for the KV cache.
+    """The request for the KV cache's types.
 
     Attributes
     ----------

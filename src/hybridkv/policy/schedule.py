@@ -1,4 +1,4 @@
-"""When a layer's stored rows and attention are checked again after the first prompt. Arithmetic only.
+"""The times at which a layer's stored rows and attention are checked again after the first prompt. Arithmetic only.
 
 A fault may show only later: past a window, at a block's edge, in the kernel of another phase. Checks whose number
 grows with the logarithm of the tokens find these at a cost that fades.
@@ -14,7 +14,7 @@ BLOCK_ROWS = 32
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """What has been checked so far.
+    """The checks made so far.
 
     A prompt's first call is due, then each that doubles the tokens of the last one checked. Of the tokens that come
     one by one, the first is due, then the last and the first row of a block, then every row whose number is a power

@@ -30,7 +30,7 @@ LOG = logging.getLogger("hybridkv")
 
 
 class ModelCache:
-    """What each layer remembers: packed rows, states, or both.
+    """The memory of each layer: packed rows, states, or both.
 
     Parameters
     ----------

@@ -1,6 +1,6 @@
-"""What the guard measures of a layer, with other code than the code that is measured.
+"""The guard's measurements of a layer, with other code than the code that is measured.
 
-Three numbers of one call, on a bounded sample of its queries and rows: how far its attention is from attention over
+Three measures of one call, on a bounded sample of its queries and rows: how far its attention is from attention over
 the activations (do the types suit the layer?), how far the stored rows are from what the types make of the activations,
 and how far the attention is from float attention over the rows that are stored (does the code do what the types mean?).
 

@@ -1,4 +1,4 @@
-"""What the guard has changed in one cache, in words: a line for each layer where they are few, else one for all."""
+"""The guard's changes in one cache, in words: a line for each layer where they are few, else one for all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_LINES = 3
 
 @dataclass(frozen=True, slots=True)
 class Raised:
-    """One step of one layer on the ladder.
+    """One layer's climb to another rung of the ladder.
 
     Attributes
     ----------
@@ -47,37 +47,37 @@ class Awaiting(Protocol):
 
 @dataclass(slots=True)
 class Fallbacks:
-    """Steps that were not reported yet: those of one run of the model are reported behind its last KV layer.
+    """Climbs that were not reported yet: those of one step of the model are reported behind its last KV layer.
 
     Attributes
     ----------
     last
-        The watch of the cache's last KV layer; without one, steps are reported as they come.
+        The watch of the cache's last KV layer; without one, climbs are reported as they come.
     """
 
     last: Awaiting | None = None
-    _steps: list[Raised] = field(default_factory=list)
+    _climbs: list[Raised] = field(default_factory=list)
 
-    def add(self, step: Raised, notify: Callable[[str], None]) -> None:
-        """Take a step; report it now if the last layer was measured before, and so nothing would come behind it."""
-        self._steps.append(step)
+    def add(self, climb: Raised, notify: Callable[[str], None]) -> None:
+        """Take a climb; report it now if the last layer was measured before, and so nothing would come behind it."""
+        self._climbs.append(climb)
         if self.last is None or not self.last.awaits_first_check:
             self.report(notify)
 
     def report(self, notify: Callable[[str], None]) -> None:
-        """Report the steps."""
-        steps, self._steps = self._steps, []
-        for line in [_together(steps)] if len({s.layer for s in steps}) > MOST_LINES else [s.line() for s in steps]:
+        """Report the climbs."""
+        climbs, self._climbs = self._climbs, []
+        for line in [_together(climbs)] if len({s.layer for s in climbs}) > MOST_LINES else [s.line() for s in climbs]:
             notify(line)
 
 
-def _together(steps: Sequence[Raised]) -> str:
+def _together(climbs: Sequence[Raised]) -> str:
     """Say what became of many layers in a line."""
-    final = {step.layer: step.types.label for step in steps}
+    final = {climb.layer: climb.types.label for climb in climbs}
     counts = Counter(final.values()).most_common()
     types = " and ".join(label if len(counts) == 1 else f"{label} ({n})" for label, n in counts)
-    worst = max(steps, key=lambda step: step.error if isfinite(step.error) else float("inf"))
-    added = sum(step.added_bytes for step in steps) / 2**10
+    worst = max(climbs, key=lambda climb: climb.error if isfinite(climb.error) else float("inf"))
+    added = sum(climb.added_bytes for climb in climbs) / 2**10
     return (
         f"{len(final)} KV layers are stored as {types} instead, {added:+.0f} KiB: layers {_spans(sorted(final))}; "
         f"the worst was {worst.reason}"

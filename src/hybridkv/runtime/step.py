@@ -1,4 +1,4 @@
-"""What a step is: the one interface that the engine calls."""
+"""The step: the one interface that the engine calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Fault = NonFiniteError | MismatchError
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step gives for sequences of separate caches.
+    """The result of a step for sequences of separate caches.
 
     Attributes
     ----------
@@ -86,7 +86,7 @@ class DraftStep(Step, Protocol):
     """
 
     def room(self, cache: ModelCache, n_tokens: int) -> int:
-        """Return how many of the next `n_tokens` of this cache one run takes; 1 where it must be a single one."""
+        """Return how many of the next `n_tokens` of this cache one step takes; 1 where it must be a single one."""
         ...
 
     def forward_drafts(
@@ -113,7 +113,7 @@ class DraftStep(Step, Protocol):
         ...
 
     def take_hidden(self, cache: ModelCache) -> Tensor | None:
-        """Take the final hidden states of the tokens that the last run took of a cache, `[n, hidden]`; given once.
+        """Take the final hidden states of the tokens that the last step took of a cache, `[n, hidden]`; given once.
 
         None where nobody has asked for them to be kept.
         """
@@ -122,7 +122,7 @@ class DraftStep(Step, Protocol):
     def keep_hidden(self, cache: ModelCache, *, wanted: bool) -> None:
         """Stop keeping hidden states of a cache, or begin again: at first they are kept of all where the model guesses.
 
-        Where they are not, a run costs what it costs without a head.
+        Where they are not, a step costs what it costs without a head.
         """
         ...
 

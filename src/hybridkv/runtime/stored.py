@@ -30,7 +30,7 @@ class StoredState:
 
 @dataclass(frozen=True, slots=True)
 class StoredCache:
-    """What a model remembered at one token.
+    """The memory of a model at one token.
 
     Attributes
     ----------

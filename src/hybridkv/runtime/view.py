@@ -1,4 +1,4 @@
-"""What a cache layer hands to the attention function: the rows, the guard's part, and a recorded step's counters."""
+"""The view of a cache layer for the attention function: the rows, the guard's part, and a recorded step's counters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Notify = Callable[[str], None]
 
 @dataclass(slots=True)
 class LayerWatch:
-    """What the guard wants of one KV layer.
+    """The guard's part of one KV layer.
 
     Attributes
     ----------
@@ -75,7 +75,7 @@ class DeviceStep:
 
 @dataclass(frozen=True, slots=True)
 class LayerView:
-    """What `update` hands to the attention function in place of tensors.
+    """The view that `update` hands to the attention function in place of tensors.
 
     Attributes
     ----------

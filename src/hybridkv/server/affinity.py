@@ -1,4 +1,4 @@
-"""Which replica a request should go to: one that holds what its prompt begins with, unless it has more than its share.
+"""The choice of a replica for a request: one that holds what its prompt begins with, unless it has more than its share.
 
 A prompt is known by digests of its leading parts: after each message of a conversation, and at lengths that grow by an
 eighth, so that a million characters have about a hundred. The longest one that a replica was sent before leads there.
@@ -84,7 +84,7 @@ def _digests(kind: bytes, parts: Sequence[bytes], *, ends: bool) -> Iterator[byt
 
 
 class Affinity:
-    """What was sent where, and how much of it is still being answered. For any thread.
+    """The record of what was sent where, and how much of it is still being answered. For any thread.
 
     Parameters
     ----------

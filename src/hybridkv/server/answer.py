@@ -47,7 +47,7 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What an event adds to the answer; `finish` is None while it continues."""
+    """The addition of an event to the answer; `finish` is None while it continues."""
 
     text: str = ""
     scored: tuple[Scored, ...] = ()

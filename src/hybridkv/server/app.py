@@ -100,9 +100,9 @@ def _add_completions(app: FastAPI, handler: RequestHandler) -> None:
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a text."""
-        run = await handler.complete(body)
-        writer = CompletionWriter(served.name, served.fingerprint, run.created)
-        return await respond(run, writer, request, stream=bool(body.stream), with_usage=_with_usage(body))
+        pending = await handler.complete(body)
+        writer = CompletionWriter(served.name, served.fingerprint, pending.created)
+        return await respond(pending, writer, request, stream=bool(body.stream), with_usage=_with_usage(body))
 
     @app.post("/chat/completions", include_in_schema=False)
     @app.post(
@@ -112,9 +112,9 @@ def _add_completions(app: FastAPI, handler: RequestHandler) -> None:
     )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
-        run = await handler.chat(body)
-        writer = ChatWriter(served.name, served.fingerprint, run.created)
-        return await respond(run, writer, request, stream=bool(body.stream), with_usage=_with_usage(body))
+        pending = await handler.chat(body)
+        writer = ChatWriter(served.name, served.fingerprint, pending.created)
+        return await respond(pending, writer, request, stream=bool(body.stream), with_usage=_with_usage(body))
 
 
 def _add_sessions(app: FastAPI, handler: RequestHandler) -> None:

@@ -25,7 +25,7 @@ THOUGHTS = (
 
 @dataclass(frozen=True, slots=True)
 class CallDelta:
-    """What is new of a call; the first of each has its id and name."""
+    """The addition to a call; the first of each has its id and name."""
 
     index: int
     id: str | None
@@ -35,7 +35,7 @@ class CallDelta:
 
 @dataclass(slots=True)
 class Sorted:
-    """What a piece of text adds to each channel."""
+    """The addition of a piece of text to each channel."""
 
     content: str = ""
     reasoning: str = ""
@@ -44,7 +44,7 @@ class Sorted:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """How an answer is to be read.
+    """The way to read an answer.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""How models write tool calls: one table, and a reader for each way of writing.
+"""The ways in which models write tool calls: one table, and a reader for each.
 
 A reader is a pure function from the text of a call so far to the calls in it, so that a stream is the difference
 between two readings. What a text that is at its end does not hold is an error: it is then no call but text.

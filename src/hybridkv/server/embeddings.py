@@ -44,13 +44,13 @@ class EmbeddingsRequest(Strict):
     model: str | None = Field(None, max_length=512, description="the served model's name; the only one if left out")
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int | None, BeforeValidator(whole)] = Field(
-        None, ge=1, description="the first so many numbers, brought to length 1 again"
+        None, ge=1, description="the first so many values, brought to length 1 again"
     )
     user: str | None = Field(None, max_length=512, description="accepted; nothing is done with it")
 
 
 class Embedding(Reply):
-    """A vector: numbers, or the bytes of little-endian float32 in base64."""
+    """A vector: values, or the bytes of little-endian float32 in base64."""
 
     object: Literal["embedding"] = "embedding"
     index: int

@@ -1,4 +1,4 @@
-"""What every request passes before it is read: host, key, shutdown, kind and size of the body.
+"""The gate that every request passes before it is read: host, key, shutdown, kind and size of the body.
 
 Plain ASGI around the application, so that a body that is too large is refused while it arrives and a client that
 leaves is noticed at once. Knows nothing of what requests mean.
@@ -31,7 +31,7 @@ TAKES_BODY = re.compile(
 
 @dataclass(slots=True)
 class GateOptions:
-    """What the gate lets through.
+    """The limits of the gate.
 
     Attributes
     ----------
@@ -54,7 +54,7 @@ class GateOptions:
 
 @dataclass(slots=True)
 class GateState:
-    """What changes while the server runs.
+    """The gate's state while the server runs.
 
     Attributes
     ----------

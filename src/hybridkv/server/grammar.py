@@ -1,4 +1,4 @@
-"""What an answer has to be, as a grammar of llguidance's, and the matcher that follows an answer through it.
+"""The form of an answer as a grammar of llguidance's, and the matcher that follows an answer through it.
 
 Owns the limits: a schema or grammar is a stranger's program, so its size, the work of building it and the work for each
 token are bounded, and what is beyond is refused. Needs `hybridkv[structured]`.

@@ -1,4 +1,4 @@
-"""What clients of other servers send, in the words of our schema: renamed, or left out and said so.
+"""The words of other servers' clients, in those of our schema: renamed, or left out and said so.
 
 One table for names that mean something here, one for values that mean something else elsewhere. What has no meaning
 here is left out, and the reply's header `x-hybridkv-ignored` lists it. With `--strict` none of this happens.

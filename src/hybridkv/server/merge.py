@@ -21,6 +21,8 @@ def merge(texts: Mapping[str, bytes]) -> bytes:
             into.samples += [sample._replace(labels={**sample.labels, "replica": name}) for sample in family.samples]
 
     class Merged(Collector):
+        """The merged samples, as prometheus_client asks for them."""
+
         def collect(self) -> Iterator[Metric]:
             return iter(families.values())
 

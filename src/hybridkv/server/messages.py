@@ -165,7 +165,7 @@ class NamedSchema(Strict):
 
 
 class ResponseFormat(Strict):
-    """What the answer has to be."""
+    """The form that the answer has to have."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None

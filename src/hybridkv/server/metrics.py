@@ -35,8 +35,8 @@ _COUNTERS = (
     ("right_guesses", "of these, tokens that were right"),
     ("prefill_s", "time in model steps over prompts"),
     ("decode_s", "time in model steps over new tokens"),
-    ("n_steps", "scheduling steps that ran the model"),
-    ("n_rebuilds", "caches rebuilt on numbers that were not finite"),
+    ("n_steps", "scheduler iterations that ran the model"),
+    ("n_rebuilds", "caches rebuilt on values that were not finite"),
     ("n_finished", "sequences that came to their end"),
     ("n_cancelled", "sequences that were cancelled"),
     ("n_failed", "sequences that failed"),
@@ -62,7 +62,7 @@ class _SchedulerCollector(Collector):
 
 
 class Metrics:
-    """What the server counts itself, beside what it reads from the scheduler."""
+    """The server's own counts, beside what it reads from the scheduler."""
 
     def __init__(self, stats: Callable[[], SchedulerStats]) -> None:
         self._registry = CollectorRegistry()

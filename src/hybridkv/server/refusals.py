@@ -1,4 +1,4 @@
-"""What goes wrong as a reply: statuses and OpenAI's error shape. The only place that writes one."""
+"""Errors as replies: statuses and OpenAI's error shape. The only place that writes one."""
 
 from __future__ import annotations
 

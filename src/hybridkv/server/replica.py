@@ -19,7 +19,7 @@ from hybridkv.server.request_handler import Served
 
 
 class ModelLoader(Protocol):
-    """How a replica comes to its model; pickled, and carried out where the replica is."""
+    """A replica's way to its model; pickled, and carried out where the replica is."""
 
     def __call__(self) -> tuple[Served, Scheduler]:
         """Load the model."""

@@ -1,4 +1,4 @@
-"""What the server answers, in OpenAI's names: the shapes of replies, and nothing of how they come about."""
+"""The server's replies, in OpenAI's names: their shapes, and nothing of how they come about."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ class ChatCompletion(Reply):
 
 
 class MessageDelta(Sparse):
-    """What a chunk adds to the answer."""
+    """The addition of a chunk to the answer."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
@@ -221,7 +221,7 @@ class Health(Reply):
 
 
 class Status(Reply):
-    """What the chat page shows; bytes, and tokens per second of the last few seconds."""
+    """The figures of the chat page: bytes, and tokens per second of the last few seconds."""
 
     model: str
     types: str
@@ -242,7 +242,7 @@ class Status(Reply):
 
 
 class RefusalCounts(Reply):
-    """What a refusal for lack of room counted."""
+    """The counts behind a refusal for lack of room."""
 
     n_tokens: int
     most_tokens: int | None
@@ -251,7 +251,7 @@ class RefusalCounts(Reply):
 
 
 class ErrorBody(Reply):
-    """What went wrong; `numbers` is not OpenAI's."""
+    """The error of a reply; `numbers` is not OpenAI's."""
 
     message: str
     type: str

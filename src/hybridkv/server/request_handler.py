@@ -50,7 +50,7 @@ def _say_nothing(_: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What a server serves.
+    """The model that a server serves, and its settings.
 
     Attributes
     ----------
@@ -193,9 +193,9 @@ class RequestHandler:
         asked = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         most = self._most(body, asked, rendered.ids)
-        run = await self._start(body, [Asked(rendered.ids, most, logprobs, reading, rendered)], started)
-        run.ignored = rendered.unknown
-        return run
+        pending = await self._start(body, [Asked(rendered.ids, most, logprobs, reading, rendered)], started)
+        pending.ignored = rendered.unknown
+        return pending
 
     def _variables(self, body: ChatRequest) -> dict[str, Any]:
         """Merge the chat template's variables: the server's, and over them the request's."""
@@ -260,20 +260,20 @@ class RequestHandler:
         """Submit every sequence of a request, or none."""
         self.sessions.check(body.session)
         params = await self._params(body)
-        run = PendingReply(self.metrics, started)
+        pending = PendingReply(self.metrics, started)
         try:
             for prompt in asked:
                 for sample in range(body.n or 1):
-                    await self._submit(run, body, prompt, params.for_sample(sample), first=not sample)
+                    await self._submit(pending, body, prompt, params.for_sample(sample), first=not sample)
         except (RefusalError, HybridKVError):
-            run.cancel()
+            pending.cancel()
             raise
-        self.sessions.remember(body.session, run.parts[0].submitted)
-        return run
+        self.sessions.remember(body.session, pending.parts[0].submitted)
+        return pending
 
     async def _submit(
         self,
-        run: PendingReply,
+        pending: PendingReply,
         body: CompletionRequest | ChatRequest,
         asked: Asked,
         params: SamplingParams,
@@ -297,7 +297,7 @@ class RequestHandler:
         )
         most = asked.max_tokens if asked.max_tokens == 0 else None
         answer = TextAssembler(self.served.tokenizer, asked.ids, body.stop or (), asked.reading, most=most)
-        run.submit(Part(answer, echo=asked.echo, first=first), request, self.served.runner.submit)
+        pending.submit(Part(answer, echo=asked.echo, first=first), request, self.served.runner.submit)
 
     def status(self) -> Status:
         """Collect what the chat page shows."""

@@ -20,7 +20,9 @@ KEEP_ALIVE_S = 10.0
 """A waiting stream says so as often: proxies keep it open, and a client that is gone is found out."""
 
 
-async def respond(run: PendingReply, writer: Writer, request: Request, *, stream: bool, with_usage: bool) -> Response:
+async def respond(
+    pending: PendingReply, writer: Writer, request: Request, *, stream: bool, with_usage: bool
+) -> Response:
     """Reply to a request that was started.
 
     Raises
@@ -29,23 +31,23 @@ async def respond(run: PendingReply, writer: Writer, request: Request, *, stream
         If the engine fails before there is a reply.
     """
     if stream:
-        return EventStream(run, _events(run, writer, with_usage=with_usage), _headers(run))
+        return EventStream(pending, _events(pending, writer, with_usage=with_usage), _headers(pending))
     try:
-        deltas = await _unless_gone(run, request)
+        deltas = await _unless_gone(pending, request)
     except AnswerError as error:
         raise _failure(error) from error
     finally:
-        run.cancel()
+        pending.cancel()
     if deltas is None:
         return Response(status_code=499)  # to nobody
     return Response(
-        writer.whole(deltas, run.usage).model_dump_json(), media_type="application/json", headers=_headers(run)
+        writer.whole(deltas, pending.usage).model_dump_json(), media_type="application/json", headers=_headers(pending)
     )
 
 
-def _headers(run: PendingReply) -> dict[str, str]:
+def _headers(pending: PendingReply) -> dict[str, str]:
     """Name the fields that the request has and nothing reads."""
-    return {IGNORED_HEADER: printable(", ".join(run.ignored))} if run.ignored else {}
+    return {IGNORED_HEADER: printable(", ".join(pending.ignored))} if pending.ignored else {}
 
 
 class EventStream(StreamingResponse):
@@ -53,28 +55,28 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, run: PendingReply, events: AsyncIterator[bytes], headers: dict[str, str]) -> None:
+    def __init__(self, pending: PendingReply, events: AsyncIterator[bytes], headers: dict[str, str]) -> None:
         super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"} | headers)
-        self._run = run
+        self._pending = pending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the end, or until the client leaves."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._run.cancel()
+            self._pending.cancel()
 
 
-async def _events(run: PendingReply, writer: Writer, *, with_usage: bool) -> AsyncIterator[bytes]:
+async def _events(pending: PendingReply, writer: Writer, *, with_usage: bool) -> AsyncIterator[bytes]:
     """Stream the events' bytes; with `usage`, which is null but in the last, where it was asked for."""
 
     def event(reply: Reply) -> bytes:
         text = reply.model_dump_json(exclude=None if with_usage else {"usage"})
         return f"data: {text}\n\n".encode()
 
-    yield b"".join(map(event, writer.opening(len(run.parts)))) or b": hello\n\n"
+    yield b"".join(map(event, writer.opening(len(pending.parts)))) or b": hello\n\n"
     try:
-        async for deltas in run.deltas(idle_s=KEEP_ALIVE_S):
+        async for deltas in pending.deltas(idle_s=KEEP_ALIVE_S):
             pieces = [(index, piece) for index, delta in deltas for piece in _pieces(delta)]
             if pieces:
                 yield b"".join(event(writer.chunk(index, piece)) for index, piece in pieces)
@@ -85,7 +87,7 @@ async def _events(run: PendingReply, writer: Writer, *, with_usage: bool) -> Asy
         yield f"data: {Error(error=_failure(error).body).model_dump_json()}\n\n".encode()
         return
     if with_usage:
-        yield event(writer.closing(run.usage))
+        yield event(writer.closing(pending.usage))
     yield b"data: [DONE]\n\n"
 
 
@@ -107,12 +109,12 @@ def _failure(error: AnswerError) -> RefusalError:
     return RefusalError(500, error.message, code="engine_failed")
 
 
-async def _unless_gone(run: PendingReply, request: Request) -> list[list[Delta]] | None:
+async def _unless_gone(pending: PendingReply, request: Request) -> list[list[Delta]] | None:
     """Collect the whole answers; None if the client leaves before they are there."""
 
     async def collect() -> list[list[Delta]]:
-        answers: list[list[Delta]] = [[] for _ in run.parts]
-        async for deltas in run.deltas():
+        answers: list[list[Delta]] = [[] for _ in pending.parts]
+        async for deltas in pending.deltas():
             for index, delta in deltas:
                 answers[index].append(delta)
         return answers

@@ -57,7 +57,7 @@ else:
 
 
 class SamplerFields(_Filters):
-    """How tokens are drawn: OpenAI's fields and defaults, and llama.cpp's samplers, which are off unless asked for."""
+    """Settings for drawing tokens: OpenAI's fields and defaults, and llama.cpp's samplers, off unless asked for."""
 
     seed: int | None = Field(None, ge=-MAX_SEED, le=MAX_SEED)
     temperature: Annotated[float | None, WithJsonSchema(_TEMPERATURE)] = Field(

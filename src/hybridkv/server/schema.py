@@ -1,4 +1,4 @@
-"""What clients may send, in OpenAI's names: checked strictly, so that no field is ever silently without effect.
+"""The requests of clients, in OpenAI's names: checked strictly, so that no field is ever silently without effect.
 
 Owns the shapes of requests and the words for what is wrong with one. `hybridkv.server.habits` brings what clients send
 in other words into these shapes first, unless the server is strict. Replies are in `hybridkv.server.replies`.
@@ -102,7 +102,7 @@ Text = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
 class StreamOptions(Strict):
-    """What a stream carries beside its text."""
+    """The extras of a stream beside its text."""
 
     include_usage: bool | None = Field(None, description="one more chunk at the end, with the counts of tokens")
     include_obfuscation: Literal[False] | None = Field(None, description="not offered")
@@ -125,11 +125,11 @@ else:
 
 
 class KVTypesField(_KVTypes):
-    """How this request's KV cache is stored, in place of the server's own types."""
+    """The types of this request's KV cache, in place of the server's own."""
 
 
 class Common(SamplerFields):
-    """What both kinds of completion take."""
+    """The fields that both kinds of completion take."""
 
     model: str | None = Field(None, max_length=512, description="the served model's name; the only one if left out")
     stream: bool | None = None

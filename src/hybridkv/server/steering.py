@@ -1,4 +1,4 @@
-"""Which tokens may come next in one answer: free thoughts up to a budget, then what a grammar allows.
+"""The tokens that may come next in one answer: free thoughts up to a budget, then what a grammar allows.
 
 Follows the answer token by token on the scheduler's thread, by bytes, because a word that ends thoughts may be one
 token or several.
@@ -20,7 +20,7 @@ _TAIL = 64
 
 @dataclass(frozen=True, slots=True)
 class Thinking:
-    """How thoughts are written and how long they may be.
+    """The marks of thoughts, and how long they may be.
 
     Attributes
     ----------

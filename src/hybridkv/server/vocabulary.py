@@ -57,13 +57,13 @@ class Content(Reply):
 
 
 class GenerationSettings(Reply):
-    """What a sequence has."""
+    """The settings of a sequence."""
 
     n_ctx: int
 
 
 class Modalities(Reply):
-    """What the model takes beside text."""
+    """The kinds of input that the model takes beside text."""
 
     vision: bool = False
     audio: bool = False

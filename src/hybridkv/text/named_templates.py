@@ -15,7 +15,7 @@ _ALL = frozenset({"system", "user", "assistant"})
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """How a conversation is written; `{}` is what a message says, `{role}` its role.
+    """The form of a conversation; `{}` is what a message says, `{role}` its role.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What a chat template can be asked: the variables that it reads. It is parsed and never run here."""
+"""The variables that a chat template reads. It is parsed and never run here."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ _MAX_DIFFERENCE = 100
 
 @dataclass(frozen=True, slots=True)
 class _Usual:
-    """What is measured where nothing else was asked for."""
+    """The measurements made where nothing else was asked for."""
 
     types: str
     depths: str

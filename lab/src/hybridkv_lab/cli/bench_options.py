@@ -1,4 +1,4 @@
-"""What the benches share: their options and checks, and how peers and the JSON line are printed."""
+"""The benches' shared options and checks, and how peers and the JSON line are printed."""
 
 from __future__ import annotations
 

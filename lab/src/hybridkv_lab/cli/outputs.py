@@ -1,4 +1,4 @@
-"""Where a command's measurements go: a file by name, or the next one of a name that nothing has yet."""
+"""The file of a command's measurements: one by name, or the next of a name that nothing has yet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `hybridkv tune` found, as tables on stdout, as kv.toml, and as JSON."""
+"""The result of `hybridkv tune`: as tables on stdout, as kv.toml, and as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every option of llama.cpp and ik_llama.cpp is here: one table, from which all else derives.
+"""Every option of llama.cpp and ik_llama.cpp, and what it is here: one table, from which all else derives.
 
 The options that parsers take without having them, what is said of each, the environment variables, and
 docs/from-llama-cpp.md. `rows_*.py` hold the table by subject, `accept.py` and `variables.py` use it.

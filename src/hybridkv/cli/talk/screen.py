@@ -1,4 +1,4 @@
-"""What a conversation looks like: text as it comes, thoughts dimmed or folded away, one line for what is going on."""
+"""The look of a conversation: text as it comes, thoughts dimmed or folded away, one line for what is going on."""
 
 from __future__ import annotations
 

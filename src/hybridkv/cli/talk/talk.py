@@ -59,7 +59,7 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Habits:
-    """How answers are made.
+    """The way answers are made.
 
     Attributes
     ----------

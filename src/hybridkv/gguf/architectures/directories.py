@@ -1,4 +1,4 @@
-"""Tables of models that are read from directories alone: no GGUF file holds them, and the native engine goes by
+"""Tables of models that are read from directories alone: no GGUF file holds them, and the native backend goes by
 GGUF's names.
 
 Bamba's RoPE concerns a part of each head, which Transformers' class for `granitehybrid` does not compute; OLMo-Hybrid

@@ -1,4 +1,4 @@
-"""What several architectures say alike about their layers and heads: metadata into fields, and back.
+"""The metadata that several architectures share about their layers and heads: into fields, and back.
 
 Does not own RoPE (`rope.py`) or tensors (`record.py`). Used by `architectures/*.py` and `load.py`.
 """

@@ -9,7 +9,7 @@ How the file differs from Transformers' `Qwen3_5ForCausalLM`:
 * `ssm_a` holds `-exp(A_log)`.
 * Where value heads outnumber key heads they are tiled over the key heads, not grouped by them. This
   touches everything with a row, column or element per value head.
-* `ssm_conv1d` lacks the unit dimension of a depthwise convolution: the same numbers in the same order.
+* `ssm_conv1d` lacks the unit dimension of a depthwise convolution: the same values in the same order.
 * Multi-token prediction blocks, if any, follow the model's own and are counted as blocks.
 
 `attn_q` holds `[q | gate]` per head in both.

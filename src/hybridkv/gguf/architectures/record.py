@@ -1,4 +1,4 @@
-"""What an architecture is: how metadata and a config, tensors and parameters stand for each other.
+"""The record of an architecture: how metadata and a config, tensors and parameters stand for each other.
 
 Owns the record types and the conversions that several architectures share. Does not own any
 architecture's tables, nor files or memory. Used by `architectures/*.py`, by `load.py`, which reads the
@@ -29,12 +29,12 @@ Keys = dict[str, Key]
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """An elementwise conversion of float32 numbers and its inverse.
+    """An elementwise conversion of float32 values and its inverse.
 
     Parameters
     ----------
     read
-        From the file's numbers to Transformers'.
+        From the file's values to Transformers'.
     write
         The inverse, exact up to one float32 rounding.
     """

@@ -8,7 +8,7 @@ Two keys that llama.cpp passes over are honoured, since its converter writes the
 `rope.scaling.yarn_attn_factor` (the whole magnitude, `attention_factor` in a config) and YaRN's two betas.
 
 Frequency factors (`rope_freqs.weight`), which GGUF uses for Llama 3's scaling, divide the frequencies. In a
-Transformers config the same numbers are both factor lists of `longrope`, whose frequencies are divided too; and
+Transformers config the same values are both factor lists of `longrope`, whose frequencies are divided too; and
 so is a linear scaling with a magnitude, for which `linear` has no field.
 
 Source: gguf-py constants.py (`Keys.Rope`); llama.cpp, src/llama-model.cpp (`load_hparams`), src/llama-context.cpp and

@@ -18,12 +18,12 @@ from hybridkv.runtime import ModelCache, StepResult, one_by_one
 from hybridkv.runtime.attend import attend_new
 
 PROMPT_ROWS = 1024
-"""Tokens of all sequences in one run; more go in several. Bounds the activations' memory."""
+"""Tokens of all sequences in one step; more go in several. Bounds the activations' memory."""
 
 
 @dataclass(frozen=True, slots=True)
-class FusedRun:
-    """One run over T tokens of B sequences, whose rows are `[B * T, ...]`, sequence after sequence.
+class StepContext:
+    """One step over T tokens of B sequences, whose rows are `[B * T, ...]`, sequence after sequence.
 
     Attributes
     ----------
@@ -68,7 +68,7 @@ class FusedRun:
 
 
 Embed = Callable[[Tensor], Tensor]
-Layers = Callable[[Tensor, FusedRun], Tensor]
+Layers = Callable[[Tensor, StepContext], Tensor]
 Head = Callable[[Tensor], Tensor]
 
 
@@ -104,7 +104,7 @@ class LayersStep:
     name
         Printed wherever the choice is shown.
     prompt_rows
-        Tokens of all sequences in one run; `PROMPT_ROWS` if None.
+        Tokens of all sequences in one step; `PROMPT_ROWS` if None.
     """
 
     takes_chunks = True
@@ -157,5 +157,5 @@ class LayersStep:
     def _run(self, tokens: Tensor, cache: ModelCache, positions: Tensor) -> Tensor:
         """Run all layers over `tokens` `[B, T]`; return hidden states `[B * T, hidden]`."""
         n_seqs, n_tokens = tokens.shape
-        run = FusedRun(cache, n_seqs, n_tokens, positions.flatten().contiguous())
-        return self._layers(self._embed(tokens.flatten()), run)
+        context = StepContext(cache, n_seqs, n_tokens, positions.flatten().contiguous())
+        return self._layers(self._embed(tokens.flatten()), context)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridkv.hf.step.fused_layers import FusedFamily, FusedRun, Head, Layers
+from hybridkv.hf.step.fused_layers import FusedFamily, Head, Layers, StepContext
 from hybridkv.hf.step.joined import Joined, is_plain, project
 from hybridkv.kernels.cuda.conv import conv_prompt, conv_step
 from hybridkv.kernels.cuda.delta import DeltaShape, delta_prompt, delta_step, gated_norm
@@ -55,14 +55,14 @@ class _DeltaNet:
         parts = regroup_heads(joined, shape.n_key, (first, (per_key, per_key)))
         return torch.split(parts, [shape.channels, shape.n_value * shape.head_v, shape.n_value, shape.n_value], 1)
 
-    def __call__(self, normed: Tensor, run: FusedRun) -> Tensor:
+    def __call__(self, normed: Tensor, context: StepContext) -> Tensor:
         net, shape = self._net, self._shape
         raw, z, beta, alpha = self._project(normed)
         recurrent = (shape.n_value, shape.head_k, shape.head_v)
-        conv, state = run.states(self._index, (shape.channels, net.conv_kernel_size), recurrent, raw)
+        conv, state = context.states(self._index, (shape.channels, net.conv_kernel_size), recurrent, raw)
         kernel, eps = (conv, net.conv1d.weight, net.conv1d.bias), net.norm.variance_epsilon
         gates = (alpha, beta, net.A_log, net.dt_bias)
-        if run.n_tokens == 1:
+        if context.n_tokens == 1:
             out = delta_step(conv_step(raw, *kernel), z, *gates, net.norm.weight, state, shape, eps=eps)
         else:
             out = delta_prompt(conv_prompt(raw, *kernel), *gates, state, shape)
@@ -77,17 +77,17 @@ class _Attention:
         self._index, self._attention, self._frequencies = index, attention, frequencies
         self._joined = Joined(attention.q_proj, attention.k_proj, attention.v_proj)
 
-    def __call__(self, normed: Tensor, run: FusedRun) -> Tensor:
+    def __call__(self, normed: Tensor, context: StepContext) -> Tensor:
         attention = self._attention
         both, k, v = (torch.unflatten(x, 1, (-1, attention.head_dim)) for x in self._joined.split(normed))
         q, gate = both[:, 0::2], both[:, 1::2]  # per head: q, then its gate
         # Prompts are attended in float16: queries that come so need no pass of their own, and are nearer to the truth.
-        narrow = torch.float16 if run.n_tokens > 1 and q.dtype == torch.bfloat16 else None
+        narrow = torch.float16 if context.n_tokens > 1 and q.dtype == torch.bfloat16 else None
         q, k = (
-            norm_rope(x, norm.weight, norm.eps, run.positions, self._frequencies, offset=1.0, dtype=dtype)
+            norm_rope(x, norm.weight, norm.eps, context.positions, self._frequencies, offset=1.0, dtype=dtype)
             for x, norm, dtype in ((q, attention.q_norm, narrow), (k, attention.k_norm, None))
         )
-        out = run.attend(self._index, q, k, v, attention.scaling)
+        out = context.attend(self._index, q, k, v, attention.scaling)
         return project(gate_heads(out, gate), attention.o_proj.weight)
 
 
@@ -97,7 +97,7 @@ class _Dense:
     def __init__(self, mlp: Any) -> None:
         self._mlp, self._joined = mlp, Joined(mlp.gate_proj, mlp.up_proj)
 
-    def __call__(self, normed: Tensor, _: FusedRun) -> Tensor:
+    def __call__(self, normed: Tensor, _: StepContext) -> Tensor:
         return project(self._joined.swiglu(normed), self._mlp.down_proj.weight)
 
 
@@ -116,10 +116,10 @@ class _Experts:
         if self._plain:
             self._scores, self._up = Joined(gate, block.shared_expert_gate), Joined(shared.gate_proj, shared.up_proj)
 
-    def __call__(self, normed: Tensor, run: FusedRun) -> Tensor:
+    def __call__(self, normed: Tensor, context: StepContext) -> Tensor:
         block = self._block
         top_k, n_experts = block.gate.top_k, block.gate.num_experts
-        if not self._plain or (run.n_tokens > 1 and len(normed) * top_k > n_experts):
+        if not self._plain or (context.n_tokens > 1 and len(normed) * top_k > n_experts):
             added: Tensor = block(normed.unsqueeze(0)).squeeze(0)
             return added
         chosen = route(self._scores(normed), top_k, normalize=getattr(block.gate, "norm_topk_prob", True))
@@ -130,18 +130,18 @@ class _Experts:
 def _build(model: Any) -> tuple[Layers, Head]:
     config, body = model.config.get_text_config(decoder=True), model.model
     frequencies = body.rotary_emb.inv_freq
-    blocks: list[tuple[Any, Callable[[Tensor, FusedRun], Tensor], Callable[[Tensor, FusedRun], Tensor]]] = []
+    blocks: list[tuple[Any, Callable[[Tensor, StepContext], Tensor], Callable[[Tensor, StepContext], Tensor]]] = []
     for index, layer in enumerate(body.layers):
         recurrent = config.layer_types[index] == "linear_attention"
         mixer = _DeltaNet(index, layer.linear_attn) if recurrent else _Attention(index, layer.self_attn, frequencies)
         blocks.append((layer, mixer, _Experts(layer.mlp) if hasattr(layer.mlp, "experts") else _Dense(layer.mlp)))
 
-    def layers(x: Tensor, run: FusedRun) -> Tensor:
+    def layers(x: Tensor, context: StepContext) -> Tensor:
         added: Tensor | None = None
         for layer, mixer, mlp in blocks:
             first, second = layer.input_layernorm, layer.post_attention_layernorm
-            added = mixer(add_norm(x, added, first.weight, first.eps, offset=1.0), run)
-            added = mlp(add_norm(x, added, second.weight, second.eps, offset=1.0), run)
+            added = mixer(add_norm(x, added, first.weight, first.eps, offset=1.0), context)
+            added = mlp(add_norm(x, added, second.weight, second.eps, offset=1.0), context)
         return x if added is None else x.add_(added)
 
     def head(hidden: Tensor) -> Tensor:

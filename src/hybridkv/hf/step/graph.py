@@ -1,7 +1,7 @@
 """The graph step: a decode step recorded once as a CUDA graph and replayed for every token after it.
 
 A decode step of a hybrid is hundreds of launches of a few microseconds, and the host takes far longer to ask for them
-than the device to run them. A replay asks once. What changes from step to step (tokens, positions, numbers of rows)
+than the device to run them. A replay asks once. What changes from step to step (tokens, positions, row counters)
 lies in memory that the recorded kernels read, and so do states and rows, which they update in place.
 
 A recording belongs to one cache and to the very tensors that this cache held when it was made: it is looked up by the

@@ -18,7 +18,7 @@ Work = Callable[[], None]
 
 
 class HostWork(Protocol):
-    """Where a step's work on the CPU goes."""
+    """The place for a step's work on the CPU."""
 
     def run(self, work: Work, meanwhile: Work | None = None) -> None:
         """Do the work once the device has done what it was asked up to now.

@@ -17,7 +17,7 @@ from hybridkv.kernels.cuda.products import multiply, multiply_swiglu
 
 
 def is_plain(weight: Tensor) -> bool:
-    """Check whether a weight is held as its numbers, and not as another library packs it."""
+    """Check whether a weight is held as plain values, and not as another library packs it."""
     return type(weight) in (nn.Parameter, Tensor)
 
 

@@ -1,4 +1,4 @@
-"""What launches depend on of a card: asked of torch, or assumed where a step is rehearsed without one.
+"""The facts of a card that launches depend on: asked of torch, or assumed where a step is rehearsed without one.
 
 A rehearsal runs a step's own code on the CPU, on memory that nobody reads, so that its launches are known before the
 weights are there (`recording.py`). Whatever chooses a launch by the device asks here.

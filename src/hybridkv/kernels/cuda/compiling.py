@@ -1,4 +1,4 @@
-"""What Triton compiles, and how long that takes: at the first call of a case, and then kept on disk."""
+"""Compilation by Triton, and how long it takes: at the first call of a case, and then kept on disk."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def _four(x, factor, i: tl.constexpr):
 
 @triton.jit
 def _load_eight(at, row, end):
-    """Load eight numbers at pointers to where 16 bytes may be read at once, float32; zeros unless `row < end`."""
+    """Load eight values at pointers to where 16 bytes may be read at once, float32; zeros unless `row < end`."""
     kind: tl.constexpr = at.dtype.element_ty
     words = at.to(tl.pointer_type(tl.int32))
     if kind == tl.float32:

@@ -1,4 +1,4 @@
-"""How the GPU holds weight types whose codes index groups of values: their planes, and the grid that all of them share.
+"""The GPU's layout of weight types whose codes index groups of values: their planes, and the grid that all share.
 
 A lane has 8 inputs of every run of 32, which are one index of the grid (8 values) or two (4 values). Indices keep their
 bits. Seven bits of signs, which stand for eight, become eight: iq2_xxs, iq2_xs and iq3_xxs take 4 bytes more for 256
@@ -26,7 +26,7 @@ RUNS: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """What the codes of a type are; a constant of the kernels.
+    """The grid of a type's codes; a constant of the kernels.
 
     Parameters
     ----------

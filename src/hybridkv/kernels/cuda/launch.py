@@ -29,7 +29,7 @@ MAX_PARTS = 512
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How one call's work is divided.
+    """The division of one call's work.
 
     Attributes
     ----------
@@ -96,7 +96,7 @@ def _aligned(segment: Segment) -> bool:
 
 
 def _loads_eights(q: Tensor) -> bool:
-    """Check whether eight numbers of a query may be loaded at once."""
+    """Check whether eight values of a query may be loaded at once."""
     return q.data_ptr() % 16 == 0 and q.stride(0) % 8 == 0 and q.stride(1) % 8 == 0
 
 

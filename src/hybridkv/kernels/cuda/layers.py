@@ -1,4 +1,4 @@
-"""What a decoder layer does between its matrix products, each in one launch: Triton kernels and how they are called.
+"""A decoder layer's work between its matrix products, each in one launch: Triton kernels and how they are called.
 
 A layer of Transformers' own code launches some sixty kernels for a token; the launches, not the bytes, are its time.
 Every kernel here takes rows `[N, width]` whose last dim is contiguous, so that slices of one joined projection can be

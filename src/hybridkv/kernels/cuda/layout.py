@@ -1,4 +1,4 @@
-"""What a kernel must know of a format at compile time, and a side's memory as the kernels' arguments.
+"""The facts of a format that a kernel must know at compile time, and a side's memory as the kernels' arguments.
 
 Everything here is read off `KVFormat`. Owns no kernel and imports no Triton. Called by the launchers.
 

@@ -31,7 +31,7 @@ def begin(OVERLAPS: tl.constexpr):
 
 
 class Launch(TypedDict, total=False):
-    """What a launch passes on."""
+    """The facts that a launch passes on."""
 
     OVERLAPS: bool
     launch_pdl: bool

@@ -1,4 +1,4 @@
-"""How the GPU holds packed weights: one fixed layout for each ggml type, converted on the card while it is uploaded.
+"""The GPU's layout of packed weights: one for each ggml type, converted on the card while it is uploaded.
 
 A row is cut into units of 256 inputs, and a unit into the shares of four threads: where the tensor cores want codes is
 where a thread finds them, in whole words. Codes keep their bits and scales their values, so nothing is rounded; a
@@ -50,7 +50,7 @@ inputs and d. `nibbles`: scale and minimum per 16, d and dmin. `half`: float16 p
 
 @dataclass(frozen=True, slots=True)
 class PackedType:
-    """How a unit of a type lies on the GPU; a constant of the kernels.
+    """The GPU's layout of a unit of a type; a constant of the kernels.
 
     Parameters
     ----------

@@ -28,14 +28,14 @@ Name = tuple[str, str, str]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """What Triton needs to compile a kernel for a launch."""
+    """The facts that Triton needs to compile a kernel for a launch."""
 
     name: Name
     compile: Callable[[], Any]
 
 
 class _Driver:
-    """What Triton asks of a driver when it compiles."""
+    """The part of a driver that Triton asks for when it compiles."""
 
     def __init__(self, target: GPUTarget) -> None:
         self._target = target

@@ -9,7 +9,7 @@ from __future__ import annotations
 from hybridkv.model.checks import graph_rejects
 from hybridkv.model.families import dense, lfm2, mamba, qwen, zamba
 from hybridkv.model.families.parts import Family, kinds_reject
-from hybridkv.model.layers import ModelGraph
+from hybridkv.model.graph import ModelGraph
 from hybridkv.model.protocols import Config
 
 FAMILIES: dict[str, Family] = {**qwen.FAMILIES, **lfm2.FAMILIES, **mamba.FAMILIES, **zamba.FAMILIES, **dense.FAMILIES}

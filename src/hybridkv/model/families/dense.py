@@ -20,7 +20,8 @@ from hybridkv.model.families.parts import (
     window_rejects,
 )
 from hybridkv.model.families.qwen import dense_rejects, sparse, sparse_rejects
-from hybridkv.model.layers import Attention, Block, Branch, Experts, FeedForward, Gated, Mixer, ModelGraph
+from hybridkv.model.graph import Block, Branch, ModelGraph
+from hybridkv.model.layers import Attention, Experts, FeedForward, Gated, Mixer
 
 
 def _layers(c: Any, mixer: Attention, ffn: FeedForward) -> ModelGraph:

@@ -15,7 +15,8 @@ from hybridkv.model.families.parts import (
     graph,
     rope_rejects,
 )
-from hybridkv.model.layers import Attention, Choice, Experts, FeedForward, Gated, Mixer, ModelGraph, Norm, ShortConv
+from hybridkv.model.graph import ModelGraph
+from hybridkv.model.layers import Attention, Choice, Experts, FeedForward, Gated, Mixer, Norm, ShortConv
 
 
 def _dense_rejects(c: Any) -> str | None:

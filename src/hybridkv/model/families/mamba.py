@@ -26,10 +26,9 @@ from hybridkv.model.families.parts import (
     shared_expert,
     window_rejects,
 )
+from hybridkv.model.graph import Block, Branch, ModelGraph
 from hybridkv.model.layers import (
     Attention,
-    Block,
-    Branch,
     Choice,
     Experts,
     FeedForward,
@@ -37,7 +36,6 @@ from hybridkv.model.layers import (
     Mamba1,
     Mamba2,
     Mixer,
-    ModelGraph,
     Norm,
     Part,
     Plain,

@@ -1,4 +1,4 @@
-"""What several families say alike: parts of a graph from a Transformers config, and why a config has none."""
+"""The parts of a graph that several families share, from a Transformers config, and why a config has none."""
 
 from __future__ import annotations
 
@@ -7,21 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hybridkv.model.layers import (
-    Attention,
-    Block,
-    Branch,
-    Choice,
-    Experts,
-    FeedForward,
-    Gated,
-    Mamba2,
-    Mixer,
-    ModelGraph,
-    Norm,
-    Part,
-    Rope,
-)
+from hybridkv.model.graph import Block, Branch, ModelGraph
+from hybridkv.model.layers import Attention, Choice, Experts, FeedForward, Gated, Mamba2, Mixer, Norm, Part, Rope
 from hybridkv.model.rope import SCALINGS
 
 ROPES = tuple(SCALINGS)

@@ -23,19 +23,8 @@ from hybridkv.model.families.parts import (
     shared_expert,
     window_rejects,
 )
-from hybridkv.model.layers import (
-    Attention,
-    Block,
-    Branch,
-    DeltaNet,
-    Experts,
-    FeedForward,
-    Gated,
-    Mixer,
-    ModelGraph,
-    Norm,
-    Prediction,
-)
+from hybridkv.model.graph import Block, Branch, ModelGraph, Prediction
+from hybridkv.model.layers import Attention, DeltaNet, Experts, FeedForward, Gated, Mixer, Norm
 
 
 def dense_rejects(c: Any, *, partial: bool = False) -> str | None:

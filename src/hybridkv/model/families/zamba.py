@@ -16,7 +16,8 @@ from hybridkv.model.families.parts import (
     norm,
     rope_rejects,
 )
-from hybridkv.model.layers import Adapter, Attention, Block, Branch, Gated, Mamba2, ModelGraph, Norm, Shared
+from hybridkv.model.graph import Block, Branch, ModelGraph
+from hybridkv.model.layers import Adapter, Attention, Gated, Mamba2, Norm, Shared
 
 
 def _rejects(c: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""What a GGUF file stores of a model's weights, from its header alone: for counting bytes before any is read.
+"""The tensors of a GGUF file's weights, from its header alone: for counting bytes before any is read.
 
 Does not own what a run makes of them (`hybridkv.held`).
 """
@@ -16,14 +16,14 @@ from hybridkv.gguf.describe import skipped
 from hybridkv.gguf.reader import Header, TensorInfo
 from hybridkv.gguf.split import metadata_of
 from hybridkv.gguf.tensors import check_multiplied
-from hybridkv.held import Expanded, Place, Runner, Shape, StoredTensor
+from hybridkv.held import Expanded, Place, Runner, SavedTensor, Shape
 
 _SMALL = ("ssm_conv1d.weight", "shortconv.conv.weight", "ssm_a")  # convolutions, and decays of each state
 _PLACES: dict[str, Place] = {"token_embd.weight": "embedding", "output.weight": "head"}
 
 
-def stored_tensors(path: str | Path | Header, runner: Runner = "eager") -> tuple[StoredTensor, ...]:
-    """Return the tensors that become weights, and how each is stored.
+def saved_tensors(path: str | Path | Header, runner: Runner = "eager") -> tuple[SavedTensor, ...]:
+    """Return the tensors that become weights, and how each is saved.
 
     Raises
     ------
@@ -34,10 +34,10 @@ def stored_tensors(path: str | Path | Header, runner: Runner = "eager") -> tuple
     if runner == "native":
         check_multiplied(header, {info.name for info in kept})
     plain = _plain_names(get_architecture(header))
-    return tuple(_stored(info, plain) for info in kept)
+    return tuple(_saved(info, plain) for info in kept)
 
 
-def named_tensors(path: str | Path | Header) -> tuple[tuple[str, StoredTensor, int], ...]:
+def named_tensors(path: str | Path | Header) -> tuple[tuple[str, SavedTensor, int], ...]:
     """Return the tensors that become weights, with their names and their bytes in the file.
 
     Raises
@@ -47,10 +47,10 @@ def named_tensors(path: str | Path | Header) -> tuple[tuple[str, StoredTensor, i
     """
     header, kept = _kept(path)
     plain = _plain_names(get_architecture(header))
-    return tuple((info.name, _stored(info, plain), info.nbytes) for info in kept)
+    return tuple((info.name, _saved(info, plain), info.nbytes) for info in kept)
 
 
-def stored_types(path: str | Path | Header) -> dict[str, str]:
+def saved_types(path: str | Path | Header) -> dict[str, str]:
     """Return the types of the tensors that become weights, in ggml's spelling.
 
     Raises
@@ -62,7 +62,7 @@ def stored_types(path: str | Path | Header) -> dict[str, str]:
 
 
 def expanded_tensors(path: str | Path | Header, reason: str, itemsize: int) -> Expanded | None:
-    """Count the quantized tensors that become numbers of `itemsize` bytes; None if no tensor is quantized.
+    """Count the quantized tensors that become values of `itemsize` bytes; None if no tensor is quantized.
 
     Raises
     ------
@@ -100,7 +100,7 @@ def _plain_names(architecture: Architecture) -> frozenset[str]:
     return frozenset(lie - {r.gguf for r in rules if r.rows is not None or r.cols is not None or r.values is not None})
 
 
-def _stored(info: TensorInfo, plain: frozenset[str]) -> StoredTensor:
+def _saved(info: TensorInfo, plain: frozenset[str]) -> SavedTensor:
     dims = [dim for dim in info.shape if dim > 1] or [1]
     shape: Shape = (
         "vector" if len(dims) == 1 or info.name.endswith(_SMALL) else "matrix" if len(dims) == 2 else "experts"
@@ -110,4 +110,4 @@ def _stored(info: TensorInfo, plain: frozenset[str]) -> StoredTensor:
     n_stack = prod(dims[:-2]) if shape == "experts" else 1
     own = info.name.split(".", 2)[-1] if info.name.startswith("blk.") else info.name
     place = _PLACES.get(info.name, "layer")
-    return StoredTensor(info.type.name.lower(), n_stack, n_out, n_in, shape, place, lies=own in plain)
+    return SavedTensor(info.type.name.lower(), n_stack, n_out, n_in, shape, place, lies=own in plain)
