@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from hybridkv.cache import KVTypes
 from hybridkv.engine import Engine, Request, SamplingParams
 from hybridkv.engine.draft_model import DraftModel
-from hybridkv.engine.drafts import GoesOn, Guess
+from hybridkv.engine.drafts import NOTHING, GoesOn, Guess
 from hybridkv.engine.ngrams import NGrams
 from hybridkv.engine.pace import Costs, Pace
 from hybridkv.engine.speculation import Speculation, parse_spec, rejects_drafts
@@ -170,7 +170,7 @@ class Fixed:
         self._guesses = guesses
 
     def guess(self, text: Sequence[int], n: int, goes_on: GoesOn) -> Guess:
-        return Guess(self._guesses[:n], [1] * len(self._guesses[:n]))
+        return Guess(self._guesses[:n], [1] * len(self._guesses[:n])) if self._guesses else NOTHING
 
 
 class FaultAt(NativeStep):
@@ -305,6 +305,44 @@ def test_ngrams_find_what_followed_before() -> None:
 def test_a_longer_match_wins() -> None:
     text = [*range(20), 50, 17, 18, 19, 51, *range(20)]
     assert NGrams().guess(text, 1) == Guess([50], [12])
+
+
+def test_the_newest_place_that_matches_longest_is_found() -> None:
+    """Of the sixteen newest at which three tokens match, in texts that come in pieces; against a plain search."""
+    draw, n_found = random.Random(3), 0
+    for n_words in (2, 3, 8, 40):
+        text = [draw.randrange(n_words) for _ in range(300)]
+        guesser, end = NGrams(), 5
+        while end < len(text):
+            known, end = text[:end], end + draw.randrange(1, 9)
+            places = [p for p in range(len(known) - 1, 2, -1) if known[p - 3 : p] == known[-3:]][:16]
+            alike = {p: next((n for n in range(12, 3, -1) if known[:p][-n:] == known[-n:]), 3) for p in places}
+            if not places:
+                assert guesser.guess(known, 1).tokens == []
+                continue
+            best, n_found = max(places, key=lambda p: (alike[p], p)), n_found + 1
+            kind = next(size for size in (12, 6, 3) if alike[best] >= size)
+            assert guesser.guess(known, 1) == Guess([known[best]], [kind])
+    assert n_found > 100
+
+
+class Counted(NativeStep):
+    """Counts how often it is asked what one run takes."""
+
+    n_asked = 0
+
+    def room(self, cache: ModelCache, n_tokens: int) -> int:
+        self.n_asked += 1
+        return super().room(cache, n_tokens)
+
+
+def test_a_token_without_a_guess_asks_for_little() -> None:
+    """How much a run takes matters where something was found, and to tell which runs may be timed: one in a few."""
+    step = Counted(model())
+    run = engine("qwen3_5_text", Q8, Speculation(lambda: Fixed([])), step)
+    assert len(text_of(run, 80)) == 80
+    assert run.timings.n_runs == 79
+    assert 0 < step.n_asked < 20
 
 
 def test_guesses_are_made_where_they_pay() -> None:

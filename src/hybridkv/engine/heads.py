@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hybridkv.engine.drafts import GoesOn, Guess
+from hybridkv.engine.drafts import NOTHING, GoesOn, Guess
 from hybridkv.engine.ngrams import SIZES, NGrams
 from hybridkv.engine.pace import moved
 from hybridkv.kernels.threads import torch_on_one_thread
@@ -80,7 +80,7 @@ class HeadGuesser:
             if found.kinds and found.kinds[0] in _TRUSTED:
                 return found
         if not goes_on([]) or not self._new or self._end != len(text) - 1:
-            return Guess([], [])
+            return NOTHING
         start, n_new = time.perf_counter(), self._n_new
         tokens, kinds = self._ask(text, n, goes_on)
         seconds = time.perf_counter() - start

@@ -37,6 +37,9 @@ _FIRST = 4
 _KNOWN = 2
 """Measurements without which a number of rows is not known: one alone may have had memory taken or a buffer made."""
 
+_ONE_IN = 8
+"""Runs without a guess of which one is timed, once a few have been."""
+
 _CLOSE = 0.2
 """How far a new time moves what is expected of a run."""
 
@@ -58,6 +61,14 @@ class Costs:
 
     seconds: dict[int, float] = field(default_factory=dict)
     _counts: dict[int, int] = field(default_factory=dict)
+    _n_untimed: int = 0
+
+    def is_due(self, n_rows: int) -> bool:
+        """Tell whether a run without a guess is to be timed, which costs something: the first, then one in a few."""
+        if self._counts.get(n_rows, 0) < _FIRST:
+            return True
+        self._n_untimed = (self._n_untimed + 1) % _ONE_IN
+        return not self._n_untimed
 
     def note(self, n_rows: int, seconds: float) -> None:
         """Take a measurement."""

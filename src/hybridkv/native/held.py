@@ -97,23 +97,27 @@ class HeldRun:
     ) -> bool:
         """Check whether so many tokens of each sequence are the next of this cache, and all is where it was."""
         return (
-            n_tokens <= self._n_left
-            and position == self._position
-            and self._cache() is cache
+            position == self._position
             and n_seqs == self._n_seqs
             and (n_tokens == 1 or self._step.takes_drafts(n_tokens))
+            and self.has_room(n_tokens, cache, builders)
+        )
+
+    def has_room(self, n_tokens: int, cache: ModelCache, builders: tuple[Builder, Builder]) -> bool:
+        """Check whether so many tokens may follow those of this cache, and all is where it was."""
+        return (
+            n_tokens <= self._n_left
+            and self._cache() is cache
             and builders == self._builders
             and native_threads() == self._step.n_threads
             and all(
-                layer.store.memory_key is key and layer.store.n_seen == position and not layer.watch.awaits_first_check
+                layer.store.memory_key is key
+                and layer.store.n_seen == self._position
+                and not layer.watch.awaits_first_check
                 for layer, key in zip(_layers(builders[0], cache), self._keys, strict=True)
             )
             and all(state.stays for state in self._states)
         )
-
-    def has_room(self, n_tokens: int, cache: ModelCache, builders: tuple[Builder, Builder]) -> bool:
-        """Check whether so many tokens are the next of a cache of one sequence, and all is where it was."""
-        return self.takes(1, n_tokens, cache, self._position, builders)
 
     def run(self, tokens: Tensor) -> tuple[Tensor, list[Health]]:
         """Continue the cache by tokens that `takes` has taken; the logits `[B, V]`, and each attention's health."""
