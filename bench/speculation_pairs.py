@@ -4,9 +4,9 @@ HYBRIDKV_ISA=avx2 python bench/speculation_pairs.py [-m FILE.gguf] [-t 2] [--tex
     [--pairs 24] [--block 48]
 
 Two sequences of the same text are generated, one without guesses; each in turn goes on by a block, which of them is
-first changing too. The figure is the median of the ratios of both times, with quartiles; `--spec none`, off against off,
-says what the machine scatters. `random`: tokens drawn from all the vocabulary. `held`: held-out pages token
-by token, whatever the model would say. Both texts are forced upon the sampler, in both sequences. The last line is JSON.
+first changing too. The figure is the median of the ratios of both times, with quartiles; `--spec none`, off against
+off, says what the machine scatters. `random`: tokens drawn from all the vocabulary. `held`: held-out pages, token by
+token. Both are put in place of what greedy sampling draws. The last line is JSON.
 """
 
 from __future__ import annotations
