@@ -402,9 +402,26 @@ def test_a_time_that_another_program_has_drawn_out_counts_little() -> None:
     assert costs.knows(1)
     assert costs.of(1) == 1.0
     costs.note(1, 100.0)
-    assert costs.of(1) == pytest.approx(1.2)
-    costs.note(4, 2.0)
-    assert costs.of(2) == pytest.approx(1.2 + 0.8 / 3)
+    assert costs.of(1) == pytest.approx(1.05)
+    costs.note(4, 2.05)
+    assert costs.of(2) == pytest.approx(1.05 + 1.0 / 3)
+
+
+def test_a_number_of_rows_that_looked_slow_is_soon_seen_to_be_fast() -> None:
+    """What looks slow is run less, so that few measurements have to do."""
+    costs = Costs()
+    for _ in range(4):
+        costs.note(8, 3.0)
+    for seconds in (1.1, 1.2, 1.0, 1.1):
+        costs.note(8, seconds)
+    assert costs.of(8) < 1.3
+
+
+def test_a_match_of_many_tokens_is_worth_a_try_where_a_short_one_is_not() -> None:
+    """Eight rows take five times one, and two nearly twice: only guesses that mostly hold pay."""
+    costs = {1: 1.6, 2: 3.0, 3: 4.1, 4: 4.9, 5: 6.2, 6: 6.8, 7: 7.4, 8: 8.2}
+    assert Pace(Costs(costs), 7, priors=NGrams.priors).choose([3] * 7, 0) == 0
+    assert Pace(Costs(costs), 7, priors=NGrams.priors).choose([12] * 7, 0) > 3
 
 
 def test_a_time_that_was_measured_once_is_measured_again_if_it_was_long() -> None:

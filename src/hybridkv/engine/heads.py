@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hybridkv.engine.drafts import NOTHING, GoesOn, Guess
+from hybridkv.engine import ngrams as lookup
 from hybridkv.engine.ngrams import SIZES, NGrams
 from hybridkv.engine.pace import moved
 from hybridkv.kernels.threads import torch_on_one_thread
@@ -45,7 +46,7 @@ class HeadGuesser:
 
     name = "mtp"
     plans = False
-    priors = PRIORS
+    priors = PRIORS | lookup.PRIORS
     n_read = MOST_NEW
 
     def __init__(self, predictor: Predictor, ngrams: NGrams | None = None) -> None:

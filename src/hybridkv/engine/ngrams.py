@@ -13,6 +13,9 @@ from hybridkv.engine.drafts import NOTHING, GoesOn, Guess
 SIZES = (12, 6, 3)
 """Tokens that must be alike, the longest match first: guesses of one such kind are as good as each other."""
 
+PRIORS = {12: 0.9, 6: 0.75, 3: 0.75}
+"""How often guesses behind such matches hold, before any was tried."""
+
 _LEAST, _MOST = SIZES[-1], SIZES[0]
 
 _BITS = 24
@@ -35,6 +38,7 @@ class NGrams:
     name = "ngram"
     seconds_each = None
     plans = False
+    priors = PRIORS
 
     def __init__(self) -> None:
         self._text: list[int] = []
