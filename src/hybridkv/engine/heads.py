@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hybridkv.engine.drafts import NOTHING, GoesOn, Guess
 from hybridkv.engine import ngrams as lookup
+from hybridkv.engine.drafts import NOTHING, GoesOn, Guess
 from hybridkv.engine.ngrams import SIZES, NGrams
 from hybridkv.engine.pace import moved
 from hybridkv.kernels.threads import torch_on_one_thread
