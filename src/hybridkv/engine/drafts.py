@@ -142,11 +142,16 @@ class Drafts:
         if self.step is None or self.guesser is None or self.pace is None:
             return [text[-1]]
         n = min(n_most, self.pace.n_max)
-        guess = NOTHING
-        if n > 0:
-            guess = self._find(text, cache, n) if self._free else self._ask(text, cache, n, n_others)
+        if n <= 0:
+            guess = NOTHING
+        elif self._free:
+            guess = self.guesser.guess(text, n, _always)
+            if guess is not NOTHING:  # only now it matters how much one run takes
+                room = self._room(cache, len(guess.tokens))
+                guess = replace(guess, tokens=guess.tokens[:room], kinds=guess.kinds[:room])
+        else:
+            guess = self._ask(text, cache, n, n_others)
         if guess is NOTHING:  # the common case, at a few microseconds
-            self._kinds = []
             return [text[-1]]
         n = len(guess.tokens)
         if n and not self.guesser.plans:
@@ -160,15 +165,6 @@ class Drafts:
     def is_ordinary(self, cache: ModelCache) -> bool:
         """Tell whether the next token takes what any other does: the guard does not look at it, and no rows move."""
         return self.step is None or self.step.room(cache, 2) > 1
-
-    def _find(self, text: Sequence[int], cache: ModelCache, n: int) -> Guess:
-        """Guess by what costs nothing; only where something was found, it matters how much one run takes."""
-        assert self.guesser is not None
-        guess = self.guesser.guess(text, n, _always)
-        if guess is NOTHING:
-            return guess
-        room = self._room(cache, len(guess.tokens))
-        return replace(guess, tokens=guess.tokens[:room], kinds=guess.kinds[:room])
 
     def _ask(self, text: Sequence[int], cache: ModelCache, n: int, n_others: int) -> Guess:
         """Guess by what costs something, no more than one run takes."""
