@@ -326,6 +326,20 @@ def test_the_newest_place_that_matches_longest_is_found() -> None:
     assert n_found > 100
 
 
+def test_a_changed_word_does_not_end_a_match() -> None:
+    """Not once, nor behind tokens that match again; two words in a row do."""
+    page = [*range(100, 140)]
+    guesser = NGrams()
+    for changed, end in ((12, 13), (12, 14), (12, 15)):
+        text = [*page, 7, *page[:changed], 9, *page[changed + 1 : end]]
+        assert guesser.guess([*page, 7, *page[:changed]], 1) == Guess([page[changed]], [12])
+        assert guesser.guess(text, 3) == Guess(page[end : end + 3], [1] * 3)
+        guesser = NGrams()
+    guesser.guess([*page, 7, *page[:12]], 1)
+    assert guesser.guess([*page, 7, *page[:12], 9, 8], 3) == Guess([], [])
+    assert NGrams().guess([*page, 9], 3) == Guess([], [])
+
+
 class Counted(NativeStep):
     """Counts how often it is asked what one run takes."""
 

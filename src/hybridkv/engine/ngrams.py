@@ -13,7 +13,10 @@ from hybridkv.engine.drafts import NOTHING, GoesOn, Guess
 SIZES = (12, 6, 3)
 """Tokens that must be alike, the longest match first: guesses of one such kind are as good as each other."""
 
-PRIORS = {12: 0.9, 6: 0.75, 3: 0.75}
+CHANGED = 1
+"""The kind of a guess behind a token that was changed: shorter than any match."""
+
+PRIORS = {12: 0.9, 6: 0.75, 3: 0.75, CHANGED: 0.75}
 """How often guesses behind such matches hold, before any was tried."""
 
 _LEAST, _MOST = SIZES[-1], SIZES[0]
@@ -31,6 +34,8 @@ class NGrams:
     """Guesses by prompt lookup.
 
     Where nothing stands twice, as in most text, a token costs one entry in a table, which is also what is looked up.
+    A text that is written again with words changed (a name, a number) matches nothing for three tokens behind each of them:
+    the match before it is gone on with.
 
     Source: Prompt Lookup Decoding, Apoorv Saxena, 2023; the newest place that matches longest is taken.
     """
@@ -46,6 +51,8 @@ class NGrams:
         self._newest: dict[int, int] = {}
         self._before = [0]
         """Place -> the one before it that the same tokens stand in front of; 0 for none."""
+        self._period = 0
+        """How far back the last long match was; 0 before there was one."""
 
     def guess(self, text: Sequence[int], n: int, goes_on: GoesOn | None = None) -> Guess:
         """Guess up to `n` tokens after the text, which only ever grows."""
@@ -53,9 +60,13 @@ class NGrams:
         self._read(text)
         place = self._before[-1]
         if not place:
+            if self._period and self._has_changed():
+                return Guess(_after(self._text, len(self._text) - self._period, n), [CHANGED] * n)
             return NOTHING
         place, n_alike = self._longest(place)
         kind = next(size for size in SIZES if n_alike >= size)
+        if kind > _LEAST:
+            self._period = len(self._text) - place
         return Guess(_after(self._text, place, n), [kind] * n)
 
     def _read(self, text: Sequence[int]) -> None:
@@ -79,6 +90,12 @@ class NGrams:
             if most == _MOST or not place:
                 break
         return best, most
+
+    def _has_changed(self) -> bool:
+        """Tell whether the newest tokens are those of the last long match, but for one of the last three."""
+        own, period = self._text, self._period
+        unlike = [n for n in range(1, 2 * _LEAST) if own[-n] != own[-n - period]]
+        return len(unlike) == 1 and unlike[0] <= _LEAST
 
     def _n_alike(self, place: int) -> int:
         """Count the tokens in front of a place that are those at the text's end, as far as that matters."""

@@ -37,7 +37,7 @@ _FIRST = 4
 _KNOWN = 2
 """Measurements without which a number of rows is not known: one alone may have had memory taken or a buffer made."""
 
-_ONE_IN = 8
+_ONE_IN = 16
 """Runs without a guess of which one is timed, once a few have been."""
 
 _CLOSE = 0.2
