@@ -80,6 +80,23 @@ def seconds(tokens: Iterator[Any], n: int) -> float:
     return time.perf_counter() - start
 
 
+def count_seconds(step: Any) -> list[float]:
+    """Have a step count what is spent in it, in the one number that is returned."""
+    spent = [0.0]
+
+    def counting(run: Any) -> Any:
+        def counted(*given: Any) -> Any:
+            start = time.perf_counter()
+            answers = run(*given)
+            spent[0] += time.perf_counter() - start
+            return answers
+
+        return counted
+
+    step.forward, step.forward_drafts = counting(step.forward), counting(step.forward_drafts)
+    return spent
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("-m", "--model", type=Path)
@@ -96,6 +113,7 @@ def main() -> int:
     loaded = load(description, dtype=torch.float32, device="cpu", weights="auto")
     make_step = resolve_step(description.config, "cpu")
     step, other = make_step(loaded.model), make_step(loaded.model)  # of each sequence its own: nothing is prepared anew
+    spent = count_seconds(other), count_seconds(step)
     specs = Policy(KVTypes(a.ctk, a.ctv)).resolve(kv_facts(description.facts))
     n = a.block * (a.pairs + 1)
 
@@ -119,10 +137,15 @@ def main() -> int:
         (plain, off), (guessing, on) = begin(text, other, None), begin(text, step, speculation)
         seconds(off, a.block)  # the guard's first checks, and buffers
         seconds(on, a.block)
-        pairs = []
+        pairs, beside = [], []
         for i in range(a.pairs):
-            both = {turn: seconds((off, on)[turn], a.block) for turn in ((0, 1), (1, 0))[i % 2]}
+            both, own = [0.0, 0.0], [0.0, 0.0]
+            for turn in ((0, 1), (1, 0))[i % 2]:
+                spent[turn][0] = 0.0
+                both[turn] = seconds((off, on)[turn], a.block)
+                own[turn] = both[turn] - spent[turn][0]
             pairs.append((both[0], both[1]))
+            beside.append(own[1] - own[0])
         assert torch.equal(plain.history, guessing.history)
         ratios = sorted(one / other for one, other in pairs)
         row = {
@@ -130,6 +153,7 @@ def main() -> int:
             "off_ms": 1e3 * statistics.median(one for one, _ in pairs) / a.block,
             "on_ms": 1e3 * statistics.median(other for _, other in pairs) / a.block,
             "added_us": 1e6 * statistics.median(other - one for one, other in pairs) / a.block,
+            "beside_us": 1e6 * statistics.median(beside) / a.block,
             "speed": statistics.median(ratios),
             "quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
             "guessed": guessing.timings.n_guessed,
@@ -137,7 +161,8 @@ def main() -> int:
         }
         rows.append(row)
         print(
-            f"{name:8s} off {row['off_ms']:.3f} ms a token, on {row['on_ms']:.3f}; added {row['added_us']:.0f} us; "
+            f"{name:8s} off {row['off_ms']:.3f} ms a token, on {row['on_ms']:.3f}; added {row['added_us']:.0f} us, "
+            f"{row['beside_us']:.0f} of them beside the model's steps; "
             f"speed {row['speed']:.3f} ({row['quartiles'][0]:.3f} .. {row['quartiles'][1]:.3f}); "
             f"{row['right']} of {row['guessed']} guesses right"
         )

@@ -34,8 +34,8 @@ class NGrams:
     """Guesses by prompt lookup.
 
     Where nothing stands twice, as in most text, a token costs one entry in a table, which is also what is looked up.
-    A text that is written again with words changed (a name, a number) matches nothing for three tokens behind each of them:
-    the match before it is gone on with.
+    A text that is written again with words changed (a name, a number) matches nothing for three tokens behind each of
+    them: the match before it is gone on with.
 
     Source: Prompt Lookup Decoding, Apoorv Saxena, 2023; the newest place that matches longest is taken.
     """

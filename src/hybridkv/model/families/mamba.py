@@ -131,8 +131,8 @@ def _nemotron(c: Any) -> ModelGraph:
     model = graph(c, blocks, last=Norm("output_norm.weight", eps))
     if not getattr(c, "mtp_num_hidden_layers", 0) or "moe" not in parts:
         return model
-    # Both of its layers are one block of a file. The last norm is an RMSNorm, as in vLLM and SGLang; llama.cpp is said
-    # to take the mean off there, which could only make a guess a little worse.
+    # Both of its layers are one block of a file. The last norm is an RMSNorm, as in vLLM; llama.cpp is said to take
+    # the mean off there. Which of both is right changes how often guesses hold, and never the text.
     behind = Norm("post_attention_norm.weight", eps)
     head = Prediction(
         layer=c.num_hidden_layers,
