@@ -31,9 +31,9 @@ def families_page() -> str:
     from hybridkv.hf.step.fused import FAMILY_NAMES
     from hybridkv.model import FAMILIES, Experts
     from hybridkv.model.facts import STATE_SHAPES
-    from hybridkv.model.families.qwen import PREDICTING
+    from hybridkv.model.families import mamba, qwen
 
-    skipped = _read("nextn_predict_layers")
+    predicting, skipped = {*qwen.PREDICTING, *mamba.PREDICTING}, _read("nextn_predict_layers")
     files: dict[str, list[str]] = {}
     for architecture in WRITABLE:
         family = getattr(transformers, architecture.config_class).model_type
@@ -67,7 +67,7 @@ def families_page() -> str:
             "yes" if native else "eager",
             "yes" if family in FAMILY_NAMES else "GGUF files" if native and family in files else "eager",
             ", ".join(f"`{name}`" for name in files.get(family, ())) or "-",
-            "yes" if family in PREDICTING else "left out" if skipped & {*files.get(family, ())} else "-",
+            "yes" if family in predicting else "left out" if skipped & {*files.get(family, ())} else "-",
         )
         lines.append(f"| {family} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

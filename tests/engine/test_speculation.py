@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from hybridkv.cache import KVTypes
 from hybridkv.engine import Engine, Request, SamplingParams
 from hybridkv.engine.draft_model import DraftModel
-from hybridkv.engine.drafts import GoesOn, Guess
+from hybridkv.engine.drafts import NOTHING, GoesOn, Guess
 from hybridkv.engine.ngrams import NGrams
 from hybridkv.engine.pace import Costs, Pace
 from hybridkv.engine.speculation import Speculation, parse_spec, rejects_drafts
@@ -170,7 +170,7 @@ class Fixed:
         self._guesses = guesses
 
     def guess(self, text: Sequence[int], n: int, goes_on: GoesOn) -> Guess:
-        return Guess(self._guesses[:n], [1] * len(self._guesses[:n]))
+        return Guess(self._guesses[:n], [1] * len(self._guesses[:n])) if self._guesses else NOTHING
 
 
 class FaultAt(NativeStep):
@@ -307,6 +307,58 @@ def test_a_longer_match_wins() -> None:
     assert NGrams().guess(text, 1) == Guess([50], [12])
 
 
+def test_the_newest_place_that_matches_longest_is_found() -> None:
+    """Of the sixteen newest at which three tokens match, in texts that come in pieces; against a plain search."""
+    draw, n_found = random.Random(3), 0
+    for n_words in (2, 3, 8, 40):
+        text = [draw.randrange(n_words) for _ in range(300)]
+        guesser, end = NGrams(), 5
+        while end < len(text):
+            known, end = text[:end], end + draw.randrange(1, 9)
+            places = [p for p in range(len(known) - 1, 2, -1) if known[p - 3 : p] == known[-3:]][:16]
+            alike = {p: next((n for n in range(12, 3, -1) if known[:p][-n:] == known[-n:]), 3) for p in places}
+            if not places:
+                assert guesser.guess(known, 1).tokens == []
+                continue
+            best, n_found = max(places, key=lambda p: (alike[p], p)), n_found + 1
+            kind = next(size for size in (12, 6, 3) if alike[best] >= size)
+            assert guesser.guess(known, 1) == Guess([known[best]], [kind])
+    assert n_found > 100
+
+
+def test_a_changed_word_does_not_end_a_match() -> None:
+    """Not once, nor behind tokens that match again; two words in a row do."""
+    page = [*range(100, 140)]
+    guesser = NGrams()
+    for changed, end in ((12, 13), (12, 14), (12, 15)):
+        text = [*page, 7, *page[:changed], 9, *page[changed + 1 : end]]
+        assert guesser.guess([*page, 7, *page[:changed]], 1) == Guess([page[changed]], [12])
+        assert guesser.guess(text, 3) == Guess(page[end : end + 3], [1] * 3)
+        guesser = NGrams()
+    guesser.guess([*page, 7, *page[:12]], 1)
+    assert guesser.guess([*page, 7, *page[:12], 9, 8], 3) == Guess([], [])
+    assert NGrams().guess([*page, 9], 3) == Guess([], [])
+
+
+class Counted(NativeStep):
+    """Counts how often it is asked what one run takes."""
+
+    n_asked = 0
+
+    def room(self, cache: ModelCache, n_tokens: int) -> int:
+        self.n_asked += 1
+        return super().room(cache, n_tokens)
+
+
+def test_a_token_without_a_guess_asks_for_little() -> None:
+    """How much a run takes matters where something was found, and to tell which runs may be timed: one in a few."""
+    step = Counted(model())
+    run = engine("qwen3_5_text", Q8, Speculation(lambda: Fixed([])), step)
+    assert len(text_of(run, 80)) == 80
+    assert run.timings.n_runs == 79
+    assert 0 < step.n_asked < 20
+
+
 def test_guesses_are_made_where_they_pay() -> None:
     costs = Costs({1: 1.0, 2: 1.1, 4: 1.4, 8: 2.4})
     pace = Pace(costs, 7)
@@ -364,9 +416,26 @@ def test_a_time_that_another_program_has_drawn_out_counts_little() -> None:
     assert costs.knows(1)
     assert costs.of(1) == 1.0
     costs.note(1, 100.0)
-    assert costs.of(1) == pytest.approx(1.2)
-    costs.note(4, 2.0)
-    assert costs.of(2) == pytest.approx(1.2 + 0.8 / 3)
+    assert costs.of(1) == pytest.approx(1.05)
+    costs.note(4, 2.05)
+    assert costs.of(2) == pytest.approx(1.05 + 1.0 / 3)
+
+
+def test_a_number_of_rows_that_looked_slow_is_soon_seen_to_be_fast() -> None:
+    """What looks slow is run less, so that few measurements have to do."""
+    costs = Costs()
+    for _ in range(4):
+        costs.note(8, 3.0)
+    for seconds in (1.1, 1.2, 1.0, 1.1):
+        costs.note(8, seconds)
+    assert costs.of(8) < 1.3
+
+
+def test_a_match_of_many_tokens_is_worth_a_try_where_a_short_one_is_not() -> None:
+    """Eight rows take five times one, and two nearly twice: only guesses that mostly hold pay."""
+    costs = {1: 1.6, 2: 3.0, 3: 4.1, 4: 4.9, 5: 6.2, 6: 6.8, 7: 7.4, 8: 8.2}
+    assert Pace(Costs(costs), 7, priors=NGrams.priors).choose([3] * 7, 0) == 0
+    assert Pace(Costs(costs), 7, priors=NGrams.priors).choose([12] * 7, 0) > 3
 
 
 def test_a_time_that_was_measured_once_is_measured_again_if_it_was_long() -> None:

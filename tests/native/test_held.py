@@ -98,6 +98,23 @@ def test_most_tokens_take_no_preparing(runs: list[int]) -> None:
     assert len(runs) < 60  # layers and head of some steps, and the parts of those that the guard checks
 
 
+def test_room_behind_a_held_token_is_what_it_is_worked_out_to_be() -> None:
+    """Also where single tokens are held, without memory for guesses' states; up to where the guard looks."""
+    model = build("qwen3_5_text")
+    step, cache, ids = native_step(model), cache_of(model.config, Q8_0, 400), tokens(1, 180, 4)
+    step.forward(ids[:, :20], cache, 0)
+    rooms = []
+    for position in range(20, 180):
+        step.forward(ids[:, position : position + 1], cache, position)
+        held, step._held = step._held, None
+        worked_out = step.room(cache, 8)
+        step._held = held
+        assert step.room(cache, 8) == worked_out
+        rooms.append((worked_out, held is not None and held.has_room(8, cache, (step._layers, step._head))))
+    assert rooms.count((8, True)) > 100
+    assert min(room for room, _ in rooms) < 8
+
+
 def test_one_of_several_caches_alone(runs: list[int]) -> None:
     model = build("qwen3_5_text")
     step, cache, ids = native_step(model), cache_of(model.config, Q8_0, 400), tokens(1, 220, 4)

@@ -11,7 +11,7 @@ Source: Fast Inference from Transformers via Speculative Decoding, arXiv 2211.17
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, Protocol, runtime_checkable
 
@@ -46,6 +46,10 @@ class Guess:
     kinds: list[int]
     seconds: float = 0.0
     reading: float = 0.0
+
+
+NOTHING = Guess([], [])
+"""No guess."""
 
 
 class Guesser(Protocol):
@@ -104,8 +108,6 @@ class Drafts:
         Of the open step: the next token and the guesses behind it, what came after each, and faults by their place.
     n_taken
         How many of its tokens are the text's.
-    single
-        Whether the step had to be of one token, because the guard looks at it or rows move; it takes longer.
     """
 
     step: DraftStep | None = None
@@ -115,16 +117,17 @@ class Drafts:
     logits: Tensor | None = None
     failed: dict[int, Fault] = field(default_factory=dict)
     n_taken: int = 0
-    single: bool = False
     _kinds: list[int] = field(default_factory=list)
     _seconds: float = 0.0
     _n_others: int = 0
     _seeing: SeesHidden | None = field(default=None, init=False)
     _sees: bool = field(default=True, init=False)
+    _free: bool = field(default=False, init=False)
     _counted: tuple[int, int] = field(default=(0, 0), init=False)
 
     def __post_init__(self) -> None:
         self._seeing = self.guesser if isinstance(self.guesser, SeesHidden) else None
+        self._free = self.guesser is not None and self.guesser.seconds_each is None and not self.guesser.plans
 
     def propose(self, text: Sequence[int], cache: ModelCache, n_most: int, n_others: int = 0) -> list[int]:
         """Return the tokens to run: the text's last, which no step has processed, and guesses behind it.
@@ -136,29 +139,48 @@ class Drafts:
         n_others
             Rows of other sequences in the same step.
         """
-        self.single = False
         if self.step is None or self.guesser is None or self.pace is None:
             return [text[-1]]
-        n, pace, each = min(n_most, self.pace.n_max), self.pace, self.guesser.seconds_each or 0.0
+        n = min(n_most, self.pace.n_max)
+        if n <= 0:
+            guess = NOTHING
+        elif self._free:
+            guess = self.guesser.guess(text, n, _always)
+            if guess is not NOTHING:  # only now it matters how much one run takes
+                room = self._room(cache, len(guess.tokens))
+                guess = replace(guess, tokens=guess.tokens[:room], kinds=guess.kinds[:room])
+        else:
+            guess = self._ask(text, cache, n, n_others)
+        if guess is NOTHING:  # the common case, at a few microseconds
+            return [text[-1]]
+        n = len(guess.tokens)
+        if n and not self.guesser.plans:
+            n = self.pace.choose(guess.kinds, n_others)
+        self.pace.note_reading(guess.reading)
+        if not n:
+            self.pace.note_seconds(guess.seconds)
+        self._kinds, self._seconds, self._n_others = guess.kinds[:n], guess.seconds, n_others
+        return [text[-1], *guess.tokens[:n]]
+
+    def is_ordinary(self, cache: ModelCache) -> bool:
+        """Tell whether the next token takes what any other does: the guard does not look at it, and no rows move."""
+        return self.step is None or self.step.room(cache, 2) > 1
+
+    def _ask(self, text: Sequence[int], cache: ModelCache, n: int, n_others: int) -> Guess:
+        """Guess by what costs something, no more than one run takes."""
+        pace, guesser, step = self.pace, self.guesser, self.step
+        assert pace is not None and guesser is not None and step is not None
+        each = guesser.seconds_each or 0.0
         if self._seeing is not None and self._sees == pace.pauses_beyond(self._seeing.n_read):
             # In a pause, a token costs what it costs without a guesser: nothing is kept for one that does not read.
             self._sees = not self._sees
-            self.step.keep_hidden(cache, wanted=self._sees)
-        room = self._room(cache, n) if n > 0 else 0
-        self.single = n > 0 and room == 0
-        if self.guesser.plans:
-            n = room = pace.choose([0] * room, n_others, each)
-        guess = Guess([], [])
-        if room > 0:
-            guess = self.guesser.guess(text, room, partial(pace.goes_on, n_others=n_others, seconds_each=each))
-        n = len(guess.tokens)
-        if n and not self.guesser.plans:
-            n = pace.choose(guess.kinds, n_others)
-        pace.note_reading(guess.reading)
-        if not n:
-            pace.note_seconds(guess.seconds)
-        self._kinds, self._seconds, self._n_others = guess.kinds[:n], guess.seconds, n_others
-        return [text[-1], *guess.tokens[:n]]
+            step.keep_hidden(cache, wanted=self._sees)
+        room = self._room(cache, n)
+        if guesser.plans:
+            room = pace.choose([0] * room, n_others, each)
+        if room <= 0:
+            return NOTHING
+        return guesser.guess(text, room, partial(pace.goes_on, n_others=n_others, seconds_each=each))
 
     def _room(self, cache: ModelCache, n: int) -> int:
         """Count how many of `n` guesses one step takes."""
@@ -243,3 +265,9 @@ class Drafts:
 
     def _close(self) -> None:
         self.tokens, self.logits, self.failed, self.n_taken = [], None, {}, 0
+
+
+def _always(kinds: list[int]) -> bool:
+    """Answer that one more guess is welcome: it costs nothing."""
+    del kinds
+    return True

@@ -146,7 +146,7 @@ class Engine:
         """What is held of the sequences, guesses that were not drawn undone."""
         if self._drafts is not None:
             self._drafts.close(self._cache, self.n_held, ended=False)
-            self._count(self._drafts, 0)
+            self._count(self._drafts)
         return self._cache
 
     def generate(
@@ -303,12 +303,12 @@ class Engine:
         n_left
             Tokens to draw, the next one included.
         """
-        drafts = self._drafts
+        drafts, text = self._drafts, self._tokens.text
         assert drafts is not None
         try:
-            logits = drafts.take(self._tokens.text[-1])
+            logits = drafts.take(text[-1]) if drafts.tokens else None
             if logits is None:
-                logits = self._run_ahead(drafts, n_left - 1)
+                logits = self._run_ahead(drafts, text, n_left - 1)
             if drafts.tokens:
                 self.n_held = self._tokens.length
                 if not is_finite(logits):
@@ -318,14 +318,23 @@ class Engine:
             return self._rebuild(error)
         return logits
 
-    def _run_ahead(self, drafts: Drafts, n_most: int) -> Tensor:
-        """Run the history's last token, and guesses behind it; return the logits after that token, `[1, V]`."""
-        text = self._tokens.text
+    def _run_ahead(self, drafts: Drafts, text: Sequence[int], n_most: int) -> Tensor:
+        """Run the history's last token, and guesses behind it; return the logits after that token, `[1, V]`.
+
+        Of a token without a guess, all that is done beside running it counts: it is most of what guessing costs there.
+        """
+        assert drafts.pace is not None
+        costs, undoing = drafts.pace.costs, 0.0
+        if drafts.tokens:
+            start = time.perf_counter()
+            drafts.close(self._cache, len(text) - 1, ended=True)
+            self._count(drafts)
+            undoing = time.perf_counter() - start
+        self.timings.n_runs += 1
+        tokens = drafts.propose(text, self._cache, n_most)  # whoever makes guesses counts what they cost
+        if len(tokens) == 1 and not (costs.is_due(1) and drafts.is_ordinary(self._cache)):
+            return self._forward(self.history[:, -1:])
         start = time.perf_counter()
-        drafts.close(self._cache, len(text) - 1, ended=True)
-        begin = time.perf_counter()
-        tokens = drafts.propose(text, self._cache, n_most)
-        start += time.perf_counter() - begin  # what guesses cost is counted by whoever makes them
         if len(tokens) == 1:
             logits = self._forward(self.history[:, -1:])
         else:
@@ -336,14 +345,10 @@ class Engine:
             first = drafts.take(text[-1])
             assert first is not None
             logits = first
-        assert drafts.pace is not None
-        if not drafts.single:
-            drafts.pace.costs.note(len(tokens), time.perf_counter() - start)
-        self._count(drafts, 1)
+        costs.note(len(tokens), undoing + time.perf_counter() - start)
         return logits
 
-    def _count(self, drafts: Drafts, n_runs: int) -> None:
-        """Take over what was guessed up to now, and count steps."""
+    def _count(self, drafts: Drafts) -> None:
+        """Take over what was guessed up to now."""
         if drafts.pace is not None:
             self.timings.n_guessed, self.timings.n_right = drafts.pace.n_guessed, drafts.pace.n_right
-        self.timings.n_runs += n_runs

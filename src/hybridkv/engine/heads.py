@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hybridkv.engine.drafts import GoesOn, Guess
+from hybridkv.engine import ngrams as lookup
+from hybridkv.engine.drafts import NOTHING, GoesOn, Guess
 from hybridkv.engine.ngrams import SIZES, NGrams
 from hybridkv.engine.pace import moved
 from hybridkv.kernels.threads import torch_on_one_thread
@@ -45,7 +46,7 @@ class HeadGuesser:
 
     name = "mtp"
     plans = False
-    priors = PRIORS
+    priors = PRIORS | lookup.PRIORS
     n_read = MOST_NEW
 
     def __init__(self, predictor: Predictor, ngrams: NGrams | None = None) -> None:
@@ -80,7 +81,7 @@ class HeadGuesser:
             if found.kinds and found.kinds[0] in _TRUSTED:
                 return found
         if not goes_on([]) or not self._new or self._end != len(text) - 1:
-            return Guess([], [])
+            return NOTHING
         start, n_new = time.perf_counter(), self._n_new
         tokens, kinds = self._ask(text, n, goes_on)
         seconds = time.perf_counter() - start

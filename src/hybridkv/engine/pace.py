@@ -37,8 +37,18 @@ _FIRST = 4
 _KNOWN = 2
 """Measurements without which a number of rows is not known: one alone may have had memory taken or a buffer made."""
 
+_ONE_IN = 16
+"""Runs without a guess of which one is timed, once a few have been."""
+
 _CLOSE = 0.2
-"""How far a new time moves what is expected of a step."""
+"""How far a new time moves what is expected of a guess."""
+
+_SLOWER, _FASTER = 0.05, 0.5
+"""How far a longer and a shorter time move what is expected of a run. Other programs only make one longer, and a number
+of rows that has come to look slow is not run any more, so that nothing would correct it."""
+
+_LIKELY = 0.75
+"""How often guesses hold, as long as nothing is known."""
 
 
 def moved(known: float, seconds: float) -> float:
@@ -58,6 +68,14 @@ class Costs:
 
     seconds: dict[int, float] = field(default_factory=dict)
     _counts: dict[int, int] = field(default_factory=dict)
+    _n_untimed: int = 0
+
+    def is_due(self, n_rows: int) -> bool:
+        """Tell whether a run without a guess is to be timed, which costs something: the first, then one in a few."""
+        if self._counts.get(n_rows, 0) < _FIRST:
+            return True
+        self._n_untimed = (self._n_untimed + 1) % _ONE_IN
+        return not self._n_untimed
 
     def note(self, n_rows: int, seconds: float) -> None:
         """Take a measurement."""
@@ -66,7 +84,8 @@ class Costs:
         if known is None or count <= _FIRST:
             self.seconds[n_rows] = seconds if known is None else min(known, seconds)
         else:
-            self.seconds[n_rows] = moved(known, seconds)
+            close = _SLOWER if seconds > known else _FASTER
+            self.seconds[n_rows] = known + close * (min(seconds, 2 * known) - known)
 
     def knows(self, n_rows: int) -> bool:
         """Check whether steps of `n_rows` rows have been measured often enough to be compared with."""
@@ -98,6 +117,8 @@ class Odds:
 
     Attributes
     ----------
+    prior
+        The share that hold, as far as is known before any was tried; it counts as two guesses.
     right, wrong
         Guesses behind right ones, the newest counting most.
     pause, next_pause
@@ -106,13 +127,21 @@ class Odds:
         All of them.
     """
 
-    right: float = 1.5
-    wrong: float = 0.5
+    prior: float = _LIKELY
+    right: float = field(init=False)
+    wrong: float = field(init=False)
     forget: float = _FORGET
     pause: int = 0
     next_pause: int = FIRST_PAUSE
     n_guessed: int = 0
     n_right: int = 0
+
+    def __post_init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was tried."""
+        self.right, self.wrong = 2 * self.prior, 2 - 2 * self.prior
 
     @property
     def share(self) -> float:
@@ -210,7 +239,9 @@ class Pace:
         self.costs, self.n_max, self.n_min = costs, n_max, n_min
         self._on_pause = on_pause
         self.n_guessed = self.n_right = 0
-        self._odds = {kind: Odds(2 * share, 2 - 2 * share, _FORGET_SHARES) for kind, share in (priors or {}).items()}
+        self._odds = {
+            kind: Odds(share, forget=_FORGET_SHARES if kind < 0 else _FORGET) for kind, share in (priors or {}).items()
+        }
         self._trial = trial or Trial()
         self._later = Odds(forget=_FORGET_SHARES)
         """Of guesses behind right ones, of all kinds: they hold more often than the first."""
@@ -258,7 +289,7 @@ class Pace:
                 best, alone = n, speed
         if not best and n_most >= self.n_min and kinds[0] >= 0:
             odds.pause, odds.next_pause = odds.next_pause, min(2 * odds.next_pause, LONGEST_PAUSE)
-            odds.right, odds.wrong = 1.5, 0.5  # another part of the text may be another matter
+            odds.begin()  # another part of the text may be another matter
             if self._on_pause is not None and odds.n_guessed:
                 self._on_pause(odds.n_right, odds.n_guessed)
         return best

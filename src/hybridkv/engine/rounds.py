@@ -39,8 +39,8 @@ class Taken:
     failed: list[tuple[RunningSequence, Fault]]
 
 
-def run_next(step: Step, batch: Sequence[RunningSequence], costs: Costs) -> None:
-    """Run the last token of every sequence, and what each guesses behind it."""
+def run_next(step: Step, batch: Sequence[RunningSequence], costs: Costs | None) -> None:
+    """Run the last token of every sequence, and what each guesses behind it; `costs` learn what that takes."""
     tokens = []
     for sequence in batch:
         assert sequence.cache is not None
@@ -50,6 +50,10 @@ def run_next(step: Step, batch: Sequence[RunningSequence], costs: Costs) -> None
     caches = [s.cache for s in batch if s.cache is not None]
     positions = [s.position for s in batch]
     n_rows = sum(map(len, tokens))
+    timed = costs is not None and (n_rows > len(batch) or costs.is_due(n_rows))
+    if timed:
+        alone = [s for s, own in zip(batch, tokens, strict=True) if len(own) == 1]
+        timed = all(s.cache is not None and s.drafts.is_ordinary(s.cache) for s in alone)
     start = time.perf_counter()
     if n_rows == len(batch):
         answers = step.forward_many(torch.tensor([own[0] for own in tokens]), caches, positions)
@@ -60,7 +64,7 @@ def run_next(step: Step, batch: Sequence[RunningSequence], costs: Costs) -> None
     for sequence, own in zip(batch, tokens, strict=True):
         sequence.drafts.open(own, answers, first_row)
         first_row += len(own)
-    if not any(sequence.drafts.single for sequence in batch):
+    if costs is not None and timed:
         costs.note(n_rows, time.perf_counter() - start)
 
 

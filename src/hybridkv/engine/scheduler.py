@@ -24,7 +24,6 @@ from hybridkv.engine.drafts import Drafts
 from hybridkv.engine.intake import Intake
 from hybridkv.engine.ladder import check_weights, labels_of, raised_specs
 from hybridkv.engine.model_context import ModelContext, bad_logits
-from hybridkv.engine.pace import Costs
 from hybridkv.engine.pieces import Pieces
 from hybridkv.engine.prefixes import PrefixStore
 from hybridkv.engine.requests import Event, Request, RequestHandle, SchedulerStats
@@ -108,7 +107,7 @@ class Scheduler:
         takes_pieces = self.step_of_model.takes_chunks
         self._pieces = Pieces.on(self._context.device, prefill_chunk) if takes_pieces else None
         self._speculation = None if speculation is None or rejects_drafts(self.step_of_model) else speculation
-        self._costs = Costs() if speculation is None else speculation.costs
+        self._costs = None if self._speculation is None else self._speculation.costs
         native = isinstance(self.step_of_model, NativeStep)
         self.admission = Admission(
             model,

@@ -96,12 +96,18 @@ class Continuation:
         self, n_seqs: int, n_tokens: int, cache: ModelCache, position: int, builders: tuple[Builder, Builder]
     ) -> bool:
         """Check whether so many tokens of each sequence are the next of this cache, and all is where it was."""
+        return (
+            position == self._position
+            and n_seqs == self._n_seqs
+            and (n_tokens == 1 or self._step.takes_drafts(n_tokens))
+            and self.has_room(n_tokens, cache, builders)
+        )
+
+    def has_room(self, n_tokens: int, cache: ModelCache, builders: tuple[Builder, Builder]) -> bool:
+        """Check whether so many tokens may follow those of this cache, and all is where it was."""
         if (
             n_tokens > self._n_left
-            or position != self._position
             or self._cache() is not cache
-            or n_seqs != self._n_seqs
-            or (n_tokens > 1 and not self._step.takes_drafts(n_tokens))
             or builders != self._builders
             or native_threads() != self._step.n_threads
         ):
@@ -109,13 +115,9 @@ class Continuation:
         for index, key in self._keys:
             layer = rows_of(cache, index)
             store = layer.store
-            if store.memory_key is not key or store.n_seen != position or layer.watch.awaits_first_check:
+            if store.memory_key is not key or store.n_seen != self._position or layer.watch.awaits_first_check:
                 return False
         return all(state.stays for state in self._states)
-
-    def has_room(self, n_tokens: int, cache: ModelCache, builders: tuple[Builder, Builder]) -> bool:
-        """Check whether so many tokens are the next of a cache of one sequence, and all is where it was."""
-        return self.takes(1, n_tokens, cache, self._position, builders)
 
     def run(self, tokens: Tensor) -> tuple[Tensor, list[tuple[int, Health]]]:
         """Continue the cache by tokens that `takes` has taken.

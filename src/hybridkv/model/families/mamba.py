@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from hybridkv.model.families.dense import granite
@@ -26,7 +27,7 @@ from hybridkv.model.families.parts import (
     shared_expert,
     window_rejects,
 )
-from hybridkv.model.graph import Block, Branch, ModelGraph
+from hybridkv.model.graph import Block, Branch, ModelGraph, Prediction
 from hybridkv.model.layers import (
     Attention,
     Choice,
@@ -124,7 +125,21 @@ def _nemotron(c: Any) -> ModelGraph:
         parts["moe"] = _nemotron_experts(c)
     before = Norm("attn_norm.weight", eps)
     blocks = (Block((Branch(before, (parts[kind],)),)) for kind in c.layers_block_type)
-    return graph(c, blocks, last=Norm("output_norm.weight", eps))
+    model = graph(c, blocks, last=Norm("output_norm.weight", eps))
+    if not getattr(c, "mtp_num_hidden_layers", 0) or "moe" not in parts:
+        return model
+    # Both of its layers are one block of a file. The last norm is an RMSNorm, as in vLLM; llama.cpp is said to take
+    # the mean off there. Which of both is right changes how often guesses hold, and never the text.
+    behind = Norm("post_attention_norm.weight", eps)
+    head = Prediction(
+        layer=c.num_hidden_layers,
+        block=Block((Branch(before, (parts["full_attention"],)), Branch(behind, (parts["moe"],)))),
+        embed_norm=Norm("nextn.enorm.weight", eps),
+        hidden_norm=Norm("nextn.hnorm.weight", eps),
+        norm=Norm("nextn.shared_head_norm.weight", eps),
+        tokens=tuple(getattr(c, "mtp_tokens", ())),
+    )
+    return replace(model, prediction=head)
 
 
 def _falcon_rejects(c: Any) -> str | None:
@@ -208,3 +223,6 @@ FAMILIES = {
     "bamba": Family(_bamba_rejects, _bamba, (Mamba2, Attention, Gated)),
     "jamba": Family(_jamba_rejects, _jamba, (Mamba1, Attention, Gated, Experts)),
 }
+
+PREDICTING = ("nemotron_h",)
+"""Families whose files may have a head of multi-token prediction that is run."""
