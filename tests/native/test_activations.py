@@ -41,14 +41,14 @@ def native(family: str, mix: str, activations: Activations = "int8") -> NativeSt
 def test_logits_are_as_near_as_eight_bits_are(family: str, mix: str) -> None:
     """Further away than 15 bits, so that they are used, in prompts and in single tokens, and near all the same."""
     step, past, position = native(family, mix), None, 0
-    past = cache_of(step)
+    past = cache_of(family, mix)
     for piece, (right, sure) in zip(PIECES, exact(family, mix), strict=True):
         got = step.logits(piece, past, position)
         if sure.any() and "moe" not in family:  # another expert may be chosen, which is no rounding
             assert 2e-3 < error(got[sure], right[sure]) < 6e-2, (position, piece.shape)
         position += piece.shape[1]
         assert torch.isfinite(got).all()
-    prompt = step.logits(PIECES[0][:, :3], cache_of(step), 0)
+    prompt = step.logits(PIECES[0][:, :3], cache_of(family, mix), 0)
     assert error(prompt, exact(family, mix)[0][0][:, :3]) < 0.2
 
 
@@ -57,7 +57,7 @@ def test_sequences_get_the_bits_that_they_get_alone(family: str) -> None:
     """Single tokens, whose arguments are kept from token to token, beside sequences that are decoded together."""
     step = native(family, "q4_k_m")
     prompts, newest = [tokens(1, n, seed=n) for n in (5, 17, 2)], tokens(3, 4, seed=9)
-    together, alone = ([cache_of(step, KVTypes("q8_0", "q8_0")) for _ in prompts] for _ in range(2))
+    together, alone = ([cache_of(family, "q4_k_m", KVTypes("q8_0", "q8_0")) for _ in prompts] for _ in range(2))
     for prompt, one, other in zip(prompts, together, alone, strict=True):
         assert torch.equal(step.forward(prompt, one, 0), step.forward(prompt, other, 0))
     answers = []
