@@ -76,7 +76,7 @@ void linear_pairs(const Matrix& w, const uint8_t* x, const int32_t* x_rows, int6
         return ManyPairs::linear<T>(w, x, x_rows, n_rows, row0, row1, out, scratch);
     }
     const int64_t stride = order_stride<PairOrder>(w.n_in), units = units_of(w.n_in);
-    Many::last<ManyPairs::kTogether>(n_rows, [&](auto group, int64_t q) {
+    Many::last<kTogether>(n_rows, [&](auto group, int64_t q) {
         constexpr int n = decltype(group)::count;
         few_pair_rows<T, n>(w, Taken<n>(x, stride, x_rows, q, units), q, row0, row1, out);
     }, 0);

@@ -165,12 +165,24 @@ HYBRIDKV_PHASE F pair_odd(const Matrix& w, const uint8_t* row, const Taken<1>& x
     return acc[0];
 }
 
+// The same of whole pairs, for as many rows as prompts have: their words are unpacked once.
+template <class T, int NQ>
+HYBRIDKV_PHASE void pair_rest(const uint8_t* b, const Taken<NQ>& x, int64_t u, F (&acc)[NQ], int n_pairs) {
+    pair_unit<T, NQ>(b, x, u, acc, n_pairs);
+}
+
+constexpr int kTogether = 8;  // rows of activations of a prompt that meet a pair in registers
+
 // What is behind the whole units of a row.
 template <class T, int NQ>
 inline __attribute__((always_inline)) void pair_last(const Matrix& w, const uint8_t* row, const Taken<NQ>& x, F (&acc)[NQ]) {
     const int64_t whole = w.n_in / kUnit, left = w.n_in % kUnit;
     if (left == kUnit / 2) {
         pair_unit<T, NQ>(row + whole * kUnitOf<T>, x, whole, acc, kPairs / 2);
+    } else if (NQ == kTogether && left && left % kPair == 0) {
+        if constexpr (NQ == kTogether) {
+            pair_rest<T, NQ>(row + whole * kUnitOf<T>, x, whole, acc, static_cast<int>(left / kPair));
+        }
     } else if (left) {
         for (int q = 0; q < NQ; ++q) acc[q] = pair_odd<T>(w, row, Taken<1>(x.rows[q], 0, nullptr, 0, x.units), acc[q]);
     }
@@ -188,7 +200,6 @@ HYBRIDKV_PHASE void few_pair_rows(const Matrix& w, const Taken<NQ>& x, int64_t q
 
 struct ManyPairs {
     static constexpr int64_t kOut = Many::kOut, kMost = Many::kMost;
-    static constexpr int kTogether = 8;  // rows of activations that meet a pair in registers
     static constexpr int64_t kInFirst = 32 << 10;  // bytes of activations that pass for every output row at once
     static constexpr int64_t kColumns = (24 << 10) / (kTogether * kUnitBytes);  // units that stay in the first cache else
 
