@@ -29,6 +29,7 @@ from hybridkv.model import graph_of, kv_facts, layer_facts
 from hybridkv.native import NativeModel, NativeStep, native_model
 from hybridkv.native.predict import rows_bytes
 from hybridkv.policy import Guard, Policy
+from hybridkv.runtime import ModelCache
 from tests.engine.serving import GREEDY, drain, tokens
 from tests.gguf.write_qwen35 import Draft, draft, tiny_model
 from tests.native.quantized import plain_file
@@ -133,30 +134,37 @@ def test_another_cache_between_two_tokens_changes_no_hidden_states(tmp_path: Pat
     assert torch.equal(found[0], found[1])
 
 
+def guessed(
+    step: NativeStep, cache: ModelCache, text: list[int], n_read: list[int], n: int
+) -> tuple[list[int], Tensor]:
+    """Have a head read a text in pieces and guess `n` tokens; they, and the logits before each and behind the last."""
+    predictor = step.predictor
+    assert predictor is not None
+    step.forward(torch.tensor([text[:-1]]), cache, 0)
+    hidden, rows, at = step.take_hidden(cache), predictor.new_rows(), 0
+    assert hidden is not None
+    for n_new in n_read:
+        predictor.read(rows, text[at + 1 : at + 1 + n_new], hidden[at : at + n_new], at)
+        at += n_new
+    guesses, found = [], [predictor._one.buffer("logits")[0].clone()]
+    for place in range(n):
+        token, share = predictor.guess()
+        assert share == pytest.approx(float(found[-1].softmax(0)[token]), rel=1e-5)
+        guesses.append(token)
+        predictor.add(rows, token, at + place)
+        found.append(predictor._one.buffer("logits")[0].clone())
+    return guesses, torch.stack(found)
+
+
 @pytest.mark.parametrize("n_read", [[39], [1] * 39, [20, 3, 1, 15]])
 def test_guesses_are_those_of_transformers(tmp_path: Path, n_read: list[int]) -> None:
     """The final norm comes before the head's own, the embedding before the hidden state, and its result goes on."""
     model, text = loaded(tmp_path), prompt(40)
     step = NativeStep(model)
-    predictor = step.predictor
-    assert predictor is not None
-    cache = engine(model, None, step).cache
-    step.forward(torch.tensor([text[:-1]]), cache, 0)
-    hidden, rows, at = step.take_hidden(cache), predictor.new_rows(), 0
-    assert hidden is not None
-    for n in n_read:
-        predictor.read(rows, text[at + 1 : at + 1 + n], hidden[at : at + n], at)
-        at += n
-    guesses, found = [], [predictor._one.buffer("logits")[0].clone()]
-    for place in range(3):
-        token, share = predictor.guess()
-        assert share == pytest.approx(float(found[-1].softmax(0)[token]), rel=1e-5)
-        guesses.append(token)
-        predictor.add(rows, token, 39 + place)
-        found.append(predictor._one.buffer("logits")[0].clone())
+    guesses, found = guessed(step, engine(model, None, step).cache, text, n_read, 3)
     wanted = expected(text, guesses)
     assert [int(row.argmax()) for row in wanted[:3]] == guesses
-    assert float((torch.stack(found) - wanted).norm() / wanted.norm()) < 2e-3
+    assert float((found - wanted).norm() / wanted.norm()) < 2e-3
 
 
 def test_a_head_s_cache_goes_back_to_the_byte(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from hybridkv.policy import Guard
 from tests.engine.serving import GREEDY
 from tests.families import build
 from tests.native.test_drafts import cache_of, differences
-from tests.native.test_predict import Free, engine, prompt
+from tests.native.test_predict import Free, engine, guessed, prompt
 
 pytestmark = pytest.mark.skipif(cpu_native.available() is not None, reason="the native extension is not built")
 
@@ -150,23 +150,10 @@ def test_guesses_are_those_of_transformers_layers(file: tuple[str, NativeModel],
     """The model's last norm comes before the head's own, and the head's normed result goes on."""
     how, model = file
     step, text = NativeStep(model), prompt(20)
-    predictor = step.predictor
-    assert predictor is not None
-    exact, rows, at = cache_of(model.config, KVTypes("f32", "f32")), predictor.new_rows(), 0
-    step.forward(torch.tensor([text[:-1]]), exact, 0)
-    hidden = step.take_hidden(exact)
-    assert hidden is not None
-    for n in n_read:
-        predictor.read(rows, text[at + 1 : at + 1 + n], hidden[at : at + n], at)
-        at += n
-    guesses, found = [], [predictor._one.buffer("logits")[0].clone()]
-    for place in range(2):
-        guesses.append(predictor.guess()[0])
-        predictor.add(rows, guesses[-1], 19 + place)
-        found.append(predictor._one.buffer("logits")[0].clone())
+    guesses, found = guessed(step, cache_of(model.config, KVTypes("f32", "f32")), text, n_read, 2)
     wanted = expected(how, text, guesses)
     assert [int(row.argmax()) for row in wanted[:2]] == guesses
-    assert float((torch.stack(found) - wanted).norm() / wanted.norm()) < 1e-3
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-3
 
 
 def test_the_text_and_the_cache_are_those_without_guesses(

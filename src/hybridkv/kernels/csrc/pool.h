@@ -12,8 +12,8 @@ namespace hybridkv {
 // time runs its tasks alone.
 void parallel_for(int64_t n_tasks, int n_threads, const std::function<void(int64_t, int)>& work);
 
-// The same, for up to 64 tasks that each change memory of their own at every call: a thread begins with the tasks that it
-// had the last time, whose memory is near it.
+// The same, for tasks that each change memory of their own at every call: a thread begins with the tasks that it had the
+// last time, whose memory is near it. More than 64 are handed out as above.
 void parallel_for_at_home(int64_t n_tasks, int n_threads, const std::function<void(int64_t, int)>& work);
 
 // From now on calls come step after step: workers stay awake between them, for milliseconds.

@@ -177,15 +177,13 @@ constexpr int kTogether = 8;  // rows of activations of a prompt that meet a pai
 template <class T, int NQ>
 inline __attribute__((always_inline)) void pair_last(const Matrix& w, const uint8_t* row, const Taken<NQ>& x, F (&acc)[NQ]) {
     const int64_t whole = w.n_in / kUnit, left = w.n_in % kUnit;
-    if (left == kUnit / 2) {
-        pair_unit<T, NQ>(row + whole * kUnitOf<T>, x, whole, acc, kPairs / 2);
-    } else if (NQ == kTogether && left && left % kPair == 0) {
-        if constexpr (NQ == kTogether) {
-            pair_rest<T, NQ>(row + whole * kUnitOf<T>, x, whole, acc, static_cast<int>(left / kPair));
-        }
-    } else if (left) {
-        for (int q = 0; q < NQ; ++q) acc[q] = pair_odd<T>(w, row, Taken<1>(x.rows[q], 0, nullptr, 0, x.units), acc[q]);
+    const uint8_t* last = row + whole * kUnitOf<T>;
+    if (left == kUnit / 2) return pair_unit<T, NQ>(last, x, whole, acc, kPairs / 2);
+    if constexpr (NQ == kTogether) {
+        if (left && left % kPair == 0) return pair_rest<T, NQ>(last, x, whole, acc, static_cast<int>(left / kPair));
     }
+    if (!left) return;
+    for (int q = 0; q < NQ; ++q) acc[q] = pair_odd<T>(w, row, Taken<1>(x.rows[q], 0, nullptr, 0, x.units), acc[q]);
 }
 
 template <class T, int NQ>
