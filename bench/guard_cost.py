@@ -47,7 +47,7 @@ def main() -> int:
     assert loaded.tokenizer is not None
     ids = torch.tensor([loaded.tokenizer.encode(TEXT.read_text()[:40000])])
     specs = Policy(KVTypes("q4_0", "q4_0")).resolve(kv_facts(loaded.description.facts))
-    step = resolve_step(loaded.model.config, "cpu", parse_step(a.engine))(loaded.model)
+    step = resolve_step(loaded.model.config, "cpu", parse_step(a.backend))(loaded.model)
 
     def seconds(mode: GuardMode, n_prompt: int, n_decode: int) -> float:
         """Of the prompt, or of the tokens after it if there are any. No fallback: the limit is out of reach."""

@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
-    loaded = load(describe(a.model), dtype=torch.float32, device="cpu")
+    loaded = load(describe(a.model), dtype=torch.float32, device="cpu", weights="auto")
     text = [i % 1000 + 3 for i in range(20_000)]  # for a model of random weights, which has no tokenizer
     if loaded.tokenizer is not None:
         text = loaded.tokenizer.encode(bundled_text().read_text()[:120_000])
