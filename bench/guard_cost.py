@@ -43,7 +43,7 @@ def main() -> int:
     a = parser.parse_args()
     measured = commit()
     transformers.utils.logging.set_verbosity_error()
-    loaded = load(describe(a.model), dtype=torch.float32, device="cpu")
+    loaded = load(describe(a.model), dtype=torch.float32, device="cpu", weights="auto")
     assert loaded.tokenizer is not None
     ids = torch.tensor([loaded.tokenizer.encode(TEXT.read_text()[:40000])])
     specs = Policy(KVTypes("q4_0", "q4_0")).resolve(kv_facts(loaded.description.facts))
