@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from hybridkv.errors import UsageError
 from hybridkv.hf import ModelCache
 from hybridkv.kernels import cpu_native
 from hybridkv.kernels.step import StepProgram
+from hybridkv.native.continuations import Continuations
 from hybridkv.native.held import MAX_TOKENS
 from hybridkv.policy import NonFiniteError
 from tests.families import build
@@ -106,11 +107,11 @@ def test_room_behind_a_held_token_is_what_it_is_worked_out_to_be() -> None:
     rooms = []
     for position in range(20, 180):
         step.forward(ids[:, position : position + 1], cache, position)
-        held, step._held = step._held, None
+        held, step._held = step._held, Continuations(step._embedding, 1.0, step._rope)
         worked_out = step.room(cache, 8)
         step._held = held
         assert step.room(cache, 8) == worked_out
-        rooms.append((worked_out, held is not None and held.has_room(8, cache, (step._layers, step._head))))
+        rooms.append((worked_out, held.has_room(8, cache, step._builders)))
     assert rooms.count((8, True)) > 100
     assert min(room for room, _ in rooms) < 8
 
@@ -223,3 +224,101 @@ def test_steps_of_their_own_threads() -> None:
             twins.take_many(8, seed=n_threads)
     finally:
         torch.set_num_threads(before)
+
+
+class Together:
+    """Caches of one sequence each: some that go on together, and their twins, each alone and worked out anew."""
+
+    def __init__(self, family: str, kinds: Sequence[KVTypes]) -> None:
+        model = build(family)
+        self.step, self.alone = native_step(model), native_step(model)
+        self.caches = [cache_of(model.config, types, 400) for types in kinds]
+        self.twins = [cache_of(model.config, types, 400) for types in kinds]
+        self.positions = [0] * len(kinds)
+        self.asked = tokens(1, 3000, 21)[0].tolist()
+        for i in range(len(kinds)):
+            ids = torch.tensor([self._take(i, 12 + 7 * i)])
+            self.step.forward(ids, self.caches[i], 0)
+            self.alone.forward(ids, self.twins[i], 0)
+
+    def _take(self, i: int, n: int) -> list[int]:
+        self.positions[i] += n
+        own, self.asked = self.asked[:n], self.asked[n:]
+        return own
+
+    def go(self, spans: dict[int, tuple[int, int]]) -> None:
+        """Give each cache so many tokens, if it takes them, of which so many stay; logits and bytes are the twins'."""
+        room = {i: self.step.room(self.caches[i], n) for i, (n, _) in spans.items()}
+        spans = {i: (room[i], min(kept, room[i])) for i, (_, kept) in spans.items()}
+        before = {i: self.positions[i] for i in spans}
+        own = {i: self._take(i, n) for i, (n, _) in spans.items()}
+        got = self.step.forward_drafts(list(own.values()), [self.caches[i] for i in spans], list(before.values()))
+        assert not got.failed
+        row = 0
+        for i, (n, kept) in spans.items():
+            self.step.keep(self.caches[i], kept)
+            self.positions[i] -= n - kept
+            for k, token in enumerate(own[i][:kept]):
+                self.alone._held.forget(self.twins[i])
+                expected = self.alone.forward(torch.tensor([[token]]), self.twins[i], before[i] + k)
+                assert torch.equal(got.logits[row + k], expected[0])
+            row += n
+
+    def compare(self) -> None:
+        for cache, twin in zip(self.caches, self.twins, strict=True):
+            assert differences(cache.stored(), twin.stored()) == []
+
+
+def _single(caches: Iterable[int]) -> dict[int, tuple[int, int]]:
+    return dict.fromkeys(caches, (1, 1))
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_several_caches_go_on_together(family: str) -> None:
+    """They begin at different lengths; one rests, comes back, and the order changes."""
+    together = Together(family, [Q8_0] * 3)
+    for order in ((0, 1, 2), (0, 2), (2, 0), (2, 1, 0)):
+        for _ in range(3):
+            together.go(_single(order))
+    together.compare()
+
+
+def test_several_caches_of_different_types_with_guesses() -> None:
+    """Some of them take several tokens, of which all stay or some; another sees its 64 tokens run out."""
+    together = Together("qwen3_5_text", [Q8_0, KVTypes("q4_0", "f16"), KVTypes("f16", "q8_0")])
+    for spans in ({0: (4, 2), 1: (1, 1), 2: (3, 3)}, {1: (2, 1), 2: (1, 1)}, {0: (1, 1), 1: (1, 1), 2: (5, 1)}):
+        together.go(spans)
+        together.go(_single(range(3)))
+    for _ in range(MAX_TOKENS):
+        together.go(_single((1, 2)))
+    together.go({0: (2, 2), 1: (2, 2), 2: (2, 1)})
+    together.compare()
+
+
+def test_several_caches_take_no_preparing(runs: list[int]) -> None:
+    together = Together("qwen3_5_text", [Q8_0, Q8_0])
+    del runs[:]
+    ids = together.asked
+    for n in range(150):
+        places = [position + n for position in together.positions]
+        assert not together.step.forward_many(torch.tensor(ids[2 * n : 2 * n + 2]), together.caches, places).failed
+    assert len(runs) < 80  # steps that the guard checks are run in parts
+
+
+def test_beside_a_cache_whose_rows_move() -> None:
+    """One with exact rows goes another way, and takes the others with it."""
+    together = Together("qwen3_5_text", [Q8_0, KINDS["q8_0, tail of 1"]])
+    for spans in (_single((0, 1)), _single((0,)), _single((0, 1)), {0: (3, 2), 1: (1, 1)}, _single((0, 1))):
+        together.go(spans)
+    together.compare()
+
+
+def test_of_several_caches_only_the_one_with_a_bad_row_fails() -> None:
+    together = Together("qwen3_5_text", [KVTypes("q8_0", "f16")] * 2)
+    for _ in range(15):
+        together.go(_single((0, 1)))
+    layer = next(layer for layer in together.caches[1].rows if layer is not None)
+    layer.store.segments[0].v[0].view(torch.float16)[:, :, 5] = torch.nan
+    got = together.step.forward_many(torch.tensor([3, 4]), together.caches, together.positions)
+    assert list(got.failed) == [1]
+    assert isinstance(got.failed[1], NonFiniteError)

@@ -18,6 +18,7 @@ from hybridkv.engine.model_context import bad_logits
 from hybridkv.engine.pace import Costs
 from hybridkv.engine.running_sequence import RunningSequence
 from hybridkv.errors import HybridKVError
+from hybridkv.kernels.threads import torch_on_one_thread
 from hybridkv.policy import MismatchError, NonFiniteError
 from hybridkv.runtime import DraftStep, Fault, Step, finite_rows
 
@@ -95,6 +96,7 @@ def ask_steering(
     return [batch[i] for i in kept], logits if not lost else logits[kept], lost
 
 
+@torch_on_one_thread()
 def take_next(batch: Sequence[RunningSequence]) -> Taken:
     """Take the computed logits after each sequence's last token; list the sequences that have none yet."""
     ready, rows, failed = [], [], []

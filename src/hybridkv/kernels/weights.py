@@ -9,7 +9,7 @@ A row of activations gets the same bits whatever the number of rows beside it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -261,7 +261,7 @@ def _check_ids(ids: Tensor, n: int) -> None:
     check_rows(ids.tolist(), n)
 
 
-def check_rows(values: list[int], n: int) -> None:
+def check_rows(values: Sequence[int], n: int) -> None:
     """Raise unless every number is of one of `n` rows."""
     if values and not (min(values) >= 0 and max(values) < n):
         raise UsageError(f"row ids {min(values)}..{max(values)} of a matrix of {n} rows")

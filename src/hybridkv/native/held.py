@@ -1,4 +1,4 @@
-"""One cache continued by one token after another: what a step needs is worked out once, then only lengths change.
+"""Caches continued by one token after another: what a step needs is worked out once, then only lengths change.
 
 Of one sequence, several guessed tokens may be taken at once, of which some stay.
 
@@ -14,9 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hybridkv.kernels.cache_rows import Health
-from hybridkv.kernels.held import HeldStep
-from hybridkv.kernels.threads import native_threads
+from hybridkv.kernels.held import Faults, HeldCache, HeldStep
 from hybridkv.native.builder import Builder
 from hybridkv.native.rows import n_before_check, rows_of
 from hybridkv.runtime import ModelCache, WatchedRows
@@ -59,18 +57,18 @@ class HeldState:
 
 
 class Continuation:
-    """Continues a cache by single tokens while nothing about it changes but its length.
+    """Continues a cache by its next tokens while nothing about it changes but its length.
 
     Parameters
     ----------
     step
-        The native part.
-    builders
-        Of the layers and of the head, whose buffers it uses.
+        The native part, which others share.
+    native
+        What it needs of this cache.
+    layers
+        Of the program that runs: which layers attend.
     cache
         Remembered, but not kept alive.
-    n_seqs
-        Its sequences.
     position
         Of the next token.
     n_left
@@ -80,37 +78,30 @@ class Continuation:
     def __init__(
         self,
         step: HeldStep,
-        builders: tuple[Builder, Builder],
+        native: HeldCache,
+        layers: Builder,
         cache: ModelCache,
         states: Sequence[HeldState],
-        n_seqs: int,
         position: int,
         n_left: int,
     ) -> None:
-        self._step, self._builders, self._states = step, builders, states
+        self.step, self.native, self._states = step, native, states
         self._cache = weakref.ref(cache)
-        self._keys = [(call.layer, rows_of(cache, call.layer).store.memory_key) for call in builders[0].calls]
-        self._n_seqs, self._position, self._n_left, self._n_drafted = n_seqs, position, n_left, 0
+        self._keys = [(call.layer, rows_of(cache, call.layer).store.memory_key) for call in layers.calls]
+        self._position, self._n_left, self._n_drafted = position, n_left, 0
 
-    def takes(
-        self, n_seqs: int, n_tokens: int, cache: ModelCache, position: int, builders: tuple[Builder, Builder]
-    ) -> bool:
+    def takes(self, n_seqs: int, n_tokens: int, cache: ModelCache, position: int, step: HeldStep) -> bool:
         """Check whether so many tokens of each sequence are the next of this cache, and all is where it was."""
         return (
             position == self._position
-            and n_seqs == self._n_seqs
-            and (n_tokens == 1 or self._step.takes_drafts(n_tokens))
-            and self.has_room(n_tokens, cache, builders)
+            and n_seqs == self.native.n_seqs
+            and (n_tokens == 1 or self.native.takes_several)
+            and self.has_room(n_tokens, cache, step)
         )
 
-    def has_room(self, n_tokens: int, cache: ModelCache, builders: tuple[Builder, Builder]) -> bool:
+    def has_room(self, n_tokens: int, cache: ModelCache, step: HeldStep) -> bool:
         """Check whether so many tokens may follow those of this cache, and all is where it was."""
-        if (
-            n_tokens > self._n_left
-            or self._cache() is not cache
-            or builders != self._builders
-            or native_threads() != self._step.n_threads
-        ):
+        if n_tokens > self._n_left or self._cache() is not cache or step is not self.step:
             return False
         for index, key in self._keys:
             layer = rows_of(cache, index)
@@ -119,46 +110,47 @@ class Continuation:
                 return False
         return all(state.stays for state in self._states)
 
-    def run(self, tokens: Tensor) -> tuple[Tensor, list[tuple[int, Health]]]:
-        """Continue the cache by tokens that `takes` has taken.
-
-        The logits `[B, V]`, and which attentions were not finite: by the number of their call.
-        """
-        cache, ids = self._cache(), tokens.flatten().tolist()
-        assert cache is not None
-        self._step.check(ids)
-        for index, _ in self._keys:
-            rows_of(cache, index).store.lengthen()
-        self._position += 1
-        self._n_left -= 1
-        return self._step.run(ids)
-
-    def draft(self, ids: list[int]) -> tuple[Tensor, list[tuple[int, Health]]]:
-        """Continue the one sequence by several tokens that `takes` has taken; `keep` follows.
-
-        The logits `[T, V]`, and what was not finite: by attention and token, counted in this order.
-        """
+    def lengthen(self, n_tokens: int) -> None:
+        """Count the tokens of a step that comes; `keep` follows if they are several."""
         cache = self._cache()
         assert cache is not None
-        self._step.check(ids)
         for index, _ in self._keys:
-            rows_of(cache, index).store.lengthen(len(ids))
-        self._n_drafted = len(ids)
-        return self._step.draft(ids)
+            rows_of(cache, index).store.lengthen(n_tokens)
+        self._n_drafted = n_tokens
+        if n_tokens == 1:
+            self._position += 1
+            self._n_left -= 1
 
     def keep(self, n_kept: int) -> None:
-        """Truncate the cache to the first tokens of the last `draft`."""
+        """Truncate the cache to the first of several tokens."""
         cache, n_back = self._cache(), self._n_drafted - n_kept
         assert cache is not None
         assert 1 <= n_kept <= self._n_drafted, (n_kept, self._n_drafted)
         if n_back:
             for index, _ in self._keys:
                 rows_of(cache, index).store.take_back(n_back)
-        self._step.keep(n_kept)
+        self.step.keep(self.native, n_kept)
         if not n_back:
             self._states = [state.take_next() for state in self._states]
         self._position += n_kept
         self._n_left -= n_kept
+
+
+def run_one(held: Continuation, tokens: Tensor) -> tuple[Tensor, Faults]:
+    """Continue a cache by a token of each sequence, which `takes` has taken; the logits `[B, V]`."""
+    ids: list[int] = tokens.flatten().tolist()
+    held.step.check(ids)
+    held.lengthen(1)
+    return held.step.run(held.native, ids)
+
+
+def run_many(held: Sequence[Continuation], tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Faults]:
+    """Continue caches by tokens that `takes` has taken of each; the logits of all, `[T, V]`."""
+    step = held[0].step
+    step.check([token for own in tokens for token in own])
+    for each, own in zip(held, tokens, strict=True):
+        each.lengthen(len(own))
+    return step.run_many([each.native for each in held], tokens)
 
 
 def n_tokens_ahead(layers: Sequence[WatchedRows]) -> int:

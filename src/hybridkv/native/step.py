@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from hybridkv.kernels import AttentionParams, cpu_native
-from hybridkv.kernels.held import HeldStep
 from hybridkv.kernels.step import Angles, Caches
 from hybridkv.kernels.threads import torch_on_one_thread
 from hybridkv.kernels.weights import Activations
@@ -23,8 +22,9 @@ from hybridkv.model.protocols import LanguageModel
 from hybridkv.native import cpu as lowering
 from hybridkv.native.builder import Builder
 from hybridkv.native.checked import run_checked
+from hybridkv.native.continuations import Builders, Continuations
 from hybridkv.native.draft_span import DraftSpan
-from hybridkv.native.held import Continuation, HeldState, n_tokens_ahead
+from hybridkv.native.held import Continuation, run_many, run_one
 from hybridkv.native.hidden import HiddenStates
 from hybridkv.native.predict import Predictor
 from hybridkv.native.rope_tables import RopeTables
@@ -34,7 +34,6 @@ from hybridkv.native.rows import (
     is_direct,
     n_before_check,
     new_rows,
-    rows_now,
     rows_of,
     starts,
 )
@@ -70,12 +69,12 @@ class NativeStep:
         self._source: Typed = source_of(model)
         self._states = StateAddresses()
         self._drafted: dict[int, Continuation | DraftSpan] = {}
-        self._held: Continuation | None = None
         self._hidden = HiddenStates()
         self._embedding = self._source.weight(self._graph.embed)
         self._layers = self._write(lowering.build_layers, 1)
         self._head = self._write(lowering.build_head, 1)
         self._rope = RopeTables(model.config, self._layers.ropes)
+        self._held = Continuations(self._embedding, self._graph.embed_scale, self._rope)
 
     @property
     def name(self) -> str:
@@ -113,104 +112,82 @@ class NativeStep:
                 seconds[part + kind] = seconds.get(part + kind, 0.0) + spent
         return seconds
 
+    @property
+    def _builders(self) -> Builders:
+        return self._layers, self._head
+
     def forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence; see `Step.forward`."""
-        held = self._held
-        if (
-            held is not None
-            and tokens.shape[1] == 1
-            and held.takes(len(tokens), 1, cache, position, (self._layers, self._head))
-        ):
-            return self._continue(held, tokens, cache)
+        if tokens.shape[1] == 1:
+            held = self._held.find(cache, len(tokens), 1, position, self._builders)
+            if held is not None:
+                return self._continue(held, tokens, cache)
         return self._forward(tokens, cache, position)
 
     @torch_on_one_thread()
     def _forward(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
-        self._held = None
+        self._held.forget(cache)
         for part in self._parts(tokens):
             hidden = self._run(part, cache, position)
             position += part.shape[1]
         self._hidden.note([cache], hidden[0], [hidden.shape[1]])
         logits = self._logits(hidden[:, -1])
         if tokens.shape[1] == 1:
-            self._held = self._hold(cache, len(tokens), position)
+            self._held.keep(cache, self._held.hold(cache, len(tokens), position, self._builders))
         return logits
 
     def _continue(self, held: Continuation, tokens: Tensor, cache: ModelCache) -> Tensor:
         """Continue a prepared cache by one token per sequence."""
-        self._held = None  # but for the end of this: what fails in between leaves rows that nobody knows
-        logits, faults = held.run(tokens)
+        self._held.forget(cache)  # but for the end of this: what fails in between leaves rows that nobody knows
+        logits, faults = run_one(held, tokens)
         self._source.verify()
         for number, found in faults:
             layer = rows_of(cache, self._layers.calls[number].layer)
             if layer.watch.guard.watches:
                 raise fault_of(layer, found)
-        self._held = held
+        self._held.keep(cache, held)
         if self._hidden.is_asked:
             self._hidden.note([cache], self._layers.buffer("x")[:1], [1])
         return logits
 
-    def _hold_drafts(self, n_tokens: int, cache: ModelCache, position: int) -> Continuation | None:
-        """Return what takes so many tokens of a cache of one sequence, prepared if need be."""
-        held = self._held
-        if held is not None and held.takes(1, n_tokens, cache, position, (self._layers, self._head)):
-            return held
-        if self._layers.n_rows < n_tokens:
-            self._layers = self._write(lowering.build_layers, n_tokens)
-        if self._head.n_rows < n_tokens:
-            self._head = self._write(lowering.build_head, max(n_tokens, 8))
-        held = self._hold(cache, 1, position, drafts=True)
-        fits = held is not None and held.takes(1, n_tokens, cache, position, (self._layers, self._head))
-        return held if fits else None
+    def _prepared(
+        self, spans: Sequence[int], caches: Sequence[ModelCache], positions: Sequence[int]
+    ) -> list[Continuation] | None:
+        """Return what takes so many tokens of every cache, prepared if need be; None if not all can be."""
+        n_rows = sum(spans)
+        if n_rows > HEAD_ROWS:
+            return None
+        if self._layers.n_rows < n_rows:
+            self._layers = self._write(lowering.build_layers, n_rows)
+        if self._head.n_rows < n_rows:
+            self._head = self._write(lowering.build_head, max(n_rows, 8))
+        return self._held.find_all(spans, caches, positions, self._builders)
 
-    def _continue_drafts(self, held: Continuation, tokens: list[int], cache: ModelCache) -> StepResult:
-        """Continue a prepared cache by several tokens of its one sequence."""
-        self._held = None
-        self._drafted = {id(cache): held}
-        logits, faults = held.draft(tokens)
+    def _continue_many(
+        self, held: Sequence[Continuation], tokens: Sequence[Sequence[int]], caches: Sequence[ModelCache]
+    ) -> StepResult:
+        """Continue prepared caches of one sequence each, some of them by several tokens."""
+        for cache in caches:
+            self._held.forget(cache)
+        spans = [len(own) for own in tokens]
+        logits, faults = run_many(held, tokens)
         self._source.verify()
+        owners = [i for i, n in enumerate(spans) for _ in range(n)]
         failed: dict[int, Fault] = {}
         for index, found in faults:
-            number, row = divmod(index, len(tokens))
-            layer = rows_of(cache, self._layers.calls[number].layer)
+            number, row = divmod(index, len(owners))
+            layer = rows_of(caches[owners[row]], self._layers.calls[number].layer)
             if layer.watch.guard.watches:
                 failed.setdefault(row, fault_of(layer, found))
-        self._hidden.note([cache], self._layers.buffer("x")[: len(tokens)], [len(tokens)])
+        unsound = {owners[row] for row in failed}
+        self._drafted = {}
+        for i, (cache, each) in enumerate(zip(caches, held, strict=True)):
+            if spans[i] > 1:
+                self._drafted[id(cache)] = each
+            elif i not in unsound:
+                self._held.keep(cache, each)
+        self._hidden.note(caches, self._layers.buffer("x")[: len(owners)], spans)
         return StepResult(logits, failed)
-
-    def _hold(self, cache: ModelCache, n_seqs: int, position: int, *, drafts: bool = False) -> Continuation | None:
-        """Prepare the next steps of a cache, if they are all alike; with memory for the states behind guesses."""
-        layers = [rows_of(cache, call.layer) for call in self._layers.calls]
-        if not all(map(is_direct, layers)):
-            return None
-        n_left = n_tokens_ahead(layers)
-        if (n_positions := self._rope.n_positions) is not None:
-            n_left = min(n_left, n_positions - position)
-        if n_left <= 0:
-            return None
-        addresses = self._states.of(self._layers, cache, n_seqs)
-        owners = [owner for index in self._layers.state_layers if (owner := cache.states[index]) is not None]
-        following: list[int] = []
-        if drafts or (n_seqs == 1 and owners and all(owner.next_memory for owner in owners)):
-            following = self._layers.program.addresses(
-                next_states(self._layers, cache, cache_states(self._layers, cache, 1)), 1
-            )
-        step = HeldStep(
-            self._layers.program,
-            self._head.program,
-            x=self._layers.buffer("x"),
-            head_x=self._head.buffer("x"),
-            logits=self._head.buffer("logits"),
-            embedding=self._embedding,
-            embed_scale=self._graph.embed_scale,
-            n_seqs=n_seqs,
-            angles=self._rope.span(position, n_left),
-            states=addresses,
-            next_states=following,
-            rows=[rows_now(layer) for layer in layers],
-        )
-        states = [HeldState.of(owner) for owner in owners]
-        return Continuation(step, (self._layers, self._head), cache, states, n_seqs, position, n_left)
 
     @torch_on_one_thread()
     def forward_many(self, tokens: Tensor, caches: Sequence[ModelCache], positions: Sequence[int]) -> StepResult:
@@ -228,8 +205,10 @@ class NativeStep:
         spans = [len(own) for own in tokens]
         if spans == [1]:
             return one_by_one(self, torch.tensor(tokens[0]), caches, positions)
-        if len(spans) == 1 and (held := self._hold_drafts(spans[0], caches[0], positions[0])) is not None:
-            return self._continue_drafts(held, list(tokens[0]), caches[0])
+        if (held := self._prepared(spans, caches, positions)) is not None:
+            return self._continue_many(held, tokens, caches)
+        for cache in caches:
+            self._held.forget(cache)
         layers = [[rows_of(cache, call.layer) for call in self._layers.calls] for cache in caches]
         together = [i for i in range(len(caches)) if all(map(is_direct, layers[i]))]
         flat = torch.tensor([token for own in tokens for token in own])
@@ -257,8 +236,7 @@ class NativeStep:
         """Count how many of the next tokens `forward_drafts` takes of this cache; see `DraftStep.room`."""
         if n_tokens == 1:
             return 1
-        held = self._held
-        if held is not None and held.has_room(n_tokens, cache, (self._layers, self._head)):
+        if self._held.has_room(n_tokens, cache, self._builders):
             return n_tokens
         layers = [rows_of(cache, call.layer) for call in self._layers.calls]
         if not all(map(is_direct, layers)):
@@ -270,7 +248,7 @@ class NativeStep:
         drafted = self._drafted.pop(id(cache), None)
         if isinstance(drafted, Continuation):
             drafted.keep(n_kept)
-            self._held = drafted
+            self._held.keep(cache, drafted)
             return
         if drafted is None:
             assert n_kept == 1, n_kept
@@ -280,6 +258,7 @@ class NativeStep:
     @torch_on_one_thread()
     def logits(self, tokens: Tensor, cache: ModelCache, position: int) -> Tensor:
         """Continue every sequence; see `Step.logits`."""
+        self._held.forget(cache)
         logits = []
         for part in self._parts(tokens):
             hidden = self._run(part, cache, position)

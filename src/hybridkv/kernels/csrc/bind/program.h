@@ -1,19 +1,20 @@
-// The step program as a Python class: addresses and strides in. hybridkv/kernels/step.py checks them and keeps the
-// memory alive.
+// A step program as a Python class: addresses and strides in. hybridkv/kernels/step.py checks them and keeps the memory
+// alive.
+#pragma once
+
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
 
-#include "module.h"
-#include "step_program.h"
+#include "../module.h"
+#include "../step_program.h"
 
 namespace nb = nanobind;
 
@@ -230,172 +231,5 @@ private:
     std::vector<double> seconds_;  // while operations are timed
 };
 
-// One token of the same sequences after another, from embedding to logits, in one call each: nothing but lengths and
-// positions changes from call to call. Of one sequence also several tokens, of which `keep` says how many stay.
-// hybridkv/kernels/held.py checks what it is given, and that it still holds.
-class HeldStep {
-public:
-    // angles: of the first token, and how many there are of each; next: memory beside the states, for `draft`, or empty;
-    // calls: as they were before the first token
-    HeldStep(Program& layers, Program& head, const WeightRows& embedding, float embed_scale, Address x, Address head_x,
-             Address logits, int64_t n_vocab, const std::string& isa, int64_t n_seqs,
-             const std::vector<std::tuple<Address, Address, int64_t>>& angles, const std::vector<Address>& states,
-             const std::vector<Address>& next, const std::vector<Call>& calls, int n_threads)
-        : layers_(layers), head_(head), embedding_(matrix(embedding)), embed_scale_(embed_scale),
-          x_(reinterpret_cast<float*>(x)), head_x_(reinterpret_cast<float*>(head_x)),
-          logits_(reinterpret_cast<const float*>(logits)), n_vocab_(n_vocab), calls_(attend_calls(calls)),
-          run_{isa_named(isa), false, 1, spans(n_seqs), n_seqs, {}, pointers(states), {}, calls_, nullptr, layers.activations_, n_threads},
-          head_run_{run_.isa, false, 1, spans(n_seqs), n_seqs, {}, {}, {}, none_, nullptr, head.activations_, n_threads},
-          draft_{run_.isa, true, 1, {{0, 1}}, 1, {}, pointers(next), {}, drafted_, &layers.journal_, layers.activations_, n_threads},
-          head_draft_{run_.isa, true, 1, {}, 1, {}, {}, {}, none_, nullptr, head.activations_, n_threads} {
-        for (const auto& [cos, sin, n] : angles) {
-            run_.angles.push_back({reinterpret_cast<const float*>(cos), reinterpret_cast<const float*>(sin)});
-            n_angles_.push_back(n);
-        }
-    }
-    HeldStep(const HeldStep&) = delete;
-    HeldStep& operator=(const HeldStep&) = delete;
-
-    // Runs a token of each sequence and writes its logits to `out`; the health of each layer's attention.
-    std::vector<int> step(const std::vector<int64_t>& tokens, Address out) {
-        if (tokens.size() != run_.spans.size()) throw std::invalid_argument("tokens of a step");
-        {
-            nb::gil_scoped_release unlocked;
-            for (AttendCall& call : calls_) {
-                ++call.segments.back().end;
-                call.health = Health::finite;
-            }
-            run(tokens, run_, head_run_, out);
-            turn(1);
-        }
-        return health_of(calls_);
-    }
-
-    // Runs tokens of the one sequence, each as if it came alone, and writes their logits to `out`; the health by layer and
-    // token. States go on in `next`; `keep` follows.
-    std::vector<int> draft(const std::vector<int64_t>& tokens, Address out) {
-        if (run_.n_rows != 1 || draft_.states.size() != run_.states.size()) throw std::invalid_argument("tokens of a step");
-        {
-            nb::gil_scoped_release unlocked;
-            const auto n = static_cast<int64_t>(tokens.size());
-            draft_.spans = {{0, n}};
-            head_draft_.spans = spans(n);
-            draft_.n_rows = head_draft_.n_rows = n;
-            draft_.angles = run_.angles;
-            draft_.before = run_.states;
-            drafted_.clear();
-            for (const AttendCall& call : calls_) {
-                for (int64_t i = 1; i <= n; ++i) {
-                    drafted_.push_back(call);
-                    drafted_.back().segments.back().end += i;
-                    drafted_.back().health = Health::finite;
-                }
-            }
-            run(tokens, draft_, head_draft_, out);
-        }
-        return health_of(drafted_);
-    }
-
-    // Goes on behind the first tokens of the last `draft`.
-    void keep(int64_t n_tokens) {
-        if (n_tokens < 1 || n_tokens > draft_.n_rows) throw std::out_of_range("tokens of a step");
-        nb::gil_scoped_release unlocked;
-        for (AttendCall& call : calls_) call.segments.back().end += n_tokens;
-        turn(n_tokens);
-        if (n_tokens == draft_.n_rows) {
-            std::swap(run_.states, draft_.states);
-            return;
-        }
-        const StepRun again{run_.isa, true, 1, {{0, n_tokens}}, n_tokens, {}, run_.states, {}, none_, nullptr, run_.activations, run_.n_threads};
-        replay_states(layers_.journal_, again);
-    }
-
-private:
-    // Runs everything over some tokens and writes their logits to `out`.
-    void run(const std::vector<int64_t>& tokens, const StepRun& layers, const StepRun& head, Address out) {
-        embed(tokens);
-        layers_.run_all(layers);
-        std::memcpy(head_x_, x_, tokens.size() * static_cast<size_t>(embedding_.n_in) * sizeof(float));
-        head_.run_all(head);
-        std::memcpy(reinterpret_cast<float*>(out), logits_, tokens.size() * static_cast<size_t>(n_vocab_) * sizeof(float));
-    }
-    // Goes on to the angles behind `n_tokens`.
-    void turn(int64_t n_tokens) {
-        for (size_t i = 0; i < n_angles_.size(); ++i) {
-            run_.angles[i].cos += n_tokens * n_angles_[i];
-            run_.angles[i].sin += n_tokens * n_angles_[i];
-        }
-    }
-    static std::vector<int> health_of(const std::vector<AttendCall>& calls) {
-        std::vector<int> health;
-        for (const AttendCall& call : calls) health.push_back(static_cast<int>(call.health));
-        return health;
-    }
-    static std::vector<AttendCall> attend_calls(const std::vector<Call>& calls) {
-        std::vector<AttendCall> found;
-        for (const Call& call : calls) found.push_back(attend_call(call));
-        return found;
-    }
-    static std::vector<Span> spans(int64_t n_seqs) {
-        std::vector<Span> found;
-        for (int64_t i = 0; i < n_seqs; ++i) found.push_back({i, 1});
-        return found;
-    }
-    void embed(const std::vector<int64_t>& tokens) const {
-        const int64_t width = embedding_.n_in;
-        for (size_t i = 0; i < tokens.size(); ++i) {
-            float* row = x_ + static_cast<int64_t>(i) * width;
-            embedding_.type->decode(embedding_.data + tokens[i] * embedding_.row_bytes, width, row);
-            if (embed_scale_ == 1) continue;
-            for (int64_t c = 0; c < width; ++c) row[c] *= embed_scale_;
-        }
-    }
-
-    Program& layers_;
-    Program& head_;
-    Matrix embedding_;
-    float embed_scale_;
-    float *x_, *head_x_;
-    const float* logits_;
-    int64_t n_vocab_;
-    std::vector<AttendCall> calls_, none_, drafted_;
-    std::vector<int64_t> n_angles_;
-    StepRun run_, head_run_, draft_, head_draft_;
-};
-
 }  // namespace
-
-void bind_step(nb::module_& m) {
-    nb::class_<Program>(m, "Program")
-        .def(nb::init<bool>())
-        .def("linear", &Program::linear)
-        .def("experts", &Program::experts)
-        .def("norm", &Program::norm)
-        .def("gate", &Program::gate)
-        .def("add", &Program::add)
-        .def("bias", &Program::bias)
-        .def("copy", &Program::copy)
-        .def("rope", &Program::rope)
-        .def("conv", &Program::conv)
-        .def("decay", &Program::decay)
-        .def("weigh", &Program::weigh)
-        .def("delta", &Program::delta)
-        .def("mamba2", &Program::mamba2)
-        .def("mamba1", &Program::mamba1)
-        .def("attend", &Program::attend)
-        .def("run", &Program::run)
-        .def("replay", &Program::replay)
-        .def("start_timing", &Program::start_timing)
-        .def("timing", &Program::timing)
-        .def("__len__", &Program::size);
-    nb::class_<HeldStep>(m, "HeldStep")
-        .def(nb::init<Program&, Program&, const WeightRows&, float, Address, Address, Address, int64_t, const std::string&,
-                      int64_t, const std::vector<std::tuple<Address, Address, int64_t>>&, const std::vector<Address>&,
-                      const std::vector<Address>&, const std::vector<Call>&, int>(),
-             nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
-        .def("step", &HeldStep::step)
-        .def("draft", &HeldStep::draft)
-        .def("keep", &HeldStep::keep);
-}
-
 }  // namespace hybridkv
