@@ -15,8 +15,9 @@ constexpr int64_t kTaskValues = 16 << 10;    // of elementwise work
 constexpr int64_t kConvChannels = 256;       // of one sequence in a task
 // Values of a state, times the tokens that it takes: as many are done sooner than another thread has its share of them.
 constexpr int64_t kStateValues = 1 << 15;
-constexpr int64_t kDeltaDims = 64;           // value dims of one head in a task
-constexpr int64_t kMamba2Dims = 64;          // head dims of one head in a task
+constexpr int64_t kDeltaDims = 64;           // value dims of one head in a task, where there are few heads
+constexpr int64_t kMamba2Dims = 64;          // head dims of one head in a task, where there are few heads
+constexpr int64_t kHeadsPerThread = 4;       // from so many on, a task is a head
 constexpr int64_t kMamba1Channels = 128;     // of one sequence in a task
 
 // Calls rows(r0, r1) over all rows, on several threads where there is enough to do.
@@ -186,9 +187,11 @@ private:
     // Runs a state space over `state_rows` rows of each head of every sequence, so many columns in a task.
     template <class Op, class Kernel>
     void by_heads(const Op& op, const View& columns, int64_t state_rows, int64_t task_columns, Kernel kernel) const {
-        const int64_t heads = columns.groups, dims = columns.width, parts = (dims + task_columns - 1) / task_columns;
-        const int64_t head_floats = op.head_floats();
+        const int64_t heads = columns.groups, dims = columns.width, head_floats = op.head_floats();
         const int threads = rows_ * heads * head_floats <= kStateValues ? 1 : run_.n_threads;
+        // A whole head's state is read in one piece, which memory gives twice as fast as every other half of its rows.
+        if (n_seqs() * heads >= kHeadsPerThread * threads) task_columns = dims;
+        const int64_t parts = (dims + task_columns - 1) / task_columns;
         parallel_for_at_home(n_seqs() * heads * parts, threads, [&](int64_t i, int) {
             const int64_t seq = i / parts / heads, head = i / parts % heads, d0 = i % parts * task_columns;
             const int64_t d1 = std::min(dims, d0 + task_columns), offset = head * head_floats;
