@@ -111,10 +111,20 @@ def take_next(batch: Sequence[RunningSequence]) -> Taken:
             ready.append(sequence)
             rows.append(row)
         sequence.position += 1
-    logits = torch.cat(rows) if rows else torch.empty(0, 1)
+    logits = _together(rows) if rows else torch.empty(0, 1)
     finite = finite_rows(logits) if rows else []
     good = [i for i, fine in enumerate(finite) if fine]
     for sequence in (s for s, fine in zip(ready, finite, strict=True) if not fine):
         assert sequence.cache is not None
         failed.append((sequence, bad_logits(sequence.cache, sequence.position)))
     return Taken([ready[i] for i in good], logits if len(good) == len(ready) else logits[good], failed)
+
+
+def _together(rows: Sequence[Tensor]) -> Tensor:
+    """Return logits `[1, V]` each as `[N, V]`: no copy where a step has left them behind one another."""
+    first, width = rows[0], rows[0].shape[1]
+    size, whole = width * first.element_size(), first.untyped_storage()
+    in_order = all(row.data_ptr() == first.data_ptr() + i * size for i, row in enumerate(rows))
+    if in_order and first.data_ptr() + len(rows) * size <= whole.data_ptr() + whole.nbytes():
+        return first.as_strided((len(rows), width), (width, 1))
+    return torch.cat(list(rows))
