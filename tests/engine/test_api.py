@@ -141,8 +141,8 @@ class Chosen(Exception):  # noqa: N818 - an end, not an error
 def chosen(monkeypatch: pytest.MonkeyPatch, where: str, load: Any) -> Any:
     """How the weights are to be held, where loading begins."""
 
-    def refuse(description: Any, *, dtype: Any, device: str, weights: str, engine: str = "auto", **_: Any) -> Any:
-        raise Chosen(dtype, device, weights, engine)
+    def refuse(description: Any, *, dtype: Any, device: str, weights: str, backend: str = "auto", **_: Any) -> Any:
+        raise Chosen(dtype, device, weights, backend)
 
     monkeypatch.setattr(where, refuse)
     with pytest.raises(Chosen) as found:

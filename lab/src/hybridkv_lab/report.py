@@ -140,7 +140,7 @@ def _facts(c: Conditions) -> tuple[tuple[str, str], ...]:
         ("text", f"{c.text}: {c.n_tokens} predictions in {c.n_windows} windows of {c.n_ctx} tokens, {decode}"),
         ("reference", f"cache of {c.reference}"),
         ("greedy", f"{c.greedy_tokens} generated tokens" if c.greedy_tokens else ""),
-        ("engine", f"{c.engine}, kernel {c.kernel}"),
+        ("backend", f"{c.backend}, kernel {c.kernel}"),
         ("machine", f"{c.cpu}, {c.threads} threads"),
         ("versions", f"hybridkv {c.hybridkv}, torch {c.torch}, Transformers {c.transformers}"),
         ("commit", c.commit or ""),

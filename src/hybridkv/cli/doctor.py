@@ -67,11 +67,11 @@ def main(arguments: argparse.Namespace) -> int:
     versions["python"] = platform.python_version()
     features = _cpu_features()
     matrix = [row for device in devices for row in _matrix(device, dims)]
-    engines, recurrent = _engines(), _recurrent()
+    backends, recurrent = _backends(), _recurrent()
     memory, weights = available_memory(), _weights()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     if a.json:
-        found = {"versions": versions, "cpu": features, "cuda": gpus, "engines": engines, "recurrent": recurrent}
+        found = {"versions": versions, "cpu": features, "cuda": gpus, "backends": backends, "recurrent": recurrent}
         bytes_free = None if memory is None else {"available_bytes": memory.n_bytes, "source": memory.source}
         print(json.dumps({**found, "memory": bytes_free, "weights": weights, "matrix": matrix}))
         return 0
@@ -84,7 +84,7 @@ def main(arguments: argparse.Namespace) -> int:
     free = "not said by this system" if memory is None else f"{size(memory.n_bytes)} {memory.source}"
     console.print(f"memory      {free}")
     console.print("weights     " + "; ".join(f"{place}: {how}" for place, how in weights.items()))
-    console.print("engines     " + "; ".join(f"{name}: {models}" for name, models in engines.items()))
+    console.print("backends    " + "; ".join(f"{name}: {models}" for name, models in backends.items()))
     console.print(
         "recurrent   eager backend on cuda: " + ", ".join(f"{kind} by {package}" for kind, package in recurrent.items())
     )
@@ -106,8 +106,8 @@ def _cpu_features() -> list[str]:
     return [feature for feature in _FEATURES if feature in words]
 
 
-def _engines() -> dict[str, str]:
-    """List the engines for the layers outside of attention, and which models each one runs."""
+def _backends() -> dict[str, str]:
+    """List the backends for the layers outside of attention, and which models each one runs."""
     from hybridkv.hf.step import fused as fused_step
     from hybridkv.kernels import cpu_native
     from hybridkv.model import FAMILIES

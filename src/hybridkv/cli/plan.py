@@ -33,7 +33,7 @@ from hybridkv.options import EXACT, kv_option
 if TYPE_CHECKING:
     from hybridkv.engine.describe import Description
     from hybridkv.held import WeightKind
-    from hybridkv.native.choice import EngineKind
+    from hybridkv.native.choice import BackendKind
     from hybridkv.policy import AnyPolicy
 
 NAME = "plan"
@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         "--engine",
-        dest="engine",
+        dest="backend",
         default="auto",
         metavar="auto|native|eager",
         help="as in `run`; eager stores plain weights",
@@ -157,9 +157,9 @@ def main(arguments: argparse.Namespace) -> int:
     if not a.ctx_size and n_ctx > DEFAULT_CTX and any(name.startswith(_IDLE) for name in vars(a)):
         of = "of training" if n_ctx == trained else "that RoPE is scaled for"
         notice(f"counted for the {n_ctx} tokens {of}; `run` without -c takes {DEFAULT_CTX}")
-    weights = _held(description, kind, device, a.engine)
-    guesses = guesses_of(a, description, device=device, engine=weights.engine, n_ctx=n_ctx)
-    split = split_on(split_from(a), description, device, kind, cast("EngineKind", a.engine))
+    weights = _held(description, kind, device, a.backend)
+    guesses = guesses_of(a, description, device=device, backend=weights.backend, n_ctx=n_ctx)
+    split = split_on(split_from(a), description, device, kind, cast("BackendKind", a.backend))
     free = None if split is None else budget if budget is not None else free_on_card(device, split.device_memory)
     question = Question(description, guard, n_ctx, a.parallel, weights, budget, split, free, guesses=guesses)
     rows = plan_rows(question, policies)
@@ -240,27 +240,27 @@ def _check(a: argparse.Namespace) -> tuple[WeightKind, str]:
 
     device = a.device.partition(":")[0]
     one_of(device, ("auto", "cpu", "cuda"), "--device", hint="auto is cuda where there is one")
-    one_of(a.engine, ("auto", "native", "eager"), "--backend", hint="leave --backend out for auto")
+    one_of(a.backend, ("auto", "native", "eager"), "--backend", hint="leave --backend out for auto")
     asked = one_of(a.weights or _KINDS[a.dtype or "auto"], WEIGHT_KINDS, "--weights", hint="auto is what `run` takes")
     return asked, ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def _held(description: Description, asked: WeightKind, device: str, engine: str) -> PlannedWeights:
+def _held(description: Description, asked: WeightKind, device: str, backend: str) -> PlannedWeights:
     """Describe the weights as `run` would store them under these options."""
     import torch
 
     if description.n_ranks > 1:
         wide = asked == "f32" or (asked in ("auto", "plain") and device == "cpu")
         return PlannedWeights(
-            description.held("plain", device, "f32" if wide else "bf16"), 4 if wide else 2, engine="eager"
+            description.held("plain", device, "f32" if wide else "bf16"), 4 if wide else 2, backend="eager"
         )
-    from hybridkv.engine.weights import engine_for, weights_on
+    from hybridkv.engine.weights import backend_for, weights_on
 
-    chosen = engine_for(device, asked, cast("EngineKind", engine))
+    chosen = backend_for(device, asked, cast("BackendKind", backend))
     kind, dtype = weights_on(device, asked, chosen, description)
     wide = dtype == torch.float32
     plain: Literal["f32", "bf16"] = "f32" if wide else "bf16"
-    held = description.held(kind, device, plain, engine=chosen)
+    held = description.held(kind, device, plain, backend=chosen)
     expanded = description.expanded(asked, device, plain, chosen)
     if expanded is not None:
         notice(expanded_words(expanded, plain))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hybridkv.engine.describe import Description
     from hybridkv.engine.placed import Split
     from hybridkv.held import Expanded, Held
-    from hybridkv.native.choice import EngineKind
+    from hybridkv.native.choice import BackendKind
     from hybridkv.policy import AnyPolicy, Guard
 
 
@@ -27,7 +27,7 @@ class PlannedWeights:
     held: Held
     conv_itemsize: int
     expanded: Expanded | None = None
-    engine: EngineKind = "auto"
+    backend: BackendKind = "auto"
 
 
 @dataclass(frozen=True, slots=True)
