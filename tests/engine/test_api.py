@@ -206,7 +206,7 @@ def test_a_scheduler_over_a_loaded_model(model: Path) -> None:
     )
     greedy = hybridkv.SamplingParams(temp=0)
     handles = [scheduler.submit(hybridkv.Request((3, 4, n), max_tokens=4, params=greedy)) for n in (5, 6)]
-    while scheduler.step():
+    while scheduler.iterate():
         pass
     for n, handle in zip((5, 6), handles, strict=True):
         engine = hybridkv.Engine(m.model, m.specs, n_ctx=64, guard=m.guard, notify=pytest.fail, step=m.step)
