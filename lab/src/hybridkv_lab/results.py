@@ -234,8 +234,8 @@ def read_jsonl(path: Path) -> tuple[Conditions, tuple[Result, ...]]:
             f"{path} has version {head.get('version')!r}; allowed: {VERSION}", hint="run `hybridkv eval` once more"
         )
     conditions = _record(path, 1, Conditions, head.get("conditions"))
-    rows = enumerate(lines[1:], start=2)
-    return conditions, tuple(_record(path, i, Result, _object(path, i, line)) for i, line in rows)
+    numbered = enumerate(lines[1:], start=2)
+    return conditions, tuple(_record(path, i, Result, _object(path, i, line)) for i, line in numbered)
 
 
 def _umask() -> int:

@@ -18,7 +18,7 @@ from hybridkv.cli.guess_memory import guesses_of
 from hybridkv.cli.llama_cpp import accepted_options
 from hybridkv.cli.model_options import DEFAULT_CTX
 from hybridkv.cli.model_source import add_source_arguments, model_of
-from hybridkv.cli.plan_rows import PlannedWeights, Question, plan_rows, print_plan
+from hybridkv.cli.plan_lines import PlannedWeights, Question, plan_lines, print_plan
 from hybridkv.cli.rope_options import add_rope_arguments, changes_of
 from hybridkv.cli.show import (
     MAX_CONTEXT,
@@ -162,11 +162,11 @@ def main(arguments: argparse.Namespace) -> int:
     split = split_on(split_from(a), description, device, kind, cast("BackendKind", a.backend))
     free = None if split is None else budget if budget is not None else free_on_card(device, split.device_memory)
     question = Question(description, guard, n_ctx, a.parallel, weights, budget, split, free, guesses=guesses)
-    rows = plan_rows(question, policies)
+    lines = plan_lines(question, policies)
     if _says_types(a) or any(given_options(a, EXACT).values()) or a.kv_config:
         for line in _notices(description, policies, n_ctx):
             notice(line)
-    for reason in dict.fromkeys(row["refused"] for row in rows if row["refused"]):
+    for reason in dict.fromkeys(line["refused"] for line in lines if line["refused"]):
         notice(f"left out, no kernel: {reason}")
     if a.tp > 1 and not shards_heads(description.config):
         notice(f"the plan for {description.config.model_type!r} replicates the KV heads: each rank holds all of them")
@@ -181,13 +181,13 @@ def main(arguments: argparse.Namespace) -> int:
                     "device": device,
                     "weights": weights.held.parts,
                     "guess_bytes": guesses.total(a.parallel),
-                    "plans": rows,
+                    "plans": lines,
                     **_expanded(weights),
                 }
             )
         )
     else:
-        print_plan(question, rows, device, a.memory)
+        print_plan(question, lines, device, a.memory)
     return 0
 
 
