@@ -40,12 +40,12 @@ NAME = "plan"
 HELP = "print KV, state and weight bytes for cache types, and the largest context that fits"
 
 _KINDS: dict[str, WeightKind] = {"auto": "auto", "f32": "f32", "bf16": "bf16", "q8_0": "int8", "q4_0": "int4"}
-"""What `--dtype` is in the words of `run --weights`."""
+"""Values of `--dtype`, in the words of `run --weights`."""
 
 _DEFAULT_TYPES = "f16,q8_0,q6_0,q5_0,q4_0"
 
 _IDLE = "idle_"
-"""Where options of `run` go that change nothing here."""
+"""Destinations of options of `run` that change nothing here."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

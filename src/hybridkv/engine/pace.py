@@ -15,10 +15,10 @@ FIRST_PAUSE, LONGEST_PAUSE = 32, 1024
 """Tokens without a guess, after guesses did not pay."""
 
 GAIN = 1.02
-"""What guesses must promise before they are made: more text in the same time."""
+"""The gain that guesses must promise before they are made: more text in the same time."""
 
 _FORGET, _FORGET_SHARES = 0.9, 0.98
-"""What a count weighs after the next one; of guesses that say how likely they are, a kind changes slowly."""
+"""The weight of a count after the next one; of guesses that say how likely they are, a kind changes slowly."""
 
 _FIRST_TRIALS, _TRIALS, _FORGET_TRIALS = 6, 16, 0.97
 """Steps with guesses that cost something, after which they are judged: first whether they are worth half of that, then
@@ -41,14 +41,14 @@ _ONE_IN = 16
 """Runs without a guess of which one is timed, once a few have been."""
 
 _CLOSE = 0.2
-"""How far a new time moves what is expected of a guess."""
+"""Share by which a new time moves the time expected of a guess."""
 
 _SLOWER, _FASTER = 0.05, 0.5
-"""How far a longer and a shorter time move what is expected of a run. Other programs only make one longer, and a number
-of tokens that has come to look slow is not run any more, so that nothing would correct it."""
+"""Shares by which a longer and a shorter time move the time expected of a step. Other programs only make one longer,
+and a number of tokens that has come to look slow is not run any more, so that nothing would correct it."""
 
 _LIKELY = 0.75
-"""How often guesses hold, as long as nothing is known."""
+"""Share of guesses that hold, as long as nothing is known."""
 
 
 def moved(known: float, seconds: float) -> float:

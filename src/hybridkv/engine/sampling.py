@@ -22,7 +22,7 @@ from hybridkv.kernels.threads import torch_on_one_thread
 from hybridkv.options import SAMPLERS
 
 FILTERS = ("top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")
-"""What comes behind the penalties, by llama.cpp's names and in its order."""
+"""The filters behind the penalties, by llama.cpp's names and in its order."""
 
 Histories = Sequence[Tokens] | npt.NDArray[np.int64]
 
