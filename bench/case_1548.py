@@ -129,7 +129,7 @@ def original(path: Path) -> str:
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     size = path.stat().st_size / 2**30
     messages = [
-        line for line in done.stderr.splitlines() if line.startswith(("weights", "engine", "prompt", "gen", "mem"))
+        line for line in done.stderr.splitlines() if line.startswith(("weights", "backend", "prompt", "gen", "mem"))
     ]
     return "\n".join(
         [

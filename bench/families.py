@@ -2,9 +2,9 @@
 
 A file is random weights in the geometry of a released model (`families_models.py`), written by `hybridkv convert`;
 Q4_K_M is rounded from it by llama.cpp's own quantizer. For each pair of cache types, in one process and in turns: the
-logits after every token of a text of 48 random tokens, of both engines and of Transformers in float32 on the decoded
+logits after every token of a text of 48 random tokens, of both backends and of Transformers in float32 on the decoded
 file with a float32 cache; perplexity of those tokens; 16 greedy tokens; a prompt of 512; generation at each depth. A
-depth beyond the prompt is reached by repeating its K and V rows in both engines. Families without a GGUF architecture
+depth beyond the prompt is reached by repeating its K and V rows in both backends. Families without a GGUF architecture
 run here alone.
 
     python bench/families.py make lfm2 DIR
@@ -78,7 +78,7 @@ def exact_logits(description: Description, text: Sequence[int], path: Path) -> n
     if path.exists():
         kept: np.ndarray[Any, Any] = np.load(path)
         return kept
-    loaded = load(description, dtype=torch.float32, device="cpu", weights="plain", engine="eager")
+    loaded = load(description, dtype=torch.float32, device="cpu", weights="plain", backend="eager")
     specs = Policy(KVTypes("f32", "f32")).resolve(kv_facts(description.facts))
     cache = ModelCache(loaded.model.config, specs, guard=Guard(mode="off"))
     with torch.inference_mode():
@@ -138,7 +138,7 @@ def run(family: str, directory: Path, weights: str, a: argparse.Namespace) -> No
     if a.exact_only:
         return
     how: Any = "auto" if geometry.in_gguf else {"q8_0": "int8", "q4_0": "int4"}[weights]
-    loaded = load(description, dtype=torch.float32, device="cpu", weights=how, engine="native")
+    loaded = load(description, dtype=torch.float32, device="cpu", weights=how, backend="native")
     step = resolve_step(description.config, "cpu", "native")(loaded.model)
     peer = None
     if geometry.in_gguf:
@@ -155,7 +155,7 @@ def run(family: str, directory: Path, weights: str, a: argparse.Namespace) -> No
             "parameters": int((directory / f"{family}.params").read_text()),
             "weights": weights,
             "kv": kv_type,
-            "engine": step.name,
+            "backend": step.name,
             "isa": cpu_native.isa(),
             "peer": llama_peer.build() if peer else None,
             "threads": a.threads,
@@ -238,7 +238,7 @@ def eager(family: str, directory: Path, weights: str, a: argparse.Namespace) -> 
     path = directory / (f"{family}-{weights}.gguf" if GEOMETRIES[family].in_gguf else family)
     torch.set_num_threads(a.threads)
     description = describe(path)
-    loaded = load(description, dtype=torch.float32, device="cpu", weights="plain", engine="eager")
+    loaded = load(description, dtype=torch.float32, device="cpu", weights="plain", backend="eager")
     plan = Plan(("q8_0",), (0,), N_PROMPT, a.steps, a.threads, "eager")
     runner = OurRunner(loaded, EagerStep(loaded.model), plan, "q8_0")
     runner.advance([3])

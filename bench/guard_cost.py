@@ -23,7 +23,7 @@ import transformers  # noqa: E402
 
 from hybridkv.cache import KVTypes  # noqa: E402
 from hybridkv.engine.load import bundled_model, describe, load  # noqa: E402
-from hybridkv.engine.steps import parse_step, resolve_step  # noqa: E402
+from hybridkv.engine.steps import parse_backend, resolve_step  # noqa: E402
 from hybridkv.hf import ModelCache  # noqa: E402
 from hybridkv.model import kv_facts  # noqa: E402
 from hybridkv.policy import Guard, GuardMode, Policy  # noqa: E402
@@ -47,7 +47,7 @@ def main() -> int:
     assert loaded.tokenizer is not None
     ids = torch.tensor([loaded.tokenizer.encode(TEXT.read_text()[:40000])])
     specs = Policy(KVTypes("q4_0", "q4_0")).resolve(kv_facts(loaded.description.facts))
-    step = resolve_step(loaded.model.config, "cpu", parse_step(a.backend))(loaded.model)
+    step = resolve_step(loaded.model.config, "cpu", parse_backend(a.backend))(loaded.model)
 
     def seconds(mode: GuardMode, n_prompt: int, n_decode: int) -> float:
         """Of the prompt, or of the tokens after it if there are any. No fallback: the limit is out of reach."""
@@ -94,7 +94,7 @@ def main() -> int:
     rows = [compare(n, 0) for n in prompts]
     if a.decode:
         rows.append(compare(prompts[0], a.decode))
-    about = {"model": loaded.description.name, "engine": step.name, "cpu": cpu_name(), "commit": measured}
+    about = {"model": loaded.description.name, "backend": step.name, "cpu": cpu_name(), "commit": measured}
     about |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "transformers": transformers.__version__}
     print(json.dumps({**about, "rows": rows}))
     return 0

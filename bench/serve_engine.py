@@ -47,7 +47,7 @@ def scheduler(loaded: Loaded, **options: Any) -> Scheduler:
 def reply(run: Scheduler, ids: tuple[int, ...], n_new: int) -> tuple[tuple[int, ...], int]:
     """Generated tokens, and how many of the prompt were processed."""
     handle = run.submit(Request(ids, n_new, GREEDY))
-    while run.step():
+    while run.iterate():
         pass
     return handle.token_ids[len(ids) :], handle.usage.prompt_tokens - handle.usage.cached_tokens
 
@@ -57,9 +57,9 @@ def decoding(loaded: Loaded, step: NativeStep, prompts: list[tuple[int, ...]], n
     run = scheduler(loaded, n_parallel=len(prompts), step=step)
     handles = [run.submit(Request(ids, n_new, GREEDY)) for ids in prompts]
     while not all(t.usage.generated_tokens for t in handles):
-        run.step()
+        run.iterate()
     before, wall, cpu = run.stats().generated_tokens, time.perf_counter(), time.process_time()
-    while run.step():
+    while run.iterate():
         pass
     count = run.stats().generated_tokens - before
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu

@@ -87,7 +87,7 @@ def cases(n: int) -> tuple[list[Case], int]:
         ids = encode(prompt)
         max_tokens = 16 + 8 * (index % 5)
         handle = alone.submit(Request(tuple(ids), max_tokens, greedy, stop_ids=tuple(loaded.end_ids)))
-        while alone.step():
+        while alone.iterate():
             pass
         answered = [token for token in handle.token_ids[len(ids) :] if token not in loaded.end_ids]
         engine = Engine(loaded.model, specs, n_ctx=N_CTX, guard=guard, notify=print)

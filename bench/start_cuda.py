@@ -62,7 +62,7 @@ mark("CUDA context")
 description = describe(Path(sys.argv[1]))
 mark("header")
 specs = Policy(KVTypes(sys.argv[3], sys.argv[3])).resolve(kv_facts(description.facts))
-opened = SimpleNamespace(device="cuda", device_type="cuda", weights="auto", engine="auto", hosted=frozenset())
+opened = SimpleNamespace(device="cuda", device_type="cuda", weights="auto", backend="auto", hosted=frozenset())
 opened.description, opened.n_ctx = description, 4096
 ahead = compiler.compile_ahead(opened, specs) if AHEAD else None
 mark("asked for kernels")

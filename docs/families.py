@@ -1,4 +1,4 @@
-"""docs/families.md: which engine runs which models; and their speed, in docs/performance.md. Called by `generate.py`."""
+"""docs/families.md: which backend runs which models; and their speed, in docs/performance.md. Called by `generate.py`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def families_page() -> str:
         "Written by `docs/generate.py` from `hybridkv.model.FAMILIES`, the GGUF tables and `hybridkv.model.facts`. Names are those",
         "of `model_type` in a Transformers config.",
         "",
-        "*Native* is this package's own engine: C++ on the CPU, Triton on CUDA. It is tested against Transformers in float64",
+        "*Native* is this package's own code: C++ on the CPU, Triton on CUDA. It is tested against Transformers in float64",
         "(`tests/native`, `tests/hf/test_cuda_step.py`). What it cannot compute of a model (an activation, biases, a kind of",
         "RoPE) it refuses by name, and `--backend auto` then takes *eager*, Transformers' own code with our cache. On CUDA all",
         "families run natively from GGUF files, and those with *yes* from model directories too. Families",
@@ -108,7 +108,7 @@ def speed_table() -> str:
 
 
 def _side_by_side(speed: dict[str, Any] | None) -> str:
-    """Tokens/s of both engines, and how many times as fast ours is."""
+    """Tokens/s of both backends, and how many times as fast ours is."""
     if speed is None:
         return "-"
     both = ", ".join(f"{value:.3g}" for value in speed["tok_s"].values())

@@ -260,7 +260,7 @@ GROUPS: dict[str, tuple[Feature, ...]] = {
             (f"{C}fits.py::test_every_command_that_loads_a_model_refuses",),
         ),
         Feature(
-            "longer contexts by YaRN", "yes", "yes", "", "", (f"{C}rope_options.py::test_both_engines_compute_yarn",)
+            "longer contexts by YaRN", "yes", "yes", "", "", (f"{C}rope_options.py::test_both_backends_compute_yarn",)
         ),
         Feature(
             "every option of llama.cpp has a meaning or a reason",

@@ -79,7 +79,7 @@ def cost_table() -> str:
             cells = [run["model"], str(run["threads"]), what, f"{row['off_ms']:.1f}", f"{row['added_ms']:.1f}"]
             cells += [f"**{row['ratio_median']:.3f}**", f"{low:.3f} .. {high:.3f}"]
             lines.append("| " + " | ".join(cells) + " |")
-    engines = ", ".join(dict.fromkeys(f"{run['model']}: {run['engine']}" for run in runs))
+    backends = ", ".join(dict.fromkeys(f"{run['model']}: {run['backend']}" for run in runs))
     commits = ", ".join(dict.fromkeys(run["commit"] for run in runs))
     r = runs[0]
     return "\n".join(
@@ -87,6 +87,6 @@ def cost_table() -> str:
             *lines,
             "",
             f"`python bench/guard_cost.py`, q4_0, `check` and `off` in turns: {r['cpu']}, torch {r['torch']}, Transformers "
-            f"{r['transformers']}, commits {commits}; {engines}.",
+            f"{r['transformers']}, commits {commits}; {backends}.",
         ]
     )

@@ -59,7 +59,7 @@ def conditions_line(c: Conditions) -> str:
     commit = f", commit {c.commit}" if c.commit else ""
     return (
         f"`hybridkv eval --mode {c.mode} -c {c.n_ctx} --windows {c.n_windows}`: {c.model}, {c.n_tokens} tokens of "
-        f"{c.text}, {c.engine}, {c.threads} threads; {c.cpu}; hybridkv {c.hybridkv}{commit}, torch {c.torch}, "
+        f"{c.text}, {c.backend}, {c.threads} threads; {c.cpu}; hybridkv {c.hybridkv}{commit}, torch {c.torch}, "
         f"Transformers {c.transformers}, {c.date[:10]}."
     )
 

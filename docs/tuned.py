@@ -36,7 +36,7 @@ def tuning_table() -> str:
         layers = ", ".join(data["measured_by_layer"])
         conditions[
             f"{c['model']}: {c['mode']}, windows of {c['window']} tokens of {c['text']}, {c['calibration_tokens']} to choose "
-            f"by and {c['held_out_tokens']} held out; {layers} measured layer by layer; {c['engine']}, {c['threads']} "
+            f"by and {c['held_out_tokens']} held out; {layers} measured layer by layer; {c['backend']}, {c['threads']} "
             f"thread, {c['cpu']}; hybridkv {c['hybridkv']}, torch {c['torch']}, Transformers {c['transformers']}, "
             f"{c['date'][:10]}."
         ] = None

@@ -18,7 +18,7 @@ WeightKind = Literal["auto", "plain", "f32", "bf16", "int8", "int4"]
 """`auto`: as a file has them, or the smallest float type that holds them; `plain`: Transformers' own tensors.
 
 `int8`: q8_0, 8.5 bits. `int4`: q4_0, 4.5 bits; the embedding and the output head, one row per token of the vocabulary,
-stay at q8_0, as in other engines: few of their rows are read, and an error in the head is one in the logits. Matrices
+stay at q8_0, as in other programs: few of their rows are read, and an error in the head is one in the logits. Matrices
 whose rows are no whole blocks of 32 are held as under `auto`.
 """
 

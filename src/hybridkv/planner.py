@@ -16,7 +16,7 @@ from hybridkv.cache import KVSpec, LayerFacts
 from hybridkv.errors import UsageError
 
 CHUNK_ROWS = 512
-"""Tokens of a prompt that engines process at once."""
+"""Tokens of a prompt that a model processes at once."""
 
 _UNITS = {
     "": 1,

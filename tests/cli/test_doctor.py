@@ -45,10 +45,10 @@ def test_a_head_dim_that_blocks_do_not_divide(cli: Cli) -> None:
 def test_json_is_the_truth_about_every_case(cli: Cli) -> None:
     done = cli("doctor", "--json", "--device", "cpu")
     answer = json.loads(done.out)
-    assert answer.keys() == {"versions", "cpu", "cuda", "engines", "recurrent", "memory", "weights", "matrix"}
+    assert answer.keys() == {"versions", "cpu", "cuda", "backends", "recurrent", "memory", "weights", "matrix"}
     assert 2**20 < answer["memory"]["available_bytes"] < 2**50
-    assert "qwen3_5_text" in answer["engines"]["native"]
-    assert answer["engines"].keys() == {"native", "native-triton", "eager"}
+    assert "qwen3_5_text" in answer["backends"]["native"]
+    assert answer["backends"].keys() == {"native", "native-triton", "eager"}
     fla = importlib.util.find_spec("fla") is not None
     assert answer["recurrent"]["delta rules"].startswith("flash-linear-attention" if fla else "torch")
     assert answer["versions"]["hybridkv"] == hybridkv.__version__

@@ -181,26 +181,26 @@ def test_run_says_it_before_it_loads(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [line for line in said if "are expanded to bf16: " in line]
 
 
-@pytest.mark.parametrize("engine", ["auto", "eager"])
-def test_experts_are_promised_what_run_holds(cli: Cli, models: ModelStore, engine: str) -> None:
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_experts_are_promised_what_run_holds(cli: Cli, models: ModelStore, backend: str) -> None:
     """`--weights` reaches them under the native backend; under the eager one both commands say float32."""
     model = models.family("qwen3_5_moe_text")
     for dtype, weights in (("auto", "auto"), ("q8_0", "int8"), ("q4_0", "int4"), ("bf16", "bf16")):
-        options = ("-m", model, "--backend", engine, "--device", "cpu")
+        options = ("-m", model, "--backend", backend, "--device", "cpu")
         planned = cli("plan", *options, "--dtype", dtype, "-c", 100)
         done = cli("run", *options, "--ids", 1, "-n", 1, "--weights", weights)
         (said,) = (line.removeprefix("weights: ") for line in done.err.splitlines() if line.startswith("weights: "))
         (promised,) = (line for line in planned.out.splitlines() if line.startswith("weights on cpu: "))
         assert promised.removeprefix("weights on cpu: ").split(";")[0] == said
         held = {"auto": "f32", "int8": "q8_0", "int4": "q4_0"}.get(weights, weights)
-        if engine == "auto":
+        if backend == "auto":
             assert re.match(rf"\d+\.\d KiB {held}( \+|$)", said), said
             assert "(experts)" not in said
-            assert re.search(rf"engine: +native-\w+, weights {held}", done.err)
+            assert re.search(rf"backend: +native-\w+, weights {held}", done.err)
             assert "of experts are held as f32" not in done.err
         else:
             assert "KiB f32 (experts) + " in said
-            expected = "engine: +eager\n" if weights == "auto" else r"engine: +eager, weights f32 \(experts\) \+ "
+            expected = "backend: +eager\n" if weights == "auto" else r"backend: +eager, weights f32 \(experts\) \+ "
             assert re.search(expected, done.err)
             assert ("of experts are held as f32, regardless of --weights" in done.err) == (weights != "auto")
 
@@ -307,7 +307,7 @@ def test_plain_weights_are_transformers_own(cli: Cli) -> None:
     done = cli("run", "--weights", "plain", "--ids", 1, "-n", 1, "--device", "cpu").err
     assert "weights on cpu: 111.3 MiB f32\n" in planned
     assert "weights: 111.3 MiB f32\n" in done
-    assert re.search(r"engine: +eager\n", done)
+    assert re.search(r"backend: +eager\n", done)
     eager = cli("plan", "--backend", "eager", "--device", "cpu").out
     assert "weights on cpu: 111.3 MiB f32\n" in eager
     assert cli("plan", "--engine", "eager", "--device", "cpu").out == eager  # its older name

@@ -71,16 +71,16 @@ def test_options_are_the_files_keys(cli: Cli, gguf: Path, tmp_path: Path, name: 
     assert answer(cli, gguf, *options) == answer(cli, write(tmp_path, keys))
 
 
-def logits(model: Path, changes: ModelChanges, engine: str) -> torch.Tensor:
-    from hybridkv.engine.steps import parse_step, resolve_step
+def logits(model: Path, changes: ModelChanges, backend: str) -> torch.Tensor:
+    from hybridkv.engine.steps import parse_backend, resolve_step
     from hybridkv.hf import ModelCache
     from hybridkv.model import kv_facts
     from hybridkv.policy import Guard, Policy
 
     description = describe(model, changes=changes)
-    kind = parse_step(engine)
-    weights = "auto" if engine == "native" else "plain"
-    loaded = load(description, dtype=torch.float32, device="cpu", weights=weights, engine=kind)
+    kind = parse_backend(backend)
+    weights = "auto" if backend == "native" else "plain"
+    loaded = load(description, dtype=torch.float32, device="cpu", weights=weights, backend=kind)
     specs = Policy().resolve(kv_facts(description.facts))
     cache = ModelCache(loaded.model.config, specs, device="cpu", n_ctx=256, guard=Guard(mode="off"), notify=print)
     step = resolve_step(description.config, "cpu", kind)(loaded.model)
@@ -89,7 +89,7 @@ def logits(model: Path, changes: ModelChanges, engine: str) -> torch.Tensor:
         return step.forward(torch.arange(3, 163).unsqueeze(0) % n_vocab, cache, 0)
 
 
-def test_both_engines_compute_yarn(gguf: Path) -> None:
+def test_both_backends_compute_yarn(gguf: Path) -> None:
     yarn = ModelChanges(RopeChanges(scaling="yarn", factor=4.0, orig_ctx=32, attn_factor=1.2))
     native, eager = logits(gguf, yarn, "native"), logits(gguf, yarn, "eager")
     plain = logits(gguf, ModelChanges(), "native")

@@ -472,12 +472,12 @@ def test_a_terminal_without_the_character_gets_a_question_mark(gguf: Path, monke
     assert ascii_only.read().startswith("the ?")
 
 
-@pytest.mark.parametrize("engine", ["native", "eager"])
-def test_both_engines_say_the_same(cli: Cli, engine: str) -> None:
-    done = cli("run", "--ids", "83,260,7", "-n", 12, "--temp", 0, "--backend", engine, "--json")
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_both_backends_say_the_same(cli: Cli, backend: str) -> None:
+    done = cli("run", "--ids", "83,260,7", "-n", 12, "--temp", 0, "--backend", backend, "--json")
     answer = json.loads(done.out)
-    assert answer["engine"].startswith(engine)
-    assert f"engine: {answer['engine']}" in done.err
+    assert answer["backend"].startswith(backend)
+    assert f"backend: {answer['backend']}" in done.err
     automatic = json.loads(cli("run", "--ids", "83,260,7", "-n", 12, "--temp", 0, "--json").out)
     assert answer["sequences"] == automatic["sequences"]
 
@@ -497,11 +497,11 @@ def test_unknown_engine(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "weights", "said"),
+    ("backend", "weights", "said"),
     [("auto", "bf16", "bf16"), ("eager", "int8", "q8_0"), ("auto", "int4", "q4_0 + q8_0")],
 )
-def test_weights_as_asked(cli: Cli, engine: str, weights: str, said: str) -> None:
-    done = cli("run", "--ids", "3,4", "-n", 1, "--backend", engine, "--weights", weights)
+def test_weights_as_asked(cli: Cli, backend: str, weights: str, said: str) -> None:
+    done = cli("run", "--ids", "3,4", "-n", 1, "--backend", backend, "--weights", weights)
     assert done.code == 0
     assert f"weights {said}" in done.err
 

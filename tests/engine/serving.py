@@ -53,7 +53,7 @@ def scheduler(
 def drain(run: Scheduler, most: int = 5000) -> int:
     """Iterate until nothing is left; how many iterations that took."""
     for count in range(most):
-        if not run.step():
+        if not run.iterate():
             return count
     raise AssertionError("it does not end")
 

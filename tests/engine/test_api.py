@@ -141,8 +141,8 @@ class Chosen(Exception):  # noqa: N818 - an end, not an error
 def chosen(monkeypatch: pytest.MonkeyPatch, where: str, load: Any) -> Any:
     """How the weights are to be held, where loading begins."""
 
-    def refuse(description: Any, *, dtype: Any, device: str, weights: str, engine: str = "auto", **_: Any) -> Any:
-        raise Chosen(dtype, device, weights, engine)
+    def refuse(description: Any, *, dtype: Any, device: str, weights: str, backend: str = "auto", **_: Any) -> Any:
+        raise Chosen(dtype, device, weights, backend)
 
     monkeypatch.setattr(where, refuse)
     with pytest.raises(Chosen) as found:
@@ -206,7 +206,7 @@ def test_a_scheduler_over_a_loaded_model(model: Path) -> None:
     )
     greedy = hybridkv.SamplingParams(temp=0)
     handles = [scheduler.submit(hybridkv.Request((3, 4, n), max_tokens=4, params=greedy)) for n in (5, 6)]
-    while scheduler.step():
+    while scheduler.iterate():
         pass
     for n, handle in zip((5, 6), handles, strict=True):
         engine = hybridkv.Engine(m.model, m.specs, n_ctx=64, guard=m.guard, notify=pytest.fail, step=m.step)

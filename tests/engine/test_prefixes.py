@@ -132,7 +132,7 @@ def test_a_cancelled_reply_can_be_continued() -> None:
     run = scheduler(prefix_bytes=ROOM)
     handle = run.submit(Request(prompt(40), 100, GREEDY))
     for _ in range(9):
-        run.step()
+        run.iterate()
     handle.cancel()
     drain(run)
     ids = (*handle.token_ids, 4, 5, 6)
@@ -147,7 +147,7 @@ def test_nothing_resumes_from_a_sequence_that_failed(monkeypatch: pytest.MonkeyP
     step = run.step_of_model
     handle = run.submit(Request(prompt(40), 100, GREEDY))
     for _ in range(9):
-        run.step()
+        run.iterate()
     for name in ("forward", "forward_many"):
         whole = getattr(step, name)
         monkeypatch.setattr(step, name, lambda *given, whole=whole: (whole(*given), _no_memory()))
@@ -240,7 +240,7 @@ def test_no_room_in_the_middle_of_a_conversation() -> None:
     run = scheduler(prefix_bytes=ROOM)
     handle = run.submit(Request(prompt(100), 20, GREEDY))
     for _ in range(8):
-        run.step()
+        run.iterate()
     run.prefixes.clear()
     drain(run)
     assert len(run.prefixes) == 1

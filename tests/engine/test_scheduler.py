@@ -131,12 +131,12 @@ def test_a_long_prompt_does_not_stall_others() -> None:
     run = scheduler(n_ctx=2048)
     running = run.submit(Request(prompt(4), 40, GREEDY))
     for _ in range(2):
-        run.step()
+        run.iterate()
     long = run.submit(Request(prompt(640, 1), 4, GREEDY))
     short = run.submit(Request(prompt(10, 2), 4, GREEDY))
     before, steps = running.usage.generated_tokens, 0
     while not long.usage.generated_tokens:
-        run.step()
+        run.iterate()
         steps += 1
         if steps == 2:
             assert short.usage.generated_tokens >= 1
@@ -185,10 +185,10 @@ def test_cancel_running_and_waiting() -> None:
     run = scheduler(n_parallel=2)
     handles = [run.submit(request) for request in requests((8, 40, 12, 6))]
     for _ in range(4):
-        run.step()
+        run.iterate()
     handles[0].cancel()
     handles[3].cancel()
-    run.step()
+    run.iterate()
     assert handles[0].finished
     assert handles[3].finished
     assert events(handles[0])[-1].finished == events(handles[3])[-1].finished == "cancelled"
@@ -200,7 +200,7 @@ def test_cancel_running_and_waiting() -> None:
     assert (stats.n_finished, stats.n_cancelled, stats.n_failed) == (2, 2, 0)
     assert (stats.running, stats.waiting, stats.kv_bytes, stats.state_bytes, stats.reserved_bytes) == (0, 0, 0, 0, 0)
     handles[0].cancel()
-    assert not run.step()
+    assert not run.iterate()
 
 
 @pytest.mark.parametrize("types", [Q8, TAILED], ids=["q8_0", "tail"])
@@ -216,7 +216,7 @@ def test_never_over_the_budget(types: KVTypes, spare: float) -> None:
     run = scheduler(types=types, memory_bytes=budget)
     handles = [run.submit(request) for request in requests((100, 100, 100, 100))]
     most = 0
-    while run.step():
+    while run.iterate():
         stats = run.stats()
         most = max(most, stats.running)
         assert stats.kv_bytes + stats.state_bytes <= stats.reserved_bytes <= budget
@@ -257,7 +257,7 @@ def test_queue_is_bounded() -> None:
     with pytest.raises(AdmissionError, match="2 requests wait") as caught:
         run.submit(Request(prompt(3), 4, GREEDY))
     assert caught.value.reason == "queue_full"
-    run.step()
+    run.iterate()
     run.submit(Request(prompt(3), 4, GREEDY))
 
 
@@ -280,7 +280,7 @@ def test_bad_requests(options: dict[str, Any], error: type[Exception] | None, me
         return
     with pytest.raises((error, NoKernelError), match=message):
         run.submit(Request(**{"prompt_ids": (3, 4), "max_tokens": 2, **options}))
-    assert not run.step()
+    assert not run.iterate()
 
 
 def test_bad_settings() -> None:
@@ -389,7 +389,7 @@ def test_types_raised_by_the_guard_are_counted() -> None:
     room = scheduler().admission.planned_bytes(specs_for(model(), Q8), 82)
     run = scheduler(types=q4, guard=strict, notify=said.append, memory_bytes=room + room // 2)
     handles = [run.submit(request) for request in requests((70, 70))]
-    while run.step():
+    while run.iterate():
         assert run.stats().reserved_bytes <= room + room // 2
     assert said
     assert all(len(tokens(t)) == 12 for t in handles)

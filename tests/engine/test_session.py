@@ -21,8 +21,9 @@ from torch import Tensor
 
 from hybridkv.cache import KVTypes
 from hybridkv.engine import Request
-from hybridkv.engine.session import Session, load_session, remove_leftovers, resume, save_session, stays_raised
+from hybridkv.engine.session import Session, load_session, resume, save_session, stays_raised
 from hybridkv.engine.steps import resolve_step
+from hybridkv.engine.whole_files import remove_leftovers
 from hybridkv.errors import SessionError
 from hybridkv.formats import get_format
 from hybridkv.hf import ModelCache

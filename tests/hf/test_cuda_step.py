@@ -47,14 +47,14 @@ def graph_step(model: Any, **options: Any) -> GraphStep:
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("engine", ["auto", "eager"])
+@pytest.mark.parametrize("backend", ["auto", "eager"])
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in WINDOWED])
-def test_every_family_is_recorded_and_agrees(family: str, engine: str, batch: int) -> None:
+def test_every_family_is_recorded_and_agrees(family: str, backend: str, batch: int) -> None:
     model = build(family, attention="hybridkv").cuda()
     said: list[str] = []
     # Transformers' loop over experts asks the device which there are: it is not recorded, says so, and is right.
     experts = any(".experts." in name for name, _ in model.named_parameters())
-    step = resolve_step(model.config, "cuda", notify=said.append if experts else pytest.fail, kind=engine)(model)
+    step = resolve_step(model.config, "cuda", notify=said.append if experts else pytest.fail, kind=backend)(model)
     eager, caches, position = EagerStep(model), [cache_for(model) for _ in range(2)], 0
     for seed, length in enumerate((9, 1, 1, 1, 2 if takes_chunks(model.config) else 1, 1, 1)):
         piece = tokens(batch, length, seed)
@@ -64,12 +64,12 @@ def test_every_family_is_recorded_and_agrees(family: str, engine: str, batch: in
     assert said in ([], ["decoding is not recorded as a graph: called a synchronizing CUDA operation"])
 
 
-@pytest.mark.parametrize("engine", ["auto", "eager"])
-def test_exact_rows_are_recorded(engine: str) -> None:
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_exact_rows_are_recorded(backend: str) -> None:
     """Sinks, packed rows and a tail that slides: two recordings, one before the first rows are packed."""
     model = build("qwen3_5_text", attention="hybridkv").cuda()
     types = KVTypes("q8_0", "q4_0", rotate_k=True, tail=32, sink=4, center=True)
-    step, eager = graph_step(model, kind=engine), EagerStep(model)
+    step, eager = graph_step(model, kind=backend), EagerStep(model)
     caches, position = [cache_for(model, types, n_ctx=150) for _ in range(2)], 0
     for seed, length in enumerate((20, *[1] * 120)):
         piece = tokens(2, length, seed)

@@ -26,7 +26,7 @@ def test_the_model_is_the_one_that_float32_gives(family: str, tmp_path: Path) ->
     build(family).to(torch.bfloat16).save_pretrained(tmp_path)
     description = describe(tmp_path)
     assert widens(tmp_path, description.config)
-    found = load(description, dtype=torch.float32, device="cpu", weights="auto", engine="eager").model
+    found = load(description, dtype=torch.float32, device="cpu", weights="auto", backend="eager").model
     expected = load_weights(tmp_path, dtype=torch.float32, device="cpu", attn_implementation=IMPLEMENTATION)
     pack_model(expected, "auto")
     for kind in ("parameters", "buffers"):
@@ -55,7 +55,7 @@ def test_other_types_are_loaded_as_before(tmp_path: Path) -> None:
     weights[name] = weights[name].float() + 2**-12
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert not widens(tmp_path, config)
-    model = load(describe(tmp_path), dtype=torch.float32, device="cpu", weights="auto", engine="eager").model
+    model = load(describe(tmp_path), dtype=torch.float32, device="cpu", weights="auto", backend="eager").model
     found = next(
         parameter for key, parameter in model.named_parameters() if key.endswith(name.rpartition("layers.")[2])
     )

@@ -58,7 +58,7 @@ def test_every_line_is_json_without_extensions(tmp_path: Path) -> None:
         raise AssertionError(constant)
 
     head, row = (json.loads(line, parse_constant=refuse) for line in path.read_text().split("\n")[:-1])
-    assert (head["format"], head["version"]) == ("hybridkv-eval", 1)
+    assert (head["format"], head["version"]) == ("hybridkv-eval", 2)
     assert (row["kld_mean"], row["kld_max"], row["ratio"], row["decode_tok_s"]) == ("nan", "inf", "-inf", None)
 
 
@@ -105,7 +105,7 @@ def edit(run: Path, line: int, **changes: Any) -> None:
     ("line", "changes", "problem"),
     [
         (1, {"format": "other"}, "is not an evaluation"),
-        (1, {"version": 2}, "has version 2; allowed: 1"),
+        (1, {"version": 1}, "has version 1; allowed: 2"),
         (1, {"conditions": None}, "line 1 has missing or unknown fields"),
         (2, {"label": ...}, "line 2 has missing or unknown fields: label"),
         (3, {"color": 1}, "line 3 has missing or unknown fields: color"),

@@ -201,7 +201,7 @@ def test_no_matrix_is_held_in_two_forms(tmp_path: Path) -> None:
 def test_the_eager_engine_over_the_same_file(mix: str) -> None:
     """What lies in the file as in the model stays there; the rest is decoded."""
     path = quantized_file("qwen3_moe", mix)
-    loaded = load(describe(path), dtype=torch.float32, device="cpu", weights="auto", engine="eager")
+    loaded = load(describe(path), dtype=torch.float32, device="cpu", weights="auto", backend="eager")
     step = EagerStep(loaded.model)
     assert {"q4_k_m": "q4_K", "q2_k": "q2_K"}[mix] in step.name
     specs = Policy(KVTypes("f32", "f32")).resolve(kv_facts(layer_facts(loaded.model.config)))

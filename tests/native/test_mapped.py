@@ -29,9 +29,9 @@ from hybridkv.hf import ModelCache
 from hybridkv.model import kv_facts, layer_facts
 from hybridkv.policy import Policy
 
-engine = sys.argv[2]
-mapped = load(describe(Path(sys.argv[1])), dtype=torch.float32, device="cpu", weights="auto", engine=engine).model
-step = resolve_step(mapped.config, "cpu", engine)(mapped)
+backend = sys.argv[2]
+mapped = load(describe(Path(sys.argv[1])), dtype=torch.float32, device="cpu", weights="auto", backend=backend).model
+step = resolve_step(mapped.config, "cpu", backend)(mapped)
 specs = Policy(KVTypes("f16", "f16")).resolve(kv_facts(layer_facts(mapped.config)))
 os.truncate(sys.argv[1], os.path.getsize(sys.argv[1]) // 4)
 try:
@@ -70,9 +70,9 @@ def test_copied_weights_do_not_need_the_file(copy: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "truncate") or sys.platform == "win32", reason="files in use do not shrink there")
-@pytest.mark.parametrize("engine", ["native", pytest.param("eager", marks=pytest.mark.slow)])
-def test_a_file_that_shrinks_ends_in_an_error_and_not_a_signal(copy: Path, engine: str) -> None:
-    command = [sys.executable, "-c", SHRINKING, str(copy), engine]
+@pytest.mark.parametrize("backend", ["native", pytest.param("eager", marks=pytest.mark.slow)])
+def test_a_file_that_shrinks_ends_in_an_error_and_not_a_signal(copy: Path, backend: str) -> None:
+    command = [sys.executable, "-c", SHRINKING, str(copy), backend]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert "became shorter while its weights were read" in done.stdout

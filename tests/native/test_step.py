@@ -23,7 +23,7 @@ from hybridkv.cache import KVLayer, KVTypes
 from hybridkv.engine import steps
 from hybridkv.engine.convert import convert
 from hybridkv.engine.load import bundled_model, describe, load
-from hybridkv.engine.steps import parse_graphs, parse_step, resolve_step
+from hybridkv.engine.steps import parse_backend, parse_graphs, resolve_step
 from hybridkv.errors import ContextError, ModelError, UsageError
 from hybridkv.formats import FORMATS
 from hybridkv.gguf.load import load_gguf
@@ -529,7 +529,7 @@ def test_configs_that_the_family_refuses() -> None:
 
 def test_unknown_step() -> None:
     with pytest.raises(UsageError, match="--backend 'fast'; allowed: auto, native, eager"):
-        parse_step("fast")
+        parse_backend("fast")
 
 
 def test_a_model_that_takes_no_cache_is_refused() -> None:
@@ -640,7 +640,7 @@ def test_each_sequence_of_several_is_checked_as_it_is_alone(monkeypatch: pytest.
 
 
 def test_a_packed_model_from_a_gguf_file_is_saved(tmp_path: Path) -> None:
-    loaded = load(describe(bundled_model()), dtype=torch.float32, device="cpu", weights="auto", engine="eager")
+    loaded = load(describe(bundled_model()), dtype=torch.float32, device="cpu", weights="auto", backend="eager")
     held = packed_of(loaded.model.model.embed_tokens.weight)
     loaded.model.save_pretrained(tmp_path)
     assert torch.equal(load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"], decode(held))

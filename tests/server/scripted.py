@@ -79,7 +79,7 @@ class Scripted:
             right_guesses=0,
             prefill_s=0.0,
             decode_s=0.0,
-            n_steps=0,
+            n_iterations=0,
             n_rebuilds=0,
             n_finished=0,
             n_cancelled=0,

@@ -20,12 +20,13 @@ import torch
 from hybridkv.cache import KVTypes
 from hybridkv.engine import Engine
 from hybridkv.engine.load import Description, Loaded, load
-from hybridkv.engine.steps import StepKind, resolve_step
+from hybridkv.engine.steps import resolve_step
 from hybridkv.held import WeightKind
 from hybridkv.hf import packing_rejects
 from hybridkv.kernels.weights import Activations
 from hybridkv.model import kv_facts
 from hybridkv.native import NativeStep
+from hybridkv.native.choice import BackendKind
 from hybridkv.policy import Guard, Policy
 from hybridkv.runtime import Step
 from hybridkv_lab.peers import Found, ik_library
@@ -90,7 +91,7 @@ class Plan:
     n_prompt: int
     n_steps: int
     n_threads: int
-    kind: StepKind = "auto"
+    kind: BackendKind = "auto"
     activations: Activations = "int16"
     profile: bool = False
     difference_limit: float = DIFFERENCE_LIMIT
@@ -166,7 +167,7 @@ class DecodeReport:
     """All that a run found."""
 
     model: str
-    engine: str
+    backend: str
     peers: tuple[Found, ...]
     gates: tuple[LogitsGate, ...]
     prompts: tuple[Speed, ...]
@@ -180,7 +181,7 @@ class DecodeReport:
 
 
 class OurRunner:
-    """Our own engine."""
+    """The runner of this package."""
 
     def __init__(self, loaded: Loaded, step: Step, plan: Plan, kv_type: str) -> None:
         self.notices: list[str] = []
@@ -262,15 +263,15 @@ def run_decode_bench(
     Raises
     ------
     UsageError
-        If the engine that was asked for cannot run the model.
+        If the backend that was asked for cannot run the model.
     """
     torch.set_num_threads(plan.n_threads)
     found = tuple(_find(name, description) for name in peers)
     make_step = resolve_step(description.config, "cpu", plan.kind, activations=plan.activations)
     progress(f"load {description.name}")
-    # As `hybridkv run` does: an engine that is asked to be Transformers' own has its plain weights.
+    # As `hybridkv run` does: a backend that is asked to be Transformers' own has its plain weights.
     weights: WeightKind = "plain" if plan.kind == "eager" or packing_rejects("cpu") else "auto"
-    loaded = load(description, dtype=torch.float32, device="cpu", weights=weights, engine=plan.kind)
+    loaded = load(description, dtype=torch.float32, device="cpu", weights=weights, backend=plan.kind)
     step = make_step(loaded.model)
     gates: list[LogitsGate] = []
     prompts: list[Speed] = []

@@ -89,6 +89,6 @@ class Journal:
             for (label, window), trace in self._traces.items()
             for f in fields(Trace)
         }
-        packed = io.BytesIO()
-        np.savez_compressed(packed, **arrays)
-        write_bytes(self.path, packed.getvalue())
+        archive = io.BytesIO()
+        np.savez_compressed(archive, **arrays)
+        write_bytes(self.path, archive.getvalue())

@@ -127,7 +127,7 @@ def _columns(results: Sequence[Result]) -> tuple[Column, ...]:
 
 
 def _named(r: Result, best: Sequence[Result], label: str) -> str:
-    """Label a row, and say what the row is."""
+    """Label a line of the table, and say what it is."""
     if r in best:
         return f"◆ {label}"
     return label + {"reference": " (reference)", "floor": " (noise floor)"}.get(r.role, "")
@@ -140,7 +140,7 @@ def _facts(c: Conditions) -> tuple[tuple[str, str], ...]:
         ("text", f"{c.text}: {c.n_tokens} predictions in {c.n_windows} windows of {c.n_ctx} tokens, {decode}"),
         ("reference", f"cache of {c.reference}"),
         ("greedy", f"{c.greedy_tokens} generated tokens" if c.greedy_tokens else ""),
-        ("engine", f"{c.engine}, kernel {c.kernel}"),
+        ("backend", f"{c.backend}, kernel {c.kernel}"),
         ("machine", f"{c.cpu}, {c.threads} threads"),
         ("versions", f"hybridkv {c.hybridkv}, torch {c.torch}, Transformers {c.transformers}"),
         ("commit", c.commit or ""),
@@ -277,18 +277,18 @@ def page(conditions: Conditions, results: Sequence[Result]) -> str:
 def _table(results: Sequence[Result]) -> list[str]:
     columns, best = _columns(results), front(results)
     heads = "".join(f'<th scope="col" title="{escape(c.meaning)}">{escape(c.head)}</th>' for c in columns)
-    rows = []
+    lines = []
     for r in results:
         kind = "other" if r.role != "candidate" else "front" if r in best else "plain"
         label = escape(_line(r.label))
         cells = "".join(f"<td>{escape(c.cell(r))}</td>" for c in columns)
-        rows.append(f'<tr class="{kind}"><th scope="row" title="{label}">{_named(r, best, label)}</th>{cells}</tr>')
+        lines.append(f'<tr class="{kind}"><th scope="row" title="{label}">{_named(r, best, label)}</th>{cells}</tr>')
     meanings = "".join(f"<dt>{escape(c.head)}</dt><dd>{escape(c.meaning)}</dd>" for c in columns)
     return [
         "<h2>All measurements</h2>",
         '<div class="scroll" tabindex="0" role="region" aria-label="All measurements">',
         f'<table><thead><tr><th scope="col">cache</th>{heads}</tr></thead>',
-        f"<tbody>{''.join(rows)}</tbody></table></div>",
+        f"<tbody>{''.join(lines)}</tbody></table></div>",
         f"<p>{_FRONT}</p>",
         f'<details><summary>What the columns mean</summary><dl class="facts">{meanings}</dl></details>',
     ]

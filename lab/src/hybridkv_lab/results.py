@@ -1,6 +1,6 @@
 """The result of an evaluation: the conditions, one result per cache type, and the JSONL file that carries them.
 
-The first line is `{"format": "hybridkv-eval", "version": 1, "conditions": {...}}`, every other line one result. JSON
+The first line is `{"format": "hybridkv-eval", "version": 2, "conditions": {...}}`, every other line one result. JSON
 has no NaN and no infinity: they are the strings "nan", "inf" and "-inf". Measures nothing and draws nothing: written
 by `hybridkv eval`, read by `lab.report`.
 """
@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from hybridkv.errors import UsageError
 
 FORMAT = "hybridkv-eval"
-VERSION = 1
+VERSION = 2
 
 Role = Literal["reference", "floor", "candidate"]
 
@@ -40,7 +40,7 @@ class Conditions:
         Windows of `n_ctx` tokens, and predictions counted in all of them.
     reference
         Label of the reference cache.
-    engine, kernel
+    backend, kernel
         What ran the model's steps, and what attended.
     date
         ISO 8601.
@@ -57,7 +57,7 @@ class Conditions:
     n_tokens: int
     mode: Literal["prefill", "decode"]
     reference: str
-    engine: str
+    backend: str
     kernel: str
     hybridkv: str
     torch: str
@@ -234,8 +234,8 @@ def read_jsonl(path: Path) -> tuple[Conditions, tuple[Result, ...]]:
             f"{path} has version {head.get('version')!r}; allowed: {VERSION}", hint="run `hybridkv eval` once more"
         )
     conditions = _record(path, 1, Conditions, head.get("conditions"))
-    rows = enumerate(lines[1:], start=2)
-    return conditions, tuple(_record(path, i, Result, _object(path, i, line)) for i, line in rows)
+    numbered = enumerate(lines[1:], start=2)
+    return conditions, tuple(_record(path, i, Result, _object(path, i, line)) for i, line in numbered)
 
 
 def _umask() -> int:

@@ -25,7 +25,7 @@ from hybridkv_lab.measure import Trace, summarize
 from hybridkv_lab.run import Evaluation, Tick
 
 REFERENCE = "f16"
-"""What divergences are measured from."""
+"""The reference of all divergences."""
 
 Side = Literal["k", "v"]
 SIDES: tuple[Side, ...] = get_args(Side)

@@ -17,7 +17,7 @@ WINDOW_SLACK = 512
 """Rows that a sliding-window layer holds beyond its window, so that old rows are dropped in bulk."""
 
 EXACT_TYPE = "f16"
-"""How the sinks and the tail of a quantized layer are stored."""
+"""Type of a quantized layer's sinks and tail."""
 
 LEAVING_ROWS = 32
 """Rows leave the tail in blocks of this many: one call of the encoder for all of them."""

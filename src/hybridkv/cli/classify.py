@@ -129,7 +129,7 @@ def main(arguments: argparse.Namespace) -> int:
     on_card = () if opened.device_type == "cpu" else max(specs, key=partial(_kv_bytes, opened.n_ctx, a.batch))
     opened = check_memory(opened, Demand(on_card, opened.n_ctx, a.batch, guarded=False))
     loaded, step = opened.load()
-    print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
+    print(f"backend: {opened.backend_name(step)}", file=sys.stderr)
     prompts, continuations = encode(template, rows, labels, loaded.tokenizer, chat=a.chat)
 
     from hybridkv.engine.classify import Classifier

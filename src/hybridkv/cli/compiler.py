@@ -50,7 +50,7 @@ def _request(opened: Opened, specs: Sequence[KVSpec]) -> bytes | None:
     """Describe the model for the process."""
     description = opened.description
     packed = opened.device_type == "cuda" and opened.weights == "auto" and not opened.hosted
-    if not packed or description.rejects_packed("cuda", opened.weights, opened.engine) is not None:
+    if not packed or description.rejects_packed("cuda", opened.weights, opened.backend) is not None:
         return None
     import torch
 

@@ -24,7 +24,7 @@ def check_ranks(a: argparse.Namespace, n: int, ranks: Literal["one", "many"]) ->
             f"torchrun started {n} processes, but this command runs in one process",
             hint="only `hybridkv run` runs on several ranks",
         )
-    if a.engine == "native":
+    if a.backend == "native":
         raise UsageError(
             f"--backend native on {n} ranks; allowed: auto, eager", hint="Transformers shards only its own layers"
         )

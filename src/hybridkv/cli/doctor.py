@@ -66,12 +66,12 @@ def main(arguments: argparse.Namespace) -> int:
     versions = {"hybridkv": __version__, **{name: _version(name) for name in _PACKAGES}}
     versions["python"] = platform.python_version()
     features = _cpu_features()
-    matrix = [row for device in devices for row in _matrix(device, dims)]
-    engines, recurrent = _engines(), _recurrent()
+    matrix = [case for device in devices for case in _matrix(device, dims)]
+    backends, recurrent = _backends(), _recurrent()
     memory, weights = available_memory(), _weights()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     if a.json:
-        found = {"versions": versions, "cpu": features, "cuda": gpus, "engines": engines, "recurrent": recurrent}
+        found = {"versions": versions, "cpu": features, "cuda": gpus, "backends": backends, "recurrent": recurrent}
         bytes_free = None if memory is None else {"available_bytes": memory.n_bytes, "source": memory.source}
         print(json.dumps({**found, "memory": bytes_free, "weights": weights, "matrix": matrix}))
         return 0
@@ -84,7 +84,7 @@ def main(arguments: argparse.Namespace) -> int:
     free = "not said by this system" if memory is None else f"{size(memory.n_bytes)} {memory.source}"
     console.print(f"memory      {free}")
     console.print("weights     " + "; ".join(f"{place}: {how}" for place, how in weights.items()))
-    console.print("engines     " + "; ".join(f"{name}: {models}" for name, models in engines.items()))
+    console.print("backends    " + "; ".join(f"{name}: {models}" for name, models in backends.items()))
     console.print(
         "recurrent   eager backend on cuda: " + ", ".join(f"{kind} by {package}" for kind, package in recurrent.items())
     )
@@ -106,8 +106,8 @@ def _cpu_features() -> list[str]:
     return [feature for feature in _FEATURES if feature in words]
 
 
-def _engines() -> dict[str, str]:
-    """List the engines for the layers outside of attention, and which models each one runs."""
+def _backends() -> dict[str, str]:
+    """List the backends for the layers outside of attention, and which models each one runs."""
     from hybridkv.hf.step import fused as fused_step
     from hybridkv.kernels import cpu_native
     from hybridkv.model import FAMILIES
@@ -154,7 +154,7 @@ def _matrix(device: str, dims: tuple[int, ...]) -> list[dict[str, Any]]:
     from hybridkv.formats import FORMATS
     from hybridkv.kernels import KERNELS, PHASES, AttentionCase, explain
 
-    rows = []
+    found = []
     for dim in dims:
         for phase in PHASES:
             for k in FORMATS:
@@ -163,7 +163,7 @@ def _matrix(device: str, dims: tuple[int, ...]) -> list[dict[str, Any]]:
                     answers = explain(case, KERNELS)
                     chosen = next((name for name, reason in answers if reason is None), None)
                     refusals = {name: reason for name, reason in answers if reason is not None}
-                    rows.append(
+                    found.append(
                         {
                             "device": device,
                             "type_k": k,
@@ -174,7 +174,7 @@ def _matrix(device: str, dims: tuple[int, ...]) -> list[dict[str, Any]]:
                             "refusals": refusals,
                         }
                     )
-    return rows
+    return found
 
 
 def _print_summary(matrix: list[dict[str, Any]]) -> None:
@@ -182,14 +182,14 @@ def _print_summary(matrix: list[dict[str, Any]]) -> None:
     table = simple_table(
         "device", "head dim", "phase", "pairs per kernel", left=("device", "phase", "pairs per kernel")
     )
-    keys = dict.fromkeys((row["device"], row["head_dim"], row["phase"]) for row in matrix)
+    keys = dict.fromkeys((case["device"], case["head_dim"], case["phase"]) for case in matrix)
     for device, dim, phase in keys:
         here = [r for r in matrix if (r["device"], r["head_dim"], r["phase"]) == (device, dim, phase)]
-        counts = Counter(row["kernel"] or "NO KERNEL" for row in here)
+        counts = Counter(case["kernel"] or "NO KERNEL" for case in here)
         table.add_row(device, str(dim), phase, ", ".join(f"{name} {n}" for name, n in counts.items()))
     console = stdout_console()
     console.print(table)
-    refusals = Counter((name, reason) for row in matrix for name, reason in row["refusals"].items())
+    refusals = Counter((name, reason) for case in matrix for name, reason in case["refusals"].items())
     console.print("refusals" if refusals else "refusals    none")
     for (name, reason), count in refusals.most_common():
         console.print(f"  {name}: {reason} ({count} cases)")
@@ -207,15 +207,15 @@ def _print_full(matrix: list[dict[str, Any]]) -> None:
         "refused by",
         left=("device", "phase", "K", "V", "kernel", "refused by"),
     )
-    for row in matrix:
-        refusals = "; ".join(f"{name}: {reason}" for name, reason in row["refusals"].items())
+    for case in matrix:
+        refusals = "; ".join(f"{name}: {reason}" for name, reason in case["refusals"].items())
         table.add_row(
-            row["device"],
-            str(row["head_dim"]),
-            row["phase"],
-            row["type_k"],
-            row["type_v"],
-            row["kernel"] or "NONE",
+            case["device"],
+            str(case["head_dim"]),
+            case["phase"],
+            case["type_k"],
+            case["type_v"],
+            case["kernel"] or "NONE",
             refusals or "-",
         )
     stdout_console().print(table)

@@ -199,7 +199,7 @@ def _hint(opened: Opened, demand: Demand, held: Held, parts: Mapping[str, int], 
         if opened.weights == "plain" and max(own.peak_bytes, own.n_bytes + rest + kv) <= n_available:
             return f"without --weights and --backend they are held as they are, in {size(own.n_bytes)}, and fit"
         for kind in ("int8", "int4"):
-            smaller = opened.description.held(kind, "cpu", "f32", engine=opened.asked)
+            smaller = opened.description.held(kind, "cpu", "f32", backend=opened.asked)
             if (
                 opened.weights in ("auto", "f32", "bf16", "plain")
                 and max(smaller.peak_bytes, smaller.n_bytes + rest + kv) <= n_available

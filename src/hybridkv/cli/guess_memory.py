@@ -43,13 +43,13 @@ NO_GUESSES = Guesses()
 
 
 def guesses_of(
-    a: argparse.Namespace, description: Description, *, device: str, engine: str, n_ctx: int, n_seqs: int = 1
+    a: argparse.Namespace, description: Description, *, device: str, backend: str, n_ctx: int, n_seqs: int = 1
 ) -> Guesses:
     """Count what guesses take under the options of `add_spec_arguments`; nothing where none are made.
 
     Parameters
     ----------
-    device, engine
+    device, backend
         What the model runs on; only the native step on the CPU takes guesses.
     n_seqs
         Sequences that share one cache: several of them are not guessed.
@@ -62,7 +62,7 @@ def guesses_of(
     from hybridkv.native.choice import rejects
     from hybridkv.planner import plan
 
-    if a.spec == "off" or n_seqs > 1 or engine == "eager" or rejects(description.config, device) is not None:
+    if a.spec == "off" or n_seqs > 1 or backend == "eager" or rejects(description.config, device) is not None:
         return NO_GUESSES
     states = plan((), description.facts, n_ctx=0).state_bytes
     if a.model_draft is not None:
@@ -83,5 +83,5 @@ def guesses_of(
 def guesses_for(a: argparse.Namespace, opened: Opened, *, n_seqs: int = 1) -> Guesses:
     """Count what guesses take of a run of an opened model; see `guesses_of`."""
     return guesses_of(
-        a, opened.description, device=opened.device_type, engine=opened.engine, n_ctx=opened.n_ctx, n_seqs=n_seqs
+        a, opened.description, device=opened.device_type, backend=opened.backend, n_ctx=opened.n_ctx, n_seqs=n_seqs
     )

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from hybridkv.engine.describe import PoolingAsked
     from hybridkv.engine.load import Description, Loaded
     from hybridkv.engine.placed import Split
-    from hybridkv.engine.steps import StepKind
     from hybridkv.held import Held, WeightKind
     from hybridkv.kernels.cuda.ahead import Ahead
     from hybridkv.native import Memory
+    from hybridkv.native.choice import BackendKind
     from hybridkv.runtime import Step
 
 DEFAULT_CTX = 4096
@@ -67,7 +67,7 @@ def add_model_arguments(
     group.add_argument(
         "--backend",
         "--engine",
-        dest="engine",
+        dest="backend",
         default="auto",
         metavar="auto|native|eager",
         help="what computes the layers outside of attention: native (C++ on the CPU, Triton on CUDA) or eager "
@@ -185,7 +185,7 @@ class Opened:
         Bytes of main memory that it may take; None for what there is.
     limit_option
         The option that says so.
-    engine, asked
+    backend, asked
         What is to run it: with the weights that are held, and as it was asked for.
     memory
         Whether the weights of a GGUF file stay in the mapped file.
@@ -207,8 +207,8 @@ class Opened:
     make_step: Callable[[Any], Step]
     memory_limit: int | None = None
     limit_option: str = "--memory"
-    engine: StepKind = "auto"
-    asked: StepKind = "auto"
+    backend: BackendKind = "auto"
+    asked: BackendKind = "auto"
     memory: Memory = "mapped"
     lock: bool = False
     split: Split | None = None
@@ -220,7 +220,7 @@ class Opened:
         """`cpu` or `cuda`."""
         return self.device.partition(":")[0]
 
-    def engine_name(self, step: Step) -> str:
+    def backend_name(self, step: Step) -> str:
         """Name what computes the layers outside of attention, with its weight storage."""
         return step.name
 
@@ -229,7 +229,7 @@ class Opened:
         import torch
 
         plain: Literal["f32", "bf16"] = "f32" if self.dtype == torch.float32 else "bf16"
-        return self.description.held(self.weights, self.device_type, plain, engine=self.engine)
+        return self.description.held(self.weights, self.device_type, plain, backend=self.backend)
 
     def load(self, specs: Sequence[KVSpec] = (), shown: Loading | None = None) -> tuple[Loaded, Step]:
         """Load the model and its step, and show how far that is; print what is worth knowing of them.
@@ -244,14 +244,14 @@ class Opened:
         from hybridkv.engine.load import load, lock_weights
         from hybridkv.native.choice import runs_natively
 
-        if not runs_natively(self.description.config, self.device_type, self.engine):
+        if not runs_natively(self.description.config, self.device_type, self.backend):
             quiet_transformers()
         loaded = load(
             self.description,
             dtype=self.dtype,
             device=self.device,
             weights=self.weights,
-            engine=self.engine,
+            backend=self.backend,
             memory=self.memory,
             hosted=self.hosted,
         )
@@ -286,15 +286,15 @@ def open_model(
     Raises
     ------
     UsageError
-        For a device, engine or kind of weights that is not there.
+        For a device, backend or kind of weights that is not there.
     ModelFileError, ModelError
         For a model that is damaged or not understood.
     """
     import torch
 
     from hybridkv.engine.describe import describe
-    from hybridkv.engine.steps import parse_activations, parse_graphs, parse_step, resolve_step
-    from hybridkv.engine.weights import engine_for, weights_on
+    from hybridkv.engine.steps import parse_activations, parse_backend, parse_graphs, resolve_step
+    from hybridkv.engine.weights import backend_for, weights_on
     from hybridkv.held import parse_weights
     from hybridkv.hf.ranks import n_ranks
     from hybridkv.planner import parse_bytes
@@ -302,7 +302,7 @@ def open_model(
     option = getattr(a, "limit_option", "--memory")  # tasks of `eval --ray` have neither
     limit = None if getattr(a, "memory_limit", None) is None else parse_bytes(a.memory_limit, option)
     graphs = parse_graphs(a.graph or "on")
-    asked_kind, asked = parse_step(a.engine), parse_weights(a.weights)
+    asked_kind, asked = parse_backend(a.backend), parse_weights(a.weights)
     activations = parse_activations(getattr(a, "activations", "int16"))
     n = n_ranks()
     if n > 1:
@@ -332,7 +332,7 @@ def open_model(
     device_type = device.partition(":")[0]
     if a.graph is not None and device_type != "cuda":
         notice(f"--graph {a.graph} has no effect: graphs exist on CUDA only, and this runs on {device_type}")
-    kind = engine_for(device_type, asked, asked_kind)
+    kind = backend_for(device_type, asked, asked_kind)
     make_step = resolve_step(
         description.config, device_type, kind, graphs=graphs, activations=activations, notify=notice
     )

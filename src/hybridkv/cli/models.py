@@ -24,8 +24,8 @@ def main(arguments: argparse.Namespace) -> int:
     own = bundled_model()
     found = [LocalModel("", own, own.stat().st_size, "hybridkv"), *local_models()]
     if arguments.json:
-        rows = [{"name": m.name, "path": str(m.path), "bytes": m.n_bytes, "owner": m.owner} for m in found]
-        print(json.dumps(rows))
+        listed = [{"name": m.name, "path": str(m.path), "bytes": m.n_bytes, "owner": m.owner} for m in found]
+        print(json.dumps(listed))
         return 0
     table = simple_table("folder", "size", "-m", left=("folder", "-m"))
     for model in found:

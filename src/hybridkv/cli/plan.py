@@ -18,7 +18,7 @@ from hybridkv.cli.guess_memory import guesses_of
 from hybridkv.cli.llama_cpp import accepted_options
 from hybridkv.cli.model_options import DEFAULT_CTX
 from hybridkv.cli.model_source import add_source_arguments, model_of
-from hybridkv.cli.plan_rows import PlannedWeights, Question, plan_rows, print_plan
+from hybridkv.cli.plan_lines import PlannedWeights, Question, plan_lines, print_plan
 from hybridkv.cli.rope_options import add_rope_arguments, changes_of
 from hybridkv.cli.show import (
     MAX_CONTEXT,
@@ -33,19 +33,19 @@ from hybridkv.options import EXACT, kv_option
 if TYPE_CHECKING:
     from hybridkv.engine.describe import Description
     from hybridkv.held import WeightKind
-    from hybridkv.native.choice import EngineKind
+    from hybridkv.native.choice import BackendKind
     from hybridkv.policy import AnyPolicy
 
 NAME = "plan"
 HELP = "print KV, state and weight bytes for cache types, and the largest context that fits"
 
 _KINDS: dict[str, WeightKind] = {"auto": "auto", "f32": "f32", "bf16": "bf16", "q8_0": "int8", "q4_0": "int4"}
-"""What `--dtype` is in the words of `run --weights`."""
+"""Values of `--dtype`, in the words of `run --weights`."""
 
 _DEFAULT_TYPES = "f16,q8_0,q6_0,q5_0,q4_0"
 
 _IDLE = "idle_"
-"""Where options of `run` go that change nothing here."""
+"""Destinations of options of `run` that change nothing here."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         "--engine",
-        dest="engine",
+        dest="backend",
         default="auto",
         metavar="auto|native|eager",
         help="as in `run`; eager stores plain weights",
@@ -157,16 +157,16 @@ def main(arguments: argparse.Namespace) -> int:
     if not a.ctx_size and n_ctx > DEFAULT_CTX and any(name.startswith(_IDLE) for name in vars(a)):
         of = "of training" if n_ctx == trained else "that RoPE is scaled for"
         notice(f"counted for the {n_ctx} tokens {of}; `run` without -c takes {DEFAULT_CTX}")
-    weights = _held(description, kind, device, a.engine)
-    guesses = guesses_of(a, description, device=device, engine=weights.engine, n_ctx=n_ctx)
-    split = split_on(split_from(a), description, device, kind, cast("EngineKind", a.engine))
+    weights = _held(description, kind, device, a.backend)
+    guesses = guesses_of(a, description, device=device, backend=weights.backend, n_ctx=n_ctx)
+    split = split_on(split_from(a), description, device, kind, cast("BackendKind", a.backend))
     free = None if split is None else budget if budget is not None else free_on_card(device, split.device_memory)
     question = Question(description, guard, n_ctx, a.parallel, weights, budget, split, free, guesses=guesses)
-    rows = plan_rows(question, policies)
+    lines = plan_lines(question, policies)
     if _says_types(a) or any(given_options(a, EXACT).values()) or a.kv_config:
         for line in _notices(description, policies, n_ctx):
             notice(line)
-    for reason in dict.fromkeys(row["refused"] for row in rows if row["refused"]):
+    for reason in dict.fromkeys(line["refused"] for line in lines if line["refused"]):
         notice(f"left out, no kernel: {reason}")
     if a.tp > 1 and not shards_heads(description.config):
         notice(f"the plan for {description.config.model_type!r} replicates the KV heads: each rank holds all of them")
@@ -181,13 +181,13 @@ def main(arguments: argparse.Namespace) -> int:
                     "device": device,
                     "weights": weights.held.parts,
                     "guess_bytes": guesses.total(a.parallel),
-                    "plans": rows,
+                    "plans": lines,
                     **_expanded(weights),
                 }
             )
         )
     else:
-        print_plan(question, rows, device, a.memory)
+        print_plan(question, lines, device, a.memory)
     return 0
 
 
@@ -240,27 +240,27 @@ def _check(a: argparse.Namespace) -> tuple[WeightKind, str]:
 
     device = a.device.partition(":")[0]
     one_of(device, ("auto", "cpu", "cuda"), "--device", hint="auto is cuda where there is one")
-    one_of(a.engine, ("auto", "native", "eager"), "--backend", hint="leave --backend out for auto")
+    one_of(a.backend, ("auto", "native", "eager"), "--backend", hint="leave --backend out for auto")
     asked = one_of(a.weights or _KINDS[a.dtype or "auto"], WEIGHT_KINDS, "--weights", hint="auto is what `run` takes")
     return asked, ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def _held(description: Description, asked: WeightKind, device: str, engine: str) -> PlannedWeights:
+def _held(description: Description, asked: WeightKind, device: str, backend: str) -> PlannedWeights:
     """Describe the weights as `run` would store them under these options."""
     import torch
 
     if description.n_ranks > 1:
         wide = asked == "f32" or (asked in ("auto", "plain") and device == "cpu")
         return PlannedWeights(
-            description.held("plain", device, "f32" if wide else "bf16"), 4 if wide else 2, engine="eager"
+            description.held("plain", device, "f32" if wide else "bf16"), 4 if wide else 2, backend="eager"
         )
-    from hybridkv.engine.weights import engine_for, weights_on
+    from hybridkv.engine.weights import backend_for, weights_on
 
-    chosen = engine_for(device, asked, cast("EngineKind", engine))
+    chosen = backend_for(device, asked, cast("BackendKind", backend))
     kind, dtype = weights_on(device, asked, chosen, description)
     wide = dtype == torch.float32
     plain: Literal["f32", "bf16"] = "f32" if wide else "bf16"
-    held = description.held(kind, device, plain, engine=chosen)
+    held = description.held(kind, device, plain, backend=chosen)
     expanded = description.expanded(asked, device, plain, chosen)
     if expanded is not None:
         notice(expanded_words(expanded, plain))

@@ -57,7 +57,7 @@ def changes_of(a: argparse.Namespace) -> ModelChanges:
     if a.rope_scaling is not None and scaling is None:
         raise UsageError(f"--rope-scaling {a.rope_scaling!r}; allowed: {', '.join(_SCALINGS)}")
     positive = ("rope_scale", "rope_freq_scale", "rope_freq_base", "yarn_orig_ctx", "yarn_attn_factor")
-    # Both engines mean "as the model says" by these.
+    # Both backends mean "as the model says" by these.
     unset = {"rope_freq_base": 0, "rope_freq_scale": 0, "yarn_orig_ctx": 0}
     unset |= dict.fromkeys(("yarn_ext_factor", "yarn_attn_factor", "yarn_beta_slow", "yarn_beta_fast"), -1)
     names = ("rope_scale", *unset)

@@ -123,7 +123,7 @@ def main(arguments: argparse.Namespace) -> int:
         loaded, step = opened.load(specs, shown)
     talk = open_conversation(a, prompt, loaded.model, loaded.tokenizer, choice)
     steering = form.steering_for(loaded)(talk.text if a.chat else None)
-    print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
+    print(f"backend: {opened.backend_name(step)}", file=sys.stderr)
     try:
         speculation = speculation_from(a, loaded, step, notify, n_ctx=n_ctx, n_seqs=a.parallel)
         engine = Engine(
@@ -278,7 +278,7 @@ def _result(
         "sequences": [{"text": s.text, "ids": s.ids} for s in streams.sequences],
         "stopped": stopped,
         "seed": sampling.seed if sampling.temp > 0 else None,
-        "engine": engine.step.name,
+        "backend": engine.step.name,
         "prompt_tokens": t.n_prompt,
         "prompt_tok_s": t.prompt_tok_s,
         "generated_tokens": t.n_generated,

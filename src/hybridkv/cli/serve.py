@@ -250,7 +250,7 @@ def load_served(
     template = loaded.tokenizer.chat_template or ""
     known = {"enable_thinking"} if "thinking" in template else set()  # by either name
     say_unused_variables(template, {name: v for name, v in a.answers.variables.items() if name not in known})
-    print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
+    print(f"backend: {opened.backend_name(step)}", file=sys.stderr)
     scheduler = _scheduler(a, opened, loaded, specs, guard, step)
     served = _served(a, opened, loaded, specs, scheduler)
     freeze_gc()

@@ -39,7 +39,7 @@ def load_embedder(a: argparse.Namespace, opened: Opened) -> tuple[Served, NoSche
     header, pooling = opened.description.header, opened.description.pooling
     assert header is not None
     assert pooling is not None
-    plain = replace(opened, weights="plain", engine="eager", dtype=torch.float32, split=None)
+    plain = replace(opened, weights="plain", backend="eager", dtype=torch.float32, split=None)
     check_memory(plain, Demand((), opened.n_ctx))
     loaded = load_gguf(header, dtype=torch.float32, device=opened.device)
     for line in loaded.notices:

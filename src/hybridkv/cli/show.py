@@ -113,13 +113,13 @@ def layer_table(layers: Sequence[tuple[KVSpec, LayerKernels]]) -> Table:
     if exact:
         columns.insert(4, "kept exact")
     table = simple_table(*columns, left=("K", "V", "rotation", "kept exact", "kernel"))
-    rows = [(spec.facts.layer, _cells(spec, kernels, exact), spec.bytes_per_token) for spec, kernels in layers]
-    alike = (row[1:] if len(rows) > _MOST_LINES else row[0] for row in rows)
-    for _, group in groupby(zip(alike, rows, strict=True), key=itemgetter(0)):
-        lines = [row for _, row in group]
-        _, cells, n_bytes = lines[0]
-        many = f"{len(lines)} x " if len(lines) > 1 else ""
-        table.add_row(layers_words([number for number, *_ in lines]), *cells, f"{many}{n_bytes}")
+    lines = [(spec.facts.layer, _cells(spec, kernels, exact), spec.bytes_per_token) for spec, kernels in layers]
+    alike = (line[1:] if len(lines) > _MOST_LINES else line[0] for line in lines)
+    for _, group in groupby(zip(alike, lines, strict=True), key=itemgetter(0)):
+        shared = [line for _, line in group]
+        _, cells, n_bytes = shared[0]
+        many = f"{len(shared)} x " if len(shared) > 1 else ""
+        table.add_row(layers_words([number for number, *_ in shared]), *cells, f"{many}{n_bytes}")
     return table
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hybridkv.engine.describe import Description
     from hybridkv.engine.placed import Split
     from hybridkv.held import WeightKind
-    from hybridkv.native.choice import EngineKind
+    from hybridkv.native.choice import BackendKind
     from hybridkv.placement import Needs, Placement, PlacementLine
 
 
@@ -76,12 +76,14 @@ def split_from(a: argparse.Namespace) -> Split:
     return found
 
 
-def split_on(split: Split, description: Description, device: str, kind: WeightKind, engine: EngineKind) -> Split | None:
+def split_on(
+    split: Split, description: Description, device: str, kind: WeightKind, backend: BackendKind
+) -> Split | None:
     """Return what is to be divided; None for another device, or for weights that do not stay packed.
 
     Parameters
     ----------
-    kind, engine
+    kind, backend
         How weights are to be held, and what is to run them.
 
     Raises
@@ -94,7 +96,7 @@ def split_on(split: Split, description: Description, device: str, kind: WeightKi
         if given:
             notice(f"{', '.join(given)}: no effect on {device}")
         return None
-    reason = description.rejects_packed("cuda", kind, engine)
+    reason = description.rejects_packed("cuda", kind, backend)
     if kind in ("int8", "int4"):
         reason = f"weights that --weights {kind} converts are all on the card"
     if reason is None:

@@ -23,7 +23,7 @@ class SchedulerCounters:
     right_guesses: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
-    n_steps: int = 0
+    n_iterations: int = 0
     n_rebuilds: int = 0
     n_finished: int = 0
     n_cancelled: int = 0
@@ -32,7 +32,7 @@ class SchedulerCounters:
 
     def iteration(self, seconds: float) -> None:
         """Count an iteration that took so long."""
-        self.n_steps += 1
+        self.n_iterations += 1
         self._times.append(seconds)
 
     def stats(self, **present: Any) -> SchedulerStats:
@@ -46,7 +46,7 @@ class SchedulerCounters:
             right_guesses=self.right_guesses,
             prefill_s=self.prefill_s,
             decode_s=self.decode_s,
-            n_steps=self.n_steps,
+            n_iterations=self.n_iterations,
             n_rebuilds=self.n_rebuilds,
             n_finished=self.n_finished,
             n_cancelled=self.n_cancelled,

@@ -24,7 +24,7 @@ from hybridkv.model.changes import NO_CHANGES, ModelChanges, change_rope
 from hybridkv.model.facts import layer_facts
 from hybridkv.model.protocols import Config
 from hybridkv.native.choice import (
-    EngineKind,
+    BackendKind,
     multiplies,
     rejects_encoded,
     rejects_packed,
@@ -79,7 +79,7 @@ class Description:
     header: Header | None = field(default=None, repr=False, compare=False)
     pooling: Pooling | None = None
 
-    def rejects_packed(self, device: str, kind: WeightKind, engine: EngineKind) -> str | None:
+    def rejects_packed(self, device: str, kind: WeightKind, backend: BackendKind) -> str | None:
         """Explain why the weights are not packed on a device that is not the CPU; None if they are.
 
         Raises
@@ -87,7 +87,7 @@ class Description:
         ModelFileError
             If the file is damaged.
         """
-        if engine == "eager" or self.n_ranks > 1:
+        if backend == "eager" or self.n_ranks > 1:
             return "packed weights are the native backend's, in one process"
         if kind not in ("auto", "int8", "int4") or (kind == "auto" and self.header is None):
             return "packed weights are those of a GGUF file, as they are, or int8 and int4"
@@ -101,29 +101,29 @@ class Description:
         return rejects_types(self.config, saved_types(self.header))
 
     def expanded(
-        self, kind: WeightKind, device: str, plain: Literal["f32", "bf16"], engine: EngineKind
+        self, kind: WeightKind, device: str, plain: Literal["f32", "bf16"], backend: BackendKind
     ) -> Expanded | None:
         """Return what becomes plain values on a card though nobody asked for it; None if nothing does.
 
         Parameters
         ----------
-        kind, engine
+        kind, backend
             As they were asked for.
         device
             torch's device type.
         plain
             Type of plain values.
         """
-        if device == "cpu" or kind != "auto" or engine == "eager" or self.header is None or self.n_ranks > 1:
+        if device == "cpu" or kind != "auto" or backend == "eager" or self.header is None or self.n_ranks > 1:
             return None
-        if (reason := self.rejects_packed(device, kind, engine)) is None:
+        if (reason := self.rejects_packed(device, kind, backend)) is None:
             return None
         from hybridkv.gguf.saved import expanded_tensors
 
         return expanded_tensors(self.header, reason, 4 if plain == "f32" else 2)
 
     def held(
-        self, kind: WeightKind, device: str, plain: Literal["f32", "bf16"], *, engine: EngineKind = "auto"
+        self, kind: WeightKind, device: str, plain: Literal["f32", "bf16"], *, backend: BackendKind = "auto"
     ) -> Held:
         """Count the bytes of the weights as `load` will hold them; those of one rank.
 
@@ -135,13 +135,13 @@ class Description:
             torch's device type.
         plain
             Type of what is not packed.
-        engine
+        backend
             What was asked to run it.
         """
         runner: Runner = "eager"
-        if kind != "plain" and self.n_ranks == 1 and runs_natively(self.config, device, engine):
+        if kind != "plain" and self.n_ranks == 1 and runs_natively(self.config, device, backend):
             runner = "native"
-        elif device == "cuda" and self.rejects_packed(device, kind, engine) is None:
+        elif device == "cuda" and self.rejects_packed(device, kind, backend) is None:
             runner = "packed"
         if self.n_ranks > 1:
             from hybridkv.hf.load import count_parameters

@@ -64,7 +64,7 @@ class DraftModel:
 
     @property
     def sequence_bytes(self) -> int:
-        """What guessing for a sequence takes beside the weights."""
+        """Bytes that guessing for a sequence takes beside the weights."""
         return sequence_bytes(layer_facts(self.model.config), self._n_ctx)
 
     def check_vocabulary(self, own: Any | None, other_model: Any, other: Any | None) -> None:

@@ -23,7 +23,7 @@ from hybridkv.runtime import DraftStep, Fault, ModelCache, StepResult
 SpecKind = Literal["auto", "ngram", "mtp", "draft", "off"]
 
 GoesOn = Callable[[list[int]], bool]
-"""Whether one more guess behind those of such kinds promises to pay."""
+"""Predicate: one more guess behind those of such kinds promises to pay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Guesser(Protocol):
 
     @property
     def plans(self) -> bool:
-        """Whether the number of guesses is to be chosen before they are made, all being of kind 0."""
+        """True if the number of guesses is chosen before they are made, all being of kind 0."""
         ...
 
     def guess(self, text: Sequence[int], n: int, goes_on: GoesOn) -> Guess:

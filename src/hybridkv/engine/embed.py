@@ -28,7 +28,7 @@ class Embedder:
     model
         Of Transformers, with a head for the next token that is not run.
     pooling
-        What becomes of a text's rows: their mean, the first or the last.
+        What becomes of a text's states: their mean, the first or the last.
     n_ctx
         Tokens of a text at most.
 
@@ -54,8 +54,8 @@ class Embedder:
         if not 0 < len(ids) <= self.n_ctx:
             raise UsageError(f"a text of {len(ids)} tokens; allowed: 1 to {self.n_ctx}", hint="a larger -c allows more")
         device = next(self._base.parameters()).device
-        rows = self._base(input_ids=torch.tensor([ids], device=device), use_cache=False).last_hidden_state[0].float()
-        pooled = {"mean": lambda: rows.mean(0), "cls": lambda: rows[0], "last": lambda: rows[-1]}[self.pooling]()
+        states = self._base(input_ids=torch.tensor([ids], device=device), use_cache=False).last_hidden_state[0].float()
+        pooled = {"mean": lambda: states.mean(0), "cls": lambda: states[0], "last": lambda: states[-1]}[self.pooling]()
         return torch.nn.functional.normalize(pooled, dim=0).cpu()
 
 

@@ -143,7 +143,7 @@ class Engine:
 
     @property
     def cache(self) -> ModelCache:
-        """What is held of the sequences, guesses that were not drawn undone."""
+        """The cache of the sequences, without guesses that were not drawn."""
         if self._drafts is not None:
             self._drafts.close(self._cache, self.n_held, ended=False)
             self._count(self._drafts)

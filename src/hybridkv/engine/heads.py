@@ -23,7 +23,7 @@ STEPS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.995)
 """Shares between which guesses are counted as of one kind: -1 for those below the first."""
 
 PRIORS = {-1 - i: (low + high) / 2 for i, (low, high) in enumerate(zip((0.0, *STEPS), (*STEPS, 1.0), strict=True))}
-"""How often guesses of each kind hold, before any was tried."""
+"""Share of guesses of each kind that hold, before any was tried."""
 
 _TRUSTED = SIZES[:2]
 """Matches so long that what followed them is guessed before the head is asked."""

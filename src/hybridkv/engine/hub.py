@@ -16,7 +16,7 @@ from pathlib import Path
 from hybridkv.errors import ModelFileError, UsageError
 
 DEFAULT_QUANT = "Q4_K_M"
-"""What llama.cpp takes of a repository if nothing is said."""
+"""The quantization that llama.cpp takes of a repository by default."""
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _ADDRESS = re.compile(r"^(?:https?://)?(?:hf\.co|huggingface\.co)/")

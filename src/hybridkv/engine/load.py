@@ -15,7 +15,7 @@ from hybridkv.held import WeightKind
 from hybridkv.memory import available_memory
 from hybridkv.model import vocab_size_of
 from hybridkv.native import Memory, directory_source, map_gguf, native_model
-from hybridkv.native.choice import EngineKind, runs_natively
+from hybridkv.native.choice import BackendKind, runs_natively
 from hybridkv.text.control_words import ControlWords
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def load(
     dtype: torch.dtype,
     device: str,
     weights: WeightKind = "plain",
-    engine: EngineKind = "auto",
+    backend: BackendKind = "auto",
     memory: Memory = "mapped",
     hosted: frozenset[str] = frozenset(),
 ) -> Loaded:
@@ -57,7 +57,7 @@ def load(
     weights
         How matrices are held. On the CPU those of a GGUF file are used where they lie in the mapped file, and those of
         a directory are packed one by one as they are read; on CUDA, packed ones go to the card as they are read.
-    engine
+    backend
         What will run it: the native step takes a model without Transformers' classes.
     memory
         Whether the weights of a GGUF file stay in the mapped file, or are read into this process's memory.
@@ -70,9 +70,9 @@ def load(
         For whatever is wrong with the files.
     """
     on_cpu = weights != "plain" and torch.device(device).type == "cpu"
-    if on_cpu and description.n_ranks == 1 and runs_natively(description.config, device, engine):
+    if on_cpu and description.n_ranks == 1 and runs_natively(description.config, device, backend):
         return _load_native(description, weights, memory)
-    if torch.device(device).type == "cuda" and description.rejects_packed("cuda", weights, engine) is None:
+    if torch.device(device).type == "cuda" and description.rejects_packed("cuda", weights, backend) is None:
         return _load_native(description, weights, memory, device, hosted)
     from hybridkv.hf import Holder
     from hybridkv.hf.step import save_unpacked

@@ -17,7 +17,7 @@ CHANGED = 1
 """The kind of a guess behind a token that was changed: shorter than any match."""
 
 PRIORS = {12: 0.9, 6: 0.75, 3: 0.75, CHANGED: 0.75}
-"""How often guesses behind such matches hold, before any was tried."""
+"""Share of guesses behind such matches that hold, before any was tried."""
 
 _LEAST, _MOST = SIZES[-1], SIZES[0]
 
@@ -52,7 +52,7 @@ class NGrams:
         self._before = [0]
         """Place -> the one before it that the same tokens stand in front of; 0 for none."""
         self._period = 0
-        """How far back the last long match was; 0 before there was one."""
+        """Distance of the last long match, in tokens; 0 before there was one."""
 
     def guess(self, text: Sequence[int], n: int, goes_on: GoesOn | None = None) -> Guess:
         """Guess up to `n` tokens after the text, which only ever grows."""

@@ -1,6 +1,6 @@
 """The number of tokens to guess: what makes the most text in a second, by what guesses and steps were worth up to now.
 
-Arithmetic only. A step of several rows costs more than one of a single row, by how much depends on the machine, the
+Arithmetic only. A step of several tokens costs more than one of a single token, by how much depends on the machine, the
 weights and the context; how often guesses hold depends on the text. Both are measured as it goes. Where no number of
 guesses pays, none are made for a while, and that while doubles as long as it stays so.
 """
@@ -15,10 +15,10 @@ FIRST_PAUSE, LONGEST_PAUSE = 32, 1024
 """Tokens without a guess, after guesses did not pay."""
 
 GAIN = 1.02
-"""What guesses must promise before they are made: more text in the same time."""
+"""The gain that guesses must promise before they are made: more text in the same time."""
 
 _FORGET, _FORGET_SHARES = 0.9, 0.98
-"""What a count weighs after the next one; of guesses that say how likely they are, a kind changes slowly."""
+"""The weight of a count after the next one; of guesses that say how likely they are, a kind changes slowly."""
 
 _FIRST_TRIALS, _TRIALS, _FORGET_TRIALS = 6, 16, 0.97
 """Steps with guesses that cost something, after which they are judged: first whether they are worth half of that, then
@@ -35,20 +35,20 @@ _FIRST = 4
 """Measurements of which the least counts: the guard checks the first token after a prompt, which takes a while."""
 
 _KNOWN = 2
-"""Measurements without which a number of rows is not known: one alone may have had memory taken or a buffer made."""
+"""Measurements without which a number of tokens is not known: one alone may have had memory taken or a buffer made."""
 
 _ONE_IN = 16
 """Runs without a guess of which one is timed, once a few have been."""
 
 _CLOSE = 0.2
-"""How far a new time moves what is expected of a guess."""
+"""Share by which a new time moves the time expected of a guess."""
 
 _SLOWER, _FASTER = 0.05, 0.5
-"""How far a longer and a shorter time move what is expected of a run. Other programs only make one longer, and a number
-of rows that has come to look slow is not run any more, so that nothing would correct it."""
+"""Shares by which a longer and a shorter time move the time expected of a step. Other programs only make one longer,
+and a number of tokens that has come to look slow is not run any more, so that nothing would correct it."""
 
 _LIKELY = 0.75
-"""How often guesses hold, as long as nothing is known."""
+"""Share of guesses that hold, as long as nothing is known."""
 
 
 def moved(known: float, seconds: float) -> float:
@@ -58,7 +58,7 @@ def moved(known: float, seconds: float) -> float:
 
 @dataclass(slots=True)
 class Costs:
-    """Seconds of a step by its activation rows. One for all sequences of a model.
+    """Seconds of a step by its tokens, those of all sequences. One for all sequences of a model.
 
     Attributes
     ----------
@@ -70,45 +70,45 @@ class Costs:
     _counts: dict[int, int] = field(default_factory=dict)
     _n_untimed: int = 0
 
-    def is_due(self, n_rows: int) -> bool:
+    def is_due(self, n_tokens: int) -> bool:
         """Tell whether a run without a guess is to be timed, which costs something: the first, then one in a few."""
-        if self._counts.get(n_rows, 0) < _FIRST:
+        if self._counts.get(n_tokens, 0) < _FIRST:
             return True
         self._n_untimed = (self._n_untimed + 1) % _ONE_IN
         return not self._n_untimed
 
-    def note(self, n_rows: int, seconds: float) -> None:
+    def note(self, n_tokens: int, seconds: float) -> None:
         """Take a measurement."""
-        known = self.seconds.get(n_rows)
-        count = self._counts[n_rows] = self._counts.get(n_rows, 0) + 1
+        known = self.seconds.get(n_tokens)
+        count = self._counts[n_tokens] = self._counts.get(n_tokens, 0) + 1
         if known is None or count <= _FIRST:
-            self.seconds[n_rows] = seconds if known is None else min(known, seconds)
+            self.seconds[n_tokens] = seconds if known is None else min(known, seconds)
         else:
             close = _SLOWER if seconds > known else _FASTER
-            self.seconds[n_rows] = known + close * (min(seconds, 2 * known) - known)
+            self.seconds[n_tokens] = known + close * (min(seconds, 2 * known) - known)
 
-    def knows(self, n_rows: int) -> bool:
-        """Check whether steps of `n_rows` rows have been measured often enough to be compared with."""
-        return n_rows in self.seconds and self._counts.get(n_rows, _KNOWN) >= _KNOWN
+    def knows(self, n_tokens: int) -> bool:
+        """Check whether steps of `n_tokens` tokens have been measured often enough to be compared with."""
+        return n_tokens in self.seconds and self._counts.get(n_tokens, _KNOWN) >= _KNOWN
 
-    def of(self, n_rows: int) -> float:
-        """Estimate a step's seconds: linear between measured row counts, a quarter of a single row for each beyond.
+    def of(self, n_tokens: int) -> float:
+        """Estimate a step's seconds: linear between measured counts, a quarter of a single token for each beyond.
 
         What was never tried looks cheap, so that it is tried; and so does what was tried once and took long.
         """
-        if self.knows(n_rows):
-            return self.seconds[n_rows]
-        return min(self._between(n_rows), self.seconds.get(n_rows, inf))
+        if self.knows(n_tokens):
+            return self.seconds[n_tokens]
+        return min(self._between(n_tokens), self.seconds.get(n_tokens, inf))
 
-    def _between(self, n_rows: int) -> float:
-        below = max((n for n in self.seconds if n < n_rows), default=None)
-        above = min((n for n in self.seconds if n > n_rows), default=None)
+    def _between(self, n_tokens: int) -> float:
+        below = max((n for n in self.seconds if n < n_tokens), default=None)
+        above = min((n for n in self.seconds if n > n_tokens), default=None)
         if below is None:
             return 1.0 if above is None else self.seconds[above]
         least = self.seconds[below]
         if above is None:
-            return least * (1 + 0.25 * (n_rows - below) / below)
-        return least + (self.seconds[above] - least) * (n_rows - below) / (above - below)
+            return least * (1 + 0.25 * (n_tokens - below) / below)
+        return least + (self.seconds[above] - least) * (n_tokens - below) / (above - below)
 
 
 @dataclass(slots=True)
@@ -259,9 +259,9 @@ class Pace:
             self._trial.pause, paused = max(0, self._trial.pause - 1), self._trial.pause > 0
             return not paused
         shares = [self._of(kind).share for kind in kinds]
-        # Of two sizes, since a step of three rows may take longer than one of four.
-        row = min((self.costs.of(1 + n_others + more) - alone) / more for more in (n + 1, n + 2))
-        return prod(shares) * self._later.share * alone / (1 + n_others) > seconds_each + row
+        # Of two sizes, since a step of three tokens may take longer than one of four.
+        each = min((self.costs.of(1 + n_others + more) - alone) / more for more in (n + 1, n + 2))
+        return prod(shares) * self._later.share * alone / (1 + n_others) > seconds_each + each
 
     def choose(self, kinds: Sequence[int], n_others: int, seconds_each: float = 0.0) -> int:
         """Choose how many of guesses of such kinds, one behind the other, to run; 0 for none.

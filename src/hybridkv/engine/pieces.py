@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FIRST_PIECE = 64
-"""Tokens of the pieces of a first chunk on a CPU, where 64 rows run as fast as 256: short prompts, too, leave
+"""Tokens of the pieces of a first chunk on a CPU, where 64 tokens run as fast as 256: short prompts, too, leave
 something behind. A card would read its weights once for each."""
 
 

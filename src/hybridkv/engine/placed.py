@@ -32,7 +32,7 @@ from hybridkv.placement import (
 )
 
 CONTEXT_BYTES = 512 << 20
-"""What CUDA itself takes of a card, its context and the code of kernels; a cap on the card's memory includes it."""
+"""Bytes that CUDA itself takes of a card, its context and kernels' code; a cap on the card's memory includes them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -242,7 +242,7 @@ class SchedulerStats:
         Tokens that were guessed and run, and those of them that were right.
     prefill_s, decode_s
         Time in model steps over prompts, and over new tokens.
-    n_steps, n_rebuilds, n_finished, n_cancelled, n_failed
+    n_iterations, n_rebuilds, n_finished, n_cancelled, n_failed
         Scheduling iterations that ran the model, rebuilds on values that were not finite, sequences by their end
         (`n_finished` counts `stop` and `length`).
     step_s
@@ -266,7 +266,7 @@ class SchedulerStats:
     right_guesses: int
     prefill_s: float
     decode_s: float
-    n_steps: int
+    n_iterations: int
     n_rebuilds: int
     n_finished: int
     n_cancelled: int

@@ -22,7 +22,7 @@ from hybridkv.kernels.threads import torch_on_one_thread
 from hybridkv.options import SAMPLERS
 
 FILTERS = ("top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")
-"""What comes behind the penalties, by llama.cpp's names and in its order."""
+"""The filters behind the penalties, by llama.cpp's names and in its order."""
 
 Histories = Sequence[Tokens] | npt.NDArray[np.int64]
 
@@ -187,7 +187,7 @@ class Sampler:
     Attributes
     ----------
     alike
-        The parameters without their seed: rows of samplers that share them are filtered together.
+        The parameters without their seed: logits of samplers that share them are filtered together.
     """
 
     def __init__(self, params: SamplingParams, steering: Steering | None = None) -> None:
@@ -248,7 +248,7 @@ class Sampler:
 def draw_each(samplers: Sequence[Sampler], logits: Tensor, histories: Histories = ()) -> list[int]:
     """Draw one token per sampler from its line of finite float32 logits `[N, V]`, the same as each draws alone.
 
-    Rows of equal parameters are filtered together: a filter costs more in calls than in work.
+    Sequences of equal parameters are filtered together: a filter costs more in calls than in work.
 
     Parameters
     ----------
@@ -256,19 +256,19 @@ def draw_each(samplers: Sequence[Sampler], logits: Tensor, histories: Histories 
         The tokens of each sequence so far; needed only where a sampler's parameters look back.
     """
     own = [s.adjusted(logits[i], histories[i] if len(histories) else ()) for i, s in enumerate(samplers)]
-    changed = [i for i, row in enumerate(own) if row is not None]
+    changed = [i for i, values in enumerate(own) if values is not None]
     if changed:
         logits = logits.float().clone()
-        logits[changed] = torch.stack([row for row in own if row is not None])
+        logits[changed] = torch.stack([values for values in own if values is not None])
     alike: dict[SamplingParams, list[int]] = {}
-    for row, sampler in enumerate(samplers):
-        alike.setdefault(sampler.alike, []).append(row)
+    for sequence, sampler in enumerate(samplers):
+        alike.setdefault(sampler.alike, []).append(sequence)
     drawn = [0] * len(samplers)
-    for params, rows in alike.items():
-        mine = logits if len(rows) == len(samplers) else logits[rows]
-        tokens = _draw_alike([samplers[row] for row in rows], params, mine)
-        for row, token in zip(rows, tokens, strict=True):
-            drawn[row] = token
+    for params, sequences in alike.items():
+        mine = logits if len(sequences) == len(samplers) else logits[sequences]
+        tokens = _draw_alike([samplers[sequence] for sequence in sequences], params, mine)
+        for sequence, token in zip(sequences, tokens, strict=True):
+            drawn[sequence] = token
     for sampler, token in zip(samplers, drawn, strict=True):
         sampler.accept(token)
     return drawn
@@ -288,7 +288,7 @@ def _draw_alike(samplers: Sequence[Sampler], p: SamplingParams, logits: Tensor) 
 
 
 def _largest(logits: Tensor) -> list[int]:
-    """Find each row's first largest value; NumPy finds it 13 times as fast as torch."""
+    """Find each sequence's first largest value; NumPy finds it 13 times as fast as torch."""
     if logits.device.type != "cpu":
         return [int(token) for token in logits.argmax(-1).tolist()]
     return [int(token) for token in np.argmax(logits.float().numpy(), -1)]
@@ -309,10 +309,10 @@ def _kept(samplers: Sequence[Sampler], p: SamplingParams, logits: Tensor) -> tup
         elif name == "min_p" and p.min_p > 0:
             logits = filters.min_p(logits, p.min_p)
         elif name == "xtc" and p._excludes:
-            rows = [i for i, sampler in enumerate(samplers) if sampler.excludes()]
-            if rows:
+            cut = [i for i, sampler in enumerate(samplers) if sampler.excludes()]
+            if cut:
                 logits = logits.clone()
-                logits[rows] = filters.xtc(logits[rows], p.xtc_threshold)
+                logits[cut] = filters.xtc(logits[cut], p.xtc_threshold)
         elif name == "temperature" and p.temp > 0:
             logits = logits / p.temp
     return logits, ids

@@ -242,7 +242,7 @@ class Scheduler:
         Whatever goes wrong here ends all sequences with an error event before it is raised.
         """
         try:
-            while self.step() or self._intake.wait():
+            while self.iterate() or self._intake.wait():
                 pass
         finally:
             for sequence in (*self._running, *self._intake.stop()):
@@ -250,7 +250,7 @@ class Scheduler:
                 self._end(sequence, Event(finished="error", message="the scheduler has stopped"))
 
     @torch.inference_mode()
-    def step(self) -> bool:
+    def iterate(self) -> bool:
         """Run one iteration; return False if there was nothing to run."""
         self._intake.run_commands()
         self._drop_cancelled()

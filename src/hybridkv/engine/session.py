@@ -1,8 +1,8 @@
 """One sequence in a file: its tokens, KV blocks in ggml's layout, states, and how they are stored.
 
 A session is a safetensors file, so that anyone can look into it. It carries a format version, a fingerprint of the
-model and a checksum over all else; what is torn, changed or another model's is refused. It is written beside its place,
-brought to disk and put there in one move: a process killed at any moment leaves the old file or the new one, whole.
+model and a checksum over all else; what is torn, changed or another model's is refused. `whole_files.py` writes it: a
+process killed at any moment leaves the old file or the new one, whole.
 
 A state cannot go back, so a session may hold a second, earlier place to resume from, within its prompt, for the same
 prompt again. Of packed rows it has those that the whole begins with, which are written once.
@@ -12,14 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from fcntl import LOCK_EX, LOCK_NB, flock
-from glob import escape
-from io import BufferedIOBase
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -32,6 +26,7 @@ from torch import Tensor
 from hybridkv.cache import KVSpec, KVTypes, StateFacts
 from hybridkv.cache.stored import StoredRows
 from hybridkv.engine.ladder import labels_of
+from hybridkv.engine.whole_files import write_whole
 from hybridkv.errors import SessionError, UsageError
 from hybridkv.formats import get_format
 from hybridkv.model import kv_facts, layer_facts
@@ -130,7 +125,7 @@ def save_session(path: Path, session: Session, model: LanguageModel) -> int:
     metadata["sha256"] = _checksum(tensors, metadata)
     data = save(tensors, metadata)
     try:
-        _write(path, data)
+        write_whole(path, data)
     except OSError as error:
         raise SessionError(f"the session cannot be written to {path}: {error.strerror}") from error
     return len(data)
@@ -329,76 +324,3 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
         digest.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def remove_leftovers(directory: Path) -> int:
-    """Remove what killed servers left half written in their directory of sessions; return the number of files."""
-    return _remove_stale(part for part in directory.glob(".*.safetensors.*.part") if _PART.fullmatch(part.name))
-
-
-_PART = re.compile(r"\..+\.(?P<pid>\d{1,9})\.part")
-_PART_SECONDS = 60.0
-"""A file that is older and locked by nobody is stale, even if another process has its writer's id by now."""
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write all of `data` at `path`, or nothing."""
-    _remove_stale(path.parent.glob(f".{escape(path.name)}.*.part"))
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            _lock(file)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # the new name is on disk too
-    finally:
-        os.close(directory)
-
-
-def _lock(file: BufferedIOBase) -> bool:
-    """Lock a file that is being written, until it is closed or the process ends; whether nobody else has."""
-    try:
-        flock(file.fileno(), LOCK_EX | LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # a file system without locks: process ids must do
-    return True
-
-
-def _remove_stale(parts: Iterable[Path]) -> int:
-    n_removed = 0
-    for part in parts:
-        try:
-            with part.open("rb") as file:
-                if not _lock(file) or not _is_stale(part):
-                    continue
-                part.unlink()
-        except OSError:
-            continue  # gone already, or another user's
-        n_removed += 1
-    return n_removed
-
-
-def _is_stale(part: Path) -> bool:
-    """Check whether the writer of a partial file (`.NAME.PID.part`) that nobody locks is gone."""
-    found = _PART.fullmatch(part.name)
-    if found is None:
-        return False
-    pid = int(found["pid"])
-    if pid == os.getpid():
-        return True  # in a container, the next process has the id of the one before
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return time.time() - part.stat().st_mtime > _PART_SECONDS

@@ -17,7 +17,7 @@ from hybridkv.errors import UsageError, one_of
 from hybridkv.runtime import DraftStep, Notify, Step
 
 DRAFT_MAX = 7
-"""Guesses in a step where nothing else is asked for: with the token before them, eight rows of a product."""
+"""Guesses in a step where nothing else is asked for: with the token before them, eight activation rows of a product."""
 
 MOST_DRAFTS = 63
 

@@ -15,7 +15,7 @@ from hybridkv.errors import UsageError, one_of
 from hybridkv.kernels.weights import Activations, int8_rejects
 from hybridkv.model.protocols import Config, LanguageModel
 from hybridkv.native import NativeModel, NativeStep
-from hybridkv.native.choice import EngineKind, rejects_packed
+from hybridkv.native.choice import BackendKind, rejects_packed
 from hybridkv.native.choice import rejects as native_rejects
 from hybridkv.runtime import Notify, Step
 
@@ -23,11 +23,10 @@ if TYPE_CHECKING:
     from hybridkv.hf.step import EagerStep
     from hybridkv.hf.step.fused_layers import LayersStep
 
-StepKind = EngineKind
 GraphMode = Literal["on", "off"]
 
 
-def parse_step(text: str) -> StepKind:
+def parse_backend(text: str) -> BackendKind:
     """Check a name of a step.
 
     Raises
@@ -35,7 +34,7 @@ def parse_step(text: str) -> StepKind:
     UsageError
         Listing the names there are.
     """
-    kinds: tuple[StepKind, ...] = get_args(StepKind)
+    kinds: tuple[BackendKind, ...] = get_args(BackendKind)
     return one_of(text, kinds, "--backend", hint="auto takes the native step where it runs the model")
 
 
@@ -69,7 +68,7 @@ def parse_activations(text: str) -> Activations:
 def resolve_step(
     config: Config,
     device: str,
-    kind: StepKind = "auto",
+    kind: BackendKind = "auto",
     *,
     graphs: GraphMode = "on",
     activations: Activations = "int16",
@@ -108,7 +107,7 @@ def resolve_step(
 
 
 def _transformers_step(
-    config: Config, device: str, kind: StepKind, graphs: GraphMode, notify: Notify | None
+    config: Config, device: str, kind: BackendKind, graphs: GraphMode, notify: Notify | None
 ) -> Callable[[Any], Step]:
     """Choose the maker of a Transformers model's step."""
     from hybridkv.hf.step import EagerStep, GraphStep, fused, graph
@@ -135,7 +134,7 @@ def _transformers_step(
     return recorded
 
 
-def _on_card(kind: StepKind, model: LanguageModel) -> EagerStep | LayersStep:
+def _on_card(kind: BackendKind, model: LanguageModel) -> EagerStep | LayersStep:
     """Build the step on CUDA: from a model's records, or with a Transformers model's parameters.
 
     Raises

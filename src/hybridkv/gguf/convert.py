@@ -36,9 +36,9 @@ TYPES: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
     "f16": (F16, LlamaFileType.MOSTLY_F16),
     "q8_0": (Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
-"""What `--type` may be; the names are ggml's."""
+"""Values of `--type`; the names are ggml's."""
 
-# Small, or read as float32 by every engine: llama.cpp's converter keeps them so.
+# Small, or read as float32 by every program: llama.cpp's converter keeps them so.
 _PLAIN = ("norm.weight", "conv1d.weight", "shortconv.conv.weight", "ssm_a", "ssm_d", "ffn_gate_inp.weight", ".bias")
 
 _SHARED = ("general.", "tokenizer.")

@@ -277,7 +277,7 @@ class _Walk:
         return placed
 
     def tensor(self, index: int, alignment: int) -> TensorInfo:
-        """Read one row of the tensor table; its offset still counts from the start of the data."""
+        """Read one entry of the tensor table; its offset still counts from the start of the data."""
         name = self.text(f"the name of tensor {index}", MAX_NAME_BYTES)
         n_dims = self.integer("<u4", f"tensor {name!r}")
         if not name or not 1 <= n_dims <= MAX_DIMS:

@@ -28,7 +28,7 @@ class QuantizedLayer(WatchedRows, CacheLayerMixin):  # type: ignore[misc]
         The packed rows.
     watch
         The guard's part.
-    packed
+    attends_packed
         Says at each call whether the model attends packed rows (`attn_implementation="hybridkv"`); if not,
         `update` gives dequantized tensors in the model's dtype.
     """
@@ -36,11 +36,11 @@ class QuantizedLayer(WatchedRows, CacheLayerMixin):  # type: ignore[misc]
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, store: KVLayer, watch: LayerWatch, packed: Callable[[], bool]) -> None:
+    def __init__(self, store: KVLayer, watch: LayerWatch, attends_packed: Callable[[], bool]) -> None:
         CacheLayerMixin.__init__(self)
         WatchedRows.__init__(self, store, watch)
         self.is_sliding = store.spec.facts.window is not None
-        self._packed = packed
+        self._attends_packed = attends_packed
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Note dtype and device; the first `update` allocates memory."""
@@ -51,10 +51,10 @@ class QuantizedLayer(WatchedRows, CacheLayerMixin):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Store T new tokens `[B, Hkv, T, D]`; returns what the attention function reads."""
         del args, kwargs
-        packed = self.store_new(key_states, value_states)
-        if self._packed():
-            return packed, packed
-        k, v = self.store.decode(packed.view.length)
+        attended = self.store_new(key_states, value_states)
+        if self._attends_packed():
+            return attended, attended
+        k, v = self.store.decode(attended.view.length)
         return k.to(key_states.dtype), v.to(value_states.dtype)
 
     def store_new(self, k: Tensor, v: Tensor) -> LayerView:
@@ -141,13 +141,13 @@ class QuantizedAndStateLayer(StateLayer, QuantizedLayer):
         self,
         store: KVLayer,
         watch: LayerWatch,
-        packed: Callable[[], bool],
+        attends_packed: Callable[[], bool],
         *,
         number_of_states: int = 1,
         takes_chunks: bool = True,
         recurs: bool = False,
     ) -> None:
-        QuantizedLayer.__init__(self, store, watch, packed)
+        QuantizedLayer.__init__(self, store, watch, attends_packed)
         StateLayer.__init__(self, number_of_states, takes_chunks=takes_chunks, recurs=recurs)
 
     def lazy_initialization(self, *args: Tensor, **kwargs: Any) -> None:  # type: ignore[override]

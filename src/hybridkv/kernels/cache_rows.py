@@ -10,7 +10,7 @@ from hybridkv.kernels.case import KVView
 from hybridkv.rotation import rotation_block
 
 Health = Literal["finite", "bad output", "bad input"]
-"""Whether an attention's output was finite, and if not, whether its inputs were."""
+"""Verdict on an attention: its output was finite, and if not, its inputs were."""
 
 HEALTH: tuple[Health, ...] = get_args(Health)
 """In the order of the native code's answers."""

@@ -26,10 +26,10 @@ Angles = tuple[Tensor, Tensor]
 """Cosines and sines."""
 
 Gate = Literal["sigmoid", "silu", "product", "gelu", "gelu_erf", "relu"]
-"""What multiplies: a sigmoid, SiLU, the number itself, GELU (by tanh, or exact), ReLU."""
+"""The factor: a sigmoid, SiLU, the number itself, GELU (by tanh, or exact), ReLU."""
 
 Caches = Literal["shared", "separate"]
-"""Whether sequences of a call share a cache, or have one each."""
+"""The caches of a call: one that all sequences share, or one each."""
 
 
 @dataclass(frozen=True, slots=True)

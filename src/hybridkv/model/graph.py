@@ -69,7 +69,7 @@ class Prediction:
 
     @property
     def prefix(self) -> str:
-        """What its tensors' names begin with."""
+        """Prefix of its tensors' names."""
         return f"blk.{self.layer}."
 
 

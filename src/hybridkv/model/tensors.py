@@ -14,7 +14,7 @@ from hybridkv.model.graph import Block, ModelGraph, Prediction
 from hybridkv.model.layers import Attention, DeltaNet, Experts, Gated, Mamba1, Mamba2, Norm, Part, Plain, ShortConv
 
 Has = Callable[[str], bool]
-"""Whether a file has a tensor of this name."""
+"""Predicate: a file has a tensor of this name."""
 
 
 @dataclass(frozen=True, slots=True)

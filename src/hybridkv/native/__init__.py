@@ -10,15 +10,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hybridkv.native.choice import EngineKind, rejects, runs_natively
+    from hybridkv.native.choice import BackendKind, rejects, runs_natively
     from hybridkv.native.model import Memory, NativeModel, directory_source, map_gguf, native_model
     from hybridkv.native.parameters import ParameterSource
     from hybridkv.native.sources import EncodedSource, bytes_by_type, source_of, types_held
     from hybridkv.native.step import NativeStep
 
 __all__ = [
+    "BackendKind",
     "EncodedSource",
-    "EngineKind",
     "Memory",
     "NativeModel",
     "NativeStep",
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "choice": ("EngineKind", "rejects", "runs_natively"),
+    "choice": ("BackendKind", "rejects", "runs_natively"),
     "model": ("Memory", "NativeModel", "directory_source", "map_gguf", "native_model"),
     "parameters": ("ParameterSource",),
     "sources": ("EncodedSource", "bytes_by_type", "source_of", "types_held"),

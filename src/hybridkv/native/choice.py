@@ -14,7 +14,7 @@ from hybridkv.model import rejects as graph_rejects
 from hybridkv.model.protocols import Config
 from hybridkv.native import cpu as lowering
 
-EngineKind = Literal["auto", "native", "eager"]
+BackendKind = Literal["auto", "native", "eager"]
 
 _FLOATS = ("f32", "f16", "bf16")
 
@@ -74,6 +74,6 @@ def multiplies(config: Config) -> bool:
     return any(rule.scale is not None for rules in tables.tensors.values() for rule in rules)
 
 
-def runs_natively(config: Config, device: str, engine: EngineKind = "auto") -> bool:
+def runs_natively(config: Config, device: str, backend: BackendKind = "auto") -> bool:
     """Check whether the native step runs a model, so that no Transformers class is needed for it."""
-    return engine != "eager" and rejects(config, device.partition(":")[0]) is None
+    return backend != "eager" and rejects(config, device.partition(":")[0]) is None

@@ -84,7 +84,7 @@ class NativeStep:
 
     @property
     def predictor(self) -> Predictor | None:
-        """What guesses tokens ahead with the model's own head; None if it has none. Hidden states are kept for it."""
+        """The head of the model that guesses tokens ahead; None if it has none. Hidden states are kept for it."""
         graph = self._graph
         if graph.prediction is None or not self._source.has(graph.prediction.prefix + graph.prediction.project):
             return None

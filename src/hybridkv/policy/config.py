@@ -84,9 +84,9 @@ class KVConfig:
     @property
     def types(self) -> KVTypes:
         """Types that all layers share, to be shown: `PER_LAYER` where they differ."""
-        names = ({row.type_k for row in self.layers}, {row.type_v for row in self.layers})
+        names = ({layer.type_k for layer in self.layers}, {layer.type_v for layer in self.layers})
         k, v = (name.pop() if len(name) == 1 else PER_LAYER for name in names)
-        rotate_k, rotate_v = all(row.rotate_k for row in self.layers), all(row.rotate_v for row in self.layers)
+        rotate_k, rotate_v = all(layer.rotate_k for layer in self.layers), all(layer.rotate_v for layer in self.layers)
         return replace(self.common, type_k=k, type_v=v, rotate_k=rotate_k, rotate_v=rotate_v)
 
     def resolve(self, facts: Sequence[AttentionFacts]) -> tuple[KVSpec, ...]:
@@ -99,15 +99,15 @@ class KVConfig:
         """
         check_exact(self.common)
         self._check(facts)
-        return tuple(KVSpec(f, self._types(row)) for f, row in zip(facts, self.layers, strict=True))
+        return tuple(KVSpec(f, self._types(layer)) for f, layer in zip(facts, self.layers, strict=True))
 
     def notices(self, specs: Sequence[KVSpec], n_ctx: int | None = None) -> list[str]:
         """List entries that change nothing, or less than asked, for these layers."""
         return exact_notices(self.common, specs, n_ctx)
 
-    def _types(self, row: LayerConfig) -> KVTypes:
-        asked = replace(self.common, rotate_k=row.rotate_k, rotate_v=row.rotate_v)
-        return with_types(asked, row.type_k, row.type_v)
+    def _types(self, layer: LayerConfig) -> KVTypes:
+        asked = replace(self.common, rotate_k=layer.rotate_k, rotate_v=layer.rotate_v)
+        return with_types(asked, layer.type_k, layer.type_v)
 
     def _check(self, facts: Sequence[AttentionFacts]) -> None:
         """Refuse a model with other layers."""
@@ -118,9 +118,9 @@ class KVConfig:
                 f"this model has {len(facts)}",
                 hint=hint,
             )
-        for f, row in zip(facts, self.layers, strict=True):
+        for f, layer in zip(facts, self.layers, strict=True):
             there = (f.layer, f.n_kv_heads, f.head_dim_k, f.head_dim_v)
-            asked = (row.layer, row.n_kv_heads, row.head_dim_k, row.head_dim_v)
+            asked = (layer.layer, layer.n_kv_heads, layer.head_dim_k, layer.head_dim_v)
             if there != asked:
                 raise UsageError(
                     f"{self.name} was made for {self.model}: {_layer(*asked)}; this model has {_layer(*there)}",
@@ -136,12 +136,12 @@ def config_of(name: str, model: str, specs: Sequence[KVSpec]) -> KVConfig:
     """Build the config that resolves to `specs`, whose layers share scale rule, tail, sink and center."""
     common = {replace(s.types, type_k="f16", type_v="f16", rotate_k=False, rotate_v=False) for s in specs}
     assert len(common) == 1
-    rows = []
+    entries = []
     for spec in specs:
         f, t = spec.facts, spec.types
         sizes = (f.layer, f.n_kv_heads, f.head_dim_k, f.head_dim_v)
-        rows.append(LayerConfig(*sizes, t.type_k, t.type_v, t.rotate_k, t.rotate_v))
-    return KVConfig(name, model, tuple(rows), common.pop())
+        entries.append(LayerConfig(*sizes, t.type_k, t.type_v, t.rotate_k, t.rotate_v))
+    return KVConfig(name, model, tuple(entries), common.pop())
 
 
 def format_config(config: KVConfig, comment: Sequence[str] = ()) -> str:
@@ -159,11 +159,11 @@ def format_config(config: KVConfig, comment: Sequence[str] = ()) -> str:
     ]
     lines = [*head, *[""] * bool(head), *(f"{key} = {json.dumps(value)}" for key, value in entries), "layers = ["]
     names = LayerConfig.__dataclass_fields__
-    cells = [[f"{name} = {json.dumps(getattr(row, name))}" for name in names] for row in config.layers]
+    cells = [[f"{name} = {json.dumps(getattr(layer, name))}" for name in names] for layer in config.layers]
     widths = [max(map(len, column)) + 2 for column in zip(*cells, strict=True)]
-    for row in cells:
-        padded = "".join(f"{cell},".ljust(width) for cell, width in zip(row[:-1], widths, strict=False))
-        lines.append(f"  {{ {padded}{row[-1]} }},")
+    for line in cells:
+        padded = "".join(f"{cell},".ljust(width) for cell, width in zip(line[:-1], widths, strict=False))
+        lines.append(f"  {{ {padded}{line[-1]} }},")
     return "\n".join([*lines, "]", ""])
 
 
@@ -201,10 +201,10 @@ class _Reader:
             if found[key] != value or type(found[key]) is not type(value):
                 raise self._wrong(key, found[key], json.dumps(value))
         common = KVTypes(**{option.name: self._common(found, option) for option in COMMON})
-        rows = self._value(found, "layers", list, "")
-        if not rows:
+        entries = self._value(found, "layers", list, "")
+        if not entries:
             raise self._error("layers is empty")
-        layers = tuple(self._layer(row, f"layers[{i}].") for i, row in enumerate(rows))
+        layers = tuple(self._layer(layer, f"layers[{i}].") for i, layer in enumerate(entries))
         self._asked("tail, sink and center", lambda: check_exact(common))
         model = "".join(c if c.isprintable() else "?" for c in self._value(found, "model", str, "")[:100])
         return KVConfig(self._path.name, model, layers, common)
@@ -218,23 +218,23 @@ class _Reader:
         name = self._value(found, option.name, str, "")
         return None if name == AUTO_SCALE else self._asked(option.name, lambda: parse_scale(name))
 
-    def _layer(self, row: Any, where: str) -> LayerConfig:
-        if not isinstance(row, dict):
+    def _layer(self, layer: Any, where: str) -> LayerConfig:
+        if not isinstance(layer, dict):
             raise self._error(f"{where.rstrip('.')} is no table")
-        self._keys(row, tuple(LayerConfig.__dataclass_fields__), where)
+        self._keys(layer, tuple(LayerConfig.__dataclass_fields__), where)
         return LayerConfig(
-            layer=self._count(row, "layer", where),
-            n_kv_heads=self._count(row, "n_kv_heads", where),
-            head_dim_k=self._count(row, "head_dim_k", where),
-            head_dim_v=self._count(row, "head_dim_v", where),
-            type_k=self._type(row, "type_k", where),
-            type_v=self._type(row, "type_v", where),
-            rotate_k=self._value(row, "rotate_k", bool, where),
-            rotate_v=self._value(row, "rotate_v", bool, where),
+            layer=self._count(layer, "layer", where),
+            n_kv_heads=self._count(layer, "n_kv_heads", where),
+            head_dim_k=self._count(layer, "head_dim_k", where),
+            head_dim_v=self._count(layer, "head_dim_v", where),
+            type_k=self._type(layer, "type_k", where),
+            type_v=self._type(layer, "type_v", where),
+            rotate_k=self._value(layer, "rotate_k", bool, where),
+            rotate_v=self._value(layer, "rotate_v", bool, where),
         )
 
-    def _type(self, row: dict[str, Any], key: str, where: str) -> str:
-        name: str = self._value(row, key, str, where)
+    def _type(self, layer: dict[str, Any], key: str, where: str) -> str:
+        name: str = self._value(layer, key, str, where)
         return self._asked(where + key, lambda: get_format(name).name)
 
     def _keys(self, found: dict[str, Any], expected: Sequence[str], where: str) -> None:

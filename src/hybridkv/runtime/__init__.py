@@ -1,4 +1,4 @@
-"""The parts that any engine runs a model with: its cache under the guard's eye, attention over it, and the step.
+"""The parts that any backend runs a model with: its cache under the guard's eye, attention over it, and the step.
 
 Owns the way from new tokens to stored rows and to attention over them. Knows no Transformers: `hybridkv.hf` makes a
 Transformers cache and attention function of it, `hybridkv.native` uses it as it is.

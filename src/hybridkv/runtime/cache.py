@@ -1,4 +1,4 @@
-"""`ModelCache`: everything that a model remembers of its sequences, for engines that need no Transformers.
+"""`ModelCache`: everything that a model remembers of its sequences, for backends that need no Transformers.
 
 Owns the packed rows and the states of all layers, and what the whole can do, which is what all its parts can do.
 `hybridkv.hf.cache` makes a Transformers cache of it.

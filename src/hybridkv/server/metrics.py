@@ -35,7 +35,7 @@ _COUNTERS = (
     ("right_guesses", "of these, tokens that were right"),
     ("prefill_s", "time in model steps over prompts"),
     ("decode_s", "time in model steps over new tokens"),
-    ("n_steps", "scheduler iterations that ran the model"),
+    ("n_iterations", "scheduler iterations that ran the model"),
     ("n_rebuilds", "caches rebuilt on values that were not finite"),
     ("n_finished", "sequences that came to their end"),
     ("n_cancelled", "sequences that were cancelled"),

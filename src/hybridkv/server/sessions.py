@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from hybridkv.engine.requests import RequestHandle
-from hybridkv.engine.session import remove_leftovers
+from hybridkv.engine.whole_files import remove_leftovers
 from hybridkv.errors import SessionError
 from hybridkv.server.refusals import RefusalError
 from hybridkv.server.replies import Session

@@ -39,7 +39,7 @@ USAGE: dict[str, tuple[list[object], str]] = {
     "bench: prompt": (["bench", "decode", "--prompt", 0], "--prompt 0; allowed: 1 to"),
     "bench: steps": (["bench", "decode", "-n", 0], "-n 0; allowed: 1 to"),
     "bench: activations": (["bench", "decode", "--activations", "int4"], "--activations 'int4'; allowed: int16, int8"),
-    "bench: engine": (["bench", "decode", "--backend", "fast"], "--backend 'fast'; allowed: auto, native, eager"),
+    "bench: backend": (["bench", "decode", "--backend", "fast"], "--backend 'fast'; allowed: auto, native, eager"),
 }
 
 

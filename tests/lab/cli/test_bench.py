@@ -137,15 +137,15 @@ def test_ik_is_timed_beside_ours(cli: Cli) -> None:
 def test_decode_prints_tokens_per_second(cli: Cli, gguf: Path) -> None:
     done = cli("bench", "decode", "-m", gguf, *DECODE, "--against", "")
     assert done.code == 0, done.err
-    for word in ("tiny, engine ", "no peer: answers were not compared", "generation", "depth", "tokens/s"):
+    for word in ("tiny, backend ", "no peer: answers were not compared", "generation", "depth", "tokens/s"):
         assert word in done.out
     assert "ik" not in done.out
 
 
-@pytest.mark.parametrize("engine", ["native", "eager"])
-def test_decode_json(cli: Cli, gguf: Path, engine: str) -> None:
-    found = last_line(cli("bench", "decode", "-m", gguf, *DECODE, "--against", "", "--backend", engine, "--json"))
-    assert found["engine"].startswith(engine)
+@pytest.mark.parametrize("backend", ["native", "eager"])
+def test_decode_json(cli: Cli, gguf: Path, backend: str) -> None:
+    found = last_line(cli("bench", "decode", "-m", gguf, *DECODE, "--against", "", "--backend", backend, "--json"))
+    assert found["backend"].startswith(backend)
     assert [(step["kv_type"], step["depth"]) for step in found["steps"]] == [("q8_0", 0), ("q8_0", 40)]
     assert all(step["tok_s"]["hybridkv"] > 0 for step in (*found["steps"], *found["prompt"]))
     assert all(step["time"]["hybridkv"]["n_calls"] == 4 for step in found["steps"])

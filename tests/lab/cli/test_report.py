@@ -43,8 +43,8 @@ def test_in_a_directory_that_is_made(cli: Cli, run: Path, tmp_path: Path) -> Non
         ("", "is empty"),
         ("# Title\n", "line 1 is not JSON"),
         ('{"format": "other"}\n', "is not an evaluation"),
-        ('{"format": "hybridkv-eval", "version": 7}\n', "has version 7; allowed: 1"),
-        ('{"format": "hybridkv-eval", "version": 1, "conditions": {}}\n', "line 1 has missing or unknown fields"),
+        ('{"format": "hybridkv-eval", "version": 7}\n', "has version 7; allowed: 2"),
+        ('{"format": "hybridkv-eval", "version": 2, "conditions": {}}\n', "line 1 has missing or unknown fields"),
     ],
 )
 def test_bad_files(cli: Cli, tmp_path: Path, content: str | None, problem: str) -> None:

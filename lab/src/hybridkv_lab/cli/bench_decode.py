@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         "--engine",
-        dest="engine",
+        dest="backend",
         default="auto",
         metavar="auto|native|eager",
         help="as in `run` (default auto)",
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--difference-limit",
         metavar="X",
-        help="largest difference from the other engine's logits, relative to their spread (default 0.1)",
+        help="largest difference from the other program's logits, relative to their spread (default 0.1)",
     )
     parser.add_argument(
         "--profile", action="store_true", help="print where a token's time goes, by kind of native operation"
@@ -112,7 +112,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _plan(a: argparse.Namespace) -> Plan:
-    from hybridkv.engine.steps import parse_activations, parse_step
+    from hybridkv.engine.steps import parse_activations, parse_backend
     from hybridkv_lab.decode_bench import Plan
 
     usual = _QUICK if a.quick else _FULL
@@ -126,7 +126,7 @@ def _plan(a: argparse.Namespace) -> Plan:
         n_prompt=n_prompt,
         n_steps=n_steps,
         n_threads=threads_from(a.threads),
-        kind=parse_step(a.engine),
+        kind=parse_backend(a.backend),
         activations=parse_activations(a.activations),
         profile=a.profile,
         difference_limit=_limit(a.difference_limit),
@@ -162,7 +162,7 @@ def _depths(text: str) -> tuple[int, ...]:
 
 def _print(report: DecodeReport, plan: Plan, console: Console) -> None:
     print_machine(console, plan.n_threads)
-    console.print(f"{report.model}, engine {report.engine}")
+    console.print(f"{report.model}, backend {report.backend}")
     print_peers(console, report.peers)
     for gate in report.gates:
         console.print(
@@ -232,7 +232,7 @@ def _result(report: DecodeReport, plan: Plan) -> dict[str, Any]:
     return {
         "bench": "decode",
         "model": report.model,
-        "engine": report.engine,
+        "backend": report.backend,
         "ratio": {f"{s.kv_type} depth {s.depth}": s.ratio for s in report.steps}
         | {f"{s.kv_type} prompt {s.n_tokens}": s.ratio for s in report.prompts},
         "machine": machine(plan.n_threads),

@@ -33,7 +33,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser, *, types: str, against:
         "--against",
         default=against,
         metavar="PEER,...",
-        help=f"other engines to time in turns with this one; empty for none (default {against})",
+        help=f"other programs to time in turns with this one; empty for none (default {against})",
     )
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
@@ -137,7 +137,7 @@ def print_machine(console: Console, n_threads: int) -> None:
 
 
 def print_peers(console: Console, peers: Collection[Found]) -> None:
-    """Print what was found of each other engine, or how to install it."""
+    """Print what was found of each other program, or how to install it."""
     for peer in peers:
         console.print(f"{peer.name}: {peer.about}")
 

@@ -119,7 +119,7 @@ def main(arguments: argparse.Namespace) -> int:
     facts = _resolve(opened, candidates)
     opened = check_memory(opened, _demand(opened, candidates))
     loaded, step = opened.load()
-    print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
+    print(f"backend: {opened.backend_name(step)}", file=sys.stderr)
     corpus = _corpus(a, loaded, opened.n_ctx)
     identity: dict[str, str | int] = {
         "model": loaded.description.name,
@@ -127,7 +127,7 @@ def main(arguments: argparse.Namespace) -> int:
         "context": corpus.n_ctx,
         "mode": mode,
         "reference": label(candidates[0].policy.types),
-        "engine": step.name,
+        "backend": step.name,
     }
     journal = Journal(output.with_suffix(".npz"), identity)
     if a.resume:
@@ -283,7 +283,7 @@ def _conditions(
         n_tokens=len(corpus.windows) * corpus.n_ctx,
         mode=a.mode,
         reference=candidates[0].label,
-        engine=step.name,
+        backend=step.name,
         kernel=KERNELS[0].name,
         hybridkv=__version__,
         torch=torch.__version__,
@@ -322,7 +322,7 @@ def _show(conditions: Conditions, results: Sequence[Result]) -> None:
     console = stdout_console()
     console.print(table)
     where = f"{conditions.n_windows} x {conditions.n_ctx} tokens of {conditions.text}"
-    console.print(f"{conditions.model}, {where}, {conditions.mode}, {conditions.engine}, {conditions.threads} threads")
+    console.print(f"{conditions.model}, {where}, {conditions.mode}, {conditions.backend}, {conditions.threads} threads")
     for r in results:
         if r.n_non_finite:
             console.print(f"{r.label}: {r.n_non_finite} tokens whose logits are not finite are left out of its figures")

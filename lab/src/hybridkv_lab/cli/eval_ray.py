@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hybridkv_lab.journal import Journal
     from hybridkv_lab.run import Evaluation
 
-_MODEL_OPTIONS = ("model", "ctx_size", "threads", "device", "engine", "graph", "weights", "trust_remote_code")
+_MODEL_OPTIONS = ("model", "ctx_size", "threads", "device", "backend", "graph", "weights", "trust_remote_code")
 
 
 @dataclass(frozen=True, slots=True)

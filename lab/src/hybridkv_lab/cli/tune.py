@@ -118,7 +118,7 @@ def main(arguments: argparse.Namespace) -> int:
     goal.check(facts, storage, types)
     opened = check_memory(opened, _demand(opened, facts, a.window))
     loaded, step = opened.load()
-    print(f"engine: {opened.engine_name(step)}", file=sys.stderr)
+    print(f"backend: {opened.backend_name(step)}", file=sys.stderr)
     parts = _parts(a, loaded)
     evaluator = Evaluator(loaded.model, step, facts, a.window)
     if storage.common.tail:
@@ -252,7 +252,7 @@ def _journal(
         "held-out": parts["held-out"].digest,
         "window": a.window,
         "mode": a.mode,
-        "engine": step.name,
+        "backend": step.name,
         "rotate": storage.rotate,
         "cache": label(storage.common),
     }
@@ -331,7 +331,7 @@ def _conditions(
         "mode": a.mode,
         "rotate": storage.rotate,
         "exact": label(storage.common).removeprefix("f16").lstrip("+"),
-        "engine": step.name,
+        "backend": step.name,
         "hybridkv": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -122,7 +122,7 @@ class Report:
             "to choose by;"
         )
         yield (
-            f"{c['engine']}, {c['threads']} threads, {c['cpu']}, hybridkv {c['hybridkv']}, torch {c['torch']}, "
+            f"{c['backend']}, {c['threads']} threads, {c['cpu']}, hybridkv {c['hybridkv']}, torch {c['torch']}, "
             f"Transformers {c['transformers']}, {str(c['date'])[:10]}."
         )
 

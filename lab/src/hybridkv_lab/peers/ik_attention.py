@@ -17,7 +17,7 @@ _SPARE_BYTES = 256 << 20  # its work buffer and the graph
 _MASK_ROWS = 64  # its mask is padded to a multiple of this many queries
 
 
-_STORED_MULTIPLE = 256  # its own engine always attends a multiple of this; at 300 rows its threads wait for ever
+_STORED_MULTIPLE = 256  # the program itself always attends a multiple of this; at 300 rows its threads wait for ever
 
 
 def runs(shape: Shape, kv_type: str) -> bool:

@@ -10,7 +10,7 @@ Fate = Literal["same", "note", "refused"]
 because passing over it would change the answer."""
 
 Takes = Literal["", "N", "[N]", "N..."]
-"""How many values an option takes: none, one, one or none, one or more."""
+"""Number of values that an option takes: none, one, one or none, one or more."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,7 +85,7 @@ def talk_about(
             hint="give a chat model with -m, a template with --chat-template-file, or use `hybridkv run -p`",
         )
     say_unused_variables(tokenizer.chat_template, choice.variables)
-    print(f"engine: {opened.engine_name(step)}; {size(one)} for {opened.n_ctx} tokens", file=sys.stderr)
+    print(f"backend: {opened.backend_name(step)}; {size(one)} for {opened.n_ctx} tokens", file=sys.stderr)
     scheduler = Scheduler(
         loaded.model,
         specs,

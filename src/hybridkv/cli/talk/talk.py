@@ -257,7 +257,7 @@ class Talk:
         answered.n_prompt = len(request.prompt_ids)
         before = self.scheduler.stats().prompt_tokens
         while not handle.finished:
-            self.scheduler.step()
+            self.scheduler.iterate()
             answered.kv_bytes = max(answered.kv_bytes, self.scheduler.stats().kv_bytes_used)
             if not answered.n_tokens and self.on_step is not None:
                 done = self.scheduler.stats().prompt_tokens - before + handle.usage.cached_tokens
@@ -342,7 +342,7 @@ class Talk:
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(work)
             while not future.done():
-                self.scheduler.step()
+                self.scheduler.iterate()
                 time.sleep(0.001)
             return future.result()
 

@@ -31,7 +31,7 @@ from hybridkv.gguf.metadata import Metadata
 FACTORS = "rope_freqs.weight"
 
 KINDS = ("default", "linear", "yarn")
-"""What every architecture with RoPE can be written with, in Transformers' words."""
+"""Kinds of RoPE that every architecture with one can be written with, in Transformers' words."""
 
 _MAX_POSITIONS = 2**31 - 1
 _MAGNITUDE = "rope.scaling.attn_factor"

@@ -1,4 +1,4 @@
-"""The rows of `hybridkv plan`: one per pair of cache types, and the table of all."""
+"""The lines of `hybridkv plan`: one per pair of cache types, and the table of all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hybridkv.engine.describe import Description
     from hybridkv.engine.placed import Split
     from hybridkv.held import Expanded, Held
-    from hybridkv.native.choice import EngineKind
+    from hybridkv.native.choice import BackendKind
     from hybridkv.policy import AnyPolicy, Guard
 
 
@@ -27,7 +27,7 @@ class PlannedWeights:
     held: Held
     conv_itemsize: int
     expanded: Expanded | None = None
-    engine: EngineKind = "auto"
+    backend: BackendKind = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +46,14 @@ class Question:
     placed: list[Placed | None] = field(default_factory=list)
 
 
-def plan_rows(question: Question, policies: Sequence[AnyPolicy]) -> list[dict[str, Any]]:
+def plan_lines(question: Question, policies: Sequence[AnyPolicy]) -> list[dict[str, Any]]:
     """Compute one object per pair of types or file, bytes as integers."""
     from hybridkv.model.facts import is_hybrid, kv_facts
     from hybridkv.planner import largest_context, plan
     from hybridkv.policy import KVConfig
 
     q, facts = question, question.description.facts
-    rows, messages = [], []
+    lines, messages = [], []
     for policy in policies:
         specs, warnings = q.guard.before(policy.resolve(kv_facts(facts)), hybrid=is_hybrid(facts), n_ctx=q.n_ctx)
         messages += warnings
@@ -65,7 +65,7 @@ def plan_rows(question: Question, policies: Sequence[AnyPolicy]) -> list[dict[st
             conv_itemsize=q.weights.conv_itemsize,
             weight_bytes=q.weights.held.n_bytes,
         )
-        row: dict[str, Any] = {
+        line: dict[str, Any] = {
             "type_k": policy.types.type_k,
             "type_v": policy.types.type_v,
             "types_k": _types([spec.types.type_k for spec in specs]) or policy.types.type_k,
@@ -80,18 +80,18 @@ def plan_rows(question: Question, policies: Sequence[AnyPolicy]) -> list[dict[st
         }
         if q.split is not None:
             found = placed(q.split, q.description, specs, q.n_ctx, q.n_seqs, q.free)
-            row["placement"] = None if found is None else found.as_json()
-            if not row["refused"]:
+            line["placement"] = None if found is None else found.as_json()
+            if not line["refused"]:
                 q.placed.append(found)
         if q.budget is not None:
             more = q.guesses.total(q.n_seqs)
             free = q.budget - counted.weight_bytes - counted.state_bytes - more
-            row["fits"] = counted.total_bytes + more <= q.budget
-            row["largest_n_ctx"] = largest_context(specs, free, n_seqs=q.n_seqs) if free >= 0 else 0
-        rows.append(row)
-    for line in dict.fromkeys(messages):
-        warning(line)
-    return rows
+            line["fits"] = counted.total_bytes + more <= q.budget
+            line["largest_n_ctx"] = largest_context(specs, free, n_seqs=q.n_seqs) if free >= 0 else 0
+        lines.append(line)
+    for message in dict.fromkeys(messages):
+        warning(message)
+    return lines
 
 
 def _types(names: Sequence[str]) -> str:
@@ -123,21 +123,21 @@ def _guesses_words(guesses: Guesses, n_seqs: int) -> str:
     return f"; for guessed tokens, beside the total: {', '.join(shown)}" if shown else ""
 
 
-def print_plan(question: Question, rows: list[dict[str, Any]], device: str, memory: str | None) -> None:
+def print_plan(question: Question, lines: list[dict[str, Any]], device: str, memory: str | None) -> None:
     """Print the table of what runs, under the model and its weights; `memory` is the budget as it was typed."""
     q, description = question, question.description
     columns = ["K", "V", "bytes/token", "KV", "states", "weights", "total"]
     if memory is not None:
         columns.append(f"largest context in {memory}")
     table = simple_table(*columns, left=("K", "V"))
-    for row in rows:
-        if row["refused"]:
+    for line in lines:
+        if line["refused"]:
             continue
-        names = [row["types_k"], row["types_v"]] if row["config"] is None else [row["config"], "per layer"]
-        cells = [*names, str(row["bytes_per_token"])]
-        cells += [size(row[key]) for key in ("kv_bytes", "state_bytes", "weight_bytes", "total_bytes")]
+        names = [line["types_k"], line["types_v"]] if line["config"] is None else [line["config"], "per layer"]
+        cells = [*names, str(line["bytes_per_token"])]
+        cells += [size(line[key]) for key in ("kv_bytes", "state_bytes", "weight_bytes", "total_bytes")]
         if memory is not None:
-            most = row["largest_n_ctx"]
+            most = line["largest_n_ctx"]
             cells.append("no limit" if most is None else f"{most} tokens" if most else "does not fit")
         table.add_row(*cells)
     sequences = "1 sequence" if q.n_seqs == 1 else f"{q.n_seqs} sequences"
