@@ -246,7 +246,7 @@ def performance() -> str:
             ),
             "decode-29m": steps_table("decode-29m", "hybridkv bench decode --against ik -t 2"),
             "decode-0.8b": steps_table(
-                "decode-0.8b", "hybridkv bench decode -m random-0.8b-q8_0.gguf --against ik -t 2"
+                "decode-0.8b", "hybridkv bench decode -m random-0.8b-q8_0.gguf --against ik --prompt 512 -n 16 -t 2"
             ),
         },
     )
