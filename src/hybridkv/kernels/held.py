@@ -21,7 +21,7 @@ Faults = list[tuple[int, Health]]
 
 
 class HeldCache:
-    """What steps need of one cache, as often as its rows have room.
+    """One cache as its next steps need it, as often as its rows have room.
 
     Parameters
     ----------

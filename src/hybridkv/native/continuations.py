@@ -1,4 +1,4 @@
-"""What is held of the caches that a model continues, and how it is worked out.
+"""The continuations of the caches that a model runs, and how they are worked out.
 
 Owns which of it is still true: whatever else runs a cache says so with `forget`.
 """
@@ -77,7 +77,7 @@ class Continuations:
     def hold(
         self, cache: ModelCache, n_seqs: int, position: int, builders: Builders, *, drafts: bool = False
     ) -> Continuation | None:
-        """Work out the next steps of a cache, if they are all alike; with memory for the states behind guesses."""
+        """Prepare the next steps of a cache, if they are all alike; with memory for the states behind guesses."""
         n_left = self._n_ahead(cache, position)
         if n_left <= 0:
             return None
