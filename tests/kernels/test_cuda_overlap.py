@@ -39,7 +39,7 @@ def test_all_are_found() -> None:
 READS_WEIGHTS_EARLY = "_product"
 
 
-PACKED_EARLY = ("_products", "_gated", "_tile")
+PACKED_EARLY = ("_products", "_gated", "_tiles", "_plain_row")
 """Of packed weights: they wait in `rows_times`, between its first loads of weights and of activations."""
 
 

@@ -34,7 +34,11 @@ FEW_ROWS = 32
 WINDOW_BYTES = 1 << 27
 """Of a matrix decoded to float16 for a prompt."""
 OUTPUTS = 16
-"""Outputs of a program."""
+"""Outputs of a tile."""
+_FEW_TILES = 256
+"""Tiles up to which a card has multiprocessors without any, or with one more than others."""
+_MANY_TILES = 4096
+"""Tiles beyond which a matrix, a head, is read at nearly the memory's rate as it is."""
 
 
 @triton.jit
@@ -100,23 +104,27 @@ def _tiles(x, out, main, more, scales, last, x_row, out_row, n_cols, n_in, tile,
 
 
 @triton.jit
-def _plain_tile(x, out, plain, x_row, out_row, n_cols, n_in, tile, n_rows, factor, IN: tl.constexpr,
-                OVERLAPS: tl.constexpr):  # fmt: skip
-    """Compute four outputs of a matrix that is not packed."""
-    outs = tile * 4 + tl.arange(0, 4)
+def _plain_row(x, out, plain, x_row, out_row, n_cols, n_in, row, factor, UNITS: tl.constexpr, IN: tl.constexpr,
+               OVERLAPS: tl.constexpr):  # fmt: skip
+    """Compute an output of a matrix that is not packed, whose row is asked for before the wait."""
+    HELD: tl.constexpr = min((UNITS * 256 + IN - 1) // IN, 8)
     cols = tl.arange(0, IN)
+    at = plain + row.to(tl.int64) * n_in + cols
+    held = ()
+    for i in tl.static_range(HELD):
+        held = held + (tl.load(at + i * IN, mask=i * IN + cols < n_in, other=0.0).to(tl.float32),)
     if OVERLAPS:
         gdc_wait()
     for col in range(n_cols):
-        total = tl.zeros((4, IN), tl.float32)
-        for start in range(0, n_in, IN):
+        total = tl.zeros((IN,), tl.float32)
+        for i in tl.static_range(HELD):
+            inside = i * IN + cols < n_in
+            total += held[i] * tl.load(x + col * x_row + i * IN + cols, mask=inside, other=0.0).to(tl.float32)
+        for start in range(HELD * IN, n_in, IN):
             inside = start + cols < n_in
             value = tl.load(x + col * x_row + start + cols, mask=inside, other=0.0).to(tl.float32)
-            at = plain + outs[:, None].to(tl.int64) * n_in + (start + cols)[None, :]
-            weight = tl.load(at, mask=(outs < n_rows)[:, None] & inside[None, :], other=0.0)
-            total += weight.to(tl.float32) * value[None, :]
-        result = tl.sum(total, 1) * factor
-        tl.store(out + col * out_row + outs, result.to(out.dtype.element_ty), mask=outs < n_rows)
+            total += tl.load(at + start, mask=inside, other=0.0).to(tl.float32) * value
+        tl.store(out + col * out_row + row, (tl.sum(total, 0) * factor).to(out.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["n_cols", "n_first", "n_second", "n_plain", "programs_first", "programs_packed"])
@@ -156,34 +164,36 @@ def _products(
 ):
     """Multiply rows by one or two packed matrices of types of their own and a plain one; outputs lie side by side.
 
-    The second dim of the grid are shares of the inputs, each with sums of its own.
+    Rows of the plain one come first: few programs that take their time would else begin last. The second dim of the grid are shares of the inputs, each with sums of its own.
     """
     if OVERLAPS:
         gdc_launch_dependents()
     PIECES: tl.constexpr = (SHARE + WARPS - 1) // WARPS
     program, share = tl.program_id(0), tl.program_id(1)
+    if PLAIN:
+        program -= n_plain
     begin = share * SHARE
     count = tl.minimum(UNITS - begin, SHARE)
     out += share.to(tl.int64) * n_cols * out_row
+    if PLAIN:
+        if program < 0:
+            _plain_row(
+                x, out + (n_first + n_second), plain, x_row, out_row, n_cols, n_in, program + n_plain, factor, UNITS,
+                512, OVERLAPS,
+            )  # fmt: skip
     if SECOND is None and not PLAIN:
         _tiles(
             x, out, main0, more0, scales0, last0, x_row, out_row, n_cols, n_in, program, programs_first, n_first,
             factor, begin, count, TILES, WARPS, HELD, PIECES, UNITS, LOOPS, FULL, None, OVERLAPS, FIRST,
         )  # fmt: skip
-    elif program < programs_first:
+    elif (program >= 0) & (program < programs_first):
         _tiles(
             x, out, main0, more0, scales0, last0, x_row, out_row, n_cols, n_in, program, programs_first, n_first,
             factor, begin, count, TILES, WARPS, HELD, PIECES, UNITS, LOOPS, FULL, None, OVERLAPS, FIRST,
         )  # fmt: skip
     else:
-        if PLAIN:
-            if program >= programs_packed:
-                _plain_tile(
-                    x, out + (n_first + n_second), plain, x_row, out_row, n_cols, n_in, program - programs_packed,
-                    n_plain, factor, 512, OVERLAPS,
-                )  # fmt: skip
         if SECOND is not None:
-            if program < programs_packed:
+            if program >= programs_first:
                 _tiles(
                     x, out + n_first, main1, more1, scales1, last1, x_row, out_row, n_cols, n_in,
                     program - programs_first, programs_packed - programs_first, n_second, factor, begin, count, TILES,
@@ -229,9 +239,24 @@ class Tiling(NamedTuple):
 
 
 def tiling_of(weight: PackedWeight, n_tiles: int) -> Tiling:
-    """Choose."""
-    del n_tiles
-    return Tiling(warps_of(weight.n_units))
+    """Choose for one row of activations: the fastest of some ten on an H200, at the widths of 4B and 35B-A3B models.
+
+    Few outputs of long rows are cut into shares; of many outputs of q4_K and q8_0, programs walk over tiles.
+    """
+    units, plain = weight.n_units, weight.type.more == 0
+    if n_tiles <= _FEW_TILES and units > 12:
+        if units <= 24:
+            return Tiling(4, shares=2)
+        if weight.type.bits == 8:
+            return Tiling(4, shares=3)
+        return Tiling(4, held=3, shares=3, registers=128) if plain else Tiling(4, shares=2)
+    if 8 < units <= 12 and n_tiles <= _MANY_TILES:
+        if weight.type.bits == 8:
+            return Tiling(4, programs=2)
+        if plain and n_tiles > 2 * _FEW_TILES:
+            return Tiling(4, held=1, programs=3)
+        return Tiling(4, registers=128)
+    return Tiling(warps_of(units))
 
 
 def _launch(n_cols: int, weight: PackedWeight, tiling: Tiling) -> dict[str, Any]:
@@ -315,13 +340,13 @@ def multiply_packed(
     assert len(weights) <= 2
     n_second = second.n_out if len(weights) > 1 else 0
     tiles = [triton.cdiv(rows, OUTPUTS) for rows in (first.n_out, n_second) if rows]
-    tiling = tiling_of(first, sum(tiles))
+    tiling = tiling_of(first, sum(tiles)) if n <= 8 else Tiling(warps_of(first.n_units))
     shares = tiling.shares if shared and n == 1 and len(weights) == 1 and plain is None else 1
     if shares > 1:
         out = torch.empty((shares, n, n_out), dtype=dtype, device=x.device)
     programs = _programs(tiling, x.device, *tiles)
     packed = sum(programs)
-    _products[(packed + triton.cdiv(n_plain, 4), shares)](
+    _products[(packed + n_plain, shares)](
         x, out, *first.planes, *second.planes, x if plain is None else plain, x.stride(0), n_out, n, first.n_in,
         first.n_out, n_second, n_plain, programs[0], packed, factor, HELD=_held(tiling, first.n_units, shares),
         SHARE=-(-first.n_units // shares), LOOPS=packed < sum(tiles), FIRST=first.type,
@@ -339,7 +364,7 @@ def multiply_gated(x: Tensor, weight: PackedWeight, act: Act = "silu", *, factor
         return activated(multiply_packed(x, (weight,), dtype=torch.float16), act, factor=factor)
     out = torch.empty((n, width), dtype=torch.float16, device=x.device)
     tiles = triton.cdiv(width, OUTPUTS // 2)
-    tiling = tiling_of(weight, tiles)
+    tiling = tiling_of(weight, tiles) if n <= 8 else Tiling(warps_of(weight.n_units))
     (programs,) = _programs(tiling, x.device, tiles)
     _gated[(programs,)](
         x, out, *weight.planes, x.stride(0), width, n, weight.n_in, width, factor, T=weight.type, ACT=act,
