@@ -164,7 +164,8 @@ def _products(
 ):
     """Multiply rows by one or two packed matrices of types of their own and a plain one; outputs lie side by side.
 
-    Rows of the plain one come first: few programs that take their time would else begin last. The second dim of the grid are shares of the inputs, each with sums of its own.
+    Rows of the plain one come first: few programs that take their time would else begin last. The second dim of the
+    grid are shares of the inputs, each with sums of its own.
     """
     if OVERLAPS:
         gdc_launch_dependents()
