@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from hybridkv.kernels import cuda
 from hybridkv.kernels.cuda.overlap import begin, overlapping
-from hybridkv.kernels.cuda.packed_tiles import rows_times
+from hybridkv.kernels.cuda.packed_tiles import _both, ask
 
 LAUNCHED = 27
 """Kernels that are launched so; those that only call `begin` for them are none."""
@@ -39,8 +39,8 @@ def test_all_are_found() -> None:
 READS_WEIGHTS_EARLY = "_product"
 
 
-PACKED_EARLY = ("_products", "_gated", "_tile")
-"""Of packed weights: they wait in `rows_times`, between its first loads of weights and of activations."""
+PACKED_EARLY = ("_products", "_gated", "_tiles", "_plain_row")
+"""Of packed weights: they wait in `_tiles` and `_plain_row`, between the first loads of weights and of activations."""
 
 
 @pytest.mark.parametrize("name", sorted({*sources()} - {READS_WEIGHTS_EARLY, *PACKED_EARLY}))
@@ -62,12 +62,23 @@ def test_before_the_wait_a_product_reads_weights_alone() -> None:
 
 
 def test_before_the_wait_a_packed_product_reads_weights_alone() -> None:
-    before, wait, after = inspect.getsource(rows_times.fn).partition("gdc_wait()")
+    before, wait, after = sources()["_tiles"].partition("gdc_wait()")
     assert wait
     assert "gdc_wait" not in after
-    assert set(re.findall(r"(\w+)\(", before.partition('"""')[2])) <= {"static_range", "load_unit", "min"}
-    assert "load_unit(main, more, scales, last," in before
-    assert "add_unit(" in after
+    assert set(re.findall(r"(\w+)\(", before.partition('"""')[2])) <= {"arange", "rows_of", "ask"}
+    assert "ask(main, more, scales, last," in before
+    assert "share_times(" in after
+    asked = inspect.getsource(ask.fn) + inspect.getsource(_both.fn)
+    assert "load_unit(main, more, scales, last," in asked
+    assert not re.search(r"tl\.(load|store)\(", asked)
+
+
+def test_before_the_wait_a_plain_row_reads_weights_alone() -> None:
+    before, wait, after = sources()["_plain_row"].partition("gdc_wait()")
+    assert wait
+    assert re.findall(r"tl\.(?:load|store|atomic_\w+)\((\w+)", before) == ["at"]
+    assert re.findall(r"at = (\w+)", before) == ["plain"]
+    assert "tl.load(x" in after
 
 
 def test_a_cpu_has_none() -> None:

@@ -185,3 +185,29 @@ def test_blocks_of_ones_and_of_zeros(name: str) -> None:
     exact = torch.from_numpy(decoded(fmt, rows)).double().to(DEVICE)
     got = decode_rows(held, 0, len(rows)).double()
     assert ((got - exact).abs() <= 1e-3 * exact.abs()).all()
+
+
+@pytest.mark.parametrize(("name", "n_rows"), [("q4_K", 1), ("q8_0", 9)])
+def test_programs_that_walk_over_tiles(monkeypatch: pytest.MonkeyPatch, name: str, n_rows: int) -> None:
+    """Three programs for five tiles, of which the last is cut; units of the next tile are on their way meanwhile."""
+    monkeypatch.setattr(
+        packed, "_programs", lambda tiling, device, *tiles: [min(n, 3 - i) for i, n in enumerate(tiles)]
+    )
+    (a, exact_a), (b, exact_b) = made(name, 70, 768), made("q6_K", 35, 768, seed=1)
+    x = random(n_rows, 768, dtype=torch.float16)
+    assert error(multiply_packed(x, (a,)), x.double() @ exact_a.T) < SUMS
+    assert error(multiply_packed(x, (a, b)), x.double() @ torch.cat([exact_a, exact_b]).T) < SUMS
+    gate, up = (x.double() @ exact_a.T).chunk(2, 1)
+    assert error(multiply_gated(x, a, factor=1 / 32), F.silu(gate) * up / 32) < 4 * SUMS
+
+
+@pytest.mark.parametrize("shares", [2, 3])
+def test_shares_of_a_row_add_up(monkeypatch: pytest.MonkeyPatch, shares: int) -> None:
+    """Five units in two shares or three, of which the last has one less."""
+    monkeypatch.setattr(packed, "tiling_of", lambda weight, n_tiles: packed.Tiling(2, shares=shares))
+    held, exact = made("q4_K", 37, 1280)
+    x = random(1, 1280, dtype=torch.float16)
+    parts = multiply_packed(x, (held,), shared=True)
+    assert parts.shape == (shares, 1, 37)
+    assert error(parts.sum(0), x.double() @ exact.T) < SUMS
+    assert multiply_packed(x, (held,)).shape == (1, 37)

@@ -47,6 +47,7 @@ from hybridkv.native.cuda_mixers import (
     mamba1,
     mamba2,
     short_conv,
+    summed,
 )
 
 
@@ -55,7 +56,7 @@ def _gated(card: Card, config: Config, index: int, f: Gated) -> Mix:
     down, up = card.product(f.down, biased=f.biased), _activated(card, f)
 
     def mix(normed: Tensor, context: StepContext) -> Tensor:
-        return down.whole(up(normed, context), factor=1 / BETWEEN)
+        return down.shares(up(normed, context), factor=1 / BETWEEN)
 
     return mix
 
@@ -103,8 +104,8 @@ def _shared(card: Card, config: Config, index: int, s: Shared) -> Mix:
     def mix(x: Tensor, context: StepContext) -> Tensor:
         assert context.embedded is not None
         joined = torch.cat([x, context.embedded], 1)
-        attended = attend(add_norm(joined, None, *before, dtype=torch.float16), context)
-        fed = feed(add_norm(attended, None, *between, dtype=torch.float16), context)
+        attended = summed(attend(add_norm(joined, None, *before, dtype=torch.float16), context))
+        fed = summed(feed(add_norm(attended, None, *between, dtype=torch.float16), context))
         return mixer(add_norm(join.whole(fed.to(torch.float16)), x, *last, dtype=torch.float16), context)
 
     return mix
@@ -157,7 +158,7 @@ class _Branch:
         if self.norm is not None:
             return add_norm(x, added, *self.norm, scale=scale, dtype=torch.float16)
         if added is not None:
-            x.add_(added, alpha=scale)
+            x.add_(summed(added), alpha=scale)
         return x if self.wide else x.to(torch.float16)
 
     def __call__(self, normed: Tensor, context: StepContext) -> Tensor:
@@ -165,8 +166,8 @@ class _Branch:
         first, *rest = self.mixes
         added = first(normed, context)
         for mix in rest:
-            added = added.add_(mix(normed, context))
-        return added if self.after is None else add_norm(added, None, *self.after)
+            added = summed(added).add_(summed(mix(normed, context)))
+        return added if self.after is None else add_norm(summed(added), None, *self.after)
 
 
 def _branch(card: Card, config: Config, index: int, branch: Branch) -> _Branch:
@@ -198,7 +199,7 @@ def build(graph: ModelGraph, config: Config, card: Card) -> tuple[Embed, Layers,
         for branch in branches:
             added = branch(branch.read(x, added, scale), context)
             scale = branch.scale
-        return x if added is None else x.add_(added, alpha=scale)
+        return x if added is None else x.add_(summed(added), alpha=scale)
 
     def head(hidden: Tensor) -> Tensor:
         normed = add_norm(hidden, None, last, graph.norm.eps, dtype=torch.float16)

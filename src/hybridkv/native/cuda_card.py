@@ -208,6 +208,12 @@ class Product:
         self._in_order = order == list(range(len(matrices)))
         self._bias = None if biases is None else torch.cat([biases[i] for i in at])
 
+    def shares(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        """Multiply like `whole`, or to `[shares, N, out]`, float32, whose sum that is."""
+        if len(self._packed) == 1 and not self._plain and self._bias is None:
+            return multiply_packed(x, self._packed, factor=factor, shared=True)
+        return self.whole(x, factor=factor)
+
     def whole(self, x: Tensor, dtype: torch.dtype = torch.float32, factor: float = 1.0) -> Tensor:
         """Multiply `[N, in]`, float16, to `[N, sum of outs]`."""
         parts = self._parts(x, dtype, factor)

@@ -17,7 +17,7 @@ from hybridkv.kernels.routing import Routing
 from hybridkv.kernels.weights import Weight
 from hybridkv.model import Experts, FeedForward, Gated
 from hybridkv.native.cuda_card import Card
-from hybridkv.native.cuda_mixers import BETWEEN, Mix
+from hybridkv.native.cuda_mixers import BETWEEN, Mix, summed
 
 Chosen = tuple[Tensor, Tensor]
 Routed = Callable[[Tensor, Tensor, StepContext, Callable[[], Tensor | None]], Tensor]
@@ -74,7 +74,7 @@ def experts(card: Card, e: Experts, lower: Callable[[FeedForward], Mix]) -> Mix:
         def beside() -> Tensor | None:
             if shared is None:
                 return None
-            answer = shared(normed, context)
+            answer = summed(shared(normed, context))
             return answer * torch.sigmoid(raw[:, -1:]) if has_gate else answer
 
         if around is None:

@@ -22,7 +22,12 @@ BETWEEN = 1 / 32
 """Factor on what lies between the products of a gated feed-forward, and on other products of values without a norm."""
 
 Mix = Callable[[Tensor, StepContext], Tensor]
-"""From normed rows, float16, to what is added to the residual, float32."""
+"""From normed rows, float16, to what is added to the residual, float32; perhaps in parts, `[parts, N, hidden]`."""
+
+
+def summed(added: Tensor) -> Tensor:
+    """Add up what is in parts."""
+    return added if added.dim() == 2 else added.sum(0)
 
 
 def dtype_of(context: StepContext) -> torch.dtype:
@@ -67,8 +72,8 @@ def attention(card: Card, config: Config, index: int, a: Attention) -> Mix:
         q, k = turned(q, norms[0], context, dtype), turned(k, norms[1], context, None)
         answer = context.attend(index, q, k, v, a.scale)
         if gate is None:
-            return out.whole(answer.flatten(1).to(torch.float16).contiguous())
-        return out.whole(gate_heads(answer, gate, dtype=torch.float16))
+            return out.shares(answer.flatten(1).to(torch.float16).contiguous())
+        return out.shares(gate_heads(answer, gate, dtype=torch.float16))
 
     return mix
 
@@ -124,7 +129,7 @@ def delta_net(card: Card, config: Config, index: int, d: DeltaNet) -> Mix:
         else:
             answer = delta_prompt(conv_prompt(raw, conv, conv_weight, None), *gates, state, shape)
             answer = gated_norm(answer, z, norm, eps=eps)
-        return out.whole(answer)
+        return out.shares(answer)
 
     return mix
 
@@ -153,7 +158,7 @@ def mamba2(card: Card, config: Config, index: int, m: Mamba2) -> Mix:
             mixed = conv_prompt(raw, conv, conv_weight, conv_bias)
             answer = mamba2_prompt(mixed, dt, rate, bias, skip, state, shape)
         gated = gate_norm(answer, gate, norm, m.n_groups, eps=eps, factor=factor, dtype=torch.float16)
-        return out.whole(gated, factor=1 / factor)
+        return out.shares(gated, factor=1 / factor)
 
     return mix
 

@@ -23,6 +23,9 @@ from hybridkv.kernels.cuda.overlap import begin, overlapping
 CHUNK = 64
 """Tokens that are solved together."""
 
+STEP_WARPS = 4
+"""Warps of a program for one token, which holds a head's state in registers."""
+
 L2_EPS = 1e-6
 """Of the queries' and keys' norm, fixed in Transformers' code."""
 
@@ -124,7 +127,7 @@ def delta_step(
         beta.stride(0), shape.n_key, shape.n_value, shape.head_k, shape.head_v, shape.head_k**-0.5,
         shape.update_scale, L2_EPS, eps,
         WIDE_K=triton.next_power_of_2(shape.head_k), WIDE_V=triton.next_power_of_2(shape.head_v), TILED=shape.tiled,
-        num_warps=4, **overlapping(z.device),
+        num_warps=STEP_WARPS, **overlapping(z.device),
     )  # fmt: skip
     return out
 

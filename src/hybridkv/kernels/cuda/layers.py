@@ -26,16 +26,20 @@ WATCHED = 4096
 
 
 @triton.jit
-def _add_norm(x, delta, weight, out, x_stride, delta_stride, out_stride, width, eps, offset, scale,
-              ADD: tl.constexpr, OVERLAPS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _add_norm(x, delta, weight, out, x_stride, delta_stride, delta_part, out_stride, width, eps, offset, scale,
+              PARTS: tl.constexpr, OVERLAPS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     inside = cols < width
     begin(OVERLAPS)
     at = x + row * x_stride + cols
     value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    if ADD:
-        value += tl.load(delta + row * delta_stride + cols, mask=inside, other=0.0).to(tl.float32) * scale
+    if PARTS > 0:
+        added = tl.zeros((BLOCK,), tl.float32)
+        for part in tl.static_range(PARTS):
+            of_part = delta + part * delta_part + row * delta_stride + cols
+            added += tl.load(of_part, mask=inside, other=0.0).to(tl.float32)
+        value += added * scale
         rounded = value.to(x.dtype.element_ty)  # the residual is what later layers read
         tl.store(at, rounded, mask=inside)
         value = rounded.to(tl.float32)
@@ -59,7 +63,7 @@ def add_norm(
     Parameters
     ----------
     x, delta
-        Any float dtype, `[N, width]`.
+        Any float dtype, `[N, width]`; delta may be in parts that are still to be added, `[parts, N, width]`.
     weight
         `[width]`; `weight + offset` multiplies.
     dtype
@@ -73,10 +77,10 @@ def add_norm(
     out = torch.empty(x.shape, dtype=x.dtype if dtype is None else dtype, device=x.device)
     n_rows, width = x.shape
     block = triton.next_power_of_2(width)
+    parts = x[None, :0] if delta is None else delta.reshape(-1, n_rows, width)
     _add_norm[(n_rows,)](
-        x, x if delta is None else delta, weight, out, x.stride(0), 0 if delta is None else delta.stride(0),
-        out.stride(0), width, eps, offset, scale, ADD=delta is not None, BLOCK=block, num_warps=_warps(block),
-        **overlapping(x.device),
+        x, parts, weight, out, x.stride(0), parts.stride(1), parts.stride(0), out.stride(0), width, eps, offset, scale,
+        PARTS=0 if delta is None else len(parts), BLOCK=block, num_warps=_warps(block), **overlapping(x.device),
     )  # fmt: skip
     return out
 

@@ -191,6 +191,73 @@ def gated_tile(x, x_row, n_cols, n_in, main, more, scales, last, tile, width, sk
 
 
 @triton.jit
+def rows_of(tile, n_rows, group, GATED: tl.constexpr):
+    """Return a lane's two rows of a tile: of 16 outputs, or of 8 gates and what they gate, `n_rows` behind."""
+    if GATED:
+        upper = tl.minimum(tile * 8 + group, n_rows - 1).to(tl.int64)
+        lower = upper + n_rows
+    else:
+        upper = tl.minimum(tile * 16 + group, n_rows - 1).to(tl.int64)
+        lower = tl.minimum(tile * 16 + group + 8, n_rows - 1).to(tl.int64)
+    return upper, lower
+
+
+@triton.jit
+def _both(main, more, scales, last, upper, lower, begin, own, count, place, UNITS: tl.constexpr, T: tl.constexpr):
+    """Ask for unit `own` of a share that begins at `begin`; zeros if it has no more than `own`."""
+    unit = tl.where(own < count, begin + own, UNITS)
+    a = load_unit(main, more, scales, last, upper, unit, UNITS, place, T)
+    b = load_unit(main, more, scales, last, lower, unit, UNITS, place, T)
+    return a, b
+
+
+@triton.jit
+def ask(main, more, scales, last, upper, lower, begin, count, warp, place, WARPS: tl.constexpr, HELD: tl.constexpr,
+        UNITS: tl.constexpr, T: tl.constexpr):  # fmt: skip
+    """Ask for the first units of a warp."""
+    raw = ()
+    for i in tl.static_range(HELD):
+        raw = raw + _both(main, more, scales, last, upper, lower, begin, warp + i * WARPS, count, place, UNITS, T)
+    if T.keeps_order:
+        keep_order(place)
+    return raw
+
+
+@triton.jit
+def share_times(raw, x, x_row, n_cols, n_in, main, more, scales, last, upper, lower, next_upper, next_lower, next_count,
+                begin, count, warp, group, place, TILES: tl.constexpr, WARPS: tl.constexpr, HELD: tl.constexpr,
+                PIECES: tl.constexpr, UNITS: tl.constexpr, LOOPS: tl.constexpr, FULL: tl.constexpr,
+                T: tl.constexpr):  # fmt: skip
+    """Sum 16 rows over `count` units from `begin` on, of which every warp has its own, PIECES at most.
+
+    `raw` is what `ask` gave. With LOOPS the first units of the rows that come next are asked for meanwhile, and
+    returned behind the sums.
+    """
+    sums = zeros_of(TILES, WARPS)
+    for i in tl.static_range(PIECES):
+        if i + HELD < PIECES:
+            own = warp + (i + HELD) * WARPS
+            raw = raw + _both(main, more, scales, last, upper, lower, begin, own, count, place, UNITS, T)
+        elif LOOPS:
+            own = warp + (i + HELD - PIECES) * WARPS
+            raw = raw + _both(main, more, scales, last, next_upper, next_lower, begin, own, next_count, place, UNITS, T)
+        if T.keeps_order and (LOOPS or i + HELD < PIECES):
+            keep_order(place)
+        sums = add_unit(
+            sums, raw[2 * i], raw[2 * i + 1], x, x_row, n_cols, n_in, begin + warp + i * WARPS, UNITS, group, place,
+            1.0, WARPS, TILES, FULL, T,
+        )  # fmt: skip
+    whole = ()
+    for i in tl.static_range(4 * TILES):
+        whole = whole + (sums[i] * T.gain,)
+    rest = ()
+    if LOOPS:
+        for i in tl.static_range(2 * HELD):
+            rest = rest + (raw[2 * PIECES + i],)
+    return whole, rest
+
+
+@triton.jit
 def gated_of(sums, TILE: tl.constexpr, WARPS: tl.constexpr, ACT: tl.constexpr):
     """Compute `act(gate) * up` of all warps: float32 `[32 lanes, 2 columns]`."""
     gate, up = tl.split(over_warps(sums, TILE, WARPS))
