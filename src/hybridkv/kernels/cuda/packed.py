@@ -242,8 +242,8 @@ class Tiling(NamedTuple):
 def tiling_of(weight: PackedWeight, n_tiles: int) -> Tiling:
     """Choose for one row of activations: the fastest of some ten on an H200, at the widths of 4B and 35B-A3B models.
 
-    Few outputs of long rows are cut into shares; of many outputs of q4_K, programs walk over tiles. Those of q8_0 gain by
-    walking in a chain of products, and lose in a step.
+    Few outputs of long rows are cut into shares; of many outputs of q4_K, programs walk over tiles. Those of q8_0 gain
+    by walking in a chain of products, and lose in a step.
     """
     units, plain = weight.n_units, weight.type.more == 0
     if n_tiles <= _FEW_TILES and units > 12:
