@@ -216,7 +216,7 @@ def _gated(x, out, main, more, scales, last, x_row, out_row, n_cols, n_in, width
 
 
 class Tiling(NamedTuple):
-    """How a product is dealt to programs.
+    """The deal of a product to programs.
 
     Attributes
     ----------
