@@ -191,6 +191,11 @@ struct module_ {
     }
 };
 
+template <class Arg>
+struct IsPointers : std::false_type {};
+template <class T>
+struct IsPointers<std::vector<T*>> : std::true_type {};
+
 // Objects are known by number; the number is a method's first argument.
 template <class T>
 class class_ {
@@ -198,7 +203,7 @@ public:
     class_(module_&, const char* name) : name_(name) {
         calls()[name_ + ".free"] = make_call(+[](int64_t number) { objects().erase(number); });
     }
-    // What is made of other objects is not made here: nothing that runs here needs it.
+    // What is made of other objects, or works on them, is not there: nothing that runs here needs it.
     template <class... Args, class... Extra>
     class_& def(init<Args...>, const Extra&...) {
         constexpr bool of_objects = (takes_object<Args> || ...);
@@ -222,7 +227,8 @@ public:
 
 private:
     template <class Arg>
-    static constexpr bool takes_object = std::is_lvalue_reference_v<Arg> && !std::is_const_v<std::remove_reference_t<Arg>>;
+    static constexpr bool takes_object =
+        (std::is_lvalue_reference_v<Arg> && !std::is_const_v<std::remove_reference_t<Arg>>) || IsPointers<std::decay_t<Arg>>::value;
 
     static std::map<int64_t, std::unique_ptr<T>>& objects() {
         static std::map<int64_t, std::unique_ptr<T>> all;
@@ -230,10 +236,12 @@ private:
     }
     template <class R, class... Args, class Method>
     class_& add(const char* name, Method method) {
-        calls()[name_ + "." + name] = call_of<R, int64_t, Args...>(
-            [method](int64_t number, const std::decay_t<Args>&... values) -> R {
-                return (*objects().at(number).*method)(values...);
-            });
+        if constexpr (!(takes_object<Args> || ...)) {
+            calls()[name_ + "." + name] = call_of<R, int64_t, Args...>(
+                [method](int64_t number, const std::decay_t<Args>&... values) -> R {
+                    return (*objects().at(number).*method)(values...);
+                });
+        }
         return *this;
     }
 
