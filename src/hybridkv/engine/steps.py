@@ -27,7 +27,7 @@ GraphMode = Literal["on", "off"]
 
 
 def parse_backend(text: str) -> BackendKind:
-    """Check a name of a step.
+    """Check the name of a backend.
 
     Raises
     ------

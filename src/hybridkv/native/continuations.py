@@ -64,23 +64,29 @@ class Continuations:
         self, spans: Sequence[int], caches: Sequence[ModelCache], positions: Sequence[int], builders: Builders
     ) -> list[Continuation] | None:
         """Find or work out what takes so many tokens of each cache, all of one sequence; None unless all have it."""
-        asked = list(zip(caches, spans, positions, strict=True))
-        found = [self.find(cache, 1, n, position, builders) for cache, n, position in asked]
-        missing = [i for i, held in enumerate(found) if held is None]
-        if any(self._n_ahead(asked[i][0], asked[i][2]) < asked[i][1] for i in missing):
-            return None
-        for i in missing:
-            cache, n, position = asked[i]
-            found[i] = self.hold(cache, 1, position, builders, drafts=n > 1)
+        found = []
+        missing: list[tuple[int, int]] = []
+        for i, (cache, n, position) in enumerate(zip(caches, spans, positions, strict=True)):
+            held = self.find(cache, 1, n, position, builders)
+            if held is None:
+                n_left = self._n_ahead(cache, position)
+                if n_left < n:
+                    return None
+                missing.append((i, n_left))
+            found.append(held)
+        for i, n_left in missing:
+            found[i] = self._prepare(caches[i], 1, positions[i], builders, n_left, drafts=spans[i] > 1)
         return [held for held in found if held is not None]
 
-    def hold(
-        self, cache: ModelCache, n_seqs: int, position: int, builders: Builders, *, drafts: bool = False
-    ) -> Continuation | None:
-        """Prepare the next steps of a cache, if they are all alike; with memory for the states behind guesses."""
+    def hold(self, cache: ModelCache, n_seqs: int, position: int, builders: Builders) -> Continuation | None:
+        """Prepare the next steps of a cache, if they are all alike."""
         n_left = self._n_ahead(cache, position)
-        if n_left <= 0:
-            return None
+        return self._prepare(cache, n_seqs, position, builders, n_left, drafts=False) if n_left > 0 else None
+
+    def _prepare(
+        self, cache: ModelCache, n_seqs: int, position: int, builders: Builders, n_left: int, *, drafts: bool
+    ) -> Continuation:
+        """Work out what the next `n_left` steps need; with memory for the states behind guesses."""
         layers = builders[0]
         states = cache_states(layers, cache, n_seqs)
         owners = [owner for index in layers.state_layers if (owner := cache.states[index]) is not None]
