@@ -63,7 +63,7 @@ class Continuations:
     def find_all(
         self, spans: Sequence[int], caches: Sequence[ModelCache], positions: Sequence[int], builders: Builders
     ) -> list[Continuation] | None:
-        """Find or work out what takes so many tokens of each cache, all of one sequence; None unless all have it."""
+        """Find or prepare what takes so many tokens of each cache, all of one sequence; None unless all have it."""
         found = []
         missing: list[tuple[int, int]] = []
         for i, (cache, n, position) in enumerate(zip(caches, spans, positions, strict=True)):
@@ -86,7 +86,7 @@ class Continuations:
     def _prepare(
         self, cache: ModelCache, n_seqs: int, position: int, builders: Builders, n_left: int, *, drafts: bool
     ) -> Continuation:
-        """Work out what the next `n_left` steps need; with memory for the states behind guesses."""
+        """Prepare the next `n_left` steps; with memory for the states behind guesses if they are to be `drafts`."""
         layers = builders[0]
         states = cache_states(layers, cache, n_seqs)
         owners = [owner for index in layers.state_layers if (owner := cache.states[index]) is not None]
